@@ -1,0 +1,90 @@
+"""sparsifai: train neural networks whose weights are exact zeros.
+
+Four questions, one registry of functions for each: how (granularities), where (contexts), what (criteria) and
+when (schedules). `Sparsifier` works on any torch model; `SparsifyCallback` calls it in a fastai Learner.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .context import contexts, global_, local
+from .criterion import (
+    criteria,
+    large_final,
+    large_init,
+    large_init_large_final,
+    magnitude_increase,
+    movement,
+    movmag,
+    small_final,
+    small_init,
+    small_init_small_final,
+    squared_final,
+    updating_magnitude_increase,
+    updating_movement,
+    updating_movmag,
+)
+from .granularity import along, granularities
+from .report import Report
+from .schedule import agp, between, cos, dsd, iterative, lin, one_cycle, one_shot, schedules
+from .selection import select
+from .sparsifier import Sparsifier
+from .statistic import statistics, taken
+from .target import register_layer
+
+if TYPE_CHECKING:
+    from .callback import KeepSparsity, SparsifyCallback
+
+__version__ = "0.1.0"
+
+# Imported on first use: these need fastai, which the rest does not.
+_NEED_FASTAI = {"KeepSparsity": ".callback", "SparsifyCallback": ".callback"}
+
+__all__ = [
+    "KeepSparsity",
+    "Report",
+    "Sparsifier",
+    "SparsifyCallback",
+    "agp",
+    "along",
+    "between",
+    "contexts",
+    "cos",
+    "criteria",
+    "dsd",
+    "global_",
+    "granularities",
+    "iterative",
+    "large_final",
+    "large_init",
+    "large_init_large_final",
+    "lin",
+    "local",
+    "magnitude_increase",
+    "movement",
+    "movmag",
+    "one_cycle",
+    "one_shot",
+    "register_layer",
+    "schedules",
+    "select",
+    "small_final",
+    "small_init",
+    "small_init_small_final",
+    "squared_final",
+    "statistics",
+    "taken",
+    "updating_magnitude_increase",
+    "updating_movement",
+    "updating_movmag",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEED_FASTAI:
+        return getattr(import_module(_NEED_FASTAI[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NEED_FASTAI})

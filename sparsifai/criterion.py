@@ -1,0 +1,125 @@
+"""What: criteria, functions that score every weight; the lowest scores fall.
+
+A criterion is its formula. Its required parameters are quantities of `statistic.py`, asked for by name; its
+defaulted parameters are options, set with functools.partial. It returns one score per weight, of any sign.
+
+Sources: w is the weight, w0 its initial and w' its previous value. The forms with w0 are those of Zhou et al., 2019,
+"Deconstructing Lottery Tickets" (arXiv:1905.01067); the updating forms compare with the last mask update instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .registry import Registry, name_of
+from .statistic import statistics
+
+Criterion = Callable[..., Tensor]
+
+
+def quantities_of(criterion: Criterion) -> tuple[str, ...]:
+    """Names of the quantities that a criterion asks for: its parameters without a default."""
+    parameters = inspect.signature(criterion).parameters.values()
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(p.name for p in parameters if p.default is p.empty and p.kind not in optional)
+
+
+def _check(criterion: Criterion) -> None:
+    unknown = [name for name in quantities_of(criterion) if name not in statistics]
+    if unknown:
+        raise ValueError(
+            f"criterion {name_of(criterion)} asks for the unknown quantity {unknown[0]!r}; known are "
+            f"{', '.join(statistics)}. Give an option a default value, or register the quantity with "
+            "@statistics.register"
+        )
+
+
+criteria = Registry("criterion", check=_check)
+
+
+@criteria.register
+def random(weight: Tensor, rng: torch.Generator) -> Tensor:
+    """Uniform in [0, 1), the same on every device."""
+    return torch.rand(weight.shape, generator=rng)
+
+
+@criteria.register
+def large_final(weight: Tensor) -> Tensor:
+    """|w|: large weights survive."""
+    return weight.abs()
+
+
+@criteria.register
+def small_final(weight: Tensor) -> Tensor:
+    """-|w|: small weights survive."""
+    return -weight.abs()
+
+
+@criteria.register
+def squared_final(weight: Tensor) -> Tensor:
+    """w^2."""
+    return weight.square()
+
+
+@criteria.register
+def large_init(init: Tensor) -> Tensor:
+    """|w0|."""
+    return init.abs()
+
+
+@criteria.register
+def small_init(init: Tensor) -> Tensor:
+    """-|w0|."""
+    return -init.abs()
+
+
+@criteria.register
+def large_init_large_final(weight: Tensor, init: Tensor, alpha: float = 1.0) -> Tensor:
+    """min(alpha |w|, |w0|): large at both ends survive."""
+    return torch.minimum(alpha * weight.abs(), init.abs())
+
+
+@criteria.register
+def small_init_small_final(weight: Tensor, init: Tensor, alpha: float = 1.0) -> Tensor:
+    """-max(alpha |w|, |w0|): small at both ends survive."""
+    return -torch.maximum(alpha * weight.abs(), init.abs())
+
+
+@criteria.register
+def magnitude_increase(weight: Tensor, init: Tensor, alpha: float = 1.0) -> Tensor:
+    """alpha |w| - |w0|."""
+    return alpha * weight.abs() - init.abs()
+
+
+@criteria.register
+def movement(weight: Tensor, init: Tensor) -> Tensor:
+    """|w - w0|."""
+    return (weight - init).abs()
+
+
+@criteria.register
+def movmag(weight: Tensor, init: Tensor) -> Tensor:
+    """|w (w - w0)|: movement times magnitude."""
+    return (weight * (weight - init)).abs()
+
+
+@criteria.register
+def updating_magnitude_increase(weight: Tensor, previous: Tensor) -> Tensor:
+    """|w| - |w'|."""
+    return weight.abs() - previous.abs()
+
+
+@criteria.register
+def updating_movement(weight: Tensor, previous: Tensor) -> Tensor:
+    """|w - w'|."""
+    return (weight - previous).abs()
+
+
+@criteria.register
+def updating_movmag(weight: Tensor, previous: Tensor) -> Tensor:
+    """|w (w - w')|."""
+    return (weight * (weight - previous)).abs()

@@ -1,0 +1,133 @@
+"""Measured sparsity: zeros counted in the weights as they are, never what a schedule says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .target import Target
+
+_HEADER = ("layer", "kind", "shape", "weights", "zeros", "sparsity", "why dense")
+
+
+@dataclass(frozen=True)
+class Count:
+    """Zeros of some weights. sparsity: zeros / weights."""
+
+    weights: int
+    zeros: int
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros over weights, 0 if there are none."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+    @classmethod
+    def of(cls, *tensors: Tensor) -> Count:
+        """Count the zeros of tensors."""
+        weights = sum(tensor.numel() for tensor in tensors)
+        return cls(weights, weights - sum(int(torch.count_nonzero(tensor.detach())) for tensor in tensors))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer: `why_dense` is empty if it takes part."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    count: Count
+    why_dense: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Zeros per layer, of the selected layers, and of the whole model with its biases and norm layers.
+
+    Printed, it is a table; in a notebook, HTML; `.plot()` draws it.
+    """
+
+    rows: tuple[Row, ...]
+    selected: Count
+    model: Count
+
+    @classmethod
+    def measure(cls, model: nn.Module, candidates: Mapping[str, Target], dense: Mapping[str, str]) -> Report:
+        """Count the zeros of `model`; dense: why which candidates take no part, by name."""
+        rows = tuple(
+            Row(name, target.kind, tuple(target.parameter.shape), Count.of(target.parameter), dense.get(name, ""))
+            for name, target in candidates.items()
+        )
+        selected = Count.of(*(target.parameter for name, target in candidates.items() if name not in dense))
+        return cls(rows, selected, Count.of(*model.parameters()))
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        """Rows of text, the two totals last."""
+        cells = [
+            (row.name, row.kind, "x".join(map(str, row.shape)), *_figures(row.count), row.why_dense)
+            for row in self.rows
+        ]
+        return [
+            *cells,
+            ("selected layers", "", "", *_figures(self.selected), ""),
+            ("whole model", "", "", *_figures(self.model), ""),
+        ]
+
+    def __str__(self) -> str:
+        cells = self._cells()
+        table = [_HEADER, *cells]
+        widths = [max(len(row[column]) for row in table) for column in range(len(_HEADER))]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if 3 <= column <= 5 else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in table
+        ]
+        rule = "-" * max(map(len, lines))
+        return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:]])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        cells = self._cells()
+
+        def line(row: tuple[str, ...], tag: str) -> str:
+            aligned = (
+                f'<{tag} style="text-align: {"right" if 3 <= column <= 5 else "left"}">{escape(cell)}</{tag}>'
+                for column, cell in enumerate(row)
+            )
+            return f"<tr>{''.join(aligned)}</tr>"
+
+        body = "".join(line(row, "td") for row in cells[:-2])
+        totals = "".join(line(row, "th") for row in cells[-2:])
+        return f"<table><thead>{line(_HEADER, 'th')}</thead><tbody>{body}</tbody><tfoot>{totals}</tfoot></table>"
+
+    def plot(self, ax: Any = None) -> Any:
+        """Sparsity of each layer as bars, layers that stay dense in grey; returns the matplotlib axes."""
+        import matplotlib.pyplot as plt
+
+        if ax is None:
+            _, ax = plt.subplots(figsize=(7, 1 + 0.25 * len(self.rows)), layout="constrained")
+        colours = ["0.75" if row.why_dense else "tab:blue" for row in self.rows]
+        places = range(len(self.rows))
+        ax.barh(places, [row.count.sparsity for row in self.rows], color=colours)
+        for place, row in enumerate(self.rows):
+            label = row.why_dense or f"{row.count.weights - row.count.zeros:,} of {row.count.weights:,} left"
+            ax.text(min(row.count.sparsity + 0.01, 0.62), place, label, va="center", fontsize="small")
+        ax.axvline(self.selected.sparsity, color="tab:red", linewidth=1, label=f"selected {self.selected.sparsity:.1%}")
+        ax.set(xlim=(0, 1), xlabel="sparsity", title=f"{self.model.sparsity:.1%} of the whole model are zero")
+        ax.set_yticks(places, [row.name for row in self.rows])
+        ax.invert_yaxis()
+        ax.legend(loc="lower right")
+        return ax
+
+
+def _figures(count: Count) -> tuple[str, str, str]:
+    # Rounded down, so that 100.00 % is only said where no weight is left.
+    return f"{count.weights:,}", f"{count.zeros:,}", f"{int(count.sparsity * 10000 + 1e-9) / 100:.2f} %"

@@ -1,0 +1,110 @@
+"""When: schedules, functions from training progress t in [0, 1] to progress of the sparsity in [0, 1].
+
+After step i of T the level is `target * schedule((i + 1) / T)`; before the first forward it is `target * schedule(0)`.
+Any function of t will do, fastai's annealers (`SchedCos(0, 1)`) too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from .registry import Registry, name_of
+
+Schedule = Callable[[float], float]
+
+
+def progress(schedule: Schedule, t: float) -> float:
+    """schedule(t) as a float in [0, 1]; ValueError if it is anything else."""
+    value = float(schedule(t))
+    # A rounding error at the ends, as cosines make, is forgiven.
+    if not -1e-6 <= value <= 1 + 1e-6:
+        raise ValueError(
+            f"schedule {name_of(schedule)} gives {value} at t={t:g}; "
+            "a schedule must return the share of the target in [0, 1] for every t in [0, 1]"
+        )
+    return min(max(value, 0.0), 1.0)
+
+
+def _check(schedule: Schedule) -> None:
+    """A schedule that fails at one of a few points would fail in the middle of training: say so before it begins."""
+    for step in range(11):
+        progress(schedule, step / 10)
+
+
+schedules = Registry("schedule", check=_check)
+
+
+@schedules.register
+def one_shot(t: float) -> float:
+    """s(t) = 1: all at once, before the first step."""
+    return 1.0
+
+
+@schedules.register
+def lin(t: float) -> float:
+    """s(t) = t."""
+    return t
+
+
+@schedules.register
+def cos(t: float) -> float:
+    """s(t) = (1 - cos(pi t)) / 2."""
+    return (1 - math.cos(math.pi * t)) / 2
+
+
+@schedules.register
+def agp(t: float) -> float:
+    """s(t) = 1 - (1 - t)^3, automated gradual pruning (Zhu and Gupta, 2017, arXiv:1710.01878)."""
+    return 1 - (1 - t) ** 3
+
+
+@schedules.register
+def one_cycle(t: float, alpha: float = 14, beta: float = 6) -> float:
+    """s(t) = (1 + e^(beta - alpha)) / (1 + e^(beta - alpha t)), one-cycle pruning (Hubens et al., arXiv:2107.02086)."""
+    return (1 + math.exp(beta - alpha)) / (1 + math.exp(beta - alpha * t))
+
+
+def iterative(n: int = 3) -> Schedule:
+    """s(t) = ceil(n t) / n: n equal steps. By name, 'iterative' has three.
+
+    >>> [iterative(2)(t) for t in (0, 0.1, 0.5, 0.6, 1)]
+    [0.0, 0.5, 0.5, 1.0, 1.0]
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"iterative(n): n is the number of steps, a whole number from 1 on, not {n!r}")
+
+    def steps(t: float) -> float:
+        # 0.07 * 100 is 7.000000000000001: without the allowance the eighth step would come one batch early.
+        return max(math.ceil(n * t - 1e-9), 0) / n
+
+    steps.__name__ = f"iterative({n})"
+    return steps
+
+
+schedules.register(iterative(3), name="iterative")
+
+
+@schedules.register
+def dsd(t: float) -> float:
+    """s(t) = (1 - cos(2 pi t)) / 2: dense, sparse at t = 1/2, dense again (Han et al., arXiv:1607.04381)."""
+    return (1 - math.cos(2 * math.pi * t)) / 2
+
+
+def between(schedule: str | Schedule, start: float, end: float) -> Schedule:
+    """`schedule` moved into the part [start, end] of training: 0 before it, its last value after it.
+
+    >>> between(lin, 0.25, 0.75)(0.5)
+    0.5
+    """
+    inner = schedules.resolve(schedule)
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"between: needs 0 <= start < end <= 1, got start={start!r}, end={end!r}")
+
+    def moved(t: float) -> float:
+        if t < start:
+            return 0.0
+        return progress(inner, min((t - start) / (end - start), 1.0))
+
+    moved.__name__ = f"between({name_of(inner)}, {start:g}, {end:g})"
+    return moved

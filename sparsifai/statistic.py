@@ -1,0 +1,78 @@
+"""The quantities that a criterion may name, each one function, collected only when a criterion names it.
+
+A quantity is a function of the Sparsifier and the name of a parameter. `taken` says at which moments it is called:
+
+- 'score': each time that scores are computed; nothing is stored.
+- 'start': when the Sparsifier is made; what it returns is stored.
+- 'update': after each mask update; what it returns is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .registry import Registry
+
+if TYPE_CHECKING:
+    from .sparsifier import Sparsifier
+
+MOMENTS = ("score", "start", "update")
+
+
+def taken(*moments: str) -> Callable[[Callable], Callable]:
+    """Mark a quantity with the moments at which it is taken: 'score', 'start', 'update'."""
+
+    def mark(quantity: Callable) -> Callable:
+        quantity.moments = moments  # type: ignore[attr-defined]
+        return quantity
+
+    return mark
+
+
+def _check(quantity: Callable) -> None:
+    moments = getattr(quantity, "moments", ())
+    if not moments or not set(moments) <= set(MOMENTS):
+        raise ValueError(
+            f"quantity {quantity.__name__}: mark it with @taken(...) and one or more of {', '.join(MOMENTS)}"
+        )
+
+
+statistics = Registry("quantity", check=_check)
+
+
+@statistics.register
+@taken("score")
+def weight(sparsifier: Sparsifier, name: str) -> Tensor:
+    """The weight as it is."""
+    return _copy(sparsifier, name)
+
+
+@statistics.register
+@taken("start")
+def init(sparsifier: Sparsifier, name: str) -> Tensor:
+    """The weight as it was when the Sparsifier was made."""
+    return _copy(sparsifier, name)
+
+
+@statistics.register
+@taken("start", "update")
+def previous(sparsifier: Sparsifier, name: str) -> Tensor:
+    """The weight as it was at the last mask update."""
+    return _copy(sparsifier, name)
+
+
+@statistics.register
+@taken("score")
+def rng(sparsifier: Sparsifier, name: str) -> torch.Generator:
+    """The Sparsifier's own random generator, on the CPU; torch's global one is left alone."""
+    return sparsifier.rng
+
+
+def _copy(sparsifier: Sparsifier, name: str) -> Tensor:
+    """A copy, so that no criterion can change a weight; half precision is widened, which loses nothing."""
+    parameter = sparsifier.targets[name].parameter.detach()
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)

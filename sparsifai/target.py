@@ -1,0 +1,228 @@
+"""Which parameters of a model take part, and the names of their axes.
+
+Every kind of layer names the axes of its weights once. A new kind is one line: register_layer(Conv1D,
+weight=('in', 'out')).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from .flow import Flow
+from .granularity import Grouping
+from .registry import close_matches
+
+_AXES_OF_KIND: dict[type[nn.Module], dict[str, tuple[str, ...]]] = {}
+_GROUPED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def register_layer(
+    kind: type[nn.Module], axes: Mapping[str, Sequence[str]] | None = None, /, **named: Sequence[str]
+) -> None:
+    """Name the axes of the weights of a kind of layer, in the order in which the tensor has them.
+
+    kind: a module class; subclasses are meant too. named: parameter name -> axes; `axes` the same as a dictionary,
+    whose keys may be globs. 'out' and 'in' are the outputs and inputs of the layer, 'd', 'h', 'w' those of a kernel.
+
+    >>> class Conv1D(nn.Module): ...
+    >>> register_layer(Conv1D, weight=('in', 'out'))
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"register_layer: {kind!r} is not a module class")
+    patterns = {**(axes or {}), **named}
+    for pattern, names in patterns.items():
+        if isinstance(names, str) or len(set(names)) != len(names):
+            raise ValueError(f"register_layer: {pattern}={names!r}: give a tuple of different axis names")
+    _AXES_OF_KIND[kind] = {pattern: tuple(names) for pattern, names in patterns.items()}
+
+
+register_layer(nn.Linear, weight=("out", "in"))
+register_layer(nn.Conv1d, weight=("out", "in", "w"))
+register_layer(nn.Conv2d, weight=("out", "in", "h", "w"))
+register_layer(nn.Conv3d, weight=("out", "in", "d", "h", "w"))
+register_layer(nn.ConvTranspose1d, weight=("in", "out", "w"))
+register_layer(nn.ConvTranspose2d, weight=("in", "out", "h", "w"))
+register_layer(nn.ConvTranspose3d, weight=("in", "out", "d", "h", "w"))
+# A look-up is the product with a one-hot vector: its entries are the inputs.
+register_layer(nn.Embedding, weight=("in", "out"))
+register_layer(nn.EmbeddingBag, weight=("in", "out"))
+register_layer(nn.MultiheadAttention, {"in_proj_weight": ("out", "in"), "[qkv]_proj_weight": ("out", "in")})
+register_layer(nn.RNNBase, {"weight_*": ("out", "in")})
+register_layer(nn.RNNCellBase, {"weight_*": ("out", "in")})
+register_layer(nn.Bilinear, weight=("out", "in", "second"))
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A parameter with named axes: where it is, and under what names.
+
+    name: of the parameter, such as 'layer1.0.conv1.weight'. owners: all (module name, module) that hold it, more than
+    one if it is tied; the first gives it its kind. axes: name -> size, within one convolution group.
+    """
+
+    name: str
+    attribute: str
+    owners: tuple[tuple[str, nn.Module], ...]
+    axes: dict[str, int]
+    convolution_groups: int = 1
+    names: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer that holds the parameter."""
+        return self.owners[0][1]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """Looked up at each use: `load_state_dict(assign=True)` puts another one in its place."""
+        return getattr(self.module, self.attribute)
+
+    @property
+    def kind(self) -> str:
+        """Class name of the layer."""
+        return type(self.module).__name__
+
+    @property
+    def out(self) -> int:
+        """Number of outputs of the whole layer, 0 if it has no such axis."""
+        return self.axes.get("out", 0) * self.convolution_groups
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether an embedding looks the parameter up, alone or tied with a decoder."""
+        return any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for _, module in self.owners)
+
+
+def axes_of(module: nn.Module, attribute: str) -> tuple[str, ...] | None:
+    """Axis names of a parameter of a layer, None if its kind names none."""
+    for kind in type(module).__mro__:
+        for pattern, axes in _AXES_OF_KIND.get(kind, {}).items():
+            if fnmatchcase(attribute, pattern):
+                return axes
+    return None
+
+
+def find_targets(model: nn.Module) -> dict[str, Target]:
+    """All parameters of `model` with named axes by name; tied ones once, under their first name."""
+    found: dict[int, list] = {}
+    for module_name, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ValueError(
+                    f"Sparsifier: {module_name or type(module).__name__} is lazy and has no shape yet; "
+                    "run one batch through the model first"
+                )
+            axes = axes_of(module, attribute)
+            if axes is not None and parameter.numel():
+                if len(axes) != parameter.dim():
+                    raise ValueError(
+                        f"{type(module).__name__}.{attribute} is registered with the axes {axes}, but has the shape "
+                        f"{tuple(parameter.shape)}; correct the call of register_layer"
+                    )
+                found.setdefault(id(parameter), []).append((module_name, module, attribute, axes, parameter))
+    targets = {}
+    for places in found.values():
+        module_name, module, attribute, axes, parameter = places[0]
+        groups = module.groups if isinstance(module, _GROUPED) else 1
+        sizes = dict(zip(axes, parameter.shape, strict=True))
+        sizes[axes[0]] //= groups
+        names = [parameter_name(name, attribute) for name, _, attribute, *_ in places]
+        owners = tuple((name, module) for name, module, *_ in places)
+        targets[names[0]] = Target(names[0], attribute, owners, sizes, groups, frozenset(names))
+    return targets
+
+
+def parameter_name(module_name: str, attribute: str) -> str:
+    """Name of a parameter of a model from those of its module and its attribute."""
+    return f"{module_name}.{attribute}" if module_name else attribute
+
+
+# What `layers=`, `exclude=` and the keys of a dictionary of targets may be.
+Pattern = str | type | nn.Module | Callable[[str, nn.Module], bool]
+
+
+def as_patterns(patterns: Pattern | Iterable[Pattern]) -> list[Pattern]:
+    """One pattern or several, as a list. TypeError for what is no pattern."""
+    # A Sequential can be iterated over, and means itself.
+    several = isinstance(patterns, Iterable) and not isinstance(patterns, (str, nn.Module, type))
+    listed: list[Any] = list(patterns) if several else [patterns]  # type: ignore[arg-type]
+    for pattern in listed:
+        if not (isinstance(pattern, (str, nn.Module)) or callable(pattern)):
+            raise TypeError(
+                f"{pattern!r} selects no layers: give a module class, a module, a name or glob such as 'layer1.*', "
+                "or a function of (name, module)"
+            )
+    return listed
+
+
+def matching(pattern: Pattern, targets: Mapping[str, Target], model: nn.Module) -> set[str]:
+    """Names of the targets that a pattern means; a container means all within it. ValueError if it means none."""
+    matched = {name for name, target in targets.items() if _matches(pattern, target, model)}
+    if not matched:
+        shown = repr(pattern) if isinstance(pattern, str) else getattr(pattern, "__name__", type(pattern).__name__)
+        known = {place for target in targets.values() for name in target.names for place in _prefixes(name)} - {""}
+        hint = f"; {close_matches(pattern, known)}" if isinstance(pattern, str) and known else ""
+        raise ValueError(f"no layer with a weight to sparsify matches {shown}{hint}")
+    return matched
+
+
+def _matches(pattern: Pattern, target: Target, model: nn.Module) -> bool:
+    if isinstance(pattern, str):
+        return any(fnmatchcase(place, pattern) for name in target.names for place in _prefixes(name)[1:])
+    if isinstance(pattern, (type, nn.Module)):
+        containers = (model.get_submodule(place) for name, _ in target.owners for place in _prefixes(name))
+        if isinstance(pattern, type):
+            return any(isinstance(module, pattern) for module in containers)
+        return any(module is pattern for module in containers)
+    return any(pattern(name, module) for name, module in target.owners)
+
+
+def _prefixes(name: str) -> list[str]:
+    """'a.b' -> ['', 'a', 'a.b']: the names of all modules that a name lies in, and itself."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:length]) for length in range(len(parts) + 1)]
+
+
+def why_dense(
+    model: nn.Module,
+    candidates: Mapping[str, Target],
+    groupings: Mapping[str, Grouping | str],
+    flow: Callable[[], Flow],
+    layers: Any = None,
+    exclude: Any = None,
+) -> dict[str, str]:
+    """Which candidates stay dense, and why: parameter name -> reason. ValueError if all do.
+
+    groupings: of every candidate, or why the granularity cannot be had. flow: the data flow, asked for only if needed.
+    """
+    patterns = [] if layers is None else as_patterns(layers)
+    exclusions = [] if exclude is None else as_patterns(exclude)
+    selected = set().union(*(matching(pattern, candidates, model) for pattern in patterns))
+    excluded = set().union(*(matching(pattern, candidates, model) for pattern in exclusions))
+    exactly = {pattern for pattern in patterns if isinstance(pattern, str)}
+    dense, whole_outputs, whole_inputs = {}, set(), set()
+    for name, target in candidates.items():
+        grouping = groupings[name]
+        if name in excluded:
+            dense[name] = "excluded"
+        elif layers is not None and name not in selected:
+            dense[name] = "not in layers"
+        elif layers is None and not target.parameter.requires_grad:
+            dense[name] = "frozen"
+        elif layers is None and target.is_embedding:
+            dense[name] = "embedding"
+        elif isinstance(grouping, str):
+            dense[name] = grouping
+        elif not exactly & (target.names | {owner for owner, _ in target.owners}):
+            whole_outputs |= {name} if grouping.drops_outputs else set()
+            whole_inputs |= {name} if grouping.drops_inputs else set()
+    if whole_outputs:
+        dense.update(dict.fromkeys(whole_outputs & flow().last(candidates), "yields the model's output"))
+    if whole_inputs:
+        dense.update(dict.fromkeys(whole_inputs & flow().first(candidates), "reads the model's input"))
+    return {name: dense[name] for name in candidates if name in dense}
