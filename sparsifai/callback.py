@@ -6,6 +6,7 @@ from typing import Any
 
 from fastai.callback.core import Callback
 from fastai.learner import ValueMetric
+from fastcore.basics import noop
 
 from .level import check_sparsity, scaled
 from .schedule import progress, schedules
@@ -21,6 +22,11 @@ class _Masking(Callback):
 
     def _sparsifiers(self) -> list[Sparsifier]:
         raise NotImplementedError
+
+    def _notify(self, message: str) -> None:
+        """One line for the user, where the Learner's own table is shown."""
+        if self.learn.logger is not noop:
+            print(message)
 
     def before_step(self):
         "Zero the gradients of masked weights"
@@ -96,7 +102,7 @@ class SparsifyCallback(_Masking):
             self._steps, self._floor = 0, self._reached
             if frozen and not hasattr(self.learn, "lr_finder"):
                 level = self.sparsifier.sparsity if self.sparsifier else 0.0
-                print(f"SparsifyCallback: some layers are frozen, so sparsity is held at {level:.1%} in this fit")
+                self._notify(f"SparsifyCallback: some layers are frozen, so sparsity is held at {level:.1%} in this fit")
 
     def before_batch(self):
         "Make the Sparsifier when the fit begins, and take the sparsity to where the schedule begins"
@@ -157,7 +163,7 @@ class SparsifyCallback(_Masking):
             keepers[0].take(self.sparsifier)
         elif self.sparsifier.has_masked:
             self.learn.add_cb(KeepSparsity(self.sparsifier))
-            print(
+            self._notify(
                 f"KeepSparsity now holds the {self.sparsifier.sparsity:.1%} of zeros in later fits; "
                 "learn.remove_cb(KeepSparsity) lets them go"
             )

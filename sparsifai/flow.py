@@ -129,10 +129,14 @@ def _traced(model: nn.Module) -> Flow:
     flow = Flow([], set(), set())
     index: dict[torch.fx.Node, int] = {}
     carried: dict[torch.fx.Node, set[str]] = {}  # nodes that hold a parameter or a view of it, and nothing else
+    sizes: set[torch.fx.Node] = set()  # of tensors: whoever reads x.shape does not read x
     for node in torch.fx.Tracer().trace(model).nodes:
         reads = [index[read] for read in node.all_input_nodes if read in index]
         parameters = {name for read in node.all_input_nodes for name in carried.get(read, ())}
         kind: Any = node.target
+        if _is_size(node) or (node.all_input_nodes and sizes.issuperset(node.all_input_nodes)):
+            sizes.add(node)
+            continue
         if node.op == "call_module":
             module = model.get_submodule(node.target)
             kind = type(module)
@@ -150,6 +154,12 @@ def _traced(model: nn.Module) -> Flow:
             if node.op == "placeholder":
                 flow.sources.add(index[node])
     return flow
+
+
+def _is_size(node: torch.fx.Node) -> bool:
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "dtype", "device", "ndim")
+    return node.op == "call_method" and node.target in ("size", "dim", "numel", "type")
 
 
 def _keeps_zeros(kind: Any) -> bool:

@@ -1,0 +1,384 @@
+import pytest
+import torch
+from torch import nn
+
+fastai = pytest.importorskip("fastai.vision.all", reason="the callbacks are fastai's")
+pytestmark = pytest.mark.fastai
+
+from conftest import small_net  # noqa: E402
+from fastai.callback.fp16 import MixedPrecision  # noqa: E402
+from fastai.callback.schedule import SchedCos  # noqa: E402
+from fastai.callback.training import GradientAccumulation, GradientClip  # noqa: E402
+from fastai.learner import CancelFitException, CancelStepException, Callback  # noqa: E402
+
+from sparsifai.all import KeepSparsity, Sparsifier, SparsifyCallback, between, cos, large_final, schedules  # noqa: E402
+
+
+class Watch(Callback):
+    """Measures the sparsity at every forward and after every step."""
+
+    order = 99
+
+    def before_fit(self):
+        self.forwards, self.steps = [], []
+
+    def _measured(self):
+        weights = [module.weight for module in self.learn.model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+        return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+
+    def after_pred(self):
+        if self.training:
+            self.forwards.append(self._measured())
+
+    def after_step(self):
+        self.steps.append(self._measured())
+
+
+TOTAL = sum(parameter.numel() for parameter in small_net().parameters() if parameter.dim() > 1)
+
+
+def share(level):
+    """What exact counting makes of a level on the small net."""
+    return int(level * TOTAL + 0.5) / TOTAL
+
+
+def test_a_linear_ramp_of_four_steps_ends_at_the_target(make_learner):
+    learn, watch = make_learner(steps=4), Watch()
+    learn.fit(1, cbs=[SparsifyCallback(0.9, schedule="lin"), watch])
+    assert watch.forwards == [share(0.9 * step / 4) for step in range(4)]
+    assert watch.steps == [share(0.9 * step / 4) for step in range(1, 5)]
+
+
+@pytest.mark.parametrize("schedule", schedules)
+def test_every_schedule_is_followed_and_ends_at_its_end(make_learner, schedule):
+    learn, watch, callback = make_learner(steps=5), Watch(), SparsifyCallback(0.8, schedule=schedule)
+    learn.fit(2, cbs=[callback, watch])
+    levels = [0.8 * schedules[schedule](step / 10) for step in range(11)]
+    if schedule != "dsd":
+        assert watch.forwards == [share(level) for level in levels[:-1]]
+        assert watch.steps == [share(level) for level in levels[1:]]
+        assert callback.sparsifier.sparsity == share(0.8)
+    else:  # revived weights are zero until the next step
+        assert max(watch.steps) == share(0.8)
+        assert all(mask.all() for mask in callback.sparsifier.masks.values())
+
+
+def test_the_callback_examples_of_the_article(make_learner):
+    learn = make_learner(steps=3)
+    sp_cb = SparsifyCallback(sparsity=0.5, granularity="filter", context="global", criteria=large_final, schedule=cos)
+    learn.fit_one_cycle(2, 1e-3, cbs=sp_cb)
+    assert abs(sp_cb.sparsifier.sparsity - 0.5) < 0.1
+    learn = make_learner(steps=3)
+    learn.fit(2, cbs=SparsifyCallback(0.5, "weight", "local", large_final, schedule=SchedCos(0, 1)))
+    assert learn.keep_sparsity.kept[0].report().rows[0].count.sparsity == 0.5
+
+
+def test_compression_ratio_is_another_name_of_sparsity(make_learner):
+    callback = SparsifyCallback(compression_ratio=0.5)
+    make_learner().fit(1, cbs=callback)
+    assert callback.sparsifier.sparsity == share(0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"sparsity": 50}, ValueError, "pass 0.5 for 50 %"),
+        ({"sparsity": float("nan")}, ValueError, "sparsity nan is not a fraction"),
+        ({"sparsity": True}, TypeError, "not True"),
+        ({}, TypeError, "neither is given"),
+        ({"sparsity": 0.5, "compression_ratio": 0.5}, TypeError, "both are given"),
+        ({"sparsity": 0.5, "granularity": "wieght"}, ValueError, "did you mean 'weight'"),
+        ({"sparsity": 0.5, "context": "locale"}, ValueError, "did you mean 'local'"),
+        ({"sparsity": 0.5, "criteria": "mouvement"}, ValueError, "did you mean 'movement'"),
+        ({"sparsity": 0.5, "schedule": "onecycle"}, ValueError, "did you mean 'one_cycle'"),
+        ({"sparsity": 0.5, "criteria": lambda weight, heat: weight}, ValueError, "unknown quantity 'heat'"),
+        ({"sparsity": 0.5, "schedule": lambda t: float("nan")}, ValueError, "gives nan at t=0"),
+        ({"sparsity": 0.5, "schedule": lambda t: 1 + t}, ValueError, "gives 1.1 at t=0.1"),
+        ({"sparsity": 0.5, "round_to": 0}, ValueError, "round_to is a whole number"),
+        ({"sparsity": 0.5, "layers": 3}, TypeError, "3 selects no layers"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_the_constructor(arguments, error, message):
+    with pytest.raises(error, match=message):
+        SparsifyCallback(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exclude": "nothing.*"}, "no layer with a weight to sparsify matches 'nothing"),
+        ({"granularity": "filter", "layers": [nn.Embedding]}, "matches Embedding"),
+    ],
+)
+def test_what_only_the_model_can_refute_is_refused_at_the_first_batch_and_leaves_the_learner_as_it_was(
+    make_learner, options, message
+):
+    learn = make_learner()
+    before = [parameter.clone() for parameter in learn.model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        learn.fit(1, cbs=SparsifyCallback(0.5, **options))
+    assert all(torch.equal(old, new) for old, new in zip(before, learn.model.parameters(), strict=True))
+    assert len(learn.metrics) == 0
+    assert len(learn.validate()) == 1
+
+
+def test_a_schedule_that_fails_between_the_points_that_were_tried_says_so(make_learner):
+    def sneaky(t):
+        return 2.0 if t == 1 / 3 else t
+
+    with pytest.raises(ValueError, match="schedule sneaky gives 2.0 at t=0.333333"):
+        make_learner(steps=3).fit(1, cbs=SparsifyCallback(0.5, schedule=sneaky))
+
+
+def test_two_callbacks_in_one_fit_are_refused(make_learner):
+    learn = make_learner(cbs=SparsifyCallback(0.5))
+    with pytest.raises(ValueError, match="two SparsifyCallbacks in one fit would undo each other; give one of them a dict"):
+        learn.fit(1, cbs=SparsifyCallback(0.8))
+    assert len(learn.metrics) == 0
+
+
+def test_the_measured_column_stands_in_the_table_and_goes_with_the_fit(make_learner):
+    learn = make_learner(metrics=fastai.accuracy)
+    learn.fit(2, cbs=SparsifyCallback(0.6, schedule="lin"))
+    assert list(learn.recorder.metric_names) == ["epoch", "train_loss", "valid_loss", "accuracy", "sparsity", "time"]
+    assert [row[-1] for row in learn.recorder.values] == [share(0.3), share(0.6)]
+    assert [metric.name for metric in learn.metrics] == ["accuracy"]
+    assert len(learn.validate()) == 2
+
+
+@pytest.mark.parametrize("given", ["fit", "learner"])
+def test_an_interrupted_fit_leaves_no_column_behind(make_learner, given):
+    class Interrupt(Callback):
+        def after_step(self):
+            raise KeyboardInterrupt
+
+    callback = SparsifyCallback(0.5)
+    learn = make_learner(cbs=callback if given == "learner" else None)
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, cbs=[Interrupt(), *([callback] if given == "fit" else [])])
+    assert len(learn.validate()) == 1
+    learn.fit(1)
+    assert len(learn.metrics) == 0
+
+
+def test_per_layer_targets_by_glob(make_learner):
+    callback = SparsifyCallback({"[035]": 0.5, "1*": 0.9}, context="local", exclude="12")
+    make_learner().fit(1, cbs=callback)
+    counts = {row.name: row.count.sparsity for row in callback.sparsifier.report().rows}
+    assert counts == {"0.weight": 0.5, "3.weight": 0.5, "5.weight": 0.5, "10.weight": 43 / 48, "12.weight": 0}
+
+
+def test_the_sparsifier_can_be_told_the_same_in_the_same_words(make_learner):
+    callback = SparsifyCallback(
+        0.5, "filter", "local", "movement", "lin", layers=nn.Conv2d, exclude="5", pool="l2", round_to=2, seed=3
+    )
+    make_learner().fit(1, cbs=callback)
+    direct = Sparsifier(
+        small_net(), "filter", "local", "movement", layers=nn.Conv2d, exclude="5", pool="l2", round_to=2, seed=3
+    )
+    assert callback.sparsifier.targets.keys() == direct.targets.keys()
+    assert callback.sparsifier.criterion is direct.criterion
+    assert callback.sparsifier.pool is direct.pool
+    assert callback.sparsifier.round_to == direct.round_to
+    assert torch.equal(
+        torch.Generator().manual_seed(3).get_state(), callback.sparsifier.rng.get_state()
+    )  # the criterion drew nothing
+
+
+def test_sparsity_zero_is_training_without_the_callback(make_learner):
+    def trained(callbacks):
+        learn = make_learner(opt_func=fastai.Adam)
+        torch.manual_seed(2)
+        learn.fit(2, 1e-2, cbs=callbacks)
+        return learn, torch.get_rng_state()
+
+    (plain, random), (sparse, same_random) = trained([]), trained([SparsifyCallback(0.0, criteria="random")])
+    for a, b in zip(plain.model.state_dict().values(), sparse.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(plain.opt.state_dict()["state"], sparse.opt.state_dict()["state"], strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])) for key in a)
+    assert torch.equal(random, same_random)
+    assert not hasattr(sparse, "keep_sparsity")
+
+
+@pytest.mark.parametrize("opt_func", [fastai.SGD, fastai.Adam, fastai.RMSProp])
+def test_momentum_and_weight_decay_do_not_revive(make_learner, opt_func):
+    learn, watch = make_learner(opt_func=opt_func, steps=6), Watch()
+    learn.fit(2, 0.05, wd=0.1, cbs=[SparsifyCallback(0.8, schedule="one_shot"), watch])
+    assert set(watch.forwards) == set(watch.steps) == {share(0.8)}
+
+
+def test_clipping_sees_only_living_gradients(make_learner):
+    norms = []
+
+    class Norm(Callback):
+        order = 10.9
+
+        def before_step(self):
+            sparsifier = self.learn.sparsify.sparsifier
+            for name, mask in sparsifier.masks.items():
+                gradient = sparsifier.targets[name].parameter.grad
+                norms.append(float(gradient[~mask.expand_as(gradient)].norm()))
+
+    make_learner().fit(1, cbs=[SparsifyCallback(0.8, schedule="one_shot"), Norm(), GradientClip(1.0)])
+    assert norms
+    assert set(norms) == {0.0}
+
+
+def test_accumulated_gradients_and_a_last_batch_without_a_step_still_reach_the_target(make_learner):
+    learn, callback = make_learner(steps=5), SparsifyCallback(0.9, schedule="lin")
+    learn.fit(1, cbs=[callback, GradientAccumulation(4)])  # 2 batches of 2 a step: the fifth batch has none
+    assert callback.sparsifier.sparsity == share(0.9)
+
+
+def test_a_skipped_step_and_mixed_precision_on_the_cpu(make_learner):
+    class Skip(Callback):
+        order = 20
+
+        def before_step(self):
+            raise CancelStepException
+
+    callback = SparsifyCallback(0.9, schedule="lin")
+    make_learner().fit(1, cbs=[callback, Skip()])
+    assert callback.sparsifier.sparsity == share(0.9)
+
+    class MixedPrecisionOnCPU(MixedPrecision):
+        def before_fit(self):
+            self.autocast, self.scaler = torch.autocast("cpu", torch.bfloat16), torch.amp.GradScaler("cpu")
+            self.learn.scaler, self.scales = self.scaler, []
+
+    callback = SparsifyCallback(0.9, schedule="lin")
+    make_learner(cbs=MixedPrecisionOnCPU()).fit(1, cbs=callback)
+    assert callback.sparsifier.sparsity == share(0.9)
+
+
+def test_a_cancelled_fit_stays_where_it_was(make_learner):
+    class Cancel(Callback):
+        def after_batch(self):
+            if self.training and self.iter == 1:
+                raise CancelFitException
+
+    learn, callback = make_learner(steps=4), SparsifyCallback(0.8, schedule="lin")
+    learn.fit(1, cbs=[callback, Cancel()])
+    assert callback.sparsifier.sparsity == share(0.4)
+    assert learn.keep_sparsity.kept == [callback.sparsifier]
+
+
+# --- What else a Learner does: no harm ----------------------------------------------------------------------------
+
+
+def state_of(learn):
+    return [parameter.clone() for parameter in learn.model.parameters()]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("given", ["fit", "learner"])
+def test_lr_find_validate_and_get_preds_change_nothing(make_learner, when, given, capsys, tmp_path):
+    callback = SparsifyCallback(0.5)
+    learn = make_learner(cbs=[callback] if given == "learner" else None, path=tmp_path)
+    if when == "after":
+        learn.fit(1, cbs=callback if given == "fit" else None)
+    before, level = state_of(learn), callback.sparsifier and callback.sparsifier.levels
+    capsys.readouterr()
+    with learn.no_bar():
+        learn.lr_find(num_it=6, show_plot=False)
+        assert len(learn.validate()) == 1
+        assert len(learn.get_preds()) == 2
+    assert all(torch.equal(old, new) for old, new in zip(before, state_of(learn), strict=True))
+    assert (callback.sparsifier and callback.sparsifier.levels) == level
+    assert "parsity" not in capsys.readouterr().out
+    assert len(learn.metrics) == 0
+
+
+def test_a_second_plain_fit_keeps_the_zeros_until_the_keeper_is_taken_off(make_learner, capsys):
+    learn, watch = make_learner(), Watch()
+    learn.fit(1, cbs=SparsifyCallback(0.9))
+    assert "KeepSparsity now holds the 90.1% of zeros in later fits; learn.remove_cb(KeepSparsity)" in capsys.readouterr().out
+    learn.fit(2, 0.1, cbs=watch)
+    assert set(watch.forwards) == set(watch.steps) == {share(0.9)}
+    learn.remove_cb(KeepSparsity)
+    learn.fit(1, 0.1, cbs=watch)
+    assert watch.steps[-1] < 0.7
+
+
+def test_the_same_callback_in_a_second_fit_holds_what_it_reached(make_learner):
+    learn, watch = make_learner(cbs=SparsifyCallback(0.9)), Watch()
+    learn.fit(1)
+    learn.fit(1, cbs=watch)
+    assert set(watch.forwards) == set(watch.steps) == {share(0.9)}
+
+
+@pytest.mark.parametrize("criteria", ["large_final", "small_final", "movement"])
+def test_a_second_callback_goes_on_from_the_zeros_of_the_first(make_learner, criteria):
+    learn, watch = make_learner(), Watch()
+    learn.fit(1, cbs=SparsifyCallback(0.5, criteria=criteria))
+    first = learn.keep_sparsity.kept[0]
+    learn.fit(1, cbs=[SparsifyCallback(0.8, criteria=criteria, schedule="lin"), watch])
+    assert min(watch.forwards) == share(0.5)
+    assert watch.steps[-1] == share(0.8)
+    second = learn.keep_sparsity.kept[0]
+    assert len(learn.keep_sparsity.kept) == 1
+    assert all((second.masks[name] <= mask).all() for name, mask in first.masks.items())
+
+
+def test_dead_filters_stay_dead_when_weights_are_sparsified_after_them(make_learner):
+    learn = make_learner()
+    learn.fit(1, cbs=SparsifyCallback(0.5, granularity="filter"))
+    dead = {name: ~mask for name, mask in learn.keep_sparsity.kept[0].follower_masks.items()}
+    assert any(mask.any() for mask in dead.values())
+    learn.fit(1, cbs=SparsifyCallback(0.9))
+    parameters = dict(learn.model.named_parameters())
+    assert all((parameters[name][mask] == 0).all() for name, mask in dead.items())
+
+
+def test_keep_sparsity_alone_holds_the_zeros_of_a_sparse_model(make_learner):
+    model = small_net()
+    Sparsifier(model).sparsify(0.7)
+    learn, watch = make_learner(model, cbs=KeepSparsity()), Watch()
+    learn.fit(2, 0.1, cbs=watch)
+    assert set(watch.forwards) == set(watch.steps) == {share(0.7)}
+
+
+def test_fine_tune_holds_while_layers_are_frozen_and_says_so(make_learner, capsys):
+    splitter = lambda model: fastai.L(list(model[:6].parameters()), list(model[6:].parameters()))  # noqa: E731
+    learn, watch = make_learner(splitter=splitter), Watch()
+    callback = SparsifyCallback(0.8, schedule=between("lin", 0, 1))
+    learn.fine_tune(2, freeze_epochs=1, cbs=[callback, watch])
+    assert "some layers are frozen, so sparsity is held at 0.0% in this fit" in capsys.readouterr().out
+    assert watch.forwards == [share(0.8 * step / 8) for step in range(8)]  # the unfrozen fit, from its start
+    assert callback.sparsifier.sparsity == share(0.8)
+    assert callback.sparsifier.dense == {}
+
+
+def test_a_fit_that_starts_at_a_later_epoch_takes_up_the_schedule_there(make_learner):
+    learn, watch = make_learner(steps=2), Watch()
+    learn.fit(4, start_epoch=2, cbs=[SparsifyCallback(0.8, schedule="lin"), watch])
+    assert watch.forwards == [share(0.8 * step / 8) for step in range(4, 8)]
+    assert watch.steps[-1] == share(0.8)
+
+
+def test_without_default_callbacks_and_without_a_bar(make_learner):
+    from fastai.callback.core import TrainEvalCallback
+
+    learn = make_learner(default_cbs=False, cbs=[TrainEvalCallback()])
+    callback = SparsifyCallback(0.5)
+    with learn.no_logging(), learn.no_bar():
+        learn.fit(1, cbs=callback)
+    assert callback.sparsifier.sparsity == share(0.5)
+
+
+def test_learn_save_and_load_stay_strict(make_learner, tmp_path):
+    learn = make_learner(path=tmp_path)
+    learn.fit(1, cbs=SparsifyCallback(0.5))
+    learn.save("sparse")
+    other = make_learner(path=tmp_path).load("sparse")
+    assert all(torch.equal(a, b) for a, b in zip(learn.model.parameters(), other.model.parameters(), strict=True))
+
+
+def test_nothing_of_the_constructor_is_changed_by_a_fit(make_learner):
+    callback = SparsifyCallback({"0": 0.5, "3": 0.9}, context="local", schedule="cos")
+    before = {key: value for key, value in vars(callback).items() if key in SparsifyCallback.__init__.__code__.co_varnames}
+    make_learner().fit(1, cbs=callback)
+    assert {key: vars(callback)[key] for key in before} == before
+    assert callback.sparsity == {"0": 0.5, "3": 0.9}

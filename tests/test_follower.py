@@ -1,0 +1,114 @@
+import pytest
+import torch
+from torch import nn
+
+from sparsifai import Sparsifier
+
+
+def dead_outputs(model, x):
+    model.eval()
+    return (model(x).flatten(2) == 0).all(2).all(0)
+
+
+@pytest.mark.parametrize("granularity", ["filter", ("out",), lambda axes: {"out": 2}])
+@pytest.mark.parametrize(
+    ("layer", "norm"),
+    [
+        (nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8)),
+        (nn.Conv2d(2, 8, 3, groups=2), nn.BatchNorm2d(8)),
+        (nn.ConvTranspose2d(2, 8, 3, groups=2), nn.GroupNorm(2, 8)),
+        (nn.Conv2d(2, 8, 3), nn.Sequential(nn.ReLU(), nn.InstanceNorm2d(8, affine=True))),
+        (nn.Conv2d(2, 8, 3), nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(8), nn.ReLU())),
+        (nn.Conv2d(2, 8, 3), nn.Identity()),
+    ],
+)
+def test_a_zeroed_filter_puts_out_zeros_behind_its_norm_layer(layer, norm, granularity):
+    model = nn.Sequential(layer, norm, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.rand_like(parameter))
+    for _ in range(3):
+        model(torch.randn(4, 2, 6, 6))  # gives a batch norm statistics of its own
+    sparsifier = Sparsifier(model, granularity, layers="0")
+    sparsifier.sparsify(0.5)
+    mask = sparsifier.follower_masks["0.bias"]
+    assert (~mask).sum() == 4
+    assert torch.equal(dead_outputs(model[:2], torch.randn(4, 2, 6, 6)), ~mask)
+
+
+def test_a_linear_layer_and_its_layer_norm():
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2))
+    sparsifier = Sparsifier(model, "row")
+    sparsifier.sparsify(0.5)
+    assert sparsifier.followers == dict.fromkeys(["0.bias", "1.weight", "1.bias"], ("0.weight",))
+    assert ((model[1].weight == 0) & (model[1].bias == 0)).sum() == 4
+
+
+def test_a_layer_norm_over_the_width_is_not_taken_for_one_over_channels():
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.LayerNorm(6), nn.Flatten(), nn.Linear(216, 2))
+    assert list(Sparsifier(model, "filter", layers="0").followers) == ["0.bias"]
+
+
+class Residual(nn.Module):
+    def __init__(self, shared=False):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+        self.conv = nn.Conv2d(2, 4, 1)
+        self.other = nn.Conv2d(2, 4, 1)
+        self.head = nn.Linear(4, 2)
+        self.shared = shared
+
+    def forward(self, x):
+        if self.shared:
+            x = self.norm(self.conv(x)) + self.norm(self.other(x))
+        else:
+            x = self.norm(self.conv(x) + self.other(x))
+        return self.head(x.amax((2, 3)))
+
+
+def test_a_norm_behind_a_sum_is_left_alone():
+    assert set(Sparsifier(Residual(), "filter").followers) == {"conv.bias", "other.bias"}
+
+
+def test_a_shared_norm_dies_only_where_all_its_producers_do():
+    model = Residual(shared=True)
+    sparsifier = Sparsifier(model, "filter", "local")
+    assert sparsifier.followers["norm.weight"] == ("conv.weight", "other.weight")
+    with torch.no_grad():
+        model.conv.weight.copy_(torch.tensor([1.0, 2, 3, 4]).view(4, 1, 1, 1).expand(4, 2, 1, 1))
+        model.other.weight.copy_(torch.tensor([1.0, 4, 2, 3]).view(4, 1, 1, 1).expand(4, 2, 1, 1))
+    sparsifier.sparsify(0.5)
+    assert (model.norm.weight == 0).tolist() == [True, False, False, False]
+    assert (model.conv.bias == 0).tolist() == [True, True, False, False]
+
+
+def test_granularities_that_do_not_drop_outputs_have_no_followers(net):
+    for granularity in ("weight", "kernel", "channel", "shared_weight"):
+        assert Sparsifier(net, granularity).followers == {}
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(4, 5)
+        self.attention = nn.MultiheadAttention(5, 1)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x):
+        x, _ = self.lstm(x)
+        x, _ = self.attention(x, x, x)
+        return self.head(x)
+
+
+def test_biases_of_attention_and_recurrent_weights():
+    model = Reads()
+    sparsifier = Sparsifier(model, "filter", "local")
+    sparsifier.sparsify(0.5)
+    assert sparsifier.dense == {"head.weight": "yields the model's output"}
+    assert sparsifier.followers == {
+        "lstm.bias_ih_l0": ("lstm.weight_ih_l0",),
+        "lstm.bias_hh_l0": ("lstm.weight_hh_l0",),
+        "attention.in_proj_bias": ("attention.in_proj_weight",),
+        "attention.out_proj.bias": ("attention.out_proj.weight",),
+    }
+    assert torch.equal(model.lstm.bias_hh_l0 == 0, (model.lstm.weight_hh_l0 == 0).all(1))

@@ -1,0 +1,66 @@
+import pytest
+import torch
+from torch import nn
+
+from sparsifai import Sparsifier
+
+
+@pytest.fixture
+def report(mlp):
+    sparsifier = Sparsifier(mlp, exclude="2")
+    sparsifier.sparsify(0.25)
+    with torch.no_grad():
+        mlp[2].weight[0, :3] = 0
+        mlp[2].bias.zero_()
+    return sparsifier.report()
+
+
+def test_counts_what_is_zero_not_what_was_asked_for(report):
+    assert [(row.name, row.kind, row.shape, row.count.weights, row.count.zeros, row.why_dense) for row in report.rows] == [
+        ("0.weight", "Linear", (8, 4), 32, 8, ""),
+        ("2.weight", "Linear", (2, 8), 16, 3, "excluded"),
+    ]
+    assert (report.selected.weights, report.selected.zeros, report.selected.sparsity) == (32, 8, 0.25)
+    assert (report.model.weights, report.model.zeros) == (32 + 8 + 16 + 2, 8 + 3 + 2)
+
+
+def test_text(report):
+    lines = [line.split() for line in str(report).splitlines()]
+    assert lines[0] == ["layer", "kind", "shape", "weights", "zeros", "sparsity", "why", "dense"]
+    assert lines[2] == ["0.weight", "Linear", "8x4", "32", "8", "25.00", "%"]
+    assert lines[3] == ["2.weight", "Linear", "2x8", "16", "3", "18.75", "%", "excluded"]
+    assert lines[5] == ["selected", "layers", "32", "8", "25.00", "%"]
+    assert lines[6] == ["whole", "model", "58", "13", "22.41", "%"]
+    assert repr(report) == str(report)
+
+
+def test_a_hundred_percent_is_not_said_while_a_weight_is_left():
+    model = nn.Linear(100, 1000, bias=False)
+    sparsifier = Sparsifier(model)
+    sparsifier.sparsify(1.0)
+    assert "99,999   99.99 %" in str(sparsifier.report())
+
+
+def test_html_escapes_and_has_all_rows(mlp):
+    model = nn.ModuleDict({"<b>": nn.Linear(2, 2)})
+    html = Sparsifier(model).report()._repr_html_()
+    assert "&lt;b&gt;.weight" in html
+    assert "<b>" not in html
+    assert html.count("<tr>") == 4
+
+
+def test_plot_draws_measured_bars(report):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    ax = report.plot()
+    assert [bar.get_width() for bar in ax.patches] == [0.25, 3 / 16]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["0.weight", "2.weight"]
+    assert report.plot(ax) is ax
+    matplotlib.pyplot.close("all")
+
+
+def test_tied_weights_stand_once_in_the_totals():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    assert Sparsifier(model).report().model.weights == 16

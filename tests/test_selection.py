@@ -1,0 +1,129 @@
+import math
+
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsifai import contexts
+from sparsifai.selection import ScoredLayer, bundle, select
+
+
+def layer(score, size=1, masked=None, whole=False, dtype=np.float32):
+    score = np.asarray(score, dtype)
+    masked = np.zeros(len(score), bool) if masked is None else np.asarray(masked, bool)
+    size = size if isinstance(size, int) else np.asarray(size)
+    return ScoredLayer(None, score, size, masked, whole)
+
+
+def test_lowest_fall_by_hand():
+    assert select([layer([3, 1, 2, 4])], 0.5)[0].tolist() == [False, True, True, False]
+
+
+def test_ties_fall_in_index_order():
+    assert select([layer([1, 1, 1, 1])], 0.5)[0].tolist() == [True, True, False, False]
+    assert [falls.tolist() for falls in select([layer([1, 1]), layer([1, 1])], 0.25)] == [[True, False], [False, False]]
+
+
+def test_half_is_rounded_up():
+    assert select([layer([1, 2, 3, 4, 5])], 0.5)[0].sum() == 3
+    assert select([layer(range(100))], 0.29)[0].sum() == 29
+
+
+def test_a_layer_is_never_emptied_and_the_others_make_up_for_it():
+    first, second = select([layer([1, 2]), layer([3, 4, 5, 6])], 0.5)
+    assert first.tolist() == [True, False]
+    assert second.tolist() == [True, True, False, False]
+    assert [falls.sum() for falls in select([layer([1, 2]), layer([3, 4, 5, 6])], 1.0)] == [1, 3]
+
+
+def test_whole_layers_fall_jointly_but_never_all():
+    layers = [layer([2], 10, whole=True), layer([1], 20, whole=True), layer([3], 30, whole=True)]
+    assert [falls.tolist() for falls in select(layers, 0.4)] == [[False], [True], [False]]
+    assert [falls.tolist() for falls in select(layers, 1.0)] == [[True], [True], [False]]
+    assert select(layers[:1], 0.9)[0].tolist() == [False]
+
+
+def test_masked_groups_fall_first_and_come_back_best_first():
+    rising = select([layer([9, 1, 2, 3], masked=[True, False, False, False])], 0.5)[0]
+    assert rising.tolist() == [True, True, False, False]
+    falling = select([layer([9, 8, 0, 0], masked=[True, True, False, False])], 0.25)[0]
+    assert falling.tolist() == [False, True, False, False]
+
+
+def test_budget_counts_weights_not_groups():
+    # The three small groups hold 30 of 130 weights; the nearest to 50 % is 30 or 130 - 100 = 30 plus none.
+    falls = select([layer([1, 2, 3, 4], [10, 10, 10, 100])], 0.5)[0]
+    assert falls.tolist() == [True, True, True, False]
+    falls = select([layer([1, 2, 3, 4], [40, 10, 40, 40])], 0.35)[0]  # 45.5 of 130: 50 is nearer than 40
+    assert falls.tolist() == [True, True, False, False]
+
+
+def test_infinite_scores_are_ordinary_scores():
+    infinity = math.inf
+    assert select([layer([infinity, 1, -infinity, infinity])], 0.75)[0].tolist() == [True, True, True, False]
+    assert select([layer([-infinity] * 3, masked=[False, False, True])], 0.67)[0].tolist() == [True, False, True]
+
+
+groups = st.lists(
+    st.tuples(st.sampled_from([-1.0, -0.5, 0.0, 0.25, 0.5, 1.0, math.inf]), st.integers(1, 5), st.booleans()),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(groups, min_size=1, max_size=4), st.floats(0, 1), st.sampled_from(["sizes", "equal"]), st.booleans())
+def test_against_the_oracle(layers, sparsity, sizes, masks):
+    if sizes == "equal":
+        layers = [[(score, 3, masked) for score, _, masked in groups] for groups in layers]
+    if not masks:
+        layers = [[(score, size, False) for score, size, _ in groups] for groups in layers]
+    # No update leaves a layer empty, so none begins with an empty one.
+    layers = [[*groups[:-1], (*groups[-1][:2], False)] for groups in layers]
+    total = sum(size for groups in layers for _, size, _ in groups)
+    if sum(size for groups in layers for _, size, masked in groups if masked) > sparsity * total:
+        layers = [[(score, size, False) for score, size, _ in groups] for groups in layers]  # rising only, here
+    scored = [
+        layer([group[0] for group in groups], 3 if sizes == "equal" else [group[1] for group in groups],
+              [group[2] for group in groups])
+        for groups in layers
+    ]  # fmt: skip
+    assert [falls.tolist() for falls in select(scored, sparsity)] == oracle.fallen(layers, sparsity)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0]), min_size=2, max_size=30),
+    st.lists(st.floats(0, 1), min_size=2, max_size=6),
+)
+def test_rising_levels_nest_and_falling_levels_nest(score, levels):
+    masked = np.zeros(len(score), bool)
+    for level in sorted(levels):
+        falls = select([layer(score, masked=masked)], level)[0]
+        assert (falls >= masked).all()
+        masked = falls
+    for level in sorted(levels, reverse=True):
+        falls = select([layer(score, masked=masked)], level)[0]
+        assert (falls <= masked).all()
+        assert falls.sum() == min(math.floor(level * len(score) + 0.5), len(score) - 1)
+        masked = falls
+
+
+def test_bundles_keep_multiples():
+    joined, of_group = bundle(layer([5, 1, 4, 2, 3], 2), 2)
+    # By rank 1 | 2 3 | 4 5: the lowest bundle takes the remainder.
+    assert of_group.tolist() == [2, 0, 2, 1, 1]
+    assert joined.size.tolist() == [2, 4, 4]
+    assert joined.score.tolist() == [1, 3, 5]
+    for level in np.linspace(0, 1, 21):
+        falls = select([joined], level)[0][of_group]
+        assert (5 - falls.sum()) in (5, 4, 2)
+
+
+def test_the_contexts_are_local_and_global():
+    assert list(contexts) == ["local", "global"]
+    layers = [layer([1, 2, 3, 4]), layer([11, 12, 13, 14])]
+    assert [falls.sum() for falls in contexts["local"](layers, 0.5)] == [2, 2]
+    assert [falls.sum() for falls in contexts["global"](layers, 0.5)] == [3, 1]

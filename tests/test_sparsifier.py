@@ -1,0 +1,467 @@
+import copy
+import io
+import math
+import pickle
+
+import oracle
+import pytest
+import torch
+from conftest import small_net
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sparsifai import Sparsifier, contexts, criteria, granularities, schedules
+from sparsifai.criterion import quantities_of
+
+
+def moved(model):
+    """As after some training: every parameter somewhere else."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+def expected_masks(sparsifier, scores, masks, sparsity, context):
+    """The masks by the slow oracle; scores and masks: full-size arrays by parameter name."""
+    table = {}
+    for name, target in sparsifier.targets.items():
+        axes, shape = tuple(target.axes), tuple(target.parameter.shape)
+        by_axes = oracle.MATRIX if len(axes) == 2 else oracle.CONVOLUTION
+        indexed = by_axes[sparsifier.granularity.__name__]
+        groups = oracle.groups_of(shape, axes, indexed, target.convolution_groups)
+        table[name] = (shape, groups, [
+            (score, len(group), not masks[name][group[0]])
+            for score, group in zip(oracle.pooled(scores[name], groups), groups, strict=True)
+        ])  # fmt: skip
+    whole = sparsifier.granularity.__name__ == "layer"
+    scopes = [[name] for name in table] if context == "local" else [list(table)]
+    result = {}
+    for names in scopes:
+        falls = oracle.fallen([table[name][2] for name in names], sparsity, whole)
+        result.update({name: oracle.mask_of(*table[name][:2], fell) for name, fell in zip(names, falls, strict=True)})
+    return result
+
+
+@pytest.mark.parametrize("criterion", criteria)
+@pytest.mark.parametrize("context", contexts)
+@pytest.mark.parametrize("granularity", granularities)
+def test_every_combination_meets_its_target_as_the_oracle_counts(granularity, context, criterion):
+    model = small_net()
+    sparsifier = Sparsifier(model, granularity, context, criterion)
+    for sparsity in (0.3, 0.8):
+        moved(model)
+        sparsifier.apply_masks()
+        masks = {
+            name: mask.expand_as(sparsifier.targets[name].parameter).numpy() for name, mask in sparsifier.masks.items()
+        }
+        random = copy.deepcopy(sparsifier.rng)
+        scores = {}
+        for name, target in sparsifier.targets.items():
+            known = {"weight": target.parameter.detach(), "rng": random}
+            known |= {quantity: stored[name] for quantity, stored in sparsifier.statistics.items()}
+            function = criteria[criterion]
+            scores[name] = function(**{key: known[key] for key in quantities_of(function)}).numpy()
+        expected = expected_masks(sparsifier, scores, masks, sparsity, context)
+        sparsifier.sparsify(sparsity)
+        for name, target in sparsifier.targets.items():
+            mask = sparsifier.masks[name].expand_as(target.parameter).numpy()
+            assert (mask == expected[name]).all(), name
+            assert (target.parameter.detach().numpy()[~mask] == 0).all()
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+VALUES = {
+    "normal": lambda shape: torch.randn(shape),
+    "constant": lambda shape: torch.full(shape, 0.25),
+    "zero": torch.zeros,
+    "4-bit grid": lambda shape: torch.randint(-8, 8, shape) / 8,
+    "infinite": lambda shape: torch.where(torch.rand(shape) < 0.3, math.inf, torch.randn(shape)),
+}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    shapes=st.lists(
+        st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=3
+    ),
+    dtype=st.sampled_from(DTYPES),
+    values=st.sampled_from(sorted(VALUES)),
+    level=st.one_of(st.floats(0, 1), st.sampled_from([0, 0.5, 1])),
+    context=st.sampled_from(sorted(contexts)),
+    granularity=st.sampled_from(["weight", "kernel", "row", "shared_weight", "vertical_slice"]),
+    channels_last=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_random_shapes_dtypes_ties_layouts_and_levels(
+    shapes, dtype, values, level, context, granularity, channels_last, seed
+):
+    torch.manual_seed(seed)
+    model = nn.ModuleList(nn.Conv2d(inputs, out, (h, w), bias=False) for out, inputs, h, w in shapes).to(dtype)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.copy_(VALUES[values](layer.weight.shape))
+    sparsifier = Sparsifier(model, granularity, context)
+    weights = {name: target.parameter.detach().clone() for name, target in sparsifier.targets.items()}
+    scores = {name: weight.float().abs().numpy() for name, weight in weights.items()}
+    masks = {name: torch.ones(weight.shape, dtype=torch.bool).numpy() for name, weight in weights.items()}
+    expected = expected_masks(sparsifier, scores, masks, level, context)
+    sparsifier.sparsify(level)
+    for name, target in sparsifier.targets.items():
+        mask = sparsifier.masks[name].expand_as(target.parameter).numpy()
+        assert (mask == expected[name]).all()
+        kept = torch.from_numpy(expected[name])
+        assert torch.equal(target.parameter, torch.where(kept, weights[name], torch.zeros((), dtype=dtype)))
+        assert target.parameter.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", [0.1, 0.29, 0.5, 0.777, 0.95])
+def test_all_equal_weights_are_counted_exactly(dtype, level):
+    model = nn.Linear(37, 41, bias=False).to(dtype)
+    nn.init.constant_(model.weight, 0.3)
+    sparsifier = Sparsifier(model)
+    sparsifier.sparsify(level)
+    count = math.floor(level * 37 * 41 + 0.5)
+    assert (model.weight == 0).sum() == count
+    assert (model.weight.flatten()[:count] == 0).all()
+
+
+@pytest.mark.slow
+def test_half_of_the_weights_of_resnet18_by_filters():
+    resnet = pytest.importorskip("torchvision").models.resnet18(weights=None)
+    sparsifier = Sparsifier(resnet, "filter", "global")
+    sparsifier.sparsify(0.5)
+    selected = sparsifier.report().selected
+    largest = max(target.parameter[0].numel() for target in sparsifier.targets.values())
+    assert abs(selected.zeros - selected.weights / 2) <= largest / 2
+    assert selected.weights == sum(p.numel() for p in resnet.parameters() if p.dim() == 4)
+    with torch.no_grad():
+        assert resnet.eval()(torch.randn(2, 3, 64, 64)).isfinite().all()
+
+
+@pytest.mark.parametrize("granularity", ["weight", "filter", "kernel"])
+@pytest.mark.parametrize("context", contexts)
+def test_rising_only_adds_zeros_and_falling_revives(granularity, context):
+    model = small_net()
+    sparsifier = Sparsifier(model, granularity, context)
+    before = {name: torch.ones_like(mask) for name, mask in sparsifier.masks.items()}
+    for level in (0.1, 0.2, 0.21, 0.22, 0.5, 0.5, 0.51, 0.9):
+        moved(model)
+        sparsifier.apply_masks()
+        sparsifier.sparsify(level)
+        assert all((mask <= before[name]).all() for name, mask in sparsifier.masks.items())
+        before = dict(sparsifier.masks)
+    for level in (0.7, 0.3, 0.0):
+        sparsifier.sparsify(level)
+        assert all((mask >= before[name]).all() for name, mask in sparsifier.masks.items())
+        before = dict(sparsifier.masks)
+    assert all(mask.all() for mask in sparsifier.masks.values())
+    assert sparsifier.sparsity > 0.85  # revived weights are zero until they are trained
+
+
+@pytest.mark.parametrize("schedule", [name for name in schedules if name != "dsd"])
+def test_a_loop_over_every_schedule_ends_at_the_target(schedule, mlp):
+    sparsifier = Sparsifier(mlp)
+    for step in range(1, 8):
+        sparsifier.sparsify(0.9 * schedules[schedule](step / 7))
+    assert sparsifier.report().selected.zeros == 43  # 43.2 of 48
+
+
+def test_a_dictionary_ranks_each_part_on_its_own_and_leaves_the_rest(net):
+    sparsifier = Sparsifier(net, context="local")
+    untouched = net[10].weight.clone()
+    sparsifier.sparsify({"[0-5]": 0.5, "5": 0.25, nn.Linear: 0.9, "10": 0.0})
+    rows = {row.name: row.count for row in sparsifier.report().rows}
+    assert rows["0.weight"].sparsity == rows["3.weight"].sparsity == 0.5
+    assert rows["5.weight"].sparsity == 0.25
+    assert rows["12.weight"].zeros == 16  # 16.2 of 18
+    assert torch.equal(net[10].weight, untouched)
+    sparsifier.sparsify({"10": 0.5})
+    assert rows["12.weight"].zeros == (net[12].weight == 0).sum()
+    assert (net[10].weight == 0).sum() == 24
+    jointly = Sparsifier(small_net())
+    jointly.sparsify({"[035]": 0.5})
+    joint = [row.count for row in jointly.report().rows[:3]]
+    assert sum(count.zeros for count in joint) == math.floor(sum(count.weights for count in joint) / 2 + 0.5)
+
+
+def test_a_pattern_of_a_dictionary_that_means_no_sparse_layer_is_an_error(net):
+    sparsifier = Sparsifier(net, exclude="10")
+    with pytest.raises(ValueError, match="matches 'nothing'"):
+        sparsifier.sparsify({"0": 0.5, "nothing": 0.5})
+    with pytest.raises(ValueError, match="'10' matches only layers that stay dense .10.weight: excluded."):
+        sparsifier.sparsify({"0": 0.5, "10": 0.5})
+    assert all(mask.all() for mask in sparsifier.masks.values())
+
+
+@pytest.mark.parametrize("level", [0.1, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("context", contexts)
+def test_round_to_keeps_multiples_in_every_layer(level, context, net):
+    sparsifier = Sparsifier(net, "filter", context, round_to=4)
+    sparsifier.sparsify(level)
+    kept = {name: int(mask.sum()) for name, mask in sparsifier.masks.items()}
+    assert all(count in (4, 8) for name, count in kept.items() if name != "10.weight")
+    assert kept["10.weight"] in (4, 6)  # 6 outputs: a multiple of four, or all
+    smaller = Sparsifier(small_net(), "filter", "local", round_to=7)
+    smaller.sparsify(0.5)
+    assert {int(mask.sum()) for mask in smaller.masks.values()} <= {6, 7, 8}
+
+
+@pytest.mark.parametrize("round_to", [0, -2, 1.5, True])
+def test_round_to_is_a_whole_number(mlp, round_to):
+    with pytest.raises(ValueError, match="round_to is a whole number of groups from 1 on"):
+        Sparsifier(mlp, round_to=round_to)
+
+
+def test_pool_changes_what_a_group_scores():
+    model = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[3.0, 0], [2, 2]]))
+    for pool, fallen in (("mean", 0), ("max", 1), ("sum", 0), ("l2", 1)):
+        layer = copy.deepcopy(model)
+        Sparsifier(layer, "row", layers="weight", pool=pool).sparsify(0.5)
+        assert (layer.weight[fallen] == 0).all(), pool
+        assert (layer.weight[1 - fallen] != 0).any(), pool
+
+
+def test_gradients_of_masked_weights_are_zero_even_when_not_finite(mlp):
+    sparsifier = Sparsifier(mlp)
+    sparsifier.sparsify(0.5)
+    mlp(torch.randn(3, 4)).sum().backward()
+    mlp[0].weight.grad[0] = math.inf
+    mlp[0].weight.grad[1] = math.nan
+    before = mlp[0].weight.grad.clone()
+    sparsifier.mask_gradients()
+    mask = sparsifier.masks["0.weight"]
+    assert (mlp[0].weight.grad[~mask] == 0).all()
+    assert torch.equal(mlp[0].weight.grad[mask].nan_to_num(7), before[mask].nan_to_num(7))
+
+
+def test_masks_are_applied_to_what_is_not_finite(mlp):
+    sparsifier = Sparsifier(mlp)
+    sparsifier.sparsify(0.5)
+    with torch.no_grad():
+        mlp[0].weight.fill_(math.inf)
+        mlp[2].weight.fill_(math.nan)
+    sparsifier.apply_masks()
+    assert sparsifier.sparsity == 0.5
+
+
+def test_a_sparse_gradient_of_an_embedding_does_not_break_masking():
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(8, 2))
+    sparsifier = Sparsifier(model, layers=["0", "2"])
+    sparsifier.sparsify(0.5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(torch.randint(10, (3, 2))).sum().backward()
+    sparsifier.mask_gradients()
+    optimizer.step()
+    sparsifier.apply_masks()
+    assert sparsifier.sparsity == 0.5
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_plain_loop_keeps_the_zeros(net, optimizer):
+    options = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
+    step = optimizer(net.parameters(), 0.05, weight_decay=0.1, **options)
+    sparsifier = Sparsifier(net, "filter")
+    sparsifier.sparsify(0.5)
+    before, followed = sparsifier.report().selected.zeros, dict(sparsifier.follower_masks)
+    for _ in range(5):
+        step.zero_grad()
+        nn.functional.cross_entropy(net(torch.randn(8, 2, 8, 8)), torch.randint(3, (8,))).backward()
+        sparsifier.mask_gradients()
+        step.step()
+        sparsifier.apply_masks()
+        assert sparsifier.report().selected.zeros == before
+        parameters = dict(net.named_parameters())
+        assert all((parameters[name][~mask] == 0).all() for name, mask in followed.items())
+
+
+def test_nothing_is_left_on_the_model(net):
+    keys, objects = list(net.state_dict()), {name: id(parameter) for name, parameter in net.named_parameters()}
+    sparsifier = Sparsifier(net, "filter", criteria="movement")
+    sparsifier.sparsify(0.5)
+    assert list(net.state_dict()) == keys
+    assert {name: id(parameter) for name, parameter in net.named_parameters()} == objects
+    assert not any(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in net.modules())
+    assert all(not parameter._backward_hooks for parameter in net.parameters())
+    assert len(list(net.buffers())) == len(list(small_net().buffers()))
+    copied = copy.deepcopy(net)
+    assert all(torch.equal(a, b) for a, b in zip(copied.parameters(), net.parameters(), strict=True))
+    pickle.loads(pickle.dumps(net)).load_state_dict(net.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("criterion", ["large_final", "random", "updating_movement", "magnitude_increase"])
+def test_state_dict_resumes_bit_for_bit(criterion):
+    def run(sparsifier, model, levels):
+        for level in levels:
+            moved(model)
+            sparsifier.apply_masks()
+            sparsifier.sparsify(level)
+
+    model = small_net()
+    sparsifier = Sparsifier(model, "kernel", criteria=criterion)
+    run(sparsifier, model, (0.2, 0.4))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "sparsifier": sparsifier.state_dict()}, file)
+    torch.manual_seed(5)
+    run(sparsifier, model, (0.6, 0.8))
+
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    resumed = small_net()
+    resumed.load_state_dict(state["model"])
+    again = Sparsifier(resumed, "kernel", criteria=criterion)
+    again.load_state_dict(state["sparsifier"])
+    torch.manual_seed(5)
+    run(again, resumed, (0.6, 0.8))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
+    assert all(torch.equal(mask, again.masks[name]) for name, mask in sparsifier.masks.items())
+    assert again.levels == sparsifier.levels
+
+
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(net):
+    sparsifier = Sparsifier(net)
+    state = Sparsifier(small_net(), "kernel").state_dict()
+    with pytest.raises(ValueError, match="the mask of 0.weight has the shape .8, 2, 1, 1. in the state and .8, 2, 3, 3. here"):
+        sparsifier.load_state_dict(state)
+    with pytest.raises(ValueError, match="quantities .'init'., the criterion large_final needs ..; use the same criterion"):
+        sparsifier.load_state_dict(Sparsifier(small_net(), criteria="movement").state_dict())
+    with pytest.raises(ValueError, match="no 'levels' in the state; is it a Sparsifier's"):
+        sparsifier.load_state_dict({"masks": {}})
+    assert all(mask.all() for mask in sparsifier.masks.values())
+
+
+@pytest.mark.parametrize("granularity", ["weight", "filter", "channel", lambda axes: {"out": 2}])
+def test_masks_are_recovered_from_the_zeros_of_a_checkpoint(granularity):
+    model = small_net()
+    sparsifier = Sparsifier(model, granularity)
+    sparsifier.sparsify(0.6)
+    loaded = small_net()
+    loaded.load_state_dict(model.state_dict())
+    recovered = Sparsifier(loaded, granularity)
+    recovered.recover_masks()
+    for name, mask in sparsifier.masks.items():
+        assert torch.equal(recovered.masks[name], mask)
+    assert sorted(recovered.follower_masks) == sorted(sparsifier.follower_masks)
+    assert recovered.levels["3.weight"] == pytest.approx(float((loaded[3].weight == 0).float().mean()))
+
+
+def test_a_layer_of_nothing_but_zeros_is_not_taken_for_a_masked_one(mlp):
+    nn.init.zeros_(mlp[2].weight)
+    sparsifier = Sparsifier(mlp)
+    sparsifier.recover_masks()
+    assert sparsifier.masks["2.weight"].all()
+
+
+def test_release_gives_the_model_back_and_ends_all_calls(mlp):
+    sparsifier = Sparsifier(mlp)
+    sparsifier.sparsify(0.5)
+    assert sparsifier.release() is mlp
+    assert (mlp[0].weight == 0).any()
+    for call in ("apply_masks", "mask_gradients", "report", "state_dict", "release", "recover_masks"):
+        with pytest.raises(RuntimeError, match="this Sparsifier has released its model; make a new one"):
+            getattr(sparsifier, call)()
+    with pytest.raises(RuntimeError, match="has released its model"):
+        sparsifier.sparsify(0.5)
+    assert "released" in repr(sparsifier)
+
+
+def test_a_failure_half_way_changes_nothing(net):
+    calls = []
+
+    def fails_late(weight):
+        calls.append(weight)
+        if len(calls) > 8:
+            raise ZeroDivisionError("late")
+        return weight.abs()
+
+    sparsifier = Sparsifier(net, "kernel", "local", fails_late)
+    sparsifier.sparsify(0.3)
+    before, masks, levels = [p.clone() for p in net.parameters()], dict(sparsifier.masks), dict(sparsifier.levels)
+    with pytest.raises(ZeroDivisionError, match="late"):
+        sparsifier.sparsify(0.6)
+    assert all(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
+    assert sparsifier.masks == masks
+    assert sparsifier.levels == levels
+
+
+def test_own_context_is_a_function(net):
+    def only_the_first(layers, sparsity):
+        import numpy as np
+
+        return [contexts["local"]([layers[0]], sparsity)[0], *(np.zeros(len(layer.score), bool) for layer in layers[1:])]
+
+    sparsifier = Sparsifier(net, context=only_the_first)
+    sparsifier.sparsify(0.5)
+    assert [row.count.sparsity for row in sparsifier.report().rows] == [0.5, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("wrong", [lambda layers, sparsity: [], lambda layers, sparsity: [layer.score for layer in layers]])
+def test_what_is_no_answer_of_a_context_is_an_error(net, wrong):
+    with pytest.raises(ValueError, match="must return for each layer a bool array over its groups, True where one falls"):
+        Sparsifier(net, context=wrong).sparsify(0.5)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "error", "message"),
+    [
+        (50, ValueError, "sparsity 50 is a percentage, not a fraction; pass 0.5 for 50 %"),
+        (1.5, ValueError, "pass 0.015 for 1.5 %"),
+        (-0.1, ValueError, "sparsity -0.1 is not a fraction from 0 to 1"),
+        (101, ValueError, "sparsity 101.0 is not a fraction from 0 to 1"),
+        (math.nan, ValueError, "sparsity nan is not a fraction from 0 to 1"),
+        (True, TypeError, "a number from 0 to 1, or a dictionary of them by layer, not True"),
+        ("0.5", TypeError, "not '0.5'"),
+        ([0.5, 0.5], TypeError, "not .0.5, 0.5."),
+        ({}, ValueError, "the dictionary of sparsities is empty"),
+        ({"0": 50}, ValueError, "pass 0.5 for 50 %"),
+        (None, TypeError, "two names of one number, pass one of them; neither is given"),
+    ],
+)
+def test_what_is_no_sparsity_is_refused(mlp, sparsity, error, message):
+    sparsifier = Sparsifier(mlp)
+    with pytest.raises(error, match=message):
+        sparsifier.sparsify(sparsity)
+    assert all(mask.all() for mask in sparsifier.masks.values())
+
+
+def test_compression_ratio_is_another_name_of_sparsity(mlp):
+    sparsifier = Sparsifier(mlp)
+    sparsifier.sparsify(compression_ratio=torch.tensor(0.5))
+    assert sparsifier.sparsity == 0.5
+    with pytest.raises(TypeError, match="both are given"):
+        sparsifier.sparsify(0.5, compression_ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"granularity": "filters"}, "unknown granularity 'filters'; did you mean 'filter'"),
+        ({"context": "globl"}, "unknown context 'globl'; did you mean 'global'"),
+        ({"criteria": "larg_final"}, "unknown criterion 'larg_final'; did you mean 'large_final'"),
+        ({"pool": "average"}, "unknown pooling 'average'; known are 'l2', 'max', 'mean', 'sum'"),
+    ],
+)
+def test_unknown_names_are_answered_with_close_matches(mlp, axes, message):
+    with pytest.raises(ValueError, match=message):
+        Sparsifier(mlp, **axes)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match="model is a torch.nn.Module, not Tensor"):
+        Sparsifier(torch.zeros(3))
+
+
+def test_deepcopy_of_model_and_sparsifier_together(mlp):
+    sparsifier = Sparsifier(mlp)
+    sparsifier.sparsify(0.5)
+    model, copied = copy.deepcopy((mlp, sparsifier))
+    assert copied.model is model
+    copied.sparsify(0.9)
+    assert sparsifier.sparsity == 0.5
+    restored = pickle.loads(pickle.dumps(sparsifier))
+    assert torch.equal(restored.masks["0.weight"], sparsifier.masks["0.weight"])
