@@ -47,11 +47,18 @@ def main(seeds, epochs, axes):
                     for seed, dls in loaders.items():
                         score = fitted(dls, fit, epochs, seed, sparsity=level, **{axis: value})
                         scores[value, fit, level].append(score)
-        print(f"\n| {axis} | " + " | ".join(f"{fit} {level:.0%}" for fit in ("fit_one_cycle", "fit") for level in LEVELS))
+        print(
+            f"\n| {axis} | " + " | ".join(f"{fit} {level:.0%}" for fit in ("fit_one_cycle", "fit") for level in LEVELS)
+        )
         print("|---" * (1 + 2 * len(LEVELS)) + "|")
         for value in AXES[axis]:
             cells = [scores[value, fit, level] for fit in ("fit_one_cycle", "fit") for level in LEVELS]
-            print(f"| {getattr(value, '__name__', value)} | " + " | ".join(f"{mean(cell):.3f}±{stdev(cell):.3f}" for cell in cells) + " |", flush=True)
+            print(
+                f"| {getattr(value, '__name__', value)} | "
+                + " | ".join(f"{mean(cell):.3f}±{stdev(cell):.3f}" for cell in cells)
+                + " |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

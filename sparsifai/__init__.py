@@ -27,9 +27,9 @@ from .criterion import (
 from .granularity import along, granularities
 from .report import Report
 from .schedule import agp, between, cos, dsd, iterative, lin, one_cycle, one_shot, schedules
-from .selection import select
+from .selection import select_groups
 from .sparsifier import Sparsifier
-from .statistic import statistics, taken
+from .statistic import quantities, taken
 from .target import register_layer
 
 if TYPE_CHECKING:
@@ -67,12 +67,12 @@ __all__ = [
     "one_shot",
     "register_layer",
     "schedules",
-    "select",
+    "select_groups",
     "small_final",
     "small_init",
     "small_init_small_final",
     "squared_final",
-    "statistics",
+    "quantities",
     "taken",
     "updating_magnitude_increase",
     "updating_movement",

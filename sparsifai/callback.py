@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastai.callback.core import Callback
-from fastai.learner import ValueMetric
-from fastcore.basics import noop
+from fastai.learner import ValueMetric, noop
 
 from .level import check_sparsity, scaled
 from .schedule import progress, schedules
@@ -102,7 +101,9 @@ class SparsifyCallback(_Masking):
             self._steps, self._floor = 0, self._reached
             if frozen and not hasattr(self.learn, "lr_finder"):
                 level = self.sparsifier.sparsity if self.sparsifier else 0.0
-                self._notify(f"SparsifyCallback: some layers are frozen, so sparsity is held at {level:.1%} in this fit")
+                self._notify(
+                    f"SparsifyCallback: some layers are frozen, so sparsity is held at {level:.1%} in this fit"
+                )
 
     def before_batch(self):
         "Make the Sparsifier when the fit begins, and take the sparsity to where the schedule begins"

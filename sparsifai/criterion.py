@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .registry import Registry, name_of
-from .statistic import statistics
+from .statistic import quantities
 
 Criterion = Callable[..., Tensor]
 
@@ -29,12 +29,12 @@ def quantities_of(criterion: Criterion) -> tuple[str, ...]:
 
 
 def _check(criterion: Criterion) -> None:
-    unknown = [name for name in quantities_of(criterion) if name not in statistics]
+    unknown = [name for name in quantities_of(criterion) if name not in quantities]
     if unknown:
         raise ValueError(
             f"criterion {name_of(criterion)} asks for the unknown quantity {unknown[0]!r}; known are "
-            f"{', '.join(statistics)}. Give an option a default value, or register the quantity with "
-            "@statistics.register"
+            f"{', '.join(quantities)}. Give an option a default value, or register the quantity with "
+            "@quantities.register"
         )
 
 

@@ -37,7 +37,7 @@ class ScoredLayer:
     whole: bool = False
 
 
-def select(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
+def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Rank the groups of `layers` in one list; bool arrays, True where a group falls."""
     score = np.concatenate([layer.score for layer in layers])
     masked = np.concatenate([layer.masked for layer in layers])

@@ -23,7 +23,7 @@ from .level import Sparsity, check_sparsity, scopes
 from .registry import name_of
 from .report import Count, Report
 from .selection import ScoredLayer, bundle
-from .statistic import statistics
+from .statistic import quantities
 from .target import Target, find_targets, why_dense
 
 
@@ -318,7 +318,7 @@ class Sparsifier:
 
     def _quantity(self, quantity: str, name: str) -> Any:
         """A quantity of a layer: computed now, or a copy of what is stored, so that no criterion can change it."""
-        function = statistics[quantity]
+        function = quantities[quantity]
         if "score" in function.moments:  # type: ignore[attr-defined]
             return function(self, name)
         return self.statistics[quantity][name].clone()
@@ -326,7 +326,7 @@ class Sparsifier:
     def _take(self, moment: str) -> None:
         """Store the quantities that the criterion names and that are taken at this moment."""
         for quantity in quantities_of(self.criterion):
-            function = statistics[quantity]
+            function = quantities[quantity]
             if moment in function.moments:  # type: ignore[attr-defined]
                 self.statistics[quantity] = {name: function(self, name) for name in self.targets}
 

@@ -10,15 +10,21 @@ A quantity is a function of the Sparsifier and the name of a parameter. `taken` 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .registry import Registry
+from .target import Target
 
-if TYPE_CHECKING:
-    from .sparsifier import Sparsifier
+
+class Source(Protocol):
+    """What a quantity may read of the Sparsifier."""
+
+    targets: dict[str, Target]
+    rng: torch.Generator
+
 
 MOMENTS = ("score", "start", "update")
 
@@ -41,38 +47,38 @@ def _check(quantity: Callable) -> None:
         )
 
 
-statistics = Registry("quantity", check=_check)
+quantities = Registry("quantity", check=_check)
 
 
-@statistics.register
+@quantities.register
 @taken("score")
-def weight(sparsifier: Sparsifier, name: str) -> Tensor:
+def weight(sparsifier: Source, name: str) -> Tensor:
     """The weight as it is."""
     return _copy(sparsifier, name)
 
 
-@statistics.register
+@quantities.register
 @taken("start")
-def init(sparsifier: Sparsifier, name: str) -> Tensor:
+def init(sparsifier: Source, name: str) -> Tensor:
     """The weight as it was when the Sparsifier was made."""
     return _copy(sparsifier, name)
 
 
-@statistics.register
+@quantities.register
 @taken("start", "update")
-def previous(sparsifier: Sparsifier, name: str) -> Tensor:
+def previous(sparsifier: Source, name: str) -> Tensor:
     """The weight as it was at the last mask update."""
     return _copy(sparsifier, name)
 
 
-@statistics.register
+@quantities.register
 @taken("score")
-def rng(sparsifier: Sparsifier, name: str) -> torch.Generator:
+def rng(sparsifier: Source, name: str) -> torch.Generator:
     """The Sparsifier's own random generator, on the CPU; torch's global one is left alone."""
     return sparsifier.rng
 
 
-def _copy(sparsifier: Sparsifier, name: str) -> Tensor:
+def _copy(sparsifier: Source, name: str) -> Tensor:
     """A copy, so that no criterion can change a weight; half precision is widened, which loses nothing."""
     parameter = sparsifier.targets[name].parameter.detach()
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)

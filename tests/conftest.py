@@ -32,7 +32,7 @@ def mlp():
 def make_learner():
     """A Learner on made-up data that trains a few steps in no time: make_learner(model, steps per epoch)."""
     pytest.importorskip("fastai", reason="fastai callbacks need fastai")
-    from fastai.vision.all import DataLoader, DataLoaders, Learner, SGD
+    from fastai.vision.all import SGD, DataLoader, DataLoaders, Learner
 
     def make(model=None, steps=4, opt_func=SGD, shape=(2, 8, 8), classes=3, **options):
         torch.manual_seed(1)

@@ -9,7 +9,7 @@ from conftest import small_net  # noqa: E402
 from fastai.callback.fp16 import MixedPrecision  # noqa: E402
 from fastai.callback.schedule import SchedCos  # noqa: E402
 from fastai.callback.training import GradientAccumulation, GradientClip  # noqa: E402
-from fastai.learner import CancelFitException, CancelStepException, Callback  # noqa: E402
+from fastai.learner import Callback, CancelFitException, CancelStepException  # noqa: E402
 
 from sparsifai.all import KeepSparsity, Sparsifier, SparsifyCallback, between, cos, large_final, schedules  # noqa: E402
 
@@ -132,7 +132,9 @@ def test_a_schedule_that_fails_between_the_points_that_were_tried_says_so(make_l
 
 def test_two_callbacks_in_one_fit_are_refused(make_learner):
     learn = make_learner(cbs=SparsifyCallback(0.5))
-    with pytest.raises(ValueError, match="two SparsifyCallbacks in one fit would undo each other; give one of them a dict"):
+    with pytest.raises(
+        ValueError, match="two SparsifyCallbacks in one fit would undo each other; give one of them a dict"
+    ):
         learn.fit(1, cbs=SparsifyCallback(0.8))
     assert len(learn.metrics) == 0
 
@@ -294,7 +296,10 @@ def test_lr_find_validate_and_get_preds_change_nothing(make_learner, when, given
 def test_a_second_plain_fit_keeps_the_zeros_until_the_keeper_is_taken_off(make_learner, capsys):
     learn, watch = make_learner(), Watch()
     learn.fit(1, cbs=SparsifyCallback(0.9))
-    assert "KeepSparsity now holds the 90.1% of zeros in later fits; learn.remove_cb(KeepSparsity)" in capsys.readouterr().out
+    assert (
+        "KeepSparsity now holds the 90.1% of zeros in later fits; learn.remove_cb(KeepSparsity)"
+        in capsys.readouterr().out
+    )
     learn.fit(2, 0.1, cbs=watch)
     assert set(watch.forwards) == set(watch.steps) == {share(0.9)}
     learn.remove_cb(KeepSparsity)
@@ -358,7 +363,7 @@ def test_a_fit_that_starts_at_a_later_epoch_takes_up_the_schedule_there(make_lea
     assert watch.steps[-1] == share(0.8)
 
 
-def test_without_default_callbacks_and_without_a_bar(make_learner):
+def test_without_default_callbacks_bar_and_logging_nothing_is_printed(make_learner, capsys):
     from fastai.callback.core import TrainEvalCallback
 
     learn = make_learner(default_cbs=False, cbs=[TrainEvalCallback()])
@@ -366,6 +371,7 @@ def test_without_default_callbacks_and_without_a_bar(make_learner):
     with learn.no_logging(), learn.no_bar():
         learn.fit(1, cbs=callback)
     assert callback.sparsifier.sparsity == share(0.5)
+    assert capsys.readouterr().out == ""
 
 
 def test_learn_save_and_load_stay_strict(make_learner, tmp_path):
@@ -378,7 +384,9 @@ def test_learn_save_and_load_stay_strict(make_learner, tmp_path):
 
 def test_nothing_of_the_constructor_is_changed_by_a_fit(make_learner):
     callback = SparsifyCallback({"0": 0.5, "3": 0.9}, context="local", schedule="cos")
-    before = {key: value for key, value in vars(callback).items() if key in SparsifyCallback.__init__.__code__.co_varnames}
+    before = {
+        key: value for key, value in vars(callback).items() if key in SparsifyCallback.__init__.__code__.co_varnames
+    }
     make_learner().fit(1, cbs=callback)
     assert {key: vars(callback)[key] for key in before} == before
     assert callback.sparsity == {"0": 0.5, "3": 0.9}

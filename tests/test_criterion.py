@@ -71,7 +71,10 @@ def test_own_criterion_by_name_and_as_function(mlp):
         return (weight - 1).abs()
 
     try:
-        by_name, by_function = Sparsifier(mlp, criteria="distance_from_one"), Sparsifier(mlp, criteria=distance_from_one)
+        by_name, by_function = (
+            Sparsifier(mlp, criteria="distance_from_one"),
+            Sparsifier(mlp, criteria=distance_from_one),
+        )
         assert by_name.criterion is by_function.criterion
         weights = torch.cat([mlp[0].weight.detach().flatten(), mlp[2].weight.detach().flatten()])
         by_name.sparsify(0.5)
@@ -95,7 +98,9 @@ def test_a_criterion_that_writes_in_place_changes_no_weight_and_no_statistic(mlp
 
 @pytest.mark.parametrize("wrong", [lambda weight: weight.sum(), lambda weight: 1.0, lambda weight: weight.T])
 def test_scores_of_another_shape_are_refused(mlp, wrong):
-    with pytest.raises(ValueError, match=r"must return one score per weight: for 0.weight a tensor of the shape \(8, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"must return one score per weight: for 0.weight a tensor of the shape \(8, 4\)"
+    ):
         Sparsifier(mlp, criteria=wrong).sparsify(0.5)
 
 

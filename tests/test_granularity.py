@@ -56,8 +56,16 @@ def test_every_registered_granularity_is_tested():
 
 
 def test_masks_keep_the_grouped_shape():
-    shapes = {"weight": (4, 3, 2, 3), "filter": (4, 1, 1, 1), "channel": (1, 3, 1, 1), "kernel": (4, 3, 1, 1),
-              "row": (4, 3, 2, 1), "column": (4, 3, 1, 3), "layer": (1, 1, 1, 1), "shared_weight": (1, 3, 2, 3)}  # fmt: skip
+    shapes = {
+        "weight": (4, 3, 2, 3),
+        "filter": (4, 1, 1, 1),
+        "channel": (1, 3, 1, 1),
+        "kernel": (4, 3, 1, 1),
+        "row": (4, 3, 2, 1),
+        "column": (4, 3, 1, 3),
+        "layer": (1, 1, 1, 1),
+        "shared_weight": (1, 3, 2, 3),
+    }
     for name, shape in shapes.items():
         grouping, _ = grouping_of("convolution", name)
         assert grouping.spread(grouping.all_kept()).shape == shape

@@ -16,7 +16,9 @@ def report(mlp):
 
 
 def test_counts_what_is_zero_not_what_was_asked_for(report):
-    assert [(row.name, row.kind, row.shape, row.count.weights, row.count.zeros, row.why_dense) for row in report.rows] == [
+    assert [
+        (row.name, row.kind, row.shape, row.count.weights, row.count.zeros, row.why_dense) for row in report.rows
+    ] == [
         ("0.weight", "Linear", (8, 4), 32, 8, ""),
         ("2.weight", "Linear", (2, 8), 16, 3, "excluded"),
     ]

@@ -2,12 +2,11 @@ import math
 
 import numpy as np
 import oracle
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsifai import contexts
-from sparsifai.selection import ScoredLayer, bundle, select
+from sparsifai.selection import ScoredLayer, bundle, select_groups
 
 
 def layer(score, size=1, masked=None, whole=False, dtype=np.float32):
@@ -18,52 +17,55 @@ def layer(score, size=1, masked=None, whole=False, dtype=np.float32):
 
 
 def test_lowest_fall_by_hand():
-    assert select([layer([3, 1, 2, 4])], 0.5)[0].tolist() == [False, True, True, False]
+    assert select_groups([layer([3, 1, 2, 4])], 0.5)[0].tolist() == [False, True, True, False]
 
 
 def test_ties_fall_in_index_order():
-    assert select([layer([1, 1, 1, 1])], 0.5)[0].tolist() == [True, True, False, False]
-    assert [falls.tolist() for falls in select([layer([1, 1]), layer([1, 1])], 0.25)] == [[True, False], [False, False]]
+    assert select_groups([layer([1, 1, 1, 1])], 0.5)[0].tolist() == [True, True, False, False]
+    assert [falls.tolist() for falls in select_groups([layer([1, 1]), layer([1, 1])], 0.25)] == [
+        [True, False],
+        [False, False],
+    ]
 
 
 def test_half_is_rounded_up():
-    assert select([layer([1, 2, 3, 4, 5])], 0.5)[0].sum() == 3
-    assert select([layer(range(100))], 0.29)[0].sum() == 29
+    assert select_groups([layer([1, 2, 3, 4, 5])], 0.5)[0].sum() == 3
+    assert select_groups([layer(range(100))], 0.29)[0].sum() == 29
 
 
 def test_a_layer_is_never_emptied_and_the_others_make_up_for_it():
-    first, second = select([layer([1, 2]), layer([3, 4, 5, 6])], 0.5)
+    first, second = select_groups([layer([1, 2]), layer([3, 4, 5, 6])], 0.5)
     assert first.tolist() == [True, False]
     assert second.tolist() == [True, True, False, False]
-    assert [falls.sum() for falls in select([layer([1, 2]), layer([3, 4, 5, 6])], 1.0)] == [1, 3]
+    assert [falls.sum() for falls in select_groups([layer([1, 2]), layer([3, 4, 5, 6])], 1.0)] == [1, 3]
 
 
 def test_whole_layers_fall_jointly_but_never_all():
     layers = [layer([2], 10, whole=True), layer([1], 20, whole=True), layer([3], 30, whole=True)]
-    assert [falls.tolist() for falls in select(layers, 0.4)] == [[False], [True], [False]]
-    assert [falls.tolist() for falls in select(layers, 1.0)] == [[True], [True], [False]]
-    assert select(layers[:1], 0.9)[0].tolist() == [False]
+    assert [falls.tolist() for falls in select_groups(layers, 0.4)] == [[False], [True], [False]]
+    assert [falls.tolist() for falls in select_groups(layers, 1.0)] == [[True], [True], [False]]
+    assert select_groups(layers[:1], 0.9)[0].tolist() == [False]
 
 
 def test_masked_groups_fall_first_and_come_back_best_first():
-    rising = select([layer([9, 1, 2, 3], masked=[True, False, False, False])], 0.5)[0]
+    rising = select_groups([layer([9, 1, 2, 3], masked=[True, False, False, False])], 0.5)[0]
     assert rising.tolist() == [True, True, False, False]
-    falling = select([layer([9, 8, 0, 0], masked=[True, True, False, False])], 0.25)[0]
+    falling = select_groups([layer([9, 8, 0, 0], masked=[True, True, False, False])], 0.25)[0]
     assert falling.tolist() == [False, True, False, False]
 
 
 def test_budget_counts_weights_not_groups():
     # The three small groups hold 30 of 130 weights; the nearest to 50 % is 30 or 130 - 100 = 30 plus none.
-    falls = select([layer([1, 2, 3, 4], [10, 10, 10, 100])], 0.5)[0]
+    falls = select_groups([layer([1, 2, 3, 4], [10, 10, 10, 100])], 0.5)[0]
     assert falls.tolist() == [True, True, True, False]
-    falls = select([layer([1, 2, 3, 4], [40, 10, 40, 40])], 0.35)[0]  # 45.5 of 130: 50 is nearer than 40
+    falls = select_groups([layer([1, 2, 3, 4], [40, 10, 40, 40])], 0.35)[0]  # 45.5 of 130: 50 is nearer than 40
     assert falls.tolist() == [True, True, False, False]
 
 
 def test_infinite_scores_are_ordinary_scores():
     infinity = math.inf
-    assert select([layer([infinity, 1, -infinity, infinity])], 0.75)[0].tolist() == [True, True, True, False]
-    assert select([layer([-infinity] * 3, masked=[False, False, True])], 0.67)[0].tolist() == [True, False, True]
+    assert select_groups([layer([infinity, 1, -infinity, infinity])], 0.75)[0].tolist() == [True, True, True, False]
+    assert select_groups([layer([-infinity] * 3, masked=[False, False, True])], 0.67)[0].tolist() == [True, False, True]
 
 
 groups = st.lists(
@@ -90,7 +92,7 @@ def test_against_the_oracle(layers, sparsity, sizes, masks):
               [group[2] for group in groups])
         for groups in layers
     ]  # fmt: skip
-    assert [falls.tolist() for falls in select(scored, sparsity)] == oracle.fallen(layers, sparsity)
+    assert [falls.tolist() for falls in select_groups(scored, sparsity)] == oracle.fallen(layers, sparsity)
 
 
 @settings(max_examples=200, deadline=None)
@@ -101,11 +103,11 @@ def test_against_the_oracle(layers, sparsity, sizes, masks):
 def test_rising_levels_nest_and_falling_levels_nest(score, levels):
     masked = np.zeros(len(score), bool)
     for level in sorted(levels):
-        falls = select([layer(score, masked=masked)], level)[0]
+        falls = select_groups([layer(score, masked=masked)], level)[0]
         assert (falls >= masked).all()
         masked = falls
     for level in sorted(levels, reverse=True):
-        falls = select([layer(score, masked=masked)], level)[0]
+        falls = select_groups([layer(score, masked=masked)], level)[0]
         assert (falls <= masked).all()
         assert falls.sum() == min(math.floor(level * len(score) + 0.5), len(score) - 1)
         masked = falls
@@ -118,7 +120,7 @@ def test_bundles_keep_multiples():
     assert joined.size.tolist() == [2, 4, 4]
     assert joined.score.tolist() == [1, 3, 5]
     for level in np.linspace(0, 1, 21):
-        falls = select([joined], level)[0][of_group]
+        falls = select_groups([joined], level)[0][of_group]
         assert (5 - falls.sum()) in (5, 4, 2)
 
 

@@ -286,7 +286,9 @@ def test_nothing_is_left_on_the_model(net):
     sparsifier.sparsify(0.5)
     assert list(net.state_dict()) == keys
     assert {name: id(parameter) for name, parameter in net.named_parameters()} == objects
-    assert not any(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in net.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in net.modules()
+    )
     assert all(not parameter._backward_hooks for parameter in net.parameters())
     assert len(list(net.buffers())) == len(list(small_net().buffers()))
     copied = copy.deepcopy(net)
@@ -326,9 +328,13 @@ def test_state_dict_resumes_bit_for_bit(criterion):
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(net):
     sparsifier = Sparsifier(net)
     state = Sparsifier(small_net(), "kernel").state_dict()
-    with pytest.raises(ValueError, match="the mask of 0.weight has the shape .8, 2, 1, 1. in the state and .8, 2, 3, 3. here"):
+    with pytest.raises(
+        ValueError, match="the mask of 0.weight has the shape .8, 2, 1, 1. in the state and .8, 2, 3, 3. here"
+    ):
         sparsifier.load_state_dict(state)
-    with pytest.raises(ValueError, match="quantities .'init'., the criterion large_final needs ..; use the same criterion"):
+    with pytest.raises(
+        ValueError, match="quantities .'init'., the criterion large_final needs ..; use the same criterion"
+    ):
         sparsifier.load_state_dict(Sparsifier(small_net(), criteria="movement").state_dict())
     with pytest.raises(ValueError, match="no 'levels' in the state; is it a Sparsifier's"):
         sparsifier.load_state_dict({"masks": {}})
@@ -393,16 +399,23 @@ def test_own_context_is_a_function(net):
     def only_the_first(layers, sparsity):
         import numpy as np
 
-        return [contexts["local"]([layers[0]], sparsity)[0], *(np.zeros(len(layer.score), bool) for layer in layers[1:])]
+        return [
+            contexts["local"]([layers[0]], sparsity)[0],
+            *(np.zeros(len(layer.score), bool) for layer in layers[1:]),
+        ]
 
     sparsifier = Sparsifier(net, context=only_the_first)
     sparsifier.sparsify(0.5)
     assert [row.count.sparsity for row in sparsifier.report().rows] == [0.5, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("wrong", [lambda layers, sparsity: [], lambda layers, sparsity: [layer.score for layer in layers]])
+@pytest.mark.parametrize(
+    "wrong", [lambda layers, sparsity: [], lambda layers, sparsity: [layer.score for layer in layers]]
+)
 def test_what_is_no_answer_of_a_context_is_an_error(net, wrong):
-    with pytest.raises(ValueError, match="must return for each layer a bool array over its groups, True where one falls"):
+    with pytest.raises(
+        ValueError, match="must return for each layer a bool array over its groups, True where one falls"
+    ):
         Sparsifier(net, context=wrong).sparsify(0.5)
 
 

@@ -211,7 +211,9 @@ def test_a_granularity_that_some_layers_cannot_have_leaves_them_dense_and_says_w
 
 
 def test_a_granularity_that_no_layer_can_have_is_an_error(mlp):
-    with pytest.raises(ValueError, match="no layer of Sequential is left to sparsify; 0.weight: shared_channel needs axis"):
+    with pytest.raises(
+        ValueError, match="no layer of Sequential is left to sparsify; 0.weight: shared_channel needs axis"
+    ):
         Sparsifier(mlp, "shared_channel")
     with pytest.raises(ValueError, match="weight: yields the model's output"):
         Sparsifier(nn.Linear(4, 2), "filter")
