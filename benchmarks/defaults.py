@@ -26,10 +26,10 @@ AXES = {
 }
 
 
-def fitted(dls, fit, epochs, seed, **options):
+def fitted(fit, epochs, seed, **options):
     "Accuracy of a net trained from scratch, `fit` one of 'fit_one_cycle' and 'fit'"
     set_seed(seed, reproducible=True)
-    learn = Learner(dls, conv_net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    learn = Learner(digits_loaders(seed), conv_net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     with learn.no_bar(), learn.no_logging():
         # A flat rate as high as the peak of one cycle would not settle.
         getattr(learn, fit)(epochs, 1e-2 if fit == "fit_one_cycle" else 3e-3, cbs=SparsifyCallback(**options))
@@ -38,14 +38,13 @@ def fitted(dls, fit, epochs, seed, **options):
 
 def main(seeds, epochs, axes):
     torch.set_num_threads(1)
-    loaders = {seed: digits_loaders(seed) for seed in range(seeds)}
     for axis in axes:
         scores = defaultdict(list)
         for fit in ("fit_one_cycle", "fit"):
             for level in LEVELS:
                 for value in AXES[axis]:
-                    for seed, dls in loaders.items():
-                        score = fitted(dls, fit, epochs, seed, sparsity=level, **{axis: value})
+                    for seed in range(seeds):
+                        score = fitted(fit, epochs, seed, sparsity=level, **{axis: value})
                         scores[value, fit, level].append(score)
         print(
             f"\n| {axis} | " + " | ".join(f"{fit} {level:.0%}" for fit in ("fit_one_cycle", "fit") for level in LEVELS)

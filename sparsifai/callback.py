@@ -8,6 +8,7 @@ from fastai.callback.core import Callback
 from fastai.learner import ValueMetric, noop
 
 from .level import check_sparsity, scaled
+from .report import percent
 from .schedule import progress, schedules
 from .sparsifier import Sparsifier, check_round_to, resolve_axes
 from .target import as_patterns
@@ -102,7 +103,7 @@ class SparsifyCallback(_Masking):
             if frozen and not hasattr(self.learn, "lr_finder"):
                 level = self.sparsifier.sparsity if self.sparsifier else 0.0
                 self._notify(
-                    f"SparsifyCallback: some layers are frozen, so sparsity is held at {level:.1%} in this fit"
+                    f"SparsifyCallback: some layers are frozen, so sparsity is held at {percent(level)} in this fit"
                 )
 
     def before_batch(self):
@@ -165,7 +166,7 @@ class SparsifyCallback(_Masking):
         elif self.sparsifier.has_masked:
             self.learn.add_cb(KeepSparsity(self.sparsifier))
             self._notify(
-                f"KeepSparsity now holds the {self.sparsifier.sparsity:.1%} of zeros in later fits; "
+                f"KeepSparsity now holds the {percent(self.sparsifier.sparsity)} of zeros in later fits; "
                 "learn.remove_cb(KeepSparsity) lets them go"
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 
@@ -17,7 +18,10 @@ def close_matches(name: str, known: Iterable[str]) -> str:
 
 
 def name_of(function: Any) -> str:
-    """How a message calls a function: its name, or what it prints as (partials, annealers)."""
+    """How a message calls a function: its name, that of a partial with its options, or what it prints as."""
+    if isinstance(function, partial):
+        options = ", ".join(f"{name}={value!r}" for name, value in function.keywords.items())
+        return f"{name_of(function.func)}({options})"
     return getattr(function, "__name__", None) or repr(function)
 
 

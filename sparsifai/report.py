@@ -12,6 +12,16 @@ from torch import Tensor, nn
 
 from .target import Target
 
+
+def percent(fraction: float) -> str:
+    """As a percentage with two decimals; 100.00% only if it is exactly that, 0.00% likewise.
+
+    >>> percent(0.5), percent(0.99999), percent(0.00001), percent(1)
+    ('50.00%', '99.99%', '0.01%', '100.00%')
+    """
+    return f"{fraction if fraction in (0, 1) else min(max(fraction, 0.0001), 0.9999):.2%}"
+
+
 _HEADER = ("layer", "kind", "shape", "weights", "zeros", "sparsity", "why dense")
 
 
@@ -119,15 +129,18 @@ class Report:
         ax.barh(places, [row.count.sparsity for row in self.rows], color=colours)
         for place, row in enumerate(self.rows):
             label = row.why_dense or f"{row.count.weights - row.count.zeros:,} of {row.count.weights:,} left"
-            ax.text(min(row.count.sparsity + 0.01, 0.62), place, label, va="center", fontsize="small")
-        ax.axvline(self.selected.sparsity, color="tab:red", linewidth=1, label=f"selected {self.selected.sparsity:.1%}")
-        ax.set(xlim=(0, 1), xlabel="sparsity", title=f"{self.model.sparsity:.1%} of the whole model are zero")
+            inside = row.count.sparsity > 0.5
+            offset, side, colour = (-0.01, "right", "white") if inside else (0.01, "left", "black")
+            ax.text(row.count.sparsity + offset, place, label, va="center", ha=side, color=colour, fontsize="small")
+        ax.axvline(self.selected.sparsity, color="tab:red", linewidth=1)
+        selected, model = percent(self.selected.sparsity), percent(self.model.sparsity)
+        ax.set(
+            xlim=(0, 1), xlabel=f"sparsity (red line: {selected} of the selected layers, {model} of the whole model)"
+        )
         ax.set_yticks(places, [row.name for row in self.rows])
         ax.invert_yaxis()
-        ax.legend(loc="lower right")
         return ax
 
 
 def _figures(count: Count) -> tuple[str, str, str]:
-    # Rounded down, so that 100.00 % is only said where no weight is left.
-    return f"{count.weights:,}", f"{count.zeros:,}", f"{int(count.sparsity * 10000 + 1e-9) / 100:.2f} %"
+    return f"{count.weights:,}", f"{count.zeros:,}", percent(count.sparsity)

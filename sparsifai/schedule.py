@@ -79,6 +79,7 @@ def iterative(n: int = 3) -> Schedule:
         return max(math.ceil(n * t - 1e-9), 0) / n
 
     steps.__name__ = f"iterative({n})"
+    steps.__doc__ = f"s(t) = ceil({n} t) / {n}: {n} equal steps."
     return steps
 
 

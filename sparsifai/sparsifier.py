@@ -104,7 +104,10 @@ class Sparsifier:
         self._check_held("sparsify")
         wanted = check_sparsity(sparsity, compression_ratio)
         masks, levels = dict(self.masks), dict(self.levels)
-        for fraction, names in scopes(wanted, self.targets, self.dense, self.candidates, self.model):
+        parts = scopes(wanted, self.targets, self.dense, self.candidates, self.model)
+        if any(fraction < levels[name] for fraction, names in parts for name in names):
+            self.apply_masks()  # what comes back comes back as zero, whatever momentum has made of it since
+        for fraction, names in parts:
             scored = [self._score(name) for name in names]
             for name, falls in zip(names, self._rank(scored, fraction), strict=True):
                 if fraction >= levels[name]:
@@ -286,8 +289,9 @@ class Sparsifier:
     def _reasons(self) -> str:
         reasons = [f"{name}: {reason}" for name, reason in self.dense.items()]
         more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
-        remedy = "register_layer names the axes of other kinds of layer"
-        return f"{'; '.join(reasons[:5]) or 'it has no weights with named axes'}{more} ({remedy})"
+        if not reasons:
+            return "no weights with named axes; name those of its layers: register_layer(kind, weight=('out', 'in'))"
+        return f"{'; '.join(reasons[:5])}{more}. Choose another granularity, or name layers in layers="
 
     def _grouping(self, target: Target) -> Grouping | str:
         """How the granularity groups the weights of a layer, or why it cannot."""

@@ -187,6 +187,28 @@ def test_the_sparsifier_can_be_told_the_same_in_the_same_words(make_learner):
     )  # the criterion drew nothing
 
 
+def test_what_a_falling_schedule_revives_comes_back_as_zero(make_learner):
+    revived = []
+
+    class Look(Callback):
+        order = 12  # right after the masks
+
+        def before_fit(self):
+            self.before = None
+
+        def after_step(self):
+            sparsifier = self.learn.sparsify.sparsifier
+            mask = sparsifier.masks["3.weight"]
+            if self.before is not None:
+                revived.append(sparsifier.targets["3.weight"].parameter.detach()[mask & ~self.before])
+            self.before = mask
+
+    make_learner(steps=8, opt_func=fastai.Adam).fit(1, 0.1, cbs=[SparsifyCallback(0.5, schedule="dsd"), Look()])
+    revived = torch.cat(revived)
+    assert len(revived) > 20
+    assert (revived == 0).all()
+
+
 def test_sparsity_zero_is_training_without_the_callback(make_learner):
     def trained(callbacks):
         learn = make_learner(opt_func=fastai.Adam)
@@ -297,7 +319,7 @@ def test_a_second_plain_fit_keeps_the_zeros_until_the_keeper_is_taken_off(make_l
     learn, watch = make_learner(), Watch()
     learn.fit(1, cbs=SparsifyCallback(0.9))
     assert (
-        "KeepSparsity now holds the 90.1% of zeros in later fits; learn.remove_cb(KeepSparsity)"
+        "KeepSparsity now holds the 90.08% of zeros in later fits; learn.remove_cb(KeepSparsity)"
         in capsys.readouterr().out
     )
     learn.fit(2, 0.1, cbs=watch)
@@ -350,7 +372,7 @@ def test_fine_tune_holds_while_layers_are_frozen_and_says_so(make_learner, capsy
     learn, watch = make_learner(splitter=splitter), Watch()
     callback = SparsifyCallback(0.8, schedule=between("lin", 0, 1))
     learn.fine_tune(2, freeze_epochs=1, cbs=[callback, watch])
-    assert "some layers are frozen, so sparsity is held at 0.0% in this fit" in capsys.readouterr().out
+    assert "some layers are frozen, so sparsity is held at 0.00% in this fit" in capsys.readouterr().out
     assert watch.forwards == [share(0.8 * step / 8) for step in range(8)]  # the unfrozen fit, from its start
     assert callback.sparsifier.sparsity == share(0.8)
     assert callback.sparsifier.dense == {}

@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 
-from sparsifai.registry import Registry
+from sparsifai.registry import Registry, name_of
 
 
 @pytest.fixture
@@ -46,6 +46,11 @@ def test_unknown_names_are_answered_with_close_matches(colours):
         colours.resolve("xyz")
     with pytest.raises(KeyError, match="did you mean 'red'"):
         colours["rad"]
+
+
+def test_what_a_message_calls_a_function():
+    assert name_of(int) == "int"
+    assert name_of(partial(int, base=2)) == "int(base=2)"
 
 
 def test_duplicates_are_refused_unless_replaced(colours):
