@@ -1,4 +1,7 @@
-"""Fastai callbacks: when to call the Sparsifier, never how to sparsify."""
+"""Fastai callbacks: when to call the Sparsifier, never how to sparsify.
+
+SparsifyCallback moves the sparsity along the schedule. KeepSparsity holds the zeros, in this fit and in later ones.
+"""
 
 from __future__ import annotations
 
@@ -7,48 +10,80 @@ from typing import Any
 from fastai.callback.core import Callback
 from fastai.learner import ValueMetric, noop
 
-from .level import check_sparsity, scaled
+from .argument import check_round_to, check_seed, check_sparsity, resolve_axes, scaled
+from .masking import zero_gradients, zero_weights
 from .report import percent
 from .schedule import progress, schedules
-from .sparsifier import Sparsifier, check_round_to, resolve_axes
-from .target import as_patterns
+from .sparsifier import Sparsifier
+from .target import as_patterns, find_targets
 
 
-class _Masking(Callback):
-    "Base of the callbacks that keep masked weights zero: gradients before they are clipped, weights after the step"
+class KeepSparsity(Callback):
+    "Keep the zeros of a sparse model zero while it trains; SparsifyCallback leaves one on the Learner"
 
     # After MixedPrecision (10) has unscaled the gradients, before GradientClip (11) takes their norm.
     order = 10.5
 
-    def _sparsifiers(self) -> list[Sparsifier]:
-        raise NotImplementedError
+    def __init__(
+        self,
+        sparsifier=None,  # Whose masks to keep; by default, the zeros that the model has at the first batch
+    ):
+        super().__init__()
+        self.sparsifier: Sparsifier | None = sparsifier
+        self.recovers = sparsifier is None
+        self.earlier: dict[str, Any] = {}  # masks of earlier Sparsifiers, by parameter name
 
-    def _notify(self, message: str) -> None:
-        """One line for the user, where the Learner's own table is shown."""
-        if self.learn.logger is not noop:
-            print(message)
+    def before_fit(self):
+        "Zero the masked weights, which an interrupted step may have changed"
+        zero_weights(self._masked())
+
+    def before_batch(self):
+        "Take the masks from the zeros of the model, if they were not given"
+        if self.recovers and self.learn.training:
+            self.recovers = False
+            for name, target in find_targets(self.learn.model).items():
+                mask = target.parameter.detach() != 0
+                # A layer of nothing but zeros, as some are initialized, is not a masked one.
+                if mask.any() and not mask.all():
+                    self.earlier[name] = mask
 
     def before_step(self):
         "Zero the gradients of masked weights"
-        for sparsifier in self._sparsifiers():
-            sparsifier.mask_gradients()
+        zero_gradients(self._masked())
 
     def after_step(self):
         "Zero the masked weights"
-        for sparsifier in self._sparsifiers():
-            sparsifier.apply_masks()
+        zero_weights(self._masked())
+
+    def hold(self, sparsifier: Sparsifier) -> None:
+        "Keep the masks of `sparsifier` from now on, which starts with the zeros that were kept until now"
+        if self.sparsifier is not None:
+            for masks in (self.sparsifier.masks, self.sparsifier.follower_masks):
+                for name, mask in masks.items():
+                    self.earlier[name] = mask & self.earlier[name] if name in self.earlier else mask
+        self.sparsifier = sparsifier
+        sparsifier.adopt(self.earlier)
+
+    def _masked(self) -> list:
+        parameters = dict(self.learn.model.named_parameters())
+        earlier = [(parameters[name], mask.to(parameters[name].device)) for name, mask in self.earlier.items()]
+        return earlier + ([] if self.sparsifier is None else self.sparsifier.masked_parameters())
 
 
-class SparsifyCallback(_Masking):
+class SparsifyCallback(Callback):
     "Make the model sparse while it trains: `sparsity` of its weights are zero at the end of the schedule"
+
+    # After KeepSparsity, which has zeroed what the step has changed.
+    order = KeepSparsity.order + 0.1
 
     # Without values here, fastai would look names that are read before the first fit up in the Learner.
     sparsifier: Any = None  # the Sparsifier, from the first batch on
-    _reached = 0.0
-    _floor = 0.0
-    _steps = 0
+    _reached = 0.0  # what the schedule has reached, as a share of the target
+    _floor = 0.0  # what earlier fits had reached
+    _begun = False
     _advances = False
-    _metric: ValueMetric | None = None
+    _brought: KeepSparsity | None = None  # one that this callback has put on the Learner and not yet announced
+    _column: ValueMetric | None = None
 
     def __init__(
         self,
@@ -71,143 +106,109 @@ class SparsifyCallback(_Masking):
         self.schedule = schedules.resolve(schedule)
         self.layers = None if layers is None else as_patterns(layers)
         self.exclude = None if exclude is None else as_patterns(exclude)
-        self.round_to, self.seed = check_round_to(round_to), seed
+        self.round_to, self.seed = check_round_to(round_to), check_seed(seed)
 
     def __setattr__(self, name, value):
-        # Taken off the Learner, as fit does with its own callbacks even when it is interrupted: leave no column there.
-        if name == "learn" and value is None:
-            self._remove_column()
+        # Taken off the Learner, as fit does with its own callbacks even when it is interrupted.
+        if name == "learn" and value is None and self.learn is not None:
+            self._end()
         super().__setattr__(name, value)
 
-    def _sparsifiers(self) -> list[Sparsifier]:
-        return [] if self.sparsifier is None else [self.sparsifier]
-
     def before_fit(self):
-        "Refuse a second SparsifyCallback; show the measured sparsity in the table"
+        "Refuse a second SparsifyCallback; show the measured sparsity in the table of a fit"
         if len(self.learn._grab_cbs(SparsifyCallback)) > 1:
             raise ValueError(
                 "two SparsifyCallbacks in one fit would undo each other; give one of them a dictionary of "
                 "sparsities by layer, or take the other off with learn.remove_cb(SparsifyCallback)"
             )
         self._remove_column()  # left over from an interrupted fit
-        if not self.learn.lock.locked() and not hasattr(self.learn, "lr_finder"):
-            self._metric = ValueMetric(lambda: self.sparsifier.sparsity if self.sparsifier else 0.0, "sparsity")
-            self.learn.metrics = self.learn.metrics + [self._metric]
-
-    def before_train(self):
-        "Decide whether the schedule advances: it does in a fit of all layers, not in lr_find or while some are frozen"
-        frozen = getattr(self.learn.opt, "frozen_idx", 0) > 0
-        self._advances = not frozen and not hasattr(self.learn, "lr_finder")
-        if self.learn.epoch == 0:
-            self._steps, self._floor = 0, self._reached
-            if frozen and not hasattr(self.learn, "lr_finder"):
-                level = self.sparsifier.sparsity if self.sparsifier else 0.0
-                self._notify(
-                    f"SparsifyCallback: some layers are frozen, so sparsity is held at {percent(level)} in this fit"
-                )
+        if self.learn.lock.locked() or hasattr(self.learn, "lr_finder"):
+            self._advances = False
+            return
+        if self.sparsifier is not None and self.sparsifier.model is not self.learn.model:
+            self.sparsifier, self._reached = None, 0.0
+        self._floor, self._begun = self._reached, False
+        self._advances = getattr(self.learn.opt, "frozen_idx", 0) == 0
+        if not self._advances:
+            held = percent(self._measured())
+            self._notify(f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit")
+        self._column = ValueMetric(self._measured, "sparsity")
+        self.learn.metrics = self.learn.metrics + [self._column]
 
     def before_batch(self):
         "Make the Sparsifier when the fit begins, and take the sparsity to where the schedule begins"
-        if not (self._advances and self.learn.training):
-            return
-        if self.sparsifier is None or self.sparsifier.model is not self.learn.model:
-            self._make_sparsifier()
-        if self._steps == 0:
+        if self._advances and self.learn.training and not self._begun:
+            if self.sparsifier is None:
+                self._make_sparsifier()
             self._go_to((self.learn.epoch * self.learn.n_iter + self.learn.iter) / self._total)
+            self._begun = True
 
     def after_step(self):
         "Take the sparsity to where the schedule is after this step"
         if self._advances:
-            self._steps += 1
             self._go_to((self.learn.epoch * self.learn.n_iter + self.learn.iter + 1) / self._total)
-        else:
-            super().after_step()
 
     def after_train(self):
-        "Close the schedule, if the last batch of the fit has come and made no step of its own"
+        "Close the schedule, if the last batch of the fit has made no step of its own"
         finished = self.learn.epoch == self.learn.n_epoch - 1 and self.learn.iter == self.learn.n_iter - 1
-        if self._advances and finished and self._steps:
+        if self._advances and self._begun and finished:
             self._go_to(1.0)
 
     def after_fit(self):
-        "Take the column off the table; leave what keeps the zeros in later fits"
-        self._remove_column()
-        if self._advances and self._steps and self.sparsifier is not None:
-            self.sparsifier.apply_masks()
-            self._leave_keeper()
-        self._advances = False
+        "Take the column off the table; say what keeps the zeros"
+        if not self.learn.lock.locked():
+            self._end()
 
     @property
     def _total(self) -> int:
         return self.learn.n_epoch * self.learn.n_iter
 
+    def _measured(self) -> float:
+        return 0.0 if self.sparsifier is None else self.sparsifier.sparsity
+
     def _go_to(self, t: float) -> None:
         """Sparsify to where the schedule is at t, but not below what earlier fits have reached."""
         reached = max(progress(self.schedule, t), self._floor)
-        if reached == self._reached:
-            self.sparsifier.apply_masks()
-            return
-        self.sparsifier.sparsify(scaled(self.sparsity, reached))
-        self._reached = reached
+        if reached != self._reached:
+            self.sparsifier.sparsify(scaled(self.sparsity, reached))
+            self._reached = reached
 
     def _make_sparsifier(self) -> None:
-        self.sparsifier = Sparsifier(
+        """At the first batch, which the data flow of some models is read from; KeepSparsity holds it from here on."""
+        sparsifier = Sparsifier(
             self.learn.model, self.granularity, self.context, self.criteria, layers=self.layers, exclude=self.exclude,
             pool=self.pool, round_to=self.round_to, seed=self.seed, example_input=self.learn.xb,
         )  # fmt: skip
-        self._reached = self._floor = 0.0
-        for keeper in self.learn._grab_cbs(KeepSparsity):
-            keeper.hand_over(self.sparsifier)
-
-    def _leave_keeper(self) -> None:
+        sparsifier.check(self.sparsity)
+        self.sparsifier = sparsifier
         keepers = self.learn._grab_cbs(KeepSparsity)
-        if keepers:
-            keepers[0].take(self.sparsifier)
-        elif self.sparsifier.has_masked:
-            self.learn.add_cb(KeepSparsity(self.sparsifier))
-            self._notify(
-                f"KeepSparsity now holds the {percent(self.sparsifier.sparsity)} of zeros in later fits; "
-                "learn.remove_cb(KeepSparsity) lets them go"
-            )
+        self._brought = KeepSparsity(sparsifier) if not keepers else None
+        if self._brought:
+            self.learn.add_cb(self._brought)
+        else:
+            keepers[0].hold(sparsifier)
+
+    def _end(self) -> None:
+        """Leave the Learner as it was but for the zeros and what keeps them."""
+        self._remove_column()
+        self._advances = False
+        if self._brought is not None:
+            zero_weights(self.sparsifier.masked_parameters())
+            if all(mask.all() for mask in self.sparsifier.masks.values()):
+                self.learn.remove_cb(self._brought)  # nothing to keep
+            else:
+                self._notify(
+                    f"KeepSparsity holds the {percent(self._measured())} of zeros in later fits, too; "
+                    "learn.remove_cb(KeepSparsity) lets them go"
+                )
+            self._brought = None
 
     def _remove_column(self) -> None:
-        if self._metric is not None:
-            self.learn.metrics = [metric for metric in self.learn.metrics if metric is not self._metric]
-            self._metric = None
+        if self._column is not None:
+            self.learn.metrics = [metric for metric in self.learn.metrics if metric is not self._column]
+            self._column = None
 
-
-class KeepSparsity(_Masking):
-    "Keep the zeros of a sparse model zero while it trains on; SparsifyCallback leaves one on the Learner"
-
-    def __init__(
-        self,
-        sparsifier=None,  # Whose masks to keep; by default, the zeros that the model has at the first batch
-    ):
-        super().__init__()
-        self.kept = [] if sparsifier is None else [sparsifier]
-        self.recovers = sparsifier is None
-
-    def _sparsifiers(self) -> list[Sparsifier]:
-        return [sparsifier for sparsifier in self.kept if sparsifier is not self._active]
-
-    @property
-    def _active(self) -> Sparsifier | None:
-        """The Sparsifier of a SparsifyCallback in this fit, which keeps its own zeros."""
-        callbacks = self.learn._grab_cbs(SparsifyCallback)
-        return callbacks[0].sparsifier if callbacks else None
-
-    def before_batch(self):
-        "Recover the masks from the zeros of the model, if they were not given"
-        if self.recovers and self.learn.training:
-            sparsifier = Sparsifier(self.learn.model)
-            sparsifier.recover_masks()
-            self.kept, self.recovers = [*self.kept, sparsifier], False
-
-    def take(self, sparsifier: Sparsifier) -> None:
-        "Keep the masks of `sparsifier` from now on, too"
-        if not any(held is sparsifier for held in self.kept):
-            self.kept.append(sparsifier)
-
-    def hand_over(self, sparsifier: Sparsifier) -> None:
-        "Start a new Sparsifier with the zeros that are kept, and drop what it now keeps itself"
-        self.kept = [held for held in self.kept if not sparsifier.adopt(held)]
+    def _notify(self, message: str) -> None:
+        """One line for the user, where the Learner's own table is shown."""
+        if self.learn.logger is not noop:
+            print(message)

@@ -6,11 +6,12 @@ over the groups: True where a group falls. `select_groups` of selection.py ranks
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .registry import Registry
+from .registry import Registry, name_of
 from .selection import ScoredLayer, select_groups
 
 Context = Callable[[Sequence[ScoredLayer], float], "list[np.ndarray]"]
@@ -31,3 +32,27 @@ def global_(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
 
 
 global_.__name__ = "global"  # as it is registered and shown; the keyword cannot be defined
+
+
+def ask(context: Context, layers: Sequence[ScoredLayer], sparsity: float, granularity: str) -> list[np.ndarray]:
+    """What `context` answers, checked. ValueError if it is not a bool array over the groups of each layer.
+
+    Warns where a share is asked for of which nothing can fall. granularity: its name, for the warning.
+    """
+    answer = context(layers, sparsity)
+    fallen = [np.asarray(falls) for falls in answer] if isinstance(answer, (list, tuple)) else []
+    if [(falls.dtype, falls.shape) for falls in fallen] != [(np.dtype(bool), layer.score.shape) for layer in layers]:
+        raise ValueError(
+            f"context {name_of(context)} must return a list with, for each layer, a bool array over its groups, True "
+            f"where one falls; got {[(falls.dtype.name, falls.shape) for falls in fallen] or type(answer).__name__}"
+        )
+    for layer, falls in zip(layers, fallen, strict=True):
+        if falls.all() and not layer.whole:
+            raise ValueError(f"context {name_of(context)} empties {layer.target.name}; a layer keeps its best group")
+    if sparsity > 0 and not any(falls.any() for falls in [*fallen, *context(layers, 1.0)]):
+        warnings.warn(
+            f"sparsity {sparsity:g} was asked for, but with granularity {granularity} and context {name_of(context)} "
+            "no group can fall, for the best of every scope stays; choose smaller groups, or context 'global'",
+            stacklevel=2,
+        )
+    return fallen

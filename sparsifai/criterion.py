@@ -23,9 +23,18 @@ Criterion = Callable[..., Tensor]
 
 def quantities_of(criterion: Criterion) -> tuple[str, ...]:
     """Names of the quantities that a criterion asks for: its parameters without a default."""
-    parameters = inspect.signature(criterion).parameters.values()
+    try:
+        parameters = inspect.signature(criterion).parameters.values()
+    except ValueError:
+        raise ValueError(
+            f"criterion {name_of(criterion)} does not show its parameters; write it out: "
+            f"lambda weight: {name_of(criterion)}(weight)"
+        ) from None
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return tuple(p.name for p in parameters if p.default is p.empty and p.kind not in optional)
+    required = [each for each in parameters if each.default is each.empty and each.kind not in optional]
+    if any(each.kind is each.POSITIONAL_ONLY for each in required):
+        raise ValueError(f"criterion {name_of(criterion)}: quantities are given by name, so leave out the '/'")
+    return tuple(each.name for each in required)
 
 
 def _check(criterion: Criterion) -> None:

@@ -2,15 +2,19 @@
 
 The flow is a list of steps in the order of computation. It comes from torch.fx, which needs no data; where a model
 cannot be traced symbolically, one forward of an example input is recorded instead. Both see what calls what, never the
-order in which a file defines things. Both run on a shell of the model, which shares its tensors but not its modules,
-so that the model is left as it was.
+order in which a file defines things. Both run on a shell of the model, which shares its parameters but neither its
+modules nor its buffers; hooks that a user has put on it do run.
+
+Followed from a layer to a norm layer are operations that keep channels apart and zero channels zero. What joins,
+splits or adds channels ends the search, so a norm layer behind a sum or a concatenation is left alone.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,25 +25,31 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-# What keeps channels apart and a channel of zeros zero: a norm layer may stand behind it.
+_ONE_STEP = (nn.MultiheadAttention, nn.RNNBase)
+
+# What keeps channels apart and a channel of zeros zero: classes of torch.nn, names of functions and methods.
 _ZERO_KEEPING = {
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),
-    *(nn.Tanh, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten),
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
-    *("relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "hardswish", "tanh", "dropout"),
-    *("max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
-    *("adaptive_max_pool2d", "flatten", "contiguous", "clone"),
+    *("ReLU", "ReLU6", "LeakyReLU", "PReLU", "ELU", "SELU", "CELU", "GELU", "SiLU", "Mish", "Hardswish", "Tanh"),
+    *("relu", "relu_", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish"),
+    *("tanh", "Identity", "Flatten", "flatten", "contiguous", "clone", "to", "type", "float", "half", "bfloat16"),
+    *(f"{kind}{n}d" for kind in ("Dropout", "MaxPool", "AvgPool", "ZeroPad") for n in (1, 2, 3)),
+    *(f"Adaptive{kind}Pool{n}d" for kind in ("Avg", "Max") for n in (1, 2, 3)),
+    *(f"{adaptive}{kind}_pool{n}d" for adaptive in ("", "adaptive_") for kind in ("avg", "max") for n in (1, 2, 3)),
+    *("Dropout", "dropout", "Upsample", "UpsamplingNearest2d", "UpsamplingBilinear2d", "interpolate"),
 }
 
 
 @dataclass
 class Step:
-    """A computation: the steps whose results it reads, the parameters it uses, if a zero channel stays zero in it."""
+    """A computation: the steps whose results it reads, the parameters it uses, if a zero channel stays zero in it.
+
+    moved: the order of axes that it puts, where it permutes them.
+    """
 
     reads: list[int]
     parameters: set[str]
     keeps_zeros: bool = False
+    moved: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -74,28 +84,38 @@ class Flow:
                     reached.update(self.steps[index].reads)
         return found
 
-    def norms_behind(self, model: nn.Module, layers: Iterable[str]) -> dict[str, set[str]]:
-        """Norm layer -> all parameters in `layers` whose outputs it normalizes, by name.
+    def norms_behind(self, model: nn.Module, layers: Iterable[str]) -> dict[tuple[str, bool], set[str]]:
+        """(Norm layer, whether channels are moved last before it) -> the parameters in `layers` that it reads.
 
         A norm layer that reads anything else besides is left out: its channels are not dead with those layers.
         """
         names = set(layers)
-        producers: dict[str, set[str]] = {}
+        producers: dict[tuple[str, bool], set[str]] = {}
         others = set()
         for step in self.steps:
-            made = [self._producers(read, names) for read in step.reads]
+            found = [self._producers(read, names) for read in step.reads]
             for norm in _norms_of(model, step):
-                producers.setdefault(norm, set()).update(*made)
-                if not made or not all(made):
+                for made, moved in found:
+                    producers.setdefault((norm, moved), set()).update(made)
+                if not found or not all(made for made, _ in found):
                     others.add(norm)
-        return {norm: made for norm, made in producers.items() if norm not in others}
+        return {key: made for key, made in producers.items() if key[0] not in others}
 
-    def _producers(self, index: int, names: set[str]) -> set[str]:
-        """The parameters of `names` whose zero outputs arrive at a step as zeros."""
-        step = self.steps[index]
-        while step.keeps_zeros and not step.parameters and len(step.reads) == 1:
+    def _producers(self, index: int, names: set[str]) -> tuple[set[str], bool]:
+        """The parameters of `names` whose zero outputs arrive at a step as zeros; whether as the last axis."""
+        step, moved = self.steps[index], False
+        while len(step.reads) == 1 and not step.parameters & names:
+            if step.moved is not None and not moved and _moves_channels_last(step.moved):
+                moved = True
+            elif not step.keeps_zeros:
+                break
             step = self.steps[step.reads[0]]
-        return step.parameters & names
+        return step.parameters & names, moved
+
+
+def _moves_channels_last(order: Sequence[int]) -> bool:
+    """Whether axes are put from (batch, channels, ...) to (batch, ..., channels)."""
+    return len(order) > 2 and list(order) == [0, *range(2, len(order)), 1]
 
 
 def _norms_of(model: nn.Module, step: Step) -> set[str]:
@@ -118,9 +138,29 @@ def find_flow(model: nn.Module, example_input: Any = None) -> Flow:
 
 
 def _shell(model: nn.Module) -> nn.Module:
-    """A copy of the modules of a model around the same tensors."""
-    tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+    """A copy of the modules of a model around the same parameters, in evaluation mode."""
+    # Activations that a model has kept cannot be copied; like the parameters, they are shared.
+    kept = [tensor for module in model.modules() for tensor in _tensors(vars(module)) if not tensor.is_leaf]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *kept)}).eval()
+
+
+def _add_step(flow: Flow, step: Step) -> int:
+    """Add a step; attention, which is called as one, as two: its projections out read what its projections in make."""
+    out = {name for name in step.parameters if name.rpartition(".")[0].endswith("out_proj")}
+    if out and out != step.parameters:
+        flow.steps.append(dataclasses.replace(step, parameters=step.parameters - out))
+        step = Step([len(flow.steps) - 1], out)
+    flow.steps.append(step)
+    return len(flow.steps) - 1
+
+
+class _Tracer(torch.fx.Tracer):
+    """Looks into every module that has others in it, so that a step is never more than a layer."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        if isinstance(module, _ONE_STEP):
+            return True
+        return super().is_leaf_module(module, name) and not any(module.children())
 
 
 def _traced(model: nn.Module) -> Flow:
@@ -130,13 +170,13 @@ def _traced(model: nn.Module) -> Flow:
     index: dict[torch.fx.Node, int] = {}
     carried: dict[torch.fx.Node, set[str]] = {}  # nodes that hold a parameter or a view of it, and nothing else
     sizes: set[torch.fx.Node] = set()  # of tensors: whoever reads x.shape does not read x
-    for node in torch.fx.Tracer().trace(model).nodes:
-        reads = [index[read] for read in node.all_input_nodes if read in index]
-        parameters = {name for read in node.all_input_nodes for name in carried.get(read, ())}
-        kind: Any = node.target
+    for node in _Tracer().trace(model).nodes:
         if _is_size(node) or (node.all_input_nodes and sizes.issuperset(node.all_input_nodes)):
             sizes.add(node)
             continue
+        reads = [index[read] for read in node.all_input_nodes if read in index]
+        parameters = {name for read in node.all_input_nodes for name in carried.get(read, ())}
+        kind: Any = node.target
         if node.op == "call_module":
             module = model.get_submodule(node.target)
             kind = type(module)
@@ -149,8 +189,10 @@ def _traced(model: nn.Module) -> Flow:
         elif parameters and not reads:
             carried[node] = parameters
         else:
-            index[node] = len(flow.steps)
-            flow.steps.append(Step(reads, parameters, _keeps_zeros(kind)))
+            step = Step(reads, parameters, _keeps_zeros(kind), _order_of_axes(kind, node.args))
+            index[node] = _add_step(flow, step)
+            if _writes_in_place(kind) and node.args[0] in index:
+                index[node.args[0]] = index[node]  # whoever reads it later reads what was written
             if node.op == "placeholder":
                 flow.sources.add(index[node])
     return flow
@@ -159,52 +201,93 @@ def _traced(model: nn.Module) -> Flow:
 def _is_size(node: torch.fx.Node) -> bool:
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in ("shape", "dtype", "device", "ndim")
-    return node.op == "call_method" and node.target in ("size", "dim", "numel", "type")
+    return node.op == "call_method" and node.target in ("size", "dim", "numel")
+
+
+def _name(kind: Any) -> str:
+    return kind if isinstance(kind, str) else getattr(kind, "__name__", "")
 
 
 def _keeps_zeros(kind: Any) -> bool:
-    return kind in _ZERO_KEEPING or getattr(kind, "__name__", "") in _ZERO_KEEPING
+    return _name(kind) in _ZERO_KEEPING
+
+
+def _writes_in_place(kind: Any) -> bool:
+    name = _name(kind)
+    return name in ("setitem", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
+
+
+def _order_of_axes(kind: Any, arguments: Sequence[Any]) -> tuple[int, ...] | None:
+    if _name(kind) != "permute":
+        return None
+    order = arguments[1] if isinstance(arguments[1], (tuple, list)) else arguments[1:]
+    return tuple(axis % len(order) for axis in order) if all(isinstance(axis, int) for axis in order) else None
 
 
 class _Recorder(TorchFunctionMode):
     """Records every torch function that is called, by the tensors that it reads and makes."""
 
     def __init__(self, model: nn.Module):
-        self.steps: list[Step] = []
+        self.flow = Flow([], set(), set())
         self.made_by: dict[int, int] = {}
         self.carried = {id(parameter): {name} for name, parameter in model.named_parameters()}
         self.alive: list[Any] = []  # an id is good only while its tensor lives
 
-    def record(self, made: Any, step: Step) -> None:
-        self.steps.append(step)
-        self.made_by.update((id(tensor), len(self.steps) - 1) for tensor in _tensors(made))
+    def record(self, made: Any, step: Step) -> int:
+        index = _add_step(self.flow, step)
+        for tensor in _tensors(made):
+            self.made_by[id(tensor)] = index
+            # Some wrappers make a tensor unseen around the same memory.
+            self.made_by[-tensor.untyped_storage().data_ptr()] = index
         self.alive.append(made)
+        return index
+
+    def steps_of(self, tree: Any) -> list[int]:
+        """The steps that made the tensors of a tree."""
+        steps = []
+        for tensor in _tensors(tree):
+            if id(tensor) not in self.carried:
+                keys = (id(tensor), -tensor.untyped_storage().data_ptr())
+                steps += [self.made_by[key] for key in keys if key in self.made_by][:1]
+        return list(dict.fromkeys(steps))
 
     def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
-        used = [id(tensor) for tensor in _tensors((args, kwargs))]
-        reads = list(dict.fromkeys(self.made_by[key] for key in used if key in self.made_by))
-        parameters = {name for key in used for name in self.carried.get(key, ())}
+        parameters = {name for tensor in _tensors((args, kwargs)) for name in self.carried.get(id(tensor), ())}
+        result = args[0] if _writes_in_place(function) else made
+        reads = self.steps_of((args, kwargs))
         if parameters and not reads:
-            self.carried.update((id(tensor), parameters) for tensor in _tensors(made))
-            self.alive.append(made)
-        elif _tensors(made):
-            self.record(made, Step(reads, parameters, _keeps_zeros(function)))
+            self.carried.update((id(tensor), parameters) for tensor in _tensors(result))
+            self.alive.append(result)
+        elif _tensors(result):
+            self.record(result, Step(reads, parameters, _keeps_zeros(function), _order_of_axes(function, args)))
         return made
 
 
 def _recorded(model: nn.Module, example_input: Any) -> Flow:
     """Flow from one forward in evaluation mode; the global random state is left as it was."""
     recorder = _Recorder(model)
-    recorder.record(example_input, Step([], set()))
-    with torch.random.fork_rng(), torch.no_grad(), recorder:
-        if isinstance(example_input, Mapping):
-            output = model(**example_input)
-        else:
-            output = model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
-    results = {recorder.made_by[id(tensor)] for tensor in _tensors(output) if id(tensor) in recorder.made_by}
-    return Flow(recorder.steps, {0}, results)
+    recorder.flow.sources.add(recorder.record(example_input, Step([], set())))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # which computes whole transformer layers as one
+    try:
+        with torch.random.fork_rng(), torch.no_grad(), recorder:
+            if isinstance(example_input, Mapping):
+                output = model(**example_input)
+            else:
+                output = model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    recorder.flow.results.update(recorder.steps_of(output))
+    return recorder.flow
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """All tensors in containers, and in plain objects, as some models return them."""
+    tensors = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)) and not callable(leaf):
+            tensors += [held for held in tree_leaves(vars(leaf)) if isinstance(held, Tensor)]
+    return tensors

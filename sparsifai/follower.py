@@ -15,6 +15,8 @@ from .flow import Flow
 from .granularity import Grouping
 from .target import Target, parameter_name
 
+_OVER_CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+
 
 def find_followers(
     model: nn.Module, targets: Mapping[str, Target], groupings: Mapping[str, Grouping], flow: Callable[[], Flow]
@@ -27,9 +29,9 @@ def find_followers(
     for name, target in dropping.items():
         for bias in _biases(target):
             followers[bias] = (*followers.get(bias, ()), name)
-    for norm, producers in flow().norms_behind(model, dropping).items():
+    for (norm, moved), producers in flow().norms_behind(model, dropping).items():
         module = model.get_submodule(norm)
-        if all(_normalizes_outputs(module, dropping[name]) for name in producers):
+        if all(_normalizes_outputs(module, dropping[name], moved) for name in producers):
             for attribute, _ in module.named_parameters(recurse=False):
                 followers[parameter_name(norm, attribute)] = tuple(sorted(producers))
     return followers
@@ -51,17 +53,23 @@ def masks_of_followers(
 
 def _biases(target: Target) -> list[str]:
     """Names of the biases that are added to what a target puts out; weight_ih_l0 has bias_ih_l0."""
-    attribute = target.attribute.replace("weight", "bias")
-    return [
-        parameter_name(owner, attribute)
-        for owner, module in target.owners
-        if getattr(getattr(module, attribute, None), "shape", None) == (target.out,)
-    ]
+    names: dict[int, str] = {}
+    for owner, module in target.owners:
+        for attribute in (target.attribute.replace("weight", "bias"), "bias"):
+            bias = getattr(module, attribute, None)
+            if isinstance(bias, nn.Parameter) and bias.shape == (target.out,):
+                names.setdefault(id(bias), parameter_name(owner, attribute))
+                break
+    return list(names.values())
 
 
-def _normalizes_outputs(norm: nn.Module, target: Target) -> bool:
-    """Whether the affine parameters of `norm` have one entry per output of the target."""
-    # A norm over the last axis stands on the outputs of a matrix; of a convolution's, the last axis is the width.
-    if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) and "w" in target.axes:
+def _normalizes_outputs(norm: nn.Module, target: Target, moved: bool) -> bool:
+    """Whether the affine parameters of `norm` have one entry per output of the target.
+
+    moved: whether the outputs were moved to the last axis on the way.
+    """
+    # The outputs of a matrix are the last axis; those of a convolution the second, unless they were moved.
+    last = moved or "w" not in target.axes
+    if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) and not last or isinstance(norm, _OVER_CHANNELS) and moved:
         return False
     return all(parameter.shape == (target.out,) for parameter in norm.parameters(recurse=False))

@@ -33,12 +33,17 @@ def along(*axes: str) -> Granularity:
     """
     if not all(isinstance(axis, str) for axis in axes):
         raise TypeError(f"granularity {axes!r}: a tuple of axes holds their names, such as ('out', 'h')")
+    return _Along(axes, f"({', '.join(axes)})")
 
-    def indexed(_: Axes) -> tuple[str, ...]:
-        return axes
 
-    indexed.__name__ = f"({', '.join(axes)})"
-    return indexed
+@dataclass(frozen=True)
+class _Along:
+    # A class, because a function made within another cannot be pickled.
+    indexed: tuple[str, ...]
+    __name__: str
+
+    def __call__(self, axes: Axes) -> tuple[str, ...]:
+        return self.indexed
 
 
 def _parse(value: Any) -> Granularity | None:
@@ -82,9 +87,7 @@ _ALONG = {
     "shared_horizontal_slice": ("h",),
 }
 for _name, _axes in _ALONG.items():
-    _granularity = along(*_axes)
-    _granularity.__name__ = _name
-    granularities.register(_granularity)
+    granularities.register(_Along(_axes, _name))
 
 
 class UnavailableError(ValueError):
@@ -113,6 +116,11 @@ class Grouping:
         sizes of `axes`: within one convolution group. UnavailableError if the layer lacks an axis.
         """
         answer = granularity(dict(axes))
+        if isinstance(answer, str) or not isinstance(answer, Iterable):
+            raise TypeError(
+                f"granularity {name_of(granularity)} must return the names of the axes that index the mask, such as "
+                f"('out',), or a dictionary of extents; got {answer!r}"
+            )
         indexed = dict(answer) if isinstance(answer, Mapping) else dict.fromkeys(answer, 1)
         missing = [axis for axis in indexed if axis not in axes]
         if missing:
@@ -161,7 +169,13 @@ class Grouping:
         if math.prod(self.extents) == 1:
             return scores.flatten()
         # Sums in float64 rounded once are the same whatever the order of summation, but for rare last bits.
-        return how(self, scores).to(scores.dtype)
+        pooled = how(self, scores)
+        if not isinstance(pooled, Tensor) or pooled.shape != (math.prod(self.grid),):
+            raise ValueError(
+                f"pooling {name_of(how)} must return one score per group, {math.prod(self.grid)} here; "
+                f"got {tuple(pooled.shape) if isinstance(pooled, Tensor) else pooled!r}"
+            )
+        return pooled.to(scores.dtype)
 
     def all_kept(self) -> Tensor:
         """The bools per group of a dense layer."""

@@ -16,7 +16,13 @@ Schedule = Callable[[float], float]
 
 def progress(schedule: Schedule, t: float) -> float:
     """schedule(t) as a float in [0, 1]; ValueError if it is anything else."""
-    value = float(schedule(t))
+    try:
+        value = float(schedule(t))
+    except Exception as error:
+        raise ValueError(
+            f"schedule {name_of(schedule)} fails at t={t:g} ({error}); a schedule is a function of t alone, which "
+            "returns the share of the target in [0, 1]"
+        ) from error
     # A rounding error at the ends, as cosines make, is forgiven.
     if not -1e-6 <= value <= 1 + 1e-6:
         raise ValueError(
@@ -99,7 +105,7 @@ def between(schedule: str | Schedule, start: float, end: float) -> Schedule:
     0.5
     """
     inner = schedules.resolve(schedule)
-    if not 0 <= start < end <= 1:
+    if not all(isinstance(each, (int, float)) for each in (start, end)) or not 0 <= start < end <= 1:
         raise ValueError(f"between: needs 0 <= start < end <= 1, got start={start!r}, end={end!r}")
 
     def moved(t: float) -> float:

@@ -5,6 +5,7 @@ The core of the library is `Sparsifier.sparsify`; what it calls are the function
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from operator import attrgetter
@@ -14,17 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .context import Context, contexts
-from .criterion import Criterion, criteria, quantities_of
+from .argument import Sparsity, check_round_to, check_seed, check_sparsity, resolve_axes
+from .context import Context, ask
+from .criterion import Criterion, quantities_of
 from .flow import find_flow
 from .follower import find_followers, masks_of_followers
-from .granularity import Granularity, Grouping, UnavailableError, granularities, poolings
-from .level import Sparsity, check_sparsity, scopes
+from .granularity import Granularity, Grouping, UnavailableError
+from .masking import zero_gradients, zero_weights
 from .registry import name_of
 from .report import Count, Report
 from .selection import ScoredLayer, bundle
+from .state import check_state
 from .statistic import quantities
-from .target import Target, find_targets, why_dense
+from .target import Target, find_targets, scopes, why_dense
 
 
 class Sparsifier:
@@ -70,9 +73,9 @@ class Sparsifier:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Sparsifier: model is a torch.nn.Module, not {type(model).__name__}")
         self.model = model
-        self.granularity, self.context, self.criterion, self.pool = resolve_axes(granularity, context, criteria, pool)
+        self.granularity, self.context, self.criteria, self.pool = resolve_axes(granularity, context, criteria, pool)
         self.round_to = check_round_to(round_to)
-        self.rng = torch.Generator().manual_seed(seed)
+        self.rng = torch.Generator().manual_seed(check_seed(seed))
         flow = cache(partial(find_flow, model, example_input))
         self.candidates = find_targets(model)
         groupings = {name: self._grouping(target) for name, target in self.candidates.items()}
@@ -102,39 +105,55 @@ class Sparsifier:
         has changed.
         """
         self._check_held("sparsify")
-        wanted = check_sparsity(sparsity, compression_ratio)
-        masks, levels = dict(self.masks), dict(self.levels)
-        parts = scopes(wanted, self.targets, self.dense, self.candidates, self.model)
-        if any(fraction < levels[name] for fraction, names in parts for name in names):
-            self.apply_masks()  # what comes back comes back as zero, whatever momentum has made of it since
-        for fraction, names in parts:
-            scored = [self._score(name) for name in names]
-            for name, falls in zip(names, self._rank(scored, fraction), strict=True):
-                if fraction >= levels[name]:
-                    falls = falls | ~self.groupings[name].gather(masks[name])
-                masks[name], levels[name] = self._mask_of(name, ~falls), fraction
+        self.apply_masks()  # what comes back comes back as zero, whatever momentum has made of it since
+        masks, levels = self._build_masks(check_sparsity(sparsity, compression_ratio))
         self._set_masks(masks)
         self.levels = levels
         self.apply_masks()
         self._take("update")
 
+    def check(self, sparsity: Sparsity) -> None:
+        """Do all that `sparsify` does but change anything: raises what it would raise."""
+        self._check_held("check")
+        random = self.rng.get_state()
+        self._build_masks(check_sparsity(sparsity))
+        self.rng.set_state(random)
+
+    @torch.no_grad()
+    def _build_masks(self, sparsity: Sparsity) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Score, rank, mask: the masks and levels of all layers for a sparsity."""
+        random = self.rng.get_state()
+        masks, levels = dict(self.masks), dict(self.levels)
+        try:
+            for fraction, names in scopes(sparsity, self.targets, self.dense, self.candidates, self.model):
+                scored = [self._score(name) for name in names]
+                for name, falls in zip(names, self._rank(scored, fraction), strict=True):
+                    if fraction >= levels[name]:
+                        # Ranked first, masked groups fall again; but the sum of sizes that is nearest to a rising
+                        # level can be a little below what is masked already.
+                        falls = falls | ~self.groupings[name].gather(masks[name]).cpu()
+                    masks[name], levels[name] = self._mask_of(name, ~falls), fraction
+        except BaseException:
+            self.rng.set_state(random)
+            raise
+        return masks, levels
+
     def _score(self, name: str) -> ScoredLayer:
         """Score every group of a layer, from the quantities that the criterion names."""
         target, grouping = self.targets[name], self.groupings[name]
-        scores = self.criterion(
-            **{quantity: self._quantity(quantity, name) for quantity in quantities_of(self.criterion)}
+        scores = self.criteria(
+            **{quantity: self._quantity(quantity, name) for quantity in quantities_of(self.criteria)}
         )
-        if not isinstance(scores, Tensor) or scores.shape != target.parameter.shape:
-            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        if not isinstance(scores, Tensor) or scores.shape != target.parameter.shape or scores.is_complex():
+            got = f"{tuple(scores.shape)}, {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(
-                f"criterion {name_of(self.criterion)} must return one score per weight: for {name} a tensor of the "
+                f"criterion {name_of(self.criteria)} must return one real score per weight: for {name} a tensor of the "
                 f"shape {tuple(target.parameter.shape)}, not {got}"
             )
-        scores = grouping.pool(scores.to(torch.promote_types(scores.dtype, torch.float32)), self.pool)
-        score = scores.cpu().numpy()
+        score = grouping.pool(scores.to(torch.promote_types(scores.dtype, torch.float32)), self.pool).cpu().numpy()
         if len(score) and np.isnan(score.min()):
             raise ValueError(
-                f"criterion {name_of(self.criterion)} gives NaN scores for {name}; look for NaN or inf in its weights"
+                f"criterion {name_of(self.criteria)} gives NaN scores for {name}; look for NaN or inf in its weights"
             )
         masked = ~grouping.gather(self.masks[name]).cpu().numpy()
         size = grouping.size if isinstance(grouping.size, int) else grouping.size.numpy()
@@ -142,47 +161,30 @@ class Sparsifier:
 
     def _rank(self, scored: list[ScoredLayer], fraction: float) -> list[Tensor]:
         """Ask the context which groups fall."""
-        if self.round_to is None:
-            ranked, bundles = scored, None
-        else:
-            pairs = [bundle(layer, self.round_to) for layer in scored]
-            ranked, bundles = [layer for layer, _ in pairs], [of_group for _, of_group in pairs]
-        fallen = [np.asarray(falls) for falls in self.context(ranked, fraction)]
-        if [(falls.dtype, falls.shape) for falls in fallen] != [
-            (np.dtype(bool), layer.score.shape) for layer in ranked
-        ]:
-            raise ValueError(
-                f"context {name_of(self.context)} must return for each layer a bool array over its groups, True where "
-                f"one falls; got {[(falls.dtype.name, falls.shape) for falls in fallen]}"
-            )
-        if bundles is not None:
+        ranked = scored
+        if self.round_to is not None:
+            ranked, bundles = zip(*(bundle(layer, self.round_to) for layer in scored), strict=True)
+        fallen = ask(self.context, ranked, fraction, name_of(self.granularity))
+        if self.round_to is not None:
             fallen = [falls[of_group] for falls, of_group in zip(fallen, bundles, strict=True)]
         return [torch.from_numpy(falls) for falls in fallen]
 
-    @torch.no_grad()
     def apply_masks(self) -> None:
         """Set the masked weights to zero, and with whole outputs what stands behind them: to be called after a step."""
-        for parameter, mask in self._masked_parameters():
-            _set_to_zero(parameter, mask)
+        self._check_held("apply_masks")
+        zero_weights(self.masked_parameters())
 
-    @torch.no_grad()
     def mask_gradients(self) -> None:
         """Set the gradients of masked weights to zero: to be called after backward, before clipping."""
-        for parameter, mask in self._masked_parameters():
-            # A sparse gradient of an embedding is left: its zeros hold because masks are applied after the step.
-            if parameter.grad is not None and parameter.grad.layout == torch.strided:
-                _set_to_zero(parameter.grad, mask)
+        self._check_held("mask_gradients")
+        zero_gradients(self.masked_parameters())
 
     # --- What can be seen ---------------------------------------------------------------------------------------
 
     @property
-    def has_masked(self) -> bool:
-        """Whether any weight is masked."""
-        return not all(bool(mask.all()) for mask in self.masks.values())
-
-    @property
     def sparsity(self) -> float:
         """Measured: zeros over weights of the layers that take part."""
+        self._check_held("sparsity")
         return Count.of(*(target.parameter for target in self.targets.values())).sparsity
 
     def report(self) -> Report:
@@ -191,7 +193,7 @@ class Sparsifier:
         return Report.measure(self.model, self.candidates, self.dense)
 
     def __repr__(self) -> str:
-        axes = ", ".join(map(name_of, (self.granularity, self.context, self.criterion)))
+        axes = ", ".join(map(name_of, (self.granularity, self.context, self.criteria)))
         if self.model is None:
             return f"Sparsifier({axes}: released)"
         return f"Sparsifier({axes}: {len(self.targets)} layers, sparsity {self.sparsity:.4f})"
@@ -217,26 +219,13 @@ class Sparsifier:
         ValueError, and nothing changed, if names, shapes or statistics differ.
         """
         self._check_held("load_state_dict")
-        missing = {"masks", "levels", "statistics", "rng"} - set(state)
-        if missing:
-            raise ValueError(f"load_state_dict: no {sorted(missing)[0]!r} in the state; is it a Sparsifier's?")
-        shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
-        given = {name: tuple(mask.shape) for name, mask in state["masks"].items()}
-        for name in sorted(shapes.keys() | given.keys()):
-            if shapes.get(name) != given.get(name):
-                raise ValueError(
-                    f"load_state_dict: the mask of {name} has the shape {given.get(name)} in the state and "
-                    f"{shapes.get(name)} here; use the same model, granularity, layers and exclude as when it was saved"
-                )
-        if state["statistics"].keys() != self.statistics.keys():
-            raise ValueError(
-                f"load_state_dict: the state has the quantities {sorted(state['statistics'])}, the criterion "
-                f"{name_of(self.criterion)} needs {sorted(self.statistics)}; use the same criterion"
-            )
+        check_state(state, self.masks, self.levels, self.statistics, name_of(self.criteria))
         self._set_masks({name: state["masks"][name].to(mask.device, copy=True) for name, mask in self.masks.items()})
-        self.levels = dict(state["levels"])
+        self.levels = {name: float(state["levels"][name]) for name in self.targets}
         self.statistics = {
-            quantity: {name: value.to(self.targets[name].parameter.device, copy=True) for name, value in values.items()}
+            quantity: {
+                name: values[name].to(target.parameter.device, copy=True) for name, target in self.targets.items()
+            }
             for quantity, values in state["statistics"].items()
         }
         self.rng.set_state(state["rng"].cpu())
@@ -259,16 +248,15 @@ class Sparsifier:
             self.levels[name] = Count.of(masks[name].expand_as(target.parameter)).sparsity
         self._set_masks(masks)
 
-    def adopt(self, other: Sparsifier) -> bool:
-        """Mask the groups that another Sparsifier of the model has masked whole; returns whether that was all of it."""
-        masks, complete = dict(self.masks), other.followers.keys() <= self.followers.keys()
-        for name in self.masks.keys() & other.masks.keys():
-            theirs = other.masks[name].expand_as(self.targets[name].parameter)
-            kept = self.groupings[name].members(theirs.float()).amax(1) > 0
-            masks[name] = self._mask_of(name, self.groupings[name].gather(masks[name]) & kept)
-            complete = complete and not bool((masks[name] & ~theirs).any())
-        self._set_masks(masks)
-        return complete and other.masks.keys() <= self.masks.keys()
+    def adopt(self, masks: Mapping[str, Tensor]) -> None:
+        """Take over the masks of another Sparsifier of the model: what they mask in whole groups is masked here too."""
+        self._check_held("adopt")
+        adopted = dict(self.masks)
+        for name in self.masks.keys() & masks.keys():
+            grouping, theirs = self.groupings[name], masks[name].expand_as(self.targets[name].parameter)
+            kept = grouping.members(theirs.float()).amax(1) > 0
+            adopted[name] = self._mask_of(name, grouping.gather(adopted[name]) & kept)
+        self._set_masks(adopted)
 
     def release(self) -> nn.Module:
         """Let go of the model and return it: its zeros stay, and nothing keeps them from here on."""
@@ -296,17 +284,20 @@ class Sparsifier:
     def _grouping(self, target: Target) -> Grouping | str:
         """How the granularity groups the weights of a layer, or why it cannot."""
         try:
-            return Grouping.of(self.granularity, target.axes, target.convolution_groups)
+            grouping = Grouping.of(self.granularity, target.axes, target.convolution_groups)
         except UnavailableError as error:
             return str(error)
+        groups = math.prod(grouping.grid)
+        if grouping.indexed and groups < 2 * (self.round_to or 1):
+            return f"has {groups} group{'s' * (groups > 1)}, of which {self.round_to or 1} must stay"
+        return grouping
 
     def _set_masks(self, masks: dict[str, Tensor]) -> None:
         self.masks = masks
         self.follower_masks = masks_of_followers(self.followers, masks, self.targets, self.groupings)
 
-    def _masked_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
+    def masked_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Every parameter with a mask, and the mask on its device."""
-        self._check_held("apply_masks")
         pairs = []
         for masks in (self.masks, self.follower_masks):
             for name, mask in masks.items():
@@ -325,44 +316,11 @@ class Sparsifier:
         function = quantities[quantity]
         if "score" in function.moments:  # type: ignore[attr-defined]
             return function(self, name)
-        return self.statistics[quantity][name].clone()
+        return self.statistics[quantity][name].to(self.targets[name].parameter.device, copy=True)
 
     def _take(self, moment: str) -> None:
         """Store the quantities that the criterion names and that are taken at this moment."""
-        for quantity in quantities_of(self.criterion):
+        for quantity in quantities_of(self.criteria):
             function = quantities[quantity]
             if moment in function.moments:  # type: ignore[attr-defined]
                 self.statistics[quantity] = {name: function(self, name) for name in self.targets}
-
-
-def resolve_axes(
-    granularity: Any, context: Any, criterion: Any, pool: Any = "mean"
-) -> tuple[Granularity, Context, Criterion, Callable]:
-    """Names -> functions, once; past this only functions travel."""
-    return (
-        granularities.resolve(granularity),
-        contexts.resolve(context),
-        criteria.resolve(criterion),
-        poolings.resolve(pool),
-    )
-
-
-def check_round_to(round_to: Any) -> int | None:
-    """A whole number from 1 on, or None."""
-    if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
-        raise ValueError(f"round_to is a whole number of groups from 1 on, not {round_to!r}")
-    return round_to
-
-
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _set_to_zero(tensor: Tensor, mask: Tensor) -> None:
-    """tensor *= mask on the bits, by which inf and NaN become zero too; on the CPU by numpy, several times faster."""
-    bits = tensor.detach().view(_INTEGER[tensor.element_size()])
-    if bits.device.type == "cpu":
-        array = bits.numpy()
-        np.multiply(array, mask.numpy(), out=array)
-        torch.autograd.graph.increment_version(tensor)  # numpy's writing is unseen by autograd
-    else:
-        bits.mul_(mask)

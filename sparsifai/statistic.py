@@ -31,6 +31,8 @@ MOMENTS = ("score", "start", "update")
 
 def taken(*moments: str) -> Callable[[Callable], Callable]:
     """Mark a quantity with the moments at which it is taken: 'score', 'start', 'update'."""
+    if not moments or not set(moments) <= set(MOMENTS):
+        raise ValueError(f"taken: a quantity is taken at one or more of {', '.join(MOMENTS)}, not {moments!r}")
 
     def mark(quantity: Callable) -> Callable:
         quantity.moments = moments  # type: ignore[attr-defined]
@@ -40,8 +42,7 @@ def taken(*moments: str) -> Callable[[Callable], Callable]:
 
 
 def _check(quantity: Callable) -> None:
-    moments = getattr(quantity, "moments", ())
-    if not moments or not set(moments) <= set(MOMENTS):
+    if not getattr(quantity, "moments", ()):
         raise ValueError(
             f"quantity {quantity.__name__}: mark it with @taken(...) and one or more of {', '.join(MOMENTS)}"
         )

@@ -110,7 +110,8 @@ def axes_of(module: nn.Module, attribute: str) -> tuple[str, ...] | None:
 def find_targets(model: nn.Module) -> dict[str, Target]:
     """All parameters of `model` with named axes by name; tied ones once, under their first name."""
     found: dict[int, list] = {}
-    for module_name, module in model.named_modules():
+    # A module can have several names, and be meant by any of them.
+    for module_name, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise ValueError(
@@ -150,6 +151,8 @@ def as_patterns(patterns: Pattern | Iterable[Pattern]) -> list[Pattern]:
     """One pattern or several, as a list. TypeError for what is no pattern."""
     # A Sequential can be iterated over, and means itself.
     several = isinstance(patterns, Iterable) and not isinstance(patterns, (str, nn.Module, type))
+    if isinstance(patterns, Mapping):
+        raise TypeError(f"{patterns!r} selects no layers: a dictionary of sparsities is the first argument")
     listed: list[Any] = list(patterns) if several else [patterns]  # type: ignore[arg-type]
     for pattern in listed:
         if not (isinstance(pattern, (str, nn.Module)) or callable(pattern)):
@@ -166,7 +169,8 @@ def matching(pattern: Pattern, targets: Mapping[str, Target], model: nn.Module) 
     if not matched:
         shown = repr(pattern) if isinstance(pattern, str) else getattr(pattern, "__name__", type(pattern).__name__)
         known = {place for target in targets.values() for name in target.names for place in _prefixes(name)} - {""}
-        hint = f"; {close_matches(pattern, known)}" if isinstance(pattern, str) and known else ""
+        kinds = ", ".join(sorted({target.kind for target in targets.values()}))
+        hint = f"; {close_matches(pattern, known)}" if isinstance(pattern, str) else f"; those it has are {kinds}"
         raise ValueError(f"no layer with a weight to sparsify matches {shown}{hint}")
     return matched
 
@@ -204,10 +208,12 @@ def why_dense(
     exclusions = [] if exclude is None else as_patterns(exclude)
     selected = set().union(*(matching(pattern, candidates, model) for pattern in patterns))
     excluded = set().union(*(matching(pattern, candidates, model) for pattern in exclusions))
-    exactly = {pattern for pattern in patterns if isinstance(pattern, str)}
+    named = {pattern for pattern in patterns if isinstance(pattern, str)}
+    given = {id(pattern) for pattern in patterns if isinstance(pattern, nn.Module)}
     dense, whole_outputs, whole_inputs = {}, set(), set()
     for name, target in candidates.items():
         grouping = groupings[name]
+        exact = named & {*target.names, *dict(target.owners)} or given & {id(owner) for _, owner in target.owners}
         if name in excluded:
             dense[name] = "excluded"
         elif layers is not None and name not in selected:
@@ -218,11 +224,37 @@ def why_dense(
             dense[name] = "embedding"
         elif isinstance(grouping, str):
             dense[name] = grouping
-        elif not exactly & (target.names | {owner for owner, _ in target.owners}):
+        elif not exact:
             whole_outputs |= {name} if grouping.drops_outputs else set()
             whole_inputs |= {name} if grouping.drops_inputs else set()
-    if whole_outputs:
-        dense.update(dict.fromkeys(whole_outputs & flow().last(candidates), "yields the model's output"))
-    if whole_inputs:
-        dense.update(dict.fromkeys(whole_inputs & flow().first(candidates), "reads the model's input"))
+    ends = [(whole_outputs, "last", "yields the model's output"), (whole_inputs, "first", "reads the model's input")]
+    for names, end, reason in ends:
+        at_end = getattr(flow(), end)(candidates) if names else set()
+        if names and not at_end:
+            raise ValueError(
+                f"Sparsifier: the data flow of {type(model).__name__} does not show which layer {reason}, and with "
+                "this granularity that one must stay dense; name the layers to sparsify exactly in layers="
+            )
+        dense.update(dict.fromkeys(names & at_end, reason))
     return {name: dense[name] for name in candidates if name in dense}
+
+
+def scopes(
+    sparsity: float | Mapping[Pattern, float],
+    targets: Mapping[str, Target],
+    dense: Mapping[str, str],
+    candidates: Mapping[str, Target],
+    model: nn.Module,
+) -> list[tuple[float, list[str]]]:
+    """The layers of each fraction that is asked for; of several patterns that match a layer the last counts."""
+    if not isinstance(sparsity, Mapping):
+        return [(sparsity, list(targets))]
+    of_layer: dict[str, int] = {}
+    for position, pattern in enumerate(sparsity):
+        matched = matching(pattern, candidates, model)
+        if not matched & targets.keys():
+            reasons = "; ".join(f"{name}: {dense[name]}" for name in sorted(matched)[:3])
+            raise ValueError(f"sparsity: {pattern!r} matches only layers that stay dense ({reasons})")
+        of_layer.update(dict.fromkeys(matched, position))
+    parts = [[name for name in targets if of_layer.get(name) == position] for position in range(len(sparsity))]
+    return [(fraction, names) for fraction, names in zip(sparsity.values(), parts, strict=True) if names]

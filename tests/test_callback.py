@@ -70,7 +70,7 @@ def test_the_callback_examples_of_the_article(make_learner):
     assert abs(sp_cb.sparsifier.sparsity - 0.5) < 0.1
     learn = make_learner(steps=3)
     learn.fit(2, cbs=SparsifyCallback(0.5, "weight", "local", large_final, schedule=SchedCos(0, 1)))
-    assert learn.keep_sparsity.kept[0].report().rows[0].count.sparsity == 0.5
+    assert learn.keep_sparsity.sparsifier.report().rows[0].count.sparsity == 0.5
 
 
 def test_compression_ratio_is_another_name_of_sparsity(make_learner):
@@ -179,7 +179,7 @@ def test_the_sparsifier_can_be_told_the_same_in_the_same_words(make_learner):
         small_net(), "filter", "local", "movement", layers=nn.Conv2d, exclude="5", pool="l2", round_to=2, seed=3
     )
     assert callback.sparsifier.targets.keys() == direct.targets.keys()
-    assert callback.sparsifier.criterion is direct.criterion
+    assert callback.sparsifier.criteria is direct.criteria
     assert callback.sparsifier.pool is direct.pool
     assert callback.sparsifier.round_to == direct.round_to
     assert torch.equal(
@@ -286,7 +286,7 @@ def test_a_cancelled_fit_stays_where_it_was(make_learner):
     learn, callback = make_learner(steps=4), SparsifyCallback(0.8, schedule="lin")
     learn.fit(1, cbs=[callback, Cancel()])
     assert callback.sparsifier.sparsity == share(0.4)
-    assert learn.keep_sparsity.kept == [callback.sparsifier]
+    assert learn.keep_sparsity.sparsifier is callback.sparsifier
 
 
 # --- What else a Learner does: no harm ----------------------------------------------------------------------------
@@ -318,10 +318,7 @@ def test_lr_find_validate_and_get_preds_change_nothing(make_learner, when, given
 def test_a_second_plain_fit_keeps_the_zeros_until_the_keeper_is_taken_off(make_learner, capsys):
     learn, watch = make_learner(), Watch()
     learn.fit(1, cbs=SparsifyCallback(0.9))
-    assert (
-        "KeepSparsity now holds the 90.08% of zeros in later fits; learn.remove_cb(KeepSparsity)"
-        in capsys.readouterr().out
-    )
+    assert "KeepSparsity holds the 90.08% of zeros in later fits, too; learn.remove_cb" in capsys.readouterr().out
     learn.fit(2, 0.1, cbs=watch)
     assert set(watch.forwards) == set(watch.steps) == {share(0.9)}
     learn.remove_cb(KeepSparsity)
@@ -340,19 +337,19 @@ def test_the_same_callback_in_a_second_fit_holds_what_it_reached(make_learner):
 def test_a_second_callback_goes_on_from_the_zeros_of_the_first(make_learner, criteria):
     learn, watch = make_learner(), Watch()
     learn.fit(1, cbs=SparsifyCallback(0.5, criteria=criteria))
-    first = learn.keep_sparsity.kept[0]
+    first = learn.keep_sparsity.sparsifier
     learn.fit(1, cbs=[SparsifyCallback(0.8, criteria=criteria, schedule="lin"), watch])
     assert min(watch.forwards) == share(0.5)
     assert watch.steps[-1] == share(0.8)
-    second = learn.keep_sparsity.kept[0]
-    assert len(learn.keep_sparsity.kept) == 1
+    second = learn.keep_sparsity.sparsifier
+    assert second is not first
     assert all((second.masks[name] <= mask).all() for name, mask in first.masks.items())
 
 
 def test_dead_filters_stay_dead_when_weights_are_sparsified_after_them(make_learner):
     learn = make_learner()
     learn.fit(1, cbs=SparsifyCallback(0.5, granularity="filter"))
-    dead = {name: ~mask for name, mask in learn.keep_sparsity.kept[0].follower_masks.items()}
+    dead = {name: ~mask for name, mask in learn.keep_sparsity.sparsifier.follower_masks.items()}
     assert any(mask.any() for mask in dead.values())
     learn.fit(1, cbs=SparsifyCallback(0.9))
     parameters = dict(learn.model.named_parameters())
@@ -412,3 +409,127 @@ def test_nothing_of_the_constructor_is_changed_by_a_fit(make_learner):
     make_learner().fit(1, cbs=callback)
     assert {key: vars(callback)[key] for key in before} == before
     assert callback.sparsity == {"0": 0.5, "3": 0.9}
+
+
+# --- Zeros that must not be lost between fits ---------------------------------------------------------------------
+
+
+class Raise(Callback):
+    """Raises in one event of one step."""
+
+    def __init__(self, error, event, order=99, iteration=2):
+        self.error, self.iteration, self.order = error, iteration, order
+        setattr(self, event, self._raise)
+
+    def _raise(self):
+        if self.training and self.iter == self.iteration:
+            raise self.error
+
+
+@pytest.mark.parametrize("given", ["fit", "learner"])
+@pytest.mark.parametrize("event", ["after_pred", "after_backward", "before_step", "after_step", "after_batch"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt("now"), ZeroDivisionError("now")])
+def test_what_an_interrupted_fit_has_reached_is_kept(make_learner, error, event, given):
+    callback = SparsifyCallback(0.8, schedule="lin")
+    learn, watch = make_learner(opt_func=fastai.Adam, cbs=callback if given == "learner" else None), Watch()
+    with pytest.raises(type(error)):
+        learn.fit(1, cbs=[Raise(error, event), *([callback] if given == "fit" else [])])
+    reached = share(0.8 * (3 if event in ("after_step", "after_batch") else 2) / 4)
+    learn.remove_cbs([callback] if given == "learner" else [])
+    learn.fit(2, 0.1, cbs=watch)
+    assert set(watch.forwards) == set(watch.steps) == {reached}
+
+
+def test_an_interrupt_inside_the_step_of_the_optimizer(make_learner):
+    learn, watch = make_learner(opt_func=fastai.Adam), Watch()
+    callback = SparsifyCallback(0.8, schedule="one_shot")
+    calls = []
+
+    class Break(Callback):
+        def before_step(self):
+            calls.append(1)
+            if len(calls) == 3:
+                step = self.learn.opt.step
+
+                def interrupted():
+                    step()
+                    self.learn.opt.step = step
+                    raise KeyboardInterrupt
+
+                self.learn.opt.step = interrupted
+
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, 0.1, cbs=[callback, Break()])
+    assert callback.sparsifier.sparsity == share(0.8)
+    learn.fit(1, cbs=watch)
+    assert set(watch.forwards) == {share(0.8)}
+
+
+def test_a_later_fit_that_starts_at_a_later_epoch_lowers_nothing(make_learner):
+    learn, watch = make_learner(cbs=SparsifyCallback(0.9)), Watch()
+    learn.fit(2)
+    learn.fit(4, start_epoch=2, cbs=watch)
+    assert set(watch.forwards) == set(watch.steps) == {share(0.9)}
+
+
+def test_the_column_never_shows_another_learner(make_learner):
+    callback = SparsifyCallback(0.9)
+    make_learner().fit(1, cbs=callback)
+    other = make_learner(splitter=lambda model: fastai.L(list(model[:6].parameters()), list(model[6:].parameters())))
+    other.freeze()
+    other.fit(1, cbs=callback)
+    assert [row[-1] for row in other.recorder.values] == [0]
+    other.unfreeze()
+    other.fit(1, cbs=callback)
+    assert other.recorder.values[-1][-1] == share(0.9)
+
+
+def test_a_fit_without_any_step_still_follows_the_schedule_at_its_ends(make_learner):
+    learn, watch, callback = make_learner(steps=4), Watch(), SparsifyCallback(0.8, schedule="lin")
+    learn.fit(1, cbs=[callback, watch, GradientAccumulation(1000)])
+    assert set(watch.forwards) == {0}
+    assert callback.sparsifier.sparsity == share(0.8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": {"nothing.*": 0.5}}, "no layer with a weight to sparsify matches 'nothing"),
+        ({"sparsity": 0.5, "criteria": lambda weight: weight.sum()}, "must return one real score per weight"),
+        ({"sparsity": 0.5, "context": lambda layers, sparsity: None}, "must return a list with"),
+        ({"sparsity": 0.5, "pool": lambda grouping, scores: scores, "granularity": "kernel"}, "one score per group"),
+    ],
+)
+def test_what_would_fail_late_in_the_schedule_fails_before_the_first_forward(make_learner, arguments, message):
+    learn, watch = make_learner(), Watch()
+    with pytest.raises(ValueError, match=message):
+        learn.fit(1, cbs=[SparsifyCallback(**arguments, schedule=between("agp", 0.5, 1)), watch])
+    assert watch.forwards == []
+
+
+def test_keep_sparsity_recovers_frozen_layers_too(make_learner):
+    model = small_net()
+    Sparsifier(model).sparsify(0.7)
+    splitter = lambda model: fastai.L(list(model[:6].parameters()), list(model[6:].parameters()))  # noqa: E731
+    learn, watch = make_learner(model, cbs=KeepSparsity(), splitter=splitter), Watch()
+    learn.freeze()
+    learn.fit(1, 0.1)
+    learn.unfreeze()
+    learn.fit(1, 0.1, cbs=watch)
+    assert set(watch.forwards) == set(watch.steps) == {share(0.7)}
+
+
+def test_a_schedule_that_ends_dense_leaves_no_keeper(make_learner):
+    learn = make_learner()
+    learn.fit(1, cbs=SparsifyCallback(0.5, schedule="dsd"))
+    assert not hasattr(learn, "keep_sparsity")
+
+
+@pytest.mark.parametrize("second", ["dsd", "one_cycle"])
+def test_zeros_of_an_earlier_fit_outlast_any_schedule_of_a_later_one(make_learner, second):
+    learn, watch = make_learner(), Watch()
+    learn.fit(1, cbs=SparsifyCallback(0.6))
+    learn.fit(2, cbs=[SparsifyCallback(0.8, schedule=second), watch])
+    assert min(watch.forwards) >= share(0.6)
+    learn.fit(1, 0.1, cbs=watch)
+    assert min(watch.steps) >= share(0.6)

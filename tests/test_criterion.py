@@ -75,7 +75,7 @@ def test_own_criterion_by_name_and_as_function(mlp):
             Sparsifier(mlp, criteria="distance_from_one"),
             Sparsifier(mlp, criteria=distance_from_one),
         )
-        assert by_name.criterion is by_function.criterion
+        assert by_name.criteria is by_function.criteria
         weights = torch.cat([mlp[0].weight.detach().flatten(), mlp[2].weight.detach().flatten()])
         by_name.sparsify(0.5)
         masked = torch.cat([~mask.flatten() for mask in by_name.masks.values()])
@@ -99,7 +99,7 @@ def test_a_criterion_that_writes_in_place_changes_no_weight_and_no_statistic(mlp
 @pytest.mark.parametrize("wrong", [lambda weight: weight.sum(), lambda weight: 1.0, lambda weight: weight.T])
 def test_scores_of_another_shape_are_refused(mlp, wrong):
     with pytest.raises(
-        ValueError, match=r"must return one score per weight: for 0.weight a tensor of the shape \(8, 4\)"
+        ValueError, match=r"must return one real score per weight: for 0.weight a tensor of the shape \(8, 4\)"
     ):
         Sparsifier(mlp, criteria=wrong).sparsify(0.5)
 
@@ -114,3 +114,46 @@ def test_nan_scores_name_the_layer_and_change_nothing(mlp):
     assert torch.equal(mlp[0].weight, before)
     assert all(mask.all() for mask in sparsifier.masks.values())
     assert sparsifier.levels == {"0.weight": 0, "2.weight": 0}
+
+
+def test_functions_that_do_not_show_their_parameters_are_refused():
+    with pytest.raises(
+        ValueError, match=r"criterion abs does not show its parameters; write it out: lambda weight: abs"
+    ):
+        criteria.resolve(torch.abs)
+    with pytest.raises(ValueError, match="quantities are given by name, so leave out the '/'"):
+        criteria.resolve(lambda weight, /: weight)
+
+
+def test_own_quantity_is_one_function(mlp):
+    from sparsifai import quantities, taken
+
+    @quantities.register
+    @taken("update")
+    def updates(sparsifier, name):
+        return sparsifier.statistics.get("updates", {}).get(name, torch.zeros(())) + 1
+
+    try:
+        sparsifier = Sparsifier(mlp, criteria=lambda weight, updates=None: weight.abs())
+        assert sparsifier.statistics == {}  # nobody named it
+    finally:
+        del quantities._functions["updates"]
+    for wrong in (lambda: taken("often"), lambda: taken(print)):
+        with pytest.raises(ValueError, match="taken: a quantity is taken at one or more of score, start, update"):
+            wrong()
+    with pytest.raises(ValueError, match="mark it with @taken"):
+        quantities.register(print)
+
+
+def test_a_failed_update_does_not_advance_the_random_generator(mlp):
+    def fails(weight, rng):
+        return torch.rand(weight.shape, generator=rng) * float("nan")
+
+    sparsifier = Sparsifier(mlp, criteria=fails)
+    before = sparsifier.rng.get_state()
+    with pytest.raises(ValueError, match="NaN scores for 0.weight"):
+        sparsifier.sparsify(0.5)
+    assert torch.equal(sparsifier.rng.get_state(), before)
+    drawn = Sparsifier(mlp, criteria="random")
+    drawn.check(0.5)
+    assert torch.equal(drawn.rng.get_state(), before)

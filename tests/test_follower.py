@@ -112,3 +112,22 @@ def test_biases_of_attention_and_recurrent_weights():
         "attention.out_proj.bias": ("attention.out_proj.weight",),
     }
     assert torch.equal(model.lstm.bias_hh_l0 == 0, (model.lstm.weight_hh_l0 == 0).all(1))
+
+
+def test_the_bias_of_a_weight_of_another_name():
+    class Kernel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel, self.bias = nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return x @ self.kernel + self.bias
+
+    from sparsifai import register_layer, target
+
+    register_layer(Kernel, kernel=("in", "out"))
+    try:
+        model = nn.Sequential(Kernel(), nn.ReLU(), nn.Linear(8, 2))
+        assert Sparsifier(model, "filter").followers == {"0.bias": ("0.kernel",)}
+    finally:
+        del target._AXES_OF_KIND[Kernel]

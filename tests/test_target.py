@@ -227,3 +227,37 @@ def test_a_parameter_is_looked_up_anew_so_that_assigned_ones_are_masked(mlp):
     mlp.load_state_dict(fresh, assign=True)
     sparsifier.apply_masks()
     assert torch.equal(mlp[0].weight != 0, sparsifier.masks["0.weight"])
+
+
+def test_a_module_of_several_names_is_meant_by_any_of_them():
+    model = body_and_head()
+    model["box"] = nn.Sequential(model["head"])
+    assert list(Sparsifier(model, layers="box").masks) == EVERYTHING[3:]
+    assert list(Sparsifier(model, layers=model["box"]).masks) == EVERYTHING[3:]
+    assert list(Sparsifier(model).masks) == EVERYTHING
+
+
+def test_a_module_itself_names_a_layer_exactly(net):
+    assert list(Sparsifier(net, "filter", layers=net[12]).masks) == ["12.weight"]
+
+
+def test_a_layer_of_one_group_stays_dense_and_says_so():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1), nn.Linear(1, 3))
+    assert Sparsifier(model, "filter").dense == {
+        "1.weight": "has 1 group, of which 1 must stay",
+        "2.weight": "yields the model's output",
+    }
+
+
+def test_a_dictionary_is_no_list_of_patterns(mlp):
+    with pytest.raises(TypeError, match="a dictionary of sparsities is the first argument"):
+        Sparsifier(mlp, layers={"0": 1})
+
+
+@pytest.mark.parametrize("key", [3, ("a", "b")])
+def test_keys_of_a_dictionary_are_checked_before_the_model_is_known(key):
+    pytest.importorskip("fastai", reason="the callback needs fastai")
+    from sparsifai import SparsifyCallback
+
+    with pytest.raises(TypeError, match="selects no layers"):
+        SparsifyCallback({key: 0.5})

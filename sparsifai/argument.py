@@ -1,15 +1,18 @@
-"""How much: the sparsity that is asked for, and the layers that each part of it is for."""
+"""What users give, checked: clear errors before anything is changed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
-from .target import Pattern, Target, matching
+from .context import Context, contexts
+from .criterion import Criterion, criteria
+from .granularity import Granularity, granularities, poolings
+from .target import Pattern, as_patterns
 
 Sparsity = float | Mapping[Pattern, float]
 
@@ -23,6 +26,7 @@ def check_sparsity(sparsity: Any = None, compression_ratio: Any = None) -> Spars
     if isinstance(sparsity, Mapping):
         if not sparsity:
             raise ValueError("the dictionary of sparsities is empty; give it at least one pattern: {'layer1.*': 0.5}")
+        as_patterns(list(sparsity))
         return {pattern: _check_fraction(value) for pattern, value in sparsity.items()}
     return _check_fraction(sparsity)
 
@@ -47,22 +51,27 @@ def scaled(sparsity: Sparsity, factor: float) -> Sparsity:
     return factor * sparsity
 
 
-def scopes(
-    sparsity: Sparsity,
-    targets: Mapping[str, Target],
-    dense: Mapping[str, str],
-    candidates: Mapping[str, Target],
-    model: nn.Module,
-) -> list[tuple[float, list[str]]]:
-    """The layers of each fraction that is asked for; of several patterns that match a layer the last counts."""
-    if not isinstance(sparsity, Mapping):
-        return [(sparsity, list(targets))]
-    of_layer: dict[str, int] = {}
-    for position, pattern in enumerate(sparsity):
-        matched = matching(pattern, candidates, model)
-        if not matched & targets.keys():
-            reasons = "; ".join(f"{name}: {dense[name]}" for name in sorted(matched)[:3])
-            raise ValueError(f"sparsity: {pattern!r} matches only layers that stay dense ({reasons})")
-        of_layer.update(dict.fromkeys(matched, position))
-    parts = [[name for name in targets if of_layer.get(name) == position] for position in range(len(sparsity))]
-    return [(fraction, names) for fraction, names in zip(sparsity.values(), parts, strict=True) if names]
+def resolve_axes(
+    granularity: Any, context: Any, criterion: Any, pool: Any = "mean"
+) -> tuple[Granularity, Context, Criterion, Callable]:
+    """Names -> functions, once; past this only functions travel."""
+    return (
+        granularities.resolve(granularity),
+        contexts.resolve(context),
+        criteria.resolve(criterion),
+        poolings.resolve(pool),
+    )
+
+
+def check_seed(seed: Any) -> int:
+    """A whole number."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed is a whole number, not {seed!r}")
+    return seed
+
+
+def check_round_to(round_to: Any) -> int | None:
+    """A whole number from 1 on, or None."""
+    if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
+        raise ValueError(f"round_to is a whole number of groups from 1 on, not {round_to!r}")
+    return round_to
