@@ -13,7 +13,7 @@ from fastai.learner import ValueMetric, noop
 from .argument import check_round_to, check_seed, check_sparsity, resolve_axes, scaled
 from .masking import zero_gradients, zero_weights
 from .report import percent
-from .schedule import progress, schedules
+from .schedule import between, progress, schedules
 from .sparsifier import Sparsifier
 from .target import as_patterns, find_targets
 
@@ -91,7 +91,9 @@ class SparsifyCallback(Callback):
         granularity="weight",  # How: a name of `granularities`, a tuple of axes such as ('out', 'h'), or a function
         context="global",  # Where: a name of `contexts` or a function
         criteria="large_final",  # What: a name of `criteria` or a function of named quantities
-        schedule="agp",  # When: a name of `schedules`, a function from [0, 1] to [0, 1], or a fastai annealer
+        # When: a name of `schedules`, a function from [0, 1] to [0, 1], or a fastai annealer. By default the last
+        # quarter of training belongs to the weights that stay: worth much at high sparsity, nothing lost at low.
+        schedule=between("agp", 0, 0.75),
         *,
         compression_ratio=None,  # Another name of `sparsity`, the same number
         layers=None,  # What takes part: classes, modules, names, globs, functions of (name, module), or a list of them

@@ -38,6 +38,8 @@ def along(*axes: str) -> Granularity:
 
 @dataclass(frozen=True)
 class _Along:
+    """Groups that are indexed by some axes and span all others."""
+
     # A class, because a function made within another cannot be pickled.
     indexed: tuple[str, ...]
     __name__: str

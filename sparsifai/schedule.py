@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from .registry import Registry, name_of
 
@@ -71,6 +72,22 @@ def one_cycle(t: float, alpha: float = 14, beta: float = 6) -> float:
     return (1 + math.exp(beta - alpha)) / (1 + math.exp(beta - alpha * t))
 
 
+@dataclass(frozen=True)
+class _Steps:
+    """s(t) = ceil(n t) / n."""
+
+    # A class, because a function made within another cannot be pickled; so is _Moved.
+    n: int
+
+    def __call__(self, t: float) -> float:
+        # 0.07 * 100 is 7.000000000000001: without the allowance the eighth step would come one batch early.
+        return max(math.ceil(self.n * t - 1e-9), 0) / self.n
+
+    @property
+    def __name__(self) -> str:
+        return f"iterative({self.n})"
+
+
 def iterative(n: int = 3) -> Schedule:
     """s(t) = ceil(n t) / n: n equal steps. By name, 'iterative' has three.
 
@@ -79,14 +96,7 @@ def iterative(n: int = 3) -> Schedule:
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"iterative(n): n is the number of steps, a whole number from 1 on, not {n!r}")
-
-    def steps(t: float) -> float:
-        # 0.07 * 100 is 7.000000000000001: without the allowance the eighth step would come one batch early.
-        return max(math.ceil(n * t - 1e-9), 0) / n
-
-    steps.__name__ = f"iterative({n})"
-    steps.__doc__ = f"s(t) = ceil({n} t) / {n}: {n} equal steps."
-    return steps
+    return _Steps(n)
 
 
 schedules.register(iterative(3), name="iterative")
@@ -98,20 +108,30 @@ def dsd(t: float) -> float:
     return (1 - math.cos(2 * math.pi * t)) / 2
 
 
+@dataclass(frozen=True)
+class _Moved:
+    """A schedule in a part of training."""
+
+    schedule: Schedule
+    start: float
+    end: float
+
+    def __call__(self, t: float) -> float:
+        if t < self.start:
+            return 0.0
+        return progress(self.schedule, min((t - self.start) / (self.end - self.start), 1.0))
+
+    @property
+    def __name__(self) -> str:
+        return f"between({name_of(self.schedule)}, {self.start:g}, {self.end:g})"
+
+
 def between(schedule: str | Schedule, start: float, end: float) -> Schedule:
     """`schedule` moved into the part [start, end] of training: 0 before it, its last value after it.
 
     >>> between(lin, 0.25, 0.75)(0.5)
     0.5
     """
-    inner = schedules.resolve(schedule)
     if not all(isinstance(each, (int, float)) for each in (start, end)) or not 0 <= start < end <= 1:
         raise ValueError(f"between: needs 0 <= start < end <= 1, got start={start!r}, end={end!r}")
-
-    def moved(t: float) -> float:
-        if t < start:
-            return 0.0
-        return progress(inner, min((t - start) / (end - start), 1.0))
-
-    moved.__name__ = f"between({name_of(inner)}, {start:g}, {end:g})"
-    return moved
+    return _Moved(schedules.resolve(schedule), start, end)

@@ -288,4 +288,4 @@ def test_a_unet_of_fastai():
     resnet = pytest.importorskip("torchvision").models.resnet18(weights=None)
     model = vision.DynamicUnet(nn.Sequential(*list(resnet.children())[:-2]), 2, (32, 32))
     dense = Sparsifier(model, "filter", example_input=torch.randn(2, 3, 32, 32)).dense
-    assert dense == {"12.0.weight": "yields the model's output"}
+    assert dense == {"layers.12.0.weight": "yields the model's output"}

@@ -1,4 +1,5 @@
 import math
+import pickle
 
 import pytest
 
@@ -61,6 +62,12 @@ def test_between_continues_with_the_last_value():
 def test_between_refuses_an_empty_or_outside_part(start, end):
     with pytest.raises(ValueError, match="needs 0 <= start < end <= 1"):
         between(lin, start, end)
+
+
+def test_schedules_can_be_pickled():
+    for schedule in (*schedules.values(), between(iterative(4), 0.1, 0.9)):
+        restored = pickle.loads(pickle.dumps(schedule))
+        assert [restored(step / 7) for step in range(8)] == [schedule(step / 7) for step in range(8)]
 
 
 def test_own_functions_are_schedules():
