@@ -92,7 +92,7 @@ class SparsifyCallback(Callback):
         context="global",  # Where: a name of `contexts` or a function
         criteria="large_final",  # What: a name of `criteria` or a function of named quantities
         # When: a name of `schedules`, a function from [0, 1] to [0, 1], or a fastai annealer. By default the last
-        # quarter of training belongs to the weights that stay: worth much at high sparsity, nothing lost at low.
+        # quarter of training belongs to the weights that stay: worth much at high sparsity, little lost at low.
         schedule=between("agp", 0, 0.75),
         *,
         compression_ratio=None,  # Another name of `sparsity`, the same number
