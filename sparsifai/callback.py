@@ -5,6 +5,7 @@ SparsifyCallback moves the sparsity along the schedule. KeepSparsity holds the z
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 from fastai.callback.core import Callback
@@ -65,9 +66,11 @@ class KeepSparsity(Callback):
         sparsifier.adopt(self.earlier)
 
     def _masked(self) -> list:
-        parameters = dict(self.learn.model.named_parameters())
-        earlier = [(parameters[name], mask.to(parameters[name].device)) for name, mask in self.earlier.items()]
-        return earlier + ([] if self.sparsifier is None else self.sparsifier.masked_parameters())
+        masked = [] if self.sparsifier is None else self.sparsifier.masked_parameters()
+        for name, mask in self.earlier.items():
+            parameter = attrgetter(name)(self.learn.model)
+            masked.append((parameter, mask.to(parameter.device)))
+        return masked
 
 
 class SparsifyCallback(Callback):

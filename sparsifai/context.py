@@ -49,7 +49,7 @@ def ask(context: Context, layers: Sequence[ScoredLayer], sparsity: float, granul
     for layer, falls in zip(layers, fallen, strict=True):
         if falls.all() and not layer.whole:
             raise ValueError(f"context {name_of(context)} empties {layer.target.name}; a layer keeps its best group")
-    if sparsity > 0 and not any(falls.any() for falls in [*fallen, *context(layers, 1.0)]):
+    if sparsity > 0 and not any(falls.any() for falls in fallen) and not any(map(np.any, context(layers, 1.0))):
         warnings.warn(
             f"sparsity {sparsity:g} was asked for, but with granularity {granularity} and context {name_of(context)} "
             "no group can fall, for the best of every scope stays; choose smaller groups, or context 'global'",

@@ -105,8 +105,9 @@ class Sparsifier:
         has changed.
         """
         self._check_held("sparsify")
-        self.apply_masks()  # what comes back comes back as zero, whatever momentum has made of it since
         masks, levels = self._build_masks(check_sparsity(sparsity, compression_ratio))
+        if any(levels[name] < level for name, level in self.levels.items()):
+            self.apply_masks()  # what comes back comes back as zero, whatever momentum has made of it since
         self._set_masks(masks)
         self.levels = levels
         self.apply_masks()
