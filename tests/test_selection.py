@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import oracle
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,6 +94,46 @@ def test_against_the_oracle(layers, sparsity, sizes, masks):
         for groups in layers
     ]  # fmt: skip
     assert [falls.tolist() for falls in select_groups(scored, sparsity)] == oracle.fallen(layers, sparsity)
+
+
+def unlucky(count, rng):
+    """All that a sample with a stride sees is low, all else is high."""
+    score = rng.random(count).astype(np.float32) + 1
+    for stride in range(2, 30):
+        score[:: stride * 7] -= 2
+    return score
+
+
+VALUES = {
+    "normal": lambda count, rng: rng.standard_normal(count).astype(np.float32),
+    "sorted": lambda count, rng: np.sort(rng.standard_normal(count)),
+    "constant": lambda count, rng: np.full(count, 0.25, np.float32),
+    "few values": lambda count, rng: rng.integers(0, 4, count).astype(np.float32),
+    "infinite": lambda count, rng: np.where(rng.random(count) < 0.4, np.inf, rng.random(count)),
+    "unlucky": unlucky,
+}
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.3, 0.5, 0.9, 0.99999, 1.0])
+@pytest.mark.parametrize("masked_share", [0.0, 0.25])
+def test_many_groups_of_equal_size_against_a_stable_sort(values, share, masked_share):
+    rng = np.random.default_rng(0)
+    counts = (150_000, 3, 40_000, 131_072)
+    layers = [layer(VALUES[values](count, rng), masked=rng.random(count) < masked_share) for count in counts]
+    for each in layers:
+        each.masked[-1] = False
+    if share < masked_share:
+        share = masked_share + 0.01
+    score, masked = (np.concatenate([getattr(each, name) for each in layers]) for name in ("score", "masked"))
+    ends = np.cumsum(counts)
+    kept = [end - 1 - np.argmax(np.where(masked, -np.inf, score)[end - count : end][::-1])
+            for end, count in zip(ends, counts, strict=True)]  # fmt: skip
+    order = np.lexsort((score, ~masked))
+    order = order[~np.isin(order, kept)]
+    expected = np.zeros(len(score), bool)
+    expected[order[: math.floor(share * len(score) + 0.5)]] = True
+    assert (np.concatenate(select_groups(layers, share)) == expected).all()
 
 
 @settings(max_examples=200, deadline=None)
