@@ -155,9 +155,10 @@ class SparsifyCallback(Callback):
 
     def after_train(self):
         "Close the schedule, if the last batch of the fit has made no step of its own"
-        finished = self.learn.epoch == self.learn.n_epoch - 1 and self.learn.iter == self.learn.n_iter - 1
-        if self._advances and self._begun and finished:
-            self._go_to(1.0)
+        if self._advances and self._begun:
+            learn = self.learn
+            if learn.epoch == learn.n_epoch - 1 and learn.iter == learn.n_iter - 1:
+                self._go_to(1.0)
 
     def after_fit(self):
         "Take the column off the table; say what keeps the zeros"

@@ -268,16 +268,11 @@ def _recorded(model: nn.Module, example_input: Any) -> Flow:
     """Flow from one forward in evaluation mode; the global random state is left as it was."""
     recorder = _Recorder(model)
     recorder.flow.sources.add(recorder.record(example_input, Step([], set())))
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # which computes whole transformer layers as one
-    try:
-        with torch.random.fork_rng(), torch.no_grad(), recorder:
-            if isinstance(example_input, Mapping):
-                output = model(**example_input)
-            else:
-                output = model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with torch.random.fork_rng(), torch.no_grad(), recorder:
+        if isinstance(example_input, Mapping):
+            output = model(**example_input)
+        else:
+            output = model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
     recorder.flow.results.update(recorder.steps_of(output))
     return recorder.flow
 

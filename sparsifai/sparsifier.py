@@ -205,12 +205,9 @@ class Sparsifier:
         """Masks, levels, statistics and random state, keyed by parameter name; for torch.save."""
         self._check_held("state_dict")
         return {
-            "masks": {name: mask.clone() for name, mask in self.masks.items()},
+            "masks": dict(self.masks),
             "levels": dict(self.levels),
-            "statistics": {
-                quantity: {name: value.clone() for name, value in values.items()}
-                for quantity, values in self.statistics.items()
-            },
+            "statistics": {quantity: dict(values) for quantity, values in self.statistics.items()},
             "rng": self.rng.get_state(),
         }
 
@@ -221,12 +218,10 @@ class Sparsifier:
         """
         self._check_held("load_state_dict")
         check_state(state, self.masks, self.levels, self.statistics, name_of(self.criteria))
-        self._set_masks({name: state["masks"][name].to(mask.device, copy=True) for name, mask in self.masks.items()})
+        self._set_masks({name: state["masks"][name].to(mask.device) for name, mask in self.masks.items()})
         self.levels = {name: float(state["levels"][name]) for name in self.targets}
         self.statistics = {
-            quantity: {
-                name: values[name].to(target.parameter.device, copy=True) for name, target in self.targets.items()
-            }
+            quantity: {name: values[name].to(target.parameter.device) for name, target in self.targets.items()}
             for quantity, values in state["statistics"].items()
         }
         self.rng.set_state(state["rng"].cpu())

@@ -9,9 +9,19 @@ from conftest import small_net  # noqa: E402
 from fastai.callback.fp16 import MixedPrecision  # noqa: E402
 from fastai.callback.schedule import SchedCos  # noqa: E402
 from fastai.callback.training import GradientAccumulation, GradientClip  # noqa: E402
-from fastai.learner import Callback, CancelFitException, CancelStepException  # noqa: E402
+from fastai.learner import Callback, CancelFitException, CancelStepException, CancelTrainException  # noqa: E402
 
-from sparsifai.all import KeepSparsity, Sparsifier, SparsifyCallback, between, cos, large_final, schedules  # noqa: E402
+from sparsifai.all import (  # noqa: E402
+    KeepSparsity,
+    Sparsifier,
+    SparsifyCallback,
+    between,
+    contexts,
+    cos,
+    granularities,
+    large_final,
+    schedules,
+)
 
 
 class Watch(Callback):
@@ -96,6 +106,7 @@ def test_compression_ratio_is_another_name_of_sparsity(make_learner):
         ({"sparsity": 0.5, "schedule": lambda t: 1 + t}, ValueError, "gives 1.1 at t=0.1"),
         ({"sparsity": 0.5, "round_to": 0}, ValueError, "round_to is a whole number"),
         ({"sparsity": 0.5, "layers": 3}, TypeError, "3 selects no layers"),
+        ({"sparsity": 0.5, "seed": "a"}, TypeError, "seed is a whole number, not 'a'"),
     ],
 )
 def test_wrong_arguments_are_refused_in_the_constructor(arguments, error, message):
@@ -128,6 +139,34 @@ def test_a_schedule_that_fails_between_the_points_that_were_tried_says_so(make_l
 
     with pytest.raises(ValueError, match="schedule sneaky gives 2.0 at t=0.333333"):
         make_learner(steps=3).fit(1, cbs=SparsifyCallback(0.5, schedule=sneaky))
+
+
+def test_the_defaults_are_those_of_the_table_in_the_readme():
+    callback = SparsifyCallback(0.5)
+    assert callback.schedule == between("agp", 0, 0.75)
+    assert callback.criteria is large_final
+    assert callback.context is contexts["global"]
+    assert callback.granularity is granularities["weight"]
+
+
+def test_a_model_that_cannot_be_traced_is_read_from_the_first_batch(make_learner):
+    class Branches(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x if x.sum() < 1e9 else 2 * x)
+
+    callback = SparsifyCallback(0.5, "filter")
+    make_learner(Branches(*small_net())).fit(1, cbs=callback)
+    assert callback.sparsifier.dense == {"12.weight": "yields the model's output"}
+
+
+def test_a_training_that_is_cancelled_before_it_begins_is_not_begun(make_learner):
+    class Cancel(Callback):
+        def before_train(self):
+            raise CancelTrainException
+
+    callback = SparsifyCallback(0.5)
+    make_learner().fit(1, cbs=[callback, Cancel()])
+    assert callback.sparsifier is None
 
 
 def test_two_callbacks_in_one_fit_are_refused(make_learner):

@@ -261,6 +261,17 @@ def test_a_flow_that_does_not_show_the_output_is_an_error_not_a_guess():
     assert list(Sparsifier(Hides(), "filter", layers="stem", example_input=EXAMPLE).masks) == ["stem.weight"]
 
 
+def test_recording_leaves_the_random_state_alone():
+    class Draws(Branching):
+        def forward(self, x):
+            return super().forward(x + torch.rand_like(x))
+
+    model = Draws()
+    state = torch.get_rng_state()
+    Sparsifier(model, "filter", example_input=EXAMPLE)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_kept_activations_and_buffers_that_a_forward_writes_are_left_alone():
     class Keeps(nn.Module):
         def __init__(self):

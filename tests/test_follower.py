@@ -49,6 +49,11 @@ def test_a_layer_norm_over_the_width_is_not_taken_for_one_over_channels():
     assert list(Sparsifier(model, "filter", layers="0").followers) == ["0.bias"]
 
 
+def test_a_norm_layer_of_another_size_is_left_alone():
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.Flatten(), nn.BatchNorm1d(216), nn.Linear(216, 2))
+    assert list(Sparsifier(model, "filter", layers="0").followers) == ["0.bias"]
+
+
 class Residual(nn.Module):
     def __init__(self, shared=False):
         super().__init__()

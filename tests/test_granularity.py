@@ -121,6 +121,13 @@ def test_pooling_by_hand():
     assert ragged.pool(-scores, poolings["max"]).tolist() == [-1, -3, 3, -4]
 
 
+def test_groups_of_the_same_values_in_another_order_pool_to_equal_scores():
+    values = torch.randn(10_000)
+    scores = torch.stack([values[torch.randperm(10_000)] for _ in range(20)])
+    grouping = Grouping.of(granularities["row"], {"out": 20, "in": 10_000})
+    assert len(grouping.pool(scores, poolings["mean"]).unique()) == 1
+
+
 def test_equal_groups_pool_to_equal_scores():
     grouping = Grouping.of(granularities["filter"], {"out": 50, "in": 7, "h": 3, "w": 3})
     assert len(grouping.pool(torch.full((50, 7, 3, 3), 0.1), poolings["mean"]).unique()) == 1

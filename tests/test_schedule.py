@@ -96,6 +96,11 @@ def test_schedules_that_leave_the_unit_interval_are_refused_at_once():
         schedules.resolve(lambda t: t - 1)
 
 
+def test_rounding_at_the_ends_is_forgiven_and_clamped():
+    assert progress(lambda t: 1 + 1e-9, 1) == 1.0
+    assert progress(lambda t: -1e-9, 0) == 0.0
+
+
 def test_the_registered_functions_are_those_that_are_exported():
     assert [schedules[name] for name in ("one_shot", "lin", "cos", "agp", "one_cycle", "dsd")] == [
         one_shot, lin, cos, agp, one_cycle, dsd,

@@ -4,6 +4,7 @@ import math
 import pickle
 from contextlib import nullcontext
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -277,6 +278,7 @@ def test_a_plain_loop_keeps_the_zeros(net, optimizer):
     sparsifier = Sparsifier(net, "filter")
     sparsifier.sparsify(0.5)
     before, followed = sparsifier.report().selected.zeros, dict(sparsifier.follower_masks)
+    assert any(not mask.all() for mask in followed.values())
     for _ in range(5):
         step.zero_grad()
         nn.functional.cross_entropy(net(torch.randn(8, 2, 8, 8)), torch.randint(3, (8,))).backward()
@@ -447,6 +449,7 @@ def test_what_is_no_answer_of_a_context_is_an_error(net, wrong):
         (-0.1, ValueError, "sparsity -0.1 is not a fraction from 0 to 1"),
         (101, ValueError, "sparsity 101.0 is not a fraction from 0 to 1"),
         (math.nan, ValueError, "sparsity nan is not a fraction from 0 to 1"),
+        (np.bool_(True), TypeError, "a number from 0 to 1, or a dictionary of them by layer, not"),
         (True, TypeError, "a number from 0 to 1, or a dictionary of them by layer, not True"),
         ("0.5", TypeError, "not '0.5'"),
         ([0.5, 0.5], TypeError, "not .0.5, 0.5."),
@@ -502,3 +505,102 @@ def test_deepcopy_of_model_and_sparsifier_together(mlp):
         restored = pickle.loads(pickle.dumps(sparsifier))
         restored.sparsify(0.8)
         assert torch.equal(restored.masks["0.weight"] | sparsifier.masks["0.weight"], sparsifier.masks["0.weight"])
+
+
+def test_the_seed_decides_what_random_takes():
+    masks = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(0)
+        sparsifier = Sparsifier(small_net(), criteria="random", seed=seed)
+        torch.manual_seed(len(masks))  # torch's own generator has no part in it
+        sparsifier.sparsify(0.5)
+        masks.append(torch.cat([mask.flatten() for mask in sparsifier.masks.values()]))
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize("seed", ["a", 1.5, True, None])
+def test_a_seed_is_a_whole_number(mlp, seed):
+    with pytest.raises(TypeError, match="seed is a whole number"):
+        Sparsifier(mlp, seed=seed)
+
+
+def test_loading_a_state_applies_its_masks_and_levels(mlp):
+    sparsifier = Sparsifier(mlp)
+    sparsifier.sparsify(0.5)
+    state = sparsifier.state_dict()
+    other = copy.deepcopy(mlp)
+    with torch.no_grad():
+        other[0].weight.fill_(1)
+    loaded = Sparsifier(other)
+    loaded.load_state_dict(state)
+    assert torch.equal(other[0].weight != 0, sparsifier.masks["0.weight"])
+    assert loaded.levels == sparsifier.levels
+    loaded.sparsify(0.25)  # a falling level, which only the levels tell
+    assert sum(int((~mask).sum()) for mask in loaded.masks.values()) == 12
+
+
+def test_previous_is_the_value_at_the_last_update(mlp):
+    sparsifier = Sparsifier(mlp, criteria="updating_movement", context="local")
+    start = mlp[0].weight.detach().clone()
+    assert torch.equal(sparsifier.statistics["previous"]["0.weight"], start)
+    with torch.no_grad():
+        mlp[0].weight.add_(1)
+    sparsifier.sparsify(0.25)
+    updated = sparsifier.statistics["previous"]["0.weight"]
+    assert torch.equal(updated, mlp[0].weight)
+    assert not torch.equal(updated, start)
+    assert set(sparsifier.statistics) == {"previous"}
+
+
+def test_adopted_masks_are_masked_and_never_dropped_by_a_rising_level(net):
+    earlier = Sparsifier(net, "kernel", criteria="small_final")
+    earlier.sparsify(0.3)
+    for granularity in ("weight", "kernel"):
+        later = Sparsifier(net, granularity)
+        later.adopt(earlier.masks)
+        later.sparsify(0.1)
+        for name, mask in earlier.masks.items():
+            assert torch.equal(later.masks[name].expand_as(later.targets[name].parameter),
+                               mask.expand_as(later.targets[name].parameter))  # fmt: skip
+    rows = Sparsifier(net, "filter")
+    rows.adopt(earlier.masks)
+    whole = (earlier.masks["3.weight"] == 0).flatten(1).all(1)
+    assert torch.equal(~rows.masks["3.weight"].flatten(), whole)
+
+
+def test_what_momentum_has_moved_is_zero_again_when_a_falling_level_revives_it(mlp):
+    sparsifier = Sparsifier(mlp)
+    sparsifier.sparsify(0.8)
+    before = dict(sparsifier.masks)
+    with torch.no_grad():
+        mlp[0].weight.add_(0.1)  # as a step does, and nobody called apply_masks
+    sparsifier.sparsify(0.2)
+    revived = sparsifier.masks["0.weight"] & ~before["0.weight"]
+    assert revived.any()
+    assert (mlp[0].weight[revived] == 0).all()
+
+
+def test_half_precision_is_scored_in_single():
+    model = nn.Linear(4, 4).to(torch.bfloat16)
+    seen = []
+    Sparsifier(model, criteria=lambda weight, init: seen.append((weight.dtype, init.dtype)) or weight.abs()).sparsify(
+        0.5
+    )
+    assert seen == [(torch.float32, torch.float32)]
+
+
+def test_a_context_that_empties_a_layer_is_an_error(net):
+    def everything(layers, sparsity):
+        return [np.ones(len(layer.score), bool) for layer in layers]
+
+    with pytest.raises(ValueError, match="context everything empties 0.weight; a layer keeps its best group"):
+        Sparsifier(net, context=everything).sparsify(0.5)
+
+
+def test_autograd_sees_that_a_weight_was_written(mlp):
+    sparsifier = Sparsifier(mlp)
+    output = mlp(torch.randn(2, 4)).square().sum()
+    sparsifier.sparsify(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
