@@ -30,18 +30,26 @@ class KeepSparsity(Callback):
         sparsifier=None,  # Whose masks to keep; by default, the zeros that the model has at the first batch
     ):
         super().__init__()
+        if sparsifier is not None and not isinstance(sparsifier, Sparsifier):
+            raise TypeError(f"KeepSparsity keeps the masks of a Sparsifier, not {sparsifier!r}")
         self.sparsifier: Sparsifier | None = sparsifier
+        self.held_model = None if sparsifier is None else sparsifier.model
         self.recovers = sparsifier is None
         self.earlier: dict[str, Any] = {}  # masks of earlier Sparsifiers, by parameter name
 
     def before_fit(self):
         "Zero the masked weights, which an interrupted step may have changed"
+        if not self.recovers and self.held_model is not self.learn.model:
+            raise ValueError(
+                "KeepSparsity holds the zeros of another model than the Learner's; take it off with "
+                "learn.remove_cb(KeepSparsity), or give it no Sparsifier to keep the zeros of this one"
+            )
         zero_weights(self._masked())
 
     def before_batch(self):
         "Take the masks from the zeros of the model, if they were not given"
         if self.recovers and self.learn.training:
-            self.recovers = False
+            self.recovers, self.held_model = False, self.learn.model
             for name, target in find_targets(self.learn.model).items():
                 mask = target.parameter.detach() != 0
                 # A layer of nothing but zeros, as some are initialized, is not a masked one.
@@ -62,7 +70,7 @@ class KeepSparsity(Callback):
             for masks in (self.sparsifier.masks, self.sparsifier.follower_masks):
                 for name, mask in masks.items():
                     self.earlier[name] = mask & self.earlier[name] if name in self.earlier else mask
-        self.sparsifier = sparsifier
+        self.sparsifier, self.recovers, self.held_model = sparsifier, False, sparsifier.model
         sparsifier.adopt(self.earlier)
 
     def _masked(self) -> list:
@@ -126,8 +134,11 @@ class SparsifyCallback(Callback):
                 "two SparsifyCallbacks in one fit would undo each other; give one of them a dictionary of "
                 "sparsities by layer, or take the other off with learn.remove_cb(SparsifyCallback)"
             )
-        self._remove_column()  # left over from an interrupted fit
-        if self.learn.lock.locked() or hasattr(self.learn, "lr_finder"):
+        self._hide_column()  # from validate and get_preds, in a fit or after an interrupted one
+        if self.learn.lock.locked():
+            return
+        self._column = None
+        if hasattr(self.learn, "lr_finder"):
             self._advances = False
             return
         if self.sparsifier is not None and self.sparsifier.model is not self.learn.model:
@@ -138,7 +149,7 @@ class SparsifyCallback(Callback):
             held = percent(self._measured())
             self._notify(f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit")
         self._column = ValueMetric(self._measured, "sparsity")
-        self.learn.metrics = self.learn.metrics + [self._column]
+        self._show_column()
 
     def before_batch(self):
         "Make the Sparsifier when the fit begins, and take the sparsity to where the schedule begins"
@@ -162,7 +173,9 @@ class SparsifyCallback(Callback):
 
     def after_fit(self):
         "Take the column off the table; say what keeps the zeros"
-        if not self.learn.lock.locked():
+        if self.learn.lock.locked():
+            self._show_column()
+        else:
             self._end()
 
     @property
@@ -196,7 +209,8 @@ class SparsifyCallback(Callback):
 
     def _end(self) -> None:
         """Leave the Learner as it was but for the zeros and what keeps them."""
-        self._remove_column()
+        self._hide_column()
+        self._column = None
         self._advances = False
         if self._brought is not None:
             zero_weights(self.sparsifier.masked_parameters())
@@ -209,10 +223,13 @@ class SparsifyCallback(Callback):
                 )
             self._brought = None
 
-    def _remove_column(self) -> None:
+    def _show_column(self) -> None:
+        if self._column is not None:
+            self.learn.metrics = self.learn.metrics + [self._column]
+
+    def _hide_column(self) -> None:
         if self._column is not None:
             self.learn.metrics = [metric for metric in self.learn.metrics if metric is not self._column]
-            self._column = None
 
     def _notify(self, message: str) -> None:
         """One line for the user, where the Learner's own table is shown."""

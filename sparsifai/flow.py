@@ -268,11 +268,17 @@ def _recorded(model: nn.Module, example_input: Any) -> Flow:
     """Flow from one forward in evaluation mode; the global random state is left as it was."""
     recorder = _Recorder(model)
     recorder.flow.sources.add(recorder.record(example_input, Step([], set())))
-    with torch.random.fork_rng(), torch.no_grad(), recorder:
-        if isinstance(example_input, Mapping):
-            output = model(**example_input)
-        else:
-            output = model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
+    try:
+        with torch.random.fork_rng(), torch.no_grad(), recorder:
+            if isinstance(example_input, Mapping):
+                output = model(**example_input)
+            else:
+                output = model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
+    except Exception as error:
+        raise ValueError(
+            f"example_input does not run through {type(model).__name__} ({error}); pass a batch that the model "
+            "accepts, a tuple for several positional arguments, a dictionary for keywords"
+        ) from error
     recorder.flow.results.update(recorder.steps_of(output))
     return recorder.flow
 

@@ -73,6 +73,15 @@ class Report:
             Row(name, target.kind, tuple(target.parameter.shape), Count.of(target.parameter), dense.get(name, ""))
             for name, target in candidates.items()
         )
+        # Matrices that no kind of layer names the axes of are told of too, so that no weights go missing unseen.
+        known = {name for target in candidates.values() for name in target.names}
+        rows += tuple(
+            Row(
+                name, _holder(model, name), tuple(parameter.shape), Count.of(parameter), "no named axes: register_layer"
+            )
+            for name, parameter in model.named_parameters()
+            if parameter.dim() > 1 and name not in known
+        )
         selected = Count.of(*(target.parameter for name, target in candidates.items() if name not in dense))
         return cls(rows, selected, Count.of(*model.parameters()))
 
@@ -140,6 +149,10 @@ class Report:
         ax.set_yticks(places, [row.name for row in self.rows])
         ax.invert_yaxis()
         return ax
+
+
+def _holder(model: nn.Module, name: str) -> str:
+    return type(model.get_submodule(name.rpartition(".")[0])).__name__
 
 
 def _figures(count: Count) -> tuple[str, str, str]:

@@ -16,10 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .target import Target
+if TYPE_CHECKING:
+    from .target import Target
 
 
 @dataclass

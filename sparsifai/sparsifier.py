@@ -45,7 +45,7 @@ class Sparsifier:
     round_to: keep a multiple of this many groups in every layer, or all of them.
     seed: of the generator that random criteria draw from.
     example_input: a batch, for models that torch.fx cannot trace; needed only with granularities of whole outputs
-        or inputs.
+        or inputs. A tuple is given to the model as positional arguments, a dictionary as keywords.
 
     ValueError and TypeError, before anything is changed, where the arguments cannot work on the model.
 
@@ -105,9 +105,9 @@ class Sparsifier:
         has changed.
         """
         self._check_held("sparsify")
-        masks, levels = self._build_masks(check_sparsity(sparsity, compression_ratio))
-        if any(levels[name] < level for name, level in self.levels.items()):
-            self.apply_masks()  # what comes back comes back as zero, whatever momentum has made of it since
+        wanted = check_sparsity(sparsity, compression_ratio)
+        self.apply_masks()  # whatever a step has made of masked weights, they are ranked and come back as zeros
+        masks, levels = self._build_masks(wanted)
         self._set_masks(masks)
         self.levels = levels
         self.apply_masks()
@@ -234,14 +234,17 @@ class Sparsifier:
         A group is masked if all its weights are zero. A layer of nothing but zeros, as some are initialized, is not.
         """
         self._check_held("recover_masks")
-        masks = {}
+        masks, shares = {}, {}
         for name, target in self.targets.items():
             grouping = self.groupings[name]
             kept = grouping.members((target.parameter != 0).float()).amax(1) > 0
             if not kept.any():
                 kept = torch.ones_like(kept)
             masks[name] = self._mask_of(name, kept)
-            self.levels[name] = Count.of(masks[name].expand_as(target.parameter)).sparsity
+            shares[name] = Count.of(masks[name].expand_as(target.parameter)).sparsity
+        # Ranked jointly, a layer can have more or less zeros than the level that it was ranked for.
+        joint = Count.of(*(masks[name].expand_as(target.parameter) for name, target in self.targets.items())).sparsity
+        self.levels = {name: min(share, joint) for name, share in shares.items()}
         self._set_masks(masks)
 
     def adopt(self, masks: Mapping[str, Tensor]) -> None:

@@ -165,7 +165,9 @@ def test_a_training_that_is_cancelled_before_it_begins_is_not_begun(make_learner
             raise CancelTrainException
 
     callback = SparsifyCallback(0.5)
-    make_learner().fit(1, cbs=[callback, Cancel()])
+    learn = make_learner()
+    with learn.no_bar():  # which does not expect it
+        learn.fit(1, cbs=[callback, Cancel()])
     assert callback.sparsifier is None
 
 
@@ -572,3 +574,67 @@ def test_zeros_of_an_earlier_fit_outlast_any_schedule_of_a_later_one(make_learne
     assert min(watch.forwards) >= share(0.6)
     learn.fit(1, 0.1, cbs=watch)
     assert min(watch.steps) >= share(0.6)
+
+
+@pytest.mark.parametrize("ask", [lambda learn: learn.validate(), lambda learn: learn.get_preds()])
+def test_validating_inside_a_fit_stops_nothing(make_learner, ask):
+    counts = []
+
+    class Asks(Callback):
+        order = 70
+
+        def after_epoch(self):
+            if not self.learn.lock.locked():
+                counts.append(len(ask(self.learn)))
+
+    learn, watch = make_learner(), Watch()
+    learn.fit(3, cbs=[SparsifyCallback(0.8, schedule="lin"), Asks(), watch])
+    assert watch.steps[-1] == share(0.8)
+    assert set(counts) <= {1, 2}
+    assert len(learn.metrics) == 0
+
+
+def test_a_dictionary_of_targets_follows_the_schedule(make_learner):
+    levels = []
+
+    class Look(Callback):
+        order = 99
+
+        def after_step(self):
+            report = self.learn.sparsify.sparsifier.report()
+            levels.append([row.count.zeros for row in report.rows[:2]])
+
+    make_learner(steps=4).fit(1, cbs=[SparsifyCallback({"0": 0.5, "3": 0.25}, schedule="lin"), Look()])
+    assert levels == [[18, 12], [36, 24], [54, 36], [72, 48]]
+
+
+def test_what_is_no_sparsifier_of_this_model_is_refused_by_the_keeper(make_learner):
+    for wrong in (0.5, SparsifyCallback(0.5)):
+        with pytest.raises(TypeError, match="KeepSparsity keeps the masks of a Sparsifier, not"):
+            KeepSparsity(wrong)
+    with pytest.raises(ValueError, match="holds the zeros of another model than the Learner's"):
+        make_learner(cbs=KeepSparsity(Sparsifier(small_net()))).fit(1)
+    learn = make_learner()
+    learn.fit(1, cbs=SparsifyCallback(0.5))
+    learn.model = small_net()
+    with pytest.raises(ValueError, match="take it off with learn.remove_cb"):
+        learn.fit(1)
+
+
+def test_keep_sparsity_takes_no_layer_of_nothing_but_zeros_for_masked(make_learner):
+    model = small_net()
+    Sparsifier(model).sparsify(0.5)
+    nn.init.zeros_(model[12].weight)
+    learn = make_learner(model, cbs=KeepSparsity())
+    learn.fit(1, 0.1)
+    assert (model[12].weight != 0).any()
+
+
+def test_weights_that_were_disturbed_between_fits_are_zero_at_the_first_forward(make_learner):
+    learn, watch = make_learner(), Watch()
+    learn.fit(1, cbs=SparsifyCallback(0.7))
+    with torch.no_grad():
+        for parameter in learn.model.parameters():
+            parameter.add_(0.01)
+    learn.fit(1, cbs=watch)
+    assert watch.forwards[0] == share(0.7)

@@ -300,3 +300,10 @@ def test_a_unet_of_fastai():
     model = vision.DynamicUnet(nn.Sequential(*list(resnet.children())[:-2]), 2, (32, 32))
     dense = Sparsifier(model, "filter", example_input=torch.randn(2, 3, 32, 32)).dense
     assert dense == {"layers.12.0.weight": "yields the model's output"}
+
+
+def test_an_example_that_does_not_fit_says_so():
+    with pytest.raises(
+        ValueError, match="example_input does not run through Branching .*; pass a batch that the model acc"
+    ):
+        Sparsifier(Branching(), "filter", example_input=torch.randn(3))

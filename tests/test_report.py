@@ -66,3 +66,14 @@ def test_tied_weights_stand_once_in_the_totals():
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     model[1].weight = model[0].weight
     assert Sparsifier(model).report().model.weights == 16
+
+
+def test_matrices_without_named_axes_are_told_of():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.inner = nn.Parameter(torch.zeros(2, 3)), nn.Linear(3, 3)
+
+    row = Sparsifier(Own()).report().rows[-1]
+    assert (row.name, row.kind, row.count.zeros) == ("table", "Own", 6)
+    assert row.why_dense == "no named axes: register_layer"
