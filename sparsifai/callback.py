@@ -13,10 +13,10 @@ from fastai.learner import ValueMetric, noop
 
 from .argument import check_round_to, check_seed, check_sparsity, resolve_axes, scaled
 from .masking import zero_gradients, zero_weights
-from .report import percent
+from .report import Count, percent
 from .schedule import between, progress, schedules
 from .sparsifier import Sparsifier
-from .target import as_patterns, find_targets
+from .target import as_patterns, find_targets, matching
 
 
 class KeepSparsity(Callback):
@@ -55,6 +55,7 @@ class KeepSparsity(Callback):
                 # A layer of nothing but zeros, as some are initialized, is not a masked one.
                 if mask.any() and not mask.all():
                     self.earlier[name] = mask
+            self._recover_dead_filters()
 
     def before_step(self):
         "Zero the gradients of masked weights"
@@ -63,6 +64,15 @@ class KeepSparsity(Callback):
     def after_step(self):
         "Zero the masked weights"
         zero_weights(self._masked())
+
+    def _recover_dead_filters(self) -> None:
+        """Where whole filters are zero, what stands behind them and is zero too is kept so."""
+        if any((mask.flatten(1).any(1) == 0).any() for mask in self.earlier.values()):
+            model = self.learn.model
+            filters = Sparsifier(model, "filter", layers=lambda name, module: True, example_input=self.learn.xb)
+            filters.recover_masks()
+            for name, mask in filters.follower_masks.items():
+                self.earlier[name] = mask | (attrgetter(name)(model).detach() != 0)
 
     def hold(self, sparsifier: Sparsifier) -> None:
         "Keep the masks of `sparsifier` from now on, which starts with the zeros that were kept until now"
@@ -183,7 +193,9 @@ class SparsifyCallback(Callback):
         return self.learn.n_epoch * self.learn.n_iter
 
     def _measured(self) -> float:
-        return 0.0 if self.sparsifier is None else self.sparsifier.sparsity
+        if self.sparsifier is not None:
+            return self.sparsifier.sparsity
+        return Count.of(*(target.parameter for target in find_targets(self.learn.model).values())).sparsity
 
     def _go_to(self, t: float) -> None:
         """Sparsify to where the schedule is at t, but not below what earlier fits have reached."""
@@ -194,9 +206,14 @@ class SparsifyCallback(Callback):
 
     def _make_sparsifier(self) -> None:
         """At the first batch, which the data flow of some models is read from; KeepSparsity holds it from here on."""
+        exclude = list(self.exclude or [])
+        if isinstance(self.sparsity, dict):  # a layer that no pattern matches takes no part
+            targets = find_targets(self.learn.model)
+            wanted = set().union(*(matching(pattern, targets, self.learn.model) for pattern in self.sparsity))
+            exclude += [name for name in targets if name not in wanted]
         sparsifier = Sparsifier(
-            self.learn.model, self.granularity, self.context, self.criteria, layers=self.layers, exclude=self.exclude,
-            pool=self.pool, round_to=self.round_to, seed=self.seed, example_input=self.learn.xb,
+            self.learn.model, self.granularity, self.context, self.criteria, layers=self.layers,
+            exclude=exclude or None, pool=self.pool, round_to=self.round_to, seed=self.seed, example_input=self.learn.xb,
         )  # fmt: skip
         sparsifier.check(self.sparsity)
         self.sparsifier = sparsifier

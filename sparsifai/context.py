@@ -6,6 +6,7 @@ over the groups: True where a group falls. `select_groups` of selection.py ranks
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,18 @@ from .selection import ScoredLayer, select_groups
 
 Context = Callable[[Sequence[ScoredLayer], float], "list[np.ndarray]"]
 
-contexts = Registry("context")
+
+def _check(context: Context) -> None:
+    try:
+        inspect.signature(context).bind([], 0.5)
+    except TypeError as error:
+        raise ValueError(
+            f"context {name_of(context)} is not a function of (layers, sparsity): {error}; criteria and schedules have "
+            "arguments of their own"
+        ) from None
+
+
+contexts = Registry("context", check=_check)
 
 
 @contexts.register

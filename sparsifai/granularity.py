@@ -49,7 +49,7 @@ class _Along:
 
 
 def _parse(value: Any) -> Granularity | None:
-    return along(*value) if isinstance(value, tuple) else None
+    return along(*value) if isinstance(value, (tuple, list)) else None
 
 
 granularities = Registry("granularity", parse=_parse)
@@ -117,7 +117,13 @@ class Grouping:
 
         sizes of `axes`: within one convolution group. UnavailableError if the layer lacks an axis.
         """
-        answer = granularity(dict(axes))
+        try:
+            answer = granularity(dict(axes))
+        except Exception as error:
+            raise ValueError(
+                f"granularity {name_of(granularity)} fails on the axes {dict(axes)} ({error}); a granularity is a "
+                "function of a layer's axes, which returns those that index the mask"
+            ) from error
         if isinstance(answer, str) or not isinstance(answer, Iterable):
             raise TypeError(
                 f"granularity {name_of(granularity)} must return the names of the axes that index the mask, such as "

@@ -6,6 +6,7 @@ The core of the library is `Sparsifier.sparsify`; what it calls are the function
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from operator import attrgetter
@@ -117,7 +118,9 @@ class Sparsifier:
         """Do all that `sparsify` does but change anything: raises what it would raise."""
         self._check_held("check")
         random = self.rng.get_state()
-        self._build_masks(check_sparsity(sparsity))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._build_masks(check_sparsity(sparsity))
         self.rng.set_state(random)
 
     @torch.no_grad()
@@ -165,6 +168,14 @@ class Sparsifier:
         ranked = scored
         if self.round_to is not None:
             ranked, bundles = zip(*(bundle(layer, self.round_to) for layer in scored), strict=True)
+        compares = {"init", "previous"}.intersection(quantities_of(self.criteria))
+        edges = {float(edge) for layer in ranked for edge in (layer.score.min(), layer.score.max())} if compares else ()
+        if len(edges) == 1 and fraction >= 0.01 and not any(layer.masked.any() for layer in ranked):
+            warnings.warn(
+                f"criterion {name_of(self.criteria)} compares with an earlier value, and nothing has changed since it: "
+                "all scores are equal, so weights fall in index order; train before the first update",
+                stacklevel=6,
+            )
         fallen = ask(self.context, ranked, fraction, name_of(self.granularity))
         if self.round_to is not None:
             fallen = [falls[of_group] for falls, of_group in zip(fallen, bundles, strict=True)]

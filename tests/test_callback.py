@@ -638,3 +638,48 @@ def test_weights_that_were_disturbed_between_fits_are_zero_at_the_first_forward(
             parameter.add_(0.01)
     learn.fit(1, cbs=watch)
     assert watch.forwards[0] == share(0.7)
+
+
+def test_a_frozen_fit_shows_the_zeros_that_are_there(make_learner, capsys):
+    model = small_net()
+    Sparsifier(model).sparsify(0.7)
+    splitter = lambda model: fastai.L(list(model[:6].parameters()), list(model[6:].parameters()))  # noqa: E731
+    learn = make_learner(model, splitter=splitter)
+    learn.freeze()
+    learn.fit(1, 0.0, wd=0, cbs=SparsifyCallback(0.9))
+    assert "sparsity is held at 70.04% in this fit" in capsys.readouterr().out
+    assert learn.recorder.values[-1][-1] == share(0.7)
+
+
+def test_layers_that_a_dictionary_does_not_name_take_no_part(make_learner):
+    callback = SparsifyCallback({"0": 0.5, "3": 0.25}, context="local", schedule="lin")
+    learn = make_learner()
+    learn.fit(1, cbs=callback)
+    assert list(callback.sparsifier.masks) == ["0.weight", "3.weight"]
+    assert learn.recorder.values[-1][-1] == callback.sparsifier.sparsity == 120 / (144 + 192)
+
+
+def test_keep_sparsity_alone_keeps_dead_filters_dead(make_learner):
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 8, 3), nn.GELU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
+    )  # fmt: skip
+    sparsifier = Sparsifier(model, "filter")
+    sparsifier.sparsify(0.5)
+    dead = {name: ~mask for name, mask in sparsifier.follower_masks.items() if not mask.all()}
+    assert "3.bias" in dead
+    make_learner(model, cbs=KeepSparsity()).fit(2, 0.1)
+    parameters = dict(model.named_parameters())
+    assert all((parameters[name][mask] == 0).all() for name, mask in dead.items())
+    assert (model[3].bias != 0).any()
+
+
+def test_a_last_epoch_that_is_cancelled_half_way_does_not_jump_to_the_target(make_learner):
+    class Cancel(Callback):
+        def after_batch(self):
+            if self.training and self.iter == 1:
+                raise CancelTrainException
+
+    callback = SparsifyCallback(0.8, schedule="lin")
+    make_learner(steps=4).fit(1, cbs=[callback, Cancel()])
+    assert callback.sparsifier.sparsity == share(0.4)

@@ -292,7 +292,8 @@ def test_a_plain_loop_keeps_the_zeros(net, optimizer):
 
 def test_nothing_is_left_on_the_model(net):
     keys, objects = list(net.state_dict()), {name: id(parameter) for name, parameter in net.named_parameters()}
-    sparsifier = Sparsifier(net, "filter", criteria="movement")
+    sparsifier = Sparsifier(net, "filter", criteria="magnitude_increase")
+    moved(net)
     sparsifier.sparsify(0.5)
     assert list(net.state_dict()) == keys
     assert {name: id(parameter) for name, parameter in net.named_parameters()} == objects
@@ -502,6 +503,7 @@ def test_deepcopy_of_model_and_sparsifier_together(mlp):
     assert sparsifier.sparsity == 0.5
     for granularity in ("weight", "filter", ("out", "in")):
         sparsifier = Sparsifier(small_net(), granularity, criteria="movement")
+        moved(sparsifier.model)
         sparsifier.sparsify(0.5)
         restored = pickle.loads(pickle.dumps(sparsifier))
         restored.sparsify(0.8)
@@ -614,6 +616,22 @@ def test_init_stays_what_it_was_when_the_sparsifier_was_made(mlp):
         moved(mlp)
         sparsifier.sparsify(level)
     assert torch.equal(sparsifier.statistics["init"]["0.weight"], start)
+
+
+def test_a_comparison_with_an_earlier_value_before_any_training_is_told_of(mlp):
+    sparsifier = Sparsifier(mlp, criteria="movement")
+    sparsifier.check(0.5)
+    with pytest.warns(UserWarning, match="criterion movement compares with an earlier value, and nothing has changed"):
+        sparsifier.sparsify(0.5)
+
+
+def test_arguments_in_the_wrong_place_are_told_of(mlp):
+    with pytest.raises(
+        ValueError, match=r"granularity cos fails on the axes .*; a granularity is a function of a layer"
+    ):
+        Sparsifier(mlp, schedules["cos"])
+    with pytest.raises(ValueError, match=r"context large_final is not a function of \(layers, sparsity\)"):
+        Sparsifier(mlp, "weight", criteria["large_final"])
 
 
 def test_masked_weights_that_a_step_made_nan_do_not_matter(mlp):
