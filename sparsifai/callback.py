@@ -212,8 +212,9 @@ class SparsifyCallback(Callback):
             wanted = set().union(*(matching(pattern, targets, self.learn.model) for pattern in self.sparsity))
             exclude += [name for name in targets if name not in wanted]
         sparsifier = Sparsifier(
-            self.learn.model, self.granularity, self.context, self.criteria, layers=self.layers,
-            exclude=exclude or None, pool=self.pool, round_to=self.round_to, seed=self.seed, example_input=self.learn.xb,
+            self.learn.model, self.granularity, self.context, self.criteria,
+            layers=self.layers, exclude=exclude or None, pool=self.pool, round_to=self.round_to, seed=self.seed,
+            example_input=self.learn.xb,
         )  # fmt: skip
         sparsifier.check(self.sparsity)
         self.sparsifier = sparsifier
