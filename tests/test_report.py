@@ -52,8 +52,7 @@ def test_html_escapes_and_has_all_rows(mlp):
 
 
 def test_plot_draws_measured_bars(report):
-    import matplotlib
-
+    matplotlib = pytest.importorskip("matplotlib", reason="the plot is drawn with it")
     matplotlib.use("Agg")
     ax = report.plot()
     assert [bar.get_width() for bar in ax.patches] == [0.25, 3 / 16]
