@@ -166,13 +166,13 @@ class SparsifyCallback(Callback):
         if self._advances and self.learn.training and not self._begun:
             if self.sparsifier is None:
                 self._make_sparsifier()
-            self._go_to((self.learn.epoch * self.learn.n_iter + self.learn.iter) / self._total)
+            self._go_to(self._progress(0))
             self._begun = True
 
     def after_step(self):
         "Take the sparsity to where the schedule is after this step"
         if self._advances:
-            self._go_to((self.learn.epoch * self.learn.n_iter + self.learn.iter + 1) / self._total)
+            self._go_to(self._progress(1))
 
     def after_train(self):
         "Close the schedule, if the last batch of the fit has made no step of its own"
@@ -188,9 +188,10 @@ class SparsifyCallback(Callback):
         else:
             self._end()
 
-    @property
-    def _total(self) -> int:
-        return self.learn.n_epoch * self.learn.n_iter
+    def _progress(self, done: int) -> float:
+        """Share of the fit that is over, with `done` (0 or 1) of the present batch."""
+        learn = self.learn
+        return (learn.epoch * learn.n_iter + learn.iter + done) / (learn.n_epoch * learn.n_iter)
 
     def _measured(self) -> float:
         if self.sparsifier is not None:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+NORMS_OVER_CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+NORMS_OVER_LAST_AXIS = (nn.LayerNorm, nn.RMSNorm)
 _ONE_STEP = (nn.MultiheadAttention, nn.RNNBase)
 
 # What keeps channels apart and a channel of zeros zero: classes of torch.nn, names of functions and methods.
@@ -120,7 +121,9 @@ def _moves_channels_last(order: Sequence[int]) -> bool:
 
 def _norms_of(model: nn.Module, step: Step) -> set[str]:
     holders = {name.rpartition(".")[0] for name in step.parameters}
-    return {name for name in holders if isinstance(model.get_submodule(name), _NORMS)}
+    return {
+        name for name in holders if isinstance(model.get_submodule(name), NORMS_OVER_CHANNELS + NORMS_OVER_LAST_AXIS)
+    }
 
 
 def find_flow(model: nn.Module, example_input: Any = None) -> Flow:

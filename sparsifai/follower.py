@@ -11,11 +11,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .flow import Flow
+from .flow import NORMS_OVER_CHANNELS, NORMS_OVER_LAST_AXIS, Flow
 from .granularity import Grouping
 from .target import Target, parameter_name
-
-_OVER_CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
 def find_followers(
@@ -70,6 +68,6 @@ def _normalizes_outputs(norm: nn.Module, target: Target, moved: bool) -> bool:
     """
     # The outputs of a matrix are the last axis; those of a convolution the second, unless they were moved.
     last = moved or "w" not in target.axes
-    if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) and not last or isinstance(norm, _OVER_CHANNELS) and moved:
+    if isinstance(norm, NORMS_OVER_LAST_AXIS) and not last or isinstance(norm, NORMS_OVER_CHANNELS) and moved:
         return False
     return all(parameter.shape == (target.out,) for parameter in norm.parameters(recurse=False))

@@ -185,6 +185,10 @@ class Grouping:
             )
         return pooled.to(scores.dtype)
 
+    def any_of(self, values: Tensor) -> Tensor:
+        """Bool per weight -> bool per group: whether any weight of the group is true."""
+        return self.members(values.float()).amax(1) > 0
+
     def all_kept(self) -> Tensor:
         """The bools per group of a dense layer."""
         return torch.ones(math.prod(self.grid), dtype=torch.bool)

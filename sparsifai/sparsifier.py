@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from operator import attrgetter
 from typing import Any
@@ -169,8 +169,8 @@ class Sparsifier:
         if self.round_to is not None:
             ranked, bundles = zip(*(bundle(layer, self.round_to) for layer in scored), strict=True)
         compares = {"init", "previous"}.intersection(quantities_of(self.criteria))
-        edges = {float(edge) for layer in ranked for edge in (layer.score.min(), layer.score.max())} if compares else ()
-        if len(edges) == 1 and fraction >= 0.01 and not any(layer.masked.any() for layer in ranked):
+        # Asked in this order, the scores are looked through at a first update only.
+        if compares and fraction >= 0.01 and not any(layer.masked.any() for layer in ranked) and _all_equal(ranked):
             warnings.warn(
                 f"criterion {name_of(self.criteria)} compares with an earlier value, and nothing has changed since it: "
                 "all scores are equal, so weights fall in index order; train before the first update",
@@ -248,7 +248,7 @@ class Sparsifier:
         masks, shares = {}, {}
         for name, target in self.targets.items():
             grouping = self.groupings[name]
-            kept = grouping.members((target.parameter != 0).float()).amax(1) > 0
+            kept = grouping.any_of(target.parameter != 0)
             if not kept.any():
                 kept = torch.ones_like(kept)
             masks[name] = self._mask_of(name, kept)
@@ -264,8 +264,7 @@ class Sparsifier:
         adopted = dict(self.masks)
         for name in self.masks.keys() & masks.keys():
             grouping, theirs = self.groupings[name], masks[name].expand_as(self.targets[name].parameter)
-            kept = grouping.members(theirs.float()).amax(1) > 0
-            adopted[name] = self._mask_of(name, grouping.gather(adopted[name]) & kept)
+            adopted[name] = self._mask_of(name, grouping.gather(adopted[name]) & grouping.any_of(theirs))
         self._set_masks(adopted)
 
     def release(self) -> nn.Module:
@@ -334,3 +333,8 @@ class Sparsifier:
             function = quantities[quantity]
             if moment in function.moments:  # type: ignore[attr-defined]
                 self.statistics[quantity] = {name: function(self, name) for name in self.targets}
+
+
+def _all_equal(layers: Sequence[ScoredLayer]) -> bool:
+    """Whether all groups of all layers have one score."""
+    return len({float(edge) for layer in layers for edge in (layer.score.min(), layer.score.max())}) == 1

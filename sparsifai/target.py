@@ -200,7 +200,7 @@ def why_dense(
     layers: Any = None,
     exclude: Any = None,
 ) -> dict[str, str]:
-    """Which candidates stay dense, and why: parameter name -> reason. ValueError if all do.
+    """Which candidates stay dense, and why: parameter name -> reason. ValueError if the flow does not show an end.
 
     groupings: of every candidate, or why the granularity cannot be had. flow: the data flow, asked for only if needed.
     """
