@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .parallel import whole
 from .target import Target
 
 
@@ -41,7 +42,7 @@ class Count:
     def of(cls, *tensors: Tensor) -> Count:
         """Count the zeros of tensors."""
         weights = sum(tensor.numel() for tensor in tensors)
-        return cls(weights, weights - sum(int(torch.count_nonzero(tensor.detach())) for tensor in tensors))
+        return cls(weights, weights - sum(int(torch.count_nonzero(whole(tensor.detach()))) for tensor in tensors))
 
 
 @dataclass(frozen=True)

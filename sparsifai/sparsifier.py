@@ -9,7 +9,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -22,19 +21,22 @@ from .criterion import Criterion, quantities_of
 from .flow import find_flow
 from .follower import find_followers, masks_of_followers
 from .granularity import Granularity, Grouping, UnavailableError
-from .masking import zero_gradients, zero_weights
+from .masking import zero_gradients, zero_moments, zero_weights
+from .parallel import agree, group_of, reshard, unwrapped, whole
 from .registry import name_of
 from .report import Count, Report
 from .selection import ScoredLayer, bundle
 from .state import check_state
 from .statistic import quantities
-from .target import Target, find_targets, scopes, why_dense
+from .target import Target, find_targets, parameter_of, scopes, why_dense
 
 
 class Sparsifier:
     """Makes any torch model sparse: what fraction of which weights, chosen how.
 
     model: any torch.nn.Module; its parameters stay the same objects under the same names, nothing is left on it.
+        Several processes that train it together, with DistributedDataParallel or fully_shard, get the same masks: give
+        the wrapped model, and call what reads or masks weights in all of them. Names are those within the wrapper.
     granularity: how. A name of `granularities`, a tuple of axes such as ('out', 'h'), or a function.
     context: where. A name of `contexts` or a function.
     criteria: what. A name of `criteria` or a function of named quantities.
@@ -73,7 +75,8 @@ class Sparsifier:
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"Sparsifier: model is a torch.nn.Module, not {type(model).__name__}")
-        self.model = model
+        self.group = group_of(model)
+        self.model = model = unwrapped(model)
         self.granularity, self.context, self.criteria, self.pool = resolve_axes(granularity, context, criteria, pool)
         self.round_to = check_round_to(round_to)
         self.rng = torch.Generator().manual_seed(check_seed(seed))
@@ -179,17 +182,29 @@ class Sparsifier:
         fallen = ask(self.context, ranked, fraction, name_of(self.granularity))
         if self.round_to is not None:
             fallen = [falls[of_group] for falls, of_group in zip(fallen, bundles, strict=True)]
-        return [torch.from_numpy(falls) for falls in fallen]
+        device = ranked[0].target.parameter.device
+        return agree((torch.from_numpy(falls) for falls in fallen), self.group, device)
 
-    def apply_masks(self) -> None:
-        """Set the masked weights to zero, and with whole outputs what stands behind them: to be called after a step."""
+    def apply_masks(self, model: nn.Module | None = None) -> None:
+        """Set the masked weights to zero, and with whole outputs what stands behind them: to be called after a step.
+
+        model: a copy of the model to apply the masks to instead, such as its torch.optim.swa_utils.AveragedModel.
+        """
         self._check_held("apply_masks")
-        zero_weights(self.masked_parameters())
+        zero_weights(self.masked_parameters(model))
 
     def mask_gradients(self) -> None:
         """Set the gradients of masked weights to zero: to be called after backward, before clipping."""
         self._check_held("mask_gradients")
         zero_gradients(self.masked_parameters())
+
+    def mask_moments(self, optimizer: Any) -> None:
+        """Set what an optimizer keeps of masked weights to zero, which would move them: to be called after sparsify.
+
+        optimizer: torch's or fastai's.
+        """
+        self._check_held("mask_moments")
+        zero_moments(self.masked_parameters(), optimizer)
 
     # --- What can be seen ---------------------------------------------------------------------------------------
 
@@ -248,7 +263,7 @@ class Sparsifier:
         masks, shares = {}, {}
         for name, target in self.targets.items():
             grouping = self.groupings[name]
-            kept = grouping.any_of(target.parameter != 0)
+            kept = grouping.any_of(whole(target.parameter.detach()) != 0)
             if not kept.any():
                 kept = torch.ones_like(kept)
             masks[name] = self._mask_of(name, kept)
@@ -282,6 +297,11 @@ class Sparsifier:
     def _check_held(self, operation: str) -> None:
         if self.model is None:
             raise RuntimeError(f"{operation}: this Sparsifier has released its model; make a new one")
+        reshard(self.model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A group of processes cannot be copied or pickled; a copy is alone.
+        return {**vars(self), "group": None}
 
     def _reasons(self) -> str:
         reasons = [f"{name}: {reason}" for name, reason in self.dense.items()]
@@ -305,15 +325,16 @@ class Sparsifier:
         self.masks = masks
         self.follower_masks = masks_of_followers(self.followers, masks, self.targets, self.groupings)
 
-    def masked_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Every parameter with a mask, and the mask on its device."""
+    def masked_parameters(self, model: nn.Module | None = None) -> list[tuple[nn.Parameter, Tensor]]:
+        """Every parameter with a mask, and the mask on its device. model: a copy, whose parameters are meant."""
         pairs = []
         for masks in (self.masks, self.follower_masks):
             for name, mask in masks.items():
-                target = self.targets.get(name)
-                parameter = target.parameter if target else attrgetter(name)(self.model)
+                parameter = parameter_of(self.model if model is None else model, name, mask)
                 if mask.device != parameter.device:
-                    mask = masks[name] = mask.to(parameter.device)
+                    mask = mask.to(parameter.device)
+                    if model is None:
+                        masks[name] = mask
                 pairs.append((parameter, mask))
         return pairs
 

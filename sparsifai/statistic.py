@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .parallel import whole
 from .registry import Registry
 from .target import Target
 
@@ -81,5 +82,5 @@ def rng(sparsifier: Source, name: str) -> torch.Generator:
 
 def _copy(sparsifier: Source, name: str) -> Tensor:
     """A copy, so that no criterion can change a weight; half precision is widened, which loses nothing."""
-    parameter = sparsifier.targets[name].parameter.detach()
+    parameter = whole(sparsifier.targets[name].parameter.detach())
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)

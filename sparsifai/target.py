@@ -9,30 +9,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from operator import attrgetter
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .flow import Flow
 from .granularity import Grouping
+from .parallel import unwrapped
 from .registry import close_matches
 
-_AXES_OF_KIND: dict[type[nn.Module], dict[str, tuple[str, ...]]] = {}
+_AXES_OF_KIND: dict[type[nn.Module] | str, dict[str, tuple[str, ...]]] = {}
 _GROUPED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def register_layer(
-    kind: type[nn.Module], axes: Mapping[str, Sequence[str]] | None = None, /, **named: Sequence[str]
+    kind: type[nn.Module] | str, axes: Mapping[str, Sequence[str]] | None = None, /, **named: Sequence[str]
 ) -> None:
     """Name the axes of the weights of a kind of layer, in the order in which the tensor has them.
 
-    kind: a module class; subclasses are meant too. named: parameter name -> axes; `axes` the same as a dictionary,
-    whose keys may be globs. 'out' and 'in' are the outputs and inputs of the layer, 'd', 'h', 'w' those of a kernel.
+    kind: a module class, or its full name where it is not to be imported; subclasses are meant too. named: parameter
+    name -> axes; `axes` the same as a dictionary, whose keys may be globs. 'out' and 'in' are the outputs and inputs of
+    the layer, 'd', 'h', 'w' those of a kernel.
 
     >>> class Conv1D(nn.Module): ...
     >>> register_layer(Conv1D, weight=('in', 'out'))
     """
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+    if not (isinstance(kind, str) and "." in kind or (isinstance(kind, type) and issubclass(kind, nn.Module))):
         raise TypeError(f"register_layer: {kind!r} is not a module class")
     patterns = {**(axes or {}), **named}
     for pattern, names in patterns.items():
@@ -55,6 +60,9 @@ register_layer(nn.MultiheadAttention, {"in_proj_weight": ("out", "in"), "[qkv]_p
 register_layer(nn.RNNBase, {"weight_*": ("out", "in")})
 register_layer(nn.RNNCellBase, {"weight_*": ("out", "in")})
 register_layer(nn.Bilinear, weight=("out", "in", "second"))
+# Layers of other libraries, which need not be installed.
+register_layer("fastai.text.models.awdlstm.WeightDropout", {"weight_*_raw": ("out", "in")})
+register_layer("transformers.pytorch_utils.Conv1D", weight=("in", "out"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +70,8 @@ class Target:
     """A parameter with named axes: where it is, and under what names.
 
     name: of the parameter, such as 'layer1.0.conv1.weight'. owners: all (module name, module) that hold it, more than
-    one if it is tied; the first gives it its kind. axes: name -> size, within one convolution group.
+    one if it is tied; the first gives it its kind. axes: name -> size, within one convolution group. computed: whether
+    it is no parameter, but computed from others in each forward, as with weight_norm; its name is that of the first.
     """
 
     name: str
@@ -71,6 +80,7 @@ class Target:
     axes: dict[str, int]
     convolution_groups: int = 1
     names: frozenset[str] = field(default_factory=frozenset)
+    computed: bool = False
 
     @property
     def module(self) -> nn.Module:
@@ -101,46 +111,98 @@ class Target:
 def axes_of(module: nn.Module, attribute: str) -> tuple[str, ...] | None:
     """Axis names of a parameter of a layer, None if its kind names none."""
     for kind in type(module).__mro__:
-        for pattern, axes in _AXES_OF_KIND.get(kind, {}).items():
-            if fnmatchcase(attribute, pattern):
-                return axes
+        for key in (kind, f"{kind.__module__}.{kind.__qualname__}"):
+            for pattern, axes in _AXES_OF_KIND.get(key, {}).items():
+                if fnmatchcase(attribute, pattern):
+                    return axes
     return None
 
 
 def find_targets(model: nn.Module) -> dict[str, Target]:
-    """All parameters of `model` with named axes by name; tied ones once, under their first name."""
-    found: dict[int, list] = {}
+    """All parameters of `model` with named axes by name; tied ones once, under their first name.
+
+    Weights that are computed from others are among them, under the name of the first that they are computed from.
+    """
+    found: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    computed = {}
     # A module can have several names, and be meant by any of them.
     for module_name, module in model.named_modules(remove_duplicate=False):
+        sources_of = _computed_weights(module)
+        for attribute, sources in sources_of.items():
+            computed[id(module), attribute] = (module_name, module, attribute), sources
+        known = {source for sources in sources_of.values() for source in sources}
         for attribute, parameter in module.named_parameters(recurse=False):
-            if isinstance(parameter, nn.parameter.UninitializedParameter):
-                raise ValueError(
-                    f"Sparsifier: {module_name or type(module).__name__} is lazy and has no shape yet; "
-                    "run one batch through the model first"
-                )
-            axes = axes_of(module, attribute)
-            if axes is not None and parameter.numel():
-                if len(axes) != parameter.dim():
-                    raise ValueError(
-                        f"{type(module).__name__}.{attribute} is registered with the axes {axes}, but has the shape "
-                        f"{tuple(parameter.shape)}; correct the call of register_layer"
-                    )
-                found.setdefault(id(parameter), []).append((module_name, module, attribute, axes, parameter))
-    targets = {}
-    for places in found.values():
-        module_name, module, attribute, axes, parameter = places[0]
-        groups = module.groups if isinstance(module, _GROUPED) else 1
-        sizes = dict(zip(axes, parameter.shape, strict=True))
-        sizes[axes[0]] //= groups
-        names = [parameter_name(name, attribute) for name, _, attribute, *_ in places]
-        owners = tuple((name, module) for name, module, *_ in places)
-        targets[names[0]] = Target(names[0], attribute, owners, sizes, groups, frozenset(names))
-    return targets
+            if attribute not in known and _has_axes(module_name, module, attribute, parameter):
+                found.setdefault(id(parameter), []).append((module_name, module, attribute))
+    targets = [_target(places) for places in found.values()]
+    targets += [_target([place], sources) for place, sources in computed.values()]
+    return {target.name: target for target in targets}
+
+
+def _has_axes(module_name: str, module: nn.Module, attribute: str, parameter: nn.Parameter) -> bool:
+    """Whether the kind of layer names the axes of a parameter. ValueError if it has others or no shape yet."""
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise ValueError(
+            f"Sparsifier: {module_name or type(module).__name__} is lazy and has no shape yet; "
+            "run one batch through the model first"
+        )
+    axes = axes_of(module, attribute)
+    if axes is None or not parameter.numel():
+        return False
+    if len(axes) != parameter.dim():
+        raise ValueError(
+            f"{type(module).__name__}.{attribute} is registered with the axes {axes}, but has the shape "
+            f"{tuple(parameter.shape)}; correct the call of register_layer"
+        )
+    return True
+
+
+def _target(places: Sequence[tuple[str, nn.Module, str]], sources: Sequence[str] = ()) -> Target:
+    """The target that is at one or several places: (name of the module, module, attribute)."""
+    _, module, attribute = places[0]
+    axes = axes_of(module, attribute) or ()
+    sizes = dict(zip(axes, getattr(module, attribute).shape, strict=True))
+    groups = module.groups if isinstance(module, _GROUPED) else 1
+    sizes[axes[0]] //= groups
+    names = [parameter_name(name, attribute) for name, _, attribute in places]
+    names = [parameter_name(places[0][0], source) for source in sources] + names
+    owners = tuple((name, module) for name, module, _ in places)
+    return Target(names[0], attribute, owners, sizes, groups, frozenset(names), computed=bool(sources))
+
+
+def _computed_weights(module: nn.Module) -> dict[str, list[str]]:
+    """Weights that a module computes anew in each forward -> the parameters that it computes them from.
+
+    By torch's parametrizations, or by the older weight_norm, spectral_norm and prune.
+    """
+    computed = {}
+    if is_parametrized(module):
+        for attribute, parametrization in module.parametrizations.items():  # type: ignore[union-attr, operator]
+            originals = [name for name, _ in parametrization.named_parameters(recurse=False)]
+            computed[attribute] = [f"parametrizations.{attribute}.{name}" for name in originals]
+    for attribute, ending in ((name[: -len(end)], end) for name in module._parameters for end in ("_orig", "_v")):
+        if f"{attribute}{ending}" in module._parameters and isinstance(vars(module).get(attribute), Tensor):
+            computed[attribute] = [
+                f"{attribute}{end}" for end in (ending, "_g") if f"{attribute}{end}" in module._parameters
+            ]
+    return {attribute: sources for attribute, sources in computed.items() if sources and axes_of(module, attribute)}
 
 
 def parameter_name(module_name: str, attribute: str) -> str:
     """Name of a parameter of a model from those of its module and its attribute."""
     return f"{module_name}.{attribute}" if module_name else attribute
+
+
+def parameter_of(model: nn.Module, name: str, mask: Tensor) -> nn.Parameter:
+    """The parameter of a name, in any wrapper of torch. ValueError if it is not there or the mask does not fit it."""
+    try:
+        parameter = attrgetter(name)(unwrapped(model))
+        torch.broadcast_shapes(parameter.shape, mask.shape)
+    except (AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} is no copy of the model that was masked, in {name}: {error}"
+        ) from error
+    return parameter
 
 
 # What `layers=`, `exclude=` and the keys of a dictionary of targets may be.
@@ -224,6 +286,12 @@ def why_dense(
             dense[name] = "embedding"
         elif isinstance(grouping, str):
             dense[name] = grouping
+        elif target.computed:
+            raise ValueError(
+                f"Sparsifier: {target.attribute} of {target.owners[0][0] or target.kind} is computed from {name} in "
+                "each forward, so zeros in it do not last; remove that first (torch.nn.utils.parametrize."
+                "remove_parametrizations, remove_weight_norm, ...), or leave the layer out with exclude="
+            )
         elif not exact:
             whole_outputs |= {name} if grouping.drops_outputs else set()
             whole_inputs |= {name} if grouping.drops_inputs else set()
