@@ -33,12 +33,13 @@ from .statistic import quantities, taken
 from .target import register_layer
 
 if TYPE_CHECKING:
-    from .callback import KeepSparsity, SparsifyCallback
+    from .callback import SparsifyCallback
+    from .keep import KeepSparsity
 
 __version__ = "0.1.0"
 
 # Imported on first use: these need fastai, which the rest does not.
-_NEED_FASTAI = {"KeepSparsity": ".callback", "SparsifyCallback": ".callback"}
+_NEED_FASTAI = {"KeepSparsity": ".keep", "SparsifyCallback": ".callback"}
 
 __all__ = [
     "KeepSparsity",

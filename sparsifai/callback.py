@@ -1,97 +1,23 @@
-"""Fastai callbacks: when to call the Sparsifier, never how to sparsify.
+"""SparsifyCallback: when a fastai Learner calls the Sparsifier, never how to sparsify.
 
-SparsifyCallback moves the sparsity along the schedule. KeepSparsity holds the zeros, in this fit and in later ones.
+It moves the sparsity along the schedule, and nothing else: KeepSparsity holds the zeros, from the first batch on.
 """
 
 from __future__ import annotations
 
-from operator import attrgetter
 from typing import Any
 
-from fastai.callback.core import Callback
-from fastai.learner import ValueMetric, noop
-
 from .argument import check_round_to, check_seed, check_sparsity, resolve_axes, scaled
-from .masking import zero_gradients, zero_weights
+from .keep import KeepSparsity, TrainingCallback
+from .learner import Column, Curves, Trackers, notify
+from .parallel import group_of, unwrapped
 from .report import Count, percent
 from .schedule import between, progress, schedules
 from .sparsifier import Sparsifier
 from .target import as_patterns, find_targets, matching
 
 
-class KeepSparsity(Callback):
-    "Keep the zeros of a sparse model zero while it trains; SparsifyCallback leaves one on the Learner"
-
-    # After MixedPrecision (10) has unscaled the gradients, before GradientClip (11) takes their norm.
-    order = 10.5
-
-    def __init__(
-        self,
-        sparsifier=None,  # Whose masks to keep; by default, the zeros that the model has at the first batch
-    ):
-        super().__init__()
-        if sparsifier is not None and not isinstance(sparsifier, Sparsifier):
-            raise TypeError(f"KeepSparsity keeps the masks of a Sparsifier, not {sparsifier!r}")
-        self.sparsifier: Sparsifier | None = sparsifier
-        self.held_model = None if sparsifier is None else sparsifier.model
-        self.recovers = sparsifier is None
-        self.earlier: dict[str, Any] = {}  # masks of earlier Sparsifiers, by parameter name
-
-    def before_fit(self):
-        "Zero the masked weights, which an interrupted step may have changed"
-        if not self.recovers and self.held_model is not self.learn.model:
-            raise ValueError(
-                "KeepSparsity holds the zeros of another model than the Learner's; take it off with "
-                "learn.remove_cb(KeepSparsity), or give it no Sparsifier to keep the zeros of this one"
-            )
-        zero_weights(self._masked())
-
-    def before_batch(self):
-        "Take the masks from the zeros of the model, if they were not given"
-        if self.recovers and self.learn.training:
-            self.recovers, self.held_model = False, self.learn.model
-            for name, target in find_targets(self.learn.model).items():
-                mask = target.parameter.detach() != 0
-                # A layer of nothing but zeros, as some are initialized, is not a masked one.
-                if mask.any() and not mask.all():
-                    self.earlier[name] = mask
-            self._recover_dead_filters()
-
-    def before_step(self):
-        "Zero the gradients of masked weights"
-        zero_gradients(self._masked())
-
-    def after_step(self):
-        "Zero the masked weights"
-        zero_weights(self._masked())
-
-    def _recover_dead_filters(self) -> None:
-        """Where whole filters are zero, what stands behind them and is zero too is kept so."""
-        if any((mask.flatten(1).any(1) == 0).any() for mask in self.earlier.values()):
-            model = self.learn.model
-            filters = Sparsifier(model, "filter", layers=lambda name, module: True, example_input=self.learn.xb)
-            filters.recover_masks()
-            for name, mask in filters.follower_masks.items():
-                self.earlier[name] = mask | (attrgetter(name)(model).detach() != 0)
-
-    def hold(self, sparsifier: Sparsifier) -> None:
-        "Keep the masks of `sparsifier` from now on, which starts with the zeros that were kept until now"
-        if self.sparsifier is not None:
-            for masks in (self.sparsifier.masks, self.sparsifier.follower_masks):
-                for name, mask in masks.items():
-                    self.earlier[name] = mask & self.earlier[name] if name in self.earlier else mask
-        self.sparsifier, self.recovers, self.held_model = sparsifier, False, sparsifier.model
-        sparsifier.adopt(self.earlier)
-
-    def _masked(self) -> list:
-        masked = [] if self.sparsifier is None else self.sparsifier.masked_parameters()
-        for name, mask in self.earlier.items():
-            parameter = attrgetter(name)(self.learn.model)
-            masked.append((parameter, mask.to(parameter.device)))
-        return masked
-
-
-class SparsifyCallback(Callback):
+class SparsifyCallback(TrainingCallback):
     "Make the model sparse while it trains: `sparsity` of its weights are zero at the end of the schedule"
 
     # After KeepSparsity, which has zeroed what the step has changed.
@@ -101,10 +27,11 @@ class SparsifyCallback(Callback):
     sparsifier: Any = None  # the Sparsifier, from the first batch on
     _reached = 0.0  # what the schedule has reached, as a share of the target
     _floor = 0.0  # what earlier fits had reached
-    _begun = False
-    _advances = False
+    _fits = False  # in a fit, not in lr_find
+    _advances = False  # in a fit of all layers
+    _begun = False  # past the first batch of a fit
     _brought: KeepSparsity | None = None  # one that this callback has put on the Learner and not yet announced
-    _column: ValueMetric | None = None
+    _column: Column | None = None
 
     def __init__(
         self,
@@ -130,10 +57,12 @@ class SparsifyCallback(Callback):
         self.layers = None if layers is None else as_patterns(layers)
         self.exclude = None if exclude is None else as_patterns(exclude)
         self.round_to, self.seed = check_round_to(round_to), check_seed(seed)
+        self._trackers, self._curves = Trackers(), Curves()
 
     def __setattr__(self, name, value):
         # Taken off the Learner, as fit does with its own callbacks even when it is interrupted.
         if name == "learn" and value is None and self.learn is not None:
+            self._trackers.resume()
             self._end()
         super().__setattr__(name, value)
 
@@ -144,35 +73,50 @@ class SparsifyCallback(Callback):
                 "two SparsifyCallbacks in one fit would undo each other; give one of them a dictionary of "
                 "sparsities by layer, or take the other off with learn.remove_cb(SparsifyCallback)"
             )
-        self._hide_column()  # from validate and get_preds, in a fit or after an interrupted one
+        if self._column is not None:
+            self._column.hide()  # from validate and get_preds, in a fit or after an interrupted one
         if self.learn.lock.locked():
             return
-        self._column = None
-        if hasattr(self.learn, "lr_finder"):
-            self._advances = False
+        self._trackers.resume()
+        self._column, self._begun, self._advances = None, False, False
+        self._fits = not hasattr(self.learn, "lr_finder")
+        if not self._fits:
             return
-        if self.sparsifier is not None and self.sparsifier.model is not self.learn.model:
-            self.sparsifier, self._reached = None, 0.0
-        self._floor, self._begun = self._reached, False
+        if not any(keeper.sparsifier is self.sparsifier for keeper in self.learn._grab_cbs(KeepSparsity)):
+            self.sparsifier, self._reached = None, 0.0  # another Learner, or the zeros have been let go
+        self._floor, self._curves = self._reached, Curves()
         self._advances = getattr(self.learn.opt, "frozen_idx", 0) == 0
         if not self._advances:
             held = percent(self._measured())
-            self._notify(f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit")
-        self._column = ValueMetric(self._measured, "sparsity")
-        self._show_column()
+            notify(self.learn, f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit")
+        self._column = Column(self.learn, self._measured)
+        self._column.show()
+
+    def before_epoch(self):
+        "Let trackers judge again"
+        if not self.learn.lock.locked():
+            self._trackers.resume()
 
     def before_batch(self):
-        "Make the Sparsifier when the fit begins, and take the sparsity to where the schedule begins"
-        if self._advances and self.learn.training and not self._begun:
-            if self.sparsifier is None:
+        "When the fit begins, make the Sparsifier and take the sparsity to where the schedule begins"
+        if self._fits and self.learn.training and not self._begun:
+            if self._advances and self.sparsifier is None:
                 self._make_sparsifier()
-            self._go_to(self._progress(0))
+            self._find_keeper()
             self._begun = True
+            if self._advances:
+                self.sparsifier.group = group_of(self.learn.model)
+                self._go_to(self._progress(0))
 
     def after_step(self):
         "Take the sparsity to where the schedule is after this step"
-        if self._advances:
+        if self._advances and self._begun:
             self._go_to(self._progress(1))
+
+    def after_batch(self):
+        "Record the level for the recorder's curves"
+        if self._begun and self.learn.training:
+            self._curves.by_batch.append(self._level)
 
     def after_train(self):
         "Close the schedule, if the last batch of the fit has made no step of its own"
@@ -181,76 +125,112 @@ class SparsifyCallback(Callback):
             if learn.epoch == learn.n_epoch - 1 and learn.iter == learn.n_iter - 1:
                 self._go_to(1.0)
 
+    def after_epoch(self):
+        "Record level and sparsity; keep trackers from judging an epoch that is short of the target"
+        if self._begun and not self.learn.lock.locked():
+            self._curves.by_epoch.append((self.learn.epoch, self._level, self._measured()))
+            if self._is_short():
+                self._trackers.pause(self.learn)
+
     def after_fit(self):
         "Take the column off the table; say what keeps the zeros"
         if self.learn.lock.locked():
-            self._show_column()
-        else:
-            self._end()
+            if self._column is not None:
+                self._column.show()
+            return
+        self._trackers.resume()
+        if self._begun:
+            self._curves.hand_over(self.learn)
+            if self._advances:
+                self._trackers.pause_loading(self.learn, short=self._is_short())
+        self._end()
+
+    # --- Moving the sparsity ------------------------------------------------------------------------------------
 
     def _progress(self, done: int) -> float:
         """Share of the fit that is over, with `done` (0 or 1) of the present batch."""
         learn = self.learn
         return (learn.epoch * learn.n_iter + learn.iter + done) / (learn.n_epoch * learn.n_iter)
 
-    def _measured(self) -> float:
-        if self.sparsifier is not None:
-            return self.sparsifier.sparsity
-        return Count.of(*(target.parameter for target in find_targets(self.learn.model).values())).sparsity
+    def _level_at(self, t: float) -> float:
+        """Where the schedule is at t, as a share of the target, but not below what earlier fits have reached."""
+        return max(progress(self.schedule, t), self._floor)
 
     def _go_to(self, t: float) -> None:
-        """Sparsify to where the schedule is at t, but not below what earlier fits have reached."""
-        reached = max(progress(self.schedule, t), self._floor)
+        reached = self._level_at(t)
         if reached != self._reached:
             self.sparsifier.sparsify(scaled(self.sparsity, reached))
             self._reached = reached
+            self.sparsifier.mask_moments(self.learn.opt)
+
+    def _is_short(self) -> bool:
+        """Whether the level is another than the fit shall end at."""
+        return self._advances and self._reached != self._level_at(1.0)
+
+    @property
+    def _level(self) -> float:
+        return 0.0 if self.sparsifier is None else self.sparsifier.level
+
+    def _measured(self) -> float:
+        if self.sparsifier is not None:
+            return self.sparsifier.sparsity
+        return Count.of(*(target.parameter for target in find_targets(unwrapped(self.learn.model)).values())).sparsity
 
     def _make_sparsifier(self) -> None:
-        """At the first batch, which the data flow of some models is read from; KeepSparsity holds it from here on."""
+        """At the first batch, which the data flow of some models is read from."""
+        model = unwrapped(self.learn.model)
         exclude = list(self.exclude or [])
         if isinstance(self.sparsity, dict):  # a layer that no pattern matches takes no part
-            targets = find_targets(self.learn.model)
-            wanted = set().union(*(matching(pattern, targets, self.learn.model) for pattern in self.sparsity))
+            targets = find_targets(model)
+            wanted = set().union(*(matching(pattern, targets, model) for pattern in self.sparsity))
             exclude += [name for name in targets if name not in wanted]
         sparsifier = Sparsifier(
-            self.learn.model, self.granularity, self.context, self.criteria,
+            model, self.granularity, self.context, self.criteria,
             layers=self.layers, exclude=exclude or None, pool=self.pool, round_to=self.round_to, seed=self.seed,
             example_input=self.learn.xb,
         )  # fmt: skip
         sparsifier.check(self.sparsity)
         self.sparsifier = sparsifier
-        keepers = self.learn._grab_cbs(KeepSparsity)
-        self._brought = KeepSparsity(sparsifier) if not keepers else None
-        if self._brought:
-            self.learn.add_cb(self._brought)
-        else:
-            keepers[0].hold(sparsifier)
+
+    def _find_keeper(self) -> None:
+        """Have one KeepSparsity that stays on the Learner, with all zeros that were kept or are there already."""
+        learn = self.learn
+        keepers = learn._grab_cbs(KeepSparsity)
+        keeper = next((each for each in keepers if each.stays), None)
+        if keeper is None:
+            keeper = self._brought = KeepSparsity()
+            keeper.stays = True
+            learn.add_cb(keeper)
+            for other in keepers:
+                keeper.replace(other)
+            if not keepers:
+                self._recover(keeper)
+        if self.sparsifier is not None:
+            keeper.hold(self.sparsifier)
+            keeper.enforce()
+
+    def _recover(self, keeper: KeepSparsity) -> None:
+        """Keep the zeros of a model that comes sparse, as from a checkpoint."""
+        if self._advances and self._level_at(self._progress(0)) > self._level_at(1.0):
+            self.sparsifier.recover_masks()  # the schedule has made them and will give them back
+            return
+        keeper.recover()
+        if self._advances and keeper.masks_something:
+            notify(self.learn, f"SparsifyCallback keeps the {percent(self._measured())} of zeros that the model has")
 
     def _end(self) -> None:
         """Leave the Learner as it was but for the zeros and what keeps them."""
-        self._hide_column()
-        self._column = None
-        self._advances = False
-        if self._brought is not None:
-            zero_weights(self.sparsifier.masked_parameters())
-            if all(mask.all() for mask in self.sparsifier.masks.values()):
-                self.learn.remove_cb(self._brought)  # nothing to keep
-            else:
-                self._notify(
+        if self._column is not None:
+            self._column.hide()
+        self._column, self._begun, self._advances = None, False, False
+        keeper, self._brought = self._brought, None
+        if keeper is not None:
+            keeper.enforce()
+            if keeper.masks_something:
+                notify(
+                    self.learn,
                     f"KeepSparsity holds the {percent(self._measured())} of zeros in later fits, too; "
-                    "learn.remove_cb(KeepSparsity) lets them go"
+                    "learn.remove_cb(KeepSparsity) lets them go",
                 )
-            self._brought = None
-
-    def _show_column(self) -> None:
-        if self._column is not None:
-            self.learn.metrics = self.learn.metrics + [self._column]
-
-    def _hide_column(self) -> None:
-        if self._column is not None:
-            self.learn.metrics = [metric for metric in self.learn.metrics if metric is not self._column]
-
-    def _notify(self, message: str) -> None:
-        """One line for the user, where the Learner's own table is shown."""
-        if self.learn.logger is not noop:
-            print(message)
+            else:
+                self.learn.remove_cb(keeper)

@@ -41,6 +41,16 @@ def zero_weights(masked: Masked) -> None:
 
 
 @torch.no_grad()
+def is_masked_zero(masked: Masked) -> bool:
+    """Whether all masked values of parameters are zero."""
+    for parameter, mask in masked:
+        values, kept = own_shard(parameter.detach(), mask)
+        if torch.logical_and(values != 0, ~kept).any():
+            return False
+    return True
+
+
+@torch.no_grad()
 def zero_gradients(masked: Masked) -> None:
     """Set the gradients of masked values to zero."""
     for parameter, mask in masked:

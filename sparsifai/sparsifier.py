@@ -209,6 +209,12 @@ class Sparsifier:
     # --- What can be seen ---------------------------------------------------------------------------------------
 
     @property
+    def level(self) -> float:
+        """The sparsity that was last asked for, averaged over the weights of the layers that take part."""
+        sizes = {name: target.parameter.numel() for name, target in self.targets.items()}
+        return sum(self.levels[name] * size for name, size in sizes.items()) / sum(sizes.values())
+
+    @property
     def sparsity(self) -> float:
         """Measured: zeros over weights of the layers that take part."""
         self._check_held("sparsity")

@@ -1,0 +1,143 @@
+"""KeepSparsity: the fastai callback that holds zeros, in the fit that made them and in later ones."""
+
+from __future__ import annotations
+
+import warnings
+
+from fastai.callback.core import Callback
+from torch import Tensor, nn
+
+from .masking import is_masked_zero, zero_gradients, zero_moments, zero_weights
+from .parallel import unwrapped, whole
+from .sparsifier import Sparsifier
+from .target import find_targets, parameter_of
+
+
+class TrainingCallback(Callback):
+    """Goes nowhere with an exported Learner, which then loads where sparsifai is not installed."""
+
+    def __reduce_ex__(self, protocol):
+        learn = self.learn
+        if learn is not None and learn.opt is None and len(learn.dls.train_ds) == 0:  # as `learn.export` makes it
+            return Callback, ()
+        return super().__reduce_ex__(protocol)
+
+
+class KeepSparsity(TrainingCallback):
+    "Keep the zeros of a sparse model zero while it trains; SparsifyCallback leaves one on the Learner"
+
+    # After MixedPrecision (10) has unscaled the gradients, before GradientClip (11) takes their norm.
+    order = 10.5
+
+    def __init__(
+        self,
+        sparsifier=None,  # Whose masks to keep; by default, the zeros that the model has at the first batch
+    ):
+        super().__init__()
+        if sparsifier is not None and not isinstance(sparsifier, Sparsifier):
+            raise TypeError(f"KeepSparsity keeps the masks of a Sparsifier, not {sparsifier!r}")
+        self.sparsifier: Sparsifier | None = sparsifier
+        self.held_model = None if sparsifier is None else sparsifier.model
+        self.recovers = sparsifier is None
+        self.earlier: dict[str, Tensor] = {}  # masks of earlier Sparsifiers, by parameter name
+        self.stays = False  # whether a fit has left it on the Learner
+
+    def before_fit(self):
+        "Zero the masked weights and their moments, which may have been loaded or changed since the last fit"
+        if not self.recovers and self.held_model is not unwrapped(self.learn.model):
+            raise ValueError(
+                "KeepSparsity holds the zeros of another model than the Learner's; take it off with "
+                "learn.remove_cb(KeepSparsity), or give it no Sparsifier to keep the zeros of this one"
+            )
+        if not is_masked_zero(self._masked()):
+            warnings.warn(
+                "KeepSparsity: masked weights were changed or loaded since they were zero, and are set to zero again; "
+                "call learn.remove_cb(KeepSparsity) before, if they shall stay",
+                stacklevel=2,
+            )
+        self.enforce()
+
+    def before_batch(self):
+        "Take the masks from the zeros of the model, if they were not given"
+        if self.recovers and self.learn.training:
+            self.recover()
+
+    def before_step(self):
+        "Zero the gradients of masked weights"
+        zero_gradients(self._masked())
+
+    def after_step(self):
+        "Zero the masked weights"
+        zero_weights(self._masked())
+
+    def apply_masks(
+        self,
+        model,  # A copy of the model, such as its torch.optim.swa_utils.AveragedModel
+    ):
+        "Zero what is masked in a copy of the model"
+        zero_weights(self._masked(model))
+
+    def recover(self) -> None:
+        """Take the masks from the zeros of the model."""
+        model = unwrapped(self.learn.model)
+        self.recovers, self.held_model = False, model
+        for name, target in find_targets(model).items():
+            mask = whole(target.parameter.detach()) != 0
+            # A layer of nothing but zeros, as some are initialized, is not a masked one.
+            if mask.any() and not mask.all() and not target.computed:
+                self.earlier[name] = mask
+        if any((mask.flatten(1).any(1) == 0).any() for mask in self.earlier.values()):
+            self._recover_dead_filters(model)
+        self.enforce()
+
+    def _recover_dead_filters(self, model: nn.Module) -> None:
+        """Where whole filters are zero, what stands behind them and is zero too is kept so."""
+        computed = [name for name, target in find_targets(model).items() if target.computed]
+        filters = Sparsifier(
+            model, "filter", layers=lambda name, module: True, exclude=computed or None, example_input=self.learn.xb
+        )
+        filters.recover_masks()
+        for name, mask in filters.follower_masks.items():
+            self.earlier[name] = mask | (parameter_of(model, name, mask).detach() != 0)
+
+    def hold(self, sparsifier: Sparsifier) -> None:
+        "Keep the masks of `sparsifier` from now on, which starts with the zeros that were kept until now"
+        if self.sparsifier is sparsifier:
+            return
+        if self.sparsifier is not None:
+            self._merge(self.sparsifier.masks, self.sparsifier.follower_masks)
+        self.sparsifier, self.recovers, self.held_model = sparsifier, False, sparsifier.model
+        sparsifier.adopt(self.earlier)
+
+    def replace(self, other: KeepSparsity) -> None:
+        "Take over what another one keeps, and its place on the Learner"
+        self._merge(other.earlier)
+        if other.sparsifier is not None:
+            self._merge(other.sparsifier.masks, other.sparsifier.follower_masks)
+        self.recovers, self.held_model = other.recovers, other.held_model
+        self.learn.remove_cb(other)
+        setattr(self.learn, self.name, self)  # both have the same name
+
+    def _merge(self, *several: dict[str, Tensor]) -> None:
+        for masks in several:
+            for name, mask in masks.items():
+                self.earlier[name] = mask & self.earlier[name] if name in self.earlier else mask
+
+    @property
+    def masks_something(self) -> bool:
+        "Whether there is any zero to keep"
+        return not all(mask.all() for _, mask in self._masked())
+
+    def _masked(self, model: nn.Module | None = None) -> list[tuple[nn.Parameter, Tensor]]:
+        masked = [] if self.sparsifier is None else self.sparsifier.masked_parameters(model)
+        for name, mask in self.earlier.items():
+            parameter = parameter_of(self.learn.model if model is None else model, name, mask)
+            masked.append((parameter, mask.to(parameter.device)))
+        return masked
+
+    def enforce(self) -> None:
+        "Zero the masked weights, and what the optimizer keeps of them"
+        masked = self._masked()
+        zero_weights(masked)
+        if self.learn.opt is not None:
+            zero_moments(masked, self.learn.opt)
