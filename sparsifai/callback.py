@@ -86,9 +86,6 @@ class SparsifyCallback(TrainingCallback):
             self.sparsifier, self._reached = None, 0.0  # another Learner, or the zeros have been let go
         self._floor, self._curves = self._reached, Curves()
         self._advances = getattr(self.learn.opt, "frozen_idx", 0) == 0
-        if not self._advances:
-            held = percent(self._measured())
-            notify(self.learn, f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit")
         self._column = Column(self.learn, self._measured)
         self._column.show()
 
@@ -97,6 +94,13 @@ class SparsifyCallback(TrainingCallback):
         if not self.learn.lock.locked():
             self._trackers.resume()
 
+    def before_train(self):
+        "Show the column again, if a validation inside the fit has hidden it"
+        if self._column is not None and not self.learn.lock.locked():
+            self._column.show()
+
+    before_validate = before_train
+
     def before_batch(self):
         "When the fit begins, make the Sparsifier and take the sparsity to where the schedule begins"
         if self._fits and self.learn.training and not self._begun:
@@ -104,7 +108,12 @@ class SparsifyCallback(TrainingCallback):
                 self._make_sparsifier()
             self._find_keeper()
             self._begun = True
-            if self._advances:
+            if not self._advances:
+                held = percent(self._measured())
+                notify(
+                    self.learn, f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit"
+                )
+            else:
                 self.sparsifier.group = group_of(self.learn.model)
                 self._go_to(self._progress(0))
 
@@ -135,8 +144,6 @@ class SparsifyCallback(TrainingCallback):
     def after_fit(self):
         "Take the column off the table; say what keeps the zeros"
         if self.learn.lock.locked():
-            if self._column is not None:
-                self._column.show()
             return
         self._trackers.resume()
         if self._begun:
@@ -222,9 +229,9 @@ class SparsifyCallback(TrainingCallback):
         """Leave the Learner as it was but for the zeros and what keeps them."""
         if self._column is not None:
             self._column.hide()
-        self._column, self._begun, self._advances = None, False, False
-        keeper, self._brought = self._brought, None
-        if keeper is not None:
+        keeper = self._brought
+        if keeper is not None and self._begun:
+            self._brought = None
             keeper.enforce()
             if keeper.masks_something:
                 notify(
@@ -234,3 +241,4 @@ class SparsifyCallback(TrainingCallback):
                 )
             else:
                 self.learn.remove_cb(keeper)
+        self._column, self._begun, self._advances = None, False, False

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from .parallel import is_fully_sharded
+
 NORMS_OVER_CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 NORMS_OVER_LAST_AXIS = (nn.LayerNorm, nn.RMSNorm)
 _ONE_STEP = (nn.MultiheadAttention, nn.RNNBase)
@@ -128,6 +130,11 @@ def _norms_of(model: nn.Module, step: Step) -> set[str]:
 
 def find_flow(model: nn.Module, example_input: Any = None) -> Flow:
     """The data flow of `model`. ValueError if it cannot be traced and no `example_input` is given."""
+    if is_fully_sharded(model):
+        raise ValueError(
+            f"the data flow of {type(model).__name__} cannot be traced after fully_shard, and this granularity needs "
+            "it to know the first and the last layer; make the Sparsifier before fully_shard is called on the model"
+        )
     try:
         return _traced(_shell(model))
     except Exception as error:  # fx raises whatever the model's own code makes of a proxy

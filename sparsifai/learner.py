@@ -26,8 +26,9 @@ class Column:
         self.learn, self.metric = learn, _Measured(measure, "sparsity")
 
     def show(self) -> None:
-        """Append it to the metrics."""
-        self.learn.metrics = [*self.learn.metrics, self.metric]
+        """Append it to the metrics, if it is not there."""
+        if self.metric not in self.learn.metrics:
+            self.learn.metrics = [*self.learn.metrics, self.metric]
 
     def hide(self) -> None:
         """Take it from the metrics, where it may be."""

@@ -7,7 +7,7 @@ parameter it applies its part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -19,34 +19,50 @@ from torch.optim.swa_utils import AveragedModel
 _WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module in a wrapper of torch (data parallel, compiled, averaged), under whose names the parameters are."""
+def _unwrapping(model: nn.Module) -> Iterator[nn.Module]:
+    """A model, what is in it if it is a wrapper of torch, and so on."""
     while True:
+        yield model
         if isinstance(model, _WRAPPERS):
             model = model.module
         elif "_orig_mod" in model._modules:  # torch.compile's wrapper, whose class is slow to import
             model = model.get_submodule("_orig_mod")
         else:
-            return model
+            return
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module in a wrapper of torch (data parallel, compiled, averaged), under whose names the parameters are."""
+    *_, inner = _unwrapping(model)
+    return inner
 
 
 def group_of(model: nn.Module) -> torch.distributed.ProcessGroup | None:
-    """The processes that train `model` together, None if there is one alone or if they are not known."""
-    if isinstance(model, DistributedDataParallel):
-        return model.process_group
-    for parameter in model.parameters():
-        if is_sharded(parameter) and parameter.device_mesh.ndim == 1:
-            return parameter.device_mesh.get_group()
+    """The processes that hold replicas of `model`, None if it is in no DistributedDataParallel."""
+    for module in _unwrapping(model):
+        if isinstance(module, DistributedDataParallel):
+            return module.process_group
     return None
 
 
-def agree(values: Iterable[Tensor], group: torch.distributed.ProcessGroup | None, device: torch.device) -> list[Tensor]:
-    """The bools of the first process of the group, in all of them. device: one that the group can send from."""
+def groups_of_shards(model: nn.Module) -> list[torch.distributed.ProcessGroup]:
+    """The processes that hold shards of `model`, by axis of their mesh; none if it is not sharded."""
+    meshes = (parameter.device_mesh for parameter in model.parameters() if is_sharded(parameter))
+    return next((mesh.get_all_groups() for mesh in meshes), [])
+
+
+def agree(
+    values: Iterable[Tensor], groups: Sequence[torch.distributed.ProcessGroup], device: torch.device
+) -> list[Tensor]:
+    """The bools of the first process of all groups, in all of them. device: one that they can send from."""
     values = list(values)
-    if group is None or torch.distributed.get_world_size(group) == 1:
+    groups = [group for group in groups if torch.distributed.get_world_size(group) > 1]
+    if not groups:
         return values
     joined = torch.cat(values).to(device, torch.uint8)
-    torch.distributed.broadcast(joined, torch.distributed.get_global_rank(group, 0), group)
+    # Along one axis of a mesh after the other, what the first process has comes to all.
+    for group in groups:
+        torch.distributed.broadcast(joined, torch.distributed.get_global_rank(group, 0), group)
     return list(joined.to(values[0].device, torch.bool).split([len(each) for each in values]))
 
 
@@ -64,11 +80,17 @@ def own_shard(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """What this process holds of a tensor, and of a mask that broadcasts to it."""
     if not is_sharded(tensor):
         return tensor, mask
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate
 
-    spread = mask.expand(tensor.shape).contiguous()
-    part = distribute_tensor(spread, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    return tensor.to_local(), part.to_local()
+    # From a mask that every process has, each takes its part: nothing is sent.
+    everywhere = [Replicate()] * tensor.device_mesh.ndim
+    spread = DTensor.from_local(mask.expand(tensor.shape), tensor.device_mesh, everywhere, run_check=False)
+    return tensor.to_local(), spread.redistribute(placements=tensor.placements).to_local()
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether fully_shard has been called on `model` or on a module of it."""
+    return any(hasattr(module, "reshard") for module in model.modules())
 
 
 def reshard(model: nn.Module) -> None:

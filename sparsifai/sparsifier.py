@@ -22,7 +22,7 @@ from .flow import find_flow
 from .follower import find_followers, masks_of_followers
 from .granularity import Granularity, Grouping, UnavailableError
 from .masking import zero_gradients, zero_moments, zero_weights
-from .parallel import agree, group_of, reshard, unwrapped, whole
+from .parallel import agree, group_of, groups_of_shards, reshard, unwrapped, whole
 from .registry import name_of
 from .report import Count, Report
 from .selection import ScoredLayer, bundle
@@ -182,8 +182,8 @@ class Sparsifier:
         fallen = ask(self.context, ranked, fraction, name_of(self.granularity))
         if self.round_to is not None:
             fallen = [falls[of_group] for falls, of_group in zip(fallen, bundles, strict=True)]
-        device = ranked[0].target.parameter.device
-        return agree((torch.from_numpy(falls) for falls in fallen), self.group, device)
+        groups = groups_of_shards(self.model) if self.group is None else [self.group]
+        return agree(map(torch.from_numpy, fallen), groups, ranked[0].target.parameter.device)
 
     def apply_masks(self, model: nn.Module | None = None) -> None:
         """Set the masked weights to zero, and with whole outputs what stands behind them: to be called after a step.

@@ -1,0 +1,42 @@
+"""What must hold of a Learner at any time between two calls, whatever was done with it before."""
+
+import torch
+
+
+def counted(model):
+    """Zeros over weights of all convolutions and matrices, counted one by one."""
+    weights = [parameter.detach() for parameter in model.parameters() if parameter.dim() > 1]
+    return sum((weight == 0).sum().item() for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+def share(level, model):
+    """What exact counting makes of a level: round half up."""
+    total = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
+    return int(level * total + 0.5) / total
+
+
+def assert_sound(learn, callback=None, level=None):
+    """Masks, level, report and the zeros of the model agree, and nothing is left behind.
+
+    callback: a SparsifyCallback of weights, ranked globally. level: that it must have reached.
+    """
+    model = getattr(learn.model, "module", learn.model)
+    keepers = [each for each in learn.cbs if type(each).__name__ == "KeepSparsity"]
+    assert len(keepers) <= 1
+    sparsifier = callback and callback.sparsifier
+    if sparsifier is not None and keepers and keepers[0].sparsifier is sparsifier:
+        zeros = {name: (sparsifier.targets[name].parameter == 0) for name in sparsifier.masks}
+        assert all(torch.equal(zeros[name], ~mask) for name, mask in sparsifier.masks.items())
+        assert sparsifier.sparsity == counted(model) == share(sparsifier.level, model)
+        assert sparsifier.report().selected.sparsity == counted(model)
+        assert learn.keep_sparsity is keepers[0]
+    if level is not None:
+        assert counted(model) == share(level, model)
+        assert level == 0 or keepers
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any(tracker.run is False for tracker in learn.cbs)
+    before = counted(model)
+    answer = learn.validate()
+    assert len(answer) == 1 + len(learn.metrics)
+    assert "sparsity" not in [metric.name for metric in learn.metrics]
+    assert counted(model) == before
