@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .parallel import is_fully_sharded
+from .parallel import is_fully_sharded, kind_of
 
 NORMS_OVER_CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 NORMS_OVER_LAST_AXIS = (nn.LayerNorm, nn.RMSNorm)
@@ -132,7 +132,7 @@ def find_flow(model: nn.Module, example_input: Any = None) -> Flow:
     """The data flow of `model`. ValueError if it cannot be traced and no `example_input` is given."""
     if is_fully_sharded(model):
         raise ValueError(
-            f"the data flow of {type(model).__name__} cannot be traced after fully_shard, and this granularity needs "
+            f"the data flow of {kind_of(model)} cannot be traced after fully_shard, and this granularity needs "
             "it to know the first and the last layer; make the Sparsifier before fully_shard is called on the model"
         )
     try:

@@ -41,6 +41,12 @@ class KeepSparsity(TrainingCallback):
         self.recovers = sparsifier is None
         self.earlier: dict[str, Tensor] = {}  # masks of earlier Sparsifiers, by parameter name
         self.stays = False  # whether a fit has left it on the Learner
+        self.replaced = False  # whether another one on the Learner keeps what it has kept
+
+    @property
+    def name(self):
+        "Under which the Learner has it; one that was replaced gives the name up"
+        return "replaced_keep_sparsity" if self.replaced else super().name
 
     def before_fit(self):
         "Zero the masked weights and their moments, which may have been loaded or changed since the last fit"
@@ -116,7 +122,8 @@ class KeepSparsity(TrainingCallback):
             self._merge(other.sparsifier.masks, other.sparsifier.follower_masks)
         self.recovers, self.held_model = other.recovers, other.held_model
         self.learn.remove_cb(other)
-        setattr(self.learn, self.name, self)  # both have the same name
+        other.replaced = True  # fit removes its own callbacks once more, by their names
+        setattr(self.learn, self.name, self)
 
     def _merge(self, *several: dict[str, Tensor]) -> None:
         for masks in several:

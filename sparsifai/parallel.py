@@ -93,6 +93,12 @@ def is_fully_sharded(model: nn.Module) -> bool:
     return any(hasattr(module, "reshard") for module in model.modules())
 
 
+def kind_of(module: nn.Module) -> str:
+    """Name of the class of a module, the one that it was before fully_shard made it FSDPLinear(FSDPModule, Linear)."""
+    kinds = type(module).__mro__
+    return (kinds[2] if hasattr(module, "reshard") else kinds[0]).__name__
+
+
 def reshard(model: nn.Module) -> None:
     """Free what fully_shard has gathered for a forward, so that parameters are again the shards that are trained."""
     for module in model.modules():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .parallel import whole
+from .parallel import kind_of, whole
 from .target import Target
 
 
@@ -153,7 +153,7 @@ class Report:
 
 
 def _holder(model: nn.Module, name: str) -> str:
-    return type(model.get_submodule(name.rpartition(".")[0])).__name__
+    return kind_of(model.get_submodule(name.rpartition(".")[0]))
 
 
 def _figures(count: Count) -> tuple[str, str, str]:

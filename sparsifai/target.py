@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .flow import Flow
 from .granularity import Grouping
-from .parallel import unwrapped
+from .parallel import kind_of, unwrapped
 from .registry import close_matches
 
 _AXES_OF_KIND: dict[type[nn.Module] | str, dict[str, tuple[str, ...]]] = {}
@@ -95,7 +95,7 @@ class Target:
     @property
     def kind(self) -> str:
         """Class name of the layer."""
-        return type(self.module).__name__
+        return kind_of(self.module)
 
     @property
     def out(self) -> int:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -28,20 +29,43 @@ def mlp():
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 
 
-@pytest.fixture
-def make_learner():
-    """A Learner on made-up data that trains a few steps in no time: make_learner(model, steps per epoch)."""
-    pytest.importorskip("fastai", reason="fastai callbacks need fastai")
+def small_learner(model=None, steps=4, opt_func=None, shape=(2, 8, 8), classes=3, **options):
+    """A Learner on made-up data that trains a few steps in no time. steps: per epoch."""
     from fastai.vision.all import SGD, DataLoader, DataLoaders, Learner
 
-    def make(model=None, steps=4, opt_func=SGD, shape=(2, 8, 8), classes=3, **options):
-        torch.manual_seed(1)
-        pairs = [(torch.randn(*shape), torch.tensor(number % classes)) for number in range(2 * steps)]
-        dls = DataLoaders(DataLoader(pairs, bs=2), DataLoader(pairs[:4], bs=2), device="cpu")
-        learn = Learner(
-            dls, small_net() if model is None else model, loss_func=nn.CrossEntropyLoss(), opt_func=opt_func, **options
-        )
-        learn.create_mbar = False
-        return learn
+    torch.manual_seed(1)
+    pairs = [(torch.randn(*shape), torch.tensor(number % classes)) for number in range(2 * steps)]
+    dls = DataLoaders(DataLoader(pairs, bs=2), DataLoader(pairs[:4], bs=2), device="cpu")
+    model = small_net() if model is None else model
+    learn = Learner(dls, model, loss_func=nn.CrossEntropyLoss(), opt_func=opt_func or SGD, **options)
+    learn.create_mbar = False
+    return learn
 
-    return make
+
+def picture(number):
+    """A made-up picture, 8 x 8."""
+    return np.random.default_rng(number).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+
+
+def letter(number):
+    return "abc"[number % 3]
+
+
+def picture_learner(callbacks=None, **options):
+    """A Learner whose data were made by a DataBlock, so that it can predict, show and be exported."""
+    from fastai.vision.all import CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, IndexSplitter, Learner
+    from fastai.vision.all import accuracy as metric
+
+    block = DataBlock((ImageBlock, CategoryBlock), get_x=picture, get_y=letter, splitter=IndexSplitter(range(16, 24)))
+    torch.manual_seed(0)
+    dls = block.dataloaders(range(24), bs=8, num_workers=0, device="cpu")
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), *small_net())
+    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=metric, cbs=callbacks, **options)
+    learn.create_mbar = False
+    return learn
+
+
+@pytest.fixture
+def make_learner():
+    pytest.importorskip("fastai", reason="fastai callbacks need fastai")
+    return small_learner

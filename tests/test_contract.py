@@ -1,12 +1,11 @@
 """The contract of the callbacks as tables: what is called or what happens, and what must hold after it."""
 
 import copy
-import itertools
 import pickle
 import subprocess
 import sys
-import textwrap
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,8 @@ from torch import nn
 fastai = pytest.importorskip("fastai.vision.all", reason="the callbacks are fastai's")
 pytestmark = pytest.mark.fastai
 
-from conftest import small_net  # noqa: E402
+import new_process  # noqa: E402
+from conftest import picture, picture_learner, small_net  # noqa: E402
 from fastai.callback import core  # noqa: E402
 from fastai.callback.fp16 import MixedPrecision  # noqa: E402
 from fastai.callback.tensorboard import TensorBoardCallback  # noqa: E402
@@ -63,40 +63,12 @@ def two_groups(model):
 
 # --- What asks a Learner something, and must change nothing --------------------------------------------------------
 
-pictures = np.random.default_rng(0).integers(0, 255, (24, 8, 8, 3), dtype=np.uint8)
-
-
-def picture(number):
-    return pictures[number]
-
-
-def letter(number):
-    return "abc"[number % 3]
-
-
-def picture_learner(callbacks=None, **options):
-    block = fastai.DataBlock(
-        (fastai.ImageBlock, fastai.CategoryBlock),
-        get_x=picture,
-        get_y=letter,
-        splitter=fastai.IndexSplitter(range(16, 24)),
-    )
-    torch.manual_seed(0)
-    dls = block.dataloaders(range(24), bs=8, num_workers=0, device="cpu")
-    model = nn.Sequential(nn.Conv2d(3, 2, 1), *small_net())
-    learn = fastai.Learner(
-        dls, model, loss_func=fastai.CrossEntropyLossFlat(), metrics=fastai.accuracy, cbs=callbacks, **options
-    )
-    learn.create_mbar = False
-    return learn
-
-
 # Each gives what must be the same as of a Learner without the callback: the number or form of what it returns.
 QUESTIONS = {
     "lr_find": lambda learn: len(learn.lr_find(num_it=6, show_plot=False)),
     "validate": lambda learn: len(learn.validate()),
     "get_preds": lambda learn: len(learn.get_preds()),
-    "predict": lambda learn: len(learn.predict(pictures[0])),
+    "predict": lambda learn: len(learn.predict(picture(0))),
     "show_results": lambda learn: learn.show_results(max_n=2),
     "interpretation": lambda learn: fastai.ClassificationInterpretation.from_learner(learn).confusion_matrix().shape,
     "summary": lambda learn: learn.summary().split("Optimizer")[0],
@@ -162,7 +134,9 @@ FITS = {
     "clipping": lambda learn, callbacks: learn.fit(3, cbs=[*callbacks, GradientClip(0.1)]),
     "mixup": lambda learn, callbacks: learn.fit(3, cbs=[*callbacks, fastai.MixUp()]),
     "no_bar, no_logging": lambda learn, callbacks: _silent(learn, callbacks),
-    "channels_last": lambda learn, callbacks: (learn.model.to(memory_format=torch.channels_last), learn.fit(3, cbs=callbacks)),
+    "channels_last": lambda learn, callbacks: (
+        learn.model.to(memory_format=torch.channels_last), learn.fit(3, cbs=callbacks),
+    ),
 }  # fmt: skip
 
 
@@ -241,3 +215,422 @@ def test_an_interrupt_inside_the_step_of_an_optimizer_costs_no_zero(make_learner
     assert_sound(learn, callback)
     learn.fit(2, 0.1)
     assert_sound(learn, callback, level=0.8)
+
+
+# --- Whatever ends a fit -------------------------------------------------------------------------------------------
+
+CANCELS = {
+    "CancelBatch": ["before_batch", "after_pred", "after_loss", "before_step"],
+    "CancelBackward": ["before_backward"],
+    "CancelStep": ["before_step"],
+    "CancelTrain": ["before_batch", "after_loss", "before_step", "after_step"],
+    "CancelValid": ["before_validate"],
+    "CancelEpoch": ["before_batch", "after_pred", "before_step", "after_step", "after_train"],
+    "CancelFit": ["before_batch", "after_pred", "before_step", "after_step", "after_batch", "after_epoch"],
+}
+
+
+@pytest.mark.parametrize("order", [-5, 10.55, 99])  # before both callbacks, between them, after both
+@pytest.mark.parametrize(("cancel", "event"), [(cancel, event) for cancel in CANCELS for event in CANCELS[cancel]])
+def test_every_cancel_exception_in_every_place_leaves_things_sound(make_learner, cancel, event, order):
+    error = getattr(core, f"{cancel}Exception")()
+    callback = SparsifyCallback(0.8, schedule="lin")
+    learn = make_learner(opt_func=fastai.Adam)
+    with learn.no_bar():  # which does not expect every one of them
+        learn.fit(3, 0.1, cbs=[callback, At(event, raises(error), order)])
+    assert_sound(learn, callback)
+    if cancel in ("CancelBatch", "CancelBackward", "CancelStep", "CancelTrain", "CancelValid", "CancelEpoch"):
+        assert counted(learn.model) == share(0.8, learn.model)  # the fit went on to its end
+    else:
+        assert 0 < counted(learn.model) < share(0.8, learn.model)
+    zeros = counted(learn.model)
+    learn.fit(1, 0.1)
+    assert_sound(learn, callback)
+    assert counted(learn.model) == zeros
+
+
+@pytest.mark.parametrize("given", ["to the fit", "to the Learner"])
+@pytest.mark.parametrize("order", [-5, 99])
+@pytest.mark.parametrize("error", [KeyboardInterrupt("now"), ZeroDivisionError("now")])
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_fault_in_any_event_of_a_fit_leaves_things_sound(make_learner, event, error, order, given, capsys):
+    callback = SparsifyCallback(0.8, schedule="lin")
+    learn = make_learner(opt_func=fastai.Adam, cbs=callback if given == "to the Learner" else None)
+    fault = At(event, raises(error), order)
+    with pytest.raises(type(error)):
+        learn.fit(3, 0.1, cbs=[fault] if given == "to the Learner" else [callback, fault])
+    capsys.readouterr()
+    before = counted(learn.model)
+    assert (before > 0) == (event not in ("before_fit", "before_epoch", "before_train"))
+    assert_sound(learn, callback)
+    assert "parsi" not in capsys.readouterr().out
+    learn.fit(1, 0.1)
+    if given == "to the fit":
+        assert counted(learn.model) == before
+    assert_sound(learn, callback)
+    learn.fit(1, 0.1, cbs=[] if given == "to the Learner" else [callback])
+    assert_sound(learn, callback, level=0.8)
+
+
+def test_what_a_gradient_scaler_skips_costs_no_zero(make_learner):
+    class OnCPU(MixedPrecision):
+        def before_fit(self):
+            self.autocast = torch.autocast("cpu", torch.bfloat16)
+            self.learn.scaler, self.scales = torch.amp.GradScaler("cpu", init_scale=2.0**40), []
+
+    skipped = []
+
+    class Overflow(Callback):
+        order = 9  # before the scaler looks
+
+        def before_step(self):
+            if self.iter % 2:
+                next(self.model.parameters()).grad[0, 0, 0, 0] = float("inf")
+
+    callback = SparsifyCallback(0.8, schedule="lin")
+    learn = make_learner(opt_func=fastai.Adam, cbs=OnCPU())
+    learn.fit(3, 0.1, cbs=[callback, Overflow(), Callback(after_cancel_step=lambda self: skipped.append(self.iter))])
+    assert set(skipped) == {1, 3}
+    assert_sound(learn, callback, level=0.8)
+
+
+# --- Trackers, averages, curves --------------------------------------------------------------------------------------
+
+
+class Invented(fastai.Metric):
+    """A metric that is best in the epochs that are given."""
+
+    name = "invented"
+
+    def __init__(self, learn, best):
+        self.learn, self.best = learn, best
+
+    def reset(self):
+        pass
+
+    def accumulate(self, learn):
+        pass
+
+    @property
+    def value(self):
+        return 1.0 if self.learn.epoch in self.best else 0.1 * self.learn.epoch
+
+
+def tracked(make_learner, tmp_path, best, trackers, schedule="lin", given="to the fit"):
+    """Fit six epochs, the target reached in the fourth by between(lin, 0, 0.66)."""
+    callback = SparsifyCallback(0.8, schedule=between(schedule, 0, 0.66))
+    learn = make_learner(path=tmp_path, cbs=[callback] if given == "to the Learner" else None)
+    learn.metrics = [Invented(learn, best)]
+    learn.fit(6, 0.1, cbs=trackers if given == "to the Learner" else [callback, *trackers])
+    return learn, callback
+
+
+@pytest.mark.parametrize("given", ["to the fit", "to the Learner"])
+@pytest.mark.parametrize("options", [{}, {"with_opt": True}, {"reset_on_fit": False}])
+def test_save_model_restores_the_best_epoch_that_has_the_target_sparsity(
+    make_learner, tmp_path, given, options, capsys
+):
+    saver = SaveModelCallback(monitor="invented", **options)
+    learn, callback = tracked(make_learner, tmp_path, best=[0, 4], trackers=[saver], given=given)
+    assert saver.best == 1.0
+    assert "Better model found at epoch 0" not in capsys.readouterr().out
+    assert_sound(learn, callback, level=0.8)
+    best = torch.load(tmp_path / "models" / "model.pth", weights_only=False)
+    best = best.get("model", best)
+    assert all(torch.equal(best[name], value) for name, value in learn.model.state_dict().items())
+    learn.fit(1, 0.1)
+    assert_sound(learn, level=0.8)
+
+
+def test_save_model_saves_every_epoch_if_told_so(make_learner, tmp_path):
+    tracked(make_learner, tmp_path, best=[0], trackers=[SaveModelCallback(every_epoch=True)])
+    assert len(list((tmp_path / "models").glob("*.pth"))) == 6
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_save_model_in_a_fit_that_is_cut_short_of_the_target_loads_nothing(make_learner, tmp_path, at_end):
+    saver = SaveModelCallback(monitor="invented", at_end=at_end)
+    stop = At("after_epoch", raises(core.CancelFitException()))
+    learn, callback = tracked(make_learner, tmp_path, best=[0], trackers=[saver, stop])
+    assert (tmp_path / "models" / "model.pth").exists() == at_end
+    assert_sound(learn, callback)
+    assert 0 < counted(learn.model) < share(0.8, learn.model)
+
+
+def test_early_stopping_waits_for_the_target(make_learner, tmp_path):
+    learn, callback = tracked(
+        make_learner, tmp_path, best=[0], trackers=[EarlyStoppingCallback(monitor="invented", patience=1)]
+    )
+    assert learn.epoch == 5  # 0.1 * epoch grows from the first epoch that counts, the last included
+    assert_sound(learn, callback, level=0.8)
+    learn, callback = tracked(
+        make_learner, tmp_path, best=[3], trackers=[EarlyStoppingCallback(monitor="invented", patience=1)]
+    )
+    assert learn.epoch == 4
+    assert_sound(learn, callback, level=0.8)
+
+
+def test_reduce_lr_on_plateau_waits_for_the_target(make_learner, tmp_path):
+    learn, _ = tracked(make_learner, tmp_path, best=[0], trackers=[ReduceLROnPlateau(monitor="invented")])
+    assert learn.opt.hypers[-1]["lr"] == 0.1
+    learn, _ = tracked(make_learner, tmp_path, best=[3], trackers=[ReduceLROnPlateau(monitor="invented")])
+    assert learn.opt.hypers[-1]["lr"] == pytest.approx(0.001)
+
+
+def test_trackers_work_as_ever_where_the_sparsity_does_not_move(make_learner, tmp_path):
+    saver = SaveModelCallback(monitor="invented")
+    learn, callback = tracked(make_learner, tmp_path, best=[0], trackers=[saver], schedule="one_shot")
+    assert saver.best == 1.0
+    best = torch.load(tmp_path / "models" / "model.pth", weights_only=True)
+    assert all(torch.equal(best[name], value) for name, value in learn.model.state_dict().items())
+    assert_sound(learn, callback, level=0.8)
+
+
+def test_an_average_of_the_model_can_be_kept_sparse(make_learner):
+    class Average(Callback):
+        def before_fit(self):
+            self.averaged = AveragedModel(self.model)
+
+        def after_batch(self):
+            if self.training:
+                self.averaged.update_parameters(self.model)
+                self.learn.keep_sparsity.apply_masks(self.averaged)
+
+    learn, callback, average = make_learner(), SparsifyCallback(0.8, schedule="lin"), Average()
+    learn.fit(3, 0.1, cbs=[callback, average])
+    assert counted(average.averaged.module) == share(0.8, learn.model)
+    averaged = AveragedModel(small_net())
+    callback.sparsifier.apply_masks(averaged)
+    assert counted(averaged.module) == share(0.8, learn.model)
+    with pytest.raises(ValueError, match="Linear is no copy of the model that was masked"):
+        callback.sparsifier.apply_masks(nn.Linear(2, 2))
+
+
+def test_the_recorder_plots_the_level_beside_the_learning_rate_and_the_measured_sparsity(make_learner):
+    import matplotlib.pyplot as plt
+
+    learn = make_learner()
+    with pytest.raises(ValueError, match="no fit with a SparsifyCallback is recorded"):
+        learn.recorder.plot_sparsity()
+    learn.fit_one_cycle(2, 0.1, cbs=SparsifyCallback(0.8, schedule="lin"))
+    assert learn.recorder.hps["sparsity"] == [pytest.approx(0.1 * step) for step in range(1, 9)]
+    assert {len(values) for values in learn.recorder.hps.values()} == {8}
+    learn.recorder.plot_sched()
+    assert [axes.get_ylabel() for axes in plt.gcf().axes[:3]] == ["lr", "mom", "sparsity"]
+    axes = learn.recorder.plot_sparsity()
+    levels, measured = (line.get_ydata() for line in axes.lines)
+    assert list(levels) == [pytest.approx(0.4), pytest.approx(0.8)]
+    assert list(measured) == [share(0.4, learn.model), share(0.8, learn.model)]
+    plt.close("all")
+    learn.fit(1, cbs=SparsifyCallback(0.9, schedule="lin"))
+    assert list(learn.recorder.hps) == ["sparsity"]
+
+
+def test_loggers_see_the_column(make_learner, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    learn = make_learner(path=tmp_path)
+    board = TensorBoardCallback(log_dir=tmp_path / "board", trace_model=False, log_preds=False)
+    learn.fit(2, cbs=[SparsifyCallback(0.8, schedule="lin"), fastai.CSVLogger(), board])
+    shares = [share(0.4, learn.model), share(0.8, learn.model)]
+    rows = [line.split(",") for line in (tmp_path / "history.csv").read_text().splitlines()]
+    column = rows[0].index("sparsity")
+    assert [float(row[column]) for row in rows[1:]] == pytest.approx(shares)
+    written = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert [event.value for event in written.Scalars("sparsity")] == pytest.approx(shares)
+
+
+# --- What is saved and taken up again ------------------------------------------------------------------------------
+
+
+def in_new_process(task, folder):
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("new_process.py"), task, folder], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_training_goes_on_in_a_new_process_bit_for_bit_with_every_criterion(tmp_path):
+    ends = {}
+    for criterion in criteria:
+        model, sparsifier, optimizer = new_process.plain(criterion)
+        new_process.train(model, sparsifier, optimizer, range(new_process.STEPS))
+        parts = {"model": model, "sparsifier": sparsifier, "optimizer": optimizer}
+        torch.save({name: part.state_dict() for name, part in parts.items()}, tmp_path / f"{criterion}.half")
+        new_process.train(model, sparsifier, optimizer, range(new_process.STEPS, 2 * new_process.STEPS))
+        ends[criterion] = {"model": model.state_dict(), "masks": sparsifier.masks}
+    in_new_process("go_on", tmp_path)
+    for criterion, end in ends.items():
+        resumed = torch.load(tmp_path / f"{criterion}.end")
+        for part, values in end.items():
+            assert resumed[part].keys() == values.keys()
+            assert all(torch.equal(resumed[part][name], value) for name, value in values.items()), criterion
+
+
+@pytest.mark.slow
+def test_a_fit_is_taken_up_in_a_new_process_from_learn_save_alone(make_learner, tmp_path):
+    callback = SparsifyCallback(0.8, schedule="lin")
+    learn = make_learner(path=tmp_path, opt_func=fastai.Adam)
+    save = Callback(after_epoch=lambda self: self.learn.save("half") if self.epoch == 1 else None)
+    learn.fit(4, 0.01, cbs=[callback, save])
+    in_new_process("resume_fit", tmp_path)
+    resumed = torch.load(tmp_path / "end")
+    assert all(torch.equal(resumed["masks"][name], mask) for name, mask in callback.sparsifier.masks.items())
+    assert all(torch.equal(resumed["model"][name], value) for name, value in learn.model.state_dict().items())
+
+
+@pytest.mark.parametrize("schedule", schedules)
+def test_a_fit_is_taken_up_from_a_sparse_model_with_every_schedule(make_learner, schedule, tmp_path):
+    learn, other = make_learner(path=tmp_path), make_learner(path=tmp_path)
+    save = Callback(after_epoch=lambda self: self.learn.save("half") if self.epoch == 1 else None)
+    learn.fit(4, cbs=[SparsifyCallback(0.8, schedule=schedule), save])
+    other.load("half")
+    other.fit(4, start_epoch=2, cbs=SparsifyCallback(0.8, schedule=schedule))
+    ended = zip(learn.model.parameters(), other.model.parameters(), strict=True)
+    assert all(torch.equal(one, two) for one, two in ended)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", ["to the fit", "to the Learner"])
+def test_an_exported_learner_loads_where_sparsifai_is_not_installed(given, tmp_path):
+    callback = SparsifyCallback(0.6, criteria=lambda weight: weight.abs())
+    learn = picture_learner([callback] if given == "to the Learner" else None, path=tmp_path)
+    with learn.no_bar():
+        learn.fit(1, cbs=[] if given == "to the Learner" else [callback])
+        learn.export()
+        torch.save(picture(0), tmp_path / "picture")
+        prediction = learn.predict(picture(0))[2]
+        in_new_process("load_exported", tmp_path)
+        loaded = torch.load(tmp_path / "loaded")
+        assert torch.equal(loaded["prediction"], prediction)
+        assert all(torch.equal(loaded["model"][name], value) for name, value in learn.model.state_dict().items())
+        learn.fit(1)  # the one that was exported goes on
+    assert_sound(learn, callback, level=0.6)
+
+
+@pytest.mark.parametrize("given", ["to the fit", "to the Learner"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_an_exported_learner_answers_and_can_be_made_to_keep_its_zeros(moment, given, tmp_path):
+    callback = SparsifyCallback(0.6, schedule="lin")
+    learn = picture_learner([callback] if given == "to the Learner" else None, path=tmp_path)
+    with learn.no_bar():
+        MOMENTS[moment](learn, [callback] if given == "to the fit" else [])
+        learn.export()
+        with pytest.warns(UserWarning, match="insecure pickle"):
+            loaded = fastai.load_learner(tmp_path / "export.pkl")
+        assert b"sparsifai" not in (tmp_path / "export.pkl").read_bytes()
+        assert torch.equal(loaded.predict(picture(0))[2], learn.predict(picture(0))[2])
+        zeros = counted(learn.model)
+        loaded.dls = learn.dls
+        with loaded.no_bar():
+            loaded.fit(1, cbs=KeepSparsity())
+        assert counted(loaded.model) == zeros
+        learn.fit(1, cbs=[] if given == "to the Learner" else [callback])
+    assert_sound(learn, callback, level=0.6)
+
+
+@pytest.mark.parametrize("given", ["to the fit", "to the Learner"])
+@pytest.mark.parametrize("moment", ["before any fit", "between two fits"])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copied_learner_goes_on_like_the_first(way, moment, given, tmp_path):
+    callback = SparsifyCallback(0.6, schedule="lin")
+    learn = picture_learner([callback] if given == "to the Learner" else None, path=tmp_path)
+    with learn.no_bar():
+        MOMENTS[moment](learn, [callback] if given == "to the fit" else [])
+        copied = copy.deepcopy(learn) if way == "deepcopy" else pickle.loads(pickle.dumps(learn))
+        callbacks = [], []
+        if given == "to the fit":
+            callbacks = [callback], [copy.deepcopy(callback)]
+        for each, given_to_fit in zip((learn, copied), callbacks, strict=True):
+            torch.manual_seed(0)
+            with each.no_bar():
+                each.fit(1, cbs=given_to_fit)
+                each.fit(1)
+    for each in (learn, copied):
+        assert_sound(each, level=0.6)
+
+
+def test_learn_save_and_load_between_fits_keep_the_zeros(make_learner, tmp_path):
+    learn = make_learner(path=tmp_path, opt_func=fastai.Adam)
+    learn.fit(1)
+    learn.save("dense")
+    learn.fit(2, cbs=SparsifyCallback(0.8))
+    learn.save("sparse")
+    learn.load("sparse")
+    learn.fit(1, 0.1)
+    assert_sound(learn, level=0.8)
+    learn.load("dense")
+    with pytest.warns(UserWarning, match="masked weights were changed or loaded since they were zero"):
+        learn.fit(1, 0.1)
+    assert_sound(learn, level=0.8)
+
+
+def test_a_new_callback_on_a_sparse_model_goes_on_from_its_zeros_and_says_so(make_learner, capsys):
+    model = small_net()
+    Sparsifier(model).sparsify(0.5)
+    zeros = {name: parameter == 0 for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    learn = make_learner(model)
+    learn.fit(2, 0.1, cbs=SparsifyCallback(0.8, criteria="small_final"))
+    assert "SparsifyCallback keeps the 50.00% of zeros that the model has" in capsys.readouterr().out
+    assert all((dict(model.named_parameters())[name][zero] == 0).all() for name, zero in zeros.items())
+    assert_sound(learn, level=0.8)
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_a_keeper_that_is_given_to_the_fit_does_not_take_the_zeros_with_it(make_learner, order):
+    callbacks = [KeepSparsity(), SparsifyCallback(0.8)]
+    learn = make_learner()
+    learn.fit(2, cbs=[callbacks[place] for place in order])
+    learn.fit(1, 0.1)
+    assert_sound(learn, callbacks[1], level=0.8)
+
+
+def test_zeros_that_were_let_go_are_not_held_by_the_next_fit(make_learner):
+    callback = SparsifyCallback(0.8, schedule="lin")
+    learn = make_learner(cbs=callback)
+    learn.fit(1)
+    learn.remove_cb(KeepSparsity)
+    with torch.no_grad():
+        for parameter in learn.model.parameters():
+            parameter.add_(0.1)
+    seen = []
+    learn.fit(1, cbs=Callback(after_loss=lambda self: seen.append(counted(self.model)) if self.training else None))
+    assert seen == [share(level, learn.model) for level in (0, 0.2, 0.4, 0.6)]
+    assert_sound(learn, callback, level=0.8)
+
+
+# --- No sparsity is no callback -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["weight", "filter"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_sparsity_zero_is_bit_for_bit_training_without_the_callback(make_learner, optimizer, granularity):
+    def trained(callbacks):
+        torch.manual_seed(0)
+        model = nn.Sequential(*small_net()[:-1], nn.Dropout(0.5), nn.Linear(6, 3))
+        learn = make_learner(model, opt_func=OPTIMIZERS[optimizer])
+        torch.manual_seed(2)
+        learn.fit(3, 1e-2, wd=0.1, cbs=callbacks)
+        return learn, [torch.get_rng_state(), np.random.get_state()[1]]
+
+    plain, random = trained([])
+    sparse, same_random = trained([SparsifyCallback(0.0, granularity, criteria="random"), KeepSparsity()])
+    assert_same(plain.model.state_dict(), sparse.model.state_dict())
+    assert_same(plain.opt.state_dict(), sparse.opt.state_dict())
+    assert_same(random, same_random)
+    assert not sparse._grab_cbs(KeepSparsity)
+
+
+def assert_same(one, two):
+    """Trees of the same values, bit for bit."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_same(one[key], two[key])
+    elif isinstance(one, (list, tuple, fastai.L)):
+        assert len(one) == len(two)
+        for each, other in zip(one, two, strict=True):
+            assert_same(each, other)
+    else:
+        assert np.array_equal(one, two)

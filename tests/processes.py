@@ -1,0 +1,310 @@
+"""What the tests of several processes run in each: torchrun --nproc-per-node 2 tests/processes.py SCENARIO FOLDER.
+
+A scenario returns what its process has seen, in plain tensors, for the tests to compare; it is saved as FOLDER/RANK.pt.
+Every process seeds its model and its data differently.
+"""
+
+import contextlib
+import copy
+import io
+import os
+import pickle
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from conftest import small_net  # isort: skip
+from sparsifai import Sparsifier, criteria, quantities, taken
+from sparsifai.parallel import is_sharded, whole
+
+RANK = int(os.environ.get("RANK", "0"))
+CAN_SHARD_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # not yet in torch 2.6
+
+REPLICATED_AXES = [("weight", "global", name) for name in criteria] + [
+    ("kernel", "local", "large_final"),
+    ("filter", "global", "movement"),
+    ("filter", "local", "random"),
+]
+SHARDED_AXES = [
+    ("weight", context, name) for context in ("global", "local") for name in ("large_final", "movement", "random")
+] + [("kernel", "local", "large_final"), (("h",), "global", "updating_movement")]
+MADE_BEFORE_AXES = [("weight", "global", "movement"), ("filter", "global", "large_final")]
+MESHES = [(2,), (2, 1), (1, 2)]  # replicas, if there are two numbers, and shards
+
+OPTIMIZERS = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, 0.05, momentum=0.9, weight_decay=0.01),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, 0.01, weight_decay=0.1),
+}
+
+
+def values_of(model, of=lambda parameter: parameter):
+    """What `of` gives of every parameter, as whole plain tensors by name."""
+    return {name: whole(of(parameter).detach()).clone() for name, parameter in model.named_parameters()}
+
+
+def train(model, module, sparsifier, make_optimizer):
+    """Train to 40 and to 80 %, on data that differs by process. Returns what can be compared, stage by stage.
+
+    module: what is in the wrapper. Weights and masks are those before and after `sparsify`. In the step that follows
+    only the gradients and moments are masked.
+    """
+    optimizer = make_optimizer(model.parameters())
+    stages = []
+    for sparsity in (0.4, 0.8):
+        step(model, optimizer, sparsifier)
+        sparsifier.apply_masks()
+        weights = values_of(module)
+        sparsifier.sparsify(sparsity)
+        sparsifier.mask_moments(optimizer)
+        stage = {"weights": weights, "sparsity": sparsity, "masks": dict(sparsifier.masks)}
+        stage["measured"], stage["report"] = sparsifier.sparsity, str(sparsifier.report())
+        step(model, optimizer, sparsifier)
+        stage["gradients"] = values_of(module, lambda parameter: parameter.grad)
+        stage["stepped"] = values_of(module)
+        stages.append(stage)
+    sparsifier.apply_masks()
+    return {"stages": stages, "trained": values_of(module), "followers": dict(sparsifier.follower_masks)}
+
+
+def step(model, optimizer, sparsifier):
+    loss = cross_entropy(model(torch.randn(4, 2, 8, 8)), torch.randint(3, (4,)))
+    optimizer.zero_grad()
+    loss.backward()
+    sparsifier.mask_gradients()
+    optimizer.step()
+
+
+# --- DistributedDataParallel --------------------------------------------------------------------------------------
+
+
+def replicated():
+    runs = {}
+    for axes in REPLICATED_AXES:
+        for given in ("wrapper", "module"):
+            torch.manual_seed(RANK)
+            net = small_net()
+            drawn = values_of(net)
+            model = DistributedDataParallel(net)
+            start = values_of(net)
+            sparsifier = Sparsifier(model if given == "wrapper" else net, *axes)
+            runs[axes, given] = {
+                "drawn": drawn, "start": start, **train(model, net, sparsifier, OPTIMIZERS["SGD"]),
+            }  # fmt: skip
+    return {"runs": runs, "data_driven": data_driven()}
+
+
+def data_driven():
+    """Masks by a criterion that sees the data of its process alone, from all that a Sparsifier may be given."""
+    squares = {}
+
+    @quantities.register
+    @taken("score")
+    def squared_inputs_here(sparsifier, name):
+        return squares[name]
+
+    @criteria.register
+    def weight_times_inputs_here(weight, squared_inputs_here):
+        return weight.abs() * squared_inputs_here.sqrt()
+
+    torch.manual_seed(RANK)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+    inputs = torch.randn(16, 4)
+    for name, layer in model.module.named_children():
+        squares[f"{name}.weight"] = inputs.square().mean(0)
+        inputs = layer(inputs).detach()
+    seen = {}
+    modules = {"module": model.module, "compiled": torch.compile(model, backend="eager"), "wrapper": model}
+    for criterion in ("weight_times_inputs_here", "random"):
+        for given, module in modules.items():
+            sparsifier = Sparsifier(module, criteria=criterion, seed=RANK)
+            sparsifier.check(0.5)
+            sparsifier.sparsify(0.5)
+            seen[criterion, given] = dict(sparsifier.masks)
+    seen["copied"] = dict(copy.deepcopy(sparsifier).masks)
+    seen["pickled"] = dict(pickle.loads(pickle.dumps(sparsifier)).masks)
+    return seen
+
+
+# --- fully_shard --------------------------------------------------------------------------------------------------
+
+
+def uneven_net():
+    """No number of outputs is even; of the last layer, the second of two processes holds nothing."""
+    return nn.Sequential(
+        nn.Conv2d(2, 5, 3), nn.GroupNorm(1, 5), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(20, 7), nn.ReLU(), nn.Linear(7, 1), nn.Linear(1, 3),
+    )  # fmt: skip
+
+
+def shard(model, *sizes):
+    """Shard a net over a mesh: some layers as units of their own, the rest with the root."""
+    from torch.distributed.fsdp import fully_shard
+
+    names = ("replicas", "shards")[-len(sizes) :]
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+    for index in (0, 5):
+        fully_shard(model[index], mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def sharded():
+    results = {"meshes": {sizes: ranked_over(*sizes) for sizes in MESHES}}
+    if CAN_SHARD_ON_CPU:
+        results["runs"] = dict(sharded_runs())
+        results["evaluated"] = evaluated()
+        results["asked between forward and backward"] = asked_between_forward_and_backward()
+        results["states"] = states()
+    return results
+
+
+def ranked_over(*sizes):
+    """A Sparsifier whose scores differ by process, on a mesh of these sizes; and what is told of filters."""
+    torch.manual_seed(RANK)
+    model = shard(uneven_net(), *sizes)
+    sparsifier = Sparsifier(model, criteria="random", seed=RANK)
+    sparsifier.sparsify(0.5)
+    seen = {"masks": dict(sparsifier.masks), "weights": values_of(model), "report": str(sparsifier.report())}
+    example = torch.randn(1, 2, 8, 8)
+    for key, options in (("filters", {}), ("filters with an example", {"example_input": example})):
+        try:
+            Sparsifier(model, "filter", **options)
+        except ValueError as error:
+            seen[key] = str(error)
+    return seen
+
+
+def sharded_runs():
+    for axes in SHARDED_AXES:
+        for name, make_optimizer in OPTIMIZERS.items():
+            torch.manual_seed(RANK)
+            model = shard(uneven_net(), 2)
+            start = values_of(model)
+            yield (axes, name), {"start": start, **train(model, model, Sparsifier(model, *axes), make_optimizer)}
+    for axes in MADE_BEFORE_AXES:
+        torch.manual_seed(RANK)
+        model = uneven_net()
+        start = values_of(model)  # those of the first process count: it is its ranking that all get
+        sparsifier = Sparsifier(model, *axes)
+        shard(model, 2)
+        yield (axes, "made before"), {"start": start, **train(model, model, sparsifier, OPTIMIZERS["AdamW"])}
+
+
+def evaluated():
+    """Sparsify after a forward in evaluation, which leaves the parameters of the root gathered."""
+    torch.manual_seed(RANK)
+    model = shard(uneven_net(), 2)
+    sparsifier = Sparsifier(model)
+    images = torch.randn(4, 2, 8, 8)
+    with torch.no_grad():
+        model.eval()(images)
+    gathered = [name for name, parameter in model.named_parameters() if not is_sharded(parameter)]
+    sparsifier.sparsify(0.5)
+    with torch.no_grad():
+        model(images)
+    measured = sparsifier.sparsity
+    return {"gathered": gathered, "measured": measured, "weights": values_of(model), "masks": dict(sparsifier.masks)}
+
+
+def asked_between_forward_and_backward():
+    """The gradients of one loss, computed without and with a look at the sparsity in between."""
+    torch.manual_seed(RANK)
+    model = shard(uneven_net(), 2)
+    sparsifier = Sparsifier(model)
+    images, gradients = torch.randn(4, 2, 8, 8), []
+    for asks in (False, True):
+        model.zero_grad()
+        loss = model(images).square().sum()
+        if asks:
+            sparsifier.report()
+        loss.backward()
+        gradients.append(values_of(model, lambda parameter: parameter.grad))
+    return gradients
+
+
+def states():
+    """A Sparsifier saved, loaded into another of another model, and both taken further; and masks recovered."""
+    torch.manual_seed(RANK)
+    model, other = shard(uneven_net(), 2), shard(uneven_net(), 2)
+    saver, loader, recoverer = Sparsifier(model, criteria="movement"), Sparsifier(other, criteria="movement"), None
+    step(model, OPTIMIZERS["SGD"](model.parameters()), saver)
+    saver.sparsify(0.4)
+    stored = io.BytesIO()
+    torch.save(saver.state_dict(), stored)
+    stored.seek(0)
+    loader.load_state_dict(torch.load(stored))
+    seen = {"saved": dict(saver.masks), "loaded": dict(loader.masks), "weights": values_of(other)}
+    recoverer = Sparsifier(other)
+    recoverer.recover_masks()
+    seen["recovered"] = dict(recoverer.masks)
+    other.load_state_dict(model.state_dict())
+    for key, sparsifier in (("saved, further", saver), ("loaded, further", loader)):
+        sparsifier.sparsify(0.7)
+        seen[key] = dict(sparsifier.masks)
+    return seen
+
+
+# --- A fastai Learner ---------------------------------------------------------------------------------------------
+
+
+def image_of(number):
+    return torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(number))
+
+
+def label_of(number):
+    return torch.tensor(number % 3)
+
+
+def learner():
+    from fastai.distributed import DistributedDL
+    from fastai.vision.all import SGD, Datasets, Learner, load_learner
+
+    from sparsifai import KeepSparsity, SparsifyCallback
+
+    def broadcast(self, indices, rank):
+        indices = torch.tensor(indices)
+        torch.distributed.broadcast(indices, rank)
+        return indices.tolist()
+
+    DistributedDL._broadcast = broadcast  # fastai's own sends from a GPU
+    torch.manual_seed(RANK)
+    dls = Datasets(range(32), [image_of, label_of], splits=(range(24), range(24, 32))).dataloaders(bs=2, device="cpu")
+    learn = Learner(dls, small_net(), loss_func=nn.CrossEntropyLoss(), opt_func=SGD)
+    callbacks = [
+        SparsifyCallback(0.3, "filter", criteria="random", seed=RANK),
+        SparsifyCallback(0.8, "weight", criteria="random", seed=RANK),
+    ]
+    fits = {}
+
+    def note(key):
+        fits[key] = {"weights": values_of(learn.model), "keepers": len(learn._grab_cbs(KeepSparsity))}
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        with learn.distrib_ctx(sync_bn=False, cpu=True):
+            for callback in callbacks:
+                learn.fit(2, 0.1, cbs=callback)
+                note(f"to {callback.sparsity}")
+            learn.fit(1, 0.1)
+            note("plain")
+        learn.fit(1, 0.1)
+        note("plain, alone")
+    if RANK == 0:
+        learn.export(FOLDER / "exported.pkl")
+    loaded = load_learner(FOLDER / "exported.pkl")  # waits for all
+    fits["exported"] = {"weights": values_of(loaded.model), "keepers": len(loaded._grab_cbs(KeepSparsity))}
+    masks = [{**each.sparsifier.masks, **each.sparsifier.follower_masks} for each in callbacks]
+    return {"fits": fits, "masks": masks, "printed": printed.getvalue()}
+
+
+if __name__ == "__main__":
+    scenario, FOLDER = sys.argv[1], Path(sys.argv[2])
+    # Processes that wait for each other forever fail soon.
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    torch.save({"replicated": replicated, "sharded": sharded, "learner": learner}[scenario](), FOLDER / f"{RANK}.pt")
+    torch.distributed.destroy_process_group()
