@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .parallel import is_fully_sharded, kind_of
+from .parallel import is_fully_sharded, kind_of, unwrapped
 
 NORMS_OVER_CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 NORMS_OVER_LAST_AXIS = (nn.LayerNorm, nn.RMSNorm)
@@ -136,7 +136,7 @@ def find_flow(model: nn.Module, example_input: Any = None) -> Flow:
             "it to know the first and the last layer; make the Sparsifier before fully_shard is called on the model"
         )
     try:
-        return _traced(_shell(model))
+        return _traced(model)
     except Exception as error:  # fx raises whatever the model's own code makes of a proxy
         if example_input is None:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -144,14 +144,23 @@ def find_flow(model: nn.Module, example_input: Any = None) -> Flow:
                 f"the data flow of {type(model).__name__} cannot be traced ({reason}), and this granularity needs it "
                 "to know the first and the last layer; pass example_input=, a batch that the model accepts"
             ) from error
-    return _recorded(_shell(model), example_input)
+    return _recorded(model, example_input)
 
 
 def _shell(model: nn.Module) -> nn.Module:
-    """A copy of the modules of a model around the same parameters, in evaluation mode."""
+    """A copy of the modules of a model around the same parameters, in evaluation mode, without torch's wrappers."""
     # Activations that a model has kept cannot be copied; like the parameters, they are shared.
     kept = [tensor for module in model.modules() for tensor in _tensors(vars(module)) if not tensor.is_leaf]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *kept)}).eval()
+    shell = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *kept)}).eval()
+    for part in list(shell.modules()):
+        for name, child in part.named_children():
+            setattr(part, name, unwrapped(child))  # neither way can look into a compiled one
+    return shell
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    """Names of the parameters of a model by their ids; those of its shell may lack the names of wrappers."""
+    return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
 def _add_step(flow: Flow, step: Step) -> int:
@@ -175,12 +184,12 @@ class _Tracer(torch.fx.Tracer):
 
 def _traced(model: nn.Module) -> Flow:
     """Flow from torch.fx: a leaf module is one step, which uses all its parameters."""
-    first_name = {id(parameter): name for name, parameter in model.named_parameters()}
+    shell, names = _shell(model), _names(model)
     flow = Flow([], set(), set())
     index: dict[torch.fx.Node, int] = {}
     carried: dict[torch.fx.Node, set[str]] = {}  # nodes that hold a parameter or a view of it, and nothing else
     sizes: set[torch.fx.Node] = set()  # of tensors: whoever reads x.shape does not read x
-    for node in _Tracer().trace(model).nodes:
+    for node in _Tracer().trace(shell).nodes:
         if _is_size(node) or (node.all_input_nodes and sizes.issuperset(node.all_input_nodes)):
             sizes.add(node)
             continue
@@ -188,12 +197,12 @@ def _traced(model: nn.Module) -> Flow:
         parameters = {name for read in node.all_input_nodes for name in carried.get(read, ())}
         kind: Any = node.target
         if node.op == "call_module":
-            module = model.get_submodule(node.target)
+            module = shell.get_submodule(node.target)
             kind = type(module)
-            parameters |= {first_name[id(parameter)] for parameter in module.parameters()}
+            parameters |= {names[id(parameter)] for parameter in module.parameters()}
         if node.op == "get_attr":
-            held = operator.attrgetter(node.target)(model)
-            carried[node] = {first_name[id(held)]} if id(held) in first_name else set()
+            held = operator.attrgetter(node.target)(shell)
+            carried[node] = {names[id(held)]} if id(held) in names else set()
         elif node.op == "output":
             flow.results.update(reads)
         elif parameters and not reads:
@@ -237,10 +246,10 @@ def _order_of_axes(kind: Any, arguments: Sequence[Any]) -> tuple[int, ...] | Non
 class _Recorder(TorchFunctionMode):
     """Records every torch function that is called, by the tensors that it reads and makes."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, names: Mapping[int, str]):
         self.flow = Flow([], set(), set())
         self.made_by: dict[int, int] = {}
-        self.carried = {id(parameter): {name} for name, parameter in model.named_parameters()}
+        self.carried = {identity: {name} for identity, name in names.items()}
         self.alive: list[Any] = []  # an id is good only while its tensor lives
 
     def record(self, made: Any, step: Step) -> int:
@@ -276,14 +285,14 @@ class _Recorder(TorchFunctionMode):
 
 def _recorded(model: nn.Module, example_input: Any) -> Flow:
     """Flow from one forward in evaluation mode; the global random state is left as it was."""
-    recorder = _Recorder(model)
+    shell, recorder = _shell(model), _Recorder(_names(model))
     recorder.flow.sources.add(recorder.record(example_input, Step([], set())))
     try:
         with torch.random.fork_rng(), torch.no_grad(), recorder:
             if isinstance(example_input, Mapping):
-                output = model(**example_input)
+                output = shell(**example_input)
             else:
-                output = model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
+                output = shell(*(example_input if isinstance(example_input, tuple) else (example_input,)))
     except Exception as error:
         raise ValueError(
             f"example_input does not run through {type(model).__name__} ({error}); pass a batch that the model "

@@ -90,7 +90,7 @@ class KeepSparsity(TrainingCallback):
         for name, target in find_targets(model).items():
             mask = whole(target.parameter.detach()) != 0
             # A layer of nothing but zeros, as some are initialized, is not a masked one.
-            if mask.any() and not mask.all() and not target.computed:
+            if mask.any() and not mask.all() and not target.sources:
                 self.earlier[name] = mask
         if any((mask.flatten(1).any(1) == 0).any() for mask in self.earlier.values()):
             self._recover_dead_filters(model)
@@ -98,7 +98,7 @@ class KeepSparsity(TrainingCallback):
 
     def _recover_dead_filters(self, model: nn.Module) -> None:
         """Where whole filters are zero, what stands behind them and is zero too is kept so."""
-        computed = [name for name, target in find_targets(model).items() if target.computed]
+        computed = [name for name, target in find_targets(model).items() if target.sources]
         filters = Sparsifier(
             model, "filter", layers=lambda name, module: True, exclude=computed or None, example_input=self.learn.xb
         )

@@ -70,8 +70,9 @@ class Target:
     """A parameter with named axes: where it is, and under what names.
 
     name: of the parameter, such as 'layer1.0.conv1.weight'. owners: all (module name, module) that hold it, more than
-    one if it is tied; the first gives it its kind. axes: name -> size, within one convolution group. computed: whether
-    it is no parameter, but computed from others in each forward, as with weight_norm; its name is that of the first.
+    one if it is tied; the first gives it its kind. axes: name -> size, within one convolution group. sources: if it is
+    no parameter, but computed in each forward, as with weight_norm, the parameters of the layer that it is computed
+    from; it then has the name of the first.
     """
 
     name: str
@@ -80,7 +81,7 @@ class Target:
     axes: dict[str, int]
     convolution_groups: int = 1
     names: frozenset[str] = field(default_factory=frozenset)
-    computed: bool = False
+    sources: tuple[str, ...] = ()
 
     @property
     def module(self) -> nn.Module:
@@ -90,7 +91,12 @@ class Target:
     @property
     def parameter(self) -> nn.Parameter:
         """Looked up at each use: `load_state_dict(assign=True)` puts another one in its place."""
-        return getattr(self.module, self.attribute)
+        return _read(self.module, self.attribute)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing that it is made of is trained."""
+        return not any(attrgetter(source)(self.module).requires_grad for source in self.sources or (self.attribute,))
 
     @property
     def kind(self) -> str:
@@ -161,13 +167,25 @@ def _target(places: Sequence[tuple[str, nn.Module, str]], sources: Sequence[str]
     """The target that is at one or several places: (name of the module, module, attribute)."""
     _, module, attribute = places[0]
     axes = axes_of(module, attribute) or ()
-    sizes = dict(zip(axes, getattr(module, attribute).shape, strict=True))
+    sizes = dict(zip(axes, _read(module, attribute).shape, strict=True))
     groups = module.groups if isinstance(module, _GROUPED) else 1
     sizes[axes[0]] //= groups
     names = [parameter_name(name, attribute) for name, _, attribute in places]
     names = [parameter_name(places[0][0], source) for source in sources] + names
     owners = tuple((name, module) for name, module, _ in places)
-    return Target(names[0], attribute, owners, sizes, groups, frozenset(names), computed=bool(sources))
+    return Target(names[0], attribute, owners, sizes, groups, frozenset(names), tuple(sources))
+
+
+def _read(module: nn.Module, attribute: str) -> nn.Parameter:
+    """A weight of a layer. One that is computed is so in evaluation mode: in training, spectral_norm takes a step."""
+    if not is_parametrized(module, attribute):
+        return getattr(module, attribute)
+    parts = {part: part.training for part in module.modules()}
+    try:
+        return getattr(module.eval(), attribute)
+    finally:
+        for part, training in parts.items():
+            part.training = training
 
 
 def _computed_weights(module: nn.Module) -> dict[str, list[str]]:
@@ -280,13 +298,13 @@ def why_dense(
             dense[name] = "excluded"
         elif layers is not None and name not in selected:
             dense[name] = "not in layers"
-        elif layers is None and not target.parameter.requires_grad:
+        elif layers is None and target.is_frozen:
             dense[name] = "frozen"
         elif layers is None and target.is_embedding:
             dense[name] = "embedding"
         elif isinstance(grouping, str):
             dense[name] = grouping
-        elif target.computed:
+        elif target.sources:
             raise ValueError(
                 f"Sparsifier: {target.attribute} of {target.owners[0][0] or target.kind} is computed from {name} in "
                 "each forward, so zeros in it do not last; remove that first (torch.nn.utils.parametrize."

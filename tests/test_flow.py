@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsifai import Sparsifier
-from sparsifai.flow import _recorded, _shell, _traced, find_flow
+from sparsifai.flow import _recorded, _traced, find_flow
 from sparsifai.target import find_targets
 
 
@@ -50,7 +50,7 @@ EXAMPLE = torch.randn(2, 2, 6, 6)
 @pytest.mark.parametrize("how", ["traced", "recorded"])
 def test_first_last_and_norms_by_data_flow_not_by_file_order(how):
     model = Reversed()
-    flow = _traced(_shell(model)) if how == "traced" else _recorded(_shell(model), EXAMPLE)
+    flow = _traced(model) if how == "traced" else _recorded(model, EXAMPLE)
     targets = find_targets(model)
     assert flow.first(targets) == {"early.weight"}
     assert flow.last(targets) == {"first_head.weight", "second_head.weight"}
@@ -106,7 +106,7 @@ def test_weights_that_are_turned_before_use():
             return (x @ self.stem.weight.t()).relu() @ self.head.weight.t()
 
     model = Turned()
-    for flow in (find_flow(model), _recorded(_shell(model), torch.randn(2, 3))):
+    for flow in (find_flow(model), _recorded(model, torch.randn(2, 3))):
         assert flow.first(find_targets(model)) == {"stem.weight"}
         assert flow.last(find_targets(model)) == {"head.weight"}
 
@@ -133,7 +133,7 @@ def test_torchvision_models(model, first, last, norms):
 
 
 def flows(model, example):
-    return find_flow(model, example), _recorded(_shell(model), example)
+    return find_flow(model, example), _recorded(model, example)
 
 
 class Forward(nn.Module):
