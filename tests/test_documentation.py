@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from test_package import MODULES  # isort: skip
+from test_package import OF_THE_CORE  # isort: skip
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("nbs/*.ipynb"))
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name not in ("sparsifai.all", "sparsifai.callback")])
+@pytest.mark.parametrize("module", OF_THE_CORE)
 def test_docstring_examples(module):
     assert doctest.testmod(import_module(module)).failed == 0
 
