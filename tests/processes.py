@@ -197,18 +197,16 @@ def sharded_runs():
 
 
 def evaluated():
-    """Sparsify after a forward in evaluation, which leaves the parameters of the root gathered."""
+    """Sparsify after a forward in evaluation, which leaves the parameters of the root gathered, and train a step."""
     torch.manual_seed(RANK)
     model = shard(uneven_net(), 2)
-    sparsifier = Sparsifier(model)
-    images = torch.randn(4, 2, 8, 8)
+    sparsifier, optimizer = Sparsifier(model), OPTIMIZERS["SGD"](model.parameters())
     with torch.no_grad():
-        model.eval()(images)
+        model.eval()(torch.randn(4, 2, 8, 8))
     gathered = [name for name, parameter in model.named_parameters() if not is_sharded(parameter)]
     sparsifier.sparsify(0.5)
-    with torch.no_grad():
-        model(images)
     measured = sparsifier.sparsity
+    step(model.train(), optimizer, sparsifier)
     return {"gathered": gathered, "measured": measured, "weights": values_of(model), "masks": dict(sparsifier.masks)}
 
 

@@ -98,6 +98,8 @@ def check_against_one_process(run, model, axes):
         assert stage["measured"] == sparsifier.sparsity
         assert stage["report"] == str(sparsifier.report())
     assert same(run["followers"], sparsifier.follower_masks)
+    # A bias and a norm layer of two parameters at least have a zero of their own where filters are dead.
+    assert (axes[0] == "filter") == (sum(not mask.all() for mask in run["followers"].values()) >= 3)
 
 
 def check_zeros(run):
@@ -200,8 +202,6 @@ def test_sparsifying_after_a_forward_in_evaluation(sharded):
         assert seen["gathered"]  # else there is nothing to test
         assert zeros_hold(seen["weights"], seen["masks"])
         assert seen["measured"] == pytest.approx(0.5, abs=0.005)
-        zeros = sum(int((seen["weights"][name] == 0).sum()) for name in seen["masks"])
-        assert zeros == sum(int((~mask).sum()) for mask in seen["masks"].values())
     assert same(*(seen["evaluated"]["weights"] for seen in sharded))
 
 
