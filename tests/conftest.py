@@ -3,6 +3,9 @@ import pytest
 import torch
 from torch import nn
 
+# The nets are tiny: threads would wait for each other longer than they work.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

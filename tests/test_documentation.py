@@ -85,6 +85,7 @@ def test_there_are_notebooks():
         "01_quickstart.ipynb",
         "02_granularity.ipynb",
         "03_criteria_and_schedules.ipynb",
+        "04_in_a_fastai_project.ipynb",
     ]
 
 
