@@ -30,6 +30,7 @@ class SparsifyCallback(TrainingCallback):
     _fits = False  # in a fit, not in lr_find
     _advances = False  # in a fit of all layers
     _begun = False  # past the first batch of a fit
+    _moved = False  # whether the sparsity is another than the trackers have judged
     _brought: KeepSparsity | None = None  # one that this callback has put on the Learner and not yet announced
     _column: Column | None = None
 
@@ -138,6 +139,9 @@ class SparsifyCallback(TrainingCallback):
         "Record level and sparsity; keep trackers from judging an epoch that is short of the target"
         if self._begun and not self.learn.lock.locked():
             self._curves.by_epoch.append((self.learn.epoch, self._level, self._measured()))
+            if self._moved:
+                self._trackers.forget(self.learn)
+                self._moved = False
             if self._is_short():
                 self._trackers.pause(self.learn)
 
@@ -160,14 +164,17 @@ class SparsifyCallback(TrainingCallback):
         return (learn.epoch * learn.n_iter + learn.iter + done) / (learn.n_epoch * learn.n_iter)
 
     def _level_at(self, t: float) -> float:
-        """Where the schedule is at t, as a share of the target, but not below what earlier fits have reached."""
-        return max(progress(self.schedule, t), self._floor)
+        """Where the schedule is at t, as a share of the target, but not below what earlier fits have reached.
+
+        Unless the schedule itself gives back in the end what it has reached, as dsd does.
+        """
+        return max(progress(self.schedule, t), min(self._floor, progress(self.schedule, 1.0)))
 
     def _go_to(self, t: float) -> None:
         reached = self._level_at(t)
         if reached != self._reached:
             self.sparsifier.sparsify(scaled(self.sparsity, reached))
-            self._reached = reached
+            self._reached, self._moved = reached, True
             self.sparsifier.mask_moments(self.learn.opt)
 
     def _is_short(self) -> bool:
@@ -217,7 +224,10 @@ class SparsifyCallback(TrainingCallback):
             keeper.enforce()
 
     def _recover(self, keeper: KeepSparsity) -> None:
-        """Keep the zeros of a model that comes sparse, as from a checkpoint."""
+        """Keep the zeros of a model that comes sparse, as from a checkpoint, unless no sparsity is asked for."""
+        keeper.begun = True
+        if not any(self.sparsity.values() if isinstance(self.sparsity, dict) else [self.sparsity]):
+            return
         if self._advances and self._level_at(self._progress(0)) > self._level_at(1.0):
             self.sparsifier.recover_masks()  # the schedule has made them and will give them back
             return
@@ -229,16 +239,23 @@ class SparsifyCallback(TrainingCallback):
         """Leave the Learner as it was but for the zeros and what keeps them."""
         if self._column is not None:
             self._column.hide()
-        keeper = self._brought
-        if keeper is not None and self._begun:
-            self._brought = None
-            keeper.enforce()
-            if keeper.masks_something:
-                notify(
-                    self.learn,
-                    f"KeepSparsity holds the {percent(self._measured())} of zeros in later fits, too; "
-                    "learn.remove_cb(KeepSparsity) lets them go",
-                )
-            else:
-                self.learn.remove_cb(keeper)
+        if self._begun:
+            if self._is_short():
+                notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did")
+            self._announce_keeper()
         self._column, self._begun, self._advances = None, False, False
+
+    def _announce_keeper(self) -> None:
+        """Say what keeps the zeros in later fits, or take it off if there are none."""
+        keeper, self._brought = self._brought, None
+        if keeper is None or keeper.learn is None:  # said before, or taken off in the fit
+            return
+        keeper.enforce()
+        if keeper.masks_something:
+            notify(
+                self.learn,
+                f"KeepSparsity holds the {percent(self._measured())} of zeros in later fits, too; "
+                "learn.remove_cb(KeepSparsity) lets them go",
+            )
+        else:
+            self.learn.remove_cb(keeper)

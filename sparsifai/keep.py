@@ -31,7 +31,7 @@ class KeepSparsity(TrainingCallback):
 
     def __init__(
         self,
-        sparsifier=None,  # Whose masks to keep; by default, the zeros that the model has at the first batch
+        sparsifier=None,  # Whose masks to keep; by default, the zeros that the model has when a fit begins
     ):
         super().__init__()
         if sparsifier is not None and not isinstance(sparsifier, Sparsifier):
@@ -40,6 +40,7 @@ class KeepSparsity(TrainingCallback):
         self.held_model = None if sparsifier is None else sparsifier.model
         self.recovers = sparsifier is None
         self.earlier: dict[str, Tensor] = {}  # masks of earlier Sparsifiers, by parameter name
+        self.begun = False  # whether the fit is past its first batch
         self.stays = False  # whether a fit has left it on the Learner
         self.replaced = False  # whether another one on the Learner keeps what it has kept
 
@@ -50,7 +51,10 @@ class KeepSparsity(TrainingCallback):
 
     def before_fit(self):
         "Zero the masked weights and their moments, which may have been loaded or changed since the last fit"
-        if not self.recovers and self.held_model is not unwrapped(self.learn.model):
+        if self.learn.lock.locked():  # validate and the like change nothing
+            return
+        self.begun = False
+        if self.held_model is not None and self.held_model is not unwrapped(self.learn.model):
             raise ValueError(
                 "KeepSparsity holds the zeros of another model than the Learner's; take it off with "
                 "learn.remove_cb(KeepSparsity), or give it no Sparsifier to keep the zeros of this one"
@@ -64,8 +68,8 @@ class KeepSparsity(TrainingCallback):
         self.enforce()
 
     def before_batch(self):
-        "Take the masks from the zeros of the model, if they were not given"
-        if self.recovers and self.learn.training:
+        "When the fit begins, take the masks from the zeros of the model, if they were not given"
+        if self.recovers and not self.begun and self.learn.training:
             self.recover()
 
     def before_step(self):
@@ -84,14 +88,17 @@ class KeepSparsity(TrainingCallback):
         zero_weights(self._masked(model))
 
     def recover(self) -> None:
-        """Take the masks from the zeros of the model."""
+        """Take the zeros that the model has, and that no Sparsifier masks, for masked."""
         model = unwrapped(self.learn.model)
-        self.recovers, self.held_model = False, model
+        self.begun, self.held_model = True, model
+        held = {} if self.sparsifier is None else self.sparsifier.masks
         for name, target in find_targets(model).items():
-            mask = whole(target.parameter.detach()) != 0
+            kept = whole(target.parameter.detach()) != 0
             # A layer of nothing but zeros, as some are initialized, is not a masked one.
-            if mask.any() and not mask.all() and not target.sources:
-                self.earlier[name] = mask
+            if kept.any() and not target.sources:
+                kept = kept | ~held[name] if name in held else kept
+                if not kept.all():
+                    self._merge({name: kept})
         if any((mask.flatten(1).any(1) == 0).any() for mask in self.earlier.values()):
             self._recover_dead_filters(model)
         self.enforce()
@@ -108,11 +115,9 @@ class KeepSparsity(TrainingCallback):
 
     def hold(self, sparsifier: Sparsifier) -> None:
         "Keep the masks of `sparsifier` from now on, which starts with the zeros that were kept until now"
-        if self.sparsifier is sparsifier:
-            return
-        if self.sparsifier is not None:
+        if self.sparsifier not in (None, sparsifier):
             self._merge(self.sparsifier.masks, self.sparsifier.follower_masks)
-        self.sparsifier, self.recovers, self.held_model = sparsifier, False, sparsifier.model
+        self.sparsifier, self.held_model, self.begun = sparsifier, sparsifier.model, True
         sparsifier.adopt(self.earlier)
 
     def replace(self, other: KeepSparsity) -> None:

@@ -67,11 +67,15 @@ class Trackers:
     def __init__(self) -> None:
         self.paused: list[TrackerCallback] = []
 
+    def forget(self, learn: Learner) -> None:
+        """Have all forget what they judged at another sparsity."""
+        for tracker in learn._grab_cbs(TrackerCallback):
+            tracker.best = np.inf if tracker.comp == np.less else -np.inf
+
     def pause(self, learn: Learner) -> None:
-        """Let none judge this epoch, and forget what they judged at another sparsity."""
+        """Let none judge this epoch."""
         for tracker in learn._grab_cbs(TrackerCallback):
             if not getattr(tracker, "every_epoch", False):  # which compares nothing
-                tracker.best = np.inf if tracker.comp == np.less else -np.inf
                 self._stop(tracker)
 
     def pause_loading(self, learn: Learner, short: bool) -> None:
@@ -81,8 +85,9 @@ class Trackers:
                 self._stop(saver)
 
     def _stop(self, tracker: TrackerCallback) -> None:
-        tracker.run = False
-        self.paused.append(tracker)
+        if tracker.run:  # which the user has not switched off
+            tracker.run = False
+            self.paused.append(tracker)
 
     def resume(self) -> None:
         """Let all judge again."""

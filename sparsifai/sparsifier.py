@@ -22,7 +22,7 @@ from .flow import find_flow
 from .follower import find_followers, masks_of_followers
 from .granularity import Granularity, Grouping, UnavailableError
 from .masking import zero_gradients, zero_moments, zero_weights
-from .parallel import agree, group_of, groups_of_shards, reshard, unwrapped, whole
+from .parallel import agree, group_of, groups_of_shards, is_sharded, reshard, unwrapped, whole
 from .registry import name_of
 from .report import Count, Report
 from .selection import ScoredLayer, bundle
@@ -112,6 +112,12 @@ class Sparsifier:
         wanted = check_sparsity(sparsity, compression_ratio)
         self.apply_masks()  # whatever a step has made of masked weights, they are ranked and come back as zeros
         masks, levels = self._build_masks(wanted)
+        if any(levels[name] < self.levels[name] and self.groupings[name].drops_outputs for name in levels):
+            warnings.warn(
+                "outputs that come back start at zero, and so does what stands behind them: behind a ReLU or a norm "
+                "layer no gradient reaches them, and they stay dead; let single weights come back, or re-initialize",
+                stacklevel=3,
+            )
         self._set_masks(masks)
         self.levels = levels
         self.apply_masks()
@@ -229,7 +235,10 @@ class Sparsifier:
         axes = ", ".join(map(name_of, (self.granularity, self.context, self.criteria)))
         if self.model is None:
             return f"Sparsifier({axes}: released)"
-        return f"Sparsifier({axes}: {len(self.targets)} layers, sparsity {self.sparsity:.4f})"
+        layers = f"Sparsifier({axes}: {len(self.targets)} layers"
+        # Sharded, it is measured in all processes together, and a repr is often asked for in one.
+        sharded = any(is_sharded(target.parameter) for target in self.targets.values())
+        return f"{layers})" if sharded else f"{layers}, sparsity {self.sparsity:.4f})"
 
     # --- State --------------------------------------------------------------------------------------------------
 

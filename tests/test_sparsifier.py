@@ -2,6 +2,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 from contextlib import nullcontext
 
 import numpy as np
@@ -150,6 +151,7 @@ def test_half_of_the_weights_of_resnet18_by_filters():
         assert resnet.eval()(torch.randn(2, 3, 64, 64)).isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:outputs that come back")
 @pytest.mark.parametrize("granularity", ["weight", "filter", "kernel"])
 @pytest.mark.parametrize("context", contexts)
 def test_rising_only_adds_zeros_and_falling_revives(granularity, context):
@@ -682,3 +684,16 @@ def test_double_precision_is_ranked_in_double():
         model.weight.copy_(1 + torch.tensor([[3.0, 1, 2, 0]], dtype=torch.float64) * 1e-12)
     Sparsifier(model).sparsify(0.5)
     assert (model.weight == 0).tolist() == [[False, True, False, True]]
+
+
+def test_outputs_that_come_back_are_warned_of_and_weights_are_not():
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    sparsifier = Sparsifier(model, "filter")
+    sparsifier.sparsify(0.5)
+    with pytest.warns(UserWarning, match="outputs that come back start at zero"):
+        sparsifier.sparsify(0.25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sparsifier.sparsify(0.5)
+        for level in (0.5, 0.2):
+            Sparsifier(model).sparsify(level)
