@@ -13,6 +13,10 @@ from .sparsifier import Sparsifier
 from .target import find_targets, parameter_of
 
 
+# Of ten million weights that are drawn at random a few are exactly zero. A share of zeros up to this is no sparsity.
+CHANCE = 1e-5
+
+
 class TrainingCallback(Callback):
     """Goes nowhere with an exported Learner, which then loads where sparsifai is not installed."""
 
@@ -92,13 +96,17 @@ class KeepSparsity(TrainingCallback):
         model = unwrapped(self.learn.model)
         self.begun, self.held_model = True, model
         held = {} if self.sparsifier is None else self.sparsifier.masks
+        masks, zeros, weights = {}, 0, 0
         for name, target in find_targets(model).items():
             kept = whole(target.parameter.detach()) != 0
             # A layer of nothing but zeros, as some are initialized, is not a masked one.
             if kept.any() and not target.sources:
                 kept = kept | ~held[name] if name in held else kept
+                zeros, weights = zeros + int((~kept).sum()), weights + kept.numel()
                 if not kept.all():
-                    self._merge({name: kept})
+                    masks[name] = kept
+        if zeros > CHANCE * weights:
+            self._merge(masks)
         if any((mask.flatten(1).any(1) == 0).any() for mask in self.earlier.values()):
             self._recover_dead_filters(model)
         self.enforce()

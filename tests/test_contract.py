@@ -194,6 +194,16 @@ def test_no_optimizer_moves_a_masked_weight_even_if_nothing_is_zeroed_after_its_
     assert_sound(learn, callback, level=0.8)
 
 
+def test_moments_of_weights_that_were_zeroed_between_fits_are_zeroed_too(make_learner, monkeypatch):
+    learn, seen = make_learner(opt_func=fastai.Adam), []
+    learn.fit(2, 0.1)
+    Sparsifier(learn.model).sparsify(0.8)
+    monkeypatch.setattr(KeepSparsity, "after_step", lambda self: None)
+    look = Callback(after_step=lambda self: seen.append(counted(self.model)))
+    learn.fit(2, 0.1, cbs=[KeepSparsity(), look])
+    assert seen == [share(0.8, learn.model)] * 8
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_interrupt_inside_the_step_of_an_optimizer_costs_no_zero(make_learner, optimizer):
     callback = SparsifyCallback(0.8, schedule="lin")
@@ -704,6 +714,19 @@ def test_zeros_that_were_let_go_are_not_held_by_the_next_fit(make_learner):
     learn.fit(1, cbs=Callback(after_loss=lambda self: seen.append(counted(self.model)) if self.training else None))
     assert seen == [share(level, learn.model) for level in (0, 0.2, 0.4, 0.6)]
     assert_sound(learn, callback, level=0.8)
+
+
+def test_a_weight_that_is_zero_by_chance_is_not_kept(make_learner, capsys):
+    def few_zeros(count):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(128, 1000), nn.Linear(1000, 3))
+        nn.init.uniform_(model[1].weight, 0.1, 1)
+        with torch.no_grad():
+            model[1].weight[:count, 0] = 0
+        make_learner(model).fit(1, 0.1, cbs=[KeepSparsity(), SparsifyCallback(0.0)])
+        return counted(model) * (128 + 3) * 1000
+
+    assert few_zeros(1) == 0
+    assert few_zeros(2) == 2
 
 
 # --- No sparsity is no callback -------------------------------------------------------------------------------------
