@@ -12,7 +12,6 @@ from .parallel import unwrapped, whole
 from .sparsifier import Sparsifier
 from .target import find_targets, parameter_of
 
-
 # Of ten million weights that are drawn at random a few are exactly zero. A share of zeros up to this is no sparsity.
 CHANCE = 1e-5
 
