@@ -53,7 +53,7 @@ def ask(context: Context, layers: Sequence[ScoredLayer], sparsity: float, granul
     """
     answer = context(layers, sparsity)
     fallen = [np.asarray(falls) for falls in answer] if isinstance(answer, (list, tuple)) else []
-    if [(falls.dtype, falls.shape) for falls in fallen] != [(np.dtype(bool), layer.score.shape) for layer in layers]:
+    if [(falls.dtype, falls.shape) for falls in fallen] != [(np.dtype(bool), layer.alive.shape) for layer in layers]:
         raise ValueError(
             f"context {name_of(context)} must return a list with, for each layer, a bool array over its groups, True "
             f"where one falls; got {[(falls.dtype.name, falls.shape) for falls in fallen] or type(answer).__name__}"

@@ -50,6 +50,20 @@ def _check(criterion: Criterion) -> None:
 criteria = Registry("criterion", check=_check)
 
 
+def elementwise(criterion: Criterion) -> Criterion:
+    """Mark a criterion whose score of a weight is of the quantities of this weight alone, and which changes no tensor.
+
+    It may be called of parts of a layer, of any shape, and is given the weights themselves instead of copies.
+    """
+    criterion.elementwise = True  # type: ignore[attr-defined]
+    return criterion
+
+
+def is_elementwise(criterion: Criterion) -> bool:
+    """Whether a criterion, or the one that a partial is made of, is marked as elementwise."""
+    return getattr(getattr(criterion, "func", criterion), "elementwise", False)
+
+
 @criteria.register
 def random(weight: Tensor, rng: torch.Generator) -> Tensor:
     """Uniform in [0, 1), the same on every device."""
@@ -57,78 +71,91 @@ def random(weight: Tensor, rng: torch.Generator) -> Tensor:
 
 
 @criteria.register
+@elementwise
 def large_final(weight: Tensor) -> Tensor:
     """|w|: large weights survive."""
     return weight.abs()
 
 
 @criteria.register
+@elementwise
 def small_final(weight: Tensor) -> Tensor:
     """-|w|: small weights survive."""
     return -weight.abs()
 
 
 @criteria.register
+@elementwise
 def squared_final(weight: Tensor) -> Tensor:
     """w^2."""
     return weight.square()
 
 
 @criteria.register
+@elementwise
 def large_init(init: Tensor) -> Tensor:
     """|w0|."""
     return init.abs()
 
 
 @criteria.register
+@elementwise
 def small_init(init: Tensor) -> Tensor:
     """-|w0|."""
     return -init.abs()
 
 
 @criteria.register
+@elementwise
 def large_init_large_final(weight: Tensor, init: Tensor, alpha: float = 1.0) -> Tensor:
     """min(alpha |w|, |w0|): large at both ends survive."""
     return torch.minimum(alpha * weight.abs(), init.abs())
 
 
 @criteria.register
+@elementwise
 def small_init_small_final(weight: Tensor, init: Tensor, alpha: float = 1.0) -> Tensor:
     """-max(alpha |w|, |w0|): small at both ends survive."""
     return -torch.maximum(alpha * weight.abs(), init.abs())
 
 
 @criteria.register
+@elementwise
 def magnitude_increase(weight: Tensor, init: Tensor, alpha: float = 1.0) -> Tensor:
     """alpha |w| - |w0|."""
     return alpha * weight.abs() - init.abs()
 
 
 @criteria.register
+@elementwise
 def movement(weight: Tensor, init: Tensor) -> Tensor:
     """|w - w0|."""
     return (weight - init).abs()
 
 
 @criteria.register
+@elementwise
 def movmag(weight: Tensor, init: Tensor) -> Tensor:
     """|w (w - w0)|: movement times magnitude."""
     return (weight * (weight - init)).abs()
 
 
 @criteria.register
+@elementwise
 def updating_magnitude_increase(weight: Tensor, previous: Tensor) -> Tensor:
     """|w| - |w'|."""
     return weight.abs() - previous.abs()
 
 
 @criteria.register
+@elementwise
 def updating_movement(weight: Tensor, previous: Tensor) -> Tensor:
     """|w - w'|."""
     return (weight - previous).abs()
 
 
 @criteria.register
+@elementwise
 def updating_movmag(weight: Tensor, previous: Tensor) -> Tensor:
     """|w (w - w')|."""
     return (weight * (weight - previous)).abs()

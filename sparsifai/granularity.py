@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .registry import Registry, name_of
+from .selection import PART
 
 Axes = Mapping[str, int]
 Granularity = Callable[[Axes], Iterable[str] | Mapping[str, int]]
@@ -172,11 +173,29 @@ class Grouping:
             return math.prod(self.extents)
         return self.members(torch.ones(self.shape)).sum(1).long()
 
-    def pool(self, scores: Tensor, how: Callable[[Grouping, Tensor], Tensor]) -> Tensor:
-        """Scores of weights -> scores of groups, in index order."""
-        if math.prod(self.extents) == 1:
+    @property
+    def single(self) -> bool:
+        """Whether every weight is a group of its own."""
+        return math.prod(self.extents) == 1
+
+    def pool(self, part: Callable[[slice], Tensor], how: Callable[[Grouping, Tensor], Tensor]) -> Tensor:
+        """Scores of weights -> scores of groups, in index order.
+
+        part: the scores of a slice of the weight's first axis. Where no group spans it, one slice after the other is
+            pooled, each so short that its scores stay in the cache.
+        """
+        length, extent = self.shape[0], self.extents[0]
+        if self.split or extent == length:
+            return self._pool(part(slice(None)), how)
+        rows = max(1, PART // math.prod(self.shape[1:]) // extent) * extent
+        slices = [slice(start, min(start + rows, length)) for start in range(0, length, rows)]
+        return torch.cat(
+            [replace(self, shape=(each.stop - each.start, *self.shape[1:]))._pool(part(each), how) for each in slices]
+        )
+
+    def _pool(self, scores: Tensor, how: Callable[[Grouping, Tensor], Tensor]) -> Tensor:
+        if self.single:
             return scores.flatten()
-        # Sums in float64 rounded once are the same whatever the order of summation, but for rare last bits.
         pooled = how(self, scores)
         if not isinstance(pooled, Tensor) or pooled.shape != (math.prod(self.grid),):
             raise ValueError(
@@ -184,6 +203,13 @@ class Grouping:
                 f"got {tuple(pooled.shape) if isinstance(pooled, Tensor) else pooled!r}"
             )
         return pooled.to(scores.dtype)
+
+    def sum(self, scores: Tensor) -> Tensor:
+        """Sums over groups, in float64: rounded once, they are the same in whatever order, but for rare last bits."""
+        if any(size % extent for size, extent in zip(self.shape, self.extents, strict=True)):
+            return self.members(scores).sum(1, dtype=torch.float64)
+        cells = [side for pair in zip(self.grid, self.extents, strict=True) for side in pair]
+        return scores.reshape(cells).sum(tuple(range(1, len(cells), 2)), dtype=torch.float64).flatten()
 
     def any_of(self, values: Tensor) -> Tensor:
         """Bool per weight -> bool per group: whether any weight of the group is true."""
@@ -239,13 +265,13 @@ poolings = Registry("pooling")
 def mean(grouping: Grouping, scores: Tensor) -> Tensor:
     """Sum over the group divided by its size."""
     size = grouping.size if isinstance(grouping.size, int) else grouping.size.to(scores.device)
-    return grouping.members(scores).sum(1, dtype=torch.float64) / size
+    return grouping.sum(scores) / size
 
 
 @poolings.register(name="sum")
 def total(grouping: Grouping, scores: Tensor) -> Tensor:
     """Sum over the group: larger groups score higher."""
-    return grouping.members(scores).sum(1, dtype=torch.float64)
+    return grouping.sum(scores)
 
 
 @poolings.register(name="max")
@@ -257,4 +283,4 @@ def largest(grouping: Grouping, scores: Tensor) -> Tensor:
 @poolings.register
 def l2(grouping: Grouping, scores: Tensor) -> Tensor:
     """Root of the sum of squares over the group."""
-    return grouping.members(scores).double().square().sum(1).sqrt()
+    return grouping.sum(scores.double().square()).sqrt()

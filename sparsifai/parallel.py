@@ -7,9 +7,10 @@ parameter it applies its part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor, nn
@@ -52,18 +53,17 @@ def groups_of_shards(model: nn.Module) -> list[torch.distributed.ProcessGroup]:
 
 
 def agree(
-    values: Iterable[Tensor], groups: Sequence[torch.distributed.ProcessGroup], device: torch.device
-) -> list[Tensor]:
+    values: Sequence[np.ndarray], groups: Sequence[torch.distributed.ProcessGroup], device: torch.device
+) -> list[np.ndarray]:
     """The bools of the first process of all groups, in all of them. device: one that they can send from."""
-    values = list(values)
     groups = [group for group in groups if torch.distributed.get_world_size(group) > 1]
     if not groups:
-        return values
-    joined = torch.cat(values).to(device, torch.uint8)
+        return list(values)
+    joined = torch.from_numpy(np.concatenate(values)).to(device, torch.uint8)
     # Along one axis of a mesh after the other, what the first process has comes to all.
     for group in groups:
         torch.distributed.broadcast(joined, torch.distributed.get_global_rank(group, 0), group)
-    return list(joined.to(values[0].device, torch.bool).split([len(each) for each in values]))
+    return np.split(joined.bool().cpu().numpy(), np.cumsum([len(each) for each in values])[:-1])
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[Any]:

@@ -14,8 +14,9 @@ No threshold decides: of equal scores exactly as many fall as are needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,124 +24,195 @@ import numpy as np
 if TYPE_CHECKING:
     from .target import Target
 
+# Groups that are looked at in one go: what is computed of so many stays in the cache.
+PART = 131072
+
 
 @dataclass
 class ScoredLayer:
     """One layer as a context sees it; arrays have one entry per group, in index order.
 
-    score: float. size: weights in a group, one number where all groups are equal. masked: zero already.
-    whole: a group is the whole layer; then the scope, not every layer, keeps its best group.
+    part: the scores of a slice of the groups, floats; called for one slice after the other, so that scores that are
+    computed there need not be kept. alive: not zero already. size: weights in a group, one number where all groups
+    are equal. whole: a group is the whole layer; then the scope, not every layer, keeps its best group.
     """
 
     target: Target
-    score: np.ndarray
-    size: int | np.ndarray
-    masked: np.ndarray
+    part: Callable[[slice], np.ndarray]
+    alive: np.ndarray
+    size: int | np.ndarray = 1
     whole: bool = False
+
+    def __len__(self) -> int:
+        return len(self.alive)
+
+    @cached_property
+    def score(self) -> np.ndarray:
+        """The scores of all groups."""
+        score = self.part(slice(None))
+        self.check(score)
+        return score
+
+    @property
+    def masked(self) -> np.ndarray:
+        """Groups that are zero already."""
+        return ~self.alive
+
+    def check(self, score: np.ndarray) -> None:
+        """ValueError if there is NaN among scores of this layer."""
+        if np.isnan(score).any():
+            raise ValueError(
+                f"NaN scores for {self.target.name}: look for NaN or inf in its weights, or in what the criterion "
+                "makes of them"
+            )
 
 
 def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Rank the groups of `layers` in one list; for each layer a bool array, True where a group falls."""
-    masked = sum(_weights(layer, layer.masked) for layer in layers)
+    masked = sum(_weights(layer) - _weights(layer, layer.alive) for layer in layers)
     wanted = sparsity * sum(_weights(layer) for layer in layers)
+    size = _equal_size(layers)
+    if size is not None and math.floor(wanted / size + 0.5) == masked // size:
+        return [layer.masked for layer in layers]
     if wanted < masked:
         # A falling target: the best of the masked groups come back, no other one falls.
-        return _lowest(layers, [layer.masked for layer in layers], wanted)
-
-    def falling(candidates: list[np.ndarray]) -> list[np.ndarray]:
-        found = _lowest(layers, candidates, wanted - masked)
-        return [falls | layer.masked for falls, layer in zip(found, layers, strict=True)]
-
-    alive = [~layer.masked for layer in layers]
-    if _equal_size(layers) is not None:
+        fallen = _lowest(layers, [layer.masked for layer in layers], wanted)
+        return [falls & layer.masked for falls, layer in zip(fallen, layers, strict=True)]
+    if size is not None:
         # The best group of a layer is the last of it to fall: while no layer is emptied, it need not be looked for.
-        fallen = falling(alive)
+        fallen = _lowest(layers, [layer.alive for layer in layers], wanted - masked)
         if not _empties(layers, fallen):
             return fallen
-    _protect_best(layers, alive)
-    return falling(alive)
-
-
-def _lowest(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], amount: float) -> list[np.ndarray]:
-    """Those candidates of lowest score whose sizes add up to the nearest of `amount`."""
-    size = _equal_size(layers)
-    if size is not None:
-        # Equal sizes need no order, only the score at which it ends.
-        count = min(max(math.floor(amount / size + 0.5), 0), sum(map(np.count_nonzero, candidates)))
-        return _lowest_of_equal_size([layer.score for layer in layers], candidates, count)
-    scores = np.concatenate([layer.score for layer in layers])
-    sizes = np.concatenate([np.broadcast_to(layer.size, layer.score.shape) for layer in layers])
-    order = np.flatnonzero(np.concatenate(candidates))
-    order = order[np.argsort(scores[order], kind="stable")]
-    # Group i falls if the sum with it is at least as near to the amount as the sum without it.
-    count = int(np.searchsorted(np.cumsum(sizes[order]) - sizes[order] / 2, amount, side="right"))
-    falls = np.zeros(len(scores), bool)
-    falls[order[:count]] = True
-    return np.split(falls, np.cumsum([len(layer.score) for layer in layers])[:-1])
-
-
-def _lowest_of_equal_size(scores: list[np.ndarray], candidates: list[np.ndarray], count: int) -> list[np.ndarray]:
-    """The `count` candidates of lowest score, ties in index order."""
-    if count == 0:
-        return [np.zeros(len(score), bool) for score in scores]
-    last, ties = _last_to_fall(scores, candidates, count)
-    fallen = []
-    for score, candidate in zip(scores, candidates, strict=True):
-        falls = np.empty(len(score), bool)
-        for part in _parts(score):
-            np.less(score[part], last, out=falls[part])
-            falls[part] &= candidate[part]
-            if ties:
-                equal = part.start + np.flatnonzero((score[part] == last) & candidate[part])[:ties]
-                falls[equal] = True
-                ties -= len(equal)
-        fallen.append(falls)
+    best = _best(layers)
+    candidates = [layer.alive.copy() for layer in layers]
+    for candidate, index in zip(candidates, best, strict=True):
+        candidate[index] = False
+    fallen = _lowest(layers, candidates, wanted - masked)
+    for falls, index in zip(fallen, best, strict=True):
+        falls[index] = False
     return fallen
 
 
-def _last_to_fall(scores: list[np.ndarray], candidates: list[np.ndarray], count: int) -> tuple[float, int]:
-    """The `count`-th lowest score of the candidates, and how many with just this score are among the `count`.
+def _lowest(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], amount: float) -> list[np.ndarray]:
+    """Which groups do not stay: those candidates of lowest score whose sizes add up to the nearest of `amount`, and
+    all that are no candidates.
 
-    The order statistics of a sample bracket it; one pass counts what lies below the bracket and collects what lies
-    within. A bracket that misses, or holds heavy ties, costs time and nothing else.
+    The order statistics of a sample bracket the score at which the falling ends. One pass, in parts that stay in the
+    cache, divides all groups by the bracket and collects the few within, which alone are ranked. A bracket that
+    misses, or holds heavy ties, costs time and nothing else.
     """
-    total = sum(map(np.count_nonzero, candidates))
-    stride = max(1, round(total ** (1 / 3) / 4))
-    sample = np.concatenate([s[::stride][c[::stride]] for s, c in zip(scores, candidates, strict=True)])
-    sample.sort()
-    share = count / total
+    low, high = _bracket(layers, candidates, amount)
+    fallen, within, below = _divide(layers, candidates, low, high)
+    ahead = below + sum(each.weights for each in within)
+    if amount < below or (amount >= ahead and high < np.inf):
+        low, high = (-np.inf, low) if amount < below else (high, np.inf)
+        fallen, within, below = _divide(layers, candidates, low, high)
+    falls = _first(within, amount - below, _equal_size(layers))
+    for each, chosen in zip(
+        within, np.split(falls, np.cumsum([len(each.places) for each in within])[:-1]), strict=True
+    ):
+        fallen[each.layer][each.places[chosen]] = True
+    return fallen
+
+
+def _bracket(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], amount: float) -> tuple[float, float]:
+    """Two scores, between which the falling ends with near certainty; infinities, if the groups are few."""
+    count = sum(map(np.count_nonzero, candidates))
+    if count < 10_000:
+        return -np.inf, np.inf
+    step = slice(None, None, round(count ** (1 / 3) / 2))
+    drawn = [layer.part(step)[candidate[step]] for layer, candidate in zip(layers, candidates, strict=True)]
+    sample = np.concatenate(drawn)
+    total = sum(_weights(layer, candidate) for layer, candidate in zip(layers, candidates, strict=True))
+    share = min(amount / total, 1.0)
+    middle = share * len(sample)
+    if _equal_size(layers) is None:
+        of_layer = [layer.size for layer in layers]
+        sizes = [
+            np.full(len(scores), size) if isinstance(size, int) else size[step][candidate[step]]
+            for scores, size, candidate in zip(drawn, of_layer, candidates, strict=True)
+        ]
+        order = np.argsort(sample)
+        sample, upto = sample[order], np.cumsum(np.concatenate(sizes)[order])
+        middle = float(np.searchsorted(upto, share * upto[-1]))
+    else:
+        sample.sort()
     spread = 4 * math.sqrt(len(sample) * share * (1 - share)) + 4
-    first, end = math.floor(share * len(sample) - spread), math.ceil(share * len(sample) + spread)
-    low = sample[first] if first >= 0 and stride > 1 else -np.inf
-    high = sample[end] if end < len(sample) and stride > 1 else np.inf
-
-    below, inside = _bracketed(scores, candidates, low, high)
-    if not below < count <= below + len(inside):
-        below, inside = _bracketed(scores, candidates, -np.inf, np.inf)
-    last = np.partition(inside, count - below - 1)[count - below - 1]
-    return last, count - below - np.count_nonzero(inside < last)
+    first, end = math.floor(middle - spread), math.ceil(middle + spread)
+    return (
+        float(sample[first]) if first >= 0 else -np.inf,
+        float(sample[end]) if end < len(sample) else np.inf,
+    )
 
 
-def _bracketed(
-    scores: list[np.ndarray], candidates: list[np.ndarray], low: float, high: float
-) -> tuple[int, np.ndarray]:
-    """How many candidates score below `low`, and the scores of those from `low` to `high`."""
-    below, inside = 0, []
-    for score, candidate in zip(scores, candidates, strict=True):
-        for part in _parts(score):
-            lower = score[part] < low
-            lower &= candidate[part]
-            below += np.count_nonzero(lower)
-            within = score[part] <= high
-            within &= candidate[part]
-            within ^= lower
-            inside.append(score[part][within])
-    return below, np.concatenate(inside)
+@dataclass
+class _Within:
+    """What lies within the bracket in a part of a layer: number of the layer, places of groups, scores and sizes."""
+
+    layer: int
+    places: np.ndarray
+    score: np.ndarray
+    size: int | np.ndarray
+
+    @property
+    def weights(self) -> int:
+        """Weights in these groups."""
+        return int(np.sum(self.size) if isinstance(self.size, np.ndarray) else self.size * len(self.places))
 
 
-def _parts(score: np.ndarray) -> Iterator[slice]:
-    """Slices so short that what is computed of one stays in the cache."""
-    return (slice(start, start + 131072) for start in range(0, len(score), 131072))
+def _divide(
+    layers: Sequence[ScoredLayer], candidates: list[np.ndarray], low: float, high: float
+) -> tuple[list[np.ndarray], list[_Within], int]:
+    """For each layer, True where a group is no candidate or scores below `low`; what lies from `low` to `high`; and
+    the weights of the candidates below."""
+    fallen, within, below = [], [], 0
+    between = np.empty(PART, bool)
+    for number, (layer, candidate) in enumerate(zip(layers, candidates, strict=True)):
+        falls = np.empty(len(layer), bool)
+        for start in range(0, len(layer), PART):
+            part = slice(start, start + PART)
+            score, is_candidate, is_below = layer.part(part), candidate[part], falls[part]
+            is_between = between[: len(score)]
+            np.less(score, low, out=is_below)
+            np.greater(score, high, out=is_between)
+            # Neither below nor above; NaN is neither, and so is found at no cost.
+            np.equal(is_below, is_between, out=is_between)
+            is_between &= is_candidate
+            is_below &= is_candidate
+            places = np.flatnonzero(is_between)
+            layer.check(score[places])
+            if isinstance(layer.size, int):
+                below += layer.size * np.count_nonzero(is_below)
+                within.append(_Within(number, start + places, score[places], layer.size))
+            else:
+                below += int(layer.size[part][is_below].sum())
+                within.append(_Within(number, start + places, score[places], layer.size[part][places]))
+            np.greater_equal(is_below, is_candidate, out=is_below)  # or no candidate
+        fallen.append(falls)
+    return fallen, within, below
+
+
+def _first(within: list[_Within], amount: float, size: int | None) -> np.ndarray:
+    """Which of the groups in the bracket fall: the lowest, ties in index order, with sizes that add up to `amount`.
+
+    size: of all groups, if it is one. Then they need no order, only the score at which the falling ends.
+    """
+    score = np.concatenate([each.score for each in within])
+    if size is None:
+        sizes = np.concatenate([np.broadcast_to(each.size, each.score.shape) for each in within])
+        order = np.argsort(score, kind="stable")
+        # Group i falls if the sum with it is at least as near to the amount as the sum without it.
+        count = int(np.searchsorted(np.cumsum(sizes[order]) - sizes[order] / 2, amount, side="right"))
+        falls = np.zeros(len(score), bool)
+        falls[order[:count]] = True
+        return falls
+    count = min(max(math.floor(amount / size + 0.5), 0), len(score))
+    if count == 0:
+        return np.zeros(len(score), bool)
+    last = np.partition(score, count - 1)[count - 1]
+    falls = score < last
+    falls[np.flatnonzero(score == last)[: count - np.count_nonzero(falls)]] = True
+    return falls
 
 
 def _equal_size(layers: Sequence[ScoredLayer]) -> int | None:
@@ -152,7 +224,7 @@ def _equal_size(layers: Sequence[ScoredLayer]) -> int | None:
 def _weights(layer: ScoredLayer, chosen: np.ndarray | None = None) -> int:
     """Number of weights in the chosen groups of a layer, or in all of them."""
     if isinstance(layer.size, int):
-        return layer.size * (len(layer.score) if chosen is None else np.count_nonzero(chosen))
+        return layer.size * (len(layer) if chosen is None else np.count_nonzero(chosen))
     return int(layer.size.sum() if chosen is None else layer.size[chosen].sum())
 
 
@@ -162,22 +234,20 @@ def _empties(layers: Sequence[ScoredLayer], fallen: list[np.ndarray]) -> bool:
     return all(empty) if all(layer.whole for layer in layers) else any(empty)
 
 
-def _protect_best(layers: Sequence[ScoredLayer], candidates: list[np.ndarray]) -> None:
-    """Take the best candidate of every layer out: its highest score, the last of equals.
+def _best(layers: Sequence[ScoredLayer]) -> list[np.ndarray]:
+    """The place of the best group of every layer: its highest score, the last of equals.
 
-    If groups are whole layers, the best of them all.
+    If groups are whole layers, of the best of them all.
     """
     best = []
-    for layer, candidate in zip(layers, candidates, strict=True):
-        highest = layer.score[candidate].max(initial=-np.inf)
-        equals = np.flatnonzero((layer.score == highest) & candidate)
-        best.append((highest, equals[-1:]))
+    for layer in layers:
+        highest = layer.score[layer.alive].max(initial=-np.inf)
+        best.append((highest, np.flatnonzero((layer.score == highest) & layer.alive)[-1:]))
     if all(layer.whole for layer in layers):
         highest = max(score for score, index in best if len(index))
         last = max(position for position, (score, index) in enumerate(best) if score == highest and len(index))
         best = [(score, index if position == last else index[:0]) for position, (score, index) in enumerate(best)]
-    for (_, index), candidate in zip(best, candidates, strict=True):
-        candidate[index] = False
+    return [index for _, index in best]
 
 
 def bundle(layer: ScoredLayer, count: int) -> tuple[ScoredLayer, np.ndarray]:
@@ -195,9 +265,9 @@ def bundle(layer: ScoredLayer, count: int) -> tuple[ScoredLayer, np.ndarray]:
     lengths = np.diff(starts, append=len(order))
     joined = ScoredLayer(
         layer.target,
-        score=layer.score[order][starts + lengths // 2],
+        layer.score[order][starts + lengths // 2].__getitem__,
+        alive=np.bincount(of_group, weights=layer.masked) == 0,
         size=np.bincount(of_group, weights=np.broadcast_to(layer.size, len(order))).astype(np.int64),
-        masked=np.bincount(of_group, weights=layer.masked) > 0,
         whole=layer.whole,
     )
     return joined, of_group

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .argument import Sparsity, check_round_to, check_seed, check_sparsity, resolve_axes
 from .context import Context, ask
-from .criterion import Criterion, quantities_of
+from .criterion import Criterion, is_elementwise, quantities_of
 from .flow import find_flow
 from .follower import find_followers, masks_of_followers
 from .granularity import Granularity, Grouping, UnavailableError
@@ -25,6 +25,7 @@ from .masking import zero_gradients, zero_moments, zero_weights
 from .parallel import agree, group_of, groups_of_shards, is_sharded, reshard, unwrapped, whole
 from .registry import name_of
 from .report import Count, Report
+from .scoring import copied, score_layer
 from .selection import ScoredLayer, bundle
 from .state import check_state
 from .statistic import quantities
@@ -110,7 +111,8 @@ class Sparsifier:
         """
         self._check_held("sparsify")
         wanted = check_sparsity(sparsity, compression_ratio)
-        self.apply_masks()  # whatever a step has made of masked weights, they are ranked and come back as zeros
+        if not is_elementwise(self.criteria):
+            self.apply_masks()  # what a step has made of masked weights has no part in the scores of others
         masks, levels = self._build_masks(wanted)
         if any(levels[name] < self.levels[name] and self.groupings[name].drops_outputs for name in levels):
             warnings.warn(
@@ -118,6 +120,8 @@ class Sparsifier:
                 "layer no gradient reaches them, and they stay dead; let single weights come back, or re-initialize",
                 stacklevel=3,
             )
+        if any(levels[name] < self.levels[name] for name in levels):
+            self.apply_masks()  # so that weights come back as zeros
         self._set_masks(masks)
         self.levels = levels
         self.apply_masks()
@@ -140,12 +144,12 @@ class Sparsifier:
         try:
             for fraction, names in scopes(sparsity, self.targets, self.dense, self.candidates, self.model):
                 scored = [self._score(name) for name in names]
-                for name, falls in zip(names, self._rank(scored, fraction), strict=True):
-                    if fraction >= levels[name]:
-                        # Ranked first, masked groups fall again; but the sum of sizes that is nearest to a rising
-                        # level can be a little below what is masked already.
-                        falls = falls | ~self.groupings[name].gather(masks[name]).cpu()
-                    masks[name], levels[name] = self._mask_of(name, ~falls), fraction
+                for layer, falls in zip(scored, self._rank(scored, fraction), strict=True):
+                    name = layer.target.name
+                    # Ranked first, masked groups fall again; but the sum of sizes that is nearest to a rising level can
+                    # be a little below what is masked already.
+                    kept = layer.alive > falls if fraction >= levels[name] else ~falls
+                    masks[name], levels[name] = self._mask_of(name, torch.from_numpy(kept)), fraction
         except BaseException:
             self.rng.set_state(random)
             raise
@@ -153,26 +157,10 @@ class Sparsifier:
 
     def _score(self, name: str) -> ScoredLayer:
         """Score every group of a layer, from the quantities that the criterion names."""
-        target, grouping = self.targets[name], self.groupings[name]
-        scores = self.criteria(
-            **{quantity: self._quantity(quantity, name) for quantity in quantities_of(self.criteria)}
-        )
-        if not isinstance(scores, Tensor) or scores.shape != target.parameter.shape or scores.is_complex():
-            got = f"{tuple(scores.shape)}, {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
-            raise ValueError(
-                f"criterion {name_of(self.criteria)} must return one real score per weight: for {name} a tensor of the "
-                f"shape {tuple(target.parameter.shape)}, not {got}"
-            )
-        score = grouping.pool(scores.to(torch.promote_types(scores.dtype, torch.float32)), self.pool).cpu().numpy()
-        if len(score) and np.isnan(score.min()):
-            raise ValueError(
-                f"criterion {name_of(self.criteria)} gives NaN scores for {name}; look for NaN or inf in its weights"
-            )
-        masked = ~grouping.gather(self.masks[name]).cpu().numpy()
-        size = grouping.size if isinstance(grouping.size, int) else grouping.size.numpy()
-        return ScoredLayer(target, score, size, masked, whole=not grouping.indexed)
+        values = {quantity: self._quantity(quantity, name) for quantity in quantities_of(self.criteria)}
+        return score_layer(self.targets[name], self.groupings[name], self.masks[name], self.criteria, values, self.pool)
 
-    def _rank(self, scored: list[ScoredLayer], fraction: float) -> list[Tensor]:
+    def _rank(self, scored: list[ScoredLayer], fraction: float) -> list[np.ndarray]:
         """Ask the context which groups fall."""
         ranked = scored
         if self.round_to is not None:
@@ -189,7 +177,7 @@ class Sparsifier:
         if self.round_to is not None:
             fallen = [falls[of_group] for falls, of_group in zip(fallen, bundles, strict=True)]
         groups = groups_of_shards(self.model) if self.group is None else [self.group]
-        return agree(map(torch.from_numpy, fallen), groups, ranked[0].target.parameter.device)
+        return agree(fallen, groups, ranked[0].target.parameter.device)
 
     def apply_masks(self, model: nn.Module | None = None) -> None:
         """Set the masked weights to zero, and with whole outputs what stands behind them: to be called after a step.
@@ -354,21 +342,26 @@ class Sparsifier:
         return pairs
 
     def _mask_of(self, name: str, kept: Tensor) -> Tensor:
-        return self.groupings[name].spread(kept).to(self.candidates[name].parameter.device)
+        parameter = self.candidates[name].parameter
+        mask = self.groupings[name].spread(kept).to(parameter.device)
+        if mask.shape == parameter.shape and not is_sharded(parameter) and mask.stride() != parameter.stride():
+            # In another order of memory than its weight it would be slow to apply.
+            return torch.empty_like(parameter, dtype=torch.bool).copy_(mask)
+        return mask
 
     def _quantity(self, quantity: str, name: str) -> Any:
-        """A quantity of a layer: computed now, or a copy of what is stored, so that no criterion can change it."""
+        """A quantity of a layer: computed now, or what is stored."""
         function = quantities[quantity]
         if "score" in function.moments:  # type: ignore[attr-defined]
             return function(self, name)
-        return self.statistics[quantity][name].to(self.targets[name].parameter.device, copy=True)
+        return self.statistics[quantity][name].to(self.targets[name].parameter.device)
 
     def _take(self, moment: str) -> None:
         """Store the quantities that the criterion names and that are taken at this moment."""
         for quantity in quantities_of(self.criteria):
             function = quantities[quantity]
             if moment in function.moments:  # type: ignore[attr-defined]
-                self.statistics[quantity] = {name: function(self, name) for name in self.targets}
+                self.statistics[quantity] = {name: copied(function(self, name)) for name in self.targets}
 
 
 def _all_equal(layers: Sequence[ScoredLayer]) -> bool:

@@ -3,8 +3,8 @@
 A quantity is a function of the Sparsifier and the name of a parameter. `taken` says at which moments it is called:
 
 - 'score': each time that scores are computed; nothing is stored.
-- 'start': when the Sparsifier is made; what it returns is stored.
-- 'update': after each mask update; what it returns is stored.
+- 'start': when the Sparsifier is made; a copy of what it returns is stored.
+- 'update': after each mask update; a copy of what it returns is stored.
 """
 
 from __future__ import annotations
@@ -56,21 +56,21 @@ quantities = Registry("quantity", check=_check)
 @taken("score")
 def weight(sparsifier: Source, name: str) -> Tensor:
     """The weight as it is."""
-    return _copy(sparsifier, name)
+    return whole(sparsifier.targets[name].parameter.detach())
 
 
 @quantities.register
 @taken("start")
 def init(sparsifier: Source, name: str) -> Tensor:
     """The weight as it was when the Sparsifier was made."""
-    return _copy(sparsifier, name)
+    return whole(sparsifier.targets[name].parameter.detach())
 
 
 @quantities.register
 @taken("start", "update")
 def previous(sparsifier: Source, name: str) -> Tensor:
     """The weight as it was at the last mask update."""
-    return _copy(sparsifier, name)
+    return whole(sparsifier.targets[name].parameter.detach())
 
 
 @quantities.register
@@ -78,9 +78,3 @@ def previous(sparsifier: Source, name: str) -> Tensor:
 def rng(sparsifier: Source, name: str) -> torch.Generator:
     """The Sparsifier's own random generator, on the CPU; torch's global one is left alone."""
     return sparsifier.rng
-
-
-def _copy(sparsifier: Source, name: str) -> Tensor:
-    """A copy, so that no criterion can change a weight; half precision is widened, which loses nothing."""
-    parameter = whole(sparsifier.targets[name].parameter.detach())
-    return parameter.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)

@@ -14,7 +14,7 @@ def layer(score, size=1, masked=None, whole=False, dtype=np.float32):
     score = np.asarray(score, dtype)
     masked = np.zeros(len(score), bool) if masked is None else np.asarray(masked, bool)
     size = size if isinstance(size, int) else np.asarray(size)
-    return ScoredLayer(None, score, size, masked, whole)
+    return ScoredLayer(None, score.__getitem__, ~masked, size, whole)
 
 
 def test_lowest_fall_by_hand():
@@ -122,7 +122,7 @@ def test_many_groups_of_equal_size_against_a_stable_sort(values, share, masked_s
     counts = (150_000, 3, 40_000, 131_072)
     layers = [layer(VALUES[values](count, rng), masked=rng.random(count) < masked_share) for count in counts]
     for each in layers:
-        each.masked[-1] = False
+        each.alive[-1] = True
     if share < masked_share:
         share = masked_share + 0.01
     score, masked = (np.concatenate([getattr(each, name) for each in layers]) for name in ("score", "masked"))

@@ -1,0 +1,70 @@
+"""Scores of the groups of a layer, from the quantities that a criterion names.
+
+A criterion that works element by element is called of one part of a layer after the other, while they are ranked: its
+scores are never all in memory. Any other is called once, of the whole layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .criterion import Criterion, is_elementwise
+from .granularity import Grouping
+from .registry import name_of
+from .selection import ScoredLayer
+from .target import Target
+
+
+def score_layer(
+    target: Target, grouping: Grouping, mask: Tensor, criterion: Criterion, values: Mapping[str, Any], pool: Callable
+) -> ScoredLayer:
+    """Score every group of a layer.
+
+    mask: of the layer, as it is. values: the quantities that the criterion names.
+    ValueError if the criterion does not return one real score per weight, or, at once or when they are ranked, NaN.
+    """
+    by_element = is_elementwise(criterion)
+    if by_element:
+        if grouping.single:
+            values = {quantity: value.reshape(-1) for quantity, value in values.items()}
+
+        def scores_of(part: slice) -> Tensor:
+            return criterion(**{quantity: _widened(value[part]) for quantity, value in values.items()})
+
+    else:
+        scores = criterion(**{quantity: copied(value) for quantity, value in values.items()})
+        if not isinstance(scores, Tensor) or scores.shape != target.parameter.shape or scores.is_complex():
+            got = f"{tuple(scores.shape)}, {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(
+                f"criterion {name_of(criterion)} must return one real score per weight: for {target.name} a tensor of "
+                f"the shape {tuple(target.parameter.shape)}, not {got}"
+            )
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        all_scores = scores.flatten() if grouping.single else scores
+
+        def scores_of(part: slice) -> Tensor:
+            return all_scores[part]
+
+    alive = grouping.gather(mask).cpu().numpy()
+    if by_element and grouping.single and mask.device.type == "cpu":
+        return ScoredLayer(target, lambda part: scores_of(part).numpy(), alive)
+    score = (scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool)).cpu().numpy()
+    size = grouping.size if isinstance(grouping.size, int) else grouping.size.numpy()
+    layer = ScoredLayer(target, score.__getitem__, alive, size, whole=not grouping.indexed)
+    layer.check(score)
+    return layer
+
+
+def copied(value: Any) -> Any:
+    """A copy of a tensor, so that no criterion can change a weight; all else as it is."""
+    return _widened(value.clone()) if isinstance(value, Tensor) else value
+
+
+def _widened(value: Tensor) -> Tensor:
+    """Half precision as float32, which loses nothing."""
+    half = value.is_floating_point() and value.element_size() < 4
+    return value.float() if half else value
