@@ -52,7 +52,11 @@ def ask(context: Context, layers: Sequence[ScoredLayer], sparsity: float, granul
     Warns where a share is asked for of which nothing can fall. granularity: its name, for the warning.
     """
     answer = context(layers, sparsity)
-    fallen = [np.asarray(falls) for falls in answer] if isinstance(answer, (list, tuple)) else []
+    # An own context may keep what it returns; what is returned here is nobody else's.
+    own = context not in (local, global_)
+    fallen = (
+        [np.array(falls, copy=True if own else None) for falls in answer] if isinstance(answer, (list, tuple)) else []
+    )
     if [(falls.dtype, falls.shape) for falls in fallen] != [(np.dtype(bool), layer.alive.shape) for layer in layers]:
         raise ValueError(
             f"context {name_of(context)} must return a list with, for each layer, a bool array over its groups, True "

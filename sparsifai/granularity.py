@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -149,7 +149,7 @@ class Grouping:
             extents.insert(0, 1 if {"out", "in"} & indexed.keys() else convolution_groups)
         return cls(indexed, tuple(shape), tuple(extents), split)
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, ...]:
         """Number of groups along every axis of `shape`."""
         return tuple(math.ceil(size / extent) for size, extent in zip(self.shape, self.extents, strict=True))
@@ -184,18 +184,28 @@ class Grouping:
         part: the scores of a slice of the weight's first axis. Where no group spans it, one slice after the other is
             pooled, each so short that its scores stay in the cache.
         """
-        length, extent = self.shape[0], self.extents[0]
-        if self.split or extent == length:
+        if self.split:
             return self._pool(part(slice(None)), how)
-        rows = max(1, PART // math.prod(self.shape[1:]) // extent) * extent
-        slices = [slice(start, min(start + rows, length)) for start in range(0, length, rows)]
-        return torch.cat(
-            [replace(self, shape=(each.stop - each.start, *self.shape[1:]))._pool(part(each), how) for each in slices]
-        )
+        length, extent = self.shape[0], self.extents[0]
+        spanned = extent == length
+        if spanned and how is not mean:
+            return self._pool(part(slice(None)), how)
+        rows = max(1, PART // math.prod(self.shape[1:]))
+        rows = rows if spanned else math.ceil(rows / extent) * extent
+
+        @cache
+        def shorter(count: int) -> Grouping:
+            extents = (count if spanned else extent, *self.extents[1:])
+            return replace(self, shape=(count, *self.shape[1:]), extents=extents)
+
+        pooled = []
+        for start in range(0, length, rows):
+            scores = part(slice(start, start + rows))
+            grouping = shorter(len(scores))
+            pooled.append(grouping.sum(scores) if spanned else grouping._pool(scores, how))
+        return (torch.stack(pooled).sum(0) / self.size).to(scores.dtype) if spanned else torch.cat(pooled)
 
     def _pool(self, scores: Tensor, how: Callable[[Grouping, Tensor], Tensor]) -> Tensor:
-        if self.single:
-            return scores.flatten()
         pooled = how(self, scores)
         if not isinstance(pooled, Tensor) or pooled.shape != (math.prod(self.grid),):
             raise ValueError(
@@ -208,8 +218,17 @@ class Grouping:
         """Sums over groups, in float64: rounded once, they are the same in whatever order, but for rare last bits."""
         if any(size % extent for size, extent in zip(self.shape, self.extents, strict=True)):
             return self.members(scores).sum(1, dtype=torch.float64)
-        cells = [side for pair in zip(self.grid, self.extents, strict=True) for side in pair]
-        return scores.reshape(cells).sum(tuple(range(1, len(cells), 2)), dtype=torch.float64).flatten()
+        # Neighbouring axes that are all indexed, or all spanned, are one: a sum over fewer axes is faster.
+        cells: list[int] = []  # of a grid and of its groups in turn
+        for cell, extent in zip(self.grid, self.extents, strict=True):
+            if cells and cells[-1] == 1:
+                cells[-2:] = [cells[-2] * cell, extent]
+            elif cells and cell == 1:
+                cells[-1] *= extent
+            else:
+                cells += [cell, extent]
+        spanned = tuple(axis for axis in range(1, len(cells), 2) if cells[axis] > 1)
+        return scores.reshape(cells).sum(spanned, dtype=torch.float64).flatten()
 
     def any_of(self, values: Tensor) -> Tensor:
         """Bool per weight -> bool per group: whether any weight of the group is true."""

@@ -7,13 +7,16 @@ scores are never all in memory. Any other is called once, of the whole layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .criterion import Criterion, is_elementwise
+from .criterion import Criterion, is_elementwise, large_final
 from .granularity import Grouping
+from .parallel import is_sharded
 from .registry import name_of
 from .selection import ScoredLayer
 from .target import Target
@@ -51,12 +54,25 @@ def score_layer(
 
     alive = grouping.gather(mask).cpu().numpy()
     if by_element and grouping.single and mask.device.type == "cpu":
+        weight = target.parameter.detach()
+        if (
+            criterion is large_final
+            and weight.element_size() >= 4
+            and weight.is_contiguous()
+            and not is_sharded(weight)
+        ):
+            return ScoredLayer(target, partial(_magnitude, weight.numpy().reshape(-1)), alive)
         return ScoredLayer(target, lambda part: scores_of(part).numpy(), alive)
     score = (scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool)).cpu().numpy()
     size = grouping.size if isinstance(grouping.size, int) else grouping.size.numpy()
     layer = ScoredLayer(target, score.__getitem__, alive, size, whole=not grouping.indexed)
     layer.check(score)
     return layer
+
+
+def _magnitude(weight: np.ndarray, part: slice) -> np.ndarray:
+    """What large_final gives, by numpy: the commonest criterion in half the time."""
+    return np.abs(weight[part])
 
 
 def copied(value: Any) -> Any:

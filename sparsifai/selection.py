@@ -58,6 +58,12 @@ class ScoredLayer:
         """Groups that are zero already."""
         return ~self.alive
 
+    def weights(self, chosen: np.ndarray, part: slice = slice(None)) -> int:
+        """Number of weights in the chosen groups, of all or of those in a part."""
+        if isinstance(self.size, int):
+            return self.size * int(np.count_nonzero(chosen))
+        return int(self.size[part][chosen].sum())
+
     def check(self, score: np.ndarray) -> None:
         """ValueError if there is NaN among scores of this layer."""
         if np.isnan(score).any():
@@ -69,62 +75,67 @@ class ScoredLayer:
 
 def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Rank the groups of `layers` in one list; for each layer a bool array, True where a group falls."""
-    masked = sum(_weights(layer) - _weights(layer, layer.alive) for layer in layers)
-    wanted = sparsity * sum(_weights(layer) for layer in layers)
+    total = sum(layer.size * len(layer) if isinstance(layer.size, int) else int(layer.size.sum()) for layer in layers)
+    alive = sum(layer.weights(layer.alive) for layer in layers)
+    wanted, masked = sparsity * total, total - alive
     size = _equal_size(layers)
     if size is not None and math.floor(wanted / size + 0.5) == masked // size:
         return [layer.masked for layer in layers]
     if wanted < masked:
         # A falling target: the best of the masked groups come back, no other one falls.
-        fallen = _lowest(layers, [layer.masked for layer in layers], wanted)
+        fallen, _ = _lowest(layers, [layer.masked for layer in layers], masked, wanted)
         return [falls & layer.masked for falls, layer in zip(fallen, layers, strict=True)]
-    if size is not None:
-        # The best group of a layer is the last of it to fall: while no layer is emptied, it need not be looked for.
-        fallen = _lowest(layers, [layer.alive for layer in layers], wanted - masked)
-        if not _empties(layers, fallen):
-            return fallen
+    # The best group of a layer is the last of it to fall: while it is not near, it need not be looked for.
+    fallen, far = _lowest(layers, [layer.alive for layer in layers], alive, wanted - masked)
+    if far or (size is not None and not _empties(layers, fallen)):
+        return fallen
     best = _best(layers)
     candidates = [layer.alive.copy() for layer in layers]
     for candidate, index in zip(candidates, best, strict=True):
         candidate[index] = False
-    fallen = _lowest(layers, candidates, wanted - masked)
+    fallen, _ = _lowest(layers, candidates, sum(map(ScoredLayer.weights, layers, candidates)), wanted - masked)
     for falls, index in zip(fallen, best, strict=True):
         falls[index] = False
     return fallen
 
 
-def _lowest(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], amount: float) -> list[np.ndarray]:
+def _lowest(
+    layers: Sequence[ScoredLayer], candidates: list[np.ndarray], available: int, amount: float
+) -> tuple[list[np.ndarray], bool]:
     """Which groups do not stay: those candidates of lowest score whose sizes add up to the nearest of `amount`, and
-    all that are no candidates.
+    all that are no candidates. And whether every layer has candidates far above where the falling ends.
 
+    available: weights of all candidates.
     The order statistics of a sample bracket the score at which the falling ends. One pass, in parts that stay in the
     cache, divides all groups by the bracket and collects the few within, which alone are ranked. A bracket that
     misses, or holds heavy ties, costs time and nothing else.
     """
-    low, high = _bracket(layers, candidates, amount)
-    fallen, within, below = _divide(layers, candidates, low, high)
+    low, high = _bracket(layers, candidates, min(amount / max(available, 1), 1.0))
+    fallen, within, below, far = _divide(layers, candidates, low, high)
     ahead = below + sum(each.weights for each in within)
     if amount < below or (amount >= ahead and high < np.inf):
         low, high = (-np.inf, low) if amount < below else (high, np.inf)
-        fallen, within, below = _divide(layers, candidates, low, high)
+        fallen, within, below, far = _divide(layers, candidates, low, high)
     falls = _first(within, amount - below, _equal_size(layers))
     for each, chosen in zip(
         within, np.split(falls, np.cumsum([len(each.places) for each in within])[:-1]), strict=True
     ):
         fallen[each.layer][each.places[chosen]] = True
-    return fallen
+    return fallen, far
 
 
-def _bracket(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], amount: float) -> tuple[float, float]:
-    """Two scores, between which the falling ends with near certainty; infinities, if the groups are few."""
-    count = sum(map(np.count_nonzero, candidates))
+def _bracket(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], share: float) -> tuple[float, float]:
+    """Two scores, between which the falling ends with near certainty; infinities, if the groups are few.
+
+    share: of the candidates' weights that fall.
+    """
+    count = sum(map(len, layers))
     if count < 10_000:
         return -np.inf, np.inf
-    step = slice(None, None, round(count ** (1 / 3) / 2))
+    # The sample's groups are far apart in memory, each read costs as much as ranking eight of those within the bracket.
+    step = slice(None, None, round(2.5 * count ** (1 / 3)))
     drawn = [layer.part(step)[candidate[step]] for layer, candidate in zip(layers, candidates, strict=True)]
     sample = np.concatenate(drawn)
-    total = sum(_weights(layer, candidate) for layer, candidate in zip(layers, candidates, strict=True))
-    share = min(amount / total, 1.0)
     middle = share * len(sample)
     if _equal_size(layers) is None:
         of_layer = [layer.size for layer in layers]
@@ -162,34 +173,37 @@ class _Within:
 
 def _divide(
     layers: Sequence[ScoredLayer], candidates: list[np.ndarray], low: float, high: float
-) -> tuple[list[np.ndarray], list[_Within], int]:
-    """For each layer, True where a group is no candidate or scores below `low`; what lies from `low` to `high`; and
-    the weights of the candidates below."""
-    fallen, within, below = [], [], 0
+) -> tuple[list[np.ndarray], list[_Within], int, bool]:
+    """For each layer, True where a group is no candidate or scores below `low`; what lies from `low` to `high`; the
+    weights of the candidates below; and whether every layer has candidates above."""
+    fallen, within, below, far = [], [], 0, True
     between = np.empty(PART, bool)
     for number, (layer, candidate) in enumerate(zip(layers, candidates, strict=True)):
-        falls = np.empty(len(layer), bool)
+        falls, above = np.empty(len(layer), bool), False
         for start in range(0, len(layer), PART):
             part = slice(start, start + PART)
             score, is_candidate, is_below = layer.part(part), candidate[part], falls[part]
             is_between = between[: len(score)]
             np.less(score, low, out=is_below)
             np.greater(score, high, out=is_between)
+            above = above or bool((is_between & is_candidate).any())
             # Neither below nor above; NaN is neither, and so is found at no cost.
             np.equal(is_below, is_between, out=is_between)
             is_between &= is_candidate
             is_below &= is_candidate
             places = np.flatnonzero(is_between)
             layer.check(score[places])
-            if isinstance(layer.size, int):
-                below += layer.size * np.count_nonzero(is_below)
-                within.append(_Within(number, start + places, score[places], layer.size))
-            else:
-                below += int(layer.size[part][is_below].sum())
-                within.append(_Within(number, start + places, score[places], layer.size[part][places]))
+            size = layer.size if isinstance(layer.size, int) else layer.size[part][places]
+            within.append(_Within(number, start + places, score[places], size))
+            below += (
+                layer.size * np.count_nonzero(is_below)
+                if isinstance(layer.size, int)
+                else int(layer.size[part][is_below].sum())
+            )
             np.greater_equal(is_below, is_candidate, out=is_below)  # or no candidate
         fallen.append(falls)
-    return fallen, within, below
+        far = far and above
+    return fallen, within, below, far
 
 
 def _first(within: list[_Within], amount: float, size: int | None) -> np.ndarray:
@@ -219,13 +233,6 @@ def _equal_size(layers: Sequence[ScoredLayer]) -> int | None:
     """The size of all groups, if it is the same in all layers."""
     sizes = {layer.size if isinstance(layer.size, int) else None for layer in layers}
     return sizes.pop() if len(sizes) == 1 else None
-
-
-def _weights(layer: ScoredLayer, chosen: np.ndarray | None = None) -> int:
-    """Number of weights in the chosen groups of a layer, or in all of them."""
-    if isinstance(layer.size, int):
-        return layer.size * (len(layer) if chosen is None else np.count_nonzero(chosen))
-    return int(layer.size.sum() if chosen is None else layer.size[chosen].sum())
 
 
 def _empties(layers: Sequence[ScoredLayer], fallen: list[np.ndarray]) -> bool:

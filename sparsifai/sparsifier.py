@@ -148,8 +148,8 @@ class Sparsifier:
                     name = layer.target.name
                     # Ranked first, masked groups fall again; but the sum of sizes that is nearest to a rising level can
                     # be a little below what is masked already.
-                    kept = layer.alive > falls if fraction >= levels[name] else ~falls
-                    masks[name], levels[name] = self._mask_of(name, torch.from_numpy(kept)), fraction
+                    np.greater(layer.alive if fraction >= levels[name] else True, falls, out=falls)
+                    masks[name], levels[name] = self._mask_of(name, torch.from_numpy(falls)), fraction
         except BaseException:
             self.rng.set_state(random)
             raise
