@@ -7,13 +7,17 @@ import warnings
 from fastai.callback.core import Callback
 from torch import Tensor, nn
 
-from .masking import is_masked_zero, zero_gradients, zero_moments, zero_weights
+from .masking import NEXT_TO_ZERO, holds_zeros, is_masked_zero, zero_gradients, zero_moments, zero_weights
 from .parallel import unwrapped, whole
 from .sparsifier import Sparsifier
 from .target import find_targets, parameter_of
 
 # Of ten million weights that are drawn at random a few are exactly zero. A share of zeros up to this is no sparsity.
 CHANCE = 1e-5
+
+
+# Steps in which means of squares decay from NEXT_TO_ZERO by far not to denormal numbers, which would be slow.
+REFRESH = 1000
 
 
 class TrainingCallback(Callback):
@@ -43,6 +47,7 @@ class KeepSparsity(TrainingCallback):
         self.held_model = None if sparsifier is None else sparsifier.model
         self.recovers = sparsifier is None
         self.earlier: dict[str, Tensor] = {}  # masks of earlier Sparsifiers, by parameter name
+        self.gradients_zeroed = False  # those of masked weights, in this step
         self.begun = False  # whether the fit is past its first batch
         self.stays = False  # whether a fit has left it on the Learner
         self.replaced = False  # whether another one on the Learner keeps what it has kept
@@ -77,10 +82,18 @@ class KeepSparsity(TrainingCallback):
 
     def before_step(self):
         "Zero the gradients of masked weights"
-        zero_gradients(self._masked())
+        self.gradients_zeroed = zero_gradients(self._masked())
 
     def after_step(self):
-        "Zero the masked weights"
+        "Zero the masked weights, if the optimizer may have moved them"
+        if not (self.gradients_zeroed and holds_zeros(self.learn.opt)):
+            zero_weights(self._masked())
+        self.gradients_zeroed = False
+        if self.learn.train_iter % REFRESH == 0:
+            zero_moments(self._masked(), self.learn.opt, squares=NEXT_TO_ZERO)
+
+    def after_train(self):
+        "Zero the masked weights, which a callback may have moved"
         zero_weights(self._masked())
 
     def apply_masks(
@@ -159,4 +172,4 @@ class KeepSparsity(TrainingCallback):
         masked = self._masked()
         zero_weights(masked)
         if self.learn.opt is not None:
-            zero_moments(masked, self.learn.opt)
+            zero_moments(masked, self.learn.opt, squares=NEXT_TO_ZERO)

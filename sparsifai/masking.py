@@ -17,11 +17,37 @@ from .parallel import is_sharded, own_shard
 
 Masked = Iterable[tuple[nn.Parameter, Tensor]]
 
+# Optimizers of torch that work weight by weight.
+_BY_WEIGHT = ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+
+# What optimizers take the square root of. Of zeros, on the CPU, that takes up to ten times as long as of other numbers,
+# so that a step with AdamW takes twice as long; of this number, far below any mean square of a gradient, it does not.
+_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "sqr_avg")
+NEXT_TO_ZERO = 1e-16
+
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def zero_masked(tensor: Tensor, mask: Tensor) -> None:
-    """Set `tensor` to zero where the bool `mask`, which broadcasts to it, is false; inf and NaN too."""
+def newly_masked(parameter: nn.Parameter, before: Tensor, mask: Tensor) -> Tensor:
+    """The places, in the order of memory, of weights that `mask` masks and `before` did not; or `mask`, where that is
+    as fast: of masks of groups, on a GPU, or if they are many."""
+    plain = mask.device.type == "cpu" and parameter.is_contiguous() and not is_sharded(parameter)
+    if mask.shape != parameter.shape or not plain:
+        return mask
+    places = np.flatnonzero(before.numpy() > mask.numpy())
+    return torch.from_numpy(places) if 32 * len(places) < len(parameter.flatten()) else mask
+
+
+def zero_masked(tensor: Tensor, mask: Tensor, zero: float = 0.0) -> None:
+    """Set `tensor` to zero where the bool `mask`, which broadcasts to it, is false; inf and NaN too.
+
+    mask: or places in the order of memory. zero: what to set it to instead.
+    """
+    if mask.dtype == torch.long:
+        if tensor.is_contiguous():
+            tensor.detach().view(-1)[mask] = zero
+            return
+        mask = torch.ones(tensor.numel(), dtype=torch.bool).index_fill(0, mask, False).view(tensor.shape)
     tensor, mask = own_shard(tensor.detach(), mask)
     # Multiplied as integers, the bits of any value times zero are those of zero.
     bits = tensor.view(_INTEGER[tensor.element_size()])
@@ -31,6 +57,8 @@ def zero_masked(tensor: Tensor, mask: Tensor) -> None:
         torch.autograd.graph.increment_version(tensor)  # numpy's writing is unseen by autograd
     else:
         bits.mul_(mask)
+    if zero:
+        tensor.add_(~mask, alpha=zero)
 
 
 @torch.no_grad()
@@ -51,26 +79,48 @@ def is_masked_zero(masked: Masked) -> bool:
 
 
 @torch.no_grad()
-def zero_gradients(masked: Masked) -> None:
-    """Set the gradients of masked values to zero."""
+def zero_gradients(masked: Masked) -> bool:
+    """Set the gradients of masked values to zero. False if one is sparse, as of an embedding: those are left."""
+    zeroed = True
     for parameter, mask in masked:
-        # A sparse gradient of an embedding is left: its zeros hold because masks are applied after the step.
-        if parameter.grad is not None and parameter.grad.layout == torch.strided:
-            zero_masked(parameter.grad, mask)
+        if parameter.grad is not None:
+            if parameter.grad.layout == torch.strided:
+                zero_masked(parameter.grad, mask)
+            else:
+                zeroed = False
+    return zeroed
 
 
 @torch.no_grad()
-def zero_moments(masked: Masked, optimizer: Any) -> None:
+def zero_moments(masked: Masked, optimizer: Any, squares: float = 0.0) -> None:
     """Set to zero what an optimizer keeps of masked values: all floats of its state in the shape of the parameter.
 
     optimizer: torch's or fastai's, or a wrapper around one. TypeError if it has no state by parameter.
+    squares: what to set its means of squares to, instead; these move nothing, so NEXT_TO_ZERO, which they decay from,
+        is as good and faster.
     """
     states = list(_states_of(optimizer))
     for parameter, mask in masked:
         for state in states:
-            for kept in state.get(parameter, {}).values():
+            for name, kept in state.get(parameter, {}).items():
                 if _is_plain(kept) and kept.shape == parameter.shape:
-                    zero_masked(kept, mask)
+                    zero_masked(kept, mask, squares if name in _SQUARES else 0.0)
+
+
+def holds_zeros(optimizer: Any) -> bool:
+    """Whether a weight whose value, gradient and moments are zero is known to stay so in the step of an optimizer."""
+    kind, inner = type(optimizer), _inner_of(optimizer)
+    if inner is not None:
+        return kind.__module__ in ("fastai.optimizer", "accelerate.optimizer") and holds_zeros(inner)
+    if kind.__module__ == "fastai.optimizer":
+        return all(getattr(step, "func", step).__module__ == "fastai.optimizer" for step in optimizer.cbs)
+    return any(kind is getattr(torch.optim, name) for name in _BY_WEIGHT)
+
+
+def _inner_of(optimizer: Any) -> Any:
+    """The optimizer in a wrapper of fastai or accelerate, or None."""
+    held = vars(optimizer) if hasattr(optimizer, "__dict__") else {}
+    return held.get("opt", held.get("optimizer"))
 
 
 def _is_plain(kept: Any) -> bool:
@@ -87,11 +137,10 @@ def _states_of(optimizer: Any) -> Iterator[dict[nn.Parameter, dict[str, Any]]]:
             for group, slow_group in of_groups
             for parameter, slow in zip(group, slow_group, strict=True)
         }
-    held = vars(optimizer) if hasattr(optimizer, "__dict__") else {}
-    inner = held.get("opt", held.get("optimizer"))  # of fastai's wrappers and of accelerate's
+    inner = _inner_of(optimizer)
     if inner is not None:
         yield from _states_of(inner)
-    elif isinstance(held.get("state"), dict):
-        yield held["state"]
+    elif isinstance(getattr(optimizer, "state", None), dict):
+        yield optimizer.state
     else:
         raise TypeError(f"{type(optimizer).__name__} is no optimizer: it keeps no `state` by parameter")

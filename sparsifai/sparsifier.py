@@ -21,7 +21,7 @@ from .criterion import Criterion, is_elementwise, quantities_of
 from .flow import find_flow
 from .follower import find_followers, masks_of_followers
 from .granularity import Granularity, Grouping, UnavailableError
-from .masking import zero_gradients, zero_moments, zero_weights
+from .masking import newly_masked, zero_gradients, zero_moments, zero_weights
 from .parallel import agree, group_of, groups_of_shards, is_sharded, reshard, unwrapped, whole
 from .registry import name_of
 from .report import Count, Report
@@ -340,6 +340,14 @@ class Sparsifier:
                         masks[name] = mask
                 pairs.append((parameter, mask))
         return pairs
+
+    def newly_masked(self, before: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
+        """As masked_parameters, but of weights only those that the masks `before` did not mask. See masking.py."""
+        weights = {id(self.targets[name].parameter): before[name] for name in self.masks}
+        return [
+            (parameter, newly_masked(parameter, weights[id(parameter)], mask) if id(parameter) in weights else mask)
+            for parameter, mask in self.masked_parameters()
+        ]
 
     def _mask_of(self, name: str, kept: Tensor) -> Tensor:
         parameter = self.candidates[name].parameter

@@ -194,6 +194,26 @@ def test_no_optimizer_moves_a_masked_weight_even_if_nothing_is_zeroed_after_its_
     assert_sound(learn, callback, level=0.8)
 
 
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("granularity", ["weight", "filter"])
+def test_what_falls_in_a_step_does_not_move_in_the_next(make_learner, granularity, memory, monkeypatch):
+    monkeypatch.setattr(KeepSparsity, "after_step", lambda self: None)
+    monkeypatch.setattr(KeepSparsity, "after_train", lambda self: None)
+    learn, callback = make_learner(opt_func=fastai.Adam), SparsifyCallback(0.5, granularity, schedule="lin")
+    learn.model.to(memory_format=memory)
+
+    def look(self):
+        for parameter, mask in callback.sparsifier.masked_parameters():
+            assert (parameter[~mask.expand_as(parameter)] == 0).all()
+            seen.append((~mask).sum())
+
+    seen = []
+    before_the_masks = Callback(after_step=look)
+    before_the_masks.order = 10.55
+    learn.fit(3, 0.1, wd=0.1, cbs=[callback, before_the_masks])
+    assert max(seen) > 0
+
+
 def test_moments_of_weights_that_were_zeroed_between_fits_are_zeroed_too(make_learner, monkeypatch):
     learn, seen = make_learner(opt_func=fastai.Adam), []
     learn.fit(2, 0.1)

@@ -1,0 +1,146 @@
+"""Applying masks: what is set to zero, to what else, and where it need not be."""
+
+import pytest
+import torch
+from conftest import small_net
+from torch import nn
+
+from sparsifai import Sparsifier
+from sparsifai.masking import NEXT_TO_ZERO, holds_zeros, newly_masked, zero_gradients, zero_masked, zero_moments
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("places", [False, True])
+def test_masked_values_are_zero_and_others_as_they_were(dtype, memory, places):
+    torch.manual_seed(0)
+    before = torch.randn(4, 3, 5, 5, dtype=dtype).to(memory_format=memory)
+    before[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -1.0], dtype=dtype)
+    mask = torch.rand(4, 3, 5, 5) < 0.7
+    mask[0, 0, 0] = torch.tensor([False, False, True, True, True])
+    tensor = before.clone()
+    where = (~mask).flatten().nonzero().flatten() if places else mask
+    zero_masked(tensor, where)
+    assert torch.equal(tensor, torch.where(mask, before, torch.zeros((), dtype=dtype)))
+
+
+def test_newly_masked_are_places_if_few_and_the_mask_otherwise():
+    weight, before = nn.Parameter(torch.ones(10, 10)), torch.ones(10, 10, dtype=torch.bool)
+    before[0, 0] = False
+    mask = before.clone()
+    mask[3, 4] = False
+    assert newly_masked(weight, before, mask).tolist() == [34]
+    mask[3:8] = False
+    assert newly_masked(weight, before, mask) is mask
+    few = torch.tensor([[True]] * 9 + [[False]])
+    assert newly_masked(weight, torch.ones(10, 1, dtype=torch.bool), few) is few
+
+
+KNOWN = {
+    "Adam": lambda parameters: torch.optim.Adam(parameters),
+    "SGD": lambda parameters: torch.optim.SGD(parameters, 0.1),
+    "a subclass": lambda parameters: type("Mine", (torch.optim.Adam,), {})(parameters),
+    "LBFGS": lambda parameters: torch.optim.LBFGS(parameters),
+}
+
+
+@pytest.mark.parametrize(("kind", "holds"), [("Adam", True), ("SGD", True), ("a subclass", False), ("LBFGS", False)])
+def test_only_optimizers_that_are_known_to_are_trusted_to_hold_zeros(kind, holds):
+    optimizer = KNOWN[kind](nn.Linear(2, 2).parameters())
+    assert holds_zeros(optimizer) is holds
+    assert holds_zeros(type("Wrapper", (), {"__init__": lambda self: setattr(self, "optimizer", optimizer)})()) is False
+
+
+def test_a_sparse_gradient_is_left_and_told():
+    model = nn.Sequential(nn.Embedding(8, 4, sparse=True), nn.Linear(4, 2))
+    sparsifier = Sparsifier(model, layers=["0", "1"])
+    sparsifier.sparsify(0.5)
+    model(torch.tensor([1, 2])).sum().backward()
+    assert zero_gradients(sparsifier.masked_parameters()) is False
+    assert (model[1].weight.grad[~sparsifier.masks["1.weight"]] == 0).all()
+    model[0].weight.grad = None
+    assert zero_gradients(sparsifier.masked_parameters()) is True
+
+
+def test_means_of_squares_are_next_to_zero_where_asked_for_and_move_nothing():
+    torch.manual_seed(0)
+    model = small_net()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.randn(4, 2, 8, 8)).square().sum().backward()
+        sparsifier.mask_gradients()
+        optimizer.step()
+
+    sparsifier = Sparsifier(model)
+    step()
+    sparsifier.sparsify(0.5)
+    zero_moments(sparsifier.masked_parameters(), optimizer, squares=NEXT_TO_ZERO)
+    step()
+    for parameter, mask in sparsifier.masked_parameters():
+        state = optimizer.state[parameter]
+        assert (parameter[~mask] == 0).all()
+        assert (state["exp_avg"][~mask] == 0).all()
+        assert torch.allclose(state["exp_avg_sq"][~mask], torch.tensor(0.999 * NEXT_TO_ZERO), atol=0, rtol=1e-5)
+    sparsifier.mask_moments(optimizer)  # without it, they are zero
+    assert all((optimizer.state[each]["exp_avg_sq"][~mask] == 0).all() for each, mask in sparsifier.masked_parameters())
+
+
+@pytest.mark.fastai
+def test_a_keeper_masks_after_the_step_of_an_optimizer_that_it_does_not_know(make_learner, monkeypatch):
+    from fastai.optimizer import Lookahead, Optimizer, OptimWrapper, SGD, ranger  # noqa: I001
+    from fastai.callback.core import Callback
+    from sparsifai import KeepSparsity, keep
+
+    class Mixing(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.add_(0.01)
+
+    def zeros_after_steps(optimizer):
+        model, seen = small_net(), []
+        Sparsifier(model).sparsify(0.5)
+        learn = make_learner(model, opt_func=optimizer)
+        look = Callback(after_step=lambda self: seen.append(float((model[3].weight == 0).float().mean())))
+        look.order = 99
+        learn.fit(1, 0.1, cbs=[KeepSparsity(), look])
+        return seen
+
+    seen = zeros_after_steps(lambda parameters, lr, **_: OptimWrapper(parameters, Mixing, lr=lr))
+    assert len(set(seen)) == 1
+    assert seen[0] > 0.1
+    # Where the optimizer is known, nothing needs to be set to zero after the step.
+    calls = []
+    monkeypatch.setattr(keep, "zero_weights", lambda masked: calls.append(1))
+    seen = zeros_after_steps(SGD)
+    assert seen[0] > 0.1
+    assert len(calls) < len(seen)
+
+    steppers = (lambda p, **_: p.data.add_(1),)
+    own = Optimizer(list(nn.Linear(2, 2).parameters()), steppers)
+    assert holds_zeros(own) is False
+    assert holds_zeros(Lookahead(own)) is False
+    for known in (SGD, Adam, RMSProp, RAdam, Lamb, Larc, QHAdam, ranger):
+        assert holds_zeros(known(list(nn.Linear(2, 2).parameters()), 0.1)) is True
+
+
+@pytest.mark.fastai
+def test_a_keeper_keeps_means_of_squares_from_decaying(make_learner, monkeypatch):
+    from fastai.optimizer import Adam
+
+    from sparsifai import KeepSparsity, keep
+
+    monkeypatch.setattr(keep, "REFRESH", 8)
+    model = small_net()
+    Sparsifier(model).sparsify(0.5)
+    learn = make_learner(model, opt_func=Adam, steps=8)
+    learn.fit(2, 0.01, cbs=KeepSparsity())
+    dead = model[3].weight == 0
+    assert torch.allclose(
+        learn.opt.state[model[3].weight]["sqr_avg"][dead], torch.tensor(NEXT_TO_ZERO * 0.99**7), atol=0, rtol=1e-5
+    )
