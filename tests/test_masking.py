@@ -91,8 +91,21 @@ def test_means_of_squares_are_next_to_zero_where_asked_for_and_move_nothing():
 
 @pytest.mark.fastai
 def test_a_keeper_masks_after_the_step_of_an_optimizer_that_it_does_not_know(make_learner, monkeypatch):
-    from fastai.optimizer import Lookahead, Optimizer, OptimWrapper, SGD, ranger  # noqa: I001
     from fastai.callback.core import Callback
+    from fastai.optimizer import (
+        SGD,
+        Adam,
+        Lamb,
+        Larc,
+        Lookahead,
+        Optimizer,
+        OptimWrapper,
+        QHAdam,
+        RAdam,
+        RMSProp,
+        ranger,
+    )
+
     from sparsifai import KeepSparsity, keep
 
     class Mixing(torch.optim.SGD):
