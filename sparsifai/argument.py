@@ -70,6 +70,13 @@ def check_seed(seed: Any) -> int:
     return seed
 
 
+def check_every(every: Any) -> int:
+    """A whole number of batches from 1 on."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every is a whole number of batches from 1 on, not {every!r}")
+    return every
+
+
 def check_round_to(round_to: Any) -> int | None:
     """A whole number from 1 on, or None."""
     if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):

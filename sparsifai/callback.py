@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .argument import check_round_to, check_seed, check_sparsity, resolve_axes, scaled
+from .argument import check_every, check_round_to, check_seed, check_sparsity, resolve_axes, scaled
 from .keep import KeepSparsity, TrainingCallback
 from .learner import Column, Curves, Trackers, notify
 from .masking import NEXT_TO_ZERO, zero_moments
@@ -31,6 +31,7 @@ class SparsifyCallback(TrainingCallback):
     _fits = False  # in a fit, not in lr_find
     _advances = False  # in a fit of all layers
     _begun = False  # past the first batch of a fit
+    _updated = 0  # batches of the fit that were over at the last update
     _moved = False  # whether the sparsity is another than the trackers have judged
     _brought: KeepSparsity | None = None  # one that this callback has put on the Learner and not yet announced
     _column: Column | None = None
@@ -51,6 +52,7 @@ class SparsifyCallback(TrainingCallback):
         pool="mean",  # How the scores of a group become one: 'mean', 'sum', 'max', 'l2' or a function
         round_to=None,  # Keep a multiple of this many groups in every layer
         seed=0,  # Of the generator that random criteria draw from
+        every=1,  # Batches from one mask update to the next; the last batch of a fit has one in any case
     ):
         super().__init__()
         self.sparsity = check_sparsity(sparsity, compression_ratio)
@@ -58,7 +60,7 @@ class SparsifyCallback(TrainingCallback):
         self.schedule = schedules.resolve(schedule)
         self.layers = None if layers is None else as_patterns(layers)
         self.exclude = None if exclude is None else as_patterns(exclude)
-        self.round_to, self.seed = check_round_to(round_to), check_seed(seed)
+        self.round_to, self.seed, self.every = check_round_to(round_to), check_seed(seed), check_every(every)
         self._trackers, self._curves = Trackers(), Curves()
 
     def __setattr__(self, name, value):
@@ -117,12 +119,16 @@ class SparsifyCallback(TrainingCallback):
                 )
             else:
                 self.sparsifier.group = group_of(self.learn.model)
-                self._go_to(self._progress(0))
+                self._updated = self._batches(0)
+                self._go_to(self._start)
 
     def after_step(self):
         "Take the sparsity to where the schedule is after this step"
         if self._advances and self._begun:
-            self._go_to(self._progress(1))
+            batches = self._batches(1)
+            if batches // self.every > self._updated // self.every or batches == self._batches_of_fit:
+                self._updated = batches
+                self._go_to(batches / self._batches_of_fit)
 
     def after_batch(self):
         "Record the level for the recorder's curves"
@@ -159,10 +165,18 @@ class SparsifyCallback(TrainingCallback):
 
     # --- Moving the sparsity ------------------------------------------------------------------------------------
 
-    def _progress(self, done: int) -> float:
-        """Share of the fit that is over, with `done` (0 or 1) of the present batch."""
-        learn = self.learn
-        return (learn.epoch * learn.n_iter + learn.iter + done) / (learn.n_epoch * learn.n_iter)
+    @property
+    def _batches_of_fit(self) -> int:
+        return self.learn.n_epoch * self.learn.n_iter
+
+    def _batches(self, done: int) -> int:
+        """Batches of the fit that are over, with `done` (0 or 1) for the present one."""
+        return self.learn.epoch * self.learn.n_iter + self.learn.iter + done
+
+    @property
+    def _start(self) -> float:
+        """Share of the fit that is over at the present batch."""
+        return self._batches(0) / self._batches_of_fit
 
     def _level_at(self, t: float) -> float:
         """Where the schedule is at t, as a share of the target, but not below what earlier fits have reached.
@@ -230,7 +244,7 @@ class SparsifyCallback(TrainingCallback):
         keeper.begun = True
         if not any(self.sparsity.values() if isinstance(self.sparsity, dict) else [self.sparsity]):
             return
-        if self._advances and self._level_at(self._progress(0)) > self._level_at(1.0):
+        if self._advances and self._level_at(self._start) > self._level_at(1.0):
             self.sparsifier.recover_masks()  # the schedule has made them and will give them back
             return
         keeper.recover()

@@ -684,3 +684,38 @@ def test_a_last_epoch_that_is_cancelled_half_way_does_not_jump_to_the_target(mak
     callback = SparsifyCallback(0.8, schedule="lin")
     make_learner(steps=4).fit(1, cbs=[callback, Cancel()])
     assert callback.sparsifier.sparsity == share(0.4)
+
+
+@pytest.mark.parametrize("every", [1, 3, 5, 100])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_masks_are_updated_every_so_many_batches_and_end_at_the_target(make_learner, every, accumulated):
+    changes = []
+
+    class Look(Callback):
+        order = 99
+
+        def before_fit(self):
+            self.before = None
+
+        def after_batch(self):
+            if self.training:
+                level = self.learn.sparsify.sparsifier.level
+                if level != self.before:
+                    changes.append(self.learn.epoch * self.learn.n_iter + self.learn.iter + 1)
+                self.before = level
+
+    callback = SparsifyCallback(0.8, schedule="lin", every=every)
+    learn = make_learner(steps=4)
+    learn.fit(2, 0.1, cbs=[callback, Look(), GradientAccumulation(2 * accumulated)])
+    assert callback.sparsifier.sparsity == share(0.8)
+    # A step is made every `accumulated` batches, and an update at the first step after every `every` batches.
+    steps = range(accumulated, 9, accumulated)
+    expected = [step for step in steps if step // every > (step - accumulated) // every or step == 8]
+    assert changes[-len(expected) :] == expected
+    assert len(changes) - len(expected) == (expected[0] != 1)  # where the fit starts, at the first batch
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, "2"])
+def test_what_is_no_number_of_batches_is_refused(every):
+    with pytest.raises(ValueError, match="every is a whole number of batches from 1 on"):
+        SparsifyCallback(0.5, every=every)
