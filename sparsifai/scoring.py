@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .criterion import Criterion, is_elementwise, large_final
 from .granularity import Grouping
+from .on_device import DeviceLayer
 from .parallel import is_sharded
 from .registry import name_of
 from .selection import ScoredLayer
@@ -23,11 +24,18 @@ from .target import Target
 
 
 def score_layer(
-    target: Target, grouping: Grouping, mask: Tensor, criterion: Criterion, values: Mapping[str, Any], pool: Callable
-) -> ScoredLayer:
+    target: Target,
+    grouping: Grouping,
+    mask: Tensor,
+    criterion: Criterion,
+    values: Mapping[str, Any],
+    pool: Callable,
+    on_device: bool = False,
+) -> ScoredLayer | DeviceLayer:
     """Score every group of a layer.
 
-    mask: of the layer, as it is. values: the quantities that the criterion names.
+    mask: of the layer, as it is. values: the quantities that the criterion names. on_device: keep all on its GPU; it is
+        not looked for NaN then.
     ValueError if the criterion does not return one real score per weight, or, at once or when they are ranked, NaN.
     """
     by_element = is_elementwise(criterion)
@@ -52,6 +60,10 @@ def score_layer(
         def scores_of(part: slice) -> Tensor:
             return all_scores[part]
 
+    if on_device:
+        all_of = scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool)
+        sizes = grouping.size if isinstance(grouping.size, int) else grouping.size.to(mask.device)
+        return DeviceLayer(target, all_of.to(mask.device), grouping.gather(mask), sizes, whole=not grouping.indexed)
     alive = grouping.gather(mask).cpu().numpy()
     if by_element and grouping.single and mask.device.type == "cpu":
         weight = target.parameter.detach()

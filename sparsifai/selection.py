@@ -17,9 +17,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from .on_device import DeviceLayer, select_on_device
 
 if TYPE_CHECKING:
     from .target import Target
@@ -67,14 +71,21 @@ class ScoredLayer:
     def check(self, score: np.ndarray) -> None:
         """ValueError if there is NaN among scores of this layer."""
         if np.isnan(score).any():
-            raise ValueError(
-                f"NaN scores for {self.target.name}: look for NaN or inf in its weights, or in what the criterion "
-                "makes of them"
-            )
+            raise ValueError(nan_message(self.target.name))
+
+
+def nan_message(name: str) -> str:
+    """What is wrong with scores of a layer that are NaN."""
+    return f"NaN scores for {name}: look for NaN or inf in its weights, or in what the criterion makes of them"
 
 
 def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
-    """Rank the groups of `layers` in one list; for each layer a bool array, True where a group falls."""
+    """Rank the groups of `layers` in one list; for each layer a bool array, True where a group falls.
+
+    Of layers on a GPU, which the host does not look into, on_device.py does the same.
+    """
+    if isinstance(layers[0], DeviceLayer):
+        return select_on_device(layers, sparsity)
     total = sum(layer.size * len(layer) if isinstance(layer.size, int) else int(layer.size.sum()) for layer in layers)
     alive = sum(layer.weights(layer.alive) for layer in layers)
     wanted, masked = sparsity * total, total - alive
@@ -278,3 +289,15 @@ def bundle(layer: ScoredLayer, count: int) -> tuple[ScoredLayer, np.ndarray]:
         whole=layer.whole,
     )
     return joined, of_group
+
+
+def survivors(alive: Any, falls: Any) -> Tensor:
+    """Alive and not fallen; on the CPU, in the memory of `falls`."""
+    if isinstance(falls, np.ndarray):
+        return torch.from_numpy(np.greater(alive, falls, out=falls))
+    return alive & ~falls
+
+
+def all_equal(layers: Sequence[ScoredLayer]) -> bool:
+    """Whether all groups of all layers have one score."""
+    return len({float(edge) for layer in layers for edge in (layer.score.min(), layer.score.max())}) == 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from .argument import Sparsity, check_round_to, check_seed, check_sparsity, resolve_axes
-from .context import Context, ask
+from .context import Context, ask, global_, local
 from .criterion import Criterion, is_elementwise, quantities_of
 from .flow import find_flow
 from .follower import find_followers, masks_of_followers
 from .granularity import Granularity, Grouping, UnavailableError
 from .masking import newly_masked, zero_gradients, zero_moments, zero_weights
+from .on_device import DeviceLayer
 from .parallel import agree, group_of, groups_of_shards, is_sharded, reshard, unwrapped, whole
 from .registry import name_of
 from .report import Count, Report
 from .scoring import copied, score_layer
-from .selection import ScoredLayer, bundle
+from .selection import ScoredLayer, all_equal, bundle, nan_message, survivors
 from .state import check_state
 from .statistic import quantities
 from .target import Target, find_targets, parameter_of, scopes, why_dense
@@ -94,6 +95,7 @@ class Sparsifier:
         self.followers = find_followers(model, self.targets, self.groupings, flow)
 
         self.levels = dict.fromkeys(self.targets, 0.0)
+        self._nan: dict[str, Tensor] = {}  # whether scores of a layer on a GPU were NaN, at the last update
         self._set_masks({name: self._mask_of(name, grouping.all_kept()) for name, grouping in self.groupings.items()})
         self.statistics: dict[str, dict[str, Any]] = {}
         self._take("start")
@@ -144,21 +146,36 @@ class Sparsifier:
         try:
             for fraction, names in scopes(sparsity, self.targets, self.dense, self.candidates, self.model):
                 scored = [self._score(name) for name in names]
-                for layer, falls in zip(scored, self._rank(scored, fraction), strict=True):
+                rank = self._rank_on_device if self._on_device else self._rank
+                for layer, falls in zip(scored, rank(scored, fraction), strict=True):
                     name = layer.target.name
                     # Ranked first, masked groups fall again; but the sum of sizes that is nearest to a rising level can
                     # be a little below what is masked already.
-                    np.greater(layer.alive if fraction >= levels[name] else True, falls, out=falls)
-                    masks[name], levels[name] = self._mask_of(name, torch.from_numpy(falls)), fraction
+                    kept = survivors(layer.alive if fraction >= levels[name] else True, falls)
+                    masks[name], levels[name] = self._mask_of(name, kept), fraction
         except BaseException:
             self.rng.set_state(random)
             raise
         return masks, levels
 
-    def _score(self, name: str) -> ScoredLayer:
+    def _score(self, name: str) -> Any:
         """Score every group of a layer, from the quantities that the criterion names."""
         values = {quantity: self._quantity(quantity, name) for quantity in quantities_of(self.criteria)}
-        return score_layer(self.targets[name], self.groupings[name], self.masks[name], self.criteria, values, self.pool)
+        target, grouping = self.targets[name], self.groupings[name]
+        return score_layer(target, grouping, self.masks[name], self.criteria, values, self.pool, self._on_device)
+
+    @property
+    def _on_device(self) -> bool:
+        """Whether the ranking can stay on a GPU: one, with a context that does not ask for arrays of the host."""
+        devices = {target.parameter.device for target in self.targets.values()}
+        alone = self.group is None and not any(is_sharded(target.parameter) for target in self.targets.values())
+        built_in = self.context in (local, global_) and self.round_to is None
+        return alone and built_in and len(devices) == 1 and devices.pop().type in ("cuda", "meta")
+
+    def _rank_on_device(self, scored: list[DeviceLayer], fraction: float) -> list[Tensor]:
+        """Ask the context which groups fall, and read nothing: NaN is told of when something is read the next time."""
+        self._nan = {layer.target.name: layer.score.isnan().any() for layer in scored}
+        return self.context(scored, fraction)  # type: ignore
 
     def _rank(self, scored: list[ScoredLayer], fraction: float) -> list[np.ndarray]:
         """Ask the context which groups fall."""
@@ -167,7 +184,7 @@ class Sparsifier:
             ranked, bundles = zip(*(bundle(layer, self.round_to) for layer in scored), strict=True)
         compares = {"init", "previous"}.intersection(quantities_of(self.criteria))
         # Asked in this order, the scores are looked through at a first update only.
-        if compares and fraction >= 0.01 and not any(layer.masked.any() for layer in ranked) and _all_equal(ranked):
+        if compares and fraction >= 0.01 and not any(layer.masked.any() for layer in ranked) and all_equal(ranked):
             warnings.warn(
                 f"criterion {name_of(self.criteria)} compares with an earlier value, and nothing has changed since it: "
                 "all scores are equal, so weights fall in index order; train before the first update",
@@ -212,11 +229,13 @@ class Sparsifier:
     def sparsity(self) -> float:
         """Measured: zeros over weights of the layers that take part."""
         self._check_held("sparsity")
+        self._check_nan()
         return Count.of(*(target.parameter for target in self.targets.values())).sparsity
 
     def report(self) -> Report:
         """Measured zeros per layer and in total; text, HTML in a notebook, `.plot()`."""
         self._check_held("report")
+        self._check_nan()
         return Report.measure(self.model, self.candidates, self.dense)
 
     def __repr__(self) -> str:
@@ -302,6 +321,12 @@ class Sparsifier:
             raise RuntimeError(f"{operation}: this Sparsifier has released its model; make a new one")
         reshard(self.model)
 
+    def _check_nan(self) -> None:
+        flags, self._nan = self._nan, {}
+        for name, flag in flags.items():
+            if flag:
+                raise ValueError(nan_message(name))
+
     def __getstate__(self) -> dict[str, Any]:
         # A group of processes cannot be copied or pickled; a copy is alone.
         return {**vars(self), "group": None}
@@ -370,8 +395,3 @@ class Sparsifier:
             function = quantities[quantity]
             if moment in function.moments:  # type: ignore[attr-defined]
                 self.statistics[quantity] = {name: copied(function(self, name)) for name in self.targets}
-
-
-def _all_equal(layers: Sequence[ScoredLayer]) -> bool:
-    """Whether all groups of all layers have one score."""
-    return len({float(edge) for layer in layers for edge in (layer.score.min(), layer.score.max())}) == 1

@@ -1,0 +1,84 @@
+"""The exact ranking of selection.py for layers on a GPU: the same groups fall, and no value is read by the host.
+
+The host goes on while the GPU works, so a step costs what the kernels cost. What the host would have to read to decide
+(how much is masked, whether a layer would be emptied) is computed there for both cases, and the right one taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .target import Target
+
+
+@dataclass
+class DeviceLayer:
+    """One layer on a GPU; tensors have one entry per group, in index order.
+
+    score: float. alive: not zero already. size: weights in a group. whole: a group is the whole layer.
+    """
+
+    target: Target
+    score: Tensor
+    alive: Tensor
+    size: int | Tensor
+    whole: bool = False
+
+    def __len__(self) -> int:
+        return len(self.alive)
+
+    @property
+    def weights(self) -> int:
+        """Of the whole layer, which no tensor needs to be read for."""
+        return self.target.parameter.numel()
+
+
+def select_on_device(layers: Sequence[DeviceLayer], sparsity: float) -> list[Tensor]:
+    """Rank the groups of `layers` in one list, as select_groups of selection.py does: True where a group falls."""
+    score = torch.cat([layer.score for layer in layers])
+    alive = torch.cat([layer.alive for layer in layers])
+    size = torch.cat([_sizes(layer) for layer in layers])
+    wanted = sparsity * sum(layer.weights for layer in layers)
+    masked = size.masked_fill(alive, 0).sum()
+
+    # A rising target adds to what is masked, but for the best of every layer. Of a falling one, which only gives
+    # back, the masked ones are the candidates.
+    falling = wanted < masked
+    best = torch.cat(_best(layers))
+    candidate = torch.where(falling, ~alive, alive & ~best)
+    amount = torch.where(falling, wanted, wanted - masked)
+
+    # Candidate i falls if the sum of sizes with it is at least as near to the amount as the sum without it.
+    order = score.argsort(stable=True)  # ties in index order
+    sizes = torch.where(candidate, size, 0)[order]
+    falls_in_order = (sizes.cumsum(0) - sizes / 2 <= amount) & candidate[order]
+    falls = torch.empty_like(alive).scatter_(0, order, falls_in_order)
+    falls = torch.where(falling, falls, falls | ~alive)
+    return list(falls.split([len(layer) for layer in layers]))
+
+
+def _sizes(layer: DeviceLayer) -> Tensor:
+    """Weights in every group, as float64: sums of them are exact in whatever order."""
+    return torch.as_tensor(layer.size, dtype=torch.float64, device=layer.alive.device).expand(len(layer))
+
+
+def _best(layers: Sequence[DeviceLayer]) -> list[Tensor]:
+    """For each layer, True at its best group: its highest score, the last of equals. Of whole layers, of them all."""
+    if all(layer.whole for layer in layers):
+        score, alive = torch.cat([layer.score for layer in layers]), torch.cat([layer.alive for layer in layers])
+        return list(_best_of(score, alive).split([len(layer) for layer in layers]))
+    return [_best_of(layer.score, layer.alive) for layer in layers]
+
+
+def _best_of(score: Tensor, alive: Tensor) -> Tensor:
+    highest = score.masked_fill(~alive, -math.inf).amax()
+    place = torch.arange(len(score), device=score.device)
+    last = torch.where((score == highest) & alive, place, -1).amax()
+    return place == last
