@@ -1,0 +1,41 @@
+"""What sparsifai costs, beside a copy of the weights and beside other libraries.
+
+    python -m benchmarks [--quick] [--section build apply step memory exactness scaling] [--out benchmarks/results]
+
+Prints a table per section; writes all of it to results.json and a picture to results.png. FasterAI takes part if it is
+installed. All of it takes about ten minutes on two cores, --quick less than two.
+"""
+
+import argparse
+import time
+import warnings
+from pathlib import Path
+
+from benchmarks.peers import version_of_fasterai
+from benchmarks.report import write
+from benchmarks.sections import SECTIONS
+from benchmarks.timing import Others, surroundings
+
+
+def main(names, quick, folder):
+    start = time.perf_counter()
+    facts = {**surroundings(), "FasterAI": version_of_fasterai()}
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    tables = []
+    for name in names:
+        others = Others()
+        tables.append(SECTIONS[name](quick))
+        tables[-1].busy = others.cores()
+        print(f"\n{tables[-1]}", flush=True)
+        write(folder, facts, tables)
+    print(f"\n{time.perf_counter() - start:.0f} s; results are in {folder}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--section", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
+    parser.add_argument("--quick", action="store_true", help="smaller models, fewer rounds")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")  # those of other libraries, between the tables
+    main(arguments.section, arguments.quick, arguments.out)

@@ -1,0 +1,92 @@
+"""Peak memory of one way to update masks, measured in a process of its own: the system's count, so nothing is missed.
+
+    python -m benchmarks.memory sparsifai resnet18 --context global --criteria large_final --granularity weight
+
+Prints two numbers, bytes per weight beyond the dense model: at the peak of an update, and kept after it.
+"""
+
+import argparse
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torchvision
+
+from benchmarks.peers import FasterAI, TorchPrune, kinds_of, layers_of
+from sparsifai import Sparsifier
+
+LIBRARIES = ("sparsifai", "FasterAI", "torch prune")
+
+
+def bytes_per_weight(library, model, context, criteria="large_final", granularity="weight"):
+    "Peak and kept bytes per weight, measured in a fresh process"
+    axes = ["--context", context, "--criteria", criteria, "--granularity", granularity]
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", library, model, *axes],
+        cwd=Path(__file__).parents[1],
+        # Large pieces that are freed go back to the system at once, so that they are not counted as held.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode:
+        raise RuntimeError(f"memory of {library} could not be measured: {result.stderr}")
+    peak, kept = map(float, result.stdout.split()[-2:])
+    return peak, kept
+
+
+def _updater(library, model, granularity, context, criteria):
+    if library == "sparsifai":
+        return Sparsifier(model, granularity, context, criteria, layers=kinds_of(model)).sparsify
+    if library == "FasterAI":
+        return FasterAI(model, granularity, context, criteria).update
+    return TorchPrune(model, context).update
+
+
+def _resident(kind):
+    "Bytes of memory of this process: VmRSS now, VmHWM at most since it was last set back"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) * 1024
+
+
+def _move(model):
+    "Change the weights a little, as training does; in place, so that nothing is allocated"
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.weight.mul_(1.01).add_(1e-4)
+
+
+def main(library, name, *axes):
+    "Measure it here"
+    # What the first use of anything loads is not counted.
+    small = torchvision.models.resnet18(num_classes=2)
+    update = _updater(library, small, *axes)
+    _move(small)
+    update(0.5)
+    del update, small
+    gc.collect()  # models stand in cycles
+    model = getattr(torchvision.models, name)()
+    weights = sum(layer.weight.numel() for layer in layers_of(model))
+    before = _resident("VmRSS")
+    update = _updater(library, model, *axes)
+    _move(model)
+    if library != "torch prune":  # a second update of which adds to the first
+        update(0.45)
+        _move(model)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is held now
+    update(0.5)
+    print((_resident("VmHWM") - before) / weights, (_resident("VmRSS") - before) / weights)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("library", choices=LIBRARIES)
+    parser.add_argument("model")
+    parser.add_argument("--context", default="global")
+    parser.add_argument("--criteria", default="large_final")
+    parser.add_argument("--granularity", default="weight")
+    arguments = parser.parse_args()
+    main(arguments.library, arguments.model, arguments.granularity, arguments.context, arguments.criteria)
