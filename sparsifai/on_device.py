@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,13 +58,34 @@ def select_on_device(layers: Sequence[DeviceLayer], sparsity: float) -> list[Ten
     candidate = torch.where(falling, ~alive, alive & ~best)
     amount = torch.where(falling, wanted, wanted - masked)
 
+    kernels, first = kernels_for(score), layers[0].size
+    if (
+        kernels is not None
+        and isinstance(first, int)
+        and all(isinstance(each.size, int) and each.size == first for each in layers)
+    ):
+        number = (amount / first + 0.5).floor().long()
+        falls = kernels.lowest(score, candidate, torch.minimum(number.clamp(min=0), candidate.sum()))
+    else:
+        falls = _lowest(score, candidate, size, amount)
+    falls = torch.where(falling, falls, falls | ~alive)
+    return list(falls.split([len(layer) for layer in layers]))
+
+
+def kernels_for(score: Tensor) -> ModuleType | None:
+    """The Triton kernels, where they can run: on CUDA, where torch brings Triton. Elsewhere a sort does the same."""
+    if score.device.type != "cuda" or score.dtype != torch.float32 or find_spec("triton") is None:
+        return None
+    return import_module("sparsifai.on_device_triton")
+
+
+def _lowest(score: Tensor, candidate: Tensor, size: Tensor, amount: Tensor) -> Tensor:
+    """True at the candidates of lowest score whose sizes add up to the nearest of `amount`."""
     # Candidate i falls if the sum of sizes with it is at least as near to the amount as the sum without it.
     order = score.argsort(stable=True)  # ties in index order
     sizes = torch.where(candidate, size, 0)[order]
     falls_in_order = (sizes.cumsum(0) - sizes / 2 <= amount) & candidate[order]
-    falls = torch.empty_like(alive).scatter_(0, order, falls_in_order)
-    falls = torch.where(falling, falls, falls | ~alive)
-    return list(falls.split([len(layer) for layer in layers]))
+    return torch.empty_like(candidate).scatter_(0, order, falls_in_order)
 
 
 def _sizes(layer: DeviceLayer) -> Tensor:

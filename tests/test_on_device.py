@@ -4,6 +4,12 @@ Run on the CPU here. Tensors without values (of torch's `meta` device) show that
 for a GPU raises there.
 """
 
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -110,6 +116,38 @@ def test_no_value_is_read_in_a_step(granularity, context, criterion):
         sparsifier.mask_moments(optimizer)
     with pytest.raises((RuntimeError, NotImplementedError)):  # and what reads a value is found out
         sparsifier.sparsity  # noqa: B018
+
+
+def test_the_triton_kernels_in_their_interpreter_give_the_same_masks():
+    pytest.importorskip("triton", reason="torch brings Triton on some platforms only")
+    script = Path(__file__).with_name("interpreted.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_triton_kernels_compile_for_an_h100():
+    triton = pytest.importorskip("triton", reason="torch brings Triton on some platforms only")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sparsifai import on_device_triton as kernels
+
+    shared = {"score": "*fp32", "candidate": "*i8", "count": "i32"}
+    cases = {
+        kernels._count_digits: ({"found": "*i64", "counts": "*i32"}, {"below": 21, "digit": 11}),
+        kernels._count_ties: ({"last": "*i64", "ties": "*i32"}, {}),
+        kernels._write: ({"last": "*i64", "ahead": "*i64", "needed": "*i64", "falls": "*i8"}, {}),
+    }
+    for kernel, (pointers, constants) in cases.items():
+        constants = {**constants, "block": kernels.BLOCK}
+        types = {**shared, **pointers, **dict.fromkeys(constants, "constexpr")}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Triton, about its own defaults
+            source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constants)
+            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        assert len(compiled.asm["cubin"]) > 0
+        assert compiled.metadata.shared < 48 * 1024
 
 
 def test_nan_is_told_of_when_something_is_read():
