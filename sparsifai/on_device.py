@@ -47,9 +47,12 @@ def select_on_device(layers: Sequence[DeviceLayer], sparsity: float) -> list[Ten
     """Rank the groups of `layers` in one list, as select_groups of selection.py does: True where a group falls."""
     score = torch.cat([layer.score for layer in layers])
     alive = torch.cat([layer.alive for layer in layers])
-    size = torch.cat([_sizes(layer) for layer in layers])
+    equal = all(isinstance(layer.size, int) and layer.size == layers[0].size for layer in layers)
+    # As float64: sums of whole numbers are exact in whatever order.
+    size = torch.as_tensor(layers[0].size if equal else torch.cat([_sizes(layer) for layer in layers]))
+    size = size.to(alive.device, torch.float64)
     wanted = sparsity * sum(layer.weights for layer in layers)
-    masked = size.masked_fill(alive, 0).sum()
+    masked = size * (~alive).sum() if equal else size.masked_fill(alive, 0).sum()
 
     # A rising target adds to what is masked, but for the best of every layer. Of a falling one, which only gives
     # back, the masked ones are the candidates.
@@ -58,16 +61,12 @@ def select_on_device(layers: Sequence[DeviceLayer], sparsity: float) -> list[Ten
     candidate = torch.where(falling, ~alive, alive & ~best)
     amount = torch.where(falling, wanted, wanted - masked)
 
-    kernels, first = kernels_for(score), layers[0].size
-    if (
-        kernels is not None
-        and isinstance(first, int)
-        and all(isinstance(each.size, int) and each.size == first for each in layers)
-    ):
-        number = (amount / first + 0.5).floor().long()
+    kernels = kernels_for(score)
+    if equal and kernels is not None:
+        number = (amount / size + 0.5).floor().long()
         falls = kernels.lowest(score, candidate, torch.minimum(number.clamp(min=0), candidate.sum()))
     else:
-        falls = _lowest(score, candidate, size, amount)
+        falls = _lowest(score, candidate, size.expand(len(score)), amount)
     falls = torch.where(falling, falls, falls | ~alive)
     return list(falls.split([len(layer) for layer in layers]))
 
@@ -89,8 +88,8 @@ def _lowest(score: Tensor, candidate: Tensor, size: Tensor, amount: Tensor) -> T
 
 
 def _sizes(layer: DeviceLayer) -> Tensor:
-    """Weights in every group, as float64: sums of them are exact in whatever order."""
-    return torch.as_tensor(layer.size, dtype=torch.float64, device=layer.alive.device).expand(len(layer))
+    """Weights in every group."""
+    return torch.as_tensor(layer.size, device=layer.alive.device).expand(len(layer))
 
 
 def _best(layers: Sequence[DeviceLayer]) -> list[Tensor]:
