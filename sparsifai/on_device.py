@@ -48,11 +48,10 @@ def select_on_device(layers: Sequence[DeviceLayer], sparsity: float) -> list[Ten
     score = torch.cat([layer.score for layer in layers])
     alive = torch.cat([layer.alive for layer in layers])
     equal = all(isinstance(layer.size, int) and layer.size == layers[0].size for layer in layers)
-    # As float64: sums of whole numbers are exact in whatever order.
-    size = torch.as_tensor(layers[0].size if equal else torch.cat([_sizes(layer) for layer in layers]))
-    size = size.to(alive.device, torch.float64)
+    sizes = [_sizes(layer) for layer in layers]
+    size = sizes[0][0].expand(len(score)) if equal else torch.cat(sizes)
     wanted = sparsity * sum(layer.weights for layer in layers)
-    masked = size * (~alive).sum() if equal else size.masked_fill(alive, 0).sum()
+    masked = (size * ~alive).sum()
 
     # A rising target adds to what is masked, but for the best of every layer. Of a falling one, which only gives
     # back, the masked ones are the candidates.
@@ -63,10 +62,10 @@ def select_on_device(layers: Sequence[DeviceLayer], sparsity: float) -> list[Ten
 
     kernels = kernels_for(score)
     if equal and kernels is not None:
-        number = (amount / size + 0.5).floor().long()
+        number = (amount / size[0] + 0.5).floor().long()
         falls = kernels.lowest(score, candidate, torch.minimum(number.clamp(min=0), candidate.sum()))
     else:
-        falls = _lowest(score, candidate, size.expand(len(score)), amount)
+        falls = _lowest(score, candidate, size, amount)
     falls = torch.where(falling, falls, falls | ~alive)
     return list(falls.split([len(layer) for layer in layers]))
 
@@ -88,8 +87,11 @@ def _lowest(score: Tensor, candidate: Tensor, size: Tensor, amount: Tensor) -> T
 
 
 def _sizes(layer: DeviceLayer) -> Tensor:
-    """Weights in every group."""
-    return torch.as_tensor(layer.size, device=layer.alive.device).expand(len(layer))
+    """Weights in every group, as float64: sums of whole numbers are exact in whatever order."""
+    if isinstance(layer.size, Tensor):
+        return layer.size.double()
+    # Filled on the GPU; a number that is sent there would be waited for.
+    return torch.full((1,), layer.size, dtype=torch.float64, device=layer.alive.device).expand(len(layer))
 
 
 def _best(layers: Sequence[DeviceLayer]) -> list[Tensor]:
