@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 class Table:
     """The results of one section.
 
-    rows: from the names of columns to numbers and words. None stands for what does not exist. busy: cores that other processes took
-        meanwhile.
+    rows: from the names of columns to numbers and words. None stands for what does not exist.
+    busy: cores that other processes took meanwhile.
     """
 
     section: str

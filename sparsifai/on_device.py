@@ -51,7 +51,7 @@ def select_on_device(layers: Sequence[DeviceLayer], sparsity: float) -> list[Ten
     sizes = [_sizes(layer) for layer in layers]
     size = sizes[0][0].expand(len(score)) if equal else torch.cat(sizes)
     wanted = sparsity * sum(layer.weights for layer in layers)
-    masked = (size * ~alive).sum()
+    masked = size[0] * (~alive).sum() if equal else (size * ~alive).sum()
 
     # A rising target adds to what is masked, but for the best of every layer. Of a falling one, which only gives
     # back, the masked ones are the candidates.
