@@ -115,7 +115,7 @@ def build(quick):
                     context,
                     criteria,
                     rounds=7 if quick else 15,
-                    slow_rounds=2 if quick else 3,
+                    slow_rounds=1 if quick else 3,
                     peers=peers,
                 )
                 rows.append({"model": name, "case": case, **_update_columns(seconds, can)})
@@ -169,7 +169,7 @@ def scaling(quick):
                 "global",
                 "large_final",
                 rounds=7 if quick or asked_for > 2**24 else 15,
-                slow_rounds=2 if quick else 3,
+                slow_rounds=1 if quick else 3,
                 peers=peers,
             )
             weights = 4 * side_of_layers(asked_for) ** 2
@@ -192,7 +192,7 @@ def _per_weight(seconds, weights, can):
 
 def apply(quick):
     "Masks that are there already, applied to weights and gradients"
-    rounds = 20 if quick else 60
+    rounds = 10 if quick else 60
     model = random_model("resnet18")
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     images, labels = torch.randn(16, 3, 64, 64), torch.randint(1000, (16,))
@@ -274,7 +274,7 @@ def step(quick):
         "SGD, fastai's": partial(SGD, mom=0.9),
         "AdamW, torch's": partial(OptimWrapper, opt=torch.optim.AdamW),
     }
-    rounds, batches = (4, 8) if quick else (12, 14)
+    rounds, batches = (3, 8) if quick else (12, 14)
     rows = []
     for name, optimizer in optimizers.items():
         variants = _step_variants(rounds)
@@ -338,6 +338,8 @@ def memory(quick):
         "global movement": ("global", "movement", "weight"),
         "global filter": ("global", "large_final", "filter"),
     }
+    if quick:
+        cases = {case: cases[case] for case in ("global magnitude", "global movement")}
     rows = []
     for model in ("resnet18",) if quick else ("resnet18", "resnet50"):
         for case, (context, criteria, granularity) in cases.items():
