@@ -96,17 +96,23 @@ def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.nda
         # A falling target: the best of the masked groups come back, no other one falls.
         fallen, _ = _lowest(layers, [layer.masked for layer in layers], masked, wanted)
         return [falls & layer.masked for falls, layer in zip(fallen, layers, strict=True)]
-    # The best group of a layer is the last of it to fall: while it is not near, it need not be looked for.
-    fallen, far = _lowest(layers, [layer.alive for layer in layers], alive, wanted - masked)
+    candidates = [layer.alive for layer in layers]
+    fallen, far = _lowest(layers, candidates, alive, wanted - masked)
+    # The best group of a layer is the last of it to fall: while it is not near, it need not be looked for. With groups
+    # of one size, only that of a layer that would be emptied counts; without, that of every layer may.
+    at_once = size is None or all(layer.whole for layer in layers)
     if far or (size is not None and not _empties(layers, fallen)):
         return fallen
-    best = _best(layers)
-    candidates = [layer.alive.copy() for layer in layers]
-    for candidate, index in zip(candidates, best, strict=True):
-        candidate[index] = False
-    fallen, _ = _lowest(layers, candidates, sum(map(ScoredLayer.weights, layers, candidates)), wanted - masked)
-    for falls, index in zip(fallen, best, strict=True):
-        falls[index] = False
+    best: dict[int, np.ndarray] = {}
+    while emptied := [n for n, falls in enumerate(fallen) if n not in best and (at_once or falls.all())]:
+        best.update(zip(emptied, _best([layers[number] for number in emptied]), strict=True))
+        for number in emptied:
+            candidates[number] = layers[number].alive.copy()
+            candidates[number][best[number]] = False
+        available = sum(map(ScoredLayer.weights, layers, candidates))
+        fallen, _ = _lowest(layers, candidates, available, wanted - masked)
+        for number, index in best.items():
+            fallen[number][index] = False
     return fallen
 
 
