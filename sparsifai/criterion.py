@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,15 +54,20 @@ criteria = Registry("criterion", check=_check)
 def elementwise(criterion: Criterion) -> Criterion:
     """Mark a criterion whose score of a weight is of the quantities of this weight alone, and which changes no tensor.
 
-    It may be called of parts of a layer, of any shape, and is given the weights themselves instead of copies.
+    It is called of parts of a layer, of any shape, with the weights themselves instead of copies, and what it returns
+    is not checked: a mark for those of this file, not for users'.
     """
-    criterion.elementwise = True  # type: ignore[attr-defined]
+    criterion.elementwise = criterion  # type: ignore[attr-defined]
     return criterion
 
 
 def is_elementwise(criterion: Criterion) -> bool:
-    """Whether a criterion, or the one that a partial is made of, is marked as elementwise."""
-    return getattr(getattr(criterion, "func", criterion), "elementwise", False)
+    """Whether a criterion, or the one that a partial with other numbers is made of, is marked as elementwise."""
+    if isinstance(criterion, partial):
+        given = (*criterion.args, *criterion.keywords.values())
+        return is_elementwise(criterion.func) and not any(isinstance(value, Tensor) for value in given)
+    # One that wraps a marked criterion has its attributes, but is another function.
+    return getattr(criterion, "elementwise", None) is criterion
 
 
 @criteria.register

@@ -184,11 +184,10 @@ class Grouping:
         part: the scores of a slice of the weight's first axis. Where no group spans it, one slice after the other is
             pooled, each so short that its scores stay in the cache.
         """
-        if self.split:
-            return self._pool(part(slice(None)), how)
         length, extent = self.shape[0], self.extents[0]
         spanned = extent == length
-        if spanned and how is not mean:
+        # An own pooling may look at the layer as a whole.
+        if self.split or how not in (mean, total, largest, l2) or (spanned and how is not mean):
             return self._pool(part(slice(None)), how)
         rows = max(1, PART // math.prod(self.shape[1:]))
         rows = rows if spanned else math.ceil(rows / extent) * extent
@@ -203,7 +202,10 @@ class Grouping:
             scores = part(slice(start, start + rows))
             grouping = shorter(len(scores))
             pooled.append(grouping.sum(scores) if spanned else grouping._pool(scores, how))
-        return (torch.stack(pooled).sum(0) / self.size).to(scores.dtype) if spanned else torch.cat(pooled)
+        return (torch.stack(pooled).sum(0) / self._size_on(scores)).to(scores.dtype) if spanned else torch.cat(pooled)
+
+    def _size_on(self, scores: Tensor) -> int | Tensor:
+        return self.size if isinstance(self.size, int) else self.size.to(scores.device)
 
     def _pool(self, scores: Tensor, how: Callable[[Grouping, Tensor], Tensor]) -> Tensor:
         pooled = how(self, scores)
@@ -283,8 +285,7 @@ poolings = Registry("pooling")
 @poolings.register
 def mean(grouping: Grouping, scores: Tensor) -> Tensor:
     """Sum over the group divided by its size."""
-    size = grouping.size if isinstance(grouping.size, int) else grouping.size.to(scores.device)
-    return grouping.sum(scores) / size
+    return grouping.sum(scores) / grouping._size_on(scores)
 
 
 @poolings.register(name="sum")

@@ -15,9 +15,9 @@ from .target import find_targets, parameter_of
 # Of ten million weights that are drawn at random a few are exactly zero. A share of zeros up to this is no sparsity.
 CHANCE = 1e-5
 
-
-# Steps in which means of squares decay from NEXT_TO_ZERO by far not to denormal numbers, which would be slow.
-REFRESH = 1000
+# Steps in which means of squares do not decay from NEXT_TO_ZERO to denormal numbers, which would be slow: with a decay
+# of 0.9 that takes 480 steps.
+REFRESH = 300
 
 
 class TrainingCallback(Callback):
@@ -47,6 +47,7 @@ class KeepSparsity(TrainingCallback):
         self.held_model = None if sparsifier is None else sparsifier.model
         self.recovers = sparsifier is None
         self.earlier: dict[str, Tensor] = {}  # masks of earlier Sparsifiers, by parameter name
+        self.steps = 0
         self.gradients_zeroed = False  # those of masked weights, in this step
         self.begun = False  # whether the fit is past its first batch
         self.stays = False  # whether a fit has left it on the Learner
@@ -76,9 +77,11 @@ class KeepSparsity(TrainingCallback):
         self.enforce()
 
     def before_batch(self):
-        "When the fit begins, take the masks from the zeros of the model, if they were not given"
+        "When the fit begins, take the masks from the zeros of the model, if they were not given; keep to them later"
         if self.recovers and not self.begun and self.learn.training:
             self.recover()
+        elif self.learn.training and not self._alone():
+            zero_weights(self._masked())
 
     def before_step(self):
         "Zero the gradients of masked weights"
@@ -86,11 +89,24 @@ class KeepSparsity(TrainingCallback):
 
     def after_step(self):
         "Zero the masked weights, if the optimizer may have moved them"
-        if not (self.gradients_zeroed and holds_zeros(self.learn.opt)):
+        if not (self.gradients_zeroed and holds_zeros(self.learn.opt) and self._alone()):
             zero_weights(self._masked())
         self.gradients_zeroed = False
-        if self.learn.train_iter % REFRESH == 0:
+        self.steps += 1
+        if self.steps % REFRESH == 0:
             zero_moments(self._masked(), self.learn.opt, squares=NEXT_TO_ZERO)
+
+    def _alone(self) -> bool:
+        """Whether no callback may change weights from batch to batch: all are fastai's and sparsifai's."""
+        return not any(
+            event in vars(callback) or (hasattr(type(callback), event) and not _is_known(type(callback)))
+            for callback in self.learn.cbs
+            for event in ("before_batch", "after_backward", "before_step", "after_step", "after_batch")
+        )
+
+    def before_train(self):
+        "Zero the masked weights and their moments, which a callback may have loaded"
+        self.enforce()
 
     def after_train(self):
         "Zero the masked weights, which a callback may have moved"
@@ -117,9 +133,9 @@ class KeepSparsity(TrainingCallback):
                 zeros, weights = zeros + int((~kept).sum()), weights + kept.numel()
                 if not kept.all():
                     masks[name] = kept
-        if zeros > CHANCE * weights:
+        if zeros > CHANCE * weights or any(map(_has_dead_filters, masks.values())):
             self._merge(masks)
-        if any((mask.flatten(1).any(1) == 0).any() for mask in self.earlier.values()):
+        if any(map(_has_dead_filters, self.earlier.values())):
             self._recover_dead_filters(model)
         self.enforce()
 
@@ -173,3 +189,12 @@ class KeepSparsity(TrainingCallback):
         zero_weights(masked)
         if self.learn.opt is not None:
             zero_moments(masked, self.learn.opt, squares=NEXT_TO_ZERO)
+
+
+def _is_known(kind: type) -> bool:
+    return kind.__module__.split(".")[0] in ("fastai", "sparsifai")
+
+
+def _has_dead_filters(kept: Tensor) -> bool:
+    """Whether a whole row of the first axis is zero."""
+    return not bool(kept.flatten(1).any(1).all())

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .parallel import is_sharded, own_shard
 
@@ -114,7 +115,10 @@ def holds_zeros(optimizer: Any) -> bool:
         return kind.__module__ in ("fastai.optimizer", "accelerate.optimizer") and holds_zeros(inner)
     if kind.__module__ == "fastai.optimizer":
         return all(getattr(step, "func", step).__module__ == "fastai.optimizer" for step in optimizer.cbs)
-    return any(kind is getattr(torch.optim, name) for name in _BY_WEIGHT)
+    if not any(kind is getattr(torch.optim, name) for name in _BY_WEIGHT):
+        return False
+    hooks = [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
+    return not any([*hooks, optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks])
 
 
 def _inner_of(optimizer: Any) -> Any:

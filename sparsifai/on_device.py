@@ -60,10 +60,10 @@ def select_on_device(layers: Sequence[DeviceLayer], sparsity: float) -> list[Ten
     candidate = torch.where(falling, ~alive, alive & ~best)
     amount = torch.where(falling, wanted, wanted - masked)
 
-    kernels = kernels_for(score)
-    if equal and kernels is not None:
-        number = (amount / size[0] + 0.5).floor().long()
-        falls = kernels.lowest(score, candidate, torch.minimum(number.clamp(min=0), candidate.sum()))
+    if equal:
+        number = torch.minimum((amount / size[0] + 0.5).floor().long().clamp(min=0), candidate.sum())
+        kernels = kernels_for(score)
+        falls = (kernels.lowest if kernels is not None else _lowest_of_equal_size)(score, candidate, number)
     else:
         falls = _lowest(score, candidate, size, amount)
     falls = torch.where(falling, falls, falls | ~alive)
@@ -75,6 +75,13 @@ def kernels_for(score: Tensor) -> ModuleType | None:
     if score.device.type != "cuda" or score.dtype != torch.float32 or find_spec("triton") is None:
         return None
     return import_module("sparsifai.on_device_triton")
+
+
+def _lowest_of_equal_size(score: Tensor, candidate: Tensor, number: Tensor) -> Tensor:
+    """True at the `number` candidates of lowest score, ties in index order."""
+    order = score.argsort(stable=True)
+    in_order = candidate[order]
+    return torch.empty_like(candidate).scatter_(0, order, in_order & (in_order.cumsum(0) <= number))
 
 
 def _lowest(score: Tensor, candidate: Tensor, size: Tensor, amount: Tensor) -> Tensor:

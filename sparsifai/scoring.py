@@ -64,7 +64,8 @@ def score_layer(
         all_of = scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool)
         sizes = grouping.size if isinstance(grouping.size, int) else grouping.size.to(mask.device)
         return DeviceLayer(target, all_of.to(mask.device), grouping.gather(mask), sizes, whole=not grouping.indexed)
-    alive = grouping.gather(mask).cpu().numpy()
+    alive = grouping.gather(mask).cpu().numpy().view()
+    alive.flags.writeable = False  # it can be the mask itself
     if by_element and grouping.single and mask.device.type == "cpu":
         weight = target.parameter.detach()
         if (
@@ -78,7 +79,7 @@ def score_layer(
     score = (scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool)).cpu().numpy()
     size = grouping.size if isinstance(grouping.size, int) else grouping.size.numpy()
     layer = ScoredLayer(target, score.__getitem__, alive, size, whole=not grouping.indexed)
-    layer.check(score)
+    layer.check(score[alive])
     return layer
 
 

@@ -94,6 +94,8 @@ def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.nda
         return [layer.masked for layer in layers]
     if wanted < masked:
         # A falling target: the best of the masked groups come back, no other one falls.
+        for layer in layers:
+            layer.check(layer.score[layer.alive])  # which are not ranked
         fallen, _ = _lowest(layers, [layer.masked for layer in layers], masked, wanted)
         return [falls & layer.masked for falls, layer in zip(fallen, layers, strict=True)]
     candidates = [layer.alive for layer in layers]
@@ -153,6 +155,8 @@ def _bracket(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], share:
     step = slice(None, None, round(2.5 * count ** (1 / 3)))
     drawn = [layer.part(step)[candidate[step]] for layer, candidate in zip(layers, candidates, strict=True)]
     sample = np.concatenate(drawn)
+    if not len(sample):
+        return -np.inf, np.inf
     middle = share * len(sample)
     if _equal_size(layers) is None:
         of_layer = [layer.size for layer in layers]
@@ -201,8 +205,9 @@ def _divide(
             part = slice(start, start + PART)
             score, is_candidate, is_below = layer.part(part), candidate[part], falls[part]
             is_between = between[: len(score)]
-            np.less(score, low, out=is_below)
-            np.greater(score, high, out=is_between)
+            with np.errstate(over="ignore"):  # a bracket of float64 scores may be infinite as a float32
+                np.less(score, low, out=is_below)
+                np.greater(score, high, out=is_between)
             above = above or bool((is_between & is_candidate).any())
             # Neither below nor above; NaN is neither, and so is found at no cost.
             np.equal(is_below, is_between, out=is_between)

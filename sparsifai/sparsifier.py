@@ -109,12 +109,14 @@ class Sparsifier:
         sparsity: fraction of the weights to be zero; or {pattern: fraction}, each ranked by the context on its own,
             of patterns that match a layer the last, layers that none matches left as they are.
         A rising sparsity only adds zeros. A falling one revives, with weights of zero. If anything fails, nothing
-        has changed.
+        has changed; but on a GPU, where nothing is read, NaN scores raise when `sparsity` or `report` is read next.
         """
         self._check_held("sparsify")
         wanted = check_sparsity(sparsity, compression_ratio)
-        if not is_elementwise(self.criteria):
-            self.apply_masks()  # what a step has made of masked weights has no part in the scores of others
+        asked = scopes(wanted, self.targets, self.dense, self.candidates, self.model)
+        falling = any(fraction < self.levels[name] for fraction, names in asked for name in names)
+        if falling or not is_elementwise(self.criteria):
+            self.apply_masks()  # so that what a step has made of masked weights has no part in scores, nor comes back
         masks, levels = self._build_masks(wanted)
         if any(levels[name] < self.levels[name] and self.groupings[name].drops_outputs for name in levels):
             warnings.warn(
@@ -122,8 +124,6 @@ class Sparsifier:
                 "layer no gradient reaches them, and they stay dead; let single weights come back, or re-initialize",
                 stacklevel=3,
             )
-        if any(levels[name] < self.levels[name] for name in levels):
-            self.apply_masks()  # so that weights come back as zeros
         self._set_masks(masks)
         self.levels = levels
         self.apply_masks()
@@ -132,11 +132,12 @@ class Sparsifier:
     def check(self, sparsity: Sparsity) -> None:
         """Do all that `sparsify` does but change anything: raises what it would raise."""
         self._check_held("check")
-        random = self.rng.get_state()
+        random, nan = self.rng.get_state(), dict(self._nan)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._build_masks(check_sparsity(sparsity))
         self.rng.set_state(random)
+        self._nan = nan
 
     @torch.no_grad()
     def _build_masks(self, sparsity: Sparsity) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -174,7 +175,8 @@ class Sparsifier:
 
     def _rank_on_device(self, scored: list[DeviceLayer], fraction: float) -> list[Tensor]:
         """Ask the context which groups fall, and read nothing: NaN is told of when something is read the next time."""
-        self._nan = {layer.target.name: layer.score.isnan().any() for layer in scored}
+        for layer in scored:
+            self._nan[layer.target.name] = layer.score.isnan().any() | self._nan.get(layer.target.name, False)
         return self.context(scored, fraction)  # type: ignore
 
     def _rank(self, scored: list[ScoredLayer], fraction: float) -> list[np.ndarray]:
@@ -310,7 +312,7 @@ class Sparsifier:
         model = self.model
         self.model = None  # type: ignore[assignment]
         self.candidates, self.targets, self.groupings, self.dense = {}, {}, {}, {}
-        self.followers, self.statistics = {}, {}
+        self.followers, self.statistics, self._nan = {}, {}, {}
         self._set_masks({})
         return model
 

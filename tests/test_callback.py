@@ -660,6 +660,22 @@ def test_layers_that_a_dictionary_does_not_name_take_no_part(make_learner):
     assert learn.recorder.values[-1][-1] == callback.sparsifier.sparsity == 120 / (144 + 192)
 
 
+def test_one_dead_filter_in_a_large_layer_is_none_by_chance(make_learner):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(128, 1500), nn.Linear(1500, 400), nn.Linear(400, 3))
+    with torch.no_grad():
+        model[3].weight[1] = 0  # 400 of some 800,000 weights would be no chance in any case
+        model[1].weight[0, :2] = 0
+        model[3].weight[1, 3:] = 1
+    learn = make_learner(model, cbs=KeepSparsity())
+    learn.fit(1, 0.1)
+    assert (model[3].weight[1, :3] != 0).any()
+    small = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten(), nn.Linear(192, 4000), nn.Linear(4000, 3))
+    with torch.no_grad():
+        small[0].weight[1] = 0  # 2 of some 780,000, a whole filter
+    make_learner(small, cbs=KeepSparsity()).fit(1, 0.1)
+    assert (small[0].weight[1] == 0).all()
+
+
 def test_keep_sparsity_alone_keeps_dead_filters_dead(make_learner):
     model = nn.Sequential(
         nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 8, 3), nn.GELU(),

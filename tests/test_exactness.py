@@ -1,5 +1,6 @@
 """Exact counts and exact masks on weights of every dtype, layout and kind of ties, by both rankings, against a sort."""
 
+import functools
 import math
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparsifai import Sparsifier, granularity, selection
+from sparsifai import Sparsifier, criteria, granularity, selection
+from sparsifai.criterion import is_elementwise
 
 LAYOUTS = {
     "contiguous": lambda weight: weight,
@@ -112,7 +114,8 @@ def test_masks_do_not_depend_on_the_number_of_threads():
     for threads in (1, 3):
         torch.set_num_threads(threads)
         try:
-            sparsifier = Sparsifier(model_of("normal", torch.float32, "contiguous"), "filter", layers=["0", "1"])
+            torch.manual_seed(0)
+            sparsifier = Sparsifier(nn.Sequential(nn.Linear(1000, 2000), nn.Linear(1000, 2000)), "filter", layers=["0"])
             sparsifier.sparsify(0.5)
         finally:
             torch.set_num_threads(1)
@@ -139,3 +142,52 @@ def test_one_nan_among_many_weights_is_found_and_nothing_is_changed(dtype, group
     assert sparsifier.levels == levels
     for old, new in zip(before, model.parameters(), strict=True):
         assert torch.equal(old.nan_to_num(), new.nan_to_num())
+
+
+def test_an_own_pooling_sees_the_layer_as_a_whole():
+    def relative(grouping, scores):
+        pooled = grouping.members(scores).sum(1)
+        return pooled / pooled.max()
+
+    model = nn.Sequential(nn.Linear(1024, 512), nn.Linear(512, 1024))
+    with torch.no_grad():
+        model[0].weight.abs_()
+        model[0].weight[:128] *= 1.5
+    sparsifier = Sparsifier(model, "filter", "local", pool=relative, layers=["0"])
+    sparsifier.sparsify(0.75)
+    assert sparsifier.masks["0.weight"].flatten().nonzero().flatten().tolist() == list(range(128))
+
+
+@pytest.mark.parametrize("criterion", ["large_final", lambda weight: weight.abs()])
+def test_what_a_step_has_made_of_masked_weights_does_not_decide_which_come_back(criterion):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 20))
+    sparsifier = Sparsifier(model, criteria=criterion)
+    sparsifier.sparsify(0.5)
+    masked = (~sparsifier.masks["0.weight"]).nonzero()
+    with torch.no_grad():
+        model[0].weight[tuple(masked[0])] = 9.0
+        model[0].weight[tuple(masked[1])] = float("nan")
+    sparsifier.sparsify(0.25)
+    assert not sparsifier.masks["0.weight"][tuple(masked[0])]
+    assert (~sparsifier.masks["0.weight"]).sum() == 100
+    assert (model[0].weight == 0).sum() == 200
+
+
+def test_a_criterion_that_wraps_an_elementwise_one_is_not_taken_for_one():
+    @functools.wraps(criteria["large_final"])
+    def centred(weight):
+        return (weight - weight.mean()).abs()
+
+    assert is_elementwise(criteria["large_final"])
+    assert is_elementwise(functools.partial(criteria["magnitude_increase"], alpha=0.5))
+    assert not is_elementwise(centred)
+    assert not is_elementwise(functools.partial(criteria["movement"], init=torch.zeros(3)))
+
+
+def test_an_own_context_cannot_change_the_masks():
+    def writes(layers, sparsity):
+        layers[0].alive[:] = False
+
+    with pytest.raises(ValueError, match="read-only"):
+        Sparsifier(nn.Sequential(nn.Linear(4, 4)), context=writes).sparsify(0.5)

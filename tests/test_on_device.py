@@ -160,6 +160,25 @@ def test_nan_is_told_of_when_something_is_read():
         sparsifier.sparsity  # noqa: B018
 
 
+def test_nan_in_any_scope_of_several_is_told_of():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sparsifier = as_on_device(Sparsifier(model))
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    sparsifier.check({"0": 0.5, "1": 0.5})
+    assert sparsifier.sparsity == 0  # what was only tried leaves nothing behind
+    sparsifier.sparsify({"0": 0.5, "1": 0.5})
+    with pytest.raises(ValueError, match="NaN scores for 0.weight"):
+        sparsifier.report()
+
+
+def test_groups_of_unequal_sizes_read_nothing():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(10, 8), nn.Linear(10, 8))
+    for axes in ({"in": 3}, {"out": 3}, {"out": 3, "in": 3}):
+        Sparsifier(model, lambda _, axes=axes: axes, layers=["0", "1"]).sparsify(0.5)
+
+
 def test_own_contexts_are_given_arrays_of_the_host():
     with torch.device("meta"):
         model = small_net()

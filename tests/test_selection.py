@@ -136,6 +136,33 @@ def test_many_groups_of_equal_size_against_a_stable_sort(values, share, masked_s
     assert (np.concatenate(select_groups(layers, share)) == expected).all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 5), st.floats(0, 1), st.booleans(), st.integers(0, 99))
+def test_many_groups_of_unequal_sizes_against_a_stable_sort(few, share, mostly_masked, seed):
+    rng = np.random.default_rng(seed)
+    masked = np.full(30_000, mostly_masked)
+    masked[rng.choice(30_000, few, replace=False)] = not mostly_masked
+    masked[-1] = False
+    score, size = rng.integers(0, 2000, 30_000).astype(np.float32), rng.integers(1, 5, 30_000)
+    falls = select_groups([layer(score, size, masked)], share)[0]
+    falling = share * size.sum() < size[masked].sum()
+    best = 29_999 - np.argmax(np.where(masked, -1, score)[::-1])
+    candidates = np.flatnonzero(masked if falling else ~masked & (np.arange(30_000) != best))
+    order = candidates[np.argsort(score[candidates], kind="stable")]
+    amount = share * size.sum() - (0 if falling else size[masked].sum())
+    expected = masked.copy() if not falling else np.zeros(30_000, bool)
+    expected[order[np.cumsum(size[order]) - size[order] / 2 <= amount]] = True
+    assert (falls == expected).all()
+
+
+def test_layers_of_different_precision_are_ranked_together():
+    wide = layer(np.linspace(1e300, 1e301, 30_000), dtype=np.float64)
+    narrow = layer(np.linspace(0, 3e38, 30_000))
+    with np.errstate(over="raise"):
+        falls = select_groups([wide, narrow], 0.75)
+    assert [each.sum() for each in falls] == [15_001, 29_999]
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0]), min_size=2, max_size=30),
