@@ -1,15 +1,19 @@
 """What sparsifai costs, beside a copy of the weights and beside other libraries.
 
     python -m benchmarks [--quick] [--section build apply step memory exactness scaling] [--out benchmarks/results]
+        [--threads N]
 
 Prints a table per section; writes all of it to results.json and a picture to results.png. FasterAI takes part if it is
-installed. All of it takes about ten minutes on two cores, --quick less than two.
+installed. --quick takes about two minutes on two cores that have nothing else to do, all of it about ten. On a busy
+machine use --threads 1: threads of torch that wait for each other take many times as long there.
 """
 
 import argparse
 import time
 import warnings
 from pathlib import Path
+
+import torch
 
 from benchmarks.peers import version_of_fasterai
 from benchmarks.report import write
@@ -36,6 +40,11 @@ if __name__ == "__main__":
     parser.add_argument("--section", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
     parser.add_argument("--quick", action="store_true", help="smaller models, fewer rounds")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument(
+        "--threads", type=int, help="of torch in steps and where masks are applied; by default, torch's"
+    )
     arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")  # those of other libraries, between the tables
     main(arguments.section, arguments.quick, arguments.out)

@@ -245,7 +245,10 @@ def apply(quick):
         for name in cases
     ]
     return Table(
-        "apply", f"resnet18 at 0.5, batch 16 of 64 px, SGD, {torch.get_num_threads()} threads", rows, "`step` is dense."
+        "apply",
+        f"resnet18 at 0.5, batch 16 of 64 px, SGD, threads: {torch.get_num_threads()}",
+        rows,
+        "`step` is dense.",
     )
 
 
@@ -303,7 +306,7 @@ def step(quick):
             rows.append({"optimizer": name, "target": target, **_step_columns(middle, target)})
     return Table(
         "step",
-        f"a fastai Learner on resnet18, batch 16 of 64 px, global magnitude, {torch.get_num_threads()} threads",
+        f"a fastai Learner on resnet18, batch 16 of 64 px, global magnitude, threads: {torch.get_num_threads()}",
         rows,
         "ms per batch. `moving`: the masks are updated in every batch, on the way from 0 to 0.9; `fixed`: at 0.9.",
     )
