@@ -1,7 +1,7 @@
 """Where: contexts, which say over what scope scores are ranked.
 
 A context is a function of the scored layers and the sparsity asked for. It returns, for each layer, a bool array
-over the groups: True where a group falls. `select_groups` of selection.py ranks any set of layers jointly, exactly.
+over the groups: True where a group stays. `select_groups` of selection.py ranks any set of layers jointly, exactly.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ contexts = Registry("context", check=_check)
 @contexts.register
 def local(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Every layer is ranked alone and reaches the target."""
-    return [falls for layer in layers for falls in select_groups([layer], sparsity)]
+    return [stays for layer in layers for stays in select_groups([layer], sparsity)]
 
 
 @contexts.register(name="global")
@@ -52,23 +52,22 @@ def ask(context: Context, layers: Sequence[ScoredLayer], sparsity: float, granul
     Warns where a share is asked for of which nothing can fall. granularity: its name, for the warning.
     """
     answer = context(layers, sparsity)
-    # An own context may keep what it returns; what is returned here is nobody else's.
-    own = context not in (local, global_)
-    fallen = (
-        [np.array(falls, copy=True if own else None) for falls in answer] if isinstance(answer, (list, tuple)) else []
-    )
-    if [(falls.dtype, falls.shape) for falls in fallen] != [(np.dtype(bool), layer.alive.shape) for layer in layers]:
+    stays = [np.asarray(kept) for kept in answer] if isinstance(answer, (list, tuple)) else []
+    if [(kept.dtype, kept.shape) for kept in stays] != [(np.dtype(bool), layer.alive.shape) for layer in layers]:
         raise ValueError(
             f"context {name_of(context)} must return a list with, for each layer, a bool array over its groups, True "
-            f"where one falls; got {[(falls.dtype.name, falls.shape) for falls in fallen] or type(answer).__name__}"
+            f"where one stays; got {[(kept.dtype.name, kept.shape) for kept in stays] or type(answer).__name__}"
         )
-    for layer, falls in zip(layers, fallen, strict=True):
-        if falls.all() and not layer.whole:
+    if context not in (local, global_):
+        # An own context may keep what it returns, and let come back what must not.
+        stays = [kept & (layer.alive | layer.revives) for layer, kept in zip(layers, stays, strict=True)]
+    for layer, kept in zip(layers, stays, strict=True):
+        if not kept.any() and not layer.whole:
             raise ValueError(f"context {name_of(context)} empties {layer.target.name}; a layer keeps its best group")
-    if sparsity > 0 and not any(falls.any() for falls in fallen) and not any(map(np.any, context(layers, 1.0))):
+    if sparsity > 0 and all(kept.all() for kept in stays) and all(kept.all() for kept in context(layers, 1.0)):
         warnings.warn(
             f"sparsity {sparsity:g} was asked for, but with granularity {granularity} and context {name_of(context)} "
             "no group can fall, for the best of every scope stays; choose smaller groups, or context 'global'",
             stacklevel=7,  # the line that calls sparsify
         )
-    return fallen
+    return stays

@@ -187,7 +187,7 @@ class Grouping:
         length, extent = self.shape[0], self.extents[0]
         spanned = extent == length
         # An own pooling may look at the layer as a whole.
-        if self.split or how not in (mean, total, largest, l2) or (spanned and how is not mean):
+        if self.split or how not in (mean, total, largest, l2) or (spanned and how not in (mean, total)):
             return self._pool(part(slice(None)), how)
         rows = max(1, PART // math.prod(self.shape[1:]))
         rows = rows if spanned else math.ceil(rows / extent) * extent
@@ -201,8 +201,9 @@ class Grouping:
         for start in range(0, length, rows):
             scores = part(slice(start, start + rows))
             grouping = shorter(len(scores))
-            pooled.append(grouping.sum(scores) if spanned else grouping._pool(scores, how))
-        return (torch.stack(pooled).sum(0) / self._size_on(scores)).to(scores.dtype) if spanned else torch.cat(pooled)
+            pooled.append(grouping.sum(scores) if how is mean else how(grouping, scores))
+        joined = torch.stack(pooled).sum(0) if spanned else torch.cat(pooled)
+        return (joined / self._size_on(scores) if how is mean else joined).to(scores.dtype)
 
     def _size_on(self, scores: Tensor) -> int | Tensor:
         return self.size if isinstance(self.size, int) else self.size.to(scores.device)
@@ -230,7 +231,11 @@ class Grouping:
             else:
                 cells += [cell, extent]
         spanned = tuple(axis for axis in range(1, len(cells), 2) if cells[axis] > 1)
-        return scores.reshape(cells).sum(spanned, dtype=torch.float64).flatten()
+        # The outermost axis first and alone: torch sums over axes that are apart much more slowly.
+        sums = scores.reshape(cells).to(torch.float64) if not spanned else scores.reshape(cells)
+        for axis in spanned:
+            sums = sums.sum(axis, dtype=torch.float64, keepdim=True)
+        return sums.flatten()
 
     def any_of(self, values: Tensor) -> Tensor:
         """Bool per weight -> bool per group: whether any weight of the group is true."""

@@ -1,4 +1,4 @@
-"""The exact ranking of selection.py for layers on a GPU: the same groups fall, and no value is read by the host.
+"""The exact ranking of selection.py for layers on a GPU: the same groups stay, and no value is read by the host.
 
 The host goes on while the GPU works, so a step costs what the kernels cost. What the host would have to read to decide
 (how much is masked, whether a layer would be emptied) is computed there for both cases, and the right one taken.
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class DeviceLayer:
     """One layer on a GPU; tensors have one entry per group, in index order.
 
-    score: float. alive: not zero already. size: weights in a group. whole: a group is the whole layer.
+    score: float. alive: not zero already. size: weights in a group. whole: a group is the whole layer. revives: whether
+    groups that are zero may come back.
     """
 
     target: Target
@@ -33,6 +34,7 @@ class DeviceLayer:
     alive: Tensor
     size: int | Tensor
     whole: bool = False
+    revives: bool = True
 
     def __len__(self) -> int:
         return len(self.alive)
@@ -44,7 +46,7 @@ class DeviceLayer:
 
 
 def select_on_device(layers: Sequence[DeviceLayer], sparsity: float) -> list[Tensor]:
-    """Rank the groups of `layers` in one list, as select_groups of selection.py does: True where a group falls."""
+    """Rank the groups of `layers` in one list, as select_groups of selection.py does: True where a group stays."""
     score = torch.cat([layer.score for layer in layers])
     alive = torch.cat([layer.alive for layer in layers])
     equal = all(isinstance(layer.size, int) and layer.size == layers[0].size for layer in layers)
@@ -66,8 +68,8 @@ def select_on_device(layers: Sequence[DeviceLayer], sparsity: float) -> list[Ten
         falls = (kernels.lowest if kernels is not None else _lowest_of_equal_size)(score, candidate, number)
     else:
         falls = _lowest(score, candidate, size, amount)
-    falls = torch.where(falling, falls, falls | ~alive)
-    return list(falls.split([len(layer) for layer in layers]))
+    stays = ((alive | falling) & ~falls).split([len(layer) for layer in layers])
+    return [kept if layer.revives else kept & layer.alive for layer, kept in zip(layers, stays, strict=True)]
 
 
 def kernels_for(score: Tensor) -> ModuleType | None:

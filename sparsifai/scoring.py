@@ -30,12 +30,13 @@ def score_layer(
     criterion: Criterion,
     values: Mapping[str, Any],
     pool: Callable,
+    revives: bool,
     on_device: bool = False,
 ) -> ScoredLayer | DeviceLayer:
     """Score every group of a layer.
 
-    mask: of the layer, as it is. values: the quantities that the criterion names. on_device: keep all on its GPU; it is
-        not looked for NaN then.
+    mask: of the layer, as it is. values: the quantities that the criterion names. revives: whether masked groups may
+        come back. on_device: keep all on its GPU; it is not looked for NaN then.
     ValueError if the criterion does not return one real score per weight, or, at once or when they are ranked, NaN.
     """
     by_element = is_elementwise(criterion)
@@ -63,7 +64,8 @@ def score_layer(
     if on_device:
         all_of = scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool)
         sizes = grouping.size if isinstance(grouping.size, int) else grouping.size.to(mask.device)
-        return DeviceLayer(target, all_of.to(mask.device), grouping.gather(mask), sizes, whole=not grouping.indexed)
+        alive, whole = grouping.gather(mask), not grouping.indexed
+        return DeviceLayer(target, all_of.to(mask.device), alive, sizes, whole, revives)
     alive = grouping.gather(mask).cpu().numpy().view()
     alive.flags.writeable = False  # it can be the mask itself
     if by_element and grouping.single and mask.device.type == "cpu":
@@ -74,12 +76,12 @@ def score_layer(
             and weight.is_contiguous()
             and not is_sharded(weight)
         ):
-            return ScoredLayer(target, partial(_magnitude, weight.numpy().reshape(-1)), alive)
-        return ScoredLayer(target, lambda part: scores_of(part).numpy(), alive)
+            return ScoredLayer(target, partial(_magnitude, weight.numpy().reshape(-1)), alive, revives=revives)
+        return ScoredLayer(target, lambda part: scores_of(part).numpy(), alive, revives=revives)
     score = (scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool)).cpu().numpy()
     size = grouping.size if isinstance(grouping.size, int) else grouping.size.numpy()
-    layer = ScoredLayer(target, score.__getitem__, alive, size, whole=not grouping.indexed)
-    layer.check(score[alive])
+    layer = ScoredLayer(target, score.__getitem__, alive, size, whole=not grouping.indexed, revives=revives)
+    layer.check(score, alive)
     return layer
 
 

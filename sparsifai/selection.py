@@ -1,4 +1,4 @@
-"""Exact ranking over a scope: which groups fall so that a given share of the weights is zero.
+"""Exact ranking over a scope: which groups stay when a given share of the weights is to be zero.
 
 The definition, which the tests check against a slow plain oracle:
 
@@ -9,6 +9,9 @@ The definition, which the tests check against a slow plain oracle:
    sparsity x weights of the scope; of two equally near sums the larger (round half up).
 
 No threshold decides: of equal scores exactly as many fall as are needed.
+
+How it is reached in about one pass over the scores: the order statistics of a sample bracket the score at which the
+falling ends. All groups are divided by the bracket, and only the few within it are ranked among themselves.
 """
 
 from __future__ import annotations
@@ -17,12 +20,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
-
 from .on_device import DeviceLayer, select_on_device
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class ScoredLayer:
 
     part: the scores of a slice of the groups, floats; called for one slice after the other, so that scores that are
     computed there need not be kept. alive: not zero already. size: weights in a group, one number where all groups
-    are equal. whole: a group is the whole layer; then the scope, not every layer, keeps its best group.
+    are equal. whole: a group is the whole layer; then the scope, not every layer, keeps its best group. revives:
+    whether groups that are zero may come back, for a lower sparsity than before was asked for.
     """
 
     target: Target
@@ -46,6 +47,7 @@ class ScoredLayer:
     alive: np.ndarray
     size: int | np.ndarray = 1
     whole: bool = False
+    revives: bool = True
 
     def __len__(self) -> int:
         return len(self.alive)
@@ -68,9 +70,10 @@ class ScoredLayer:
             return self.size * int(np.count_nonzero(chosen))
         return int(self.size[part][chosen].sum())
 
-    def check(self, score: np.ndarray) -> None:
-        """ValueError if there is NaN among scores of this layer."""
-        if np.isnan(score).any():
+    def check(self, score: np.ndarray, where: np.ndarray | bool = True) -> None:
+        """ValueError if there is NaN among scores of this layer. where: of all, those that matter."""
+        nan = np.isnan(score)
+        if nan.any() and (nan & where).any():
             raise ValueError(nan_message(self.target.name))
 
 
@@ -80,7 +83,7 @@ def nan_message(name: str) -> str:
 
 
 def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
-    """Rank the groups of `layers` in one list; for each layer a bool array, True where a group falls.
+    """Rank the groups of `layers` in one list; for each layer a bool array, True where a group stays.
 
     Of layers on a GPU, which the host does not look into, on_device.py does the same.
     """
@@ -91,56 +94,58 @@ def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.nda
     wanted, masked = sparsity * total, total - alive
     size = _equal_size(layers)
     if size is not None and math.floor(wanted / size + 0.5) == masked // size:
-        return [layer.masked for layer in layers]
+        return [layer.alive for layer in layers]
     if wanted < masked:
-        # A falling target: the best of the masked groups come back, no other one falls.
-        for layer in layers:
-            layer.check(layer.score[layer.alive])  # which are not ranked
-        fallen, _ = _lowest(layers, [layer.masked for layer in layers], masked, wanted)
-        return [falls & layer.masked for falls, layer in zip(fallen, layers, strict=True)]
+        return _revive(layers, masked, wanted)
     candidates = [layer.alive for layer in layers]
-    fallen, far = _lowest(layers, candidates, alive, wanted - masked)
+    stays, far = _all_but_lowest(layers, candidates, alive, wanted - masked)
     # The best group of a layer is the last of it to fall: while it is not near, it need not be looked for. With groups
     # of one size, only that of a layer that would be emptied counts; without, that of every layer may.
     at_once = size is None or all(layer.whole for layer in layers)
-    if far or (size is not None and not _empties(layers, fallen)):
-        return fallen
+    if far or (size is not None and not _empties(layers, stays)):
+        return stays
     best: dict[int, np.ndarray] = {}
-    while emptied := [n for n, falls in enumerate(fallen) if n not in best and (at_once or falls.all())]:
+    while emptied := [n for n, kept in enumerate(stays) if n not in best and (at_once or not kept.any())]:
         best.update(zip(emptied, _best([layers[number] for number in emptied]), strict=True))
         for number in emptied:
             candidates[number] = layers[number].alive.copy()
             candidates[number][best[number]] = False
         available = sum(map(ScoredLayer.weights, layers, candidates))
-        fallen, _ = _lowest(layers, candidates, available, wanted - masked)
+        stays, _ = _all_but_lowest(layers, candidates, available, wanted - masked)
         for number, index in best.items():
-            fallen[number][index] = False
-    return fallen
+            stays[number][index] = True
+    return stays
 
 
-def _lowest(
+def _revive(layers: Sequence[ScoredLayer], masked: int, wanted: float) -> list[np.ndarray]:
+    """A falling target: the best of the masked groups come back, no other one falls."""
+    for layer in layers:
+        layer.check(layer.score, layer.alive)  # which are not ranked
+    back, _ = _all_but_lowest(layers, [layer.masked for layer in layers], masked, wanted)
+    return [layer.alive | kept if layer.revives else layer.alive for layer, kept in zip(layers, back, strict=True)]
+
+
+def _all_but_lowest(
     layers: Sequence[ScoredLayer], candidates: list[np.ndarray], available: int, amount: float
 ) -> tuple[list[np.ndarray], bool]:
-    """Which groups do not stay: those candidates of lowest score whose sizes add up to the nearest of `amount`, and
-    all that are no candidates. And whether every layer has candidates far above where the falling ends.
+    """Which candidates stay: all but those of lowest score whose sizes add up to the nearest of `amount`.
 
-    available: weights of all candidates.
-    The order statistics of a sample bracket the score at which the falling ends. One pass, in parts that stay in the
-    cache, divides all groups by the bracket and collects the few within, which alone are ranked. A bracket that
-    misses, or holds heavy ties, costs time and nothing else.
+    available: weights of all candidates. Also returns whether every layer has candidates far above where the falling
+    ends. A bracket that misses, or holds heavy ties, costs time and nothing else.
     """
     low, high = _bracket(layers, candidates, min(amount / max(available, 1), 1.0))
-    fallen, within, below, far = _divide(layers, candidates, low, high)
+    stays, within, weights, far = _divide(layers, candidates, low, high)
+    below = available - weights
     ahead = below + sum(each.weights for each in within)
     if amount < below or (amount >= ahead and high < np.inf):
         low, high = (-np.inf, low) if amount < below else (high, np.inf)
-        fallen, within, below, far = _divide(layers, candidates, low, high)
+        stays, within, weights, far = _divide(layers, candidates, low, high)
+        below = available - weights
     falls = _first(within, amount - below, _equal_size(layers))
-    for each, chosen in zip(
-        within, np.split(falls, np.cumsum([len(each.places) for each in within])[:-1]), strict=True
-    ):
-        fallen[each.layer][each.places[chosen]] = True
-    return fallen, far
+    ends = np.cumsum([len(each.places) for each in within])
+    for each, fallen in zip(within, np.split(falls, ends[:-1]), strict=True):
+        stays[each.layer][each.places[fallen]] = False
+    return stays, far
 
 
 def _bracket(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], share: float) -> tuple[float, float]:
@@ -195,37 +200,31 @@ class _Within:
 def _divide(
     layers: Sequence[ScoredLayer], candidates: list[np.ndarray], low: float, high: float
 ) -> tuple[list[np.ndarray], list[_Within], int, bool]:
-    """For each layer, True where a group is no candidate or scores below `low`; what lies from `low` to `high`; the
-    weights of the candidates below; and whether every layer has candidates above."""
-    fallen, within, below, far = [], [], 0, True
-    between = np.empty(PART, bool)
-    for number, (layer, candidate) in enumerate(zip(layers, candidates, strict=True)):
-        falls, above = np.empty(len(layer), bool), False
-        for start in range(0, len(layer), PART):
-            part = slice(start, start + PART)
-            score, is_candidate, is_below = layer.part(part), candidate[part], falls[part]
-            is_between = between[: len(score)]
-            with np.errstate(over="ignore"):  # a bracket of float64 scores may be infinite as a float32
-                np.less(score, low, out=is_below)
-                np.greater(score, high, out=is_between)
-            above = above or bool((is_between & is_candidate).any())
-            # Neither below nor above; NaN is neither, and so is found at no cost.
-            np.equal(is_below, is_between, out=is_between)
-            is_between &= is_candidate
-            is_below &= is_candidate
-            places = np.flatnonzero(is_between)
-            layer.check(score[places])
-            size = layer.size if isinstance(layer.size, int) else layer.size[part][places]
-            within.append(_Within(number, start + places, score[places], size))
-            below += (
-                layer.size * np.count_nonzero(is_below)
-                if isinstance(layer.size, int)
-                else int(layer.size[part][is_below].sum())
-            )
-            np.greater_equal(is_below, is_candidate, out=is_below)  # or no candidate
-        fallen.append(falls)
-        far = far and above
-    return fallen, within, below, far
+    """For each layer, True at the candidates that do not score below `low`, and the weights of all these; what of them
+    lies no higher than `high`; and whether every layer has candidates above."""
+    all_stay, within, weights, far = [], [], 0, True
+    scratch = np.empty(PART, bool)
+    with np.errstate(over="ignore"):  # a bracket of float64 scores may be infinite as a float32
+        for number, (layer, candidate) in enumerate(zip(layers, candidates, strict=True)):
+            stays, has_above = np.empty(len(layer), bool), False
+            for start in range(0, len(layer), PART):
+                part = slice(start, start + PART)
+                score, stay = layer.part(part), stays[part]
+                flag = scratch[: len(score)]
+                np.less(score, low, out=flag)
+                np.greater(candidate[part], flag, out=stay)
+                weights += layer.weights(stay, part)
+                np.greater(score, high, out=flag)
+                has_above = has_above or bool((stay & flag).any())
+                np.greater(stay, flag, out=flag)
+                # NaN, neither below nor above, is among these, and so is found at no cost.
+                places = np.flatnonzero(flag)
+                layer.check(score[places])
+                size = layer.size if isinstance(layer.size, int) else layer.size[part][places]
+                within.append(_Within(number, start + places, score[places], size))
+            all_stay.append(stays)
+            far = far and has_above
+    return all_stay, within, weights, far
 
 
 def _first(within: list[_Within], amount: float, size: int | None) -> np.ndarray:
@@ -257,9 +256,9 @@ def _equal_size(layers: Sequence[ScoredLayer]) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _empties(layers: Sequence[ScoredLayer], fallen: list[np.ndarray]) -> bool:
+def _empties(layers: Sequence[ScoredLayer], stays: list[np.ndarray]) -> bool:
     """Whether a layer has no group left; if groups are whole layers, whether none of the layers is left."""
-    empty = [bool(falls.all()) for falls in fallen]
+    empty = [not kept.any() for kept in stays]
     return all(empty) if all(layer.whole for layer in layers) else any(empty)
 
 
@@ -298,15 +297,9 @@ def bundle(layer: ScoredLayer, count: int) -> tuple[ScoredLayer, np.ndarray]:
         alive=np.bincount(of_group, weights=layer.masked) == 0,
         size=np.bincount(of_group, weights=np.broadcast_to(layer.size, len(order))).astype(np.int64),
         whole=layer.whole,
+        revives=layer.revives,
     )
     return joined, of_group
-
-
-def survivors(alive: Any, falls: Any) -> Tensor:
-    """Alive and not fallen; on the CPU, in the memory of `falls`."""
-    if isinstance(falls, np.ndarray):
-        return torch.from_numpy(np.greater(alive, falls, out=falls))
-    return alive & ~falls
 
 
 def all_equal(layers: Sequence[ScoredLayer]) -> bool:

@@ -27,7 +27,7 @@ from .parallel import agree, group_of, groups_of_shards, is_sharded, reshard, un
 from .registry import name_of
 from .report import Count, Report
 from .scoring import copied, score_layer
-from .selection import ScoredLayer, all_equal, bundle, nan_message, survivors
+from .selection import ScoredLayer, all_equal, bundle, nan_message
 from .state import check_state
 from .statistic import quantities
 from .target import Target, find_targets, parameter_of, scopes, why_dense
@@ -144,26 +144,26 @@ class Sparsifier:
         """Score, rank, mask: the masks and levels of all layers for a sparsity."""
         random = self.rng.get_state()
         masks, levels = dict(self.masks), dict(self.levels)
+        on_device = self._on_device
+        rank = self._rank_on_device if on_device else self._rank
         try:
             for fraction, names in scopes(sparsity, self.targets, self.dense, self.candidates, self.model):
-                scored = [self._score(name) for name in names]
-                rank = self._rank_on_device if self._on_device else self._rank
-                for layer, falls in zip(scored, rank(scored, fraction), strict=True):
+                scored = [self._score(name, fraction < levels[name], on_device) for name in names]
+                for layer, stays in zip(scored, rank(scored, fraction), strict=True):
                     name = layer.target.name
-                    # Ranked first, masked groups fall again; but the sum of sizes that is nearest to a rising level can
-                    # be a little below what is masked already.
-                    kept = survivors(layer.alive if fraction >= levels[name] else True, falls)
-                    masks[name], levels[name] = self._mask_of(name, kept), fraction
+                    levels[name] = fraction
+                    if stays is not layer.alive:
+                        masks[name] = self._mask_of(name, torch.as_tensor(stays))
         except BaseException:
             self.rng.set_state(random)
             raise
         return masks, levels
 
-    def _score(self, name: str) -> Any:
+    def _score(self, name: str, revives: bool, on_device: bool) -> Any:
         """Score every group of a layer, from the quantities that the criterion names."""
         values = {quantity: self._quantity(quantity, name) for quantity in quantities_of(self.criteria)}
-        target, grouping = self.targets[name], self.groupings[name]
-        return score_layer(target, grouping, self.masks[name], self.criteria, values, self.pool, self._on_device)
+        target, grouping, mask = self.targets[name], self.groupings[name], self.masks[name]
+        return score_layer(target, grouping, mask, self.criteria, values, self.pool, revives, on_device)
 
     @property
     def _on_device(self) -> bool:
@@ -174,13 +174,13 @@ class Sparsifier:
         return alone and built_in and len(devices) == 1 and devices.pop().type in ("cuda", "meta")
 
     def _rank_on_device(self, scored: list[DeviceLayer], fraction: float) -> list[Tensor]:
-        """Ask the context which groups fall, and read nothing: NaN is told of when something is read the next time."""
+        """Ask the context which groups stay, and read nothing: NaN is told of when something is read the next time."""
         for layer in scored:
             self._nan[layer.target.name] = layer.score.isnan().any() | self._nan.get(layer.target.name, False)
         return self.context(scored, fraction)  # type: ignore
 
     def _rank(self, scored: list[ScoredLayer], fraction: float) -> list[np.ndarray]:
-        """Ask the context which groups fall."""
+        """Ask the context which groups stay."""
         ranked = scored
         if self.round_to is not None:
             ranked, bundles = zip(*(bundle(layer, self.round_to) for layer in scored), strict=True)
@@ -192,11 +192,11 @@ class Sparsifier:
                 "all scores are equal, so weights fall in index order; train before the first update",
                 stacklevel=6,
             )
-        fallen = ask(self.context, ranked, fraction, name_of(self.granularity))
+        stays = ask(self.context, ranked, fraction, name_of(self.granularity))
         if self.round_to is not None:
-            fallen = [falls[of_group] for falls, of_group in zip(fallen, bundles, strict=True)]
+            stays = [kept[of_group] for kept, of_group in zip(stays, bundles, strict=True)]
         groups = groups_of_shards(self.model) if self.group is None else [self.group]
-        return agree(fallen, groups, ranked[0].target.parameter.device)
+        return agree(stays, groups, ranked[0].target.parameter.device)
 
     def apply_masks(self, model: nn.Module | None = None) -> None:
         """Set the masked weights to zero, and with whole outputs what stands behind them: to be called after a step.

@@ -35,8 +35,8 @@ class Weights:
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(groups, min_size=1, max_size=4), st.floats(0, 1), st.booleans(), st.booleans())
-def test_the_same_groups_fall_as_on_the_host(layers, sparsity, equal, whole):
+@given(st.lists(groups, min_size=1, max_size=4), st.floats(0, 1), st.booleans(), st.booleans(), st.booleans())
+def test_the_same_groups_stay_as_on_the_host(layers, sparsity, equal, whole, revives):
     if whole:
         layers = [rows[:1] for rows in layers]
     # No update leaves a layer empty, so none begins with an empty one.
@@ -47,11 +47,11 @@ def test_the_same_groups_fall_as_on_the_host(layers, sparsity, equal, whole):
         size = 3 if equal else np.array([row[1] for row in rows])
         alive = np.array([not row[2] for row in rows])
         count = 3 * len(rows) if equal else int(size.sum())
-        host.append(ScoredLayer(None, score.__getitem__, alive, size, whole))
+        host.append(ScoredLayer(None, score.__getitem__, alive, size, whole, revives or not host))
         size = size if equal else torch.tensor(size)
-        device.append(DeviceLayer(Weights(count), torch.tensor(score), torch.tensor(alive), size, whole))
-    expected = [falls.tolist() for falls in select_groups(host, sparsity)]
-    assert [falls.tolist() for falls in select_on_device(device, sparsity)] == expected
+        device.append(DeviceLayer(Weights(count), torch.tensor(score), torch.tensor(alive), size, whole, host[-1].revives))
+    expected = [stays.tolist() for stays in select_groups(host, sparsity)]
+    assert [stays.tolist() for stays in select_on_device(device, sparsity)] == expected
 
 
 def as_on_device(sparsifier):

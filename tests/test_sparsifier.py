@@ -427,7 +427,7 @@ def test_own_context_is_a_function(net):
 
         return [
             contexts["local"]([layers[0]], sparsity)[0],
-            *(np.zeros(len(layer.score), bool) for layer in layers[1:]),
+            *(np.ones(len(layer.score), bool) for layer in layers[1:]),
         ]
 
     sparsifier = Sparsifier(net, context=only_the_first)
@@ -440,7 +440,7 @@ def test_own_context_is_a_function(net):
 )
 def test_what_is_no_answer_of_a_context_is_an_error(net, wrong):
     with pytest.raises(
-        ValueError, match="must return a list with, for each layer, a bool array over its groups, True where one falls"
+        ValueError, match="must return a list with, for each layer, a bool array over its groups, True where one stays"
     ):
         Sparsifier(net, context=wrong).sparsify(0.5)
 
@@ -595,12 +595,28 @@ def test_half_precision_is_scored_in_single():
     assert seen == [(torch.float32, torch.float32)]
 
 
-def test_a_context_that_empties_a_layer_is_an_error(net):
-    def everything(layers, sparsity):
-        return [np.ones(len(layer.score), bool) for layer in layers]
+def test_under_a_rising_level_no_context_lets_anything_come_back(net):
+    def always_the_last(layers, sparsity):
+        kept = [np.zeros(len(layer.score), bool) for layer in layers]
+        for each in kept:
+            each[-1 if sparsity < 0.7 else 0] = True
+            each[1] = True
+        return kept
 
-    with pytest.raises(ValueError, match="context everything empties 0.weight; a layer keeps its best group"):
-        Sparsifier(net, context=everything).sparsify(0.5)
+    sparsifier = Sparsifier(net, context=always_the_last)
+    sparsifier.sparsify(0.5)
+    sparsifier.sparsify(0.9)
+    assert all(mask.flatten().nonzero().tolist() == [[1]] for mask in sparsifier.masks.values())
+    sparsifier.sparsify(0.6)
+    assert all(mask.sum() == 2 for mask in sparsifier.masks.values())
+
+
+def test_a_context_that_empties_a_layer_is_an_error(net):
+    def nothing(layers, sparsity):
+        return [np.zeros(len(layer.score), bool) for layer in layers]
+
+    with pytest.raises(ValueError, match="context nothing empties 0.weight; a layer keeps its best group"):
+        Sparsifier(net, context=nothing).sparsify(0.5)
 
 
 def test_autograd_sees_that_a_weight_was_written(mlp):
