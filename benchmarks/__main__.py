@@ -15,10 +15,23 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.applying import apply
+from benchmarks.exactness import exactness
+from benchmarks.memory import memory
 from benchmarks.peers import version_of_fasterai
 from benchmarks.report import write
-from benchmarks.sections import SECTIONS
 from benchmarks.timing import Others, surroundings
+from benchmarks.training import step
+from benchmarks.updates import build, scaling
+
+SECTIONS = {
+    "build": build,
+    "apply": apply,
+    "step": step,
+    "memory": memory,
+    "exactness": exactness,
+    "scaling": scaling,
+}
 
 
 def main(names, quick, folder):

@@ -1,4 +1,4 @@
-"""Peak memory of one way to update masks, measured in a process of its own: the system's count, so nothing is missed.
+"""Section `memory`: the peak of one way to update masks, counted by the system in a process of its own.
 
     python -m benchmarks.memory sparsifai resnet18 --context global --criteria large_final --granularity weight
 
@@ -15,10 +15,45 @@ from pathlib import Path
 import torch
 import torchvision
 
-from benchmarks.peers import FasterAI, TorchPrune, kinds_of, layers_of
+from benchmarks.models import MISSING
+from benchmarks.peers import FasterAI, TorchPrune, fasterai_is_installed, kinds_of, layers_of
+from benchmarks.report import Table
 from sparsifai import Sparsifier
 
 LIBRARIES = ("sparsifai", "FasterAI", "torch prune")
+
+
+def memory(quick):
+    "Bytes per weight beyond those of the dense model"
+    if not Path("/proc/self/clear_refs").exists():
+        return Table("memory", "needs Linux, which counts the peak")
+    cases = {
+        "global magnitude": ("global", "large_final", "weight"),
+        "local magnitude": ("local", "large_final", "weight"),
+        "global movement": ("global", "movement", "weight"),
+        "global filter": ("global", "large_final", "filter"),
+    }
+    if quick:
+        cases = {"global magnitude": cases["global magnitude"]}
+    rows = []
+    for model in ("resnet18",) if quick else ("resnet18", "resnet50"):
+        for case, (context, criteria, granularity) in cases.items():
+            columns = {}
+            for library in ("sparsifai", "FasterAI", "torch prune"):
+                if library == "torch prune" and (criteria, granularity) != ("large_final", "weight"):
+                    peak, kept = None, None
+                elif library == "FasterAI" and not fasterai_is_installed():
+                    peak, kept = MISSING, MISSING
+                else:
+                    peak, kept = bytes_per_weight(library, model, context, criteria, granularity)
+                columns |= {f"{library} peak": peak, f"{library} kept": kept}
+            rows.append({"model": model, "case": case, **columns})
+    return Table(
+        "memory",
+        "bytes per weight beyond the dense model, at the peak of an update near 0.5 and after it",
+        rows,
+        "Counted by the system, each in a fresh process. What movement compares with, 4 bytes, is among them.",
+    )
 
 
 def bytes_per_weight(library, model, context, criteria="large_final", granularity="weight"):

@@ -10,7 +10,6 @@ from typing import Any
 from .argument import check_every, check_round_to, check_seed, check_sparsity, resolve_axes, scaled
 from .keep import KeepSparsity, TrainingCallback
 from .learner import Column, Curves, Trackers, notify
-from .masking import NEXT_TO_ZERO, zero_moments
 from .parallel import group_of, unwrapped
 from .report import Count, percent
 from .schedule import between, progress, schedules
@@ -188,10 +187,9 @@ class SparsifyCallback(TrainingCallback):
     def _go_to(self, t: float) -> None:
         reached = self._level_at(t)
         if reached != self._reached:
-            before = self.sparsifier.masks
-            self.sparsifier.sparsify(scaled(self.sparsity, reached))
+            # KeepSparsity, before this in order, has seen to it that all that is masked is zero.
+            self.sparsifier.update_masks(scaled(self.sparsity, reached), self.learn.opt)
             self._reached, self._moved = reached, True
-            zero_moments(self.sparsifier.newly_masked(before), self.learn.opt, squares=NEXT_TO_ZERO)
 
     def _is_short(self) -> bool:
         """Whether the level is another than the fit shall end at."""

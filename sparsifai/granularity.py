@@ -284,6 +284,18 @@ class Grouping:
         return set(self.indexed) <= {"in"}
 
 
+def grouping_of(granularity: Granularity, axes: Axes, convolution_groups: int, fewest: int) -> Grouping | str:
+    """How the granularity groups the weights of a layer, or why it cannot. fewest: groups of it that have to stay."""
+    try:
+        grouping = Grouping.of(granularity, axes, convolution_groups)
+    except UnavailableError as error:
+        return str(error)
+    groups = math.prod(grouping.grid)
+    if grouping.indexed and groups < 2 * fewest:
+        return f"has {groups} group{'s' * (groups > 1)}, of which {fewest} must stay"
+    return grouping
+
+
 poolings = Registry("pooling")
 
 

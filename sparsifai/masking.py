@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .parallel import is_sharded, own_shard
+from .selection import PART
 
 Masked = Iterable[tuple[nn.Parameter, Tensor]]
 
@@ -35,8 +36,12 @@ def newly_masked(parameter: nn.Parameter, before: Tensor, mask: Tensor) -> Tenso
     plain = mask.device.type == "cpu" and parameter.is_contiguous() and not is_sharded(parameter)
     if mask.shape != parameter.shape or not plain:
         return mask
-    places = np.flatnonzero(before.numpy() > mask.numpy())
-    return torch.from_numpy(places) if 32 * len(places) < len(parameter.flatten()) else mask
+    earlier, now, places = before.numpy().reshape(-1), mask.numpy().reshape(-1), []
+    for start in range(0, len(now), PART):
+        part = slice(start, start + PART)
+        places.append(start + np.flatnonzero(earlier[part] > now[part]))
+    count = sum(map(len, places))
+    return torch.from_numpy(np.concatenate(places)) if 32 * count < len(now) else mask
 
 
 def zero_masked(tensor: Tensor, mask: Tensor, zero: float = 0.0) -> None:

@@ -23,6 +23,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from .on_device import DeviceLayer, select_on_device
 
 if TYPE_CHECKING:

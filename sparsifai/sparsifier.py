@@ -5,7 +5,6 @@ The core of the library is `Sparsifier.sparsify`; what it calls are the function
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -20,8 +19,8 @@ from .context import Context, ask, global_, local
 from .criterion import Criterion, is_elementwise, quantities_of
 from .flow import find_flow
 from .follower import find_followers, masks_of_followers
-from .granularity import Granularity, Grouping, UnavailableError
-from .masking import newly_masked, zero_gradients, zero_moments, zero_weights
+from .granularity import Granularity, grouping_of
+from .masking import NEXT_TO_ZERO, newly_masked, zero_gradients, zero_moments, zero_weights
 from .on_device import DeviceLayer
 from .parallel import agree, group_of, groups_of_shards, is_sharded, reshard, unwrapped, whole
 from .registry import name_of
@@ -30,7 +29,7 @@ from .scoring import copied, score_layer
 from .selection import ScoredLayer, all_equal, bundle, nan_message
 from .state import check_state
 from .statistic import quantities
-from .target import Target, find_targets, parameter_of, scopes, why_dense
+from .target import find_targets, parameter_of, scopes, why_dense
 
 
 class Sparsifier:
@@ -84,11 +83,12 @@ class Sparsifier:
         self.rng = torch.Generator().manual_seed(check_seed(seed))
         flow = cache(partial(find_flow, model, example_input))
         self.candidates = find_targets(model)
-        groupings = {name: self._grouping(target) for name, target in self.candidates.items()}
+        groupings = {
+            name: grouping_of(self.granularity, target.axes, target.convolution_groups, self.round_to or 1)
+            for name, target in self.candidates.items()
+        }
         self.dense = why_dense(model, self.candidates, groupings, flow, layers, exclude)
         self.targets = {name: target for name, target in self.candidates.items() if name not in self.dense}
-        if not self.targets:
-            raise ValueError(f"Sparsifier: no layer of {type(model).__name__} is left to sparsify; {self._reasons()}")
         self.groupings = {
             name: each for name, each in groupings.items() if name in self.targets and not isinstance(each, str)
         }
@@ -117,17 +117,36 @@ class Sparsifier:
         falling = any(fraction < self.levels[name] for fraction, names in asked for name in names)
         if falling or not is_elementwise(self.criteria):
             self.apply_masks()  # so that what a step has made of masked weights has no part in scores, nor comes back
-        masks, levels = self._build_masks(wanted)
+        self._update(wanted)
+        self.apply_masks()
+        self._take("update")
+
+    @torch.no_grad()
+    def update_masks(self, sparsity: Sparsity, optimizer: Any = None) -> None:
+        """What `sparsify` and `mask_moments` do, for less: to be called where all that is masked is zero.
+
+        So it is after `apply_masks`, or after a step before which gradients and moments were masked, of an optimizer
+        that works weight by weight. Only what is newly masked is then set to zero.
+        """
+        self._check_held("update_masks")
+        before = self.masks
+        self._update(check_sparsity(sparsity))
+        zero_weights(newly := self._newly_masked(before))
+        if optimizer is not None:
+            zero_moments(newly, optimizer, squares=NEXT_TO_ZERO)
+        self._take("update")
+
+    def _update(self, sparsity: Sparsity) -> None:
+        """Build masks and take them for one's own; weights are left as they are."""
+        masks, levels = self._build_masks(sparsity)
         if any(levels[name] < self.levels[name] and self.groupings[name].drops_outputs for name in levels):
             warnings.warn(
                 "outputs that come back start at zero, and so does what stands behind them: behind a ReLU or a norm "
                 "layer no gradient reaches them, and they stay dead; let single weights come back, or re-initialize",
-                stacklevel=3,
+                stacklevel=4,
             )
         self._set_masks(masks)
         self.levels = levels
-        self.apply_masks()
-        self._take("update")
 
     def check(self, sparsity: Sparsity) -> None:
         """Do all that `sparsify` does but change anything: raises what it would raise."""
@@ -144,8 +163,7 @@ class Sparsifier:
         """Score, rank, mask: the masks and levels of all layers for a sparsity."""
         random = self.rng.get_state()
         masks, levels = dict(self.masks), dict(self.levels)
-        on_device = self._on_device
-        rank = self._rank_on_device if on_device else self._rank
+        rank = self._rank_on_device if (on_device := self._on_device) else self._rank
         try:
             for fraction, names in scopes(sparsity, self.targets, self.dense, self.candidates, self.model):
                 scored = [self._score(name, fraction < levels[name], on_device) for name in names]
@@ -190,7 +208,7 @@ class Sparsifier:
             warnings.warn(
                 f"criterion {name_of(self.criteria)} compares with an earlier value, and nothing has changed since it: "
                 "all scores are equal, so weights fall in index order; train before the first update",
-                stacklevel=6,
+                stacklevel=7,
             )
         stays = ask(self.context, ranked, fraction, name_of(self.granularity))
         if self.round_to is not None:
@@ -333,24 +351,6 @@ class Sparsifier:
         # A group of processes cannot be copied or pickled; a copy is alone.
         return {**vars(self), "group": None}
 
-    def _reasons(self) -> str:
-        reasons = [f"{name}: {reason}" for name, reason in self.dense.items()]
-        more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
-        if not reasons:
-            return "no weights with named axes; name those of its layers: register_layer(kind, weight=('out', 'in'))"
-        return f"{'; '.join(reasons[:5])}{more}. Choose another granularity, or name layers in layers="
-
-    def _grouping(self, target: Target) -> Grouping | str:
-        """How the granularity groups the weights of a layer, or why it cannot."""
-        try:
-            grouping = Grouping.of(self.granularity, target.axes, target.convolution_groups)
-        except UnavailableError as error:
-            return str(error)
-        groups = math.prod(grouping.grid)
-        if grouping.indexed and groups < 2 * (self.round_to or 1):
-            return f"has {groups} group{'s' * (groups > 1)}, of which {self.round_to or 1} must stay"
-        return grouping
-
     def _set_masks(self, masks: dict[str, Tensor]) -> None:
         self.masks = masks
         self.follower_masks = masks_of_followers(self.followers, masks, self.targets, self.groupings)
@@ -368,7 +368,7 @@ class Sparsifier:
                 pairs.append((parameter, mask))
         return pairs
 
-    def newly_masked(self, before: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
+    def _newly_masked(self, before: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
         """As masked_parameters, but of weights only those that the masks `before` did not mask. See masking.py."""
         weights = {id(self.targets[name].parameter): before[name] for name in self.masks}
         return [

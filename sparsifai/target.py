@@ -215,7 +215,8 @@ def parameter_of(model: nn.Module, name: str, mask: Tensor) -> nn.Parameter:
     """The parameter of a name, in any wrapper of torch. ValueError if it is not there or the mask does not fit it."""
     try:
         parameter = attrgetter(name)(unwrapped(model))
-        torch.broadcast_shapes(parameter.shape, mask.shape)
+        if parameter.shape != mask.shape:
+            torch.broadcast_shapes(parameter.shape, mask.shape)
     except (AttributeError, RuntimeError) as error:
         raise ValueError(
             f"{type(model).__name__} is no copy of the model that was masked, in {name}: {error}"
@@ -280,7 +281,8 @@ def why_dense(
     layers: Any = None,
     exclude: Any = None,
 ) -> dict[str, str]:
-    """Which candidates stay dense, and why: parameter name -> reason. ValueError if the flow does not show an end.
+    """Which candidates stay dense, and why: parameter name -> reason. ValueError if the flow does not show an end,
+    or no layer is left.
 
     groupings: of every candidate, or why the granularity cannot be had. flow: the data flow, asked for only if needed.
     """
@@ -322,7 +324,18 @@ def why_dense(
                 "this granularity that one must stay dense; name the layers to sparsify exactly in layers="
             )
         dense.update(dict.fromkeys(names & at_end, reason))
+    if len(dense) == len(candidates):
+        raise ValueError(f"Sparsifier: no layer of {type(model).__name__} is left to sparsify; {_reasons(dense)}")
     return {name: dense[name] for name in candidates if name in dense}
+
+
+def _reasons(dense: Mapping[str, str]) -> str:
+    """Why all layers stay dense, and what to do."""
+    if not dense:
+        return "no weights with named axes; name those of its layers: register_layer(kind, weight=('out', 'in'))"
+    reasons = [f"{name}: {reason}" for name, reason in dense.items()]
+    more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
+    return f"{'; '.join(reasons[:5])}{more}. Choose another granularity, or name layers in layers="
 
 
 def scopes(

@@ -5,7 +5,7 @@ import torch
 from conftest import small_net
 from torch import nn
 
-from sparsifai import Sparsifier
+from sparsifai import Sparsifier, masking
 from sparsifai.masking import NEXT_TO_ZERO, holds_zeros, newly_masked, zero_gradients, zero_masked, zero_moments
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -36,6 +36,43 @@ def test_newly_masked_are_places_if_few_and_the_mask_otherwise():
     assert newly_masked(weight, before, mask) is mask
     few = torch.tensor([[True]] * 9 + [[False]])
     assert newly_masked(weight, torch.ones(10, 1, dtype=torch.bool), few) is few
+
+
+def test_newly_masked_are_found_in_all_parts(monkeypatch):
+    monkeypatch.setattr(masking, "PART", 7)
+    weight, before = nn.Parameter(torch.ones(20, 20)), torch.rand(20, 20) < 0.9
+    mask = before.clone()
+    mask.view(-1)[[0, 6, 7, 200, 398, 399]] = False
+    expected = (before & ~mask).flatten().nonzero().flatten()
+    assert torch.equal(newly_masked(weight, before, mask), expected)
+
+
+@pytest.mark.parametrize(("granularity", "level_before"), [("weight", 0.7), ("filter", 0.3)])
+def test_update_masks_does_for_less_what_sparsify_and_mask_moments_do(granularity, level_before):
+    made = []
+    for cheaply in (False, True):
+        torch.manual_seed(0)
+        model = small_net()
+        optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+        sparsifier = Sparsifier(model, granularity)
+        for level in (0.2, 0.205, level_before, 0.5, 0.9):
+            optimizer.zero_grad()
+            model(torch.randn(4, 2, 8, 8)).square().sum().backward()
+            sparsifier.mask_gradients()
+            optimizer.step()
+            if cheaply:
+                sparsifier.update_masks(level, optimizer)
+            else:
+                sparsifier.sparsify(level)
+                zero_moments(sparsifier.masked_parameters(), optimizer, squares=NEXT_TO_ZERO)
+        moments = [optimizer.state[each] for each in model.parameters()]
+        made.append((list(sparsifier.masks.values()), list(model.parameters()), moments))
+    (masks, weights, moments), others = made[0], made[1]
+    assert all(map(torch.equal, masks, others[0]))
+    assert all(map(torch.equal, weights, others[1]))
+    for one, other in zip(moments, others[2], strict=True):
+        assert torch.equal(one["exp_avg"], other["exp_avg"])
+        assert torch.allclose(one["exp_avg_sq"], other["exp_avg_sq"], rtol=1e-2, atol=0)  # of masked ones, decayed
 
 
 KNOWN = {

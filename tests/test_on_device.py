@@ -49,7 +49,9 @@ def test_the_same_groups_stay_as_on_the_host(layers, sparsity, equal, whole, rev
         count = 3 * len(rows) if equal else int(size.sum())
         host.append(ScoredLayer(None, score.__getitem__, alive, size, whole, revives or not host))
         size = size if equal else torch.tensor(size)
-        device.append(DeviceLayer(Weights(count), torch.tensor(score), torch.tensor(alive), size, whole, host[-1].revives))
+        device.append(
+            DeviceLayer(Weights(count), torch.tensor(score), torch.tensor(alive), size, whole, host[-1].revives)
+        )
     expected = [stays.tolist() for stays in select_groups(host, sparsity)]
     assert [stays.tolist() for stays in select_on_device(device, sparsity)] == expected
 
