@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -52,14 +53,16 @@ def scaled(sparsity: Sparsity, factor: float) -> Sparsity:
 
 
 def resolve_axes(
-    granularity: Any, context: Any, criterion: Any, pool: Any = "mean"
+    granularity: Any, context: Any, criterion: Any, pool: Any = None
 ) -> tuple[Granularity, Context, Criterion, Callable]:
-    """Names -> functions, once; past this only functions travel."""
+    """Names -> functions, once; past this only functions travel. pool: None for that of the criterion's definition."""
+    criterion = criteria.resolve(criterion)
+    plain = criterion.func if isinstance(criterion, partial) else criterion
     return (
         granularities.resolve(granularity),
         contexts.resolve(context),
-        criteria.resolve(criterion),
-        poolings.resolve(pool),
+        criterion,
+        poolings.resolve(getattr(plain, "pooling", "mean") if pool is None else pool),
     )
 
 
@@ -70,11 +73,11 @@ def check_seed(seed: Any) -> int:
     return seed
 
 
-def check_every(every: Any) -> int:
-    """A whole number of batches from 1 on."""
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every is a whole number of batches from 1 on, not {every!r}")
-    return every
+def check_count(name: str, value: Any) -> int:
+    """A whole number from 1 on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is a whole number from 1 on, not {value!r}")
+    return value
 
 
 def check_round_to(round_to: Any) -> int | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .argument import check_every, check_round_to, check_seed, check_sparsity, resolve_axes, scaled
+from .argument import check_count, check_round_to, check_seed, check_sparsity, resolve_axes, scaled
 from .keep import KeepSparsity, TrainingCallback
 from .learner import Column, Curves, Trackers, notify
 from .parallel import group_of, unwrapped
@@ -48,18 +48,21 @@ class SparsifyCallback(TrainingCallback):
         compression_ratio=None,  # Another name of `sparsity`, the same number
         layers=None,  # What takes part: classes, modules, names, globs, functions of (name, module), or a list of them
         exclude=None,  # What stays dense, in the same words
-        pool="mean",  # How the scores of a group become one: 'mean', 'sum', 'max', 'l2' or a function
+        pool=None,  # How the scores of a group become one: 'mean', 'sum', 'max', 'l2' or a function; None for the usual
+        may_empty=False,  # Whether a layer may lose its best group, too
+        calibration=None,  # Batches for criteria that look at data; by default the one that is being trained on
         round_to=None,  # Keep a multiple of this many groups in every layer
         seed=0,  # Of the generator that random criteria draw from
         every=1,  # Batches from one mask update to the next; the last batch of a fit has one in any case
     ):
         super().__init__()
         self.sparsity = check_sparsity(sparsity, compression_ratio)
+        self.may_empty, self.calibration = may_empty, calibration
         self.granularity, self.context, self.criteria, self.pool = resolve_axes(granularity, context, criteria, pool)
         self.schedule = schedules.resolve(schedule)
         self.layers = None if layers is None else as_patterns(layers)
         self.exclude = None if exclude is None else as_patterns(exclude)
-        self.round_to, self.seed, self.every = check_round_to(round_to), check_seed(seed), check_every(every)
+        self.round_to, self.seed, self.every = check_round_to(round_to), check_seed(seed), check_count("every", every)
         self._trackers, self._curves = Trackers(), Curves()
 
     def __setattr__(self, name, value):
@@ -187,6 +190,7 @@ class SparsifyCallback(TrainingCallback):
     def _go_to(self, t: float) -> None:
         reached = self._level_at(t)
         if reached != self._reached:
+            self._calibrate(self.sparsifier)
             # KeepSparsity, before this in order, has seen to it that all that is masked is zero.
             self.sparsifier.update_masks(scaled(self.sparsity, reached), self.learn.opt)
             self._reached, self._moved = reached, True
@@ -214,11 +218,24 @@ class SparsifyCallback(TrainingCallback):
             exclude += [name for name in targets if name not in wanted]
         sparsifier = Sparsifier(
             model, self.granularity, self.context, self.criteria,
-            layers=self.layers, exclude=exclude or None, pool=self.pool, round_to=self.round_to, seed=self.seed,
-            example_input=self.learn.xb,
+            layers=self.layers, exclude=exclude or None, pool=self.pool, may_empty=self.may_empty,
+            round_to=self.round_to, seed=self.seed, example_input=self.learn.xb,
         )  # fmt: skip
+        self._calibrate(sparsifier)
         sparsifier.check(self.sparsity)
         self.sparsifier = sparsifier
+
+    def _calibrate(self, sparsifier: Sparsifier) -> None:
+        """Show a criterion that looks at data what it needs, unless the gradients that have passed are all of it."""
+        collected, learn = sparsifier.collected, self.learn
+        if not collected.at("forward", "loss") and collected.missing(sparsifier.targets) is None:
+            return
+        if self.calibration is not None:
+            sparsifier.calibrate(self.calibration, learn.loss_func)
+        else:
+            sparsifier.calibrate(
+                [(*learn.xb, learn.yb)], lambda output, targets: learn.loss_func(output, *targets).mean()
+            )
 
     def _find_keeper(self) -> None:
         """Have one KeepSparsity that stays on the Learner, with all zeros that were kept or are there already."""
@@ -235,6 +252,7 @@ class SparsifyCallback(TrainingCallback):
                 self._recover(keeper)
         if self.sparsifier is not None:
             keeper.hold(self.sparsifier)
+            keeper.collects = self._advances and bool(self.sparsifier.collected.at("backward"))
             keeper.enforce()
 
     def _recover(self, keeper: KeepSparsity) -> None:
@@ -253,6 +271,8 @@ class SparsifyCallback(TrainingCallback):
         """Leave the Learner as it was but for the zeros and what keeps them."""
         if self._column is not None:
             self._column.hide()
+        for keeper in self.learn._grab_cbs(KeepSparsity):
+            keeper.collects = False
         if self._begun:
             if self._is_short():
                 notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did")

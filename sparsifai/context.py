@@ -1,4 +1,4 @@
-"""Where: contexts, which say over what scope scores are ranked.
+"""Where: contexts, which say over what scope scores are ranked, and what share of the zeros each layer bears.
 
 A context is a function of the scored layers and the sparsity asked for. It returns, for each layer, a bool array
 over the groups: True where a group stays. `select_groups` of selection.py ranks any set of layers jointly, exactly.
@@ -7,13 +7,18 @@ over the groups: True where a group stays. `select_groups` of selection.py ranks
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from .blocks import lowest_of_rows, parse_blocks, with_masked_lowest
+from .criterion import lamp as lamp_score
 from .registry import Registry, name_of
 from .selection import ScoredLayer, select_groups
+from .target import matching
 
 Context = Callable[[Sequence[ScoredLayer], float], "list[np.ndarray]"]
 
@@ -28,7 +33,7 @@ def _check(context: Context) -> None:
         ) from None
 
 
-contexts = Registry("context", check=_check)
+contexts = Registry("context", check=_check, parse=parse_blocks)
 
 
 @contexts.register
@@ -44,6 +49,183 @@ def global_(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
 
 
 global_.__name__ = "global"  # as it is registered and shown; the keyword cannot be defined
+
+
+@contexts.register
+def per_output(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
+    """Every output of every layer is ranked alone, keeps its best group, and reaches the target.
+
+    Sun et al., 2023, "A Simple and Effective Pruning Approach for Large Language Models" (arXiv:2306.11695).
+    """
+    return [_per_output(layer, sparsity) for layer in layers]
+
+
+def _per_output(layer: ScoredLayer, sparsity: float) -> np.ndarray:
+    axes = list(layer.grid)
+    if "out" not in axes or layer.grid["out"] == len(layer) or layer.whole:
+        raise ValueError(
+            f"context per_output: the groups of {layer.target.name} are not parts of outputs; choose another "
+            "granularity, such as 'weight', or leave the layer out with exclude="
+        )
+    layer.check(layer.score, layer.alive)
+    shape = tuple(layer.grid.values())
+    outer = [axes.index(axis) for axis in ("groups", "out") if axis in axes]
+    order = [*outer, *(place for place in range(len(axes)) if place not in outer)]
+    keys = with_masked_lowest(layer.score, layer.alive).reshape(shape).transpose(order)
+    rows = keys.reshape(math.prod(keys.shape[: len(outer)]), -1)
+    count = min(math.floor(sparsity * rows.shape[1] + 0.5), rows.shape[1] - 1)
+    falls = lowest_of_rows(rows, count).reshape(keys.shape).transpose(np.argsort(order))
+    return np.logical_not(falls).reshape(-1)
+
+
+@contexts.register
+def erk(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
+    """Erdos-Renyi-Kernel: the density of a layer is in proportion to (n_in + n_out + k_h + k_w) / (n_in n_out k_h k_w).
+
+    Layers that would be more than dense are dense, and the others make up for it. Each is ranked alone. Evci et al.,
+    2020, "Rigging the Lottery" (arXiv:1911.11134).
+    """
+    return _budgeted(layers, sparsity, [sum(shape) / math.prod(shape) for shape in map(_shape, layers)])
+
+
+@contexts.register
+def er(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
+    """Erdos-Renyi: as erk, without the kernel: (n_in + n_out) / (n_in n_out).
+
+    Mocanu et al., 2018 (arXiv:1707.04780).
+    """
+    return _budgeted(layers, sparsity, [sum(shape[:2]) / math.prod(shape[:2]) for shape in map(_shape, layers)])
+
+
+@contexts.register
+def uniform_plus(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
+    """The first layer, if a convolution, is dense, the last at most 80 % sparse, the others equally sparse.
+
+    First and last in the order of the model's modules. Gale et al., 2019, "The State of Sparsity" (arXiv:1902.09574).
+    """
+    bounds: dict[int, tuple[float, float]] = {}
+    if len(layers) > 1 and len(_shape(layers[0])) > 2:
+        bounds[0] = (0.0, 0.0)
+    if len(layers) > 1:
+        bounds[len(layers) - 1] = (0.0, 0.8)
+    return _bounded(local, layers, sparsity, bounds)
+
+
+@contexts.register
+def lamp(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
+    """Every layer gets the sparsity that ranking LAMP scores of all layers together would give it, and is ranked alone.
+
+    Lee et al., 2021, "Layer-Adaptive Sparsity for the Magnitude-based Pruning" (arXiv:2010.07611).
+    """
+    scored = [
+        ScoredLayer(layer.target, score.__getitem__, np.ones(len(score), bool))
+        for layer in layers
+        for score in [lamp_score(layer.target.parameter.detach()).flatten().cpu().numpy()]
+    ]
+    shares = [1 - stays.mean() for stays in select_groups(scored, sparsity)]
+    return _each(layers, shares)
+
+
+def bounded(context: str | Context, bounds: Mapping[str, float | tuple[float, float]]) -> Context:
+    """A context in which some layers have a sparsity of their own, or limits; the others make up for it.
+
+    bounds: glob of layer names -> sparsity, or (lowest, highest); of globs that match a layer the last counts.
+
+    >>> bounded('global', {'fc': 0.5, 'layer1.*': (0, 0.8)}).__name__
+    'bounded(global)'
+    """
+    limits = {}
+    for pattern, given in bounds.items():
+        low, high = given if isinstance(given, (tuple, list)) else (given, given)
+        if not isinstance(pattern, str) or not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"bounded: {pattern!r}: {given!r} is not a glob of layer names and a sparsity from 0 to 1, or two: "
+                "(lowest, highest)"
+            )
+        limits[pattern] = (float(low), float(high))
+    inner = contexts.resolve(context)
+    return _Bounded(inner, limits, f"bounded({name_of(inner)})")
+
+
+@dataclass(frozen=True)
+class _Bounded:
+    context: Context
+    limits: Mapping[str, tuple[float, float]]
+    __name__: str
+
+    def __call__(self, layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
+        targets = {layer.target.name: layer.target for layer in layers}
+        bounds: dict[int, tuple[float, float]] = {}
+        for pattern, limit in self.limits.items():
+            matched = matching(pattern, targets, None)  # type: ignore[arg-type]
+            bounds |= {number: limit for number, name in enumerate(targets) if name in matched}
+        return _bounded(self.context, layers, sparsity, bounds)
+
+
+def _shape(layer: ScoredLayer) -> tuple[int, ...]:
+    """Of a weight as it is stored, its outputs and inputs first."""
+    sizes = dict(zip(layer.target.axes, layer.target.parameter.shape, strict=True))
+    return sizes.pop("out", 1), sizes.pop("in", 1), *sizes.values()
+
+
+def _weights(layer: ScoredLayer) -> int:
+    return layer.target.parameter.numel()
+
+
+def _each(layers: Sequence[ScoredLayer], shares: Sequence[float]) -> list[np.ndarray]:
+    """Every layer ranked alone, at a sparsity of its own."""
+    return [stays for layer, share in zip(layers, shares, strict=True) for stays in select_groups([layer], share)]
+
+
+def _budgeted(layers: Sequence[ScoredLayer], sparsity: float, relative: Sequence[float]) -> list[np.ndarray]:
+    """Every layer ranked alone, with densities in proportion to `relative`, at most 1, that reach the sparsity."""
+    sizes = np.array([_weights(layer) for layer in layers], float)
+    kept = (1 - sparsity) * sizes.sum()
+    dense = np.zeros(len(layers), bool)
+    while True:
+        rest = kept - sizes[dense].sum()
+        scale = rest / max((sizes * relative)[~dense].sum(), 1e-300)
+        density = np.where(dense, 1.0, scale * np.array(relative))
+        if not (density > 1).any():
+            return _each(layers, list(1 - density))
+        dense |= density >= density.max()
+
+
+def _bounded(
+    context: Context, layers: Sequence[ScoredLayer], sparsity: float, bounds: Mapping[int, tuple[float, float]]
+) -> list[np.ndarray]:
+    """What `context` gives, with limits for the sparsity of some layers, by their number."""
+    sizes = [_weights(layer) for layer in layers]
+    wanted = sparsity * sum(sizes)
+    fixed = {number: low for number, (low, high) in bounds.items() if low == high}
+    while True:
+        free = [number for number in range(len(layers)) if number not in fixed]
+        left = wanted - sum(fixed[number] * sizes[number] for number in fixed)
+        room = sum(sizes[number] for number in free)
+        if not -0.5 <= left <= room + 0.5 or (not free and abs(left) > 0.5):
+            reached = (sum(fixed[number] * sizes[number] for number in fixed) + (room if left > 0 else 0)) / sum(sizes)
+            raise ValueError(
+                f"context {name_of(context)}, bounded: sparsity {sparsity:g} cannot be had, the limits allow "
+                f"{reached:.4g} {'at most' if left > 0 else 'at least'}; widen them"
+            )
+        share = min(max(left / room, 0.0), 1.0) if room else 0.0
+        kept = dict(zip(free, context([layers[number] for number in free], share) if free else [], strict=True))
+        beyond = {}
+        for number, stays in kept.items():
+            share = 1 - layers[number].weights(stays) / sizes[number]
+            low, high = bounds.get(number, (0.0, 1.0))
+            # What the size of groups rounds is not beyond.
+            if (nearest := min(max(share, low), high)) != share and abs(share - nearest) * sizes[number] > 0.5:
+                beyond[number] = (share, nearest)
+        if not beyond:
+            shares = [stays for number in fixed for stays in select_groups([layers[number]], fixed[number])]
+            kept |= dict(zip(fixed, shares, strict=True))
+            return [kept[number] for number in range(len(layers))]
+        # Those on the side that weighs more first: fixing them moves the others away from the other side.
+        excess = sum((share - nearest) * sizes[number] for number, (share, nearest) in beyond.items())
+        fixed |= {
+            number: nearest for number, (share, nearest) in beyond.items() if (share > nearest) == (excess > 0)
+        } or {number: nearest for number, (share, nearest) in beyond.items()}
 
 
 def ask(context: Context, layers: Sequence[ScoredLayer], sparsity: float, granularity: str) -> list[np.ndarray]:
@@ -62,12 +244,19 @@ def ask(context: Context, layers: Sequence[ScoredLayer], sparsity: float, granul
         # An own context may keep what it returns, and let come back what must not.
         stays = [kept & (layer.alive | layer.revives) for layer, kept in zip(layers, stays, strict=True)]
     for layer, kept in zip(layers, stays, strict=True):
-        if not kept.any() and not layer.whole:
+        if not kept.any() and not layer.whole and not layer.may_empty:
             raise ValueError(f"context {name_of(context)} empties {layer.target.name}; a layer keeps its best group")
-    if sparsity > 0 and all(kept.all() for kept in stays) and all(kept.all() for kept in context(layers, 1.0)):
+    if sparsity > 0 and all(kept.all() for kept in stays) and _nothing_can_fall(context, layers):
         warnings.warn(
             f"sparsity {sparsity:g} was asked for, but with granularity {granularity} and context {name_of(context)} "
             "no group can fall, for the best of every scope stays; choose smaller groups, or context 'global'",
             stacklevel=8,  # the line that calls sparsify
         )
     return stays
+
+
+def _nothing_can_fall(context: Context, layers: Sequence[ScoredLayer]) -> bool:
+    try:
+        return all(kept.all() for kept in context(layers, 1.0))
+    except ValueError:  # of one that refuses so much
+        return False

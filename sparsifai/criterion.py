@@ -70,6 +70,16 @@ def is_elementwise(criterion: Criterion) -> bool:
     return getattr(criterion, "elementwise", None) is criterion
 
 
+def pooled_by(pooling: str) -> Callable[[Criterion], Criterion]:
+    """Mark a criterion with the pooling of its definition: used if no other is asked for, and of single weights too."""
+
+    def mark(criterion: Criterion) -> Criterion:
+        criterion.pooling = pooling  # type: ignore[attr-defined]
+        return criterion
+
+    return mark
+
+
 @criteria.register
 def random(weight: Tensor, rng: torch.Generator) -> Tensor:
     """Uniform in [0, 1), the same on every device."""
@@ -95,6 +105,26 @@ def small_final(weight: Tensor) -> Tensor:
 def squared_final(weight: Tensor) -> Tensor:
     """w^2."""
     return weight.square()
+
+
+@criteria.register
+def normalized_final(weight: Tensor) -> Tensor:
+    """|w| / ||W||, with the l2 norm of the layer's weights: layers of different scale can be ranked together."""
+    weight = weight.double()
+    return weight.abs() / weight.norm().clamp(min=1e-300)
+
+
+@criteria.register
+def lamp(weight: Tensor) -> Tensor:
+    """w^2 over the sum of v^2 of all weights v of the layer that rank no lower; of equals the later rank higher.
+
+    For a context that ranks layers together. Lee et al., 2021 (arXiv:2010.07611).
+    """
+    squares = weight.double().square().flatten()
+    order = squares.argsort(stable=True)
+    ranked = squares[order]
+    above = ranked.flip(0).cumsum(0).flip(0)
+    return torch.empty_like(squares).scatter_(0, order, ranked / above.clamp(min=1e-300)).view_as(weight)
 
 
 @criteria.register
@@ -165,3 +195,67 @@ def updating_movement(weight: Tensor, previous: Tensor) -> Tensor:
 def updating_movmag(weight: Tensor, previous: Tensor) -> Tensor:
     """|w (w - w')|."""
     return (weight * (weight - previous)).abs()
+
+
+# --- Criteria that look at data ----------------------------------------------------------------------------------
+
+
+@criteria.register
+@elementwise
+def snip(weight: Tensor, grad: Tensor) -> Tensor:
+    """|w g|. Lee et al., 2019, "SNIP" (arXiv:1810.02340)."""
+    return (weight * grad).abs()
+
+
+@criteria.register
+@elementwise
+def grasp(weight: Tensor, hessian_grad: Tensor) -> Tensor:
+    """w Hg. Published as -w Hg, what the gradient's norm gains when a weight goes, of which the highest go.
+
+    Wang et al., 2020, "Picking Winning Tickets Before Training" (arXiv:2002.07376).
+    """
+    return weight * hessian_grad
+
+
+@criteria.register
+@elementwise
+def synflow(weight: Tensor, flow: Tensor) -> Tensor:
+    """|w| dR/d|w|, R being the sum of outputs for an input of ones and weights |w|; to be used in many steps.
+
+    `sparsify(0.99, steps=100)`. Tanaka et al., 2020 (arXiv:2006.05467).
+    """
+    return weight.abs() * flow
+
+
+@criteria.register
+@pooled_by("squared_sum")
+@elementwise
+def taylor(weight: Tensor, grad: Tensor) -> Tensor:
+    """w g, of which a group scores (sum of w g)^2: what the loss changes by when the group goes, squared.
+
+    Molchanov et al., 2019, "Importance Estimation for Neural Network Pruning" (arXiv:1906.10771).
+    """
+    return weight * grad
+
+
+@criteria.register
+@elementwise
+def fisher(weight: Tensor, grad_sq: Tensor) -> Tensor:
+    """w^2 F / 2, F being the diagonal of the empirical Fisher matrix. Theis et al., 2018 (arXiv:1801.05787)."""
+    return weight.square() * grad_sq / 2
+
+
+@criteria.register
+@elementwise
+def movement_pruning(weight_grad: Tensor) -> Tensor:
+    """-w g, over all batches: weights that move away from zero survive. Sanh et al., 2020 (arXiv:2005.07683)."""
+    return -weight_grad
+
+
+@criteria.register
+def wanda(weight: Tensor, activation: Tensor) -> Tensor:
+    """|w| ||x||, x being the input that the weight is multiplied with; published with context 'per_output'.
+
+    Sun et al., 2023, "A Simple and Effective Pruning Approach for Large Language Models" (arXiv:2306.11695).
+    """
+    return weight.abs() * activation

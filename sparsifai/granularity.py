@@ -10,6 +10,7 @@ extent of a group along an axis that it names, too: {'out': 64} makes groups of 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -49,7 +50,30 @@ class _Along:
         return self.indexed
 
 
+def block(rows: int, columns: int) -> Granularity:
+    """Tiles of `rows` outputs by `columns` inputs; of a kernel each place by itself. Also written '4x4'.
+
+    At the end of an axis a tile may be smaller.
+    """
+    for extent in (rows, columns):
+        if isinstance(extent, bool) or not isinstance(extent, int) or extent < 1:
+            raise ValueError(f"block: the sides of a tile are whole numbers from 1 on, not {extent!r}")
+    return _Block(rows, columns, f"{rows}x{columns}")
+
+
+@dataclass(frozen=True)
+class _Block:
+    rows: int
+    columns: int
+    __name__: str
+
+    def __call__(self, axes: Axes) -> dict[str, int]:
+        return {axis: {"out": self.rows, "in": self.columns}.get(axis, 1) for axis in {"out": 0, "in": 0, **axes}}
+
+
 def _parse(value: Any) -> Granularity | None:
+    if isinstance(value, str) and (tile := re.fullmatch(r"(\d+)x(\d+)", value)):
+        return block(int(tile[1]), int(tile[2]))
     return along(*value) if isinstance(value, (tuple, list)) else None
 
 
@@ -105,12 +129,14 @@ class Grouping:
     shape: of the weight; the first axis of a grouped convolution is split into (groups, rest), so that channel and
         filter mean real ones.
     extents: of a group along every axis of `shape`. At the end of an axis a group may be smaller.
+    names: of the axes of `shape`; that of the convolution groups is 'groups'.
     """
 
     indexed: Mapping[str, int]
     shape: tuple[int, ...]
     extents: tuple[int, ...]
     split: bool
+    names: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, granularity: Granularity, axes: Axes, convolution_groups: int = 1) -> Grouping:
@@ -147,7 +173,7 @@ class Grouping:
             # Real channels and filters belong to one convolution group; what names neither is shared by all of them.
             shape.insert(0, convolution_groups)
             extents.insert(0, 1 if {"out", "in"} & indexed.keys() else convolution_groups)
-        return cls(indexed, tuple(shape), tuple(extents), split)
+        return cls(indexed, tuple(shape), tuple(extents), split, ("groups",) * split + tuple(axes))
 
     @cached_property
     def grid(self) -> tuple[int, ...]:
@@ -187,7 +213,7 @@ class Grouping:
         length, extent = self.shape[0], self.extents[0]
         spanned = extent == length
         # An own pooling may look at the layer as a whole.
-        if self.split or how not in (mean, total, largest, l2) or (spanned and how not in (mean, total)):
+        if self.split or how not in (mean, total, largest, l2, squared_sum) or (spanned and how not in (mean, total)):
             return self._pool(part(slice(None)), how)
         rows = max(1, PART // math.prod(self.shape[1:]))
         rows = rows if spanned else math.ceil(rows / extent) * extent
@@ -321,3 +347,9 @@ def largest(grouping: Grouping, scores: Tensor) -> Tensor:
 def l2(grouping: Grouping, scores: Tensor) -> Tensor:
     """Root of the sum of squares over the group."""
     return grouping.sum(scores.double().square()).sqrt()
+
+
+@poolings.register
+def squared_sum(grouping: Grouping, scores: Tensor) -> Tensor:
+    """Square of the sum over the group; of single weights, too."""
+    return grouping.sum(scores).square()

@@ -51,6 +51,7 @@ class KeepSparsity(TrainingCallback):
         self.gradients_zeroed = False  # those of masked weights, in this step
         self.begun = False  # whether the fit is past its first batch
         self.stays = False  # whether a fit has left it on the Learner
+        self.collects = False  # whether a criterion looks at the gradients of this fit
         self.replaced = False  # whether another one on the Learner keeps what it has kept
 
     @property
@@ -84,7 +85,9 @@ class KeepSparsity(TrainingCallback):
             zero_weights(self._masked())
 
     def before_step(self):
-        "Zero the gradients of masked weights"
+        "Zero the gradients of masked weights, once a criterion that looks at them has seen them"
+        if self.collects and self.sparsifier is not None:
+            self.sparsifier.collect_gradients()
         self.gradients_zeroed = zero_gradients(self._masked())
 
     def after_step(self):

@@ -26,7 +26,7 @@ class DeviceLayer:
     """One layer on a GPU; tensors have one entry per group, in index order.
 
     score: float. alive: not zero already. size: weights in a group. whole: a group is the whole layer. revives: whether
-    groups that are zero may come back.
+    groups that are zero may come back. may_empty: whether the best group may fall, too.
     """
 
     target: Target
@@ -35,6 +35,7 @@ class DeviceLayer:
     size: int | Tensor
     whole: bool = False
     revives: bool = True
+    may_empty: bool = False
 
     def __len__(self) -> int:
         return len(self.alive)
@@ -58,8 +59,8 @@ def select_on_device(layers: Sequence[DeviceLayer], sparsity: float) -> list[Ten
     # A rising target adds to what is masked, but for the best of every layer. Of a falling one, which only gives
     # back, the masked ones are the candidates.
     falling = wanted < masked
-    best = torch.cat(_best(layers))
-    candidate = torch.where(falling, ~alive, alive & ~best)
+    candidate = alive if layers[0].may_empty else alive & ~torch.cat(_best(layers))
+    candidate = torch.where(falling, ~alive, candidate)
     amount = torch.where(falling, wanted, wanted - masked)
 
     if equal:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .collection import copied
 from .criterion import Criterion, is_elementwise, large_final
-from .granularity import Grouping
+from .granularity import Grouping, squared_sum
 from .on_device import DeviceLayer
 from .parallel import is_sharded
 from .registry import name_of
@@ -30,25 +31,27 @@ def score_layer(
     criterion: Criterion,
     values: Mapping[str, Any],
     pool: Callable,
-    revives: bool,
     on_device: bool = False,
+    **options: bool,
 ) -> ScoredLayer | DeviceLayer:
     """Score every group of a layer.
 
-    mask: of the layer, as it is. values: the quantities that the criterion names. revives: whether masked groups may
-        come back. on_device: keep all on its GPU; it is not looked for NaN then.
+    mask: of the layer, as it is. values: the quantities that the criterion names. on_device: keep all on its GPU; it is
+        not looked for NaN then. options: of a ScoredLayer, `revives` and `may_empty`.
     ValueError if the criterion does not return one real score per weight, or, at once or when they are ranked, NaN.
     """
     by_element = is_elementwise(criterion)
+    # Of all poolings this one alone makes something else of a single score.
+    finished = torch.square if grouping.single and pool is squared_sum else (lambda scores: scores)
     if by_element:
         if grouping.single:
             values = {quantity: value.reshape(-1) for quantity, value in values.items()}
 
         def scores_of(part: slice) -> Tensor:
-            return criterion(**{quantity: _widened(value[part]) for quantity, value in values.items()})
+            return finished(criterion(**{quantity: _widened(value[part]) for quantity, value in values.items()}))
 
     else:
-        scores = criterion(**{quantity: copied(value) for quantity, value in values.items()})
+        scores = criterion(**{quantity: _own(value) for quantity, value in values.items()})
         if not isinstance(scores, Tensor) or scores.shape != target.parameter.shape or scores.is_complex():
             got = f"{tuple(scores.shape)}, {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(
@@ -56,7 +59,7 @@ def score_layer(
                 f"the shape {tuple(target.parameter.shape)}, not {got}"
             )
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        all_scores = scores.flatten() if grouping.single else scores
+        all_scores = finished(scores.flatten() if grouping.single else scores)
 
         def scores_of(part: slice) -> Tensor:
             return all_scores[part]
@@ -65,9 +68,10 @@ def score_layer(
         all_of = scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool)
         sizes = grouping.size if isinstance(grouping.size, int) else grouping.size.to(mask.device)
         alive, whole = grouping.gather(mask), not grouping.indexed
-        return DeviceLayer(target, all_of.to(mask.device), alive, sizes, whole, revives)
+        return DeviceLayer(target, all_of.to(mask.device), alive, sizes, whole, **options)
     alive = grouping.gather(mask).cpu().numpy().view()
     alive.flags.writeable = False  # it can be the mask itself
+    grid = dict(zip(grouping.names, grouping.grid, strict=True))
     if by_element and grouping.single and mask.device.type == "cpu":
         weight = target.parameter.detach()
         if (
@@ -76,11 +80,11 @@ def score_layer(
             and weight.is_contiguous()
             and not is_sharded(weight)
         ):
-            return ScoredLayer(target, partial(_magnitude, weight.numpy().reshape(-1)), alive, revives=revives)
-        return ScoredLayer(target, lambda part: scores_of(part).numpy(), alive, revives=revives)
+            return ScoredLayer(target, partial(_magnitude, weight.numpy().reshape(-1)), alive, grid=grid, **options)
+        return ScoredLayer(target, lambda part: scores_of(part).numpy(), alive, grid=grid, **options)
     score = (scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool)).cpu().numpy()
     size = grouping.size if isinstance(grouping.size, int) else grouping.size.numpy()
-    layer = ScoredLayer(target, score.__getitem__, alive, size, whole=not grouping.indexed, revives=revives)
+    layer = ScoredLayer(target, score.__getitem__, alive, size, not grouping.indexed, grid=grid, **options)
     layer.check(score, alive)
     return layer
 
@@ -90,9 +94,9 @@ def _magnitude(weight: np.ndarray, part: slice) -> np.ndarray:
     return np.abs(weight[part])
 
 
-def copied(value: Any) -> Any:
+def _own(value: Any) -> Any:
     """A copy of a tensor, so that no criterion can change a weight; all else as it is."""
-    return _widened(value.clone()) if isinstance(value, Tensor) else value
+    return _widened(copied(value)) if isinstance(value, Tensor) else value
 
 
 def _widened(value: Tensor) -> Tensor:

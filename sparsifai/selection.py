@@ -3,7 +3,7 @@
 The definition, which the tests check against a slow plain oracle:
 
 1. The groups of all layers in the scope stand in one list, by score, ties in index order.
-2. The best group of every layer is taken out: a layer is never emptied.
+2. The best group of every layer is taken out: a layer is never emptied, unless it may be.
 3. Groups that are masked already come first, so that a rising target only adds zeros.
 4. The groups at the head of the list fall, as many as bring the sum of their weights nearest to
    sparsity x weights of the scope; of two equally near sums the larger (round half up).
@@ -17,8 +17,8 @@ falling ends. All groups are divided by the bracket, and only the few within it 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,8 @@ class ScoredLayer:
     part: the scores of a slice of the groups, floats; called for one slice after the other, so that scores that are
     computed there need not be kept. alive: not zero already. size: weights in a group, one number where all groups
     are equal. whole: a group is the whole layer; then the scope, not every layer, keeps its best group. revives:
-    whether groups that are zero may come back, for a lower sparsity than before was asked for.
+    whether groups that are zero may come back, for a lower sparsity than before was asked for. may_empty: whether the
+    best group may fall, too. grid: number of groups along each axis, in whose order they stand.
     """
 
     target: Target
@@ -49,6 +50,8 @@ class ScoredLayer:
     size: int | np.ndarray = 1
     whole: bool = False
     revives: bool = True
+    may_empty: bool = False
+    grid: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.alive)
@@ -103,7 +106,7 @@ def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.nda
     # The best group of a layer is the last of it to fall: while it is not near, it need not be looked for. With groups
     # of one size, only that of a layer that would be emptied counts; without, that of every layer may.
     at_once = size is None or all(layer.whole for layer in layers)
-    if far or (size is not None and not _empties(layers, stays)):
+    if far or layers[0].may_empty or (size is not None and not _empties(layers, stays)):
         return stays
     best: dict[int, np.ndarray] = {}
     while emptied := [n for n, kept in enumerate(stays) if n not in best and (at_once or not kept.any())]:
@@ -299,6 +302,7 @@ def bundle(layer: ScoredLayer, count: int) -> tuple[ScoredLayer, np.ndarray]:
         size=np.bincount(of_group, weights=np.broadcast_to(layer.size, len(order))).astype(np.int64),
         whole=layer.whole,
         revives=layer.revives,
+        may_empty=layer.may_empty,
     )
     return joined, of_group
 

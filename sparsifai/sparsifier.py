@@ -6,33 +6,33 @@ The core of the library is `Sparsifier.sparsify`; what it calls are the function
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from .argument import Sparsity, check_round_to, check_seed, check_sparsity, resolve_axes
+from .argument import Sparsity, check_count, check_round_to, check_seed, check_sparsity, resolve_axes
+from .collection import Statistics, calibrate
 from .context import Context, ask, global_, local
 from .criterion import Criterion, is_elementwise, quantities_of
-from .flow import find_flow
-from .follower import find_followers, masks_of_followers
-from .granularity import Granularity, grouping_of
-from .masking import NEXT_TO_ZERO, newly_masked, zero_gradients, zero_moments, zero_weights
+from .granularity import Granularity
+from .masked import MaskedModel
+from .masking import NEXT_TO_ZERO, zero_moments, zero_weights
 from .on_device import DeviceLayer
-from .parallel import agree, group_of, groups_of_shards, is_sharded, reshard, unwrapped, whole
+from .parallel import agree, groups_of_shards, is_sharded, whole
 from .registry import name_of
-from .report import Count, Report
-from .scoring import copied, score_layer
-from .selection import ScoredLayer, all_equal, bundle, nan_message
+from .report import Count
+from .scoring import score_layer
+from .selection import ScoredLayer, all_equal, bundle
 from .state import check_state
-from .statistic import quantities
-from .target import find_targets, parameter_of, scopes, why_dense
+from .statistic import AVERAGED
+from .target import matching, scopes
 
 
-class Sparsifier:
+class Sparsifier(MaskedModel):
     """Makes any torch model sparse: what fraction of which weights, chosen how.
 
     model: any torch.nn.Module; its parameters stay the same objects under the same names, nothing is left on it.
@@ -45,11 +45,13 @@ class Sparsifier:
         or a list of these. By default all weights with named axes but frozen ones and embeddings. What `layers`
         selects takes part even so. Naming a layer exactly also lifts the rule that with a granularity of whole
         outputs (inputs) the last (first) layer stays dense.
-    pool: how the scores of a group become one: 'mean', 'sum', 'max', 'l2', or a function.
+    pool: how the scores of a group become one: 'mean', 'sum', 'max', 'l2', or a function; None for that of the
+        criterion's definition, which is 'mean' but for taylor.
+    may_empty: whether a layer may lose its best group, too.
     round_to: keep a multiple of this many groups in every layer, or all of them.
     seed: of the generator that random criteria draw from.
     example_input: a batch, for models that torch.fx cannot trace; needed only with granularities of whole outputs
-        or inputs. A tuple is given to the model as positional arguments, a dictionary as keywords.
+        or inputs, and by synflow. A tuple is given to the model as positional arguments, a dictionary as keywords.
 
     ValueError and TypeError, before anything is changed, where the arguments cannot work on the model.
 
@@ -69,57 +71,107 @@ class Sparsifier:
         *,
         layers: Any = None,
         exclude: Any = None,
-        pool: str | Callable = "mean",
+        pool: str | Callable | None = None,
+        may_empty: bool = False,
         round_to: int | None = None,
         seed: int = 0,
         example_input: Any = None,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"Sparsifier: model is a torch.nn.Module, not {type(model).__name__}")
-        self.group = group_of(model)
-        self.model = model = unwrapped(model)
         self.granularity, self.context, self.criteria, self.pool = resolve_axes(granularity, context, criteria, pool)
-        self.round_to = check_round_to(round_to)
+        self.round_to, self.may_empty = check_round_to(round_to), bool(may_empty)
         self.rng = torch.Generator().manual_seed(check_seed(seed))
-        flow = cache(partial(find_flow, model, example_input))
-        self.candidates = find_targets(model)
-        groupings = {
-            name: grouping_of(self.granularity, target.axes, target.convolution_groups, self.round_to or 1)
-            for name, target in self.candidates.items()
-        }
-        self.dense = why_dense(model, self.candidates, groupings, flow, layers, exclude)
-        self.targets = {name: target for name, target in self.candidates.items() if name not in self.dense}
-        self.groupings = {
-            name: each for name, each in groupings.items() if name in self.targets and not isinstance(each, str)
-        }
-        self.followers = find_followers(model, self.targets, self.groupings, flow)
-
+        super().__init__(model, self.granularity, layers, exclude, self.round_to or 1, example_input)
         self.levels = dict.fromkeys(self.targets, 0.0)
-        self._nan: dict[str, Tensor] = {}  # whether scores of a layer on a GPU were NaN, at the last update
-        self._set_masks({name: self._mask_of(name, grouping.all_kept()) for name, grouping in self.groupings.items()})
-        self.statistics: dict[str, dict[str, Any]] = {}
-        self._take("start")
+        self.example_input = tree_map(_first, example_input)
+        self.inputs: dict[str, Tensor] = {}  # of layers that compute, while calibrate looks
+        self.loss: Tensor | None = None  # of a batch of calibrate
+        self.collected = Statistics(quantities_of(self.criteria), self.criteria)
+        self.collected.take("start", self)
+        self._calibration: tuple[Iterable, Callable | None] | None = None
 
     # --- The core -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sparsify(self, sparsity: Sparsity | None = None, *, compression_ratio: Sparsity | None = None) -> None:
+    def sparsify(
+        self, sparsity: Sparsity | None = None, *, compression_ratio: Sparsity | None = None, steps: int = 1
+    ) -> None:
         """Build the masks for a sparsity and apply them.
 
         sparsity: fraction of the weights to be zero; or {pattern: fraction}, each ranked by the context on its own,
-            of patterns that match a layer the last, layers that none matches left as they are.
+            of patterns that match a layer the last, layers that none matches left as they are. steps: in so many, with
+            scores anew in each, and from one to the next the same share of what is left falls.
         A rising sparsity only adds zeros. A falling one revives, with weights of zero. If anything fails, nothing
         has changed; but on a GPU, where nothing is read, NaN scores raise when `sparsity` or `report` is read next.
         """
         self._check_held("sparsify")
         wanted = check_sparsity(sparsity, compression_ratio)
+        if check_count("steps", steps) > 1:
+            self._sparsify_in_steps(wanted, steps)
+            return
         asked = scopes(wanted, self.targets, self.dense, self.candidates, self.model)
         falling = any(fraction < self.levels[name] for fraction, names in asked for name in names)
         if falling or not is_elementwise(self.criteria):
             self.apply_masks()  # so that what a step has made of masked weights has no part in scores, nor comes back
         self._update(wanted)
         self.apply_masks()
-        self._take("update")
+        self.collected.take("update", self)
+
+    def _sparsify_in_steps(self, sparsity: Sparsity, steps: int) -> None:
+        """Density d_i = d_0^(1 - i/n) d_n^(i/n); criteria that look at data see the batches of calibrate in each."""
+        state, looks = self.state_dict(), bool(self.collected.at(*AVERAGED))
+        weights = [(parameter, parameter.detach().clone()) for parameter, _ in self.masked_parameters()]
+        if looks and (self._calibration is None or iter(self._calibration[0]) is self._calibration[0]):
+            raise ValueError(
+                f"sparsify in steps: {name_of(self.criteria)} looks at data anew in each; call calibrate before, with "
+                "batches that can be gone through again, such as a list"
+            )
+        try:
+            for step in range(1, steps + 1):
+                if looks and step > 1:
+                    self.calibrate(*self._calibration)  # type: ignore[misc]
+                self.sparsify(self._on_the_way(sparsity, state["levels"], step / steps))
+        except BaseException:
+            for parameter, weight in weights:
+                parameter.copy_(weight)
+            self.load_state_dict(state)
+            raise
+
+    def _on_the_way(self, sparsity: Sparsity, levels: Mapping[str, float], t: float) -> Sparsity:
+        """The sparsity of every scope at t from 0 to 1, density falling exponentially."""
+        if not isinstance(sparsity, Mapping):
+            return _exponential(max(levels.values()), sparsity, t)
+        starts = {
+            pattern: max(levels.get(name, 0.0) for name in matching(pattern, self.candidates, self.model))
+            for pattern in sparsity
+        }
+        return {pattern: _exponential(starts[pattern], end, t) for pattern, end in sparsity.items()}
+
+    def calibrate(self, batches: Iterable, loss_func: Callable | None = None) -> None:
+        """Run batches through the model for a criterion that looks at data, and leave no other trace.
+
+        batches: (input, target), (input, input, target), or dictionaries of named inputs. loss_func: of (output,
+            target), or of (output, dictionary); needed by criteria of gradients.
+        Modes, buffers, gradients and random generators are as before. ValueError, and nothing changed, if the model or
+        the loss fail, or no gradient or input reaches a layer that takes part.
+        """
+        self._check_held("calibrate")
+        calibrate(self, self.collected, batches, loss_func)
+        self._calibration = batches, loss_func
+
+    def collect_gradients(self) -> None:
+        """Have a criterion that looks at gradients see those that are there: after backward, before they are masked.
+
+        `mask_gradients` does so itself. ValueError if none has reached a layer that takes part.
+        """
+        self._check_held("collect_gradients")
+        self.collected.add("backward", self, self.targets)
+
+    def mask_gradients(self) -> None:
+        """Set the gradients of masked weights to zero: to be called after backward, before clipping."""
+        self.collect_gradients()
+        super().mask_gradients()
 
     @torch.no_grad()
     def update_masks(self, sparsity: Sparsity, optimizer: Any = None) -> None:
@@ -131,10 +183,10 @@ class Sparsifier:
         self._check_held("update_masks")
         before = self.masks
         self._update(check_sparsity(sparsity))
-        zero_weights(newly := self._newly_masked(before))
+        zero_weights(newly := self.newly_masked(before))
         if optimizer is not None:
             zero_moments(newly, optimizer, squares=NEXT_TO_ZERO)
-        self._take("update")
+        self.collected.take("update", self)
 
     def _update(self, sparsity: Sparsity) -> None:
         """Build masks and take them for one's own; weights are left as they are."""
@@ -175,13 +227,16 @@ class Sparsifier:
         except BaseException:
             self.rng.set_state(random)
             raise
+        finally:
+            self.collected.forget()
         return masks, levels
 
     def _score(self, name: str, revives: bool, on_device: bool) -> Any:
         """Score every group of a layer, from the quantities that the criterion names."""
-        values = {quantity: self._quantity(quantity, name) for quantity in quantities_of(self.criteria)}
+        values = {quantity: self.collected.value(quantity, name, self) for quantity in self.collected.named}
         target, grouping, mask = self.targets[name], self.groupings[name], self.masks[name]
-        return score_layer(target, grouping, mask, self.criteria, values, self.pool, revives, on_device)
+        options = {"revives": revives, "may_empty": self.may_empty}
+        return score_layer(target, grouping, mask, self.criteria, values, self.pool, on_device, **options)
 
     @property
     def _on_device(self) -> bool:
@@ -202,7 +257,7 @@ class Sparsifier:
         ranked = scored
         if self.round_to is not None:
             ranked, bundles = zip(*(bundle(layer, self.round_to) for layer in scored), strict=True)
-        compares = {"init", "previous"}.intersection(quantities_of(self.criteria))
+        compares = {"init", "previous"}.intersection(self.collected.named)
         # Asked in this order, the scores are looked through at a first update only.
         if compares and fraction >= 0.01 and not any(layer.masked.any() for layer in ranked) and all_equal(ranked):
             warnings.warn(
@@ -216,27 +271,6 @@ class Sparsifier:
         groups = groups_of_shards(self.model) if self.group is None else [self.group]
         return agree(stays, groups, ranked[0].target.parameter.device)
 
-    def apply_masks(self, model: nn.Module | None = None) -> None:
-        """Set the masked weights to zero, and with whole outputs what stands behind them: to be called after a step.
-
-        model: a copy of the model to apply the masks to instead, such as its torch.optim.swa_utils.AveragedModel.
-        """
-        self._check_held("apply_masks")
-        zero_weights(self.masked_parameters(model))
-
-    def mask_gradients(self) -> None:
-        """Set the gradients of masked weights to zero: to be called after backward, before clipping."""
-        self._check_held("mask_gradients")
-        zero_gradients(self.masked_parameters())
-
-    def mask_moments(self, optimizer: Any) -> None:
-        """Set what an optimizer keeps of masked weights to zero, which would move them: to be called after sparsify.
-
-        optimizer: torch's or fastai's.
-        """
-        self._check_held("mask_moments")
-        zero_moments(self.masked_parameters(), optimizer)
-
     # --- What can be seen ---------------------------------------------------------------------------------------
 
     @property
@@ -244,19 +278,6 @@ class Sparsifier:
         """The sparsity that was last asked for, averaged over the weights of the layers that take part."""
         sizes = {name: target.parameter.numel() for name, target in self.targets.items()}
         return sum(self.levels[name] * size for name, size in sizes.items()) / sum(sizes.values())
-
-    @property
-    def sparsity(self) -> float:
-        """Measured: zeros over weights of the layers that take part."""
-        self._check_held("sparsity")
-        self._check_nan()
-        return Count.of(*(target.parameter for target in self.targets.values())).sparsity
-
-    def report(self) -> Report:
-        """Measured zeros per layer and in total; text, HTML in a notebook, `.plot()`."""
-        self._check_held("report")
-        self._check_nan()
-        return Report.measure(self.model, self.candidates, self.dense)
 
     def __repr__(self) -> str:
         axes = ", ".join(map(name_of, (self.granularity, self.context, self.criteria)))
@@ -267,6 +288,15 @@ class Sparsifier:
         sharded = any(is_sharded(target.parameter) for target in self.targets.values())
         return f"{layers})" if sharded else f"{layers}, sparsity {self.sparsity:.4f})"
 
+    @property
+    def statistics(self) -> dict[str, dict[str, Tensor]]:
+        """What is stored of the quantities that the criterion names: quantity -> parameter name -> value."""
+        return self.collected.stored
+
+    def once(self, compute: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """For quantities: what `compute` gives of this Sparsifier, for all layers, computed at the first of them."""
+        return self.collected.once(compute, self)
+
     # --- State --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -275,7 +305,7 @@ class Sparsifier:
         return {
             "masks": dict(self.masks),
             "levels": dict(self.levels),
-            "statistics": {quantity: dict(values) for quantity, values in self.statistics.items()},
+            "statistics": self.collected.state(),
             "rng": self.rng.get_state(),
         }
 
@@ -285,13 +315,11 @@ class Sparsifier:
         ValueError, and nothing changed, if names, shapes or statistics differ.
         """
         self._check_held("load_state_dict")
-        check_state(state, self.masks, self.levels, self.statistics, name_of(self.criteria))
+        shapes = {name: target.parameter.shape for name, target in self.targets.items()}
+        check_state(state, self.masks, self.levels, shapes, self.collected)
         self._set_masks({name: state["masks"][name].to(mask.device) for name, mask in self.masks.items()})
         self.levels = {name: float(state["levels"][name]) for name in self.targets}
-        self.statistics = {
-            quantity: {name: values[name].to(target.parameter.device) for name, target in self.targets.items()}
-            for quantity, values in state["statistics"].items()
-        }
+        self.collected.restore(state["statistics"], self)
         self.rng.set_state(state["rng"].cpu())
         self.apply_masks()
 
@@ -315,85 +343,23 @@ class Sparsifier:
         self.levels = {name: min(share, joint) for name, share in shares.items()}
         self._set_masks(masks)
 
-    def adopt(self, masks: Mapping[str, Tensor]) -> None:
-        """Take over the masks of another Sparsifier of the model: what they mask in whole groups is masked here too."""
-        self._check_held("adopt")
-        adopted = dict(self.masks)
-        for name in self.masks.keys() & masks.keys():
-            grouping, theirs = self.groupings[name], masks[name].expand_as(self.targets[name].parameter)
-            adopted[name] = self._mask_of(name, grouping.gather(adopted[name]) & grouping.any_of(theirs))
-        self._set_masks(adopted)
-
     def release(self) -> nn.Module:
         """Let go of the model and return it: its zeros stay, and nothing keeps them from here on."""
-        self._check_held("release")
-        model = self.model
-        self.model = None  # type: ignore[assignment]
-        self.candidates, self.targets, self.groupings, self.dense = {}, {}, {}, {}
-        self.followers, self.statistics, self._nan = {}, {}, {}
-        self._set_masks({})
+        model = super().release()
+        self._calibration, self.collected = None, Statistics((), self.criteria)
         return model
 
     # --- Helpers ------------------------------------------------------------------------------------------------
 
-    def _check_held(self, operation: str) -> None:
-        if self.model is None:
-            raise RuntimeError(f"{operation}: this Sparsifier has released its model; make a new one")
-        reshard(self.model)
-
-    def _check_nan(self) -> None:
-        flags, self._nan = self._nan, {}
-        for name, flag in flags.items():
-            if flag:
-                raise ValueError(nan_message(name))
-
     def __getstate__(self) -> dict[str, Any]:
         # A group of processes cannot be copied or pickled; a copy is alone.
-        return {**vars(self), "group": None}
+        return {**vars(self), "group": None, "_calibration": None}
 
-    def _set_masks(self, masks: dict[str, Tensor]) -> None:
-        self.masks = masks
-        self.follower_masks = masks_of_followers(self.followers, masks, self.targets, self.groupings)
 
-    def masked_parameters(self, model: nn.Module | None = None) -> list[tuple[nn.Parameter, Tensor]]:
-        """Every parameter with a mask, and the mask on its device. model: a copy, whose parameters are meant."""
-        pairs = []
-        for masks in (self.masks, self.follower_masks):
-            for name, mask in masks.items():
-                parameter = parameter_of(self.model if model is None else model, name, mask)
-                if mask.device != parameter.device:
-                    mask = mask.to(parameter.device)
-                    if model is None:
-                        masks[name] = mask
-                pairs.append((parameter, mask))
-        return pairs
+def _exponential(start: float, end: float, t: float) -> float:
+    return end if t == 1 else 1 - (1 - start) ** (1 - t) * (1 - end) ** t
 
-    def _newly_masked(self, before: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
-        """As masked_parameters, but of weights only those that the masks `before` did not mask. See masking.py."""
-        weights = {id(self.targets[name].parameter): before[name] for name in self.masks}
-        return [
-            (parameter, newly_masked(parameter, weights[id(parameter)], mask) if id(parameter) in weights else mask)
-            for parameter, mask in self.masked_parameters()
-        ]
 
-    def _mask_of(self, name: str, kept: Tensor) -> Tensor:
-        parameter = self.candidates[name].parameter
-        mask = self.groupings[name].spread(kept).to(parameter.device)
-        if mask.shape == parameter.shape and not is_sharded(parameter) and mask.stride() != parameter.stride():
-            # In another order of memory than its weight it would be slow to apply.
-            return torch.empty_like(parameter, dtype=torch.bool).copy_(mask)
-        return mask
-
-    def _quantity(self, quantity: str, name: str) -> Any:
-        """A quantity of a layer: computed now, or what is stored."""
-        function = quantities[quantity]
-        if "score" in function.moments:  # type: ignore[attr-defined]
-            return function(self, name)
-        return self.statistics[quantity][name].to(self.targets[name].parameter.device)
-
-    def _take(self, moment: str) -> None:
-        """Store the quantities that the criterion names and that are taken at this moment."""
-        for quantity in quantities_of(self.criteria):
-            function = quantities[quantity]
-            if moment in function.moments:  # type: ignore[attr-defined]
-                self.statistics[quantity] = {name: copied(function(self, name)) for name in self.targets}
+def _first(value: Any) -> Any:
+    """The first example of a batch."""
+    return value[:1].detach().clone() if isinstance(value, Tensor) and value.dim() else value

@@ -8,34 +8,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .collection import Statistics
+from .registry import name_of
+from .statistic import AVERAGED, STORED
+
 
 def check_state(
-    state: Any,
-    masks: Mapping[str, Tensor],
-    levels: Mapping[str, float],
-    statistics: Mapping[str, Mapping[str, Tensor]],
-    criterion: str,
+    state: Any, masks: Mapping[str, Tensor], levels: Mapping[str, float], shapes: Mapping[str, tuple], here: Statistics
 ) -> None:
-    """ValueError unless `state` has what `state_dict` of a Sparsifier with these masks, levels and statistics has.
+    """ValueError unless `state` has what `state_dict` of a Sparsifier with these masks, levels and quantities has.
 
-    criterion: the name of the one that needs the statistics, for the message.
+    shapes: of the weights.
     """
     if not isinstance(state, Mapping) or not {"masks", "levels", "statistics", "rng"} <= state.keys():
         raise ValueError("load_state_dict: the state has not the masks, levels, statistics and rng of a Sparsifier")
-    if state["statistics"].keys() != statistics.keys():
+    statistics = state["statistics"]
+    if not isinstance(statistics, Mapping) or not {"stored", "batches", "begins"} <= statistics.keys():
+        raise ValueError("load_state_dict: the statistics of the state are not those of a Sparsifier")
+    stored, fixed, means = statistics["stored"], set(here.at(*STORED)), set(here.at(*AVERAGED))
+    if not fixed <= stored.keys() <= fixed | means:
         raise ValueError(
-            f"load_state_dict: the state has the quantities {sorted(state['statistics'])}, the criterion {criterion} "
-            f"needs {sorted(statistics)}; use the same criterion"
+            f"load_state_dict: the state has the quantities {sorted(stored)}, the criterion {name_of(here.criterion)} "
+            f"needs {sorted(fixed | means)}; use the same criterion"
         )
     tables: list[tuple[str, Mapping, Mapping]] = [("mask", masks, state["masks"]), ("level", levels, state["levels"])]
-    tables += [(quantity, stored, state["statistics"][quantity]) for quantity, stored in statistics.items()]
-    for what, here, given in tables:
-        for name in sorted(here.keys() | given.keys()):
-            if _form(given.get(name)) != _form(here.get(name)):
+    tables += [(quantity, here.stored[quantity], stored[quantity]) for quantity in fixed]
+    for what, known, given in tables:
+        for name in sorted(known.keys() | given.keys()):
+            if _form(given.get(name)) != _form(known.get(name)):
                 raise ValueError(
                     f"load_state_dict: the {what} of {name} is {_form(given.get(name))} in the state and "
-                    f"{_form(here.get(name))} here; use the same model, granularity, layers and exclude as when it "
+                    f"{_form(known.get(name))} here; use the same model, granularity, layers and exclude as when it "
                     "was saved"
+                )
+    for quantity in means & stored.keys():
+        for name, value in stored[quantity].items():
+            if name not in shapes or torch.broadcast_shapes(value.shape, shapes[name]) != shapes[name]:
+                raise ValueError(
+                    f"load_state_dict: {quantity} of {name} is {_form(value)} in the state and does not fit; use the "
+                    "same model and layers as when it was saved"
                 )
     torch.Generator().set_state(state["rng"].cpu())  # raises here what it would raise half-way
 

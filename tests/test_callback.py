@@ -733,5 +733,5 @@ def test_masks_are_updated_every_so_many_batches_and_end_at_the_target(make_lear
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "2"])
 def test_what_is_no_number_of_batches_is_refused(every):
-    with pytest.raises(ValueError, match="every is a whole number of batches from 1 on"):
+    with pytest.raises(ValueError, match="every is a whole number from 1 on"):
         SparsifyCallback(0.5, every=every)

@@ -1,0 +1,149 @@
+"""Blocks of N:M: of every M consecutive weights along an axis, N stay.
+
+Exactly N in every block, ties included, where M divides the axis. Where it does not, the last block is filled up with
+zeros that count as fallen, as hardware pads it: of its r weights min(r, N) stay.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .selection import PART, ScoredLayer
+
+# Blocks of so many are ranked by comparing all pairs; larger ones are sorted.
+PAIRS = 8
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The context in which every `size` consecutive weights along `axis` are ranked alone.
+
+    fall: of a block at most; by default all but one.
+    """
+
+    size: int
+    axis: str
+    fall: int
+    __name__: str
+
+    def __call__(self, layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
+        count = math.floor(sparsity * self.size + 0.5)
+        if count > self.fall and sparsity > self.fall / self.size:
+            raise ValueError(
+                f"context {self.__name__} makes {self.fall / self.size:g} of the weights zero at most; "
+                f"sparsity {sparsity:g} was asked for"
+            )
+        return [self._of_layer(layer, min(count, self.fall)) for layer in layers]
+
+    def _of_layer(self, layer: ScoredLayer, count: int) -> np.ndarray:
+        if self.axis not in layer.grid or layer.whole:
+            raise ValueError(
+                f"context {self.__name__}: {layer.target.name} has no groups along {self.axis!r} to make blocks of; "
+                "choose another granularity or axis, or leave the layer out with exclude="
+            )
+        shape, place = tuple(layer.grid.values()), list(layer.grid).index(self.axis)
+        stays = np.empty(len(layer), bool)
+        # In whole rows of the first axis, unless the blocks run along it.
+        row = math.prod(shape[1:])
+        rows = shape[0] if place == 0 else max(1, PART // row)
+        for start in range(0, shape[0], rows):
+            part = slice(start * row, min(start + rows, shape[0]) * row)
+            score, alive = layer.part(part), layer.alive[part]
+            layer.check(score, alive)
+            form = (-1, *shape[1:])
+            falls = _lowest_of_blocks(score.reshape(form), alive.reshape(form), place, self.size, count)
+            np.logical_not(falls.reshape(-1), out=stays[part])
+        return stays
+
+
+def blocks(size: int, axis: str = "in") -> Blocks:
+    """Rank every `size` consecutive weights along `axis` alone: blocks(4) at sparsity 0.5 is 2:4.
+
+    Levels between are reached in whole steps, the nearest; half a step is rounded up. Also written '2:4', which
+    refuses more than 0.5.
+    """
+    if isinstance(size, bool) or not isinstance(size, int) or size < 2:
+        raise ValueError(f"blocks: a block has a whole number of weights from 2 on, not {size!r}")
+    if not isinstance(axis, str):
+        raise TypeError(f"blocks: axis is the name of one, such as 'in' or 'out', not {axis!r}")
+    return Blocks(size, axis, size - 1, f"blocks({size})" if axis == "in" else f"blocks({size}, axis={axis!r})")
+
+
+def parse_blocks(value: Any) -> Blocks | None:
+    """'2:4' -> the context in which two of every four stay."""
+    pattern = re.fullmatch(r"(\d+):(\d+)", value) if isinstance(value, str) else None
+    if pattern is None:
+        return None
+    stay, size = int(pattern[1]), int(pattern[2])
+    if not 0 < stay < size:
+        raise ValueError(f"context {value!r}: of N:M, N are kept of every M, so N is from 1 to M - 1")
+    return Blocks(size, "in", size - stay, value)
+
+
+def is_nm(weight: Tensor, n: int, m: int, axis: int = 1) -> bool:
+    """Whether of every `m` consecutive weights along an axis at most `n` are not zero; a last, shorter block too.
+
+    axis: by default the inputs of a Linear or a convolution, whose weights are (out, in, ...).
+    """
+    if not 0 < n < m or not -weight.dim() <= axis < weight.dim():
+        raise ValueError(f"is_nm: 0 < n < m and an axis of the weight, not {n}:{m} along {axis} of {weight.dim()} axes")
+    counts = [(piece != 0).sum(axis) for piece in weight.detach().split(m, axis)]
+    return all(bool((count <= n).all()) for count in counts)
+
+
+def _lowest_of_blocks(score: np.ndarray, alive: np.ndarray, axis: int, size: int, count: int) -> np.ndarray:
+    """Of every `size` along an axis, True at the `count` lowest; masked ones first, ties in index order."""
+    falls = np.empty(score.shape, bool)
+    length = score.shape[axis]
+    for start, end in ((0, length // size * size), (length // size * size, length)):
+        if start == end:
+            continue
+        block = min(size, end - start)
+        number = max(count - (size - block), 0)
+        where = (slice(None),) * axis + (slice(start, end),)
+        blocked = (*score.shape[:axis], (end - start) // block, block, *score.shape[axis + 1 :])
+        # The places within a block come first: what is compared lies side by side in memory.
+        keys = np.moveaxis(score[where].reshape(blocked), axis + 1, 0).copy()
+        living = np.moveaxis(alive[where].reshape(blocked), axis + 1, 0)
+        lowest = _lowest_of(keys if living.all() else with_masked_lowest(keys, living), number)
+        falls[where] = np.moveaxis(lowest, 0, axis + 1).reshape(falls[where].shape)
+    return falls
+
+
+def _lowest_of(keys: np.ndarray, count: int) -> np.ndarray:
+    """True at the `count` lowest along the first axis, ties in index order."""
+    size = len(keys)
+    if size > PAIRS:
+        return np.moveaxis(lowest_of_rows(np.moveaxis(keys, 0, -1), count), -1, 0)
+    # How many of its block each is higher than.
+    rank = np.zeros(keys.shape, np.int8)
+    for first in range(size):
+        for second in range(first + 1, size):
+            is_lower = keys[first] <= keys[second]
+            rank[second] += is_lower
+            rank[first] += ~is_lower
+    return rank < count
+
+
+def lowest_of_rows(keys: np.ndarray, count: int) -> np.ndarray:
+    """True at the `count` lowest along the last axis, ties in index order."""
+    if count == 0:
+        return np.zeros(keys.shape, bool)
+    last = np.partition(keys, count - 1, axis=-1)[..., count - 1 : count]
+    falls, ties = keys < last, keys == last
+    needed = count - falls.sum(-1, keepdims=True)
+    return falls | (ties & (ties.cumsum(-1) <= needed))
+
+
+def with_masked_lowest(score: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    """A copy of scores, in which those that are masked are lower than all others."""
+    keys = np.maximum(score, np.finfo(score.dtype).min)
+    keys[~alive] = -np.inf
+    return keys
