@@ -57,9 +57,9 @@ def zero_masked(tensor: Tensor, mask: Tensor, zero: float = 0.0) -> None:
     tensor, mask = own_shard(tensor.detach(), mask)
     # Multiplied as integers, the bits of any value times zero are those of zero.
     bits = tensor.view(_INTEGER[tensor.element_size()])
-    if bits.device.type == "cpu":
+    if bits.device.type == "cpu" and torch.get_num_threads() == 1:
         array = bits.numpy()
-        np.multiply(array, mask.numpy(), out=array)  # several times faster than torch's own
+        np.multiply(array, mask.numpy(), out=array)  # faster than torch's own in one thread
         torch.autograd.graph.increment_version(tensor)  # numpy's writing is unseen by autograd
     else:
         bits.mul_(mask)
