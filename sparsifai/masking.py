@@ -57,12 +57,13 @@ def zero_masked(tensor: Tensor, mask: Tensor, zero: float = 0.0) -> None:
     tensor, mask = own_shard(tensor.detach(), mask)
     # Multiplied as integers, the bits of any value times zero are those of zero.
     bits = tensor.view(_INTEGER[tensor.element_size()])
-    if bits.device.type == "cpu" and torch.get_num_threads() == 1:
-        array = bits.numpy()
-        np.multiply(array, mask.numpy(), out=array)  # faster than torch's own in one thread
-        torch.autograd.graph.increment_version(tensor)  # numpy's writing is unseen by autograd
-    else:
+    if mask.shape != bits.shape or bits.numel() <= 2 * PART:
         bits.mul_(mask)
+    else:
+        # torch makes integers of the bools first: of few at a time, so that these stay in the cache.
+        rows = max(1, 2 * PART * len(bits) // bits.numel())
+        for part, kept in zip(bits.split(rows), mask.split(rows), strict=True):
+            part.mul_(kept)
     if zero:
         tensor.add_(~mask, alpha=zero)
 
