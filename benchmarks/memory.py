@@ -39,7 +39,7 @@ def memory(quick):
     for model in ("resnet18",) if quick else ("resnet18", "resnet50"):
         for case, (context, criteria, granularity) in cases.items():
             columns = {}
-            for library in ("sparsifai", "FasterAI", "torch prune"):
+            for library in LIBRARIES:
                 if library == "torch prune" and (criteria, granularity) != ("large_final", "weight"):
                     peak, kept = None, None
                 elif library == "FasterAI" and not fasterai_is_installed():

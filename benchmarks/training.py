@@ -22,7 +22,9 @@ class Batches(list):
     From one to the next is all of a training step, and no callback stands in it that sparsifai would not know.
     """
 
-    times: list
+    def __init__(self, batches):
+        super().__init__(batches)
+        self.times = []
 
     def __getitem__(self, place):
         self.times.append(time.perf_counter())

@@ -10,6 +10,7 @@ from typing import Any
 from .argument import check_count, check_round_to, check_seed, check_sparsity, resolve_axes, scaled
 from .keep import KeepSparsity, TrainingCallback
 from .learner import Column, Curves, Trackers, notify
+from .masking import NEXT_TO_ZERO, zero_moments
 from .parallel import group_of, unwrapped
 from .report import Count, percent
 from .schedule import between, progress, schedules
@@ -191,8 +192,13 @@ class SparsifyCallback(TrainingCallback):
         reached = self._level_at(t)
         if reached != self._reached:
             self._calibrate(self.sparsifier)
-            # KeepSparsity, before this in order, has seen to it that all that is masked is zero.
-            self.sparsifier.update_masks(scaled(self.sparsity, reached), self.learn.opt)
+            wanted, opt = scaled(self.sparsity, reached), self.learn.opt
+            keepers = [each for each in self.learn._grab_cbs(KeepSparsity) if each.sparsifier is self.sparsifier]
+            if keepers and keepers[0].is_alone():  # which has just seen to it that all that is masked is zero
+                self.sparsifier.update_masks(wanted, opt)
+            else:
+                self.sparsifier.sparsify(wanted)
+                zero_moments(self.sparsifier.masked_parameters(), opt, squares=NEXT_TO_ZERO)
             self._reached, self._moved = reached, True
 
     def _is_short(self) -> bool:
@@ -281,10 +287,11 @@ class SparsifyCallback(TrainingCallback):
 
     def _announce_keeper(self) -> None:
         """Say what keeps the zeros in later fits, or take it off if there are none."""
+        for keeper in self.learn._grab_cbs(KeepSparsity):
+            keeper.enforce()  # a fit can be interrupted between a step and what comes after it
         keeper, self._brought = self._brought, None
         if keeper is None or keeper.learn is None:  # said before, or taken off in the fit
             return
-        keeper.enforce()
         if keeper.masks_something:
             notify(
                 self.learn,

@@ -7,7 +7,15 @@ import warnings
 from fastai.callback.core import Callback
 from torch import Tensor, nn
 
-from .masking import NEXT_TO_ZERO, holds_zeros, is_masked_zero, zero_gradients, zero_moments, zero_weights
+from .masking import (
+    NEXT_TO_ZERO,
+    holds_zeros,
+    is_masked_zero,
+    parameters_of,
+    zero_gradients,
+    zero_moments,
+    zero_weights,
+)
 from .parallel import unwrapped, whole
 from .sparsifier import Sparsifier
 from .target import find_targets, parameter_of
@@ -18,6 +26,12 @@ CHANCE = 1e-5
 # Steps in which means of squares do not decay from NEXT_TO_ZERO to denormal numbers, which would be slow: with a decay
 # of 0.9 that takes 480 steps.
 REFRESH = 300
+
+
+_OF_TRAINING = (
+    *("before_train", "before_batch", "after_pred", "after_loss", "before_backward", "after_cancel_backward"),
+    *("after_backward", "before_step", "after_cancel_step", "after_step", "after_cancel_batch", "after_batch"),
+)
 
 
 class TrainingCallback(Callback):
@@ -81,7 +95,7 @@ class KeepSparsity(TrainingCallback):
         "When the fit begins, take the masks from the zeros of the model, if they were not given; keep to them later"
         if self.recovers and not self.begun and self.learn.training:
             self.recover()
-        elif self.learn.training and not self._alone():
+        elif self.learn.training and not self.is_alone():
             zero_weights(self._masked())
 
     def before_step(self):
@@ -92,19 +106,25 @@ class KeepSparsity(TrainingCallback):
 
     def after_step(self):
         "Zero the masked weights, if the optimizer may have moved them"
-        if not (self.gradients_zeroed and holds_zeros(self.learn.opt) and self._alone()):
-            zero_weights(self._masked())
+        masked = self._masked()
+        if not (self.gradients_zeroed and self.is_alone() and self._steps_hold(masked)):
+            zero_weights(masked)
         self.gradients_zeroed = False
         self.steps += 1
         if self.steps % REFRESH == 0:
-            zero_moments(self._masked(), self.learn.opt, squares=NEXT_TO_ZERO)
+            zero_moments(masked, self.learn.opt, squares=NEXT_TO_ZERO)
 
-    def _alone(self) -> bool:
-        """Whether no callback may change weights from batch to batch: all are fastai's and sparsifai's."""
+    def _steps_hold(self, masked: list[tuple[nn.Parameter, Tensor]]) -> bool:
+        """Whether the optimizer is known to leave zeros alone, and steps the weights themselves, not copies of them."""
+        stepped = {id(parameter) for parameter in parameters_of(self.learn.opt)}
+        return holds_zeros(self.learn.opt) and all(id(parameter) in stepped for parameter, _ in masked)
+
+    def is_alone(self) -> bool:
+        "Whether no callback may change weights within an epoch's training: all are fastai's and sparsifai's"
         return not any(
             event in vars(callback) or (hasattr(type(callback), event) and not _is_known(type(callback)))
             for callback in self.learn.cbs
-            for event in ("before_batch", "after_backward", "before_step", "after_step", "after_batch")
+            for event in _OF_TRAINING
         )
 
     def before_train(self):

@@ -27,13 +27,16 @@ _BY_WEIGHT = ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam",
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "sqr_avg")
 NEXT_TO_ZERO = 1e-16
 
+# One in so many weights, or less, is newly masked: then places are set, more quickly than by a mask.
+FEW = 32
+
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def newly_masked(parameter: nn.Parameter, before: Tensor, mask: Tensor) -> Tensor:
     """The places, in the order of memory, of weights that `mask` masks and `before` did not; or `mask`, where that is
     as fast: of masks of groups, on a GPU, or if they are many."""
-    plain = mask.device.type == "cpu" and parameter.is_contiguous() and not is_sharded(parameter)
+    plain = mask.device.type == before.device.type == "cpu" and parameter.is_contiguous() and not is_sharded(parameter)
     if mask.shape != parameter.shape or not plain:
         return mask
     earlier, now, places = before.numpy().reshape(-1), mask.numpy().reshape(-1), []
@@ -41,7 +44,7 @@ def newly_masked(parameter: nn.Parameter, before: Tensor, mask: Tensor) -> Tenso
         part = slice(start, start + PART)
         places.append(start + np.flatnonzero(earlier[part] > now[part]))
     count = sum(map(len, places))
-    return torch.from_numpy(np.concatenate(places)) if 32 * count < len(now) else mask
+    return torch.from_numpy(np.concatenate(places)) if FEW * count < len(now) else mask
 
 
 def zero_masked(tensor: Tensor, mask: Tensor, zero: float = 0.0) -> None:
@@ -57,12 +60,13 @@ def zero_masked(tensor: Tensor, mask: Tensor, zero: float = 0.0) -> None:
     tensor, mask = own_shard(tensor.detach(), mask)
     # Multiplied as integers, the bits of any value times zero are those of zero.
     bits = tensor.view(_INTEGER[tensor.element_size()])
-    if bits.device.type == "cpu":
-        array = bits.numpy()
-        np.multiply(array, mask.numpy(), out=array)  # several times faster than torch's own
-        torch.autograd.graph.increment_version(tensor)  # numpy's writing is unseen by autograd
-    else:
+    if mask.shape != bits.shape or bits.numel() <= 2 * PART:
         bits.mul_(mask)
+    else:
+        # torch makes integers of the bools first: of few at a time, so that these stay in the cache.
+        rows = max(1, 2 * PART * len(bits) // bits.numel())
+        for part, kept in zip(bits.split(rows), mask.split(rows), strict=True):
+            part.mul_(kept)
     if zero:
         tensor.add_(~mask, alpha=zero)
 
@@ -124,6 +128,14 @@ def holds_zeros(optimizer: Any) -> bool:
         return False
     hooks = [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
     return not any([*hooks, optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks])
+
+
+def parameters_of(optimizer: Any) -> Iterator[nn.Parameter]:
+    """What an optimizer steps: torch's, fastai's, or a wrapper around one."""
+    if hasattr(optimizer, "param_lists"):
+        yield from (parameter for group in optimizer.param_lists for parameter in group)
+    else:
+        yield from (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _inner_of(optimizer: Any) -> Any:

@@ -59,9 +59,11 @@ def select_on_device(layers: Sequence[DeviceLayer], sparsity: float) -> list[Ten
     # A rising target adds to what is masked, but for the best of every layer. Of a falling one, which only gives
     # back, the masked ones are the candidates.
     falling = wanted < masked
+    revives = torch.cat([_full(layer, layer.revives) for layer in layers])
     candidate = alive if layers[0].may_empty else alive & ~torch.cat(_best(layers))
-    candidate = torch.where(falling, ~alive, candidate)
-    amount = torch.where(falling, wanted, wanted - masked)
+    candidate = torch.where(falling, ~alive & revives, candidate)
+    stay_masked = (size * (~alive & ~revives)).sum()
+    amount = torch.where(falling, (wanted - stay_masked).clamp(min=0), wanted - masked)
 
     if equal:
         number = torch.minimum((amount / size[0] + 0.5).floor().long().clamp(min=0), candidate.sum())
@@ -69,8 +71,8 @@ def select_on_device(layers: Sequence[DeviceLayer], sparsity: float) -> list[Ten
         falls = (kernels.lowest if kernels is not None else _lowest_of_equal_size)(score, candidate, number)
     else:
         falls = _lowest(score, candidate, size, amount)
-    stays = ((alive | falling) & ~falls).split([len(layer) for layer in layers])
-    return [kept if layer.revives else kept & layer.alive for layer, kept in zip(layers, stays, strict=True)]
+    stays = (alive | (falling & revives)) & ~falls
+    return list(stays.split([len(layer) for layer in layers]))
 
 
 def kernels_for(score: Tensor) -> ModuleType | None:
@@ -94,6 +96,11 @@ def _lowest(score: Tensor, candidate: Tensor, size: Tensor, amount: Tensor) -> T
     sizes = torch.where(candidate, size, 0)[order]
     falls_in_order = (sizes.cumsum(0) - sizes / 2 <= amount) & candidate[order]
     return torch.empty_like(candidate).scatter_(0, order, falls_in_order)
+
+
+def _full(layer: DeviceLayer, value: bool) -> Tensor:
+    """One bool for all groups, filled on the GPU."""
+    return torch.full((1,), value, device=layer.alive.device).expand(len(layer))
 
 
 def _sizes(layer: DeviceLayer) -> Tensor:

@@ -60,7 +60,7 @@ class ScoredLayer:
     def score(self) -> np.ndarray:
         """The scores of all groups."""
         score = self.part(slice(None))
-        self.check(score)
+        self.check(score, self.alive)
         return score
 
     @property
@@ -91,6 +91,8 @@ def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.nda
 
     Of layers on a GPU, which the host does not look into, on_device.py does the same.
     """
+    if not layers:
+        return []
     if isinstance(layers[0], DeviceLayer):
         return select_on_device(layers, sparsity)
     total = sum(layer.size * len(layer) if isinstance(layer.size, int) else int(layer.size.sum()) for layer in layers)
@@ -100,7 +102,7 @@ def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.nda
     if size is not None and math.floor(wanted / size + 0.5) == masked // size:
         return [layer.alive for layer in layers]
     if wanted < masked:
-        return _revive(layers, masked, wanted)
+        return _revive(layers, wanted)
     candidates = [layer.alive for layer in layers]
     stays, far = _all_but_lowest(layers, candidates, alive, wanted - masked)
     # The best group of a layer is the last of it to fall: while it is not near, it need not be looked for. With groups
@@ -121,12 +123,17 @@ def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.nda
     return stays
 
 
-def _revive(layers: Sequence[ScoredLayer], masked: int, wanted: float) -> list[np.ndarray]:
-    """A falling target: the best of the masked groups come back, no other one falls."""
-    for layer in layers:
+def _revive(layers: Sequence[ScoredLayer], wanted: float) -> list[np.ndarray]:
+    """A falling target: the best of the masked groups that may come back do so, until `wanted` weights are masked."""
+    back = [layer for layer in layers if layer.revives]
+    for layer in back:
         layer.check(layer.score, layer.alive)  # which are not ranked
-    back, _ = _all_but_lowest(layers, [layer.masked for layer in layers], masked, wanted)
-    return [layer.alive | kept if layer.revives else layer.alive for layer, kept in zip(layers, back, strict=True)]
+    others = sum(layer.weights(layer.masked) for layer in layers if not layer.revives)
+    candidates = [layer.masked for layer in back]
+    available = sum(map(ScoredLayer.weights, back, candidates))
+    stays, _ = _all_but_lowest(back, candidates, available, max(wanted - others, 0.0)) if back else ([], False)
+    of_layer = iter(stays)
+    return [layer.alive | next(of_layer) if layer.revives else layer.alive for layer in layers]
 
 
 def _all_but_lowest(

@@ -27,6 +27,7 @@ from sparsifai.all import (  # noqa: E402
 class Watch(Callback):
     """Measures the sparsity at every forward and after every step."""
 
+    __module__ = "fastai.watch"  # beside a callback that is not known, masks would be applied more often than without
     order = 99
 
     def before_fit(self):

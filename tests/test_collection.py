@@ -312,11 +312,15 @@ def test_a_state_holds_what_was_collected(net, tmp_path):
 def test_in_steps_scores_are_taken_anew_and_density_falls_exponentially(net, criterion, monkeypatch):
     levels = []
     monkeypatch.setattr(
-        Sparsifier, "_update", lambda self, level, update=Sparsifier._update: levels.append(level) or update(self, level)
+        Sparsifier,
+        "_update",
+        lambda self, level, update=Sparsifier._update: levels.append(level) or update(self, level),
     )
     collected = []
     monkeypatch.setattr(
-        Statistics, "add", lambda self, moment, *given, add=Statistics.add: collected.append(moment) or add(self, moment, *given)
+        Statistics,
+        "add",
+        lambda self, moment, *given, add=Statistics.add: collected.append(moment) or add(self, moment, *given),
     )
     sparsifier = Sparsifier(net, criteria=criterion, example_input=batches(1)[0][0])
     if criterion == "snip":

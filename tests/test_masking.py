@@ -14,16 +14,20 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("places", [False, True])
-def test_masked_values_are_zero_and_others_as_they_were(dtype, memory, places):
+@pytest.mark.parametrize("part", [16, 131072])
+def test_masked_values_are_zero_and_others_as_they_were(dtype, memory, places, part, monkeypatch):
+    monkeypatch.setattr(masking, "PART", part)
     torch.manual_seed(0)
     before = torch.randn(4, 3, 5, 5, dtype=dtype).to(memory_format=memory)
     before[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -1.0], dtype=dtype)
     mask = torch.rand(4, 3, 5, 5) < 0.7
     mask[0, 0, 0] = torch.tensor([False, False, True, True, True])
     tensor = before.clone()
+    version = tensor._version
     where = (~mask).flatten().nonzero().flatten() if places else mask
     zero_masked(tensor, where)
     assert torch.equal(tensor, torch.where(mask, before, torch.zeros((), dtype=dtype)))
+    assert tensor._version > version  # autograd sees it
 
 
 def test_newly_masked_are_places_if_few_and_the_mask_otherwise():

@@ -162,6 +162,17 @@ def test_nan_is_told_of_when_something_is_read():
         sparsifier.sparsity  # noqa: B018
 
 
+def test_nan_of_what_is_masked_does_not_matter():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    sparsifier = as_on_device(Sparsifier(model, criteria=lambda weight: weight.abs() / (weight != 0)))
+    sparsifier.sparsify(0.5)
+    sparsifier.sparsify(0.75)
+    assert sparsifier.sparsity == 0.75
+    sparsifier.sparsify(0.5)
+    with pytest.raises(ValueError, match="NaN scores"):
+        sparsifier.sparsity  # noqa: B018
+
+
 def test_nan_in_any_scope_of_several_is_told_of():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     sparsifier = as_on_device(Sparsifier(model))

@@ -64,7 +64,30 @@ def test_where_nothing_may_come_back_nothing_does():
     may, must_not = (layer([4, 3, 2, 1], masked=[True, True, False, False]) for _ in range(2))
     must_not.revives = False
     stays = select_groups([may, must_not], 0.25)
-    assert [each.tolist() for each in stays] == [[True, False, True, True], [False, False, True, True]]
+    assert [each.tolist() for each in stays] == [[True] * 4, [False, False, True, True]]
+    assert [each.tolist() for each in select_groups([may, must_not], 0.375)] == [
+        [True, False, True, True],
+        [False, False, True, True],
+    ]
+    may.revives = False
+    assert [each.tolist() for each in select_groups([may, must_not], 0.25)] == [[False, False, True, True]] * 2
+
+
+def test_no_layers_are_no_error():
+    assert select_groups([], 0.5) == []
+
+
+@pytest.mark.parametrize("size", [1, [1, 2, 1, 1]])
+def test_nan_of_groups_that_are_masked_matters_only_if_they_may_come_back(size):
+    def nan_layer():
+        each = layer([math.nan, 1, 2, 3], size, masked=[True, False, False, False])
+        each.target = type("Named", (), {"name": "it"})
+        return each
+
+    for level in (0.2, 0.5, 1.0):
+        assert not select_groups([nan_layer()], level)[0][0]
+    with pytest.raises(ValueError, match="NaN scores for it"):
+        select_groups([nan_layer()], 0.0)
 
 
 def test_budget_counts_weights_not_groups():

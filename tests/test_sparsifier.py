@@ -611,6 +611,49 @@ def test_under_a_rising_level_no_context_lets_anything_come_back(net):
     assert all(mask.sum() == 2 for mask in sparsifier.masks.values())
 
 
+def masked_share(sparsifier):
+    """Of masks: what has come back is zero until it is trained."""
+    masks = [mask.float().mean() * mask.numel() for mask in sparsifier.masks.values()]
+    return 1 - float(sum(masks)) / sum(mask.numel() for mask in sparsifier.masks.values())
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_joint_target_that_falls_is_exact_where_some_layers_were_below_it(on_device):
+    for levels, lower in (((0.9, 0.3), 0.4), ((0.9, 0.1), 0.3)):
+        sparsifier = Sparsifier(nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 40)))
+        if on_device:
+            sparsifier.__class__ = type("OnDevice", (Sparsifier,), {"_on_device": True})
+        sparsifier.sparsify({"0": levels[0], "1": levels[1]})
+        before = sparsifier.masks
+        sparsifier.sparsify(lower)
+        assert masked_share(sparsifier) == pytest.approx(lower)
+        assert torch.equal(sparsifier.masks["1.weight"], before["1.weight"])
+    model = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 40))
+    Sparsifier(model).sparsify({"0": 0.75, "1": 0.25})
+    sparsifier = Sparsifier(model)
+    sparsifier.recover_masks()
+    sparsifier.sparsify(0.4)
+    assert masked_share(sparsifier) == pytest.approx(0.4)
+
+
+def test_warnings_point_at_the_line_that_calls():
+    masked = Sparsifier(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), "filter")
+    masked.sparsify(0.5)
+    net = nn.Sequential(nn.Linear(4, 4))
+    cases = {
+        "outputs that come back": lambda: masked.sparsify(0.2),
+        "train before the first update": lambda: Sparsifier(net, criteria="movement").sparsify(0.5),
+        "no group can fall": lambda: Sparsifier(net, "layer", "local", layers=["0"]).sparsify(0.5),
+    }
+    for message, call in cases.items():
+        with pytest.warns(UserWarning, match=message) as caught:
+            call()
+        assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="outputs that come back") as caught:
+        masked.update_masks(0.1)
+    assert caught[0].filename == __file__
+
+
 def test_a_context_that_empties_a_layer_is_an_error(net):
     def nothing(layers, sparsity):
         return [np.zeros(len(layer.score), bool) for layer in layers]
