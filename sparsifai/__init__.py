@@ -7,24 +7,34 @@ when (schedules). `Sparsifier` works on any torch model; `SparsifyCallback` call
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .context import contexts, global_, local
+from .context import bounded, contexts, global_, local
 from .criterion import (
     criteria,
+    fisher,
+    grasp,
+    lamp,
     large_final,
     large_init,
     large_init_large_final,
     magnitude_increase,
     movement,
+    movement_pruning,
     movmag,
+    normalized_final,
     small_final,
     small_init,
     small_init_small_final,
+    snip,
     squared_final,
+    synflow,
+    taylor,
     updating_magnitude_increase,
     updating_movement,
     updating_movmag,
+    wanda,
 )
-from .granularity import along, granularities
+from .granularity import along, block, granularities
+from .n_of_m import blocks, is_nm
 from .report import Report
 from .schedule import agp, between, cos, dsd, iterative, lin, one_cycle, one_shot, schedules
 from .selection import select_groups
@@ -49,13 +59,20 @@ __all__ = [
     "agp",
     "along",
     "between",
+    "block",
+    "blocks",
+    "bounded",
     "contexts",
     "cos",
     "criteria",
     "dsd",
+    "fisher",
     "global_",
     "granularities",
+    "grasp",
+    "is_nm",
     "iterative",
+    "lamp",
     "large_final",
     "large_init",
     "large_init_large_final",
@@ -63,21 +80,27 @@ __all__ = [
     "local",
     "magnitude_increase",
     "movement",
+    "movement_pruning",
     "movmag",
+    "normalized_final",
     "one_cycle",
     "one_shot",
+    "quantities",
     "register_layer",
     "schedules",
     "select_groups",
     "small_final",
     "small_init",
     "small_init_small_final",
+    "snip",
     "squared_final",
-    "quantities",
+    "synflow",
     "taken",
+    "taylor",
     "updating_magnitude_increase",
     "updating_movement",
     "updating_movmag",
+    "wanda",
 ]
 
 

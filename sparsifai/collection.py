@@ -158,7 +158,7 @@ def _take_loss(source: Any, statistics: Statistics, loss: Any, number: int) -> N
             "output of the model, outside of torch.no_grad and without detach or item"
         )
     if not torch.isfinite(loss):
-        raise ValueError(f"calibrate: the loss of batch {number} is {float(loss)}")
+        raise ValueError(f"calibrate: the loss of batch {number} is {loss.item()}")
     if statistics.at("loss"):
         source.loss = loss
         try:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .blocks import lowest_of_rows, parse_blocks, with_masked_lowest
 from .criterion import lamp as lamp_score
+from .n_of_m import lowest_of_rows, parse_blocks, with_masked_lowest
 from .registry import Registry, name_of
 from .selection import ScoredLayer, select_groups
 from .target import matching
@@ -118,7 +118,7 @@ def lamp(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     Lee et al., 2021, "Layer-Adaptive Sparsity for the Magnitude-based Pruning" (arXiv:2010.07611).
     """
     scored = [
-        ScoredLayer(layer.target, score.__getitem__, np.ones(len(score), bool))
+        ScoredLayer(layer.target, score.__getitem__, np.ones(len(score), bool), may_empty=layer.may_empty)
         for layer in layers
         for score in [lamp_score(layer.target.parameter.detach()).flatten().cpu().numpy()]
     ]
@@ -197,17 +197,20 @@ def _bounded(
     """What `context` gives, with limits for the sparsity of some layers, by their number."""
     sizes = [_weights(layer) for layer in layers]
     wanted = sparsity * sum(sizes)
+    least, most = (
+        sum(bounds.get(number, (0.0, 1.0))[side] * size for number, size in enumerate(sizes)) for side in (0, 1)
+    )
+    if not least - 0.5 <= wanted <= most + 0.5:
+        limit = f"{least / sum(sizes):.4g} at least" if wanted < least else f"{most / sum(sizes):.4g} at most"
+        raise ValueError(
+            f"context {name_of(context)}, bounded: sparsity {sparsity:g} cannot be had, the limits allow {limit}; widen "
+            "them"
+        )
     fixed = {number: low for number, (low, high) in bounds.items() if low == high}
     while True:
         free = [number for number in range(len(layers)) if number not in fixed]
         left = wanted - sum(fixed[number] * sizes[number] for number in fixed)
         room = sum(sizes[number] for number in free)
-        if not -0.5 <= left <= room + 0.5 or (not free and abs(left) > 0.5):
-            reached = (sum(fixed[number] * sizes[number] for number in fixed) + (room if left > 0 else 0)) / sum(sizes)
-            raise ValueError(
-                f"context {name_of(context)}, bounded: sparsity {sparsity:g} cannot be had, the limits allow "
-                f"{reached:.4g} {'at most' if left > 0 else 'at least'}; widen them"
-            )
         share = min(max(left / room, 0.0), 1.0) if room else 0.0
         kept = dict(zip(free, context([layers[number] for number in free], share) if free else [], strict=True))
         beyond = {}

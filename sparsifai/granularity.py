@@ -180,6 +180,11 @@ class Grouping:
         """Number of groups along every axis of `shape`."""
         return tuple(math.ceil(size / extent) for size, extent in zip(self.shape, self.extents, strict=True))
 
+    @property
+    def named_grid(self) -> dict[str, int]:
+        """Number of groups along every axis, by its name."""
+        return dict(zip(self.names, self.grid, strict=True))
+
     def members(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """(weights of the layer) -> (groups, weights of a group); short groups are filled up with `fill`."""
         padding = [

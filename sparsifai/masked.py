@@ -79,7 +79,11 @@ class MaskedModel:
         """Measured zeros per layer and in total; text, HTML in a notebook, `.plot()`."""
         self._check_held("report")
         self._check_nan()
-        return Report.measure(self.model, self.candidates, self.dense)
+        return Report.measure(self.model, self.candidates, self.dense, self._notes())
+
+    def _notes(self) -> dict[str, str]:
+        """What the report says of layers that take part, by name."""
+        return {}
 
     def adopt(self, masks: Mapping[str, Tensor]) -> None:
         """Take over the masks of another Sparsifier of the model: what they mask in whole groups is masked here too."""

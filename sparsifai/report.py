@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def percent(fraction: float) -> str:
     return f"{fraction if fraction in (0, 1) else min(max(fraction, 0.0001), 0.9999):.2%}"
 
 
-_HEADER = ("layer", "kind", "shape", "weights", "zeros", "sparsity", "why dense")
+_HEADER = ("layer", "kind", "shape", "weights", "zeros", "sparsity")
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,14 @@ class Count:
 
 @dataclass(frozen=True)
 class Row:
-    """One layer: `why_dense` is empty if it takes part."""
+    """One layer: `why_dense` is empty if it takes part; `note` is what is special about it then."""
 
     name: str
     kind: str
     shape: tuple[int, ...]
     count: Count
     why_dense: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,19 @@ class Report:
     model: Count
 
     @classmethod
-    def measure(cls, model: nn.Module, candidates: Mapping[str, Target], dense: Mapping[str, str]) -> Report:
-        """Count the zeros of `model`; dense: why which candidates take no part, by name."""
+    def measure(
+        cls,
+        model: nn.Module,
+        candidates: Mapping[str, Target],
+        dense: Mapping[str, str],
+        notes: Mapping[str, str] = MappingProxyType({}),
+    ) -> Report:
+        """Count the zeros of `model`; dense: why which candidates take no part, by name; notes: on those that do."""
         rows = tuple(
-            Row(name, target.kind, tuple(target.parameter.shape), Count.of(target.parameter), dense.get(name, ""))
+            Row(name, target.kind, tuple(target.parameter.shape), Count.of(target.parameter), dense.get(name, ""),
+                notes.get(name, ""))
             for name, target in candidates.items()
-        )
+        )  # fmt: skip
         # Matrices that no kind of layer names the axes of are told of too, so that no weights go missing unseen.
         known = {name for target in candidates.values() for name in target.names}
         rows += tuple(
@@ -86,10 +95,14 @@ class Report:
         selected = Count.of(*(target.parameter for name, target in candidates.items() if name not in dense))
         return cls(rows, selected, Count.of(*model.parameters()))
 
+    @property
+    def _header(self) -> tuple[str, ...]:
+        return (*_HEADER, "note" if any(row.note for row in self.rows) else "why dense")
+
     def _cells(self) -> list[tuple[str, ...]]:
         """Rows of text, the two totals last."""
         cells = [
-            (row.name, row.kind, "x".join(map(str, row.shape)), *_figures(row.count), row.why_dense)
+            (row.name, row.kind, "x".join(map(str, row.shape)), *_figures(row.count), row.why_dense or row.note)
             for row in self.rows
         ]
         return [
@@ -100,8 +113,8 @@ class Report:
 
     def __str__(self) -> str:
         cells = self._cells()
-        table = [_HEADER, *cells]
-        widths = [max(len(row[column]) for row in table) for column in range(len(_HEADER))]
+        table = [self._header, *cells]
+        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
         lines = [
             "  ".join(
                 cell.rjust(width) if 3 <= column <= 5 else cell.ljust(width)
@@ -126,7 +139,7 @@ class Report:
 
         body = "".join(line(row, "td") for row in cells[:-2])
         totals = "".join(line(row, "th") for row in cells[-2:])
-        return f"<table><thead>{line(_HEADER, 'th')}</thead><tbody>{body}</tbody><tfoot>{totals}</tfoot></table>"
+        return f"<table><thead>{line(self._header, 'th')}</thead><tbody>{body}</tbody><tfoot>{totals}</tfoot></table>"
 
     def plot(self, ax: Any = None) -> Any:
         """Sparsity of each layer as bars, layers that stay dense in grey; returns the matplotlib axes."""

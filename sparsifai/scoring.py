@@ -71,7 +71,7 @@ def score_layer(
         return DeviceLayer(target, all_of.to(mask.device), alive, sizes, whole, **options)
     alive = grouping.gather(mask).cpu().numpy().view()
     alive.flags.writeable = False  # it can be the mask itself
-    grid = dict(zip(grouping.names, grouping.grid, strict=True))
+    grid = grouping.named_grid
     if by_element and grouping.single and mask.device.type == "cpu":
         weight = target.parameter.detach()
         if (

@@ -298,6 +298,10 @@ class Sparsifier(MaskedModel):
         """For quantities: what `compute` gives of this Sparsifier, for all layers, computed at the first of them."""
         return self.collected.once(compute, self)
 
+    def _notes(self) -> dict[str, str]:
+        noted = getattr(self.context, "note", None)
+        return {} if noted is None else {name: noted(each.named_grid) for name, each in self.groupings.items()}
+
     # --- State --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

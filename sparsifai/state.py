@@ -43,12 +43,17 @@ def check_state(
                 )
     for quantity in means & stored.keys():
         for name, value in stored[quantity].items():
-            if name not in shapes or torch.broadcast_shapes(value.shape, shapes[name]) != shapes[name]:
+            if name not in shapes or not _broadcasts(value, shapes[name]):
                 raise ValueError(
                     f"load_state_dict: {quantity} of {name} is {_form(value)} in the state and does not fit; use the "
                     "same model and layers as when it was saved"
                 )
     torch.Generator().set_state(state["rng"].cpu())  # raises here what it would raise half-way
+
+
+def _broadcasts(value: Tensor, shape: tuple) -> bool:
+    missing = len(shape) - value.dim()
+    return missing >= 0 and all(size in (1, whole) for size, whole in zip(value.shape, shape[missing:], strict=True))
 
 
 def _form(value: Any) -> str:

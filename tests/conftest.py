@@ -32,6 +32,18 @@ def mlp():
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 
 
+# What synflow needs of an input is its shape.
+EXAMPLE = torch.zeros(2, 2, 8, 8)
+
+
+def show_data(sparsifier, seed=0):
+    """Give a criterion that looks at data some; the others see nothing of it."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = torch.randn(4, 2, 8, 8, generator=generator), torch.randint(3, (4,), generator=generator)
+    if sparsifier.collected.at("forward", "loss", "backward"):
+        sparsifier.calibrate([batch], nn.functional.cross_entropy)
+
+
 def small_learner(model=None, steps=4, opt_func=None, shape=(2, 8, 8), classes=3, **options):
     """A Learner on made-up data that trains a few steps in no time. steps: per epoch."""
     from fastai.vision.all import SGD, DataLoader, DataLoaders, Learner

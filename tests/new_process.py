@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import small_learner, small_net
+from conftest import EXAMPLE, show_data, small_learner, small_net
 
 STEPS = 6
 
@@ -17,6 +17,8 @@ def train(model, sparsifier, optimizer, steps):
         sparsifier.mask_gradients()
         optimizer.step()
         optimizer.zero_grad()
+        if sparsifier.collected.at("forward", "loss"):
+            show_data(sparsifier, seed=step)
         sparsifier.sparsify(0.9 * (step + 1) / (2 * STEPS))
         sparsifier.mask_moments(optimizer)
 
@@ -27,7 +29,8 @@ def plain(criterion):
 
     torch.manual_seed(0)
     model = small_net()
-    return model, Sparsifier(model, criteria=criterion, context="local"), torch.optim.AdamW(model.parameters(), 0.01)
+    sparsifier = Sparsifier(model, criteria=criterion, context="local", example_input=EXAMPLE)
+    return model, sparsifier, torch.optim.AdamW(model.parameters(), 0.01)
 
 
 def go_on(folder):

@@ -49,6 +49,11 @@ def pooled(score, groups, dtype=np.float32):
     return [dtype(math.fsum(float(score[index]) for index in group) / len(group)) for group in groups]
 
 
+def squared_sums(score, groups, dtype=np.float32):
+    """Square of the sum over every group, summed exactly."""
+    return [dtype(math.fsum(float(score[index]) for index in group) ** 2) for group in groups]
+
+
 def fallen(layers, sparsity, whole=False):
     """Which groups fall of layers that are ranked together; layers: lists of (score, size, masked) per group.
 

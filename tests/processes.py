@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from conftest import small_net  # isort: skip
+from conftest import EXAMPLE, show_data, small_net  # isort: skip
 from sparsifai import Sparsifier, criteria, quantities, taken
 from sparsifai.parallel import is_sharded, whole
 
@@ -60,6 +60,8 @@ def train(model, module, sparsifier, make_optimizer):
     for sparsity in (0.4, 0.8):
         step(model, optimizer, sparsifier)
         sparsifier.apply_masks()
+        if sparsifier.collected.at("forward", "loss"):
+            show_data(sparsifier, seed=0 if sparsifier.group is None else RANK)
         weights = values_of(module)
         sparsifier.sparsify(sparsity)
         sparsifier.mask_moments(optimizer)
@@ -93,7 +95,7 @@ def replicated():
             drawn = values_of(net)
             model = DistributedDataParallel(net)
             start = values_of(net)
-            sparsifier = Sparsifier(model if given == "wrapper" else net, *axes)
+            sparsifier = Sparsifier(model if given == "wrapper" else net, *axes, example_input=EXAMPLE)
             runs[axes, given] = {
                 "drawn": drawn, "start": start, **train(model, net, sparsifier, OPTIMIZERS["SGD"]),
             }  # fmt: skip

@@ -23,6 +23,23 @@ SCORES = {
     "updating_magnitude_increase": [-2, 0, 0.5],
     "updating_movement": [2, 0, 0.5],
     "updating_movmag": [2, 0, 0.25],
+    "normalized_final": [1 / 5.25**0.5, 2 / 5.25**0.5, 0.5 / 5.25**0.5],
+    "lamp": [1 / 5, 1, 0.25 / 5.25],
+    "snip": [2, 2, 0.25],
+    "grasp": [3, 2, 0.25],
+    "synflow": [4, 2, 3],
+    "taylor": [2, -2, -0.25],
+    "fisher": [2, 8, 0.5],
+    "movement_pruning": [1, -2, 0.5],
+    "wanda": [3, 4, 0.25],
+}
+OF_DATA = {
+    "grad": [2.0, 1, -0.5],
+    "grad_sq": [4.0, 4, 4],
+    "weight_grad": [-1.0, 2, -0.5],
+    "hessian_grad": [3.0, -1, 0.5],
+    "flow": [4.0, 1, 6],
+    "activation": [3.0, 2, 0.5],
 }
 
 
@@ -33,8 +50,10 @@ def test_every_criterion_but_random_has_scores_by_hand():
 @pytest.mark.parametrize("name", SCORES)
 def test_scores_by_hand(name):
     known = {"weight": WEIGHT, "init": INIT, "previous": PREVIOUS}
+    known |= {quantity: torch.tensor(values) for quantity, values in OF_DATA.items()}
     criterion = criteria[name]
-    assert criterion(**{quantity: known[quantity] for quantity in quantities_of(criterion)}).tolist() == SCORES[name]
+    scores = criterion(**{quantity: known[quantity] for quantity in quantities_of(criterion)})
+    assert scores.tolist() == pytest.approx(SCORES[name], rel=1e-6)
 
 
 def test_random_is_uniform_and_seeded():

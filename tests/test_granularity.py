@@ -111,7 +111,7 @@ def test_extents_make_blocks(layer, indexed, sizes):
 
 def test_pooling_by_hand():
     scores = torch.tensor([[1.0, 2, 3], [-3, 0, 4]])
-    expected = {"mean": [2, 1 / 3], "sum": [6, 1], "max": [3, 4], "l2": [14**0.5, 5]}
+    expected = {"mean": [2, 1 / 3], "sum": [6, 1], "max": [3, 4], "l2": [14**0.5, 5], "squared_sum": [36, 1]}
     grouping = Grouping.of(granularities["row"], {"out": 2, "in": 3})
     for name, pool in poolings.items():
         assert grouping.pool(scores.__getitem__, pool).tolist() == pytest.approx(expected.pop(name))

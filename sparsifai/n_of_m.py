@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,25 +25,32 @@ PAIRS = 8
 class Blocks:
     """The context in which every `size` consecutive weights along `axis` are ranked alone.
 
-    fall: of a block at most; by default all but one.
+    fall: of a block at most. exact: whether more than that is an error.
     """
 
     size: int
     axis: str
     fall: int
+    exact: bool
     __name__: str
 
     def __call__(self, layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
         count = math.floor(sparsity * self.size + 0.5)
-        if count > self.fall and sparsity > self.fall / self.size:
+        if self.exact and sparsity > self.fall / self.size:
             raise ValueError(
                 f"context {self.__name__} makes {self.fall / self.size:g} of the weights zero at most; "
                 f"sparsity {sparsity:g} was asked for"
             )
         return [self._of_layer(layer, min(count, self.fall)) for layer in layers]
 
+    def note(self, grid: Mapping[str, int]) -> str:
+        """What the report says of a layer whose groups the blocks do not divide."""
+        length = grid.get(self.axis, 0)
+        left = length % self.size
+        return f"blocks of {self.size} leave {left} of {length} along '{self.axis}'" if left else ""
+
     def _of_layer(self, layer: ScoredLayer, count: int) -> np.ndarray:
-        if self.axis not in layer.grid or layer.whole:
+        if layer.whole or (layer.grid.get(self.axis, 1) == 1 and layer.target.axes.get(self.axis, 2) > 1):
             raise ValueError(
                 f"context {self.__name__}: {layer.target.name} has no groups along {self.axis!r} to make blocks of; "
                 "choose another granularity or axis, or leave the layer out with exclude="
@@ -73,7 +80,7 @@ def blocks(size: int, axis: str = "in") -> Blocks:
         raise ValueError(f"blocks: a block has a whole number of weights from 2 on, not {size!r}")
     if not isinstance(axis, str):
         raise TypeError(f"blocks: axis is the name of one, such as 'in' or 'out', not {axis!r}")
-    return Blocks(size, axis, size - 1, f"blocks({size})" if axis == "in" else f"blocks({size}, axis={axis!r})")
+    return Blocks(size, axis, size - 1, False, f"blocks({size})" if axis == "in" else f"blocks({size}, axis={axis!r})")
 
 
 def parse_blocks(value: Any) -> Blocks | None:
@@ -84,7 +91,7 @@ def parse_blocks(value: Any) -> Blocks | None:
     stay, size = int(pattern[1]), int(pattern[2])
     if not 0 < stay < size:
         raise ValueError(f"context {value!r}: of N:M, N are kept of every M, so N is from 1 to M - 1")
-    return Blocks(size, "in", size - stay, value)
+    return Blocks(size, "in", size - stay, True, value)
 
 
 def is_nm(weight: Tensor, n: int, m: int, axis: int = 1) -> bool:
