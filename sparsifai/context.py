@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .criterion import lamp as lamp_score
-from .n_of_m import lowest_of_rows, parse_blocks, with_masked_lowest
+from .n_of_m import Blocks, lowest_of_rows, parse_blocks, with_masked_lowest
 from .registry import Registry, name_of
 from .selection import ScoredLayer, select_groups
 from .target import matching
@@ -203,8 +203,8 @@ def _bounded(
     if not least - 0.5 <= wanted <= most + 0.5:
         limit = f"{least / sum(sizes):.4g} at least" if wanted < least else f"{most / sum(sizes):.4g} at most"
         raise ValueError(
-            f"context {name_of(context)}, bounded: sparsity {sparsity:g} cannot be had, the limits allow {limit}; widen "
-            "them"
+            f"context {name_of(context)}, bounded: sparsity {sparsity:g} cannot be had: the limits allow {limit}; "
+            "widen them"
         )
     fixed = {number: low for number, (low, high) in bounds.items() if low == high}
     while True:
@@ -243,8 +243,8 @@ def ask(context: Context, layers: Sequence[ScoredLayer], sparsity: float, granul
             f"context {name_of(context)} must return a list with, for each layer, a bool array over its groups, True "
             f"where one stays; got {[(kept.dtype.name, kept.shape) for kept in stays] or type(answer).__name__}"
         )
-    if context not in (local, global_):
-        # An own context may keep what it returns, and let come back what must not.
+    if not (isinstance(context, Blocks) or context in (local, global_)):
+        # A context may keep what it returns, and let come back what must not.
         stays = [kept & (layer.alive | layer.revives) for layer, kept in zip(layers, stays, strict=True)]
     for layer, kept in zip(layers, stays, strict=True):
         if not kept.any() and not layer.whole and not layer.may_empty:

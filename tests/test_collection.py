@@ -390,3 +390,98 @@ def test_taylor_squares_the_sum_over_a_group():
     single.sparsify(0.5)
     # w g is 1, -1, 0.1, 0.2, 2, 0.5; unsquared, -1 would be the lowest.
     assert single.masks["0.weight"].tolist() == [[True, True], [False, False], [True, False]]
+
+
+# --- In a Learner --------------------------------------------------------------------------------------------------
+
+OF_DATA = ("snip", "grasp", "synflow", "taylor", "fisher", "movement_pruning", "wanda")
+
+
+@pytest.mark.fastai
+@pytest.mark.parametrize("criterion", OF_DATA)
+@pytest.mark.parametrize("schedule", ["one_shot", "lin"])
+def test_in_a_learner_criteria_of_data_reach_their_target(make_learner, criterion, schedule):
+    from sparsifai import SparsifyCallback
+
+    learn = make_learner()
+    callback = SparsifyCallback(0.5, criteria=criterion, schedule=schedule)
+    learn.fit(2, 0.01, cbs=callback)
+    assert callback.sparsifier.sparsity == pytest.approx(0.5, abs=0.005)
+    assert not any(module._forward_pre_hooks for module in learn.model.modules())
+    learn.fit(1, 0.01)  # the keeper goes on, and looks at nothing more
+    assert callback.sparsifier.sparsity == pytest.approx(0.5, abs=0.005)
+
+
+@pytest.mark.fastai
+@pytest.mark.parametrize("criterion", OF_DATA)
+def test_in_a_learner_looking_at_data_changes_nothing_else(make_learner, criterion):
+    from sparsifai import SparsifyCallback, schedules
+
+    ends = []
+    for callbacks in ([], [SparsifyCallback(1e-9, criteria=criterion, schedule=schedules["lin"])]):
+        torch.manual_seed(3)
+        model = small_net()
+        model.insert(3, nn.Dropout(0.3))
+        learn = make_learner(model)
+        torch.manual_seed(7), random.seed(7), np.random.seed(7)
+        learn.fit(2, 0.01, cbs=callbacks)
+        ends.append([*learn.model.state_dict().values(), torch.get_rng_state(), torch.rand(3)])
+        ends.append([random.random(), float(np.random.rand()), learn.recorder.values])
+    assert all(map(torch.equal, ends[0], ends[2]))
+    assert ends[1][:2] == ends[3][:2]
+    assert [row[:2] for row in ends[1][2]] == [row[:2] for row in ends[3][2]]
+
+
+@pytest.mark.fastai
+def test_in_a_learner_gradients_are_those_that_pass_unscaled_and_unmasked(make_learner):
+    from fastai.callback.core import Callback
+
+    from sparsifai import SparsifyCallback
+
+    learn, seen = make_learner(), []
+    callback = SparsifyCallback(0.5, criteria="snip", schedule="one_shot", every=4)
+
+    def look(self):
+        seen.append({name: parameter.grad.clone() for name, parameter in self.model.named_parameters()})
+
+    learn.fit(1, 0.01, cbs=[callback, Callback(after_backward=look)])
+    stored = callback.sparsifier.statistics["grad"]
+    for name, mean in stored.items():
+        assert torch.allclose(mean, torch.stack([each[name] for each in seen]).mean(0), atol=1e-7), name
+    masked = ~callback.sparsifier.masks["0.weight"]
+    assert (stored["0.weight"][masked] != 0).any()
+    assert len(seen) == 4
+
+
+@pytest.mark.fastai
+def test_in_a_learner_other_batches_can_be_given(make_learner):
+    from sparsifai import SparsifyCallback
+
+    learn = make_learner()
+    calls = []
+
+    class Counted:
+        def __iter__(self):
+            calls.append(1)
+            return iter(batches(2))
+
+    callback = SparsifyCallback(
+        0.5, criteria="wanda", context="per_output", schedule="iterative", calibration=Counted()
+    )
+    learn.fit(2, 0.01, cbs=callback)
+    assert len(calls) >= 2
+    assert callback.sparsifier.collected.batches["activation"]["0.weight"] == 2
+
+
+@pytest.mark.fastai
+def test_in_a_fit_of_frozen_layers_no_gradient_is_asked_for(make_learner):
+    from sparsifai import SparsifyCallback
+
+    learn = make_learner()
+    callback = SparsifyCallback(0.5, criteria="snip", schedule="one_shot")
+    learn.fit(1, 0.01, cbs=callback)
+    for parameter in list(learn.model.parameters())[:2]:
+        parameter.requires_grad_(False)
+    learn.opt = None
+    learn.fit(1, 0.01)
+    assert callback.sparsifier.sparsity == pytest.approx(0.5, abs=0.005)

@@ -78,7 +78,7 @@ def test_uniform_plus_spares_the_first_convolution_and_the_last_layer():
     assert densities(sparsified(mlp(), "uniform_plus", 0.5)) == pytest.approx(
         dict.fromkeys(("0.weight", "1.weight", "2.weight"), 0.5)
     )
-    with pytest.raises(ValueError, match=r"sparsity 0.999 cannot be had, the limits allow 0.9881 at most"):
+    with pytest.raises(ValueError, match=r"sparsity 0.999 cannot be had: the limits allow 0.9881 at most"):
         sparsified(model, "uniform_plus", 0.999)
 
 
@@ -173,9 +173,9 @@ def test_a_layer_that_is_fixed_within_global_leaves_the_ranking_of_the_others():
 
 def test_bounds_that_cannot_be_kept_are_an_error():
     model = mlp()
-    with pytest.raises(ValueError, match=r"sparsity 0.9 cannot be had, the limits allow 0.5 at most; widen them"):
+    with pytest.raises(ValueError, match=r"sparsity 0.9 cannot be had: the limits allow 0.5 at most; widen them"):
         sparsified(model, bounded("global", {"*": (0, 0.5)}), 0.9)
-    with pytest.raises(ValueError, match=r"sparsity 0.1 cannot be had, the limits allow 0.2\d* at least"):
+    with pytest.raises(ValueError, match=r"sparsity 0.1 cannot be had: the limits allow 0.2\d* at least"):
         sparsified(model, bounded("local", {"0": (0.5, 1), "1": (0.0, 1)}), 0.1)
     with pytest.raises(ValueError, match="no layer with a weight to sparsify matches 'head'"):
         sparsified(model, bounded("local", {"head": 0.5}), 0.1)
