@@ -86,6 +86,8 @@ def test_there_are_notebooks():
         "02_granularity.ipynb",
         "03_criteria_and_schedules.ipynb",
         "04_in_a_fastai_project.ipynb",
+        "05_pruning_at_initialization.ipynb",
+        "06_nm_and_blocks.ipynb",
     ]
 
 
