@@ -10,7 +10,7 @@ from benchmarks.models import MISSING, move, random_model, weights_of
 from benchmarks.peers import FasterAI, TorchPrune, fasterai_is_installed, kinds_of
 from benchmarks.report import Table
 from benchmarks.timing import copying, interleaved, milliseconds, ratio, seconds_of, threads
-from sparsifai import Sparsifier
+from sparsifai import Sparsifier, blocks
 
 
 def update_seconds(make_model, granularity, context, criteria, rounds, slow_rounds, peers):
@@ -56,6 +56,7 @@ def _prune_update(model, context, levels):
 
 
 HEAD_OF_ZEROS = "global magnitude, head of zeros"
+TWO_OF_FOUR = "2:4"
 
 
 def build(quick):
@@ -68,6 +69,7 @@ def build(quick):
         "global filter": ("filter", "global", "large_final"),
         "global kernel": ("kernel", "global", "large_final"),
         "global channel": ("channel", "global", "large_final"),
+        TWO_OF_FOUR: ("weight", blocks(4), "large_final"),
     }
     rows = []
     with threads(1):
@@ -75,7 +77,7 @@ def build(quick):
             for case, (granularity, context, criteria) in axes.items():
                 can = ["FasterAI"] if granularity == "weight" or "resnet" in name else []
                 can += ["torch prune"] if (granularity, criteria) == ("weight", "large_final") else []
-                can = [] if case == HEAD_OF_ZEROS else can  # whose ranking does not differ then
+                can = [] if case in (HEAD_OF_ZEROS, TWO_OF_FOUR) else can  # which they do not tell apart, or do not have
                 peers = [peer for peer in can if peer != "FasterAI" or fasterai_is_installed()]
                 seconds = update_seconds(
                     partial(random_model, name, zeros=case == HEAD_OF_ZEROS),

@@ -59,6 +59,7 @@ def main(epochs):
         correct = (net(images).argmax(1) == labels).float().mean()
         print(f"{len(all_masks)} processes, the same masks: accuracy {correct:.1%}, {sparsifier.sparsity:.2%} zeros")
         print(sparsifier.report())
+    distributed.barrier()  # a process that left early would take the connections of the others with it
     distributed.destroy_process_group()
 
 

@@ -62,10 +62,11 @@ def train(model, module, sparsifier, make_optimizer):
         sparsifier.apply_masks()
         if sparsifier.collected.at("forward", "loss"):
             show_data(sparsifier, seed=0 if sparsifier.group is None else RANK)
-        weights = values_of(module)
+        weights, collected = values_of(module), sparsifier.collected.state()
         sparsifier.sparsify(sparsity)
         sparsifier.mask_moments(optimizer)
-        stage = {"weights": weights, "sparsity": sparsity, "masks": dict(sparsifier.masks)}
+        stage = {"weights": weights, "sparsity": sparsity, "masks": dict(sparsifier.masks), "collected": collected}
+        stage["buffers"] = {name: buffer.clone() for name, buffer in module.named_buffers()}
         stage["measured"], stage["report"] = sparsifier.sparsity, str(sparsifier.report())
         step(model, optimizer, sparsifier)
         stage["gradients"] = values_of(module, lambda parameter: parameter.grad)

@@ -491,7 +491,7 @@ def test_compression_ratio_is_another_name_of_sparsity(mlp):
         ({"granularity": "filters"}, "unknown granularity 'filters'; did you mean 'filter'"),
         ({"context": "globl"}, "unknown context 'globl'; did you mean 'global'"),
         ({"criteria": "larg_final"}, "unknown criterion 'larg_final'; did you mean 'large_final'"),
-        ({"pool": "average"}, "unknown pooling 'average'; known are 'l2', 'max', 'mean', 'sum'"),
+        ({"pool": "average"}, "unknown pooling 'average'; known are 'l2', 'max', 'mean', 'squared_sum', 'sum'"),
     ],
 )
 def test_unknown_names_are_answered_with_close_matches(mlp, axes, message):
