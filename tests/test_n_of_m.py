@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparsifai import Sparsifier, SparsifyCallback, blocks, contexts, is_nm
+from sparsifai import Sparsifier, blocks, contexts, is_nm
 
 
 def expected_mask(score, alive, size, count, axis):
@@ -111,7 +111,7 @@ def test_what_is_no_n_of_m(given, message):
     with pytest.raises(ValueError, match=message):
         contexts.resolve(given)
     with pytest.raises(ValueError, match=message):
-        SparsifyCallback(0.5, context=given)
+        Sparsifier(nn.Sequential(nn.Linear(4, 4)), context=given)
     for wrong in (1, 0, 2.5, True):
         with pytest.raises(ValueError, match="a whole number of weights from 2 on"):
             blocks(wrong)
