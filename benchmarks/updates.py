@@ -77,9 +77,7 @@ def build(quick):
             for case, (granularity, context, criteria) in axes.items():
                 can = ["FasterAI"] if granularity == "weight" or "resnet" in name else []
                 can += ["torch prune"] if (granularity, criteria) == ("weight", "large_final") else []
-                can = (
-                    [] if case in (HEAD_OF_ZEROS, TWO_OF_FOUR) else can
-                )  # alike to them, or not theirs
+                can = [] if case in (HEAD_OF_ZEROS, TWO_OF_FOUR) else can  # alike to them, or not theirs
                 peers = [peer for peer in can if peer != "FasterAI" or fasterai_is_installed()]
                 seconds = update_seconds(
                     partial(random_model, name, zeros=case == HEAD_OF_ZEROS),

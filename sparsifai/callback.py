@@ -5,12 +5,15 @@ It moves the sparsity along the schedule, and nothing else: KeepSparsity holds t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .argument import check_count, check_round_to, check_seed, check_sparsity, resolve_axes, scaled
+from .collection import Split
 from .keep import KeepSparsity, TrainingCallback
 from .learner import Column, Curves, Trackers, notify
 from .masking import NEXT_TO_ZERO, zero_moments
+from .n_of_m import Blocks
 from .parallel import group_of, unwrapped
 from .report import Count, percent
 from .schedule import between, progress, schedules
@@ -60,6 +63,8 @@ class SparsifyCallback(TrainingCallback):
         self.sparsity = check_sparsity(sparsity, compression_ratio)
         self.may_empty, self.calibration = may_empty, calibration
         self.granularity, self.context, self.criteria, self.pool = resolve_axes(granularity, context, criteria, pool)
+        if isinstance(self.context, Blocks):
+            self.context.check(max(self.sparsity.values()) if isinstance(self.sparsity, Mapping) else self.sparsity)
         self.schedule = schedules.resolve(schedule)
         self.layers = None if layers is None else as_patterns(layers)
         self.exclude = None if exclude is None else as_patterns(exclude)
@@ -236,12 +241,17 @@ class SparsifyCallback(TrainingCallback):
         collected, learn = sparsifier.collected, self.learn
         if not collected.at("forward", "loss") and collected.missing(sparsifier.targets) is None:
             return
-        if self.calibration is not None:
-            sparsifier.calibrate(self.calibration, learn.loss_func)
+
+        def loss_func(output, targets):
+            # As fastai's callbacks for language models take it.
+            output = output[0] if isinstance(output, tuple) else output
+            return learn.loss_func(output, *targets).mean()
+
+        if self.calibration is None:
+            sparsifier.calibrate([(*learn.xb, learn.yb)], loss_func)
         else:
-            sparsifier.calibrate(
-                [(*learn.xb, learn.yb)], lambda output, targets: learn.loss_func(output, *targets).mean()
-            )
+            sparsifier.calibrate(Split(self.calibration, getattr(learn.dls, "n_inp", None)), loss_func)
+        collected.begins.update(collected.at("backward"))  # of the batches that pass none is counted twice
 
     def _find_keeper(self) -> None:
         """Have one KeepSparsity that stays on the Learner, with all zeros that were kept or are there already."""

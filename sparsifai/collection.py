@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .parallel import is_sharded
 from .registry import name_of
-from .statistic import AVERAGED, Source, quantities, run
+from .statistic import AVERAGED, Source, UnsuitableLayerError, quantities, run
 
 
 class Statistics:
@@ -27,7 +28,7 @@ class Statistics:
     def __init__(self, named: Iterable[str], criterion: Callable):
         self.named, self.criterion = tuple(named), criterion
         self.stored: dict[str, dict[str, Tensor]] = {}
-        self.batches: dict[str, dict[str, int]] = {}  # that a mean is of
+        self.counts: dict[str, dict[str, int]] = {}  # of what a mean is of: batches, or numbers of a channel
         self.begins: set[str] = set()  # means that begin anew with the next batch
         self.computed: dict[Callable, dict[str, Tensor]] = {}  # for all layers at once
 
@@ -43,8 +44,11 @@ class Statistics:
             self.begins |= {name for name in self.at(*AVERAGED) if not quantities[name].running}  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def add(self, moment: str, source: Source, names: Iterable[str]) -> None:
-        """Take a batch into the means of the quantities that are taken at 'backward', 'forward' or 'loss'."""
+    def add(self, moment: str, source: Source, names: Iterable[str], count: int = 1) -> None:
+        """Take a batch into the means of the quantities that are taken at 'backward', 'forward' or 'loss'.
+
+        count: what it counts for in the mean.
+        """
         try:
             taken = {each: {name: quantities[each](source, name) for name in names} for each in self.at(moment)}
         finally:
@@ -53,11 +57,12 @@ class Statistics:
             if quantity in self.begins:
                 self.begins.remove(quantity)
                 self.stored.pop(quantity, None)
-                self.batches.pop(quantity, None)
-            means, batches = self.stored.setdefault(quantity, {}), self.batches.setdefault(quantity, {})
+                self.counts.pop(quantity, None)
+            means, counts = self.stored.setdefault(quantity, {}), self.counts.setdefault(quantity, {})
             for name, value in values.items():
-                batches[name] = batches.get(name, 0) + 1
-                means[name] = means[name].lerp(value, 1 / batches[name]) if name in means else value.clone()
+                value = value.as_subclass(Tensor)  # fastai's batches make tensors of fastai's
+                counts[name] = counts.get(name, 0) + count
+                means[name] = means[name].lerp(value, count / counts[name]) if name in means else value.clone()
 
     def missing(self, names: Iterable[str]) -> str | None:
         """The first named quantity that is a mean over batches, and of which no batch has been seen."""
@@ -69,10 +74,10 @@ class Statistics:
         if "score" in function.moments:
             return function(source, name)
         if name not in self.stored.get(quantity, {}):
-            how = "train a batch or call calibrate" if "backward" in function.moments else "call calibrate"
+            how = ", or collect_gradients() after a backward," if "backward" in function.moments else ""
             raise ValueError(
-                f"criterion {name_of(self.criterion)} needs {quantity}, of which no batch was seen; {how}(batches, "
-                "loss_func) before sparsify"
+                f"criterion {name_of(self.criterion)} needs {quantity}, of which no batch was seen; call "
+                f"calibrate(batches, loss_func){how} before sparsify"
             )
         value = self.stored[quantity][name].to(source.targets[name].parameter.device)
         return function.finish(value) if function.finish else value
@@ -91,7 +96,7 @@ class Statistics:
         """What is stored, and of how many batches."""
         return {
             "stored": {quantity: dict(values) for quantity, values in self.stored.items()},
-            "batches": {quantity: dict(counts) for quantity, counts in self.batches.items()},
+            "counts": {quantity: dict(counts) for quantity, counts in self.counts.items()},
             "begins": sorted(self.begins),
         }
 
@@ -101,7 +106,7 @@ class Statistics:
             quantity: {name: value.to(source.targets[name].parameter.device) for name, value in values.items()}
             for quantity, values in state["stored"].items()
         }
-        self.batches = {quantity: dict(counts) for quantity, counts in state["batches"].items()}
+        self.counts = {quantity: dict(counts) for quantity, counts in state["counts"].items()}
         self.begins = set(state["begins"])
 
 
@@ -114,21 +119,26 @@ def calibrate(source: Any, statistics: Statistics, batches: Iterable, loss_func:
     """Run batches through the model of a Sparsifier, for the quantities that are means over them.
 
     Modes, buffers, gradients and the states of random generators are afterwards what they were before. ValueError, and
-    nothing changed, if the model or the loss fail on a batch, or a layer sees none of it.
+    nothing changed, if the model or the loss fail on a batch, or a layer sees none of it. What a model keeps elsewhere
+    than in buffers, such as the hidden state of AWD_LSTM, is not put back.
     """
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        raise TypeError(f"calibrate: batches are a list or a data loader of several, not {_shown(batches)}")
     needs_loss = bool(statistics.at("loss", "backward"))
     if needs_loss and loss_func is None:
         quantity = statistics.at("loss", "backward")[0]
         raise TypeError(f"calibrate: {name_of(statistics.criterion)} needs {quantity}, so give it a loss_func, too")
     before, number = statistics.state(), 0
     try:
-        with _untraced(source.model), torch.enable_grad():
+        with _untraced(source.model), _not_drawn_from(batches), torch.enable_grad():
             for number, batch in enumerate(batches, 1):
                 inputs, targets = _parts_of(batch, needs_loss)
                 try:
                     with _inputs_seen(source, statistics):
                         output = run(source.model, inputs)
                     loss = loss_func(output, *targets) if needs_loss and loss_func is not None else None
+                except UnsuitableLayerError:
+                    raise
                 except Exception as error:
                     raise ValueError(
                         f"calibrate: batch {number} fails ({error}); a batch is (input, target), (input, input, "
@@ -141,8 +151,11 @@ def calibrate(source: Any, statistics: Statistics, batches: Iterable, loss_func:
         if not number:
             raise ValueError("calibrate: there are no batches; give it a list or a data loader that has some")
         if missing is not None:
-            unseen = next(name for name in source.targets if name not in statistics.stored.get(missing, {}))
-            raise ValueError(f"calibrate: {unseen} computes nothing in these batches; leave it out with exclude=")
+            unseen = [name for name in source.targets if name not in statistics.stored.get(missing, {})]
+            raise ValueError(
+                f"calibrate: {', '.join(unseen)}: computes nothing by itself in these batches, as a projection that "
+                "attention uses itself; leave it out with exclude="
+            )
     except BaseException:
         statistics.restore(before, source)
         raise
@@ -166,8 +179,19 @@ def _take_loss(source: Any, statistics: Statistics, loss: Any, number: int) -> N
         finally:
             source.loss = None
     if statistics.at("backward"):
-        loss.backward()
+        _backward(source, loss)
         statistics.add("backward", source, source.targets)
+
+
+def _backward(source: Any, loss: Tensor) -> None:
+    """Put the gradients of the weights that take part where they belong; nothing else sees them."""
+    parameters = [target.parameter for target in source.targets.values() if target.parameter.requires_grad]
+    if any(map(is_sharded, parameters)):
+        loss.backward()  # which sums up over processes
+        return
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if parameters else ()
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
 
 
 def _parts_of(batch: Any, needs_loss: bool) -> tuple[Any, tuple]:
@@ -195,7 +219,7 @@ def _inputs_seen(source: Any, statistics: Statistics) -> Iterator[None]:
         def see(module: nn.Module, inputs: tuple) -> None:
             if inputs and isinstance(inputs[0], Tensor):
                 source.inputs[name] = inputs[0]
-                statistics.add("forward", source, [name])
+                statistics.add("forward", source, [name], count=inputs[0].numel())
 
         return see
 
@@ -215,22 +239,58 @@ def _untraced(model: nn.Module) -> Iterator[None]:
     """Leave gradients, buffers and random generators as they were; gradients are absent meanwhile."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [
-        (module, name, buffer, buffer.clone())
+        (module, dict(module._buffers), [copied(buffer) for buffer in module._buffers.values()])
         for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
     ]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=list(devices)):
+        # What autocast has cast of weights is not that of weights that are masked since.
+        torch.clear_autocast_cache()
         try:
             model.zero_grad(set_to_none=True)
             yield
         finally:
+            torch.clear_autocast_cache()
             for parameter, gradient in gradients:
                 parameter.grad = gradient
             with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    module._buffers[name] = buffer.copy_(value)
+                for module, named, values in buffers:
+                    module._buffers.clear()
+                    module._buffers.update(named)
+                    for buffer, value in zip(named.values(), values, strict=True):
+                        if buffer is not None and value is not None:
+                            buffer.copy_(value)
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+@contextmanager
+def _not_drawn_from(batches: Any) -> Iterator[None]:
+    """Leave the random generators of a data loader, torch's or fastai's, as they were."""
+    loader: Any = batches.batches if isinstance(batches, Split) else batches
+    rng: Any = getattr(loader, "rng", None)
+    state = rng.getstate() if isinstance(rng, random.Random) else None
+    generators = [getattr(each, "generator", None) for each in (loader, getattr(loader, "sampler", None))]
+    states = [(each, each.get_state()) for each in generators if isinstance(each, torch.Generator)]
+    try:
+        yield
+    finally:
+        if state is not None:
+            rng.setstate(state)
+            loader.rng = rng
+        for generator, earlier in states:
+            generator.set_state(earlier)
+
+
+class Split:
+    """Batches whose first `inputs` parts, or all but the last, are inputs, and whose others, together, the target."""
+
+    def __init__(self, batches: Iterable, inputs: int | None):
+        self.batches, self.inputs = batches, inputs
+
+    def __iter__(self) -> Iterator:
+        for batch in self.batches:
+            parts = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+            inputs = max(len(parts) - 1, 1) if self.inputs is None else self.inputs
+            yield (*parts[:inputs], parts[inputs:])

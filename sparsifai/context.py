@@ -10,7 +10,9 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,8 @@ Context = Callable[[Sequence[ScoredLayer], float], "list[np.ndarray]"]
 
 
 def _check(context: Context) -> None:
+    if name_of(context) in ("blocks", "bounded") and context.__module__.startswith("sparsifai."):
+        raise TypeError(f"context {name_of(context)} is to be called: blocks(4), bounded('global', {{'fc': 0.5}})")
     try:
         inspect.signature(context).bind([], 0.5)
     except TypeError as error:
@@ -62,6 +66,8 @@ def per_output(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarra
 
 def _per_output(layer: ScoredLayer, sparsity: float) -> np.ndarray:
     axes = list(layer.grid)
+    if not axes:
+        raise ValueError("context per_output does not go with round_to")
     if "out" not in axes or layer.grid["out"] == len(layer) or layer.whole:
         raise ValueError(
             f"context per_output: the groups of {layer.target.name} are not parts of outputs; choose another "
@@ -101,7 +107,8 @@ def er(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
 def uniform_plus(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """The first layer, if a convolution, is dense, the last at most 80 % sparse, the others equally sparse.
 
-    First and last in the order of the model's modules. Gale et al., 2019, "The State of Sparsity" (arXiv:1902.09574).
+    First and last of those that take part, in the order of the model's modules. Gale et al., 2019, "The State of
+    Sparsity" (arXiv:1902.09574).
     """
     bounds: dict[int, tuple[float, float]] = {}
     if len(layers) > 1 and len(_shape(layers[0])) > 2:
@@ -129,22 +136,28 @@ def lamp(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
 def bounded(context: str | Context, bounds: Mapping[str, float | tuple[float, float]]) -> Context:
     """A context in which some layers have a sparsity of their own, or limits; the others make up for it.
 
-    bounds: glob of layer names -> sparsity, or (lowest, highest); of globs that match a layer the last counts.
+    bounds: glob of layer names -> sparsity, or (lowest, highest); of globs that match a layer the last counts. At a
+    sparsity below what the lowest limits add up to, as early in a schedule, these are lowered in proportion.
 
     >>> bounded('global', {'fc': 0.5, 'layer1.*': (0, 0.8)}).__name__
     'bounded(global)'
     """
-    limits = {}
-    for pattern, given in bounds.items():
-        low, high = given if isinstance(given, (tuple, list)) else (given, given)
-        if not isinstance(pattern, str) or not 0 <= low <= high <= 1:
-            raise ValueError(
-                f"bounded: {pattern!r}: {given!r} is not a glob of layer names and a sparsity from 0 to 1, or two: "
-                "(lowest, highest)"
-            )
-        limits[pattern] = (float(low), float(high))
+    if not isinstance(bounds, Mapping):
+        raise TypeError(f"bounded: bounds is a dictionary, such as {{'fc': 0.5, 'layer1.*': (0, 0.8)}}, not {bounds!r}")
+    limits = {pattern: _limits(pattern, given) for pattern, given in bounds.items()}
     inner = contexts.resolve(context)
     return _Bounded(inner, limits, f"bounded({name_of(inner)})")
+
+
+def _limits(pattern: Any, given: Any) -> tuple[float, float]:
+    pair = given if isinstance(given, (tuple, list)) else (given, given)
+    numbers = all(isinstance(each, Real) and not isinstance(each, bool) for each in pair)
+    if not isinstance(pattern, str) or len(pair) != 2 or not numbers or not 0 <= pair[0] <= pair[1] <= 1:
+        raise ValueError(
+            f"bounded: {pattern!r}: {given!r} is not a glob of layer names and a sparsity from 0 to 1, or two: "
+            "(lowest, highest)"
+        )
+    return float(pair[0]), float(pair[1])
 
 
 @dataclass(frozen=True)
@@ -157,15 +170,29 @@ class _Bounded:
         targets = {layer.target.name: layer.target for layer in layers}
         bounds: dict[int, tuple[float, float]] = {}
         for pattern, limit in self.limits.items():
-            matched = matching(pattern, targets, None)  # type: ignore[arg-type]
+            try:
+                matched = matching(pattern, targets, None)  # type: ignore[arg-type]
+            except ValueError as error:
+                raise ValueError(
+                    f"context {self.__name__}: {error}; layers that stay dense, or are ranked apart, have no limits"
+                ) from None
             bounds |= {number: limit for number, name in enumerate(targets) if name in matched}
         return _bounded(self.context, layers, sparsity, bounds)
+
+    def note(self, grid: Mapping[str, int]) -> str:
+        """What the context within says of a layer."""
+        return self.context.note(grid) if hasattr(self.context, "note") else ""
 
 
 def _shape(layer: ScoredLayer) -> tuple[int, ...]:
     """Of a weight as it is stored, its outputs and inputs first."""
     sizes = dict(zip(layer.target.axes, layer.target.parameter.shape, strict=True))
     return sizes.pop("out", 1), sizes.pop("in", 1), *sizes.values()
+
+
+def _stay_masked(layer: ScoredLayer) -> int:
+    """Weights that are zero and must not come back."""
+    return 0 if layer.revives else layer.weights(layer.masked)
 
 
 def _weights(layer: ScoredLayer) -> int:
@@ -200,35 +227,41 @@ def _bounded(
     least, most = (
         sum(bounds.get(number, (0.0, 1.0))[side] * size for number, size in enumerate(sizes)) for side in (0, 1)
     )
-    if not least - 0.5 <= wanted <= most + 0.5:
-        limit = f"{least / sum(sizes):.4g} at least" if wanted < least else f"{most / sum(sizes):.4g} at most"
+    if wanted > most + 0.5:
         raise ValueError(
-            f"context {name_of(context)}, bounded: sparsity {sparsity:g} cannot be had: the limits allow {limit}; "
-            "widen them"
+            f"context {name_of(context)}, bounded: sparsity {sparsity:g} cannot be had: the limits allow "
+            f"{most / sum(sizes):.4g} at most; widen them"
         )
-    fixed = {number: low for number, (low, high) in bounds.items() if low == high}
+    lower = min(1.0, wanted / least) if least else 1.0
+    limits = {number: (low * lower, low * lower if low == high else high) for number, (low, high) in bounds.items()}
+    fixed = {number: low for number, (low, high) in limits.items() if low == high}
+    # What is masked already has no say in what each layer is to have.
+    unmasked = [replace(layer, alive=np.ones(len(layer), bool)) for layer in layers]
     while True:
         free = [number for number in range(len(layers)) if number not in fixed]
-        left = wanted - sum(fixed[number] * sizes[number] for number in fixed)
+        left = wanted - sum(max(share * sizes[number], _stay_masked(layers[number])) for number, share in fixed.items())
         room = sum(sizes[number] for number in free)
-        share = min(max(left / room, 0.0), 1.0) if room else 0.0
-        kept = dict(zip(free, context([layers[number] for number in free], share) if free else [], strict=True))
+        level = min(max(left / room, 0.0), 1.0) if room else 0.0
         beyond = {}
-        for number, stays in kept.items():
+        for number, stays in zip(
+            free, context([unmasked[number] for number in free], level) if free else [], strict=True
+        ):
             share = 1 - layers[number].weights(stays) / sizes[number]
-            low, high = bounds.get(number, (0.0, 1.0))
+            low, high = limits.get(number, (0.0, 1.0))
             # What the size of groups rounds is not beyond.
             if (nearest := min(max(share, low), high)) != share and abs(share - nearest) * sizes[number] > 0.5:
                 beyond[number] = (share, nearest)
         if not beyond:
-            shares = [stays for number in fixed for stays in select_groups([layers[number]], fixed[number])]
-            kept |= dict(zip(fixed, shares, strict=True))
-            return [kept[number] for number in range(len(layers))]
+            break
         # Those on the side that weighs more first: fixing them moves the others away from the other side.
         excess = sum((share - nearest) * sizes[number] for number, (share, nearest) in beyond.items())
         fixed |= {
             number: nearest for number, (share, nearest) in beyond.items() if (share > nearest) == (excess > 0)
         } or {number: nearest for number, (share, nearest) in beyond.items()}
+    kept = dict(zip(free, context([layers[number] for number in free], level) if free else [], strict=True))
+    for number, share in fixed.items():
+        (kept[number],) = context([layers[number]], share)
+    return [kept[number] for number in range(len(layers))]
 
 
 def ask(context: Context, layers: Sequence[ScoredLayer], sparsity: float, granularity: str) -> list[np.ndarray]:

@@ -41,7 +41,7 @@ def score_layer(
     ValueError if the criterion does not return one real score per weight, or, at once or when they are ranked, NaN.
     """
     by_element = is_elementwise(criterion)
-    # Of all poolings this one alone makes something else of a single score.
+    # Single weights are not pooled; but this pooling is a part of its criterion's formula.
     finished = torch.square if grouping.single and pool is squared_sum else (lambda scores: scores)
     if by_element:
         if grouping.single:

@@ -6,7 +6,7 @@ The core of the library is `Sparsifier.sparsify`; what it calls are the function
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -122,28 +122,29 @@ class Sparsifier(MaskedModel):
         """Density d_i = d_0^(1 - i/n) d_n^(i/n); criteria that look at data see the batches of calibrate in each."""
         state, looks = self.state_dict(), bool(self.collected.at(*AVERAGED))
         weights = [(parameter, parameter.detach().clone()) for parameter, _ in self.masked_parameters()]
-        if looks and (self._calibration is None or iter(self._calibration[0]) is self._calibration[0]):
+        if looks and (self._calibration is None or isinstance(self._calibration[0], Iterator)):
             raise ValueError(
                 f"sparsify in steps: {name_of(self.criteria)} looks at data anew in each; call calibrate before, with "
                 "batches that can be gone through again, such as a list"
             )
         try:
             for step in range(1, steps + 1):
-                if looks and step > 1:
+                if looks and (step > 1 or self.collected.begins):
                     self.calibrate(*self._calibration)  # type: ignore[misc]
                 self.sparsify(self._on_the_way(sparsity, state["levels"], step / steps))
         except BaseException:
+            self.load_state_dict(state)
             for parameter, weight in weights:
                 parameter.copy_(weight)
-            self.load_state_dict(state)
             raise
 
     def _on_the_way(self, sparsity: Sparsity, levels: Mapping[str, float], t: float) -> Sparsity:
         """The sparsity of every scope at t from 0 to 1, density falling exponentially."""
         if not isinstance(sparsity, Mapping):
-            return _exponential(max(levels.values()), sparsity, t)
+            return _exponential(min(levels.values()), sparsity, t)
+        # The lowest of the layers, so that none is sparser on the way than at the end.
         starts = {
-            pattern: max(levels.get(name, 0.0) for name in matching(pattern, self.candidates, self.model))
+            pattern: min(levels[name] for name in matching(pattern, self.candidates, self.model) & levels.keys())
             for pattern in sparsity
         }
         return {pattern: _exponential(starts[pattern], end, t) for pattern, end in sparsity.items()}
@@ -169,8 +170,12 @@ class Sparsifier(MaskedModel):
         self.collected.add("backward", self, self.targets)
 
     def mask_gradients(self) -> None:
-        """Set the gradients of masked weights to zero: to be called after backward, before clipping."""
-        self.collect_gradients()
+        """Set the gradients of masked weights to zero: to be called after backward, before clipping.
+
+        A criterion that looks at gradients sees them first, if every layer that takes part has one.
+        """
+        if all(target.parameter.grad is not None for target in self.targets.values()):
+            self.collect_gradients()
         super().mask_gradients()
 
     @torch.no_grad()
@@ -320,8 +325,7 @@ class Sparsifier(MaskedModel):
         ValueError, and nothing changed, if names, shapes or statistics differ.
         """
         self._check_held("load_state_dict")
-        shapes = {name: target.parameter.shape for name, target in self.targets.items()}
-        check_state(state, self.masks, self.levels, shapes, self.collected)
+        check_state(state, self.masks, self.levels, self.collected)
         self._set_masks({name: state["masks"][name].to(mask.device) for name, mask in self.masks.items()})
         self.levels = {name: float(state["levels"][name]) for name in self.targets}
         self.collected.restore(state["statistics"], self)

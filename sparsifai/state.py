@@ -13,17 +13,12 @@ from .registry import name_of
 from .statistic import AVERAGED, STORED
 
 
-def check_state(
-    state: Any, masks: Mapping[str, Tensor], levels: Mapping[str, float], shapes: Mapping[str, tuple], here: Statistics
-) -> None:
-    """ValueError unless `state` has what `state_dict` of a Sparsifier with these masks, levels and quantities has.
-
-    shapes: of the weights.
-    """
+def check_state(state: Any, masks: Mapping[str, Tensor], levels: Mapping[str, float], here: Statistics) -> None:
+    """ValueError unless `state` has what `state_dict` of a Sparsifier with these masks, levels and quantities has."""
     if not isinstance(state, Mapping) or not {"masks", "levels", "statistics", "rng"} <= state.keys():
         raise ValueError("load_state_dict: the state has not the masks, levels, statistics and rng of a Sparsifier")
     statistics = state["statistics"]
-    if not isinstance(statistics, Mapping) or not {"stored", "batches", "begins"} <= statistics.keys():
+    if not isinstance(statistics, Mapping) or not {"stored", "counts", "begins"} <= statistics.keys():
         raise ValueError("load_state_dict: the statistics of the state are not those of a Sparsifier")
     stored, fixed, means = statistics["stored"], set(here.at(*STORED)), set(here.at(*AVERAGED))
     if not fixed <= stored.keys() <= fixed | means:
@@ -32,7 +27,8 @@ def check_state(
             f"needs {sorted(fixed | means)}; use the same criterion"
         )
     tables: list[tuple[str, Mapping, Mapping]] = [("mask", masks, state["masks"]), ("level", levels, state["levels"])]
-    tables += [(quantity, here.stored[quantity], stored[quantity]) for quantity in fixed]
+    # Of means, what is here may have been collected of other layers, or not yet.
+    tables += [(quantity, here.stored[quantity], stored[quantity]) for quantity in stored.keys() & here.stored.keys()]
     for what, known, given in tables:
         for name in sorted(known.keys() | given.keys()):
             if _form(given.get(name)) != _form(known.get(name)):
@@ -41,19 +37,10 @@ def check_state(
                     f"{_form(known.get(name))} here; use the same model, granularity, layers and exclude as when it "
                     "was saved"
                 )
-    for quantity in means & stored.keys():
-        for name, value in stored[quantity].items():
-            if name not in shapes or not _broadcasts(value, shapes[name]):
-                raise ValueError(
-                    f"load_state_dict: {quantity} of {name} is {_form(value)} in the state and does not fit; use the "
-                    "same model and layers as when it was saved"
-                )
+    unknown = {name for quantity in means & stored.keys() for name in stored[quantity]} - masks.keys()
+    if unknown:
+        raise ValueError(f"load_state_dict: the state has quantities of {sorted(unknown)[0]}, which takes no part here")
     torch.Generator().set_state(state["rng"].cpu())  # raises here what it would raise half-way
-
-
-def _broadcasts(value: Tensor, shape: tuple) -> bool:
-    missing = len(shape) - value.dim()
-    return missing >= 0 and all(size in (1, whole) for size, whole in zip(value.shape, shape[missing:], strict=True))
 
 
 def _form(value: Any) -> str:

@@ -43,6 +43,10 @@ class Source(Protocol):
         ...
 
 
+class UnsuitableLayerError(ValueError):
+    """A quantity cannot be had of a layer."""
+
+
 STORED = ("start", "update")
 AVERAGED = ("backward", "forward", "loss")
 MOMENTS = ("score", *STORED, *AVERAGED)
@@ -185,7 +189,7 @@ def _by_channel(target: Target, value: Tensor) -> Tensor:
     channels = target.axes["in"] * target.convolution_groups
     axis = -1 if not isinstance(target.module, _CONVOLUTIONS) else 1 if value.dim() == len(target.axes) else 0
     if target.attribute != "weight" or not value.is_floating_point() or value.shape[axis] != channels:
-        raise ValueError(
+        raise UnsuitableLayerError(
             f"activation: {target.name} is not multiplied with what {target.kind} is given, of the shape "
             f"{tuple(value.shape)}; leave it out with exclude="
         )
@@ -195,11 +199,16 @@ def _by_channel(target: Target, value: Tensor) -> Tensor:
 @torch.enable_grad()
 def _hessian_gradients(sparsifier: Source) -> dict[str, Tensor]:
     parameters = {name: target.parameter for name, target in sparsifier.targets.items()}
+    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
+    if frozen:
+        raise UnsuitableLayerError(f"no gradient reaches {frozen[0]}, which is frozen; leave it out with exclude=")
     gradients = torch.autograd.grad(sparsifier.loss, list(parameters.values()), create_graph=True, allow_unused=True)
     unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
     if unused:
         raise ValueError(f"no gradient has reached {unused[0]}: it has no part in the loss; leave it out with exclude=")
     squares = torch.stack([(gradient * gradient.detach()).sum() for gradient in gradients]).sum()
+    if not squares.requires_grad:  # of a loss that is linear in all weights
+        return {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     products = torch.autograd.grad(squares, list(parameters.values()), retain_graph=True, allow_unused=True)
     # The gradient of a weight that enters the loss linearly does not change with it.
     return {
@@ -213,7 +222,8 @@ def _synaptic_flow(sparsifier: Source) -> dict[str, Tensor]:
         raise ValueError("synflow needs the shape of an input: give the Sparsifier an example_input=")
     model = sparsifier.model
     values = {
-        name: value.detach().abs().double() if value.is_floating_point() else value.detach()
+        # A mask of minus infinities, as attention has, stays one.
+        name: torch.where(value.isinf(), value, value.abs()).detach().double() if value.is_floating_point() else value
         for name, value in (*model.named_parameters(), *model.named_buffers())
     }
     parameters = {name: values[name].requires_grad_() for name in sparsifier.targets}
@@ -221,7 +231,13 @@ def _synaptic_flow(sparsifier: Source) -> dict[str, Tensor]:
     try:
         with torch.enable_grad():
             model.eval()
-            output = run(partial(functional_call, model, values), tree_map(_ones, sparsifier.example_input))
+            try:
+                output = run(partial(functional_call, model, values), tree_map(_ones, sparsifier.example_input))
+            except Exception as error:
+                raise ValueError(
+                    f"synflow: the model does not run on ones in float64 of the shape of example_input ({error}); pass "
+                    "an example_input= that fits, and cast nothing to another type in forward"
+                ) from error
             total = torch.stack([each.sum() for each in tree_leaves(output) if isinstance(each, Tensor)]).sum()
             gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     finally:

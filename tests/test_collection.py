@@ -238,7 +238,9 @@ def test_an_own_statistic_is_one_function(net):
         ("snip", batches(1), lambda output, target: torch.ones(()), ValueError, "has no graph"),
         ("snip", batches(1), lambda output, target: output, ValueError, "must return one number"),
         ("snip", batches(1), lambda output, target: output.sum() * float("nan"), ValueError, "batch 1 is nan"),
-        ("wanda", [torch.randn(4, 5, 8, 8)], None, ValueError, "batch 1 fails"),
+        ("wanda", [torch.randn(4, 5, 8, 8)], None, ValueError, "is not multiplied with what Conv2d is given"),
+        ("snip", None, F.cross_entropy, TypeError, "batches are a list or a data loader"),
+        ("snip", torch.randn(4, 2, 8, 8), F.cross_entropy, TypeError, "batches are a list or a data loader"),
         ("grasp", batches(1), lambda output, target: output.detach().sum(), ValueError, "has no graph"),
     ],
 )
@@ -252,13 +254,166 @@ def test_what_cannot_be_calibrated_with_is_an_error_and_nothing_has_changed(
     with pytest.raises(error, match=message):
         sparsifier.calibrate(given, loss)
     after = sparsifier.collected.state()
-    assert after["batches"] == before["batches"]
+    assert after["counts"] == before["counts"]
     assert all(
         torch.equal(value, before["stored"][quantity][name])
         for quantity, values in after["stored"].items()
         for name, value in values.items()
     )
     assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_a_batch_that_fails_behind_a_good_one_leaves_nothing_of_the_good_one(net):
+    sparsifier = Sparsifier(net, criteria="snip")
+    sparsifier.calibrate(batches(1), F.cross_entropy)
+    before = sparsifier.collected.state()
+    with pytest.raises(ValueError, match="batch 2 fails"):
+        sparsifier.calibrate([*batches(2)[1:], (torch.randn(4, 5, 8, 8), torch.zeros(4).long())], F.cross_entropy)
+    assert sparsifier.collected.counts == before["counts"]
+    assert all(
+        torch.equal(value, before["stored"]["grad"][name]) for name, value in sparsifier.statistics["grad"].items()
+    )
+
+
+def test_no_forward_after_calibrating_uses_what_autocast_has_cast_before(net):
+    with torch.autocast("cpu", torch.bfloat16):
+        sparsifier = Sparsifier(net, criteria="snip")
+        sparsifier.calibrate(batches(1), F.cross_entropy)
+        sparsifier.sparsify(0.9)
+        inputs = batches(1)[0][0]
+        seen = net(inputs)
+        torch.clear_autocast_cache()
+        assert torch.equal(seen, net(inputs))
+
+
+class Forgetful(nn.Module):
+    """Keeps buffers that its forward makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("seen", None)
+
+    def forward(self, x):
+        self.seen = x.mean()
+        if "made" not in self._buffers:
+            self.register_buffer("made", torch.ones(2))
+        return self.layer(x)
+
+
+def test_calibrating_steps_nothing_and_makes_nothing():
+    model = Forgetful()
+    weight, stepped = model.layer.weight, []
+    weight.register_post_accumulate_grad_hook(lambda parameter: stepped.append(parameter))
+    scale = nn.Parameter(torch.ones(()))
+    sparsifier = Sparsifier(model, criteria="snip")
+    sparsifier.calibrate([(torch.randn(5, 4), torch.zeros(5).long())], lambda out, y: scale * F.cross_entropy(out, y))
+    assert not stepped
+    assert scale.grad is None
+    assert model.seen is None
+    assert "made" not in model._buffers
+
+
+def test_generators_of_data_loaders_are_as_they_were():
+    data = torch.utils.data.TensorDataset(torch.randn(8, 2, 8, 8), torch.randint(3, (8,)))
+    generator = torch.Generator().manual_seed(1)
+    loader = torch.utils.data.DataLoader(data, 4, shuffle=True, generator=generator)
+    before, outside = generator.get_state(), torch.get_rng_state()
+    sparsifier = Sparsifier(small_net(), criteria="snip")
+    outside = torch.get_rng_state()
+    sparsifier.calibrate(loader, F.cross_entropy)
+    sparsifier.sparsify(0.5, steps=3)
+    assert torch.equal(generator.get_state(), before)
+    assert torch.equal(torch.get_rng_state(), outside)
+
+
+def test_an_activation_is_the_mean_over_all_rows_of_batches_of_any_size():
+    model = nn.Sequential(nn.Linear(2, 3))
+    sparsifier = Sparsifier(model, criteria="wanda", layers="0")
+    sparsifier.calibrate([torch.ones(99, 2), 10 * torch.ones(1, 2)])
+    assert float(sparsifier.collected.value("activation", "0.weight", sparsifier)[0, 0]) == pytest.approx(
+        ((99 + 100) / 100) ** 0.5
+    )
+
+
+def test_a_quantity_of_any_shape_is_kept_in_a_state(net):
+    @quantities.register
+    @taken("backward")
+    def gradient_norms(sparsifier, name):
+        return sparsifier.targets[name].parameter.grad.flatten(1).norm(dim=1)
+
+    try:
+        by_norm = lambda weight, gradient_norms: weight.abs() * gradient_norms.view(-1, *[1] * (weight.dim() - 1))  # noqa: E731
+        sparsifier = Sparsifier(net, criteria=by_norm)
+        sparsifier.calibrate(batches(1), F.cross_entropy)
+        other = Sparsifier(copy.deepcopy(net), criteria=by_norm)
+        other.load_state_dict(sparsifier.state_dict())
+        for each in (sparsifier, other):
+            each.sparsify(0.5)
+        assert all(torch.equal(mask, other.masks[name]) for name, mask in sparsifier.masks.items())
+    finally:
+        del quantities._functions["gradient_norms"]
+
+
+def test_in_steps_no_layer_is_sparser_on_the_way_than_at_the_end():
+    model = nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 30))
+    sparsifier = Sparsifier(model, context="local")
+    sparsifier.sparsify({"0": 0.9, "1": 0.1})
+    sparsifier.sparsify(0.5, steps=5)
+    assert int((model[1].weight == 0).sum()) == 450
+
+
+def test_in_steps_data_are_looked_at_anew_after_an_update(net, monkeypatch):
+    sparsifier, calls = Sparsifier(net, criteria="snip"), []
+    monkeypatch.setattr(
+        Statistics,
+        "add",
+        lambda self, moment, *rest, add=Statistics.add: calls.append(moment) or add(self, moment, *rest),
+    )
+    sparsifier.calibrate(batches(1), F.cross_entropy)
+    sparsifier.sparsify(0.3, steps=2)
+    sparsifier.sparsify(0.6, steps=2)
+    assert len(calls) == 1 + 1 + 2
+
+
+def test_losses_that_are_linear_and_layers_that_are_frozen():
+    model = nn.Sequential(nn.Linear(3, 2))
+    sparsifier = Sparsifier(model, criteria="grasp", layers="0")
+    sparsifier.calibrate([(torch.ones(1, 3), torch.zeros(1))], lambda output, target: output.sum())
+    assert (sparsifier.statistics["hessian_grad"]["0.weight"] == 0).all()
+    model[0].weight.requires_grad_(False)
+    for criterion in ("grasp", "snip"):
+        with pytest.raises(ValueError, match=r"no gradient .*0\.weight.* frozen"):
+            Sparsifier(model, criteria=criterion, layers="0").calibrate(
+                [(torch.ones(1, 3), torch.zeros(1))], lambda output, target: output.square().sum()
+            )
+    sparsifier = Sparsifier(model, criteria="snip", layers="0")
+    sparsifier.mask_gradients()  # there is none to see
+
+
+def test_attention_is_named_where_its_inputs_cannot_be_had():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with pytest.raises(ValueError, match=r"in_proj_weight is not multiplied with what MultiheadAttention is given"):
+        Sparsifier(layer, criteria="wanda").calibrate([torch.randn(2, 5, 8)])
+    with pytest.raises(ValueError, match=r"self_attn.out_proj.weight: computes nothing by itself"):
+        Sparsifier(layer, criteria="wanda", exclude="*in_proj*").calibrate([torch.randn(2, 5, 8)])
+    sparsifier = Sparsifier(layer, context="2:4", criteria="wanda", exclude="self_attn")
+    sparsifier.calibrate([torch.randn(2, 5, 8)])
+    sparsifier.sparsify(0.5)
+    assert sparsifier.sparsity == 0.5
+
+
+def test_synflow_says_what_it_needs():
+    class Casts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x.float())
+
+    with pytest.raises(ValueError, match="cast nothing to another type in forward"):
+        Sparsifier(Casts(), criteria="synflow", example_input=torch.ones(1, 4)).sparsify(0.5)
 
 
 def test_without_data_it_says_what_to_do(net):
@@ -470,7 +625,7 @@ def test_in_a_learner_other_batches_can_be_given(make_learner):
     )
     learn.fit(2, 0.01, cbs=callback)
     assert len(calls) >= 2
-    assert callback.sparsifier.collected.batches["activation"]["0.weight"] == 2
+    assert callback.sparsifier.collected.counts["activation"]["0.weight"] == 2 * 4 * 2 * 8 * 8
 
 
 @pytest.mark.fastai
@@ -485,3 +640,60 @@ def test_in_a_fit_of_frozen_layers_no_gradient_is_asked_for(make_learner):
     learn.opt = None
     learn.fit(1, 0.01)
     assert callback.sparsifier.sparsity == pytest.approx(0.5, abs=0.005)
+
+
+@pytest.mark.fastai
+def test_in_a_learner_the_training_data_can_be_looked_at_without_a_trace(make_learner):
+    from sparsifai import SparsifyCallback
+
+    ends = []
+    for given in (False, True):
+        torch.manual_seed(3)
+        learn = make_learner(small_net())
+        learn.dls.train.shuffle, learn.dls.train.rng = True, random.Random(4)
+        calibration = learn.dls.train if given else None
+        learn.fit(3, 0.01, cbs=SparsifyCallback(1e-9, criteria="snip", schedule="lin", calibration=calibration))
+        ends.append(list(learn.model.state_dict().values()))
+    assert all(map(torch.equal, *ends))
+
+
+@pytest.mark.fastai
+def test_in_a_learner_no_batch_counts_twice(make_learner):
+    from sparsifai import SparsifyCallback
+
+    learn = make_learner()
+    callback = SparsifyCallback(0.5, criteria="movement_pruning", schedule="lin")
+    learn.fit(2, 0.01, cbs=callback)
+    assert set(callback.sparsifier.collected.counts["weight_grad"].values()) == {8}
+
+
+@pytest.mark.fastai
+def test_in_a_learner_outputs_of_language_models_are_taken_apart(make_learner):
+    from fastai.callback.core import Callback
+
+    from sparsifai import SparsifyCallback
+
+    class WithState(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x):
+            return self.net(x), x
+
+    def first(self):
+        self.learn.pred = self.pred[0]
+
+    learn = make_learner(WithState())
+    callback = SparsifyCallback(0.5, criteria="snip", schedule="one_shot")
+    learn.fit(1, 0.01, cbs=[callback, Callback(after_pred=first)])
+    assert callback.sparsifier.sparsity == pytest.approx(0.5, abs=0.005)
+
+
+@pytest.mark.fastai
+def test_more_than_n_of_m_is_refused_in_the_constructor():
+    from sparsifai import SparsifyCallback
+
+    with pytest.raises(ValueError, match="context 2:4 makes 0.5 of the weights zero at most"):
+        SparsifyCallback(0.9, context="2:4")
+    SparsifyCallback(0.67, context="1:3")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsifai import Sparsifier, bounded, contexts, criteria
+from sparsifai import Sparsifier, blocks, bounded, contexts, criteria, is_nm
 
 
 def densities(sparsifier):
@@ -175,15 +175,48 @@ def test_bounds_that_cannot_be_kept_are_an_error():
     model = mlp()
     with pytest.raises(ValueError, match=r"sparsity 0.9 cannot be had: the limits allow 0.5 at most; widen them"):
         sparsified(model, bounded("global", {"*": (0, 0.5)}), 0.9)
-    with pytest.raises(ValueError, match=r"sparsity 0.1 cannot be had: the limits allow 0.2\d* at least"):
-        sparsified(model, bounded("local", {"0": (0.5, 1), "1": (0.0, 1)}), 0.1)
     with pytest.raises(ValueError, match="no layer with a weight to sparsify matches 'head'"):
         sparsified(model, bounded("local", {"head": 0.5}), 0.1)
-    for wrong in ({"0": 1.5}, {"0": (0.6, 0.4)}, {nn.Linear: 0.5}):
+    for wrong in ({"0": 1.5}, {"0": (0.6, 0.4)}, {nn.Linear: 0.5}, {"0": (0.1,)}, {"0": None}, {"0": True}):
         with pytest.raises(ValueError, match="is not a glob of layer names and a sparsity from 0 to 1, or two"):
             bounded("global", wrong)
     with pytest.raises(ValueError, match="unknown context 'globl'"):
         bounded("globl", {})
+    with pytest.raises(TypeError, match="bounds is a dictionary"):
+        bounded("global", 0.5)
+    for uncalled in (bounded, blocks):
+        with pytest.raises(TypeError, match="is to be called"):
+            Sparsifier(model, context=uncalled)
+
+
+@pytest.mark.parametrize("context", ["global", "local", "erk"])
+@pytest.mark.parametrize("granularity", ["weight", "3x4"])
+def test_bounds_hold_at_every_level_of_a_ramp(context, granularity):
+    model = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 40), nn.Linear(40, 30), nn.Linear(30, 20))
+    limits = {"0": 0.5, "1": (0.6, 1.0), "2": (0.0, 0.4)}
+    sparsifier = Sparsifier(model, granularity, bounded(context, limits))
+    lowest = (0.5 * 2000 + 0.6 * 2000) / 5800
+    slack = 0.5 / 5800 * 4 if granularity == "weight" else 0.01
+    for level in np.linspace(0, 0.7, 15):
+        sparsifier.sparsify(float(level))
+        assert sparsifier.sparsity == pytest.approx(level, abs=slack)
+        sparse = {name: 1 - density for name, density in densities(sparsifier).items()}
+        share = min(1, level / lowest)
+        assert sparse["0.weight"] == pytest.approx(0.5 * share, abs=5 * slack)
+        assert sparse["1.weight"] >= 0.6 * share - 5 * slack
+        assert sparse["2.weight"] <= 0.4 + 5 * slack
+    steps = Sparsifier(mlp(), context=bounded(context, {"0": 0.5}))
+    steps.sparsify(0.6, steps=7)
+    assert steps.sparsity == pytest.approx(0.6, abs=1e-4)
+
+
+def test_bounded_keeps_what_the_context_within_is_about():
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16), nn.Linear(18, 6))
+    sparsifier = sparsified(model, bounded("2:4", {"0": 0.25}), 0.4)
+    assert densities(sparsifier)["0.weight"] == 0.75
+    assert is_nm(model[0].weight, 3, 4)
+    assert is_nm(model[1].weight, 2, 4)
+    assert "blocks of 4 leave 2 of 18" in str(sparsifier.report())
 
 
 @pytest.mark.parametrize("context", [*contexts, "2:4", bounded("erk", {"0": 0.2})])
