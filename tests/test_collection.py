@@ -637,6 +637,7 @@ def test_in_a_fit_of_frozen_layers_no_gradient_is_asked_for(make_learner):
     learn.fit(1, 0.01, cbs=callback)
     for parameter in list(learn.model.parameters())[:2]:
         parameter.requires_grad_(False)
+        parameter.grad = None
     learn.opt = None
     learn.fit(1, 0.01)
     assert callback.sparsifier.sparsity == pytest.approx(0.5, abs=0.005)

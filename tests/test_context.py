@@ -242,6 +242,20 @@ def test_every_context_is_exact_about_ties_nan_and_never_empties(context):
     assert sparsifier.masks is before
 
 
+@pytest.mark.parametrize("context", [*contexts, "2:4", bounded("erk", {"0": 0.2})])
+def test_what_is_masked_beyond_what_a_context_asks_for_stays(context):
+    model = mlp()
+    sparsifier = Sparsifier(model, context=context)
+    adopted = {name: torch.ones_like(mask) for name, mask in sparsifier.masks.items()}
+    adopted["1.weight"][:, :200] = False  # whole blocks, and more than any level below
+    sparsifier.adopt(adopted)
+    sparsifier.apply_masks()
+    for level in (0.25, 0.5):
+        sparsifier.sparsify(level)
+        assert not sparsifier.masks["1.weight"][:, :200].any()
+        assert (model[1].weight[:, :200] == 0).all()
+
+
 @pytest.mark.parametrize("context", [name for name in contexts if name != "uniform_plus"])
 def test_a_layer_may_be_emptied_where_that_is_asked_for(context):
     model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
