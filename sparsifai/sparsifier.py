@@ -93,7 +93,6 @@ class Sparsifier:
             name: each for name, each in groupings.items() if name in self.targets and not isinstance(each, str)
         }
         self.followers = find_followers(model, self.targets, self.groupings, flow)
-
         self.levels = dict.fromkeys(self.targets, 0.0)
         self._nan: dict[str, Tensor] = {}  # whether scores of a layer on a GPU were NaN, at the last update
         self._set_masks({name: self._mask_of(name, grouping.all_kept()) for name, grouping in self.groupings.items()})
@@ -194,8 +193,8 @@ class Sparsifier:
     def _rank_on_device(self, scored: list[DeviceLayer], fraction: float) -> list[Tensor]:
         """Ask the context which groups stay, and read nothing: NaN is told of when something is read the next time."""
         for layer in scored:
-            nan = (layer.score.isnan() & (layer.alive | layer.revives)).any()
-            self._nan[layer.target.name] = nan | self._nan.get(layer.target.name, False)
+            name, nan = layer.target.name, layer.score.isnan() & (layer.alive | layer.revives)
+            self._nan[name] = nan.any() | self._nan.get(name, False)
         return self.context(scored, fraction)  # type: ignore
 
     def _rank(self, scored: list[ScoredLayer], fraction: float) -> list[np.ndarray]:
