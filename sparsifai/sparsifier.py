@@ -254,8 +254,8 @@ class Sparsifier(MaskedModel):
     def _rank_on_device(self, scored: list[DeviceLayer], fraction: float) -> list[Tensor]:
         """Ask the context which groups stay, and read nothing: NaN is told of when something is read the next time."""
         for layer in scored:
-            nan = (layer.score.isnan() & (layer.alive | layer.revives)).any()
-            self._nan[layer.target.name] = nan | self._nan.get(layer.target.name, False)
+            name, nan = layer.target.name, layer.score.isnan() & (layer.alive | layer.revives)
+            self._nan[name] = nan.any() | self._nan.get(name, False)
         return self.context(scored, fraction)  # type: ignore
 
     def _rank(self, scored: list[ScoredLayer], fraction: float) -> list[np.ndarray]:
