@@ -205,17 +205,22 @@ def _each(layers: Sequence[ScoredLayer], shares: Sequence[float]) -> list[np.nda
 
 
 def _budgeted(layers: Sequence[ScoredLayer], sparsity: float, relative: Sequence[float]) -> list[np.ndarray]:
-    """Every layer ranked alone, with densities in proportion to `relative`, at most 1, that reach the sparsity."""
+    """Every layer ranked alone, with densities in proportion to `relative`, at most 1, that reach the sparsity.
+
+    What must stay masked counts: of such a layer no more can be kept than is left.
+    """
     sizes = np.array([_weights(layer) for layer in layers], float)
+    most = 1 - np.array([_stay_masked(layer) for layer in layers]) / sizes
     kept = (1 - sparsity) * sizes.sum()
-    dense = np.zeros(len(layers), bool)
+    full = np.zeros(len(layers), bool)
     while True:
-        rest = kept - sizes[dense].sum()
-        scale = rest / max((sizes * relative)[~dense].sum(), 1e-300)
-        density = np.where(dense, 1.0, scale * np.array(relative))
-        if not (density > 1).any():
+        rest = kept - (most * sizes)[full].sum()
+        scale = rest / max((sizes * relative)[~full].sum(), 1e-300)
+        density = np.where(full, most, scale * np.array(relative))
+        excess = density / np.maximum(most, 1e-300)
+        if not (excess > 1).any():
             return _each(layers, list(1 - density))
-        dense |= density >= density.max()
+        full |= excess >= excess.max()
 
 
 def _bounded(

@@ -233,7 +233,8 @@ def synflow(weight: Tensor, flow: Tensor) -> Tensor:
 def taylor(weight: Tensor, grad: Tensor) -> Tensor:
     """w g, of which a group scores (sum of w g)^2: what the loss changes by when the group goes, squared.
 
-    Molchanov et al., 2019, "Importance Estimation for Neural Network Pruning" (arXiv:1906.10771).
+    Of a whole filter before a batch norm the sum is zero, for the norm undoes its scale. Molchanov et al., 2019,
+    "Importance Estimation for Neural Network Pruning" (arXiv:1906.10771).
     """
     return weight * grad
 

@@ -85,6 +85,13 @@ class MaskedModel:
         """What the report says of layers that take part, by name."""
         return {}
 
+    def rescaled_layers(self) -> list[str]:
+        """Layers whose outputs go through a batch norm, of those that lose whole outputs."""
+        holders = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.followers}
+        norms = [name for name, module in holders.items() if isinstance(module, nn.modules.batchnorm._NormBase)]
+        rescaled = {producer for name in norms for producer in self.followers[name]}
+        return [name for name in self.targets if name in rescaled]
+
     def adopt(self, masks: Mapping[str, Tensor]) -> None:
         """Take over the masks of another Sparsifier of the model: what they mask in whole groups is masked here too."""
         self._check_held("adopt")

@@ -18,7 +18,7 @@ from .argument import Sparsity, check_count, check_round_to, check_seed, check_s
 from .collection import Statistics, calibrate
 from .context import Context, ask, global_, local
 from .criterion import Criterion, is_elementwise, quantities_of
-from .granularity import Granularity
+from .granularity import Granularity, squared_sum
 from .masked import MaskedModel
 from .masking import NEXT_TO_ZERO, zero_moments, zero_weights
 from .on_device import DeviceLayer
@@ -83,6 +83,13 @@ class Sparsifier(MaskedModel):
         self.round_to, self.may_empty = check_round_to(round_to), bool(may_empty)
         self.rng = torch.Generator().manual_seed(check_seed(seed))
         super().__init__(model, self.granularity, layers, exclude, self.round_to or 1, example_input)
+        if self.pool is squared_sum and (rescaled := self.rescaled_layers()):
+            warnings.warn(
+                f"{name_of(self.criteria)}: a batch norm undoes the scale of the outputs of {', '.join(rescaled[:3])}"
+                f"{' and others' if len(rescaled) > 3 else ''}, so the sum of w g over a filter is zero but for "
+                "rounding and says nothing; choose snip or fisher, or smaller groups such as kernels",
+                stacklevel=2,
+            )
         self.levels = dict.fromkeys(self.targets, 0.0)
         self.example_input = tree_map(_first, example_input)
         self.inputs: dict[str, Tensor] = {}  # of layers that compute, while calibrate looks

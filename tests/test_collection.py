@@ -519,6 +519,7 @@ def test_taken_refuses_what_makes_no_sense():
         taken("start", running=True)
 
 
+@pytest.mark.filterwarnings("ignore:taylor")
 def test_all_criteria_that_look_at_data_work_with_groups(net):
     for criterion in ("snip", "grasp", "synflow", "taylor", "fisher", "movement_pruning", "wanda", "lamp"):
         for granularity in ("filter", "kernel", "weight"):
@@ -527,6 +528,24 @@ def test_all_criteria_that_look_at_data_work_with_groups(net):
             sparsifier.calibrate(batches(1), F.cross_entropy)
             sparsifier.sparsify(0.5)
             assert sparsifier.sparsity == pytest.approx(0.5, abs=0.2), (criterion, granularity)
+
+
+def test_sums_over_filters_that_a_batch_norm_rescales_are_warned_of():
+    def net(norm):
+        return nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+
+    with pytest.warns(
+        UserWarning, match="taylor: a batch norm undoes the scale of the outputs of 0.weight, so"
+    ) as caught:
+        sparsifier = Sparsifier(net(nn.BatchNorm2d(4)), "filter", criteria="taylor")
+    assert caught[0].filename == __file__
+    images = torch.randn(5, 1, 9, 9)
+    sparsifier.calibrate([(images, images)], lambda output, target: output.square().mean())
+    scores = {name: scores_of(sparsifier, name).flatten(1).sum(1).abs().max() for name in ("0.weight", "3.weight")}
+    assert scores["0.weight"] < 1e-4 * scores["3.weight"]  # as it says
+    Sparsifier(net(nn.GroupNorm(1, 4)), "filter", criteria="taylor")
+    Sparsifier(net(nn.BatchNorm2d(4)), "kernel", criteria="taylor")
+    Sparsifier(net(nn.BatchNorm2d(4)), "filter", criteria="taylor", pool="mean")
 
 
 def test_taylor_squares_the_sum_over_a_group():

@@ -68,6 +68,18 @@ def test_erdos_renyi_against_a_search_for_the_scale(context, sparsity):
     assert abs(sparsifier.sparsity - sparsity) * sum(sizes.values()) <= len(sizes)
 
 
+@pytest.mark.parametrize("context", ["erk", "er", bounded("erk", {"2": 0.1})])
+def test_others_make_up_for_what_is_masked_beyond_a_budget(context):
+    model = mlp()
+    sparsifier = Sparsifier(model, context=context)
+    adopted = {name: torch.ones_like(mask) for name, mask in sparsifier.masks.items()}
+    adopted["1.weight"][:, :290] = False
+    sparsifier.adopt(adopted)
+    for level in (0.5, 0.6, 0.9):
+        sparsifier.sparsify(level)
+        assert sparsifier.sparsity == pytest.approx(level, abs=1e-4)
+
+
 def test_uniform_plus_spares_the_first_convolution_and_the_last_layer():
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 64, 3), nn.Conv2d(64, 64, 3), nn.Linear(64, 10))
     found = densities(sparsified(model, "uniform_plus", 0.9))

@@ -47,6 +47,7 @@ def expected_masks(sparsifier, scores, masks, sparsity, context):
     return result
 
 
+@pytest.mark.filterwarnings("ignore:taylor")
 @pytest.mark.parametrize("criterion", criteria)
 @pytest.mark.parametrize("context", ["local", "global"])
 @pytest.mark.parametrize("granularity", granularities)
