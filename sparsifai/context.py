@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .criterion import lamp as lamp_score
-from .n_of_m import Blocks, lowest_of_rows, parse_blocks, with_masked_lowest
+from .n_of_m import Blocks, lowest_of_rows, parse_blocks, ranking_keys
 from .registry import Registry, name_of
 from .selection import ScoredLayer, select_groups
 from .target import matching
@@ -73,11 +73,10 @@ def _per_output(layer: ScoredLayer, sparsity: float) -> np.ndarray:
             f"context per_output: the groups of {layer.target.name} are not parts of outputs; choose another "
             "granularity, such as 'weight', or leave the layer out with exclude="
         )
-    layer.check(layer.score, layer.alive)
     shape = tuple(layer.grid.values())
     outer = [axes.index(axis) for axis in ("groups", "out") if axis in axes]
     order = [*outer, *(place for place in range(len(axes)) if place not in outer)]
-    keys = with_masked_lowest(layer.score, layer.alive).reshape(shape).transpose(order)
+    keys = ranking_keys(layer).reshape(shape).transpose(order)
     rows = keys.reshape(math.prod(keys.shape[: len(outer)]), -1)
     count = min(math.floor(sparsity * rows.shape[1] + 0.5), rows.shape[1] - 1)
     falls = lowest_of_rows(rows, count).reshape(keys.shape).transpose(np.argsort(order))

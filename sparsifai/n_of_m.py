@@ -69,12 +69,11 @@ class Blocks:
         rows = shape[0] if place == 0 else max(1, PART // row)
         for start in range(0, shape[0], rows):
             part = slice(start * row, min(start + rows, shape[0]) * row)
-            score, alive, form = layer.part(part), layer.alive[part], (-1, *shape[1:])
-            layer.check(score, alive)
-            keys = with_masked_lowest(score, alive).reshape(form)
+            form = (-1, *shape[1:])
+            keys = ranking_keys(layer, part).reshape(form)
             _write_those_that_stay(stays[part].reshape(form), keys, place, self.size, count)
             if not layer.revives:
-                stays[part] &= alive
+                stays[part] &= layer.alive[part]
         return stays
 
 
@@ -155,9 +154,14 @@ def lowest_of_rows(keys: np.ndarray, count: int) -> np.ndarray:
     return falls | (ties & (ties.cumsum(-1) <= needed))
 
 
-def with_masked_lowest(score: np.ndarray, alive: np.ndarray) -> np.ndarray:
-    """Scores, in which those that are masked are lower than all others."""
-    if alive.all():
+def ranking_keys(layer: ScoredLayer, part: slice = slice(None)) -> np.ndarray:
+    """Scores of a part of a layer, those that are masked lower than all others. ValueError if one is NaN."""
+    score, alive = layer.part(part), layer.alive[part]
+    lowest = score.min()
+    if np.isnan(lowest):
+        layer.check(score, alive)
+    # Magnitudes of weights that are zero where they are masked, and nowhere else, are so already.
+    if alive.all() or (lowest >= 0 and np.array_equal(score != 0, alive)):
         return score
     # The smaller of the score and of plus or minus infinity: many times faster than to choose by a random mask.
     limit = np.subtract(alive, 0.5, dtype=score.dtype)
