@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .part import PART
 from .registry import Registry, name_of
-from .selection import PART
 
 Axes = Mapping[str, int]
 Granularity = Callable[[Axes], Iterable[str] | Mapping[str, int]]

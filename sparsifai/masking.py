@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .parallel import is_sharded, own_shard
-from .selection import PART
+from .part import PART
 
 Masked = Iterable[tuple[nn.Parameter, Tensor]]
 

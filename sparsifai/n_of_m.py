@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .selection import PART, ScoredLayer
+from .part import PART
+from .selection import ScoredLayer
 
 # Blocks of so many are ranked by comparing all pairs; larger ones are sorted.
 PAIRS = 8

@@ -25,12 +25,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .on_device import DeviceLayer, select_on_device
+from .part import PART
 
 if TYPE_CHECKING:
     from .target import Target
-
-# Groups that are looked at in one go: what is computed of so many stays in the cache.
-PART = 131072
 
 
 @dataclass
