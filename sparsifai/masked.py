@@ -107,6 +107,7 @@ class MaskedModel:
         model = self.model
         self.model = None  # type: ignore[assignment]
         self.candidates, self.targets, self.groupings, self.dense = {}, {}, {}, {}
+        self.followers, self._nan = {}, {}
         self._set_masks({})
         return model
 

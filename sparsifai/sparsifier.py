@@ -181,7 +181,8 @@ class Sparsifier(MaskedModel):
 
         A criterion that looks at gradients sees them first, if every layer that takes part has one.
         """
-        if all(target.parameter.grad is not None for target in self.targets.values()):
+        looks = bool(self.collected.at("backward"))
+        if looks and all(target.parameter.grad is not None for target in self.targets.values()):
             self.collect_gradients()
         super().mask_gradients()
 

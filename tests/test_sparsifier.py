@@ -398,8 +398,9 @@ def test_a_layer_of_nothing_but_zeros_is_not_taken_for_a_masked_one(mlp):
     assert sparsifier.masks["2.weight"].all()
 
 
-def test_release_gives_the_model_back_and_ends_all_calls(mlp):
-    sparsifier = Sparsifier(mlp)
+@pytest.mark.parametrize("granularity", ["weight", "filter"])  # the latter with what stands behind whole outputs
+def test_release_gives_the_model_back_and_ends_all_calls(mlp, granularity):
+    sparsifier = Sparsifier(mlp, granularity)
     sparsifier.sparsify(0.5)
     assert sparsifier.release() is mlp
     assert (mlp[0].weight == 0).any()
