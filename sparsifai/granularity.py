@@ -263,10 +263,10 @@ class Grouping:
                 cells += [cell, extent]
         spanned = tuple(axis for axis in range(1, len(cells), 2) if cells[axis] > 1)
         # The outermost axis first and alone: torch sums over axes that are apart much more slowly.
-        sums = scores.reshape(cells).to(torch.float64) if not spanned else scores.reshape(cells)
+        sums = scores.reshape(cells)
         for axis in spanned:
             sums = sums.sum(axis, dtype=torch.float64, keepdim=True)
-        return sums.flatten()
+        return sums.flatten().to(torch.float64)
 
     def any_of(self, values: Tensor) -> Tensor:
         """Bool per weight -> bool per group: whether any weight of the group is true."""

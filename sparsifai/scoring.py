@@ -21,6 +21,7 @@ from .on_device import DeviceLayer
 from .parallel import is_sharded
 from .registry import name_of
 from .selection import ScoredLayer
+from .statistic import widened
 from .target import Target
 
 
@@ -48,7 +49,7 @@ def score_layer(
             values = {quantity: value.reshape(-1) for quantity, value in values.items()}
 
         def scores_of(part: slice) -> Tensor:
-            return finished(criterion(**{quantity: _widened(value[part]) for quantity, value in values.items()}))
+            return finished(criterion(**{quantity: widened(value[part]) for quantity, value in values.items()}))
 
     else:
         scores = criterion(**{quantity: _own(value) for quantity, value in values.items()})
@@ -96,10 +97,4 @@ def _magnitude(weight: np.ndarray, part: slice) -> np.ndarray:
 
 def _own(value: Any) -> Any:
     """A copy of a tensor, so that no criterion can change a weight; all else as it is."""
-    return _widened(copied(value)) if isinstance(value, Tensor) else value
-
-
-def _widened(value: Tensor) -> Tensor:
-    """Half precision as float32, which loses nothing."""
-    half = value.is_floating_point() and value.element_size() < 4
-    return value.float() if half else value
+    return widened(copied(value)) if isinstance(value, Tensor) else value

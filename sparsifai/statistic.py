@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .parallel import whole
 from .registry import Registry
-from .target import Target
+from .target import CONVOLUTIONS, Target, evaluating
 
 
 class Source(Protocol):
@@ -172,28 +172,26 @@ def _gradient(target: Target) -> Tensor:
         raise ValueError(
             f"no gradient has reached {target.name}, which has no part in the loss or is frozen; exclude= leaves it out"
         )
-    return _wide(whole(gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()))
+    return widened(whole(gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()))
 
 
-def _wide(value: Tensor) -> Tensor:
-    """In a precision that sums can be taken in."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
-# What reads its input by channels, which are the second axis of it; all else has them in the last one.
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def widened(value: Tensor) -> Tensor:
+    """Half precision as float32, which loses nothing."""
+    half = value.is_floating_point() and value.element_size() < 4
+    return value.float() if half else value
 
 
 def _by_channel(target: Target, value: Tensor) -> Tensor:
     """The input of a layer -> (channels, all else)."""
     channels = target.axes["in"] * target.convolution_groups
-    axis = -1 if not isinstance(target.module, _CONVOLUTIONS) else 1 if value.dim() == len(target.axes) else 0
+    # A convolution has its channels in the second axis, all else in the last one.
+    axis = -1 if not isinstance(target.module, CONVOLUTIONS) else 1 if value.dim() == len(target.axes) else 0
     if target.attribute != "weight" or not value.is_floating_point() or value.shape[axis] != channels:
         raise UnsuitableLayerError(
             f"activation: {target.name} is not multiplied with what {target.kind} is given, of the shape "
             f"{tuple(value.shape)}; leave it out with exclude="
         )
-    return _wide(value.detach()).movedim(axis, 0).reshape(channels, -1)
+    return widened(value.detach()).movedim(axis, 0).reshape(channels, -1)
 
 
 @torch.enable_grad()
@@ -212,7 +210,7 @@ def _hessian_gradients(sparsifier: Source) -> dict[str, Tensor]:
     products = torch.autograd.grad(squares, list(parameters.values()), retain_graph=True, allow_unused=True)
     # The gradient of a weight that enters the loss linearly does not change with it.
     return {
-        name: torch.zeros_like(parameter) if product is None else _wide(product.detach())
+        name: torch.zeros_like(parameter) if product is None else widened(product.detach())
         for (name, parameter), product in zip(parameters.items(), products, strict=True)
     }
 
@@ -227,22 +225,16 @@ def _synaptic_flow(sparsifier: Source) -> dict[str, Tensor]:
         for name, value in (*model.named_parameters(), *model.named_buffers())
     }
     parameters = {name: values[name].requires_grad_() for name in sparsifier.targets}
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.enable_grad():
-            model.eval()
-            try:
-                output = run(partial(functional_call, model, values), tree_map(_ones, sparsifier.example_input))
-            except Exception as error:
-                raise ValueError(
-                    f"synflow: the model does not run on ones in float64 of the shape of example_input ({error}); pass "
-                    "an example_input= that fits, and cast nothing to another type in forward"
-                ) from error
-            total = torch.stack([each.sum() for each in tree_leaves(output) if isinstance(each, Tensor)]).sum()
-            gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with torch.enable_grad(), evaluating(model):
+        try:
+            output = run(partial(functional_call, model, values), tree_map(_ones, sparsifier.example_input))
+        except Exception as error:
+            raise ValueError(
+                f"synflow: the model does not run on ones in float64 of the shape of example_input ({error}); pass an "
+                "example_input= that fits, and cast nothing to another type in forward"
+            ) from error
+        total = torch.stack([each.sum() for each in tree_leaves(output) if isinstance(each, Tensor)]).sum()
+        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
     if unused:
         raise ValueError(f"synflow: the output does not depend on {unused[0]}; leave it out with exclude=")

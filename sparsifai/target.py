@@ -6,7 +6,8 @@ weight=('in', 'out')).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from operator import attrgetter
@@ -22,7 +23,7 @@ from .parallel import kind_of, unwrapped
 from .registry import close_matches
 
 _AXES_OF_KIND: dict[type[nn.Module] | str, dict[str, tuple[str, ...]]] = {}
-_GROUPED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def register_layer(
@@ -168,7 +169,7 @@ def _target(places: Sequence[tuple[str, nn.Module, str]], sources: Sequence[str]
     _, module, attribute = places[0]
     axes = axes_of(module, attribute) or ()
     sizes = dict(zip(axes, _read(module, attribute).shape, strict=True))
-    groups = module.groups if isinstance(module, _GROUPED) else 1
+    groups = module.groups if isinstance(module, CONVOLUTIONS) else 1
     sizes[axes[0]] //= groups
     names = [parameter_name(name, attribute) for name, _, attribute in places]
     names = [parameter_name(places[0][0], source) for source in sources] + names
@@ -180,9 +181,17 @@ def _read(module: nn.Module, attribute: str) -> nn.Parameter:
     """A weight of a layer. One that is computed is so in evaluation mode: in training, spectral_norm takes a step."""
     if not is_parametrized(module, attribute):
         return getattr(module, attribute)
+    with evaluating(module):
+        return getattr(module, attribute)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Have a module and all within it in evaluation mode for a while."""
     parts = {part: part.training for part in module.modules()}
     try:
-        return getattr(module.eval(), attribute)
+        module.eval()
+        yield
     finally:
         for part, training in parts.items():
             part.training = training
