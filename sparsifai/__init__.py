@@ -36,7 +36,7 @@ from .criterion import (
 from .granularity import along, block, granularities
 from .n_of_m import blocks, is_nm
 from .report import Report
-from .schedule import agp, between, cos, dsd, iterative, lin, one_cycle, one_shot, schedules
+from .schedule import ac_dc, agp, between, cos, dsd, iterative, lin, one_cycle, one_shot, schedules
 from .selection import select_groups
 from .sparsifier import Sparsifier
 from .statistic import quantities, taken
@@ -56,6 +56,7 @@ __all__ = [
     "Report",
     "Sparsifier",
     "SparsifyCallback",
+    "ac_dc",
     "agp",
     "along",
     "between",

@@ -45,11 +45,11 @@ def _check_fraction(value: Any) -> float:
     return value
 
 
-def scaled(sparsity: Sparsity, factor: float) -> Sparsity:
-    """factor times the sparsity, of every layer if they differ."""
+def mapped(sparsity: Sparsity, function: Callable[[float], float]) -> Sparsity:
+    """A function of the sparsity, of every layer if they differ."""
     if isinstance(sparsity, Mapping):
-        return {pattern: factor * fraction for pattern, fraction in sparsity.items()}
-    return factor * sparsity
+        return {pattern: function(fraction) for pattern, fraction in sparsity.items()}
+    return function(sparsity)
 
 
 def resolve_axes(

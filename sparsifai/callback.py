@@ -5,16 +5,20 @@ It moves the sparsity along the schedule, and nothing else: KeepSparsity holds t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from .argument import check_count, check_round_to, check_seed, check_sparsity, resolve_axes, scaled
+from .argument import check_count, check_round_to, check_seed, check_sparsity, mapped, resolve_axes
 from .collection import Split
+from .criterion import criteria as criteria_registry
 from .keep import KeepSparsity, TrainingCallback
 from .learner import Column, Curves, Trackers, notify
 from .masking import NEXT_TO_ZERO, zero_moments
 from .n_of_m import Blocks
 from .parallel import group_of, unwrapped
+from .regrowth import Regrowth, check_drop, sparsity_of_drop
 from .report import Count, percent
 from .schedule import between, progress, schedules
 from .sparsifier import Sparsifier
@@ -54,10 +58,15 @@ class SparsifyCallback(TrainingCallback):
         exclude=None,  # What stays dense, in the same words
         pool=None,  # How the scores of a group become one: 'mean', 'sum', 'max', 'l2' or a function; None for the usual
         may_empty=False,  # Whether a layer may lose its best group, too
+        regrow=None,  # What comes back at an update for as much that falls: 'grad' (RigL), 'random' (SET), a criterion
+        drop=0.3,  # Share of what is left that falls for it, at first
+        decay=between("cos", 0, 0.75),  # The schedule by which that share goes to nothing
         calibration=None,  # Batches for criteria that look at data; by default the one that is being trained on
         round_to=None,  # Keep a multiple of this many groups in every layer
         seed=0,  # Of the generator that random criteria draw from
-        every=1,  # Batches from one mask update to the next; the last batch of a fit has one in any case
+        # Batches from one mask update to the next; the last batch of a fit has one in any case. By default 1, and with
+        # regrow= a hundredth of the fit.
+        every=None,
     ):
         super().__init__()
         self.sparsity = check_sparsity(sparsity, compression_ratio)
@@ -68,7 +77,12 @@ class SparsifyCallback(TrainingCallback):
         self.schedule = schedules.resolve(schedule)
         self.layers = None if layers is None else as_patterns(layers)
         self.exclude = None if exclude is None else as_patterns(exclude)
-        self.round_to, self.seed, self.every = check_round_to(round_to), check_seed(seed), check_count("every", every)
+        self.round_to, self.seed = check_round_to(round_to), check_seed(seed)
+        self.every = None if every is None else check_count("every", every)
+        self.regrow = None if regrow is None else criteria_registry.resolve(regrow)
+        self.drop, self.decay = check_drop(drop), schedules.resolve(decay)
+        if self.regrow is not None:
+            Regrowth(self.regrow).check(self.context, drops_outputs=False)
         self._trackers, self._curves = Trackers(), Curves()
 
     def __setattr__(self, name, value):
@@ -134,7 +148,7 @@ class SparsifyCallback(TrainingCallback):
         "Take the sparsity to where the schedule is after this step"
         if self._advances and self._begun:
             batches = self._batches(1)
-            if batches // self.every > self._updated // self.every or batches == self._batches_of_fit:
+            if self._is_due or batches == self._batches_of_fit:
                 self._updated = batches
                 self._go_to(batches / self._batches_of_fit)
 
@@ -182,6 +196,12 @@ class SparsifyCallback(TrainingCallback):
         return self.learn.epoch * self.learn.n_iter + self.learn.iter + done
 
     @property
+    def _is_due(self) -> bool:
+        """Whether the masks are updated in the step of the present batch."""
+        every = self.every or (1 if self.regrow is None else math.ceil(self._batches_of_fit / 100))
+        return self._batches(1) // every > self._updated // every
+
+    @property
     def _start(self) -> float:
         """Share of the fit that is over at the present batch."""
         return self._batches(0) / self._batches_of_fit
@@ -197,14 +217,29 @@ class SparsifyCallback(TrainingCallback):
         reached = self._level_at(t)
         if reached != self._reached:
             self._calibrate(self.sparsifier)
-            wanted, opt = scaled(self.sparsity, reached), self.learn.opt
-            keepers = [each for each in self.learn._grab_cbs(KeepSparsity) if each.sparsifier is self.sparsifier]
-            if keepers and keepers[0].is_alone():  # which has just seen to it that all that is masked is zero
-                self.sparsifier.update_masks(wanted, opt)
-            else:
-                self.sparsifier.sparsify(wanted)
-                zero_moments(self.sparsifier.masked_parameters(), opt, squares=NEXT_TO_ZERO)
+            self._update(reached)
             self._reached, self._moved = reached, True
+
+    def _update(self, reached: float, drop: float = 0.0) -> None:
+        wanted, opt = mapped(self.sparsity, lambda fraction: reached * fraction), self.learn.opt
+        keepers = [each for each in self.learn._grab_cbs(KeepSparsity) if each.sparsifier is self.sparsifier]
+        if keepers and keepers[0].is_alone():  # which has just seen to it that all that is masked is zero
+            self.sparsifier.update_masks(wanted, opt, drop=drop)
+        else:
+            self.sparsifier.sparsify(wanted, drop=drop)
+            zero_moments(self.sparsifier.masked_parameters(), opt, squares=NEXT_TO_ZERO)
+
+    def _look_at_gradients(self) -> None:
+        """In a step, while gradients are dense: have the criterion see them, and what has fallen come back.
+
+        Before the step, so that what comes back is moved off zero at once.
+        """
+        drops = self.regrow is not None and self._is_due and self._reached > 0
+        drop = self.drop * (1 - progress(self.decay, self._start)) if drops else 0.0
+        if drop or self.sparsifier.collected.at("backward"):
+            self.sparsifier.collect_gradients()
+        if drop:
+            self._update(self._reached, drop)
 
     def _is_short(self) -> bool:
         """Whether the level is another than the fit shall end at."""
@@ -230,10 +265,12 @@ class SparsifyCallback(TrainingCallback):
         sparsifier = Sparsifier(
             model, self.granularity, self.context, self.criteria,
             layers=self.layers, exclude=exclude or None, pool=self.pool, may_empty=self.may_empty,
-            round_to=self.round_to, seed=self.seed, example_input=self.learn.xb,
+            regrow=self.regrow, round_to=self.round_to, seed=self.seed, example_input=self.learn.xb,
         )  # fmt: skip
         self._calibrate(sparsifier)
         sparsifier.check(self.sparsity)
+        if self.regrow is not None:  # at most so much has to fall for as much to come back
+            sparsifier.check(mapped(self.sparsity, partial(sparsity_of_drop, drop=self.drop)))
         self.sparsifier = sparsifier
 
     def _calibrate(self, sparsifier: Sparsifier) -> None:
@@ -268,7 +305,8 @@ class SparsifyCallback(TrainingCallback):
                 self._recover(keeper)
         if self.sparsifier is not None:
             keeper.hold(self.sparsifier)
-            keeper.collects = self._advances and bool(self.sparsifier.collected.at("backward"))
+            looks = self._advances and (self.regrow is not None or self.sparsifier.collected.at("backward"))
+            keeper.looks = self._look_at_gradients if looks else None
             keeper.enforce()
 
     def _recover(self, keeper: KeepSparsity) -> None:
@@ -276,7 +314,9 @@ class SparsifyCallback(TrainingCallback):
         keeper.begun = True
         if not any(self.sparsity.values() if isinstance(self.sparsity, dict) else [self.sparsity]):
             return
-        if self._advances and self._level_at(self._start) > self._level_at(1.0):
+        start = self._start
+        later = (self._level_at(start + (1 - start) * step / 1000) for step in range(1001))
+        if self._advances and min(later) < self._level_at(start):
             self.sparsifier.recover_masks()  # the schedule has made them and will give them back
             return
         keeper.recover()
@@ -288,7 +328,7 @@ class SparsifyCallback(TrainingCallback):
         if self._column is not None:
             self._column.hide()
         for keeper in self.learn._grab_cbs(KeepSparsity):
-            keeper.collects = False
+            keeper.looks = None
         if self._begun:
             if self._is_short():
                 notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did")

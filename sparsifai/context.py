@@ -290,7 +290,7 @@ def ask(context: Context, layers: Sequence[ScoredLayer], sparsity: float, granul
         warnings.warn(
             f"sparsity {sparsity:g} was asked for, but with granularity {granularity} and context {name_of(context)} "
             "no group can fall, for the best of every scope stays; choose smaller groups, or context 'global'",
-            stacklevel=8,  # the line that calls sparsify
+            stacklevel=9,  # the line that calls sparsify
         )
     return stays
 

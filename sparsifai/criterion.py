@@ -107,6 +107,12 @@ def squared_final(weight: Tensor) -> Tensor:
     return weight.square()
 
 
+@criteria.register(name="grad")
+def large_gradient(grad: Tensor) -> Tensor:
+    """|g|: what comes back in RigL. Evci et al., 2020, "Rigging the Lottery" (arXiv:1911.11134)."""
+    return grad.abs()
+
+
 @criteria.register
 def normalized_final(weight: Tensor) -> Tensor:
     """|w| / ||W||, with the l2 norm of the layer's weights: layers of different scale can be ranked together."""

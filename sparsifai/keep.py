@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 from fastai.callback.core import Callback
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class KeepSparsity(TrainingCallback):
         self.gradients_zeroed = False  # those of masked weights, in this step
         self.begun = False  # whether the fit is past its first batch
         self.stays = False  # whether a fit has left it on the Learner
-        self.collects = False  # whether a criterion looks at the gradients of this fit
+        self.looks: Callable[[], None] | None = None  # what is called in a step while its gradients are dense
         self.replaced = False  # whether another one on the Learner keeps what it has kept
 
     @property
@@ -99,9 +100,9 @@ class KeepSparsity(TrainingCallback):
             zero_weights(self._masked())
 
     def before_step(self):
-        "Zero the gradients of masked weights, once a criterion that looks at them has seen them"
-        if self.collects and self.sparsifier is not None:
-            self.sparsifier.collect_gradients()
+        "Zero the gradients of masked weights, once what looks at them has seen them"
+        if self.looks is not None:
+            self.looks()
         self.gradients_zeroed = zero_gradients(self._masked())
 
     def after_step(self):
@@ -178,6 +179,11 @@ class KeepSparsity(TrainingCallback):
             self._merge(self.sparsifier.masks, self.sparsifier.follower_masks)
         self.sparsifier, self.held_model, self.begun = sparsifier, sparsifier.model, True
         sparsifier.adopt(self.earlier)
+        if sparsifier.regrowth is not None:
+            # What it has taken over is its own to move.
+            for name in self.earlier.keys() & sparsifier.masks.keys():
+                if not (sparsifier.masks[name] & ~self.earlier[name]).any():
+                    del self.earlier[name]
 
     def replace(self, other: KeepSparsity) -> None:
         "Take over what another one keeps, and its place on the Learner"

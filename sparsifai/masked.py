@@ -13,7 +13,7 @@ from .flow import find_flow
 from .follower import find_followers, masks_of_followers
 from .granularity import Granularity, grouping_of
 from .masking import newly_masked, zero_gradients, zero_moments, zero_weights
-from .parallel import group_of, is_sharded, reshard, unwrapped
+from .parallel import group_of, is_sharded, reshard, unwrapped, whole
 from .report import Count, Report
 from .selection import nan_message
 from .target import find_targets, parameter_of, why_dense
@@ -135,6 +135,18 @@ class MaskedModel:
             (parameter, newly_masked(parameter, weights[id(parameter)], mask) if id(parameter) in weights else mask)
             for parameter, mask in self.masked_parameters()
         ]
+
+    def _masks_of_zeros(self) -> dict[str, Tensor]:
+        """A mask for each layer of the groups that are all zero; none for a layer that is all zero."""
+        masks = {}
+        for name, target in self.targets.items():
+            kept = self.groupings[name].any_of(whole(target.parameter.detach()) != 0)
+            masks[name] = self._mask_of(name, kept if kept.any() else torch.ones_like(kept))
+        return masks
+
+    def _count(self, masks: Mapping[str, Tensor]) -> Count:
+        """Zeros of masks in the shapes of their weights."""
+        return Count.of(*(mask.expand_as(self.targets[name].parameter) for name, mask in masks.items()))
 
     def _mask_of(self, name: str, kept: Tensor) -> Tensor:
         parameter = self.candidates[name].parameter

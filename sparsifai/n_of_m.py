@@ -156,11 +156,16 @@ def lowest_of_rows(keys: np.ndarray, count: int) -> np.ndarray:
 
 
 def ranking_keys(layer: ScoredLayer, part: slice = slice(None)) -> np.ndarray:
-    """Scores of a part of a layer, those that are masked lower than all others. ValueError if one is NaN."""
+    """Scores of a part of a layer, or ranks, those that are masked lower than all others. ValueError if one is NaN."""
     score, alive = layer.part(part), layer.alive[part]
     lowest = score.min()
     if np.isnan(lowest):
-        layer.check(score, alive)
+        layer.check(score, alive | layer.revives)
+    if layer.revives and not alive.all():
+        # Those that are masked have an order among themselves.
+        ranks = np.empty(len(score), np.int64)
+        ranks[np.lexsort((score, alive))] = np.arange(len(score))
+        return ranks
     # Magnitudes of weights that are zero where they are masked, and nowhere else, are so already.
     if alive.all() or (lowest >= 0 and np.array_equal(score != 0, alive)):
         return score

@@ -39,6 +39,11 @@ class Count:
         """Zeros over weights, 0 if there are none."""
         return self.zeros / self.weights if self.weights else 0.0
 
+    @property
+    def density(self) -> float:
+        """1 - sparsity."""
+        return 1 - self.sparsity
+
     @classmethod
     def of(cls, *tensors: Tensor) -> Count:
         """Count the zeros of tensors."""

@@ -108,6 +108,23 @@ def dsd(t: float) -> float:
     return (1 - math.cos(2 * math.pi * t)) / 2
 
 
+@schedules.register
+def ac_dc(t: float, warm_up: float = 0.1, phase: float = 0.05, dense: float = 0.75, sparse: float = 0.85) -> float:
+    """Alternating compressed and decompressed phases: s(t) is 0 or 1.
+
+    0 before `warm_up`, then 1 and 0 in turn, `phase` long each, but 0 from `dense` and 1 from `sparse` on. The default
+    is that of ResNet-50 on ImageNet: Peste et al., 2021, "AC/DC" (arXiv:2106.12379).
+
+    >>> [ac_dc(t) for t in (0.05, 0.12, 0.17, 0.7, 0.8, 0.9)]
+    [0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
+    """
+    # 0.15 - 0.1 is 0.04999999999999999: without the allowance the phase would end one batch late.
+    t += 1e-9
+    if t < warm_up or dense <= t < sparse:
+        return 0.0
+    return 1.0 if t >= sparse else float(math.floor((t - warm_up) / phase) % 2 == 0)
+
+
 @dataclass(frozen=True)
 class _Moved:
     """A schedule in a part of training."""

@@ -6,7 +6,7 @@ The core of the library is `Sparsifier.sparsify`; what it calls are the function
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,14 @@ from .granularity import Granularity, squared_sum
 from .masked import MaskedModel
 from .masking import NEXT_TO_ZERO, zero_moments, zero_weights
 from .on_device import DeviceLayer
-from .parallel import agree, groups_of_shards, is_sharded, whole
+from .parallel import agree, groups_of_shards, is_sharded
 from .registry import name_of
-from .report import Count
+from .regrowth import Regrowth, check_drop, sparsity_of_drop
 from .scoring import score_layer
 from .selection import ScoredLayer, all_equal, bundle
 from .state import check_state
-from .statistic import AVERAGED
-from .target import matching, scopes
+from .steps import sparsify_in_steps
+from .target import scopes
 
 
 class Sparsifier(MaskedModel):
@@ -48,6 +48,8 @@ class Sparsifier(MaskedModel):
     pool: how the scores of a group become one: 'mean', 'sum', 'max', 'l2', or a function; None for that of the
         criterion's definition, which is 'mean' but for taylor.
     may_empty: whether a layer may lose its best group, too.
+    regrow: what comes back where sparsify is told to drop, highest scores first: 'grad' as in RigL, 'random' as in
+        SET, or another criterion.
     round_to: keep a multiple of this many groups in every layer, or all of them.
     seed: of the generator that random criteria draw from.
     example_input: a batch, for models that torch.fx cannot trace; needed only with granularities of whole outputs
@@ -73,6 +75,7 @@ class Sparsifier(MaskedModel):
         exclude: Any = None,
         pool: str | Callable | None = None,
         may_empty: bool = False,
+        regrow: str | Criterion | None = None,
         round_to: int | None = None,
         seed: int = 0,
         example_input: Any = None,
@@ -96,65 +99,47 @@ class Sparsifier(MaskedModel):
         self.loss: Tensor | None = None  # of a batch of calibrate
         self.collected = Statistics(quantities_of(self.criteria), self.criteria)
         self.collected.take("start", self)
+        self.regrowth = None if regrow is None else Regrowth(regrow)
+        if self.regrowth is not None:
+            self.regrowth.check(self.context, any(each.drops_outputs for each in self.groupings.values()))
+            self.regrowth.take("start", self)
         self._calibration: tuple[Iterable, Callable | None] | None = None
 
     # --- The core -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sparsify(
-        self, sparsity: Sparsity | None = None, *, compression_ratio: Sparsity | None = None, steps: int = 1
+        self,
+        sparsity: Sparsity | None = None,
+        *,
+        compression_ratio: Sparsity | None = None,
+        steps: int = 1,
+        drop: float = 0.0,
     ) -> None:
         """Build the masks for a sparsity and apply them.
 
         sparsity: fraction of the weights to be zero; or {pattern: fraction}, each ranked by the context on its own,
-            of patterns that match a layer the last, layers that none matches left as they are. steps: in so many, with
-            scores anew in each, and from one to the next the same share of what is left falls.
+            of patterns that match a layer the last, layers that none matches left as they are.
+        steps: in so many, with scores anew in each, and from one to the next the same share of what is left falls.
+        drop: share of what is left that falls first, for as much to come back by `regrow`.
         A rising sparsity only adds zeros. A falling one revives, with weights of zero. If anything fails, nothing
         has changed; but on a GPU, where nothing is read, NaN scores raise when `sparsity` or `report` is read next.
         """
         self._check_held("sparsify")
         wanted = check_sparsity(sparsity, compression_ratio)
+        check_drop(drop, self.regrowth is not None)
         if check_count("steps", steps) > 1:
-            self._sparsify_in_steps(wanted, steps)
+            if drop:
+                raise ValueError("sparsify: steps= and drop= do not go together; drop after the steps")
+            sparsify_in_steps(self, wanted, steps)
             return
         asked = scopes(wanted, self.targets, self.dense, self.candidates, self.model)
         falling = any(fraction < self.levels[name] for fraction, names in asked for name in names)
-        if falling or not is_elementwise(self.criteria):
+        if drop or falling or not is_elementwise(self.criteria):
             self.apply_masks()  # so that what a step has made of masked weights has no part in scores, nor comes back
-        self._update(wanted)
+        self._update(wanted, drop)
         self.apply_masks()
-        self.collected.take("update", self)
-
-    def _sparsify_in_steps(self, sparsity: Sparsity, steps: int) -> None:
-        """Density d_i = d_0^(1 - i/n) d_n^(i/n); criteria that look at data see the batches of calibrate in each."""
-        state, looks = self.state_dict(), bool(self.collected.at(*AVERAGED))
-        weights = [(parameter, parameter.detach().clone()) for parameter, _ in self.masked_parameters()]
-        if looks and (self._calibration is None or isinstance(self._calibration[0], Iterator)):
-            raise ValueError(
-                f"sparsify in steps: {name_of(self.criteria)} looks at data anew in each; call calibrate before, with "
-                "batches that can be gone through again, such as a list"
-            )
-        try:
-            for step in range(1, steps + 1):
-                if looks and (step > 1 or self.collected.begins):
-                    self.calibrate(*self._calibration)  # type: ignore[misc]
-                self.sparsify(self._on_the_way(sparsity, state["levels"], step / steps))
-        except BaseException:
-            self.load_state_dict(state)
-            for parameter, weight in weights:
-                parameter.copy_(weight)
-            raise
-
-    def _on_the_way(self, sparsity: Sparsity, levels: Mapping[str, float], t: float) -> Sparsity:
-        """The sparsity of every scope at t from 0 to 1, density falling exponentially."""
-        if not isinstance(sparsity, Mapping):
-            return _exponential(min(levels.values()), sparsity, t)
-        # The lowest of the layers, so that none is sparser on the way than at the end.
-        starts = {
-            pattern: min(levels[name] for name in matching(pattern, self.candidates, self.model) & levels.keys())
-            for pattern in sparsity
-        }
-        return {pattern: _exponential(starts[pattern], end, t) for pattern, end in sparsity.items()}
+        self._take_update()
 
     def calibrate(self, batches: Iterable, loss_func: Callable | None = None) -> None:
         """Run batches through the model for a criterion that looks at data, and leave no other trace.
@@ -175,6 +160,8 @@ class Sparsifier(MaskedModel):
         """
         self._check_held("collect_gradients")
         self.collected.add("backward", self, self.targets)
+        if self.regrowth is not None:
+            self.regrowth.add("backward", self, self.targets)
 
     def mask_gradients(self) -> None:
         """Set the gradients of masked weights to zero: to be called after backward, before clipping.
@@ -187,7 +174,7 @@ class Sparsifier(MaskedModel):
         super().mask_gradients()
 
     @torch.no_grad()
-    def update_masks(self, sparsity: Sparsity, optimizer: Any = None) -> None:
+    def update_masks(self, sparsity: Sparsity, optimizer: Any = None, *, drop: float = 0.0) -> None:
         """What `sparsify` and `mask_moments` do, for less: to be called where all that is masked is zero.
 
         So it is after `apply_masks`, or after a step before which gradients and moments were masked, of an optimizer
@@ -195,15 +182,22 @@ class Sparsifier(MaskedModel):
         """
         self._check_held("update_masks")
         before = self.masks
-        self._update(check_sparsity(sparsity))
+        check_drop(drop, self.regrowth is not None)
+        self._update(check_sparsity(sparsity), drop)
         zero_weights(newly := self.newly_masked(before))
         if optimizer is not None:
             zero_moments(newly, optimizer, squares=NEXT_TO_ZERO)
-        self.collected.take("update", self)
+        self._take_update()
 
-    def _update(self, sparsity: Sparsity) -> None:
+    def _take_update(self) -> None:
+        """Have the quantities taken that are taken after an update."""
+        self.collected.take("update", self)
+        if self.regrowth is not None:
+            self.regrowth.take("update", self)
+
+    def _update(self, sparsity: Sparsity, drop: float = 0.0) -> None:
         """Build masks and take them for one's own; weights are left as they are."""
-        masks, levels = self._build_masks(sparsity)
+        masks, levels = self._build_masks(sparsity, drop)
         if any(levels[name] < self.levels[name] and self.groupings[name].drops_outputs for name in levels):
             warnings.warn(
                 "outputs that come back start at zero, and so does what stands behind them: behind a ReLU or a norm "
@@ -212,6 +206,8 @@ class Sparsifier(MaskedModel):
             )
         self._set_masks(masks)
         self.levels = levels
+        if self.regrowth is not None:
+            self.regrowth.note(masks)
 
     def check(self, sparsity: Sparsity) -> None:
         """Do all that `sparsify` does but change anything: raises what it would raise."""
@@ -224,19 +220,19 @@ class Sparsifier(MaskedModel):
         self._nan = nan
 
     @torch.no_grad()
-    def _build_masks(self, sparsity: Sparsity) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def _build_masks(self, sparsity: Sparsity, drop: float = 0.0) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Score, rank, mask: the masks and levels of all layers for a sparsity."""
         random = self.rng.get_state()
         masks, levels = dict(self.masks), dict(self.levels)
-        rank = self._rank_on_device if (on_device := self._on_device) else self._rank
         try:
             for fraction, names in scopes(sparsity, self.targets, self.dense, self.candidates, self.model):
-                scored = [self._score(name, fraction < levels[name], on_device) for name in names]
-                for layer, stays in zip(scored, rank(scored, fraction), strict=True):
-                    name = layer.target.name
-                    levels[name] = fraction
-                    if stays is not layer.alive:
-                        masks[name] = self._mask_of(name, torch.as_tensor(stays))
+                if drop and self.regrowth is not None:
+                    self._rank_into(masks, names, sparsity_of_drop(fraction, drop), self.collected)
+                    self._rank_into(masks, names, fraction, self.regrowth, revive=names)
+                else:
+                    falling = [name for name in names if fraction < levels[name]]
+                    self._rank_into(masks, names, fraction, self.collected, revive=falling)
+                levels.update(dict.fromkeys(names, fraction))
         except BaseException:
             self.rng.set_state(random)
             raise
@@ -244,12 +240,26 @@ class Sparsifier(MaskedModel):
             self.collected.forget()
         return masks, levels
 
-    def _score(self, name: str, revives: bool, on_device: bool) -> Any:
+    def _rank_into(
+        self, masks: dict[str, Tensor], names: list[str], fraction: float, by: Statistics, revive: Container[str] = ()
+    ) -> None:
+        """Rank the layers of a scope and put what stays into `masks`. by: a criterion and its quantities.
+
+        revive: layers of which groups that are zero may come back.
+        """
+        on_device = self._on_device
+        rank = self._rank_on_device if on_device else self._rank
+        scored = [self._score(name, masks[name], by, name in revive, on_device) for name in names]
+        for layer, stays in zip(scored, rank(scored, fraction), strict=True):
+            if stays is not layer.alive:
+                masks[layer.target.name] = self._mask_of(layer.target.name, torch.as_tensor(stays))
+
+    def _score(self, name: str, mask: Tensor, by: Statistics, revives: bool, on_device: bool) -> Any:
         """Score every group of a layer, from the quantities that the criterion names."""
-        values = {quantity: self.collected.value(quantity, name, self) for quantity in self.collected.named}
-        target, grouping, mask = self.targets[name], self.groupings[name], self.masks[name]
+        values = {quantity: by.value(quantity, name, self) for quantity in by.named}
+        target, grouping = self.targets[name], self.groupings[name]
         options = {"revives": revives, "may_empty": self.may_empty}
-        return score_layer(target, grouping, mask, self.criteria, values, self.pool, on_device, **options)
+        return score_layer(target, grouping, mask, by.criterion, values, self.pool, on_device, **options)
 
     @property
     def _on_device(self) -> bool:
@@ -277,7 +287,7 @@ class Sparsifier(MaskedModel):
             warnings.warn(
                 f"criterion {name_of(self.criteria)} compares with an earlier value, and nothing has changed since it: "
                 "all scores are equal, so weights fall in index order; train before the first update",
-                stacklevel=7,
+                stacklevel=8,
             )
         stays = ask(self.context, ranked, fraction, name_of(self.granularity))
         if self.round_to is not None:
@@ -311,9 +321,22 @@ class Sparsifier(MaskedModel):
         """For quantities: what `compute` gives of this Sparsifier, for all layers, computed at the first of them."""
         return self.collected.once(compute, self)
 
+    @property
+    def explored(self) -> float:
+        """Share of the weights that were ever used: not masked since the first update. Needs regrow=.
+
+        Liu et al., 2021, "Do We Actually Need Dense Over-Parameterization?" (arXiv:2102.02887).
+        """
+        if self.regrowth is None:
+            raise ValueError("explored: what was ever used is noted with regrow= only; make the Sparsifier with it")
+        return self._count({**self.masks, **self.regrowth.used}).density
+
     def _notes(self) -> dict[str, str]:
         noted = getattr(self.context, "note", None)
-        return {} if noted is None else {name: noted(each.named_grid) for name, each in self.groupings.items()}
+        notes = {} if noted is None else {name: noted(each.named_grid) for name, each in self.groupings.items()}
+        if self.regrowth is not None:
+            notes = {name: "; ".join(filter(None, (notes.get(name), self.regrowth.share(name)))) for name in self.masks}
+        return notes
 
     # --- State --------------------------------------------------------------------------------------------------
 
@@ -324,6 +347,7 @@ class Sparsifier(MaskedModel):
             "masks": dict(self.masks),
             "levels": dict(self.levels),
             "statistics": self.collected.state(),
+            **({} if self.regrowth is None else {"regrowth": self.regrowth.state()}),
             "rng": self.rng.get_state(),
         }
 
@@ -333,10 +357,12 @@ class Sparsifier(MaskedModel):
         ValueError, and nothing changed, if names, shapes or statistics differ.
         """
         self._check_held("load_state_dict")
-        check_state(state, self.masks, self.levels, self.collected)
+        check_state(state, self.masks, self.levels, self.collected, self.regrowth)
         self._set_masks({name: state["masks"][name].to(mask.device) for name, mask in self.masks.items()})
         self.levels = {name: float(state["levels"][name]) for name in self.targets}
         self.collected.restore(state["statistics"], self)
+        if self.regrowth is not None:
+            self.regrowth.restore(state["regrowth"], self)
         self.rng.set_state(state["rng"].cpu())
         self.apply_masks()
 
@@ -347,23 +373,16 @@ class Sparsifier(MaskedModel):
         A group is masked if all its weights are zero. A layer of nothing but zeros, as some are initialized, is not.
         """
         self._check_held("recover_masks")
-        masks, shares = {}, {}
-        for name, target in self.targets.items():
-            grouping = self.groupings[name]
-            kept = grouping.any_of(whole(target.parameter.detach()) != 0)
-            if not kept.any():
-                kept = torch.ones_like(kept)
-            masks[name] = self._mask_of(name, kept)
-            shares[name] = Count.of(masks[name].expand_as(target.parameter)).sparsity
+        masks = self._masks_of_zeros()
         # Ranked jointly, a layer can have more or less zeros than the level that it was ranked for.
-        joint = Count.of(*(masks[name].expand_as(target.parameter) for name, target in self.targets.items())).sparsity
-        self.levels = {name: min(share, joint) for name, share in shares.items()}
+        joint = self._count(masks).sparsity
+        self.levels = {name: min(self._count({name: mask}).sparsity, joint) for name, mask in masks.items()}
         self._set_masks(masks)
 
     def release(self) -> nn.Module:
         """Let go of the model and return it: its zeros stay, and nothing keeps them from here on."""
         model = super().release()
-        self._calibration, self.collected = None, Statistics((), self.criteria)
+        self._calibration, self.collected, self.regrowth = None, Statistics((), self.criteria), None
         return model
 
     # --- Helpers ------------------------------------------------------------------------------------------------
@@ -371,10 +390,6 @@ class Sparsifier(MaskedModel):
     def __getstate__(self) -> dict[str, Any]:
         # A group of processes cannot be copied or pickled; a copy is alone.
         return {**vars(self), "group": None, "_calibration": None}
-
-
-def _exponential(start: float, end: float, t: float) -> float:
-    return end if t == 1 else 1 - (1 - start) ** (1 - t) * (1 - end) ** t
 
 
 def _first(value: Any) -> Any:

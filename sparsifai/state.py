@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,25 +10,25 @@ from torch import Tensor
 
 from .collection import Statistics
 from .registry import name_of
+from .regrowth import Regrowth
 from .statistic import AVERAGED, STORED
 
 
-def check_state(state: Any, masks: Mapping[str, Tensor], levels: Mapping[str, float], here: Statistics) -> None:
+def check_state(
+    state: Any, masks: Mapping[str, Tensor], levels: Mapping[str, float], here: Statistics, regrowth: Regrowth | None
+) -> None:
     """ValueError unless `state` has what `state_dict` of a Sparsifier with these masks, levels and quantities has."""
     if not isinstance(state, Mapping) or not {"masks", "levels", "statistics", "rng"} <= state.keys():
         raise ValueError("load_state_dict: the state has not the masks, levels, statistics and rng of a Sparsifier")
-    statistics = state["statistics"]
-    if not isinstance(statistics, Mapping) or not {"stored", "counts", "begins"} <= statistics.keys():
-        raise ValueError("load_state_dict: the statistics of the state are not those of a Sparsifier")
-    stored, fixed, means = statistics["stored"], set(here.at(*STORED)), set(here.at(*AVERAGED))
-    if not fixed <= stored.keys() <= fixed | means:
+    if ("regrowth" in state) != (regrowth is not None):
         raise ValueError(
-            f"load_state_dict: the state has the quantities {sorted(stored)}, the criterion {name_of(here.criterion)} "
-            f"needs {sorted(fixed | means)}; use the same criterion"
+            "load_state_dict: the state is of a Sparsifier with regrow=, or this is one; use the same regrow="
         )
     tables: list[tuple[str, Mapping, Mapping]] = [("mask", masks, state["masks"]), ("level", levels, state["levels"])]
-    # Of means, what is here may have been collected of other layers, or not yet.
-    tables += [(quantity, here.stored[quantity], stored[quantity]) for quantity in stored.keys() & here.stored.keys()]
+    tables += _checked_statistics(state["statistics"], masks, here)
+    if regrowth is not None:
+        tables += _checked_statistics(state["regrowth"], masks, regrowth)
+        tables.append(("used mask", masks, {**masks, **state["regrowth"].get("used", {})}))
     for what, known, given in tables:
         for name in sorted(known.keys() | given.keys()):
             if _form(given.get(name)) != _form(known.get(name)):
@@ -37,10 +37,27 @@ def check_state(state: Any, masks: Mapping[str, Tensor], levels: Mapping[str, fl
                     f"{_form(known.get(name))} here; use the same model, granularity, layers and exclude as when it "
                     "was saved"
                 )
+    torch.Generator().set_state(state["rng"].cpu())  # raises here what it would raise half-way
+
+
+def _checked_statistics(
+    statistics: Any, masks: Mapping[str, Tensor], here: Statistics
+) -> Iterator[tuple[str, Mapping, Mapping]]:
+    """What of statistics is to be compared by name: what it is, what is here, what is given."""
+    if not isinstance(statistics, Mapping) or not {"stored", "counts", "begins"} <= statistics.keys():
+        raise ValueError("load_state_dict: the statistics of the state are not those of a Sparsifier")
+    stored, fixed, means = statistics["stored"], set(here.at(*STORED)), set(here.at(*AVERAGED))
+    if not fixed <= stored.keys() <= fixed | means:
+        raise ValueError(
+            f"load_state_dict: the state has the quantities {sorted(stored)}, the criterion {name_of(here.criterion)} "
+            f"needs {sorted(fixed | means)}; use the same criterion"
+        )
     unknown = {name for quantity in means & stored.keys() for name in stored[quantity]} - masks.keys()
     if unknown:
         raise ValueError(f"load_state_dict: the state has quantities of {sorted(unknown)[0]}, which takes no part here")
-    torch.Generator().set_state(state["rng"].cpu())  # raises here what it would raise half-way
+    # Of means, what is here may have been collected of other layers, or not yet.
+    for quantity in stored.keys() & here.stored.keys():
+        yield quantity, here.stored[quantity], stored[quantity]
 
 
 def _form(value: Any) -> str:

@@ -472,9 +472,9 @@ def test_in_steps_scores_are_taken_anew_and_density_falls_exponentially(net, cri
     levels, moments = [], []
     update, add = Sparsifier._update, Statistics.add
 
-    def seen_update(self, level):
+    def seen_update(self, level, *rest):
         levels.append(level)
-        update(self, level)
+        update(self, level, *rest)
 
     def seen_add(self, moment, *rest):
         moments.append(moment)
