@@ -41,21 +41,25 @@ from .selection import select_groups
 from .sparsifier import Sparsifier
 from .statistic import quantities, taken
 from .target import register_layer
+from .ticket import LotteryTickets, Ticket
 
 if TYPE_CHECKING:
     from .callback import SparsifyCallback
     from .keep import KeepSparsity
+    from .lottery import lottery_ticket
 
 __version__ = "0.1.0"
 
 # Imported on first use: these need fastai, which the rest does not.
-_NEED_FASTAI = {"KeepSparsity": ".keep", "SparsifyCallback": ".callback"}
+_NEED_FASTAI = {"KeepSparsity": ".keep", "SparsifyCallback": ".callback", "lottery_ticket": ".lottery"}
 
 __all__ = [
     "KeepSparsity",
+    "LotteryTickets",
     "Report",
     "Sparsifier",
     "SparsifyCallback",
+    "Ticket",
     "ac_dc",
     "agp",
     "along",
@@ -79,6 +83,7 @@ __all__ = [
     "large_init_large_final",
     "lin",
     "local",
+    "lottery_ticket",
     "magnitude_increase",
     "movement",
     "movement_pruning",

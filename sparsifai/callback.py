@@ -11,10 +11,9 @@ from functools import partial
 from typing import Any
 
 from .argument import check_count, check_round_to, check_seed, check_sparsity, mapped, resolve_axes
-from .collection import Split
 from .criterion import criteria as criteria_registry
 from .keep import KeepSparsity, TrainingCallback
-from .learner import Column, Curves, Trackers, notify
+from .learner import Column, Curves, Trackers, notify, show_data
 from .masking import NEXT_TO_ZERO, zero_moments
 from .n_of_m import Blocks
 from .parallel import group_of, unwrapped
@@ -216,7 +215,7 @@ class SparsifyCallback(TrainingCallback):
     def _go_to(self, t: float) -> None:
         reached = self._level_at(t)
         if reached != self._reached:
-            self._calibrate(self.sparsifier)
+            show_data(self.learn, self.sparsifier, self.calibration)
             self._update(reached)
             self._reached, self._moved = reached, True
 
@@ -267,28 +266,11 @@ class SparsifyCallback(TrainingCallback):
             layers=self.layers, exclude=exclude or None, pool=self.pool, may_empty=self.may_empty,
             regrow=self.regrow, round_to=self.round_to, seed=self.seed, example_input=self.learn.xb,
         )  # fmt: skip
-        self._calibrate(sparsifier)
+        show_data(self.learn, sparsifier, self.calibration)
         sparsifier.check(self.sparsity)
         if self.regrow is not None:  # at most so much has to fall for as much to come back
             sparsifier.check(mapped(self.sparsity, partial(sparsity_of_drop, drop=self.drop)))
         self.sparsifier = sparsifier
-
-    def _calibrate(self, sparsifier: Sparsifier) -> None:
-        """Show a criterion that looks at data what it needs, unless the gradients that have passed are all of it."""
-        collected, learn = sparsifier.collected, self.learn
-        if not collected.at("forward", "loss") and collected.missing(sparsifier.targets) is None:
-            return
-
-        def loss_func(output, targets):
-            # As fastai's callbacks for language models take it.
-            output = output[0] if isinstance(output, tuple) else output
-            return learn.loss_func(output, *targets).mean()
-
-        if self.calibration is None:
-            sparsifier.calibrate([(*learn.xb, learn.yb)], loss_func)
-        else:
-            sparsifier.calibrate(Split(self.calibration, getattr(learn.dls, "n_inp", None)), loss_func)
-        collected.begins.update(collected.at("backward"))  # of the batches that pass none is counted twice
 
     def _find_keeper(self) -> None:
         """Have one KeepSparsity that stays on the Learner, with all zeros that were kept or are there already."""

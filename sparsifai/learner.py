@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
@@ -12,11 +12,36 @@ from fastai.learner import Learner, Recorder, ValueMetric, noop
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 
+from .collection import Split
+from .sparsifier import Sparsifier
+
 
 def notify(learn: Learner, message: str) -> None:
     """One line for the user, where the Learner's own table is shown, from the first process."""
     if learn.logger is not noop and rank_distrib() == 0:
         print(message)
+
+
+def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None) -> None:
+    """Show a criterion that looks at data what it needs, unless the gradients that have passed are all of it.
+
+    batches: by default the one at hand, in a fit; else one to train on.
+    """
+    collected = sparsifier.collected
+    if not collected.at("forward", "loss") and collected.missing(sparsifier.targets) is None:
+        return
+
+    def loss_func(output, targets):
+        # As fastai's callbacks for language models take it.
+        output = output[0] if isinstance(output, tuple) else output
+        return learn.loss_func(output, *targets).mean()
+
+    if batches is None and learn.xb[0] is not None:
+        sparsifier.calibrate([(*learn.xb, learn.yb)], loss_func)
+    else:
+        batches = [learn.dls.one_batch()] if batches is None else batches
+        sparsifier.calibrate(Split(batches, getattr(learn.dls, "n_inp", None)), loss_func)
+    collected.begins.update(collected.at("backward"))  # of the batches that pass none is counted twice
 
 
 class Column:
