@@ -1,0 +1,111 @@
+"""Quantization-aware training beside sparsity: torch's own flow keeps the zeros, from fake quantization to integers."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparsifai import Sparsifier
+
+quantization = pytest.importorskip("torch.ao.quantization", reason="torch's own quantization, where it is still there")
+
+# torch says that its flow moves to another package; the module itself is what this is about.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(quantization|reduce_range|observer|erase_node).*")
+
+
+class Net(nn.Module):
+    """A fused convolution with norm and ReLU, a grouped one, and two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.quant, self.dequant = quantization.QuantStub(), quantization.DeQuantStub()
+        self.conv, self.norm, self.relu = nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2)
+        self.first, self.last = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.relu(self.norm(self.conv(self.quant(x))))
+        x = F.adaptive_avg_pool2d(self.grouped(x), 1).flatten(1)
+        return self.dequant(self.last(F.relu(self.first(x))))
+
+
+def prepare(model):
+    """What torch's flow does before training, in place."""
+    supported = torch.backends.quantized.supported_engines
+    engine = next((each for each in ("x86", "fbgemm", "qnnpack") if each in supported), None)
+    if engine is None:
+        pytest.skip("this torch is built without an engine for quantized layers")
+    torch.backends.quantized.engine = engine
+    quantization.fuse_modules_qat(model.train(), [["conv", "norm", "relu"]], inplace=True)
+    model.qconfig = quantization.get_default_qat_qconfig(engine)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return quantization.prepare_qat(model, inplace=True)
+
+
+def batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(16, 4, 8, 8, generator=generator), torch.randint(3, (16,), generator=generator)
+
+
+def integers(module):
+    return module.weight().int_repr()
+
+
+def trained(sparsifier, model, steps=8):
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    for step in range(steps):
+        inputs, labels = batch(step)
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), labels).backward()
+        sparsifier.mask_gradients()
+        optimizer.step()
+        sparsifier.sparsify(0.75 * (step + 1) / steps)
+        sparsifier.mask_moments(optimizer)
+
+
+@pytest.mark.parametrize("context", ["global", "2:4"])
+def test_zeros_are_zeros_when_fake_quantized_and_as_integers(context):
+    model = prepare(Net())
+    sparsifier = Sparsifier(model, context=context)
+    trained(sparsifier, model) if context == "global" else sparsifier.sparsify(0.5)
+    model(batch(9)[0])  # so that all observers have seen something
+    masks = {name.removesuffix(".weight"): mask for name, mask in sparsifier.masks.items()}
+    assert set(masks) == {"conv", "grouped", "first", "last"}
+    for name, mask in masks.items():
+        module = model.get_submodule(name)
+        assert not mask.all()
+        fake = module.weight_fake_quant(module.weight)
+        assert (fake[~mask] == 0).all()
+        assert (fake[mask] != 0).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        converted = quantization.convert(model.eval())
+    for name, mask in masks.items():
+        assert (integers(converted.get_submodule(name))[~mask] == 0).all()
+    zeros = sum(int((integers(converted.get_submodule(name)) == 0).sum()) for name in masks)
+    assert zeros >= sum(int((~mask).sum()) for mask in masks.values())
+    assert converted(batch(10)[0]).shape == (16, 3)
+
+
+def test_a_sparse_model_stays_sparse_when_it_is_prepared_and_trained_further():
+    model = Net()
+    sparsifier = Sparsifier(model)
+    sparsifier.sparsify(0.8)
+    kept = {name: mask.clone() for name, mask in sparsifier.masks.items()}
+    prepare(model)
+    second = Sparsifier(model)  # preparing makes modules of other kinds, under the same names
+    second.recover_masks()
+    assert all(torch.equal(second.masks[name.replace("conv.0.", "conv.")], mask) for name, mask in kept.items())
+    before = second.sparsity
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
+    for step in range(4):
+        inputs, labels = batch(step)
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), labels).backward()
+        second.mask_gradients()
+        optimizer.step()
+        second.apply_masks()
+    assert second.sparsity == before >= 0.8 - 1e-3
