@@ -100,7 +100,30 @@ def replicated():
             runs[axes, given] = {
                 "drawn": drawn, "start": start, **train(model, net, sparsifier, OPTIMIZERS["SGD"]),
             }  # fmt: skip
-    return {"runs": runs, "data_driven": data_driven()}
+    return {"runs": runs, "data_driven": data_driven(), "regrown": regrown(DistributedDataParallel)}
+
+
+def regrown(wrap):
+    """Masks that move, where gradients, numbers drawn and seeds differ by process."""
+    seen = {}
+    for regrow in ("grad", "random"):
+        torch.manual_seed(RANK)
+        net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2))
+        model = wrap(net)
+        sparsifier = Sparsifier(model, context="erk", regrow=regrow, seed=RANK)
+        optimizer = torch.optim.Adam(model.parameters(), 0.05)
+        sparsifier.sparsify(0.5)
+        seen[regrow] = [dict(sparsifier.masks)]
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(8, 6)).square().mean().backward()
+            sparsifier.collect_gradients()
+            sparsifier.update_masks(0.5, optimizer, drop=0.5)
+            sparsifier.mask_gradients()
+            optimizer.step()
+            seen[regrow].append(dict(sparsifier.masks))
+        seen[regrow, "trained"], seen[regrow, "explored"] = values_of(net), sparsifier.explored
+    return seen
 
 
 def data_driven():
@@ -146,13 +169,13 @@ def uneven_net():
     )  # fmt: skip
 
 
-def shard(model, *sizes):
+def shard(model, *sizes, units=(0, 5)):
     """Shard a net over a mesh: some layers as units of their own, the rest with the root."""
     from torch.distributed.fsdp import fully_shard
 
     names = ("replicas", "shards")[-len(sizes) :]
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
-    for index in (0, 5):
+    for index in units:
         fully_shard(model[index], mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -164,6 +187,7 @@ def sharded():
         results["evaluated"] = evaluated()
         results["asked between forward and backward"] = asked_between_forward_and_backward()
         results["states"] = states()
+        results["regrown"] = regrown(lambda net: shard(net, 2, units=()))
     return results
 
 

@@ -152,6 +152,19 @@ def test_scores_that_differ_by_process_are_those_of_the_first(replicated):
         assert set(alone) == {"0.weight", "2.weight"}
 
 
+@pytest.mark.parametrize("regrow", ["grad", "random"])
+@pytest.mark.parametrize("scenario", ["replicated", pytest.param("sharded", marks=shards_on_the_cpu)])
+def test_masks_that_move_are_the_same_in_both(scenario, regrow, request):
+    first, second = (seen["regrown"] for seen in request.getfixturevalue(scenario))
+    for one, other in zip(first[regrow], second[regrow], strict=True):
+        assert same(one, other)
+        assert sum(int((~mask).sum()) for mask in one.values()) == 36
+    assert not any(same(one, other) for one, other in zip(first[regrow], first[regrow][1:], strict=False))
+    assert same(first[regrow, "trained"], second[regrow, "trained"])
+    assert zeros_hold(first[regrow, "trained"], first[regrow][-1])
+    assert first[regrow, "explored"] == second[regrow, "explored"] > 0.5
+
+
 def test_a_sparsifier_of_replicas_can_be_copied_and_pickled(replicated):
     for seen in replicated:
         seen = seen["data_driven"]
