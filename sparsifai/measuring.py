@@ -159,21 +159,19 @@ def _put_back(parameter: nn.Parameter, data: Tensor, copy: Tensor, requires_grad
 @contextmanager
 def _unchanged(learn: Any) -> Iterator[None]:
     """Leave a Learner and its callbacks as they were; show nothing, and have none of them save, log or judge."""
-    callbacks = list(learn.cbs)
-    held = {**vars(learn), "cbs": learn.cbs.copy()}
-    of_callbacks = [(callback, dict(vars(callback))) for callback in callbacks]
-    bars = [callback for callback in callbacks if callback.name == "progress"]
+    held = dict(vars(learn))
+    of_callbacks = [(callback, dict(vars(callback))) for callback in learn.cbs]
+    learn.cbs = learn.cbs.filter(lambda callback: callback.name != "progress")
+    vars(learn).pop("progress", None)
     # What trackers, loggers and plots look for, to keep out of what is no training.
     learn.gather_preds = learn.lr_finder = None
     try:
-        with learn.removed_cbs(bars), learn.no_logging():
+        with learn.no_logging():
             yield
     finally:
-        vars(learn).clear()
-        vars(learn).update(held)
-        for callback, attributes in of_callbacks:
-            vars(callback).clear()
-            vars(callback).update(attributes)
+        for holder, attributes in [(learn, held), *of_callbacks]:
+            vars(holder).clear()
+            vars(holder).update(attributes)
 
 
 def first_batch(learn: Any) -> tuple:

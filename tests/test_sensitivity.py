@@ -6,6 +6,7 @@ import torch
 from conftest import EXAMPLE, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from soundness import counted
 from torch import nn
 
 from sparsifai import Sensitivity, Sparsifier, granularities, highest_sparsity, sensitivity
@@ -419,7 +420,11 @@ def test_wrong_numbers(mlp, arguments, message):
 
 def state_of_learner(learn):
     """Names and objects that a Learner and its callbacks hold, and all of its model."""
-    return state_of(learn.model), dict(vars(learn)), {id(each): dict(vars(each)) for each in learn.cbs}
+    return (
+        state_of(learn.model),
+        {**vars(learn), "cbs": list(learn.cbs)},
+        {id(each): dict(vars(each)) for each in learn.cbs},
+    )
 
 
 @pytest.fixture
@@ -499,9 +504,10 @@ def test_a_learner_without_data_to_validate_with_says_so(learn):
 
 @pytest.mark.fastai
 def test_criteria_that_look_at_data_see_the_training_data_and_the_loss_of_the_learner(learn):
-    before = state_of_learner(learn)
+    rng = learn.dls.train.rng.getstate()
     batch = learn.dls.train.one_batch()
-    learn.dls.train.rng.setstate(before[1]["dls"].train.rng.getstate())
+    learn.dls.train.rng.setstate(rng)
+    before = state_of_learner(learn)
     options = {"levels": [0.5], "criteria": "snip", "progress": False}
     own = sensitivity(learn, **options)
     assert own == sensitivity(learn, loss_func=learn.loss_func, **options)
@@ -511,21 +517,25 @@ def test_criteria_that_look_at_data_see_the_training_data_and_the_loss_of_the_le
 
 
 @pytest.mark.fastai
-def test_a_sparse_learner_stays_exactly_as_sparse(make_learner):
+@pytest.mark.parametrize("granularity", ["weight", "filter"])
+def test_a_sparse_learner_stays_exactly_as_sparse(make_learner, granularity):
     from sparsifai import KeepSparsity, SparsifyCallback
 
     learn = make_learner()
-    learn.fit(1, cbs=SparsifyCallback(0.5, granularity="filter"))
+    learn.fit(1, cbs=SparsifyCallback(0.5, granularity, "local"))
     assert learn._grab_cbs(KeepSparsity)
-    before = state_of_learner(learn)
-    answer = sensitivity(learn, levels=[0.1, 0.9], progress=False)
-    assert answer.baseline == learn.validate()[0]
-    # What is zero already falls first, and costs nothing.
-    assert [low for low, _ in answer.values[:1]] == [answer.baseline]
-    assert answer.values[0][1] != answer.baseline
-    assert state_of(learn.model) == before[0]
+    learn.metrics = [lambda predictions, targets: counted(learn.model), *learn.metrics]
+    learn.metrics[0].func.__name__ = "zeros"
+    loss, zeros = learn.validate()
+    before = state_of(learn.model)
+    answer = sensitivity(learn, "zeros", [0.1, 0.9], progress=False)
+    assert answer.baseline == zeros == counted(learn.model)
+    # What is zero already falls first; what falls beyond it is zero when it is measured.
+    assert {low for low, _ in answer.values[:-1]} == {zeros}  # the last has none yet, if filters fall
+    assert all(high > zeros for _, high in answer.values)
+    assert sensitivity(learn, levels=[0.1], progress=False).baseline == loss
     highest_sparsity(learn, 0.1)
-    assert state_of(learn.model) == before[0]
+    assert state_of(learn.model) == before
     learn.fit(1)
     assert learn.keep_sparsity.sparsifier.sparsity == pytest.approx(0.5, abs=0.1)
 
