@@ -40,8 +40,11 @@ class Sensitivity:
         levels. NaN and inf count as the worst that was measured of any layer. Where D_l is flat the sum can jump over
         what is asked for: then all levels go the same share of the way from below the jump to above it.
 
-        A higher sparsity has no lower level in any layer. What it returns is for `SparsifyCallback(budget,
-        context='local')` and `Sparsifier.sparsify(budget)`, with the granularity and criteria that were measured.
+        Where single layers lose most of the metric in one shot, it tells little of what training regains: then see
+        whether the same sparsity in all layers is no better. A higher sparsity has no lower level in any layer.
+
+        What is returned is for `SparsifyCallback(budget, context='local')` and `Sparsifier.sparsify(budget)`, with the
+        granularity and criteria that were measured.
         ValueError above the highest level.
         """
         wanted = check_fraction("sparsity", sparsity)

@@ -39,7 +39,7 @@ def sensitivity(
     calibration, loss_func: for criteria that look at data, as of Sparsifier.calibrate. By default the first batch of
         the Learner's training data, and its loss.
     progress: show a bar, if fastprogress is installed; not where a Learner shows none.
-    options: of Sparsifier, such as granularity, criteria, layers and exclude. The context is 'local' by default.
+    options: of Sparsifier, such as granularity, criteria, layers and exclude.
 
     Model and Learner are afterwards what they were before, also if the metric fails: weights bit by bit, buffers,
     gradients, modes, random generators. Each measurement begins from there. TypeError and ValueError, before anything
@@ -63,7 +63,7 @@ def sensitivity(
     meter = Meter.of(learn_or_model, metric, lower_is_better)
     shows = progress and (meter.learn is None or hasattr(learn_or_model, "progress"))
     with meter.held():
-        one_shot = OneShot(meter, calibration, loss_func, {"context": "local", **options})
+        one_shot = OneShot(meter, calibration, loss_func, options)
         baseline, names = meter.baseline(), list(one_shot.sizes)
         values: dict[str, list[float]] = {name: [] for name in names}
         for name, level in _shown([(name, level) for name in names for level in levels], shows):
@@ -86,7 +86,7 @@ def highest_sparsity(
     """The highest sparsity, in one shot and without training, at which a metric is at most `tolerance` worse.
 
     tolerance: in units of the metric, to within float rounding (a millionth of the metric). precision: what is returned
-    is a multiple of it. All else as of `sensitivity`, but that the context is 'global' by default.
+    is a multiple of it. All else as of `sensitivity`; of the options of Sparsifier, the context matters here.
 
     By bisection, which takes the metric to become only worse as sparsity rises; where it does not, there can be higher
     ones. What is returned was measured, but for 0, which says that no multiple that was tried is good enough.

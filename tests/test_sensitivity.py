@@ -1,4 +1,5 @@
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -391,6 +392,9 @@ def test_highest_sparsity_of_a_loss_and_of_what_breaks(mlp):
     assert highest_sparsity(mlp, 12, zeros_loss, precision=0.25) == 0.25
     assert highest_sparsity(mlp, 12, zeros_loss, precision=0.25, context="local") == 0.25
     assert highest_sparsity(mlp, 12, lambda model: weights_left(model) if weights_left(model) > 40 else np.nan) < 0.18
+    for broken in (float("inf"), -float("inf")):
+        found = highest_sparsity(mlp, 0, lambda model, value=broken: 1 if weights_left(model) > 40 else value)
+        assert found == 0.155  # seven of 48
     assert highest_sparsity(mlp, 0, zeros_loss, precision=0.25) == 0.0
     assert highest_sparsity(mlp, 100, zeros_loss) == 1.0
 
@@ -505,15 +509,30 @@ def test_a_learner_without_data_to_validate_with_says_so(learn):
 @pytest.mark.fastai
 def test_criteria_that_look_at_data_see_the_training_data_and_the_loss_of_the_learner(learn):
     rng = learn.dls.train.rng.getstate()
-    batch = learn.dls.train.one_batch()
+    *_, batch = learn.dls.train
     learn.dls.train.rng.setstate(rng)
     before = state_of_learner(learn)
-    options = {"levels": [0.5], "criteria": "snip", "progress": False}
+    options = {"levels": [0.5], "criteria": lambda weight, grad: weight * grad, "progress": False}
     own = sensitivity(learn, **options)
     assert own == sensitivity(learn, loss_func=learn.loss_func, **options)
     given = sensitivity(learn, calibration=[batch], **options)
+    assert given != own
     assert given == sensitivity(learn, calibration=[batch], loss_func=learn.loss_func, **options)
     assert state_of_learner(learn) == before
+
+
+@pytest.mark.fastai
+def test_a_model_that_cannot_be_traced_is_seen_with_a_batch_of_the_learner(make_learner):
+    class Untraceable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x):
+            return self.net(x if x.sum() > 0 else -x)
+
+    answer = sensitivity(make_learner(Untraceable()), levels=[0.5], progress=False, granularity="filter")
+    assert "net.12.weight" not in answer.layers
 
 
 @pytest.mark.fastai
@@ -593,3 +612,30 @@ def test_the_callback_takes_the_budget(make_learner):
     assert report.selected.sparsity == pytest.approx(0.9, abs=0.01)
     for row in report.rows:
         assert row.count.sparsity == pytest.approx(budget[row.name], abs=0.5 / row.count.weights + 1e-9)
+
+
+@pytest.mark.fastai
+@pytest.mark.slow
+def test_a_budget_is_better_than_the_same_sparsity_in_all_layers(monkeypatch):
+    pytest.importorskip("sklearn", reason="the digits come with it")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    from fastai.vision.all import CrossEntropyLossFlat, Learner, accuracy, set_seed
+
+    from examples.digits import accuracy_of, conv_net, digits_loaders
+    from sparsifai import SparsifyCallback
+
+    def trained(seed, sparsity=None):
+        set_seed(seed, reproducible=True)
+        learn = Learner(digits_loaders(seed), conv_net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit_one_cycle(6, 1e-2, cbs=[] if sparsity is None else SparsifyCallback(sparsity, context="local"))
+        return learn
+
+    budgets, uniform = [], []
+    for seed in range(2):
+        budget = sensitivity(trained(seed), progress=False).budget(0.95)
+        budgets.append(accuracy_of(trained(seed, budget)))
+        uniform.append(accuracy_of(trained(seed, 0.95)))
+    # Over six seeds 0.949 and 0.709, with standard deviations of 0.015 and 0.103.
+    assert min(budgets) > 0.9
+    assert max(uniform) < 0.85
