@@ -7,6 +7,7 @@ when (schedules). `Sparsifier` works on any torch model; `SparsifyCallback` call
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .budget import Sensitivity
 from .context import bounded, contexts, global_, local
 from .criterion import (
     criteria,
@@ -34,6 +35,7 @@ from .criterion import (
     wanda,
 )
 from .granularity import along, block, granularities
+from .layer_sensitivity import highest_sparsity, sensitivity
 from .n_of_m import blocks, is_nm
 from .report import Report
 from .schedule import ac_dc, agp, between, cos, dsd, iterative, lin, one_cycle, one_shot, schedules
@@ -57,6 +59,7 @@ __all__ = [
     "KeepSparsity",
     "LotteryTickets",
     "Report",
+    "Sensitivity",
     "Sparsifier",
     "SparsifyCallback",
     "Ticket",
@@ -75,6 +78,7 @@ __all__ = [
     "global_",
     "granularities",
     "grasp",
+    "highest_sparsity",
     "is_nm",
     "iterative",
     "lamp",
@@ -95,6 +99,7 @@ __all__ = [
     "register_layer",
     "schedules",
     "select_groups",
+    "sensitivity",
     "small_final",
     "small_init",
     "small_init_small_final",

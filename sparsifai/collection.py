@@ -130,7 +130,7 @@ def calibrate(source: Any, statistics: Statistics, batches: Iterable, loss_func:
         raise TypeError(f"calibrate: {name_of(statistics.criterion)} needs {quantity}, so give it a loss_func, too")
     before, number = statistics.state(), 0
     try:
-        with _untraced(source.model), _not_drawn_from(batches), torch.enable_grad():
+        with untraced(source.model), not_drawn_from(batches), torch.enable_grad():
             for number, batch in enumerate(batches, 1):
                 inputs, targets = _parts_of(batch, needs_loss)
                 try:
@@ -235,7 +235,7 @@ def _inputs_seen(source: Any, statistics: Statistics) -> Iterator[None]:
 
 
 @contextmanager
-def _untraced(model: nn.Module) -> Iterator[None]:
+def untraced(model: nn.Module) -> Iterator[None]:
     """Leave gradients, buffers and random generators as they were; gradients are absent meanwhile."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [
@@ -266,7 +266,7 @@ def _untraced(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _not_drawn_from(batches: Any) -> Iterator[None]:
+def not_drawn_from(batches: Any) -> Iterator[None]:
     """Leave the random generators of a data loader, torch's or fastai's, as they were."""
     loader: Any = batches.batches if isinstance(batches, Split) else batches
     rng: Any = getattr(loader, "rng", None)
