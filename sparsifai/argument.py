@@ -28,20 +28,24 @@ def check_sparsity(sparsity: Any = None, compression_ratio: Any = None) -> Spars
         if not sparsity:
             raise ValueError("the dictionary of sparsities is empty; give it at least one pattern: {'layer1.*': 0.5}")
         as_patterns(list(sparsity))
-        return {pattern: _check_fraction(value) for pattern, value in sparsity.items()}
-    return _check_fraction(sparsity)
+        return {pattern: check_fraction(value) for pattern, value in sparsity.items()}
+    return check_fraction(sparsity, instead=", or a dictionary of them by layer")
 
 
-def _check_fraction(value: Any) -> float:
+def check_fraction(value: Any, name: str = "sparsity", instead: str = "") -> float:
+    """A fraction from 0 to 1. TypeError and ValueError for anything else.
+
+    name: of what it is, for the message. instead: what else it may be.
+    """
     if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0:
         value = value.item()
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
-        raise TypeError(f"sparsity is a number from 0 to 1, or a dictionary of them by layer, not {value!r}")
+        raise TypeError(f"{name} is a number from 0 to 1{instead}, not {value!r}")
     value = float(value)
     if 1 < value <= 100:
-        raise ValueError(f"sparsity {value:g} is a percentage, not a fraction; pass {value / 100:g} for {value:g} %")
+        raise ValueError(f"{name} {value:g} is a percentage, not a fraction; pass {value / 100:g} for {value:g} %")
     if not 0 <= value <= 1:
-        raise ValueError(f"sparsity {value!r} is not a fraction from 0 to 1")
+        raise ValueError(f"{name} {value!r} is not a fraction from 0 to 1")
     return value
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import numpy as np
 
-from .argument import check_sparsity
+from .argument import check_fraction
+from .table import as_html, as_text
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Sensitivity:
         granularity and criteria that were measured.
         ValueError above the highest level.
         """
-        wanted = check_fraction("sparsity", sparsity)
+        wanted = check_fraction(sparsity, "sparsity")
         if wanted > self.levels[-1]:
             raise ValueError(
                 f"budget: a sparsity of {wanted:g} is above {self.levels[-1]:g}, the highest that was measured; "
@@ -90,26 +89,12 @@ class Sensitivity:
         return f"{self.metric} is {self.baseline:.4g} as it is, {better} is better; with one layer sparse at a time:"
 
     def __str__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(*self._lines, strict=True)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in self._lines
-        ]
-        return "\n".join([self._caption, lines[0], "-" * max(map(len, lines)), *lines[1:]])
+        return as_text(self._lines, caption=self._caption)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        def line(row: tuple[str, ...], tag: str) -> str:
-            cells = (
-                f'<{tag} style="text-align: {"right" if column else "left"}">{escape(cell)}</{tag}>'
-                for column, cell in enumerate(row)
-            )
-            return f"<tr>{''.join(cells)}</tr>"
-
-        header, *rows = self._lines
-        caption = f"<caption>{escape(self._caption)}</caption>"
-        body = "".join(line(row, "td") for row in rows)
-        return f"<table>{caption}<thead>{line(header, 'th')}</thead><tbody>{body}</tbody></table>"
+        return as_html(self._lines, caption=self._caption)
 
     def plot(self, ax: Any = None) -> Any:
         """The metric of each layer against the level, the baseline dashed; returns the matplotlib axes."""
@@ -132,10 +117,3 @@ def _reached(curve: np.ndarray, levels: np.ndarray, tolerance: float, side: Any)
         return levels[min(place, len(curve) - 1)]
     (low, high), (start, end) = curve[place - 1 : place + 1], levels[place - 1 : place + 1]
     return start + (end - start) * ((tolerance - low) / (high - low))
-
-
-def check_fraction(name: str, value: Any) -> float:
-    """One number from 0 to 1. TypeError and ValueError for anything else."""
-    if isinstance(value, Mapping):
-        raise TypeError(f"{name}: a number from 0 to 1, not {value!r}")
-    return float(check_sparsity(value))  # type: ignore[arg-type]

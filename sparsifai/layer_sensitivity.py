@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from .argument import Sparsity
-from .budget import Sensitivity, check_fraction
+from .argument import Sparsity, check_fraction
+from .budget import Sensitivity
 from .collection import Split
 from .measuring import Meter, as_it_was, first_batch, loss_of
 from .registry import name_of
@@ -154,7 +154,7 @@ def _calibrate(
 def _check_levels(levels: Any) -> tuple[float, ...]:
     if isinstance(levels, (str, Mapping, Real)) or not isinstance(levels, Iterable):
         raise TypeError(f"levels are several fractions, such as {LEVELS}, not {levels!r}")
-    checked = sorted({check_fraction("levels", level) for level in levels})
+    checked = sorted({check_fraction(level, "a level") for level in levels})
     if not checked or checked[0] == 0 or checked[-1] == 1:
         raise ValueError(f"levels are fractions between 0 and 1, such as {LEVELS}, not {tuple(checked)}")
     return tuple(checked)

@@ -13,6 +13,7 @@ from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 
 from .collection import Split
+from .measuring import first_batch, loss_of
 from .sparsifier import Sparsifier
 
 
@@ -31,16 +32,12 @@ def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None) 
     if not collected.at("forward", "loss") and collected.missing(sparsifier.targets) is None:
         return
 
-    def loss_func(output, targets):
-        # As fastai's callbacks for language models take it.
-        output = output[0] if isinstance(output, tuple) else output
-        return learn.loss_func(output, *targets).mean()
-
     if batches is None and learn.xb[0] is not None:
-        sparsifier.calibrate([(*learn.xb, learn.yb)], loss_func)
+        sparsifier.calibrate([(*learn.xb, learn.yb)], loss_of(learn))
+    elif batches is None:
+        sparsifier.calibrate([first_batch(learn)], loss_of(learn))
     else:
-        batches = [learn.dls.one_batch()] if batches is None else batches
-        sparsifier.calibrate(Split(batches, getattr(learn.dls, "n_inp", None)), loss_func)
+        sparsifier.calibrate(Split(batches, getattr(learn.dls, "n_inp", None)), loss_of(learn))
     collected.begins.update(collected.at("backward"))  # of the batches that pass none is counted twice
 
 

@@ -19,6 +19,7 @@ from .argument import check_count, check_seed, check_sparsity, mapped
 from .callback import SparsifyCallback
 from .keep import KeepSparsity
 from .learner import notify, show_data
+from .measuring import first_batch, metric_names
 from .parallel import unwrapped
 from .registry import close_matches, name_of
 from .report import percent
@@ -171,15 +172,12 @@ class _Run:
                     f"{callbacks[-1].over} batches, {len(learn.dls.train)} in an epoch"
                 )
             values = learn.validate()
-        names = ["valid_loss", *(metric.name for metric in learn.metrics)]
-        return {name: float(value) for name, value in zip(names, values, strict=True)}
+        return {name: float(value) for name, value in zip(metric_names(learn), values, strict=True)}
 
     def keep_zeros(self) -> None:
         """Leave what keeps the zeros of the last ticket on the Learner."""
         self._set(self.sparsifier.masks)
-        keeper = KeepSparsity(self.sparsifier)
-        keeper.stays = True
-        self.learn.add_cb(keeper)
+        self.learn.add_cb(KeepSparsity(self.sparsifier))
         notify(
             self.learn,
             f"KeepSparsity holds the {percent(self.sparsifier.sparsity)} of zeros of the last ticket in later fits; "
@@ -198,11 +196,8 @@ class _Run:
         return round(self.rewind_to * len(self.learn.dls.train))
 
     def _make_sparsifier(self) -> Sparsifier:
-        random = random_states(self.learn)
-        batch = tuple(self.learn.dls.one_batch())
-        restore_random(self.learn, random)
-        inputs = getattr(self.learn.dls, "n_inp", max(len(batch) - 1, 1))  # as the Learner splits it
-        return Sparsifier(self.learn.model, **{"example_input": batch[:inputs], **self.asked})
+        example_input = first_batch(self.learn)[:-1]
+        return Sparsifier(self.learn.model, **{"example_input": example_input, **self.asked})
 
     def _set(self, masks: Mapping[str, Tensor]) -> None:
         self.sparsifier.load_state_dict({**self.pruned, "masks": masks})

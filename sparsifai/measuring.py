@@ -44,7 +44,7 @@ class Meter:
             raise TypeError(f"give a fastai Learner or a torch.nn.Module, not {type(learn_or_model).__name__}")
         position = None if learn is None else _position_of(metric, learn)
         if position is not None:
-            name, read = _names_of(learn)[position], lambda: _validated(learn, position)
+            name, read = metric_names(learn)[position], lambda: _validated(learn, position)
         elif callable(metric):
             name, read = name_of(metric), lambda: _evaluated(metric, model)
         else:
@@ -92,8 +92,8 @@ def is_learner(value: Any) -> bool:
     )
 
 
-def _names_of(learn: Any) -> list[str]:
-    """Of what `learn.validate()` returns."""
+def metric_names(learn: Any) -> list[str]:
+    """Names of what `learn.validate()` returns."""
     return ["valid_loss", *(metric.name for metric in learn.metrics)]
 
 
@@ -101,7 +101,7 @@ def _position_of(metric: Any, learn: Any) -> int | None:
     """Where it stands in what `learn.validate()` returns, None if it does not. ValueError for an unknown name."""
     if metric is None:
         return 0
-    names = _names_of(learn)
+    names = metric_names(learn)
     if isinstance(metric, str):
         if metric not in names:
             raise ValueError(f"the Learner has no metric {metric!r}; {close_matches(metric, names)}")
@@ -115,7 +115,7 @@ def _validated(learn: Any, position: int) -> Any:
     values = learn.validate() if len(learn.dls.loaders) > 1 else None
     if values is None or len(values) <= position or values[position] is None:
         raise ValueError(
-            f"learn.validate() gives no {_names_of(learn)[position]}: the Learner needs a Recorder and data to "
+            f"learn.validate() gives no {metric_names(learn)[position]}: the Learner needs a Recorder and data to "
             "validate with; or give metric a function of the model"
         )
     return values[position]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .parallel import kind_of, whole
+from .table import as_html, as_text
 from .target import Target
 
 
@@ -25,6 +25,7 @@ def percent(fraction: float) -> str:
 
 
 _HEADER = ("layer", "kind", "shape", "weights", "zeros", "sparsity")
+_LEFT = (0, 1, 2, 6)
 
 
 @dataclass(frozen=True)
@@ -104,47 +105,26 @@ class Report:
     def _header(self) -> tuple[str, ...]:
         return (*_HEADER, "note" if any(row.note for row in self.rows) else "why dense")
 
-    def _cells(self) -> list[tuple[str, ...]]:
-        """Rows of text, the two totals last."""
+    def _lines(self) -> list[tuple[str, ...]]:
+        """Rows of text: the header first, the two totals last."""
         cells = [
             (row.name, row.kind, "x".join(map(str, row.shape)), *_figures(row.count), row.why_dense or row.note)
             for row in self.rows
         ]
         return [
+            self._header,
             *cells,
             ("selected layers", "", "", *_figures(self.selected), ""),
             ("whole model", "", "", *_figures(self.model), ""),
         ]
 
     def __str__(self) -> str:
-        cells = self._cells()
-        table = [self._header, *cells]
-        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if 3 <= column <= 5 else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in table
-        ]
-        rule = "-" * max(map(len, lines))
-        return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:]])
+        return as_text(self._lines(), left=_LEFT, totals=2)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        cells = self._cells()
-
-        def line(row: tuple[str, ...], tag: str) -> str:
-            aligned = (
-                f'<{tag} style="text-align: {"right" if 3 <= column <= 5 else "left"}">{escape(cell)}</{tag}>'
-                for column, cell in enumerate(row)
-            )
-            return f"<tr>{''.join(aligned)}</tr>"
-
-        body = "".join(line(row, "td") for row in cells[:-2])
-        totals = "".join(line(row, "th") for row in cells[-2:])
-        return f"<table><thead>{line(self._header, 'th')}</thead><tbody>{body}</tbody><tfoot>{totals}</tfoot></table>"
+        return as_html(self._lines(), left=_LEFT, totals=2)
 
     def plot(self, ax: Any = None) -> Any:
         """Sparsity of each layer as bars, layers that stay dense in grey; returns the matplotlib axes."""

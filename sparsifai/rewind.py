@@ -29,16 +29,20 @@ class FromBatch(TrainingCallback):
         super().__init__()
         self.at, self.skip, self.over = dict(at), skip, 0
 
+    @property
+    def _counts(self) -> bool:
+        return not hasattr(self.learn, "lr_finder")
+
     def before_epoch(self):
         "Skip whole epochs"
         batches = len(self.learn.dls.train)
-        if self.over + batches <= self.skip:
+        if self._counts and self.over + batches <= self.skip:
             self.over += batches
             raise CancelEpochException
 
     def before_batch(self):
         "Skip a batch, or call what is to be called before it"
-        if not self.learn.training or hasattr(self.learn, "lr_finder"):
+        if not (self.learn.training and self._counts):
             return
         if self.over < self.skip:
             self.over += 1

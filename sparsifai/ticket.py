@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from html import escape
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,6 +16,7 @@ from .masking import zero_weights
 from .parallel import unwrapped
 from .registry import close_matches
 from .report import percent
+from .table import as_html, as_text
 from .target import parameter_of
 
 Metrics = dict[str, float]
@@ -87,31 +87,22 @@ class LotteryTickets(Sequence[Ticket]):
         of_rounds = [ticket.metrics if kind == "ticket" else ticket.controls.get(kind, {}) for ticket in self]
         return [metrics.get(self.metric, float("nan")) for metrics in of_rounds]
 
-    def _cells(self) -> Iterator[tuple[str, ...]]:
-        yield ("round", "sparsity", *(kind if kind != "ticket" else self.metric for kind in self.kinds))
+    def _lines(self) -> list[tuple[str, ...]]:
+        """Rows of text, the header first."""
+        lines = [("round", "sparsity", *(kind if kind != "ticket" else self.metric for kind in self.kinds))]
         for number, ticket in enumerate(self):
-            values = [self.values(kind)[number] for kind in self.kinds]
-            yield (
-                str(number),
-                percent(ticket.sparsity),
-                *("" if np.isnan(value) else f"{value:.4f}" for value in values),
-            )
+            values = (self.values(kind)[number] for kind in self.kinds)
+            shown = ("" if np.isnan(value) else f"{value:.4f}" for value in values)
+            lines.append((str(number), percent(ticket.sparsity), *shown))
+        return lines
 
     def __str__(self) -> str:
-        cells = list(self._cells())
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+        return as_text(self._lines(), left=())
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head, *rows = (
-            [f'<{tag} style="text-align: right">{escape(cell)}</{tag}>' for cell in row]
-            for tag, row in zip(("th", *["td"] * len(self)), self._cells(), strict=True)
-        )
-        body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-        return f"<table><thead><tr>{''.join(head)}</tr></thead><tbody>{body}</tbody></table>"
+        return as_html(self._lines(), left=())
 
     def plot(self, *others: LotteryTickets, ax: Any = None) -> Any:
         """The metric against the share of weights that is left, of tickets and controls; returns the matplotlib axes.

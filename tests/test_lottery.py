@@ -124,6 +124,40 @@ def test_init_is_the_weight_at_the_point_that_is_rewound_to(make_learner):
     assert all(map(torch.equal, seen[-len(start) :], start))
 
 
+def test_a_learner_that_was_trained_before_begins_with_a_fresh_optimizer(make_learner):
+    learn, look = make_learner(opt_func=fastai.Adam), Look()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+    run(learn, look, rounds=1)
+    for batch in (0, 8):
+        kept = [value for moments in look.batches[batch][1] for value in moments.values()]
+        assert all((value.abs() <= 1e-16).all() for value in kept)
+
+
+def test_losses_are_of_batches_that_are_trained_on(make_learner):
+    learn, losses = make_learner(lr=0.0), []
+
+    def fit(learn):
+        learn.fit(2, 0.0)
+        losses.append([float(loss) for loss in learn.recorder.losses])
+
+    run(learn, rounds=1, fit=fit, rewind_to=0.5)
+    assert [len(each) for each in losses] == [8, 6]
+    assert min(losses[1]) > 0.5  # nothing is averaged with losses of zero
+
+
+def test_lr_find_within_the_fit_counts_for_nothing(make_learner, tmp_path):
+    def fit(learn):
+        learn.lr_find(num_it=12, show_plot=False)
+        learn.fit(2)
+
+    learn, look = make_learner(path=tmp_path), Look()
+    tickets = run(learn, look, rounds=1, rewind_to=1, fit=fit)
+    assert len(look.batches) == 12 + 8 + 12 + 4
+    assert same(dict(tickets[1].start), look.batches[12 + 4][0])
+    assert all(torch.equal(look.batches[32][0][name] != 0, mask) for name, mask in tickets[1].masks.items())
+
+
 def test_the_learner_ends_with_the_last_ticket_and_keeps_its_zeros(make_learner):
     learn = make_learner(lr=0.05)
     tickets = run(learn)
@@ -218,9 +252,9 @@ def learner_that_stops(after):
 
 
 @pytest.mark.parametrize("rewind_to", [0, 1])
-@pytest.mark.parametrize("after", [1, 2, 4])
-def test_a_run_that_was_ended_goes_on_as_if_it_had_not_been(after, rewind_to, tmp_path):
-    options = {"rewind_to": rewind_to, "controls": ["shuffled"], "controls_every": 3}
+@pytest.mark.parametrize(("after", "criteria"), [(1, "large_final"), (2, "random"), (4, "updating_movement")])
+def test_a_run_that_was_ended_goes_on_as_if_it_had_not_been(after, criteria, rewind_to, tmp_path):
+    options = {"rewind_to": rewind_to, "controls": ["shuffled"], "controls_every": 3, "criteria": criteria}
     learn, fit = learner_that_stops(100)
     expected, ended = run(learn, fit=fit, **options), weights_of(learn.model)
 
@@ -272,6 +306,7 @@ def test_tickets_are_saved_loaded_and_applied_to_another_model(make_learner, tmp
     learn = make_learner(metrics=fastai.accuracy)
     tickets = run(learn, controls=["shuffled"], rewind_to=1)
     tickets.save(tmp_path / "tickets")
+    assert [path.name for path in tmp_path.iterdir()] == ["tickets"]
     loaded = LotteryTickets.load(tmp_path / "tickets")
     assert str(loaded) == str(tickets)
     for one, two in zip(loaded, tickets, strict=True):

@@ -193,7 +193,7 @@ def test_criteria_that_look_at_data_are_given_some(mlp):
         ({"levels": [0, 0.5]}, ValueError, "levels are fractions between 0 and 1"),
         ({"levels": [50]}, ValueError, "pass 0.5 for 50 %"),
         ({"levels": 0.5}, TypeError, "levels are several fractions"),
-        ({"levels": [{"0": 0.5}]}, TypeError, "levels: a number from 0 to 1"),
+        ({"levels": [{"0": 0.5}]}, TypeError, "a level is a number from 0 to 1"),
         ({"granularity": "filtre"}, ValueError, "did you mean 'filter'"),
         ({"granularty": "filter"}, TypeError, "unexpected keyword argument 'granularty'"),
         ({"exclude": "nothing"}, ValueError, "no layer with a weight to sparsify matches"),
@@ -294,7 +294,7 @@ def test_what_is_not_finite_is_the_worst():
     [
         (0.95, ValueError, "a sparsity of 0.95 is above 0.9, the highest that was measured; measure higher levels"),
         (95, ValueError, "pass 0.95 for 95 %"),
-        ({"0": 0.5}, TypeError, "sparsity: a number from 0 to 1"),
+        ({"0": 0.5}, TypeError, "sparsity is a number from 0 to 1"),
     ],
 )
 def test_a_budget_that_cannot_be_had(sparsity, error, message):
