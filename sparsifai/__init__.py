@@ -35,6 +35,7 @@ from .criterion import (
 )
 from .granularity import along, block, granularities
 from .n_of_m import blocks, is_nm
+from .regularizer import Regularizer
 from .report import Report
 from .schedule import agp, between, cos, dsd, iterative, lin, one_cycle, one_shot, schedules
 from .selection import select_groups
@@ -44,15 +45,26 @@ from .target import register_layer
 
 if TYPE_CHECKING:
     from .callback import SparsifyCallback
+    from .distill import DistillCallback, soft_targets
     from .keep import KeepSparsity
+    from .regularize import RegularizeCallback
 
 __version__ = "0.1.0"
 
 # Imported on first use: these need fastai, which the rest does not.
-_NEED_FASTAI = {"KeepSparsity": ".keep", "SparsifyCallback": ".callback"}
+_NEED_FASTAI = {
+    "DistillCallback": ".distill",
+    "KeepSparsity": ".keep",
+    "RegularizeCallback": ".regularize",
+    "SparsifyCallback": ".callback",
+    "soft_targets": ".distill",
+}
 
 __all__ = [
+    "DistillCallback",
     "KeepSparsity",
+    "RegularizeCallback",
+    "Regularizer",
     "Report",
     "Sparsifier",
     "SparsifyCallback",
@@ -93,6 +105,7 @@ __all__ = [
     "small_init",
     "small_init_small_final",
     "snip",
+    "soft_targets",
     "squared_final",
     "synflow",
     "taken",
