@@ -192,7 +192,7 @@ def _pairs(features: Any) -> dict[str, str]:
     """{name in the model: name in the teacher} of what a user gives."""
     if features is None:
         return {}
-    names = [features] if isinstance(features, str) else features
+    names = [features] if isinstance(features, str) or not isinstance(features, Iterable) else features
     pairs = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
     if not pairs or not all(isinstance(name, str) for pair in pairs.items() for name in pair):
         raise TypeError(
