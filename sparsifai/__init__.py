@@ -37,6 +37,7 @@ from .criterion import (
 from .granularity import along, block, granularities
 from .layer_sensitivity import highest_sparsity, sensitivity
 from .n_of_m import blocks, is_nm
+from .regularizer import Regularizer
 from .report import Report
 from .schedule import ac_dc, agp, between, cos, dsd, iterative, lin, one_cycle, one_shot, schedules
 from .selection import select_groups
@@ -47,17 +48,29 @@ from .ticket import LotteryTickets, Ticket
 
 if TYPE_CHECKING:
     from .callback import SparsifyCallback
+    from .distill import DistillCallback, soft_targets
     from .keep import KeepSparsity
     from .lottery import lottery_ticket
+    from .regularize import RegularizeCallback
 
 __version__ = "0.1.0"
 
 # Imported on first use: these need fastai, which the rest does not.
-_NEED_FASTAI = {"KeepSparsity": ".keep", "SparsifyCallback": ".callback", "lottery_ticket": ".lottery"}
+_NEED_FASTAI = {
+    "DistillCallback": ".distill",
+    "KeepSparsity": ".keep",
+    "RegularizeCallback": ".regularize",
+    "SparsifyCallback": ".callback",
+    "lottery_ticket": ".lottery",
+    "soft_targets": ".distill",
+}
 
 __all__ = [
+    "DistillCallback",
     "KeepSparsity",
     "LotteryTickets",
+    "RegularizeCallback",
+    "Regularizer",
     "Report",
     "Sensitivity",
     "Sparsifier",
@@ -104,6 +117,7 @@ __all__ = [
     "small_init",
     "small_init_small_final",
     "snip",
+    "soft_targets",
     "squared_final",
     "synflow",
     "taken",

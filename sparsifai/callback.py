@@ -187,23 +187,10 @@ class SparsifyCallback(TrainingCallback):
     # --- Moving the sparsity ------------------------------------------------------------------------------------
 
     @property
-    def _batches_of_fit(self) -> int:
-        return self.learn.n_epoch * self.learn.n_iter
-
-    def _batches(self, done: int) -> int:
-        """Batches of the fit that are over, with `done` (0 or 1) for the present one."""
-        return self.learn.epoch * self.learn.n_iter + self.learn.iter + done
-
-    @property
     def _is_due(self) -> bool:
         """Whether the masks are updated in the step of the present batch."""
         every = self.every or (1 if self.regrow is None else math.ceil(self._batches_of_fit / 100))
         return self._batches(1) // every > self._updated // every
-
-    @property
-    def _start(self) -> float:
-        """Share of the fit that is over at the present batch."""
-        return self._batches(0) / self._batches_of_fit
 
     def _level_at(self, t: float) -> float:
         """Where the schedule is at t, as a share of the target, but not below what earlier fits have reached.

@@ -36,7 +36,20 @@ _OF_TRAINING = (
 
 
 class TrainingCallback(Callback):
-    """Goes nowhere with an exported Learner, which then loads where sparsifai is not installed."""
+    """Knows where in a fit it is. Goes nowhere with an exported Learner, which then loads where sparsifai is not."""
+
+    @property
+    def _batches_of_fit(self) -> int:
+        return self.learn.n_epoch * self.learn.n_iter
+
+    def _batches(self, done: int) -> int:
+        """Batches of the fit that are over, with `done` (0 or 1) for the present one."""
+        return self.learn.epoch * self.learn.n_iter + self.learn.iter + done
+
+    @property
+    def _start(self) -> float:
+        """Share of the fit that is over at the present batch."""
+        return self._batches(0) / self._batches_of_fit
 
     def __reduce_ex__(self, protocol):
         learn = self.learn

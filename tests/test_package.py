@@ -11,9 +11,8 @@ import pytest
 import sparsifai
 
 MODULES = [f"sparsifai.{module.name}" for module in pkgutil.iter_modules(sparsifai.__path__)]
-OF_THE_CORE = [
-    name for name in MODULES if name.rpartition(".")[2] not in ("all", "callback", "keep", "learner", "lottery")
-]
+NEED_FASTAI = ("all", "callback", "distill", "keep", "learner", "lottery", "regularize", "rewind")
+OF_THE_CORE = [name for name in MODULES if name.rpartition(".")[2] not in NEED_FASTAI]
 
 
 def loaded_after(code):
