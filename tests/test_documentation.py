@@ -88,6 +88,8 @@ def test_there_are_notebooks():
         "04_in_a_fastai_project.ipynb",
         "05_pruning_at_initialization.ipynb",
         "06_nm_and_blocks.ipynb",
+        "07_lottery_ticket.ipynb",
+        "08_compound.ipynb",
     ]
 
 
