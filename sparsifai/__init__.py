@@ -37,9 +37,24 @@ from .criterion import (
 from .granularity import along, block, granularities
 from .layer_sensitivity import highest_sparsity, sensitivity
 from .n_of_m import blocks, is_nm
+from .recipe import Recipe
 from .regularizer import Regularizer
 from .report import Report
-from .schedule import ac_dc, agp, between, cos, dsd, iterative, lin, one_cycle, one_shot, schedules
+from .schedule import (
+    ac_dc,
+    agp,
+    between,
+    cos,
+    dsd,
+    during,
+    iterative,
+    lin,
+    one_cycle,
+    one_shot,
+    raised,
+    schedules,
+    stepped,
+)
 from .selection import select_groups
 from .sparsifier import Sparsifier
 from .statistic import quantities, taken
@@ -49,6 +64,7 @@ from .ticket import LotteryTickets, Ticket
 if TYPE_CHECKING:
     from .callback import SparsifyCallback
     from .distill import DistillCallback, soft_targets
+    from .freeze import FreezeCallback
     from .keep import KeepSparsity
     from .lottery import lottery_ticket
     from .regularize import RegularizeCallback
@@ -58,6 +74,7 @@ __version__ = "0.1.0"
 # Imported on first use: these need fastai, which the rest does not.
 _NEED_FASTAI = {
     "DistillCallback": ".distill",
+    "FreezeCallback": ".freeze",
     "KeepSparsity": ".keep",
     "RegularizeCallback": ".regularize",
     "SparsifyCallback": ".callback",
@@ -67,8 +84,10 @@ _NEED_FASTAI = {
 
 __all__ = [
     "DistillCallback",
+    "FreezeCallback",
     "KeepSparsity",
     "LotteryTickets",
+    "Recipe",
     "RegularizeCallback",
     "Regularizer",
     "Report",
@@ -87,6 +106,7 @@ __all__ = [
     "cos",
     "criteria",
     "dsd",
+    "during",
     "fisher",
     "global_",
     "granularities",
@@ -109,6 +129,7 @@ __all__ = [
     "one_cycle",
     "one_shot",
     "quantities",
+    "raised",
     "register_layer",
     "schedules",
     "select_groups",
@@ -119,6 +140,7 @@ __all__ = [
     "snip",
     "soft_targets",
     "squared_final",
+    "stepped",
     "synflow",
     "taken",
     "taylor",

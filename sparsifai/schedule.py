@@ -152,3 +152,84 @@ def between(schedule: str | Schedule, start: float, end: float) -> Schedule:
     if not all(isinstance(each, (int, float)) for each in (start, end)) or not 0 <= start < end <= 1:
         raise ValueError(f"between: needs 0 <= start < end <= 1, got start={start!r}, end={end!r}")
     return _Moved(schedules.resolve(schedule), start, end)
+
+
+@dataclass(frozen=True)
+class _During:
+    """A schedule in a part of training, and nothing outside of it."""
+
+    schedule: Schedule
+    start: float
+    end: float
+
+    def __call__(self, t: float) -> float:
+        if not self.start <= t < self.end and not t == self.end == 1:
+            return 0.0
+        return progress(self.schedule, (t - self.start) / (self.end - self.start))
+
+    @property
+    def __name__(self) -> str:
+        return f"during({name_of(self.schedule)}, {self.start:g}, {self.end:g})"
+
+
+def during(schedule: str | Schedule, start: float, end: float) -> Schedule:
+    """`schedule` moved into the part [start, end) of training: 0 before it and after it.
+
+    >>> [during(one_shot, 0.25, 0.5)(t) for t in (0.2, 0.25, 0.5)]
+    [0.0, 1.0, 0.0]
+    """
+    moved = between(schedule, start, end)
+    return _During(moved.schedule, start, end)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class _Raised:
+    """s'(t) = share + (1 - share) s(t)."""
+
+    schedule: Schedule
+    share: float
+
+    def __call__(self, t: float) -> float:
+        return self.share + (1 - self.share) * progress(self.schedule, t)
+
+    @property
+    def __name__(self) -> str:
+        return f"raised({name_of(self.schedule)}, {self.share:g})"
+
+
+def raised(schedule: str | Schedule, share: float) -> Schedule:
+    """share + (1 - share) s(t): `schedule` that begins with a share of the target.
+
+    >>> [raised(lin, 0.5)(t) for t in (0, 0.5, 1)]
+    [0.5, 0.75, 1.0]
+    """
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ValueError(f"raised: the share that it begins with is from 0 to 1, not {share!r}")
+    return _Raised(schedules.resolve(schedule), float(share))
+
+
+@dataclass(frozen=True)
+class _Stepped:
+    """s'(t) = s(floor(n t) / n)."""
+
+    schedule: Schedule
+    n: float
+
+    def __call__(self, t: float) -> float:
+        # As with iterative, 0.07 * 100 is allowed for.
+        return progress(self.schedule, 1.0 if t == 1 else min(math.floor(self.n * t + 1e-9) / self.n, 1.0))
+
+    @property
+    def __name__(self) -> str:
+        return f"stepped({name_of(self.schedule)}, {self.n:g})"
+
+
+def stepped(schedule: str | Schedule, n: float) -> Schedule:
+    """s(floor(n t) / n), and s(1) at the end: `schedule` looked at n times only.
+
+    >>> [stepped(lin, 2)(t) for t in (0, 0.4, 0.5, 0.9, 1)]
+    [0.0, 0.0, 0.5, 0.5, 1.0]
+    """
+    if isinstance(n, bool) or not isinstance(n, (int, float)) or not 0 < n < math.inf:
+        raise ValueError(f"stepped: n is how often the schedule is looked at, a number above 0, not {n!r}")
+    return _Stepped(schedules.resolve(schedule), n)

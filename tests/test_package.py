@@ -11,7 +11,7 @@ import pytest
 import sparsifai
 
 MODULES = [f"sparsifai.{module.name}" for module in pkgutil.iter_modules(sparsifai.__path__)]
-NEED_FASTAI = ("all", "callback", "distill", "keep", "learner", "lottery", "regularize", "rewind")
+NEED_FASTAI = ("all", "callback", "distill", "freeze", "keep", "learner", "lottery", "regularize", "rewind")
 OF_THE_CORE = [name for name in MODULES if name.rpartition(".")[2] not in NEED_FASTAI]
 
 

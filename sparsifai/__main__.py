@@ -1,0 +1,132 @@
+"""The command line: `sparsifai plan`, `sparsifai report`, `sparsifai convert`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .recipe import Recipe
+from .report import Count, percent
+from .table import as_text
+
+_EPILOG = """examples:
+  sparsifai plan recipe.yaml --model torchvision:resnet50 --input 1,3,224,224
+  sparsifai plan recipe.yaml --model mypackage.models:make_net
+  sparsifai report checkpoint.pth
+  sparsifai convert sparseml.md --to recipe.yaml
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 if it went well, 2 if what was given cannot work."""
+    parser = argparse.ArgumentParser(
+        "sparsifai", description="Plan, convert and measure sparse models.", epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    plan = commands.add_parser("plan", help="what a recipe would do to a model, without data or training")
+    plan.add_argument("recipe", type=Path, help="a recipe, YAML")
+    plan.add_argument(
+        "--model", required=True, help="package:function that makes a model, such as torchvision:resnet50, untrained"
+    )
+    plan.add_argument("--input", type=_shape, help="shape of a batch, such as 1,3,224,224, for FLOPs and data flow")
+    plan.add_argument("--batches", type=int, default=100, help="batches in an epoch, for the timeline (default 100)")
+    plan.add_argument("--picture", type=Path, help="write the timeline and the layers as a picture, too")
+    plan.set_defaults(run=_plan)
+
+    report = commands.add_parser("report", help="count the zeros of a checkpoint")
+    report.add_argument("checkpoint", type=Path, help="a state_dict that torch.save or learn.save has written")
+    report.set_defaults(run=_report)
+
+    convert = commands.add_parser("convert", help="make a recipe of one of SparseML")
+    convert.add_argument("recipe", type=Path, help="YAML, or Markdown with YAML in front")
+    convert.add_argument("--to", type=Path, help="file to write; by default the recipe is printed")
+    convert.add_argument("--strict", action="store_true", help="refuse what has no counterpart, instead of listing it")
+    convert.set_defaults(run=_convert)
+
+    given = parser.parse_args(arguments)
+    try:
+        given.run(given)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"sparsifai {given.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _plan(given: Any) -> None:
+    model, example = _model(given.model), None if given.input is None else torch.zeros(given.input)
+    plan = Recipe.load(given.recipe).plan(model, n_iter=given.batches, example_input=example)
+    print(plan)
+    if given.picture is not None:
+        plan.plot().figure.savefig(given.picture)
+
+
+def _report(given: Any) -> None:
+    state = torch.load(given.checkpoint, map_location="cpu", weights_only=True)
+    for key in ("model", "state_dict"):  # as learn.save and others write it
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    tensors = (
+        {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+        if isinstance(state, dict)
+        else {}
+    )
+    if not tensors:
+        raise ValueError(f"{given.checkpoint} has no tensors by name; give a state_dict that torch.save has written")
+    matrices = {name: value for name, value in tensors.items() if value.dim() > 1}
+    rows = [("weight", "shape", "weights", "zeros", "sparsity")]
+    rows += [_counted(name, "x".join(map(str, value.shape)), value) for name, value in matrices.items()]
+    rows += [_counted("all of these", "", *matrices.values()), _counted("whole file", "", *tensors.values())]
+    print(as_text(rows, left=(0, 1), totals=2))
+
+
+def _convert(given: Any) -> None:
+    recipe = Recipe.from_sparseml(given.recipe, strict=given.strict)
+    if given.to is None:
+        print(recipe.dumps(), end="")
+    else:
+        recipe.save(given.to)
+    for notice in recipe.notices:
+        print(f"line {notice.line}: {notice.key}: {notice.message}", file=sys.stderr)
+
+
+def _counted(name: str, shape: str, *tensors: Tensor) -> tuple[str, ...]:
+    count = Count.of(*tensors)
+    return name, shape, f"{count.weights:,}", f"{count.zeros:,}", percent(count.sparsity)
+
+
+def _model(name: str) -> nn.Module:
+    """A model from package:function; 'torchvision' and 'timm' know where theirs are."""
+    package, _, function = name.partition(":")
+    if not function:
+        raise ValueError(f"--model {name}: give package:function, such as torchvision:resnet50")
+    if package == "torchvision":
+        made = import_module("torchvision.models").get_model(function, weights=None)
+    elif package == "timm":
+        made = import_module("timm").create_model(function, pretrained=False)
+    else:
+        sys.path.insert(0, "")
+        made = getattr(import_module(package), function, None)
+        made = made() if callable(made) and not isinstance(made, nn.Module) else made
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"--model {name}: {function} makes no torch.nn.Module")
+    return made
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape, such as 1,3,224,224") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

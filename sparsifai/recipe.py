@@ -1,0 +1,350 @@
+"""Recipes: one file that says how a model is made sparse, in the words of the API.
+
+    epochs: 20
+    variables:
+      target: 0.9
+    steps:
+      - sparsify: {sparsity: "${target}", granularity: weight, schedule: agp, start: 2, end: 75%}
+      - distil: {weight: 0.5, temperature: 4}
+
+A step is what the callback of its name is told: times are epochs, or shares of training such as 75%. A value can be an
+arithmetic expression of the variables, in `${...}`. A name of an axis with options is a mapping: `schedule: {iterative: 5}`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from numbers import Real
+from pathlib import Path as FilePath
+from typing import Any
+
+from torch import nn
+
+from .argument import check_sparsity, mapped, resolve_axes
+from .arithmetic import evaluate
+from .axis_value import axis_value
+from .plain_yaml import Located, read, write
+from .registry import close_matches
+from .schedule import Schedule, between, during, progress, raised, stepped
+from .sparseml import Notice, convert
+from .sparsifier import Sparsifier
+
+_TIMES = ("start", "end")
+_OF_SPARSIFIER = ("layers", "exclude", "pool", "may_empty", "regrow", "round_to", "seed")
+# The words of each step: those of its callback, and when.
+WORDS: dict[str, tuple[str, ...]] = {
+    "sparsify": (
+        *("sparsity", "granularity", "context", "criteria", "schedule", *_OF_SPARSIFIER, "drop", "decay", "every"),
+        *(*_TIMES, "initial_sparsity", "update_every"),
+    ),
+    "keep": (),
+    "regularize": ("weight", "granularity", "criteria", "schedule", "layers", "exclude", "proximal", *_TIMES),
+    "distil": ("weight", "temperature", "features", "feature_weight", "schedule", *_TIMES),
+    "freeze": ("layers", *_TIMES),
+}
+_NEEDED = {"sparsify": "sparsity", "regularize": "weight", "freeze": "layers"}
+_TOP = ("name", "description", "epochs", "variables", "steps", "results")
+
+
+@dataclass(frozen=True)
+class Step:
+    """kind: 'sparsify', 'keep', ... options: its words, expressions worked out. position: among the steps."""
+
+    kind: str
+    options: dict[str, Any]
+    position: int
+
+
+class Recipe:
+    """What a recipe says; printed, it is the file.
+
+    content: the plain dictionary of a file. notices: what of a converted recipe has no counterpart, with its line.
+    ValueError that names the line, the key and what was expected, if it cannot be followed.
+
+    >>> recipe = Recipe({'epochs': 10, 'steps': [{'sparsify': {'sparsity': 0.9, 'end': 5}}]})
+    >>> recipe.steps[0].options['sparsity']
+    0.9
+    """
+
+    def __init__(self, content: Mapping[str, Any], notices: Iterable[Notice] = (), *, source: Located | None = None):
+        self.content, self.notices = deepcopy(dict(content)), tuple(notices)
+        self._source = source or Located(self.content)
+        self._check_keys((), self.content, _TOP, "a recipe has")
+        self.variables = self._variables()
+        self.epochs = self._epochs()
+        self.steps = tuple(self._steps())
+        for step in self.steps:
+            self._arguments(step)  # raises what would be raised when it is used
+
+    # --- Files --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Recipe:
+        """Read a recipe; no code in it is run."""
+        return cls.loads(FilePath(path).read_text(encoding="utf-8"))
+
+    @classmethod
+    def loads(cls, text: str) -> Recipe:
+        """Read a recipe from a string."""
+        source = read(text)
+        if not isinstance(source.value, dict):
+            raise ValueError("line 1: a recipe is a mapping with epochs: and steps:")
+        return cls(source.value, source=source)
+
+    @classmethod
+    def from_sparseml(cls, path: str | os.PathLike, *, strict: bool = False) -> Recipe:
+        """Read a recipe of SparseML, YAML or Markdown; what has no counterpart is among the `notices`, with its line.
+
+        strict: ValueError if there is any.
+        """
+        content, notices = convert(FilePath(path).read_text(encoding="utf-8"))
+        if strict and notices:
+            listed = "\n".join(f"line {notice.line}: {notice.key}: {notice.message}" for notice in notices)
+            raise ValueError(f"{path} has what has no counterpart:\n{listed}")
+        return cls(content, notices)
+
+    def dumps(self) -> str:
+        """The recipe as YAML."""
+        return write(self.content)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the recipe as YAML; comments of a file that it was read from are not kept."""
+        FilePath(path).write_text(self.dumps(), encoding="utf-8")
+
+    __str__ = __repr__ = dumps
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.content == other.content
+
+    __hash__ = None  # type: ignore[assignment]
+
+    # --- Use ----------------------------------------------------------------------------------------------------
+
+    def callbacks(self, teacher: Any = None) -> list:
+        """What to give `learn.fit(recipe.epochs, cbs=recipe.callbacks())`. teacher: of a distil step."""
+        from .callback import SparsifyCallback
+        from .distill import DistillCallback
+        from .freeze import FreezeCallback
+        from .keep import KeepSparsity
+        from .regularize import RegularizeCallback
+
+        kinds: dict[str, Callable] = {
+            "sparsify": SparsifyCallback, "keep": KeepSparsity, "regularize": RegularizeCallback,
+            "distil": DistillCallback, "freeze": FreezeCallback,
+        }  # fmt: skip
+        made = []
+        for step in self.steps:
+            arguments = self._arguments(step)
+            with self._at("steps", step.position, step.kind):
+                if step.kind == "distil":
+                    if teacher is None:
+                        raise ValueError("distil needs a teacher: recipe.callbacks(teacher=a trained model)")
+                    arguments["teacher"] = teacher
+                made.append(kinds[step.kind](**arguments))
+        return made
+
+    def apply(
+        self, model: nn.Module, calibration: Iterable | None = None, loss_func: Callable | None = None
+    ) -> Sparsifier:
+        """One-shot: make a model as sparse as the recipe ends, without training, and return its Sparsifier.
+
+        calibration, loss_func: as of Sparsifier.calibrate, for criteria that look at data. ValueError if the recipe has
+        a step that needs training, or none that sparsifies.
+        """
+        for step in self.steps:
+            if step.kind not in ("sparsify", "keep"):
+                with self._at("steps", step.position, step.kind):
+                    raise ValueError(f"{step.kind} needs training: give recipe.callbacks() to a fit instead")
+        sparsifier, arguments = self._sparsifier(model)
+        if calibration is not None:
+            sparsifier.calibrate(calibration, loss_func)
+        end = progress(arguments["schedule"], 1.0)
+        sparsifier.sparsify(mapped(arguments["sparsity"], lambda fraction: end * fraction))
+        return sparsifier
+
+    def recorded(self, learn: Any, sparsifier: Sparsifier | None = None) -> Recipe:
+        """The recipe with `results`: measured sparsity of the model and of each layer, metrics, versions.
+
+        learn: a Learner after its fit. sparsifier: of the fit; by default that which the Learner keeps the zeros of.
+        """
+        sparsifier = sparsifier or getattr(getattr(learn, "keep_sparsity", None), "sparsifier", None)
+        if sparsifier is None:
+            raise ValueError("recorded: the Learner keeps no zeros; give the Sparsifier of the fit, cb.sparsifier")
+        report, names = sparsifier.report(), ["valid_loss", *(metric.name for metric in learn.metrics)]
+        results = {
+            "sparsity": report.selected.sparsity,
+            "sparsity_of_model": report.model.sparsity,
+            "layers": {row.name: row.count.sparsity for row in report.rows if not row.why_dense},
+            "metrics": {name: float(value) for name, value in zip(names, learn.validate(), strict=False)},
+            "versions": {name: _version(name) for name in ("sparsifai", "torch", "fastai")},
+        }
+        return Recipe({**self.content, "results": results}, self.notices)
+
+    def sparsifying(self) -> Step:
+        """The step that sparsifies. ValueError if there is none."""
+        for step in self.steps:
+            if step.kind == "sparsify":
+                return step
+        raise ValueError("the recipe has no step that sparsifies")
+
+    def _sparsifier(self, model: nn.Module) -> tuple[Sparsifier, dict[str, Any]]:
+        arguments = self._arguments(self.sparsifying())
+        words = ("granularity", "context", "criteria", *_OF_SPARSIFIER)
+        return Sparsifier(model, **{word: arguments[word] for word in words if word in arguments}), arguments
+
+    # --- What it says -------------------------------------------------------------------------------------------
+
+    def _variables(self) -> dict[str, float]:
+        given = self.content.get("variables") or {}
+        if not isinstance(given, Mapping):
+            self._fail(("variables",), f"variables are names with numbers, not {given!r}")
+        known: dict[str, float] = {}
+        for name, value in given.items():
+            path = ("variables", name)
+            if not isinstance(name, str) or not name.isidentifier():
+                self._fail(path, f"{name!r} is no name of a variable")
+            known[name] = self._worked_out(value, path, known)
+            if isinstance(known[name], bool) or not isinstance(known[name], Real):
+                self._fail(path, f"the variable {name} is a number or an expression in ${{...}}, not {value!r}")
+        return known
+
+    def _worked_out(self, value: Any, path: tuple[Hashable, ...], variables: Mapping[str, Any]) -> Any:
+        """A value with its expressions replaced by what they come to."""
+        if isinstance(value, Mapping):
+            return {key: self._worked_out(each, (*path, key), variables) for key, each in value.items()}
+        if isinstance(value, list):
+            return [self._worked_out(each, (*path, place), variables) for place, each in enumerate(value)]
+        if isinstance(value, str) and (expression := re.fullmatch(r"\$\{(.*)\}", value, re.DOTALL)):
+            with self._at(*path):
+                return evaluate(expression[1], variables)
+        return value
+
+    def _epochs(self) -> float | None:
+        epochs = self._worked_out(self.content.get("epochs"), ("epochs",), self.variables)
+        if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, Real) or not epochs > 0):
+            self._fail(("epochs",), f"epochs is a number above 0, not {epochs!r}")
+        return int(epochs) if epochs is not None and float(epochs).is_integer() else epochs
+
+    def _steps(self) -> Iterator[Step]:
+        given = self.content.get("steps")
+        if not isinstance(given, list) or not given:
+            self._fail(("steps",), "steps is a list of what is done: sparsify, keep, regularize, distil, freeze")
+        seen: set[str] = set()
+        for position, step in enumerate(given):
+            path: tuple[Hashable, ...] = ("steps", position)
+            if isinstance(step, str):
+                step = {step: {}}
+            if not isinstance(step, Mapping) or len(step) != 1:
+                self._fail(path, f"a step is one of {', '.join(WORDS)} with its options, not {step!r}")
+            ((kind, options),) = step.items()
+            self._check_keys(path, step, WORDS, "a step is")
+            if kind in seen and kind in ("sparsify", "keep"):
+                self._fail(
+                    (*path, kind), f"a second {kind} step: in one fit there is one; give sparsity as "
+                    "{pattern: fraction} for layers of different sparsity",
+                )  # fmt: skip
+            seen.add(kind)
+            options = {} if options is None else options
+            if not isinstance(options, Mapping):
+                self._fail((*path, kind), f"{kind} has options by name, such as {WORDS[kind][:2]}, not {options!r}")
+            self._check_keys((*path, kind), options, WORDS[kind], f"{kind} has")
+            if (needed := _NEEDED.get(kind)) and needed not in options:
+                self._fail((*path, kind), f"{kind} needs {needed}")
+            yield Step(kind, self._worked_out(options, (*path, kind), self.variables), position)
+
+    def _arguments(self, step: Step) -> dict[str, Any]:
+        """What the callback of a step is given: axes as functions, one schedule for when."""
+        options, place = dict(step.options), ("steps", step.position, step.kind)
+        for axis in ("granularity", "context", "criteria", "schedule", "decay", "regrow"):
+            if axis in options:
+                with self._at(*place, axis):
+                    options[axis] = axis_value("criteria" if axis == "regrow" else axis, options[axis])
+        start, end = (
+            self._share(options.pop(time, default), (*place, time)) for time, default in zip(_TIMES, ("0%", "100%"))
+        )
+        timed = bool({*_TIMES, "initial_sparsity", "update_every"} & step.options.keys())
+        with self._at(*place):
+            if not start < end <= 1:
+                raise ValueError(
+                    f"start is before end, and end within training; they are {start:.4g} and {end:.4g} of it"
+                )
+            if step.kind == "sparsify":
+                options["sparsity"] = check_sparsity(options["sparsity"])
+                resolve_axes(*(options.get(axis, default) for axis, default in _AXES.items()), options.get("pool"))
+                if timed:
+                    options["schedule"] = self._schedule_of_sparsity(options, start, end, place)
+                else:
+                    options.setdefault("schedule", between("agp", 0, 0.75))
+            elif step.kind == "freeze":
+                options |= {"start": start, "end": end}
+            elif timed:
+                options["schedule"] = during(options.get("schedule", "one_shot"), start, end)
+        return options
+
+    def _schedule_of_sparsity(self, options: dict[str, Any], start: float, end: float, place: tuple) -> Schedule:
+        schedule = options.get("schedule", "agp")
+        initial, update_every = options.pop("initial_sparsity", None), options.pop("update_every", None)
+        if initial is not None:
+            schedule = raised(schedule, self._share_of_target(initial, options["sparsity"]))
+        if update_every is not None:
+            schedule = stepped(schedule, (end - start) / self._share(update_every, (*place, "update_every")))
+        return between(schedule, start, end)
+
+    def _share_of_target(self, initial: Any, sparsity: Any) -> float:
+        targets = set(sparsity.values()) if isinstance(sparsity, Mapping) else {sparsity}
+        initial = check_sparsity(initial)
+        if isinstance(initial, Mapping) or len(targets) > 1 or not 0 <= initial <= min(targets):
+            raise ValueError(
+                f"initial_sparsity is one fraction up to the sparsity, which is one for all layers then; not {initial!r}"
+            )
+        return initial / targets.pop() if initial else 0.0
+
+    def _share(self, time: Any, path: tuple[Hashable, ...]) -> float:
+        """Of training: '75%', or epochs."""
+        if isinstance(time, str) and (percentage := re.fullmatch(r"\s*([\d.]+)\s*%\s*", time)):
+            with self._at(*path):
+                return float(percentage[1]) / 100
+        if isinstance(time, bool) or not isinstance(time, Real) or not float(time) >= 0:
+            self._fail(path, f"a time is in epochs, or a share of training such as 75%; not {time!r}")
+        if self.epochs is None:
+            self._fail(path, f"{time:g} epochs of how many? give epochs:, or a share of training such as 75%")
+        return float(time) / float(self.epochs)
+
+    # --- Errors -------------------------------------------------------------------------------------------------
+
+    def _check_keys(self, path: tuple[Hashable, ...], given: Mapping, known: Iterable[str], what: str) -> None:
+        for key in given:
+            if key not in known:
+                words = ", ".join(known) or "no options"
+                self._fail(
+                    (*path, key), f"unknown {key!r}; {close_matches(str(key), known) if known else ''} ({what} {words})"
+                )
+
+    def _fail(self, path: tuple[Hashable, ...], message: str) -> None:
+        raise ValueError(f"line {self._source.line(*path)}: {'.'.join(map(str, path))}: {message}")
+
+    @contextmanager
+    def _at(self, *path: Hashable) -> Iterator[None]:
+        """Tell the line of what is raised."""
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            if str(error).startswith("line "):
+                raise
+            raise ValueError(f"line {self._source.line(*path)}: {'.'.join(map(str, path))}: {error}") from error
+
+
+_AXES = {"granularity": "weight", "context": "global", "criteria": "large_final"}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

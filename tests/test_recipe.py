@@ -1,0 +1,315 @@
+"""Recipes: what is read, what it makes, and what is refused."""
+
+import inspect
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sparsifai import Recipe, Sparsifier
+from sparsifai.recipe import WORDS
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
+
+TEXT = """
+# a comment
+epochs: 8
+variables: {target: 0.8, half: "${target / 2}"}
+steps:
+  - sparsify:
+      sparsity: ${half + 0.4}
+      granularity: [out, h]
+      context: {bounded: [local, {'0*': [0, 0.9]}]}
+      criteria: movement
+      schedule: {one_cycle: {alpha: 10}}
+      start: 2
+      end: 75%
+  - regularize: {weight: 1e-3, granularity: {block: [2, 2]}, end: 4}
+  - distil: {weight: ${half}, temperature: 2}
+  - freeze: {layers: ["0"], start: 1, end: 50%}
+"""
+
+
+def sparsify(**options):
+    return Recipe({"epochs": 10, "steps": [{"sparsify": {"sparsity": 0.8, **options}}]})
+
+
+def schedule_of(recipe):
+    return recipe._arguments(recipe.steps[0])["schedule"]
+
+
+# --- What it says -------------------------------------------------------------------------------------------------
+
+
+def test_expressions_axes_and_times():
+    recipe = Recipe.loads(TEXT)
+    assert recipe.variables == {"target": 0.8, "half": 0.4}
+    assert recipe.epochs == 8
+    first, second, third, fourth = (recipe._arguments(step) for step in recipe.steps)
+    assert first["sparsity"] == pytest.approx(0.8)
+    assert first["granularity"]({"out": 4, "in": 4, "h": 3, "w": 3}) == ("out", "h")
+    assert first["context"].__name__ == "bounded(local)"
+    assert first["schedule"](0.24) == 0
+    assert first["schedule"](0.75) == pytest.approx(1)
+    assert second["weight"] == 1e-3
+    assert second["schedule"](0.49) == 1
+    assert second["schedule"](0.5) == 0
+    assert third["weight"] == 0.4
+    assert (fourth["start"], fourth["end"]) == (1 / 8, 0.5)
+
+
+def test_the_sparsity_begins_and_is_updated_as_it_says():
+    schedule = schedule_of(sparsify(schedule="lin", start=2, end=6, initial_sparsity=0.2, update_every=2))
+    assert [0.8 * schedule(epoch / 10) for epoch in range(11)] == pytest.approx([0, 0, 0.2, 0.2, 0.5, 0.5, *[0.8] * 5])
+
+
+def test_without_times_it_is_the_callbacks_own_default():
+    from sparsifai.schedule import between
+
+    assert schedule_of(sparsify()) == between("agp", 0, 0.75)
+    assert schedule_of(sparsify(end="50%")) == between("agp", 0, 0.5)
+
+
+@pytest.mark.fastai
+def test_the_words_of_a_step_are_those_of_its_callback():
+    pytest.importorskip("fastai", reason="the callbacks need fastai")
+    from sparsifai import DistillCallback, FreezeCallback, RegularizeCallback, SparsifyCallback
+
+    kinds = {
+        "sparsify": SparsifyCallback,
+        "regularize": RegularizeCallback,
+        "distil": DistillCallback,
+        "freeze": FreezeCallback,
+    }
+    # What a file cannot say: functions and data; and another name of one of the words.
+    left_out = {"teacher", "loss", "feature_loss", "calibration", "compression_ratio"}
+    for kind, callback in kinds.items():
+        words = set(inspect.signature(callback).parameters) - left_out
+        assert words == set(WORDS[kind]) - {"initial_sparsity", "update_every"} - (
+            set() if kind == "freeze" else {"start", "end"}
+        )
+
+
+# --- Files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_examples_are_read_and_saved(path, tmp_path):
+    recipe = Recipe.load(path)
+    recipe.save(tmp_path / "again.yaml")
+    assert Recipe.load(tmp_path / "again.yaml") == recipe
+    assert len(EXAMPLES) == 4
+
+
+words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=12)
+fractions = st.floats(0, 1, allow_subnormal=False)
+times = st.one_of(st.integers(0, 4), st.integers(0, 49).map("{}%".format))
+later = st.one_of(st.integers(6, 9), st.integers(60, 100).map("{}%".format))
+sparsities = st.one_of(fractions, st.dictionaries(words.filter(bool), fractions, min_size=1, max_size=3))
+schedules = st.sampled_from(
+    ["lin", "agp", {"iterative": 4}, {"between": ["cos", 0.2, 0.8]}, {"one_cycle": {"beta": 5}}]
+)
+steps = st.fixed_dictionaries(
+    {"sparsify": st.fixed_dictionaries({"sparsity": sparsities}, optional={
+        "context": st.sampled_from(["local", "erk", "2:4", {"blocks": 8}]), "schedule": schedules, "start": times,
+        "end": later, "layers": st.lists(words.filter(bool), min_size=1, max_size=2), "every": st.integers(1, 50),
+    })},
+)  # fmt: skip
+contents = st.fixed_dictionaries(
+    {"epochs": st.integers(10, 50), "steps": st.lists(steps, min_size=1, max_size=1)},
+    optional={"name": words, "description": words, "variables": st.dictionaries(st.sampled_from("abc"), fractions),
+              "results": st.dictionaries(words, st.one_of(words, fractions, st.none(), st.booleans()))},
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=150)
+@given(contents)
+def test_saved_and_loaded_it_is_the_same(content):
+    recipe = Recipe(content)
+    again = Recipe.loads(recipe.dumps())
+    assert again == recipe
+    assert again.dumps() == recipe.dumps()
+    assert again.steps == recipe.steps
+
+
+# --- What is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "line 1: a recipe is a mapping with epochs: and steps:"),
+        ("- a", "line 1: a recipe is a mapping"),
+        ("steps: []", "line 1: steps: steps is a list of what is done"),
+        ("epochs: 3\nstep: []", "line 2: step: unknown 'step'; did you mean 'steps'"),
+        ("steps:\n- sparsfy: {}", "line 2: steps.0.sparsfy: unknown 'sparsfy'; did you mean 'sparsify'"),
+        ("steps:\n- sparsify:\n    sparsty: 0.5", r"line 3: steps.0.sparsify.sparsty: unknown 'sparsty'; did you mean 'sparsity'"),
+        ("steps:\n- sparsify: {}", "line 2: steps.0.sparsify: sparsify needs sparsity"),
+        ("steps:\n- sparsify: {sparsity: 80}", r"line 2: steps.0.sparsify: sparsity 80 is a percentage, .* pass 0.8"),
+        ("steps:\n- sparsify: {sparsity: half}", "line 2: .* sparsity is a number from 0 to 1"),
+        ("steps:\n- sparsify:\n    sparsity: 0.5\n    context: globl", "line 4: .*unknown context 'globl'; did you mean 'global'"),
+        ("steps:\n- sparsify:\n    sparsity: 0.5\n    schedule: {iterativ: 3}", "line 4: .*unknown schedule 'iterativ'; did you mean 'iterative'"),
+        ("steps:\n- sparsify:\n    sparsity: 0.5\n    schedule: {iterative: 3.5}", "line 4: .*n is the number of steps"),
+        ("steps:\n- sparsify:\n    sparsity: 0.5\n    schedule: {one_cycle: {gamma: 3}}", "line 4: .*gamma"),
+        ("steps:\n- sparsify:\n    sparsity: 0.5\n    schedule: 7", "line 4: .*schedule is a name"),
+        ("steps:\n- sparsify:\n    sparsity: 0.5\n    start: 2", "line 4: .*2 epochs of how many. give epochs:"),
+        ("epochs: 4\nsteps:\n- sparsify:\n    sparsity: 0.5\n    start: soon", "line 5: .*a time is in epochs, or a share"),
+        ("epochs: 4\nsteps:\n- sparsify:\n    sparsity: 0.5\n    start: 3\n    end: 2", "line 3: .*start is before end"),
+        ("epochs: 4\nsteps:\n- sparsify:\n    sparsity: 0.5\n    end: 5", "line 3: .*end within training"),
+        ("epochs: 4\nsteps:\n- sparsify:\n    sparsity: 0.5\n    initial_sparsity: 0.6", "line 3: .*up to the sparsity"),
+        ("epochs: 0\nsteps: [keep]", "line 1: epochs: epochs is a number above 0"),
+        ("steps: [keep, keep]", "line 1: steps.1.keep: a second keep step"),
+        ("steps:\n- sparsify: {sparsity: 0.5}\n- sparsify: {sparsity: 0.5}", "line 3: .*a second sparsify step: in one fit there is one"),
+        ("variables: {a: b}\nsteps: [keep]", "line 1: variables.a: the variable a is a number or an expression"),
+        ("variables: {2: 3}\nsteps: [keep]", "line 1: variables.2: 2 is no name of a variable"),
+        ("steps:\n- sparsify: {sparsity: '${target}'}", "line 2: .*target"),
+        ("steps:\n- keep: {now: 1}", "line 2: steps.0.keep.now: unknown 'now'"),
+        ("steps:\n- regularize: {weight: -1}", "line 2: .*weight is that of the penalty"),
+        ("steps:\n- freeze: {layers: []}", "line 2: .*layers are names or globs"),
+        ("steps: [3]", "line 1: steps.0: a step is one of sparsify, keep"),
+        ("a: 1\na: 2", "line 2: 'a' is given twice"),
+        ("a: &x 1\nb: *x", "line 1: anchors and aliases are not read"),
+        ("a: !!python/name:os.system", "line 1: the tag .* is not read"),
+        ("a: [1", "line 1: "),
+    ],
+)  # fmt: skip
+def test_errors_name_the_line_the_key_and_what_was_expected(text, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.loads(text)
+
+
+HOSTILE = {
+    "laughs": "a: &a [x,x,x,x,x,x,x,x,x]\n"
+    + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")),
+    "deep": "[" * 100_000,
+    "deep mapping": "\n".join(" " * level + "a:" for level in range(500)),
+    "long": "a: " + "x" * 2_000_000,
+    "huge number": "epochs: " + "9" * 5000,
+    "huge hexadecimal": "epochs: 0x" + "f" * 5000,
+    "infinite": "epochs: .inf",
+    "power": "epochs: ${9**9**9**9}\nsteps: [keep]",
+    "python": "!!python/object/apply:os.system ['touch TOUCHED']",
+    "python in a value": "steps:\n- sparsify: {sparsity: !!python/object/apply:os.system ['touch TOUCHED']}",
+    "import": "epochs: ${__import__('os').system('touch TOUCHED')}\nsteps: [keep]",
+    "attribute": "variables: {a: 1}\nepochs: ${a.__class__}\nsteps: [keep]",
+    "nul": "a: \x00",
+    "merge": "<<: {steps: [keep]}",
+    "many": "steps: [" + "keep," * 200_000 + "]",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_quickly_and_run_no_code(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    began = time.process_time()
+    with pytest.raises(ValueError, match=r"\w"):
+        Recipe.loads(HOSTILE[name])
+    assert time.process_time() - began < 10
+    assert not list(tmp_path.iterdir())
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_a_broken_file_is_a_value_error_and_nothing_else(data):
+    text = TEXT
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(text)))
+        cut = data.draw(st.integers(0, 12))
+        text = (
+            text[:place]
+            + data.draw(st.text(st.sampled_from("{}[]:-,&*!%'\"#|>${} \n\tabé0.5"), max_size=5))
+            + text[place + cut :]
+        )
+    try:
+        recipe = Recipe.loads(text)
+    except ValueError as error:
+        assert str(error)
+    else:
+        assert Recipe.loads(recipe.dumps()) == recipe
+
+
+# --- Use ----------------------------------------------------------------------------------------------------------
+
+
+def test_applied_it_makes_a_plain_model_sparse_at_once(mlp):
+    sparsifier = sparsify(context="local").apply(mlp)
+    assert isinstance(sparsifier, Sparsifier)
+    assert sparsifier.sparsity == pytest.approx(0.8, abs=0.02)
+    recipe = sparsify(criteria="snip", sparsity={"0": 0.5, "2": 0.25})
+    with pytest.raises(ValueError, match="call calibrate"):
+        recipe.apply(mlp)
+    batches = [(torch.randn(8, 4), torch.randint(2, (8,)))]
+    assert recipe.apply(mlp, batches, nn.functional.cross_entropy).sparsity >= 0.4
+    with pytest.raises(ValueError, match="steps.1.regularize: regularize needs training"):
+        Recipe({"steps": [{"sparsify": {"sparsity": 0.5}}, {"regularize": {"weight": 1}}]}).apply(mlp)
+    with pytest.raises(ValueError, match="no step that sparsifies"):
+        Recipe({"steps": ["keep"]}).apply(mlp)
+
+
+def net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(128, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+@pytest.mark.fastai
+def test_in_a_fit_it_does_what_the_callbacks_do(make_learner):
+    from fastai.callback.core import Callback
+
+    from sparsifai import DistillCallback, RegularizeCallback, SparsifyCallback
+
+    recipe = Recipe.loads(
+        "epochs: 4\nsteps:\n"
+        "- sparsify: {sparsity: 0.8, schedule: lin, start: 1, end: 3, initial_sparsity: 0.2, update_every: 1}\n"
+        "- regularize: {weight: 1e-3}\n- distil: {weight: 0.5}\n- freeze: {layers: '1', end: 50%}\n"
+    )
+    levels, frozen = [], []
+
+    class Look(Callback):
+        order = 70
+
+        def before_batch(self):
+            if self.learn.training and self.iter == 0:
+                levels.append(self.learn.sparsify.sparsifier.sparsity)
+                frozen.append(not self.model[1].weight.requires_grad)
+
+    with pytest.raises(ValueError, match="line 4: steps.2.distil: distil needs a teacher"):
+        recipe.callbacks()
+    learn, callbacks = make_learner(net()), recipe.callbacks(teacher=net())
+    assert [type(each) for each in callbacks[:3]] == [SparsifyCallback, RegularizeCallback, DistillCallback]
+    learn.fit(recipe.epochs, cbs=[*callbacks, Look()])
+    assert levels == pytest.approx([0, 0.2, 0.5, 0.8], abs=1e-3)
+    assert frozen == [True, True, False, False]
+    assert all(parameter.requires_grad for parameter in learn.model.parameters())
+    recorded = recipe.recorded(learn)
+    results = recorded.content["results"]
+    assert results["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    assert set(results["layers"]) == {"1.weight", "3.weight"}
+    assert results["metrics"]["valid_loss"] > 0
+    assert Recipe.loads(recorded.dumps()) == recorded != recipe
+    assert "results" not in recipe.content
+
+
+@pytest.mark.fastai
+def test_what_is_frozen_is_not_trained_and_is_trained_again_after_an_interrupted_fit(make_learner):
+    from fastai.callback.core import Callback
+
+    from sparsifai import FreezeCallback
+
+    learn = make_learner(net())
+    before = learn.model[1].weight.detach().clone()
+
+    def stop(self):
+        if self.iter == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, 0.1, cbs=[FreezeCallback("1"), Callback(after_step=stop)])
+    assert torch.equal(before, learn.model[1].weight)
+    assert all(parameter.requires_grad for parameter in learn.model.parameters())
+    learn.fit(1, 0.1)
+    assert not torch.equal(before, learn.model[1].weight)
+    with pytest.raises(ValueError, match="no layer matches 'head'"):
+        learn.fit(1, cbs=FreezeCallback("head"))
