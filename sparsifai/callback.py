@@ -19,7 +19,7 @@ from .n_of_m import Blocks
 from .parallel import group_of, unwrapped
 from .regrowth import Regrowth, check_drop, sparsity_of_drop
 from .report import Count, percent
-from .schedule import between, progress, schedules
+from .schedule import between, falls, progress, schedules
 from .sparsifier import Sparsifier
 from .target import as_patterns, find_targets, matching
 
@@ -58,7 +58,7 @@ class SparsifyCallback(TrainingCallback):
         pool=None,  # How the scores of a group become one: 'mean', 'sum', 'max', 'l2' or a function; None for the usual
         may_empty=False,  # Whether a layer may lose its best group, too
         regrow=None,  # What comes back at an update for as much that falls: 'grad' (RigL), 'random' (SET), a criterion
-        drop=0.3,  # Share of what is left that falls for it, at first
+        drop=None,  # Share of what is left that falls for it, at first; by default 0.3
         decay=between("cos", 0, 0.75),  # The schedule by which that share goes to nothing
         calibration=None,  # Batches for criteria that look at data; by default the one that is being trained on
         round_to=None,  # Keep a multiple of this many groups in every layer
@@ -74,12 +74,17 @@ class SparsifyCallback(TrainingCallback):
         if isinstance(self.context, Blocks):
             self.context.check(max(self.sparsity.values()) if isinstance(self.sparsity, Mapping) else self.sparsity)
         self.schedule = schedules.resolve(schedule)
+        self._falls = falls(self.schedule)
         self.layers = None if layers is None else as_patterns(layers)
         self.exclude = None if exclude is None else as_patterns(exclude)
         self.round_to, self.seed = check_round_to(round_to), check_seed(seed)
         self.every = None if every is None else check_count("every", every)
         self.regrow = None if regrow is None else criteria_registry.resolve(regrow)
-        self.drop, self.decay = check_drop(drop), schedules.resolve(decay)
+        self.drop, self.decay = check_drop(0.3 if drop is None else drop), schedules.resolve(decay)
+        if self.regrow is None and drop is not None:
+            raise ValueError(
+                f"drop={drop!r}: nothing says what comes back; give regrow='grad', 'random' or a criterion"
+            )
         if self.regrow is not None:
             Regrowth(self.regrow).check(self.context, drops_outputs=False)
         self._trackers, self._curves = Trackers(), Curves()
@@ -195,9 +200,10 @@ class SparsifyCallback(TrainingCallback):
     def _level_at(self, t: float) -> float:
         """Where the schedule is at t, as a share of the target, but not below what earlier fits have reached.
 
-        Unless the schedule itself gives back in the end what it has reached, as dsd does.
+        Unless the schedule itself gives back what it has reached, as dsd and ac_dc do.
         """
-        return max(progress(self.schedule, t), min(self._floor, progress(self.schedule, 1.0)))
+        level = progress(self.schedule, t)
+        return level if self._falls else max(level, min(self._floor, progress(self.schedule, 1.0)))
 
     def _go_to(self, t: float) -> None:
         reached = self._level_at(t)
@@ -220,12 +226,20 @@ class SparsifyCallback(TrainingCallback):
 
         Before the step, so that what comes back is moved off zero at once.
         """
-        drops = self.regrow is not None and self._is_due and self._reached > 0
+        if not (self._advances and self._begun):  # in lr_find, after a fit that was interrupted
+            return
+        sparsifier, reached = self.sparsifier, self._level_at(self._batches(1) / self._batches_of_fit)
+        drops = self.regrow is not None and self._is_due and reached > 0
         drop = self.drop * (1 - progress(self.decay, self._start)) if drops else 0.0
-        if drop or self.sparsifier.collected.at("backward"):
-            self.sparsifier.collect_gradients()
-        if drop:
-            self._update(self._reached, drop)
+        if not drop:
+            sparsifier.collected.add("backward", sparsifier, sparsifier.targets)
+            return
+        show_data(self.learn, sparsifier, self.calibration)
+        sparsifier.collect_gradients()
+        # A level that rises does so in the same update, or what comes back, the lowest of all, would fall at once.
+        self._update(reached, drop)
+        if reached != self._reached:
+            self._reached, self._moved = reached, True
 
     def _is_short(self) -> bool:
         """Whether the level is another than the fit shall end at."""

@@ -81,7 +81,7 @@ class Meter:
             return
         if (device := getattr(self.learn.dls, "device", None)) is not None:
             self.model.to(device)
-        with _unchanged(self.learn):
+        with unchanged(self.learn):
             yield
 
 
@@ -157,7 +157,7 @@ def _put_back(parameter: nn.Parameter, data: Tensor, copy: Tensor, requires_grad
 
 
 @contextmanager
-def _unchanged(learn: Any) -> Iterator[None]:
+def unchanged(learn: Any) -> Iterator[None]:
     """Leave a Learner and its callbacks as they were; show nothing, and have none of them save, log or judge."""
     held = dict(vars(learn))
     of_callbacks = [(callback, dict(vars(callback))) for callback in learn.cbs]
@@ -178,7 +178,7 @@ def first_batch(learn: Any) -> tuple:
     """The first batch of the training data of a Learner: its inputs, and the tuple of its targets; nothing is drawn."""
     loader = learn.dls.train
     with untraced(learn.model), not_drawn_from(loader):
-        batch = loader.one_batch()
+        batch = loader.one_batch() if hasattr(loader, "one_batch") else next(iter(loader))  # fastai's, torch's
     return next(iter(Split([batch], getattr(learn.dls, "n_inp", None))))
 
 

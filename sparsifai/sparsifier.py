@@ -159,9 +159,8 @@ class Sparsifier(MaskedModel):
         `mask_gradients` does so itself. ValueError if none has reached a layer that takes part.
         """
         self._check_held("collect_gradients")
-        self.collected.add("backward", self, self.targets)
-        if self.regrowth is not None:
-            self.regrowth.add("backward", self, self.targets)
+        for statistics in filter(None, (self.collected, self.regrowth)):
+            statistics.add("backward", self, self.targets)
 
     def mask_gradients(self) -> None:
         """Set the gradients of masked weights to zero: to be called after backward, before clipping.
