@@ -87,11 +87,9 @@ def _multiply_adds(target: Target, module: nn.Module, inputs: tuple, named: Mapp
         return weights * (value.numel() // module.in_channels)
     if isinstance(module, CONVOLUTIONS):
         return weights * (output.numel() // module.out_channels)
-    # Weights of recurrent layers are those that have a number or the like in their names.
-    recurrent = target.attribute.startswith("weight_")
-    if len(target.axes) > 3 or not (recurrent or value.shape[-1] == target.axes.get("in")):
-        return None
-    return weights * _places(value)
+    # Weights of recurrent layers have more in their names; tied to a look-up, a Linear has the axes of that.
+    known = isinstance(module, nn.Linear) or target.attribute.startswith("weight_")
+    return weights * _places(value) if known or value.shape[-1] == target.axes.get("in") else None
 
 
 def _places(value: Tensor) -> int:

@@ -113,12 +113,14 @@ def timeline_of(
     return tuple((batch / n_iter, target * progress(schedule, at / total)) for batch, at in updates.items())
 
 
-def why_not_two_four(target: Target) -> str:
+def why_not_two_four(target: Target | None) -> str:
     """Why torch.sparse.to_sparse_semi_structured takes no weight of this shape in half precision, empty if it does.
 
-    As of torch 2.15 with cuSPARSELt; older kernels and other types ask for more.
+    target: None for a matrix without named axes. As of torch 2.15 with cuSPARSELt; CUTLASS and other types
+    ask for more.
     """
-    if not isinstance(target.module, nn.Linear) or isinstance(target.module, NonDynamicallyQuantizableLinear):
+    module = None if target is None else target.module
+    if target is None or not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
         return "not of a Linear"
     return "" if not any(side % SIDE for side in target.parameter.shape) else f"sides not in {SIDE}s"
 
@@ -135,9 +137,7 @@ def _layers(probe: Sparsifier, flops: Mapping[str, int]) -> tuple[PlannedLayer, 
         collapses = mask is not None and _is_near_collapse(probe.targets[row.name], probe.groupings[row.name], left)
         element = elements[row.name] if target is None else target.parameter.element_size()
         size = Size.of(weights, left, element, flops.get(row.name))
-        if mask is None:  # kept as it is, without a bit per weight
-            size = Size(weights, left, size.bytes, size.bytes, size.flops, size.flops)
-        refused = "no named axes" if target is None else why_not_two_four(target)
+        refused = why_not_two_four(target)
         layers.append(PlannedLayer(row.name, row.kind, row.shape, size, row.why_dense, row.note, refused, collapses))
     return tuple(layers)
 
