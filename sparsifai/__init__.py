@@ -37,6 +37,7 @@ from .criterion import (
 from .granularity import along, block, granularities
 from .layer_sensitivity import highest_sparsity, sensitivity
 from .n_of_m import blocks, is_nm
+from .planned import Plan
 from .regularizer import Regularizer
 from .report import Report
 from .schedule import ac_dc, agp, between, cos, dsd, iterative, lin, one_cycle, one_shot, schedules
@@ -69,6 +70,7 @@ __all__ = [
     "DistillCallback",
     "KeepSparsity",
     "LotteryTickets",
+    "Plan",
     "RegularizeCallback",
     "Regularizer",
     "Report",

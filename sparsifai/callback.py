@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from .argument import check_count, check_round_to, check_seed, check_sparsity, mapped, resolve_axes
 from .criterion import criteria as criteria_registry
 from .keep import KeepSparsity, TrainingCallback
@@ -17,6 +19,7 @@ from .learner import Column, Curves, Trackers, notify, show_data
 from .masking import NEXT_TO_ZERO, zero_moments
 from .n_of_m import Blocks
 from .parallel import group_of, unwrapped
+from .plan import plan_of
 from .regrowth import Regrowth, check_drop, sparsity_of_drop
 from .report import Count, percent
 from .schedule import between, falls, progress, schedules
@@ -189,13 +192,31 @@ class SparsifyCallback(TrainingCallback):
                 self._trackers.pause_loading(self.learn, short=self._is_short())
         self._end()
 
+    def plan(self, model, n_epoch, n_iter, example_input=None):
+        """What a fit of `model` with this callback would do: a `Plan`; nothing is trained or changed.
+
+        n_epoch, n_iter: of the fit, and batches in each of them, `len(learn.dls.train)`. example_input: a batch, to
+        count FLOPs with, and for models that torch.fx cannot trace; a tuple holds positional arguments.
+        The fit is one from the model's present weights with nothing held sparse before, as the first is.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"plan: model is a torch.nn.Module, such as learn.model, not {type(model).__name__}")
+        n_epoch, n_iter = check_count("n_epoch", n_epoch), check_count("n_iter", n_iter)
+        every = self._every_of(n_epoch * n_iter)
+        sparsifier = self._sparsifier_for(unwrapped(model), example_input)
+        return plan_of(sparsifier, self.sparsity, self.schedule, n_epoch, n_iter, every, example_input)
+
     # --- Moving the sparsity ------------------------------------------------------------------------------------
 
     @property
     def _is_due(self) -> bool:
         """Whether the masks are updated in the step of the present batch."""
-        every = self.every or (1 if self.regrow is None else math.ceil(self._batches_of_fit / 100))
+        every = self._every_of(self._batches_of_fit)
         return self._batches(1) // every > self._updated // every
+
+    def _every_of(self, batches: int) -> int:
+        """Batches from one mask update to the next, in a fit of so many."""
+        return self.every or (1 if self.regrow is None else math.ceil(batches / 100))
 
     def _level_at(self, t: float) -> float:
         """Where the schedule is at t, as a share of the target, but not below what earlier fits have reached.
@@ -256,22 +277,25 @@ class SparsifyCallback(TrainingCallback):
 
     def _make_sparsifier(self) -> None:
         """At the first batch, which the data flow of some models is read from."""
-        model = unwrapped(self.learn.model)
-        exclude = list(self.exclude or [])
-        if isinstance(self.sparsity, dict):  # a layer that no pattern matches takes no part
-            targets = find_targets(model)
-            wanted = set().union(*(matching(pattern, targets, model) for pattern in self.sparsity))
-            exclude += [name for name in targets if name not in wanted]
-        sparsifier = Sparsifier(
-            model, self.granularity, self.context, self.criteria,
-            layers=self.layers, exclude=exclude or None, pool=self.pool, may_empty=self.may_empty,
-            regrow=self.regrow, round_to=self.round_to, seed=self.seed, example_input=self.learn.xb,
-        )  # fmt: skip
+        sparsifier = self._sparsifier_for(unwrapped(self.learn.model), self.learn.xb)
         show_data(self.learn, sparsifier, self.calibration)
         sparsifier.check(self.sparsity)
         if self.regrow is not None:  # at most so much has to fall for as much to come back
             sparsifier.check(mapped(self.sparsity, partial(sparsity_of_drop, drop=self.drop)))
         self.sparsifier = sparsifier
+
+    def _sparsifier_for(self, model: nn.Module, example_input: Any) -> Sparsifier:
+        """A Sparsifier with the options of the callback."""
+        exclude = list(self.exclude or [])
+        if isinstance(self.sparsity, dict):  # a layer that no pattern matches takes no part
+            targets = find_targets(model)
+            wanted = set().union(*(matching(pattern, targets, model) for pattern in self.sparsity))
+            exclude += [name for name in targets if name not in wanted]
+        return Sparsifier(
+            model, self.granularity, self.context, self.criteria,
+            layers=self.layers, exclude=exclude or None, pool=self.pool, may_empty=self.may_empty,
+            regrow=self.regrow, round_to=self.round_to, seed=self.seed, example_input=example_input,
+        )  # fmt: skip
 
     def _find_keeper(self) -> None:
         """Have one KeepSparsity that stays on the Learner, with all zeros that were kept or are there already."""
