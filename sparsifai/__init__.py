@@ -37,6 +37,7 @@ from .criterion import (
 from .granularity import along, block, granularities
 from .layer_sensitivity import highest_sparsity, sensitivity
 from .n_of_m import blocks, is_nm
+from .planned import Plan
 from .recipe import Recipe
 from .regularizer import Regularizer
 from .report import Report
@@ -87,6 +88,7 @@ __all__ = [
     "FreezeCallback",
     "KeepSparsity",
     "LotteryTickets",
+    "Plan",
     "Recipe",
     "RegularizeCallback",
     "Regularizer",

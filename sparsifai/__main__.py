@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,41 +16,52 @@ from .recipe import Recipe
 from .report import Count, percent
 from .table import as_text
 
-_EPILOG = """examples:
-  sparsifai plan recipe.yaml --model torchvision:resnet50 --input 1,3,224,224
-  sparsifai plan recipe.yaml --model mypackage.models:make_net
-  sparsifai report checkpoint.pth
-  sparsifai convert sparseml.md --to recipe.yaml
+_PLAN = """What a recipe would do to a model, without data or training: how many weights of each layer are left, why some
+stay dense, bytes, FLOPs (with --input), and the sparsity after each epoch.
+
+example: sparsifai plan examples/recipes/training_aware.yaml --model torchvision:resnet50 --input 1,3,224,224
+"""
+_REPORT = """The zeros of a checkpoint, counted: of every matrix, and of the whole file.
+
+example: sparsifai report checkpoint.pth
+"""
+_CONVERT = """Make a recipe of one of SparseML. What has no counterpart is listed with its line, on standard error.
+
+example: sparsifai convert sparseml.md --to recipe.yaml
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it went well, 2 if what was given cannot work."""
-    parser = argparse.ArgumentParser(
-        "sparsifai", description="Plan, convert and measure sparse models.", epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = argparse.ArgumentParser("sparsifai", description="Plan, convert and measure sparse models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    plan = commands.add_parser("plan", help="what a recipe would do to a model, without data or training")
+    def command(name: str, run: Callable[[Any], None], description: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=description.partition("\n")[0],
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=run)
+        return added
+
+    plan = command("plan", _plan, _PLAN)
     plan.add_argument("recipe", type=Path, help="a recipe, YAML")
     plan.add_argument(
         "--model", required=True, help="package:function that makes a model, such as torchvision:resnet50, untrained"
     )
     plan.add_argument("--input", type=_shape, help="shape of a batch, such as 1,3,224,224, for FLOPs and data flow")
     plan.add_argument("--batches", type=int, default=100, help="batches in an epoch, for the timeline (default 100)")
-    plan.add_argument("--picture", type=Path, help="write the timeline and the layers as a picture, too")
-    plan.set_defaults(run=_plan)
+    plan.add_argument("--picture", type=Path, help="write the layers as a picture, too")
 
-    report = commands.add_parser("report", help="count the zeros of a checkpoint")
+    report = command("report", _report, _REPORT)
     report.add_argument("checkpoint", type=Path, help="a state_dict that torch.save or learn.save has written")
-    report.set_defaults(run=_report)
 
-    convert = commands.add_parser("convert", help="make a recipe of one of SparseML")
+    convert = command("convert", _convert, _CONVERT)
     convert.add_argument("recipe", type=Path, help="YAML, or Markdown with YAML in front")
     convert.add_argument("--to", type=Path, help="file to write; by default the recipe is printed")
     convert.add_argument("--strict", action="store_true", help="refuse what has no counterpart, instead of listing it")
-    convert.set_defaults(run=_convert)
 
     given = parser.parse_args(arguments)
     try:
@@ -66,7 +77,7 @@ def _plan(given: Any) -> None:
     plan = Recipe.load(given.recipe).plan(model, n_iter=given.batches, example_input=example)
     print(plan)
     if given.picture is not None:
-        plan.plot().figure.savefig(given.picture)
+        plan.plot().figure.savefig(given.picture, bbox_inches="tight")
 
 
 def _report(given: Any) -> None:
@@ -82,7 +93,7 @@ def _report(given: Any) -> None:
     if not tensors:
         raise ValueError(f"{given.checkpoint} has no tensors by name; give a state_dict that torch.save has written")
     matrices = {name: value for name, value in tensors.items() if value.dim() > 1}
-    rows = [("weight", "shape", "weights", "zeros", "sparsity")]
+    rows: list[tuple[str, ...]] = [("weight", "shape", "weights", "zeros", "sparsity")]
     rows += [_counted(name, "x".join(map(str, value.shape)), value) for name, value in matrices.items()]
     rows += [_counted("all of these", "", *matrices.values()), _counted("whole file", "", *tensors.values())]
     print(as_text(rows, left=(0, 1), totals=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import inf
 from numbers import Real
 from typing import Any
 
@@ -68,6 +69,18 @@ def resolve_axes(
         criterion,
         poolings.resolve(getattr(plain, "pooling", "mean") if pool is None else pool),
     )
+
+
+def check_number(name: str, value: Any, low: float = 0.0, high: float = inf) -> float:
+    """A finite number from `low` to `high`."""
+    if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real) or not low <= float(value) <= high:
+        upto = "on" if high == inf else f"to {high:g}"
+        raise ValueError(f"{name} is a number from {low:g} {upto}, not {value!r}")
+    if float(value) == inf:
+        raise ValueError(f"{name} is a finite number, not {value!r}")
+    return float(value)
 
 
 def check_seed(seed: Any) -> int:

@@ -25,6 +25,7 @@ _MAKERS: dict[str, dict[str, Callable]] = {
         "iterative": iterative, "between": between, "during": during, "raised": raised, "stepped": stepped,
     },
 }  # fmt: skip
+_OF_A_SCHEDULE = ("between", "during", "raised", "stepped")
 _MAKERS["decay"] = _MAKERS["schedule"]
 
 

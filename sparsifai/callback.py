@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from .argument import check_count, check_round_to, check_seed, check_sparsity, mapped, resolve_axes
 from .criterion import criteria as criteria_registry
 from .keep import KeepSparsity, TrainingCallback
@@ -17,9 +19,10 @@ from .learner import Column, Curves, Trackers, notify, show_data
 from .masking import NEXT_TO_ZERO, zero_moments
 from .n_of_m import Blocks
 from .parallel import group_of, unwrapped
+from .plan import plan_of
 from .regrowth import Regrowth, check_drop, sparsity_of_drop
 from .report import Count, percent
-from .schedule import between, progress, schedules
+from .schedule import between, falls, progress, schedules
 from .sparsifier import Sparsifier
 from .target import as_patterns, find_targets, matching
 
@@ -58,7 +61,7 @@ class SparsifyCallback(TrainingCallback):
         pool=None,  # How the scores of a group become one: 'mean', 'sum', 'max', 'l2' or a function; None for the usual
         may_empty=False,  # Whether a layer may lose its best group, too
         regrow=None,  # What comes back at an update for as much that falls: 'grad' (RigL), 'random' (SET), a criterion
-        drop=0.3,  # Share of what is left that falls for it, at first
+        drop=None,  # Share of what is left that falls for it, at first; by default 0.3
         decay=between("cos", 0, 0.75),  # The schedule by which that share goes to nothing
         calibration=None,  # Batches for criteria that look at data; by default the one that is being trained on
         round_to=None,  # Keep a multiple of this many groups in every layer
@@ -74,12 +77,17 @@ class SparsifyCallback(TrainingCallback):
         if isinstance(self.context, Blocks):
             self.context.check(max(self.sparsity.values()) if isinstance(self.sparsity, Mapping) else self.sparsity)
         self.schedule = schedules.resolve(schedule)
+        self._falls = falls(self.schedule)
         self.layers = None if layers is None else as_patterns(layers)
         self.exclude = None if exclude is None else as_patterns(exclude)
         self.round_to, self.seed = check_round_to(round_to), check_seed(seed)
         self.every = None if every is None else check_count("every", every)
         self.regrow = None if regrow is None else criteria_registry.resolve(regrow)
-        self.drop, self.decay = check_drop(drop), schedules.resolve(decay)
+        self.drop, self.decay = check_drop(0.3 if drop is None else drop), schedules.resolve(decay)
+        if self.regrow is None and drop is not None:
+            raise ValueError(
+                f"drop={drop!r}: nothing says what comes back; give regrow='grad', 'random' or a criterion"
+            )
         if self.regrow is not None:
             Regrowth(self.regrow).check(self.context, drops_outputs=False)
         self._trackers, self._curves = Trackers(), Curves()
@@ -184,20 +192,39 @@ class SparsifyCallback(TrainingCallback):
                 self._trackers.pause_loading(self.learn, short=self._is_short())
         self._end()
 
+    def plan(self, model, n_epoch, n_iter, example_input=None):
+        """What a fit of `model` with this callback would do: a `Plan`; nothing is trained or changed.
+
+        n_epoch, n_iter: of the fit, and batches in each of them, `len(learn.dls.train)`. example_input: a batch, to
+        count FLOPs with, and for models that torch.fx cannot trace; a tuple holds positional arguments.
+        The fit is one from the model's present weights with nothing held sparse before, as the first is.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"plan: model is a torch.nn.Module, such as learn.model, not {type(model).__name__}")
+        n_epoch, n_iter = check_count("n_epoch", n_epoch), check_count("n_iter", n_iter)
+        every = self._every_of(n_epoch * n_iter)
+        sparsifier = self._sparsifier_for(unwrapped(model), example_input)
+        return plan_of(sparsifier, self.sparsity, self.schedule, n_epoch, n_iter, every, example_input)
+
     # --- Moving the sparsity ------------------------------------------------------------------------------------
 
     @property
     def _is_due(self) -> bool:
         """Whether the masks are updated in the step of the present batch."""
-        every = self.every or (1 if self.regrow is None else math.ceil(self._batches_of_fit / 100))
+        every = self._every_of(self._batches_of_fit)
         return self._batches(1) // every > self._updated // every
+
+    def _every_of(self, batches: int) -> int:
+        """Batches from one mask update to the next, in a fit of so many."""
+        return self.every or (1 if self.regrow is None else math.ceil(batches / 100))
 
     def _level_at(self, t: float) -> float:
         """Where the schedule is at t, as a share of the target, but not below what earlier fits have reached.
 
-        Unless the schedule itself gives back in the end what it has reached, as dsd does.
+        Unless the schedule itself gives back what it has reached, as dsd and ac_dc do.
         """
-        return max(progress(self.schedule, t), min(self._floor, progress(self.schedule, 1.0)))
+        level = progress(self.schedule, t)
+        return level if self._falls else max(level, min(self._floor, progress(self.schedule, 1.0)))
 
     def _go_to(self, t: float) -> None:
         reached = self._level_at(t)
@@ -220,12 +247,20 @@ class SparsifyCallback(TrainingCallback):
 
         Before the step, so that what comes back is moved off zero at once.
         """
-        drops = self.regrow is not None and self._is_due and self._reached > 0
+        if not (self._advances and self._begun):  # in lr_find, after a fit that was interrupted
+            return
+        sparsifier, reached = self.sparsifier, self._level_at(self._batches(1) / self._batches_of_fit)
+        drops = self.regrow is not None and self._is_due and reached > 0
         drop = self.drop * (1 - progress(self.decay, self._start)) if drops else 0.0
-        if drop or self.sparsifier.collected.at("backward"):
-            self.sparsifier.collect_gradients()
-        if drop:
-            self._update(self._reached, drop)
+        if not drop:
+            sparsifier.collected.add("backward", sparsifier, sparsifier.targets)
+            return
+        show_data(self.learn, sparsifier, self.calibration)
+        sparsifier.collect_gradients()
+        # A level that rises does so in the same update, or what comes back, the lowest of all, would fall at once.
+        self._update(reached, drop)
+        if reached != self._reached:
+            self._reached, self._moved = reached, True
 
     def _is_short(self) -> bool:
         """Whether the level is another than the fit shall end at."""
@@ -242,22 +277,25 @@ class SparsifyCallback(TrainingCallback):
 
     def _make_sparsifier(self) -> None:
         """At the first batch, which the data flow of some models is read from."""
-        model = unwrapped(self.learn.model)
-        exclude = list(self.exclude or [])
-        if isinstance(self.sparsity, dict):  # a layer that no pattern matches takes no part
-            targets = find_targets(model)
-            wanted = set().union(*(matching(pattern, targets, model) for pattern in self.sparsity))
-            exclude += [name for name in targets if name not in wanted]
-        sparsifier = Sparsifier(
-            model, self.granularity, self.context, self.criteria,
-            layers=self.layers, exclude=exclude or None, pool=self.pool, may_empty=self.may_empty,
-            regrow=self.regrow, round_to=self.round_to, seed=self.seed, example_input=self.learn.xb,
-        )  # fmt: skip
+        sparsifier = self._sparsifier_for(unwrapped(self.learn.model), self.learn.xb)
         show_data(self.learn, sparsifier, self.calibration)
         sparsifier.check(self.sparsity)
         if self.regrow is not None:  # at most so much has to fall for as much to come back
             sparsifier.check(mapped(self.sparsity, partial(sparsity_of_drop, drop=self.drop)))
         self.sparsifier = sparsifier
+
+    def _sparsifier_for(self, model: nn.Module, example_input: Any) -> Sparsifier:
+        """A Sparsifier with the options of the callback."""
+        exclude = list(self.exclude or [])
+        if isinstance(self.sparsity, dict):  # a layer that no pattern matches takes no part
+            targets = find_targets(model)
+            wanted = set().union(*(matching(pattern, targets, model) for pattern in self.sparsity))
+            exclude += [name for name in targets if name not in wanted]
+        return Sparsifier(
+            model, self.granularity, self.context, self.criteria,
+            layers=self.layers, exclude=exclude or None, pool=self.pool, may_empty=self.may_empty,
+            regrow=self.regrow, round_to=self.round_to, seed=self.seed, example_input=example_input,
+        )  # fmt: skip
 
     def _find_keeper(self) -> None:
         """Have one KeepSparsity that stays on the Learner, with all zeros that were kept or are there already."""

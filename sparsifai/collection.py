@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,13 +74,17 @@ class Statistics:
         if "score" in function.moments:
             return function(source, name)
         if name not in self.stored.get(quantity, {}):
-            how = ", or collect_gradients() after a backward," if "backward" in function.moments else ""
             raise ValueError(
                 f"criterion {name_of(self.criterion)} needs {quantity}, of which no batch was seen; call "
-                f"calibrate(batches, loss_func){how} before sparsify"
+                f"{self.how(function.moments)} before sparsify"
             )
         value = self.stored[quantity][name].to(source.targets[name].parameter.device)
         return function.finish(value) if function.finish else value
+
+    def how(self, moments: Container[str]) -> str:
+        """How to have what is taken at these moments collected."""
+        gradients = ", or collect_gradients() after a backward," if "backward" in moments else ""
+        return f"calibrate(batches, loss_func){gradients}"
 
     def once(self, compute: Callable[[Any], dict[str, Tensor]], source: Source) -> dict[str, Tensor]:
         """What `compute` gives, computed at the first layer of a moment only; `forget` ends the moment."""

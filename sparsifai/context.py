@@ -239,8 +239,8 @@ def _bounded(
     lower = min(1.0, wanted / least) if least else 1.0
     limits = {number: (low * lower, low * lower if low == high else high) for number, (low, high) in bounds.items()}
     fixed = {number: low for number, (low, high) in limits.items() if low == high}
-    # What is masked already has no say in what each layer is to have.
-    unmasked = [replace(layer, alive=np.ones(len(layer), bool)) for layer in layers]
+    # What is masked already has no say in what each layer is to have, unless it is what may come back.
+    unmasked = [layer if layer.revives else replace(layer, alive=np.ones(len(layer), bool)) for layer in layers]
     while True:
         free = [number for number in range(len(layers)) if number not in fixed]
         left = wanted - sum(max(share * sizes[number], _stay_masked(layers[number])) for number, share in fixed.items())

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from functools import partial
-from math import inf
-from numbers import Real
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from fastai.callback.rnn import ModelResetter
 from fastai.learner import Learner
 from torch import Tensor, nn
 
+from .argument import check_number
 from .keep import TrainingCallback
 from .parallel import unwrapped
 from .registry import close_matches, name_of
@@ -21,6 +21,9 @@ from .schedule import progress, schedules
 from .statistic import widened
 from .tap import Taps, first_tensor
 from .target import evaluating
+
+# Losses of numbers, or of several labels at once, which a softmax does not suit.
+_OF_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
 
 
 def soft_targets(student: Tensor, teacher: Tensor, temperature: float, axis: int) -> Tensor:
@@ -60,7 +63,10 @@ class DistillCallback(TrainingCallback):
         features=None,  # Layers whose outputs are compared: {name in the model: name in the teacher}, or names of both
         feature_weight=1.0,  # Of the mean over features, which is added to the loss and follows the schedule, too
         feature_loss=F.mse_loss,  # Of the outputs of two layers: a function of (student, teacher)
-        schedule="one_shot",  # When: a name of `schedules`, a function from [0, 1] to [0, 1], or a fastai annealer
+        # When, over each fit, so twice with fine_tune: a name of `schedules`, a function from [0, 1] to [0, 1], or a
+        # fastai annealer
+        schedule="one_shot",
+        axis=None,  # Of the classes, for soft_targets; by default that of the Learner's loss, or 1
     ):
         super().__init__()
         teacher = teacher.model if isinstance(teacher, Learner) else teacher
@@ -69,11 +75,17 @@ class DistillCallback(TrainingCallback):
         for name, function in (("loss", loss), ("feature_loss", feature_loss)):
             if not callable(function):
                 raise TypeError(f"DistillCallback: {name} is a function of (student, teacher), not {function!r}")
-        self.weight = _check_number("weight", weight, "from 0 to 1", lambda value: 0 <= value <= 1)
-        self.temperature = _check_number("temperature", temperature, "above 0", lambda value: 0 < value < inf)
-        self.feature_weight = _check_number(
-            "feature_weight", feature_weight, "from 0 on", lambda value: 0 <= value < inf
-        )
+        self.weight = check_number("DistillCallback: weight", weight, 0, 1)
+        self.temperature = check_number("DistillCallback: temperature", temperature)
+        if not self.temperature:
+            raise ValueError("DistillCallback: temperature is a number above 0, not 0")
+        self.axis = axis
+        self.feature_weight = check_number("DistillCallback: feature_weight", feature_weight)
+        if isinstance(feature_loss, nn.Module) and any(each.requires_grad for each in feature_loss.parameters()):
+            raise ValueError(
+                "DistillCallback: feature_loss has parameters, which no optimizer trains; freeze them, or put what "
+                "projects features into the model"
+            )
         self.teacher, self.output_loss, self.feature_loss = teacher, loss, feature_loss
         self.features = _pairs(features)
         _check_names(self.features.values(), teacher, "teacher")
@@ -102,7 +114,8 @@ class DistillCallback(TrainingCallback):
                 "with it; give a copy as the teacher, copy.deepcopy(learn.model)"
             )
         _check_names(self.features, model, "model")
-        self._axis = getattr(self.learn.loss_func, "axis", 1)
+        self._check_classes()
+        self._axis = getattr(self.learn.loss_func, "axis", 1) if self.axis is None else self.axis
 
     def before_train(self):
         "Have the teacher on the device of the model, and begin its texts anew where the model's begin anew"
@@ -138,6 +151,23 @@ class DistillCallback(TrainingCallback):
         self._untap()
 
     after_fit = after_cancel_batch
+
+    def _check_classes(self) -> None:
+        """ValueError if soft_targets would compare what are no classes."""
+        loss = getattr(self.learn.loss_func, "func", self.learn.loss_func)  # that of fastai's flattened losses
+        if self.weight and self.output_loss is soft_targets and isinstance(loss, _OF_NUMBERS):
+            raise ValueError(
+                f"DistillCallback: soft_targets compares classes, and {type(loss).__name__} is of numbers; give "
+                "another loss=, such as torch.nn.functional.mse_loss"
+            )
+
+    def __deepcopy__(self, memo):
+        "A copy has the same teacher, which it does not train either"
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        kept = {name: value for name, value in vars(self).items() if name not in ("teacher", "_taps")}
+        made.__dict__.update(deepcopy(kept, memo) | {"teacher": self.teacher})
+        return made
 
     def _ask(self) -> tuple[Tensor, dict[str, Tensor]]:
         """What the teacher, and layers of it, give for the batch; in autocast if the model's forward was."""
@@ -207,9 +237,3 @@ def _check_names(names: Iterable[str], model: nn.Module, whose: str) -> None:
     for name in names:
         if name not in known:
             raise ValueError(f"features: the {whose} has no layer {name!r}; {close_matches(name, known)}")
-
-
-def _check_number(name: str, value: Any, allowed: str, check: Callable[[Any], bool]) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not check(value):
-        raise ValueError(f"DistillCallback: {name} is a number {allowed}, not {value!r}")
-    return float(value)

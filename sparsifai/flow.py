@@ -135,6 +135,11 @@ def find_flow(model: nn.Module, example_input: Any = None) -> Flow:
             f"the data flow of {kind_of(model)} cannot be traced after fully_shard, and this granularity needs "
             "it to know the first and the last layer; make the Sparsifier before fully_shard is called on the model"
         )
+    if any(type(module).__module__.startswith("torch.ao.nn") for module in model.modules()):
+        raise ValueError(
+            f"the data flow of {kind_of(model)}, which is prepared for quantization, is not followed, and this "
+            "granularity needs it; sparsify whole outputs or inputs before the model is prepared"
+        )
     try:
         return _traced(model)
     except Exception as error:  # fx raises whatever the model's own code makes of a proxy

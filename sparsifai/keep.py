@@ -91,7 +91,7 @@ class KeepSparsity(TrainingCallback):
         "Zero the masked weights and their moments, which may have been loaded or changed since the last fit"
         if self.learn.lock.locked():  # validate and the like change nothing
             return
-        self.begun = False
+        self.begun, self.looks = False, None
         if self.held_model is not None and self.held_model is not unwrapped(self.learn.model):
             raise ValueError(
                 "KeepSparsity holds the zeros of another model than the Learner's; take it off with "

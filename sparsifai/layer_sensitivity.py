@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from .argument import Sparsity, check_fraction
+from .argument import Sparsity, check_fraction, check_number
 from .budget import Sensitivity
 from .collection import Split
 from .measuring import Meter, as_it_was, first_batch, loss_of
 from .registry import name_of
+from .selection import all_equal
 from .sparsifier import Sparsifier
 from .statistic import AVERAGED
 
@@ -35,7 +36,8 @@ def sensitivity(
     metric: of a Learner the name of one of its metrics, None for its validation loss. Or a function of the model that
         returns a number; it is called in evaluation mode, without gradients.
     levels: fractions between 0 and 1 of the weights of a layer.
-    lower_is_better: by default, whether the name of the metric has 'loss' or 'error' in it.
+    lower_is_better: by default, whether the name of the metric tells that it is one of errors: 'loss', 'error', 'mse',
+        'perplexity' and the like.
     calibration, loss_func: for criteria that look at data, as of Sparsifier.calibrate. By default the first batch of
         the Learner's training data, and its loss.
     progress: show a bar, if fastprogress is installed; not where a Learner shows none.
@@ -64,7 +66,10 @@ def sensitivity(
     shows = progress and (meter.learn is None or hasattr(learn_or_model, "progress"))
     with meter.held():
         one_shot = OneShot(meter, calibration, loss_func, options)
-        baseline, names = meter.baseline(), list(one_shot.sizes)
+        names = list(one_shot.sizes)
+        for name in names:
+            one_shot.sparsifier.check({name: levels[-1]})
+        baseline = meter.baseline()
         values: dict[str, list[float]] = {name: [] for name in names}
         for name, level in _shown([(name, level) for name in names for level in levels], shows):
             values[name].append(one_shot.measure({name: level}))
@@ -85,11 +90,12 @@ def highest_sparsity(
 ) -> float:
     """The highest sparsity, in one shot and without training, at which a metric is at most `tolerance` worse.
 
-    tolerance: in units of the metric, to within float rounding (a millionth of the metric). precision: what is returned
-    is a multiple of it. All else as of `sensitivity`; of the options of Sparsifier, the context matters here.
+    tolerance: in units of the metric, to within float rounding (a millionth of the metric). precision: of the levels
+    that are tried. All else as of `sensitivity`; of the options of Sparsifier, the context matters here.
 
     By bisection, which takes the metric to become only worse as sparsity rises; where it does not, there can be higher
-    ones. What is returned was measured, but for 0, which says that no multiple that was tried is good enough.
+    ones. What is returned are the zeros counted at the highest level that is good enough, over the weights that take
+    part; those of the model as it is, if none is.
 
     >>> from torch import nn
     >>> model = nn.Linear(10, 10)
@@ -97,58 +103,91 @@ def highest_sparsity(
     >>> highest_sparsity(model, 30, weights_left)
     0.3
     """
-    tolerance, precision = _check_number("tolerance", tolerance, 0, math.inf), _check_number("precision", precision, 0)
+    tolerance, precision = check_number("tolerance", tolerance), check_number("precision", precision, 0, 1)
     if not precision:
         raise ValueError("precision is 0; give the distance of the sparsities to be told apart, such as 0.005")
     meter = Meter.of(learn_or_model, metric, lower_is_better)
     with meter.held():
         one_shot, baseline = OneShot(meter, calibration, loss_func, options), meter.baseline()
         sign, good, bad = (1 if meter.lower_is_better else -1), 0, math.floor(1 / precision + 1e-9) + 1
+        reached = one_shot.sparsifier.sparsity
         while bad - good > 1:
             middle = (good + bad) // 2
-            value = one_shot.measure(min(middle * precision, 1.0))
+            level = min(middle * precision, 1.0)
+            value = one_shot.measure(level) if one_shot.can_reach(level) else math.nan
             slack = 1e-6 * max(abs(baseline), abs(value))
             within = math.isfinite(value) and sign * (value - baseline) <= tolerance + slack
             good, bad = (middle, bad) if within else (good, middle)
-    return min(round(good * precision, 12), 1.0)
+            reached = one_shot.reached if within else reached
+    return reached
 
 
 class OneShot:
-    """Makes a model sparse, measures it, and leaves it as it was. sizes: parameter name -> number of weights."""
+    """Makes a model sparse, measures it, and leaves it as it was.
+
+    sizes: parameter name -> number of weights. reached: the sparsity that was counted in the last measurement.
+    """
 
     def __init__(self, meter: Meter, calibration: Iterable | None, loss_func: Callable | None, options: dict[str, Any]):
-        batch = None if meter.learn is None else first_batch(meter.learn)
-        if batch is not None:
-            options = {"example_input": batch[:-1], **options}
-        self.meter, self.sparsifier = meter, Sparsifier(meter.model, **options)
+        self.meter, self.reached = meter, 0.0
+        try:
+            self.sparsifier = Sparsifier(meter.model, **options)
+        except ValueError:  # it may need an example input, and data are looked at only for that
+            if meter.learn is None or "example_input" in options:
+                raise
+            self.sparsifier = Sparsifier(meter.model, **{**options, "example_input": first_batch(meter.learn)[:-1]})
         if self.sparsifier.collected.at(*AVERAGED):
-            _calibrate(self.sparsifier, meter, calibration, loss_func, batch)
+            _calibrate(self.sparsifier, meter, calibration, loss_func)
+        _check_comparisons(self.sparsifier)
         self.dense = self.sparsifier.state_dict()
         self.sizes = {name: target.parameter.numel() for name, target in self.sparsifier.targets.items()}
+
+    def can_reach(self, sparsity: Sparsity) -> bool:
+        """Whether the context allows for so many zeros."""
+        try:
+            self.sparsifier.check(sparsity)
+        except ValueError:
+            return False
+        return True
 
     def measure(self, sparsity: Sparsity) -> float:
         """The metric at a sparsity, of the model or by layer."""
         with as_it_was(self.meter.model):
             self.sparsifier.sparsify(sparsity)
+            self.reached = self.sparsifier.sparsity
             value = self.meter()
         self.sparsifier.load_state_dict(self.dense)
         return value
 
 
-def _calibrate(
-    sparsifier: Sparsifier, meter: Meter, calibration: Iterable | None, loss_func: Callable | None, batch: Any
-) -> None:
+def _check_comparisons(sparsifier: Sparsifier) -> None:
+    """ValueError for a criterion that compares with an earlier value, and so gives equal scores now."""
+    collected = sparsifier.collected
+    if {"init", "previous"}.intersection(collected.named):
+        scored = [sparsifier._score(name, mask, collected, False, False) for name, mask in sparsifier.masks.items()]
+        if all_equal(scored):
+            raise ValueError(
+                f"criterion {name_of(sparsifier.criteria)} compares with an earlier value, and here nothing is "
+                "earlier; choose one of the weights as they are, such as large_final, or of data, such as snip"
+            )
+
+
+def _calibrate(sparsifier: Sparsifier, meter: Meter, calibration: Iterable | None, loss_func: Callable | None) -> None:
     """Show a criterion that looks at data what was given, or what the Learner has."""
-    if calibration is None and batch is None:
+    if calibration is None and meter.learn is None:
         raise TypeError(
             f"criterion {name_of(sparsifier.criteria)} looks at data; give calibration= a list of batches, and "
             "loss_func= if it is of gradients"
         )
-    if loss_func is None and meter.learn is not None:
-        several = [batch] if calibration is None else Split(calibration, getattr(meter.learn.dls, "n_inp", None))
-        sparsifier.calibrate(several, loss_of(meter.learn))
+    if meter.learn is None or loss_func is not None:
+        if calibration is None:
+            *inputs, targets = first_batch(meter.learn)
+            calibration = [(*inputs, *targets)]
+        sparsifier.calibrate(calibration, loss_func)
+    elif calibration is None:
+        sparsifier.calibrate([first_batch(meter.learn)], loss_of(meter.learn))
     else:
-        sparsifier.calibrate([(*batch[:-1], *batch[-1])] if calibration is None else calibration, loss_func)
+        sparsifier.calibrate(Split(calibration, getattr(meter.learn.dls, "n_inp", None)), loss_of(meter.learn))
 
 
 def _check_levels(levels: Any) -> tuple[float, ...]:
@@ -156,14 +195,10 @@ def _check_levels(levels: Any) -> tuple[float, ...]:
         raise TypeError(f"levels are several fractions, such as {LEVELS}, not {levels!r}")
     checked = sorted({check_fraction(level, "a level") for level in levels})
     if not checked or checked[0] == 0 or checked[-1] == 1:
-        raise ValueError(f"levels are fractions between 0 and 1, such as {LEVELS}, not {tuple(checked)}")
+        raise ValueError(
+            f"levels are fractions between 0 and 1, which are left out, such as {LEVELS}; not {tuple(checked)}"
+        )
     return tuple(checked)
-
-
-def _check_number(name: str, value: Any, low: float, high: float = 1.0) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
-        raise ValueError(f"{name} is a number from {low:g} to {high:g}, not {value!r}")
-    return float(value)
 
 
 def _shown(steps: list[tuple[str, float]], shows: bool) -> Iterable[tuple[str, float]]:

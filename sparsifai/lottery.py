@@ -7,25 +7,30 @@ Frankle et al., 2019, "Stabilizing the Lottery Ticket Hypothesis" (arXiv:1903.01
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from math import inf
 from numbers import Real
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
+from fastai.callback.core import Callback
 from fastai.learner import Learner
 from torch import Tensor, nn
 
-from .argument import check_count, check_seed, check_sparsity, mapped
+from .argument import Sparsity, check_count, check_seed, check_sparsity, mapped, resolve_axes
 from .callback import SparsifyCallback
 from .keep import KeepSparsity
 from .learner import notify, show_data
-from .measuring import first_batch, metric_names
+from .measuring import first_batch, metric_names, unchanged
 from .parallel import unwrapped
 from .registry import close_matches, name_of
 from .report import percent
-from .rewind import FromBatch, Moment, copied_to, random_states, restore_random
+from .rewind import AtBatch, Moment, Skip, copied_to, random_states, restore_random
 from .sparsifier import Sparsifier
 from .steps import exponential
+from .target import as_patterns, scopes
 from .ticket import LotteryTickets, Metrics, Ticket, read, write
 
 CONTROLS = ("reinitialized", "shuffled")
@@ -55,12 +60,19 @@ def lottery_ticket(
 
     s_r = 1 - (1 - s)^(r / n) in round r of n. A control has as many weights in every layer as the ticket:
     'reinitialized' has the same mask and other initial weights, and is trained from the beginning; 'shuffled' has the
-    same weights and its mask in another order. Metrics are those of learn.validate() after a fit.
+    same weights and its mask in another order. Metrics are those of learn.validate() after a fit. A run that is ended
+    leaves the Learner as it is at the moment; `path` is what to go on from.
     """
+    if "regrow" in options:
+        raise TypeError("lottery_ticket: masks of tickets do not move; regrow= is for SparsifyCallback")
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     asked = {"granularity": granularity, "context": context, "criteria": criteria, "seed": check_seed(seed), **options}
-    run = _Run(learn, check_sparsity(sparsity), check_count("rounds", rounds), fit, rewind_to, controls, asked)
-    run.controls_every = check_count("controls_every", controls_every)
-    run.reinitialize, run.calibration = reinitialize, calibration
+    run = _Run(
+        learn, check_sparsity(sparsity), check_count("rounds", rounds), fit, rewind_to,
+        [controls] if isinstance(controls, str) else list(controls), check_count("controls_every", controls_every),
+        reinitialize, calibration, asked,
+    )  # fmt: skip
     begun = path is not None and Path(path).exists()
     tickets = run.take_up(read(path), path) if begun else [run.train_dense()]
     while True:
@@ -73,39 +85,55 @@ def lottery_ticket(
     return LotteryTickets(tickets)
 
 
+@dataclass
 class _Run:
     """What the rounds have in common. ValueError or TypeError, before anything is trained, where that cannot work."""
 
-    sparsifier: Sparsifier
-    initial: Moment  # before the first batch
-    start: Moment  # that is rewound to
+    learn: Learner
+    sparsity: Sparsity
+    rounds: int
+    fit: Any
+    rewind_to: Any
+    controls: list[str]
+    controls_every: int
+    reinitialize: Callable[[nn.Module], Any] | None
+    calibration: Iterable | None
+    asked: dict[str, Any]  # of Sparsifier
 
-    def __init__(
-        self, learn: Learner, sparsity: Any, rounds: int, fit: Any, rewind_to: Any, controls: Any, asked: dict
-    ):
-        self.learn, self.sparsity, self.rounds, self.asked = learn, sparsity, rounds, asked
-        self.fit = _check_fit(fit)
-        if isinstance(rewind_to, bool) or not isinstance(rewind_to, Real) or not float(rewind_to) >= 0:
+    sparsifier: Sparsifier = field(init=False)
+    initial: Moment = field(init=False)  # before the first batch
+    start: Moment = field(init=False)  # that is rewound to
+    pruned: dict[str, Any] = field(init=False)  # the state of the Sparsifier after the last pruning
+
+    def __post_init__(self) -> None:
+        if not callable(self.fit):
+            check_count("fit", self.fit)
+        rewind_to, learn = self.rewind_to, self.learn
+        if isinstance(rewind_to, bool) or not isinstance(rewind_to, Real) or not 0 <= float(rewind_to) < inf:
             raise ValueError(f"rewind_to is an epoch from 0 on, such as 0, 0.5 or 2, not {rewind_to!r}")
-        self.rewind_to = float(rewind_to)
-        self.controls = [controls] if isinstance(controls, str) else list(controls)
         for control in self.controls:
             if control not in CONTROLS:
                 raise ValueError(
                     f"lottery_ticket: unknown control {control!r}; {close_matches(str(control), CONTROLS)}"
                 )
+        if not isinstance(self.calibration, (Iterable, NoneType)):
+            raise TypeError(
+                f"lottery_ticket: calibration is a list or a data loader of batches, not {self.calibration!r}"
+            )
         for kind in (SparsifyCallback, KeepSparsity):
             if learn._grab_cbs(kind):
                 raise ValueError(
                     f"lottery_ticket starts dense and prunes between fits itself; take the other off before with "
                     f"learn.remove_cb({kind.__name__})"
                 )
-        self.controls_every = 1
-        self.reinitialize: Callable[[nn.Module], Any] | None = None
-        self.calibration: Iterable | None = None
+        if len(learn.dls.loaders) < 2 or not len(learn.dls.valid) or not hasattr(learn, "recorder"):
+            raise ValueError(
+                "lottery_ticket measures each ticket: the Learner needs data to validate with and a Recorder"
+            )
         probe = self._make_sparsifier()
+        scopes(self.sparsity, probe.targets, probe.dense, probe.candidates, probe.model)
         if not probe.collected.at("forward", "loss", "backward"):
-            probe.check(sparsity)
+            probe.check(self.sparsity)
 
     # --- Rounds -------------------------------------------------------------------------------------------------
 
@@ -116,16 +144,16 @@ class _Run:
         def note(batch: int) -> Callable[[], None]:
             return lambda: moments.update({batch: Moment.of(learn)})
 
-        metrics = self._fitted([FromBatch({batch: note(batch) for batch in {0, self._rewind_batch}})])
+        metrics = self._fitted(AtBatch({batch: note(batch) for batch in {0, self._rewind_batch}}))
         self.initial, self.start = moments[0], moments[self._rewind_batch]
         self._begin()
         return Ticket(dict(self.sparsifier.masks), self.sparsifier.sparsity, metrics, {}, self.start.model)
 
-    def _begin(self) -> None:
+    def _begin(self, **options: Any) -> None:
         """Make the Sparsifier at the point that is rewound to, which is what `init` means to a criterion."""
         trained = copied_to(self.model.state_dict(), "cpu")
         self.model.load_state_dict(self.start.model)
-        self.sparsifier = self._make_sparsifier()
+        self.sparsifier = self._make_sparsifier(**options)
         self.model.load_state_dict(trained)
         self.pruned = self.sparsifier.state_dict()
 
@@ -135,13 +163,14 @@ class _Run:
         self.sparsifier.sparsify(mapped(self.sparsity, lambda s: exponential(0.0, s, number / self.rounds)))
         self.pruned = self.sparsifier.state_dict()
         masks, generator = dict(self.sparsifier.masks), torch.Generator()
-        of_controls = {}
+        random, of_controls = random_states(self.learn), {}
         for control in self.controls if (self.rounds - number) % self.controls_every == 0 else ():
             generator.manual_seed(self.asked["seed"] + number)
             if control == "shuffled":
                 of_controls[control] = self._train(self._shuffled(masks, generator), self.start, self._rewind_batch)
             else:
                 of_controls[control] = self._train(masks, self.initial, 0, lambda: self._reinitialize(generator))
+        restore_random(self.learn, random)  # so that the ticket is the same without controls
         metrics = self._train(masks, self.start, self._rewind_batch)
         return Ticket(masks, self.sparsifier.sparsity, metrics, of_controls, self.start.model)
 
@@ -157,21 +186,27 @@ class _Run:
             change()
             keeper.enforce()
 
-        return self._fitted([keeper, FromBatch({batch: begin}, skip=batch)])
+        return self._fitted(AtBatch({0: begin}), Skip(batch), keeper)
 
-    def _fitted(self, callbacks: list) -> Metrics:
-        """Metrics after a fit with callbacks, the last of which counts batches."""
-        learn, opt = self.learn, self.learn.opt
-        if opt is not None:
-            opt.clear_state()
-        with learn.added_cbs(callbacks):
-            self.fit(learn)
-            if callbacks[-1].at:
+    def _fitted(self, at: AtBatch, *others: Callback) -> Metrics:
+        """Metrics after a fit in which something is done at batches."""
+        learn = self.learn
+        if learn.opt is not None:
+            learn.opt.clear_state()
+        with learn.added_cbs([at, *others]):
+            try:
+                self.fit(learn) if callable(self.fit) else learn.fit(self.fit)
+            finally:
+                for other in others:
+                    if isinstance(other, Skip):
+                        other.resume()
+            if at.at:
                 raise ValueError(
-                    f"lottery_ticket: rewind_to={self.rewind_to:g} is after the end of the fit, which had "
-                    f"{callbacks[-1].over} batches, {len(learn.dls.train)} in an epoch"
+                    f"lottery_ticket: rewind_to={self.rewind_to:g} is after the end of the fit, which had {at.over} "
+                    f"batches, {len(learn.dls.train)} in an epoch"
                 )
-            values = learn.validate()
+            with unchanged(learn):  # trackers and loggers would take it for a part of training
+                values = learn.validate()
         return {name: float(value) for name, value in zip(metric_names(learn), values, strict=True)}
 
     def keep_zeros(self) -> None:
@@ -195,9 +230,9 @@ class _Run:
     def _rewind_batch(self) -> int:
         return round(self.rewind_to * len(self.learn.dls.train))
 
-    def _make_sparsifier(self) -> Sparsifier:
+    def _make_sparsifier(self, **options: Any) -> Sparsifier:
         example_input = first_batch(self.learn)[:-1]
-        return Sparsifier(self.learn.model, **{"example_input": example_input, **self.asked})
+        return Sparsifier(self.learn.model, **{"example_input": example_input, **self.asked, **options})
 
     def _set(self, masks: Mapping[str, Tensor]) -> None:
         self.sparsifier.load_state_dict({**self.pruned, "masks": masks})
@@ -222,17 +257,17 @@ class _Run:
     # --- State --------------------------------------------------------------------------------------------------
 
     @property
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, str]:
         """What has to be the same when a run is taken up."""
-        given = {
-            "sparsity": self.sparsity,
-            "rounds": self.rounds,
-            "rewind_to": self.rewind_to,
-            "controls": self.controls,
-        }
-        return {
-            name: name_of(value) if callable(value) else repr(value) for name, value in (given | self.asked).items()
-        }
+        own = ("sparsity", "rounds", "rewind_to", "controls", "controls_every", "fit")
+        given = {name: getattr(self, name) for name in own} | self.asked
+        given["granularity"], given["context"], given["criteria"], _ = resolve_axes(
+            *(given[axis] for axis in ("granularity", "context", "criteria"))
+        )
+        for patterns in ("layers", "exclude"):
+            if given.get(patterns) is not None:
+                given[patterns] = as_patterns(given[patterns])
+        return {name: _told(value) for name, value in given.items() if value is not None}
 
     def save(self, path: Any, tickets: Sequence[Ticket]) -> None:
         """Write all that the next round needs."""
@@ -252,15 +287,17 @@ class _Run:
         if "run" not in saved:
             raise ValueError(f"{path} has tickets, but no run to go on with; give another path=, or remove the file")
         state = saved["run"]
-        for name, value in self._settings.items():
-            if state["settings"].get(name) != value:
+        saved_settings, settings = state["settings"], self._settings
+        for name in saved_settings.keys() | settings.keys():
+            if saved_settings.get(name) != settings.get(name):
                 raise ValueError(
-                    f"{path} was written with {name}={state['settings'].get(name)}, not {value}; give the same "
-                    "arguments to go on with that run, or another path="
+                    f"{path} was written with {name}={saved_settings.get(name)}, not {settings.get(name)}; give the "
+                    "same arguments to go on with that run, or another path="
                 )
         tickets[0].apply(self.model)  # raises if it is another model
         self.initial, self.start = Moment(**state["initial"]), Moment(saved["start"], state["optimizer"])
-        self._begin()
+        # By name, for which layers take part by default depends on which are frozen at the moment.
+        self._begin(layers=list(state["sparsifier"]["masks"]), exclude=None)
         self.pruned = state["sparsifier"]
         self._set(self.pruned["masks"])
         self.model.load_state_dict(state["trained"])
@@ -268,8 +305,14 @@ class _Run:
         return list(tickets)
 
 
-def _check_fit(fit: Any) -> Callable[[Learner], Any]:
-    if callable(fit):
-        return fit
-    epochs = check_count("fit", fit)
-    return lambda learn: learn.fit(epochs)
+def _told(value: Any) -> str:
+    """A setting in words that are the same in another process."""
+    if is_dataclass(value) and not isinstance(value, type):  # such as bounded(...)
+        return f"{name_of(value)}: {_told(vars(value))}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_told(key)}: {_told(each)}" for key, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_told, value))
+    if isinstance(value, nn.Module):
+        return type(value).__name__
+    return name_of(value) if callable(value) else str(value)

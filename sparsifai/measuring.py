@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,9 @@ from .collection import Split, not_drawn_from, untraced
 from .parallel import reshard
 from .registry import close_matches, name_of
 from .target import evaluating
+
+# Words in the names of metrics of which lower is better: fastai's own, and those that it knows.
+ERRORS = ("loss", "error", "mse", "mae", "msle", "rmspe", "perplexity", "brier", "hamming")
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Meter:
         """What measures `metric`: of a Learner a name, a function of the model, or None for the validation loss; of a
         module a function of it. TypeError and ValueError if it cannot be had.
 
-        lower_is_better: None for whether the name of the metric has 'loss' or 'error' in it.
+        lower_is_better: None for whether the name of the metric has one of ERRORS in it.
         """
         learn = learn_or_model if is_learner(learn_or_model) else None
         model = learn_or_model if learn is None else learn.model
@@ -46,13 +50,14 @@ class Meter:
         if position is not None:
             name, read = metric_names(learn)[position], lambda: _validated(learn, position)
         elif callable(metric):
+            _check_takes_a_model(metric)
             name, read = name_of(metric), lambda: _evaluated(metric, model)
         else:
             raise TypeError(
                 f"metric is a function of the model that returns a number, not {metric!r}; "
                 "a fastai Learner measures its own: None for its validation loss, or the name of one of its metrics"
             )
-        lower = "loss" in name or "error" in name if lower_is_better is None else bool(lower_is_better)
+        lower = any(word in name.lower() for word in ERRORS) if lower_is_better is None else bool(lower_is_better)
         return cls(model, name, read, lower, learn)
 
     def __call__(self) -> float:
@@ -81,7 +86,7 @@ class Meter:
             return
         if (device := getattr(self.learn.dls, "device", None)) is not None:
             self.model.to(device)
-        with _unchanged(self.learn):
+        with unchanged(self.learn):
             yield
 
 
@@ -111,6 +116,20 @@ def _position_of(metric: Any, learn: Any) -> int | None:
     return own[0] if own else None
 
 
+def _check_takes_a_model(metric: Callable) -> None:
+    try:
+        signature = inspect.signature(metric)
+    except ValueError:  # of one that is not written in Python
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise TypeError(
+            f"metric {name_of(metric)} is to be a function of the model alone ({error}); one of predictions and "
+            "targets belongs into the metrics of the Learner, and is then given by its name"
+        ) from None
+
+
 def _validated(learn: Any, position: int) -> Any:
     values = learn.validate() if len(learn.dls.loaders) > 1 else None
     if values is None or len(values) <= position or values[position] is None:
@@ -130,7 +149,7 @@ def _evaluated(metric: Callable, model: nn.Module) -> Any:
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """Leave a model as it was, bit by bit: parameters, buffers, gradients, modes, and also the random generators.
 
-    Parameters stay the same objects, whatever is done to the model meanwhile and however it ends.
+    Parameters stay the same objects, whatever is done to them meanwhile and however it ends.
     """
     reshard(model)
     parameters = {each: (each.data, each.detach().clone(), each.requires_grad) for each in model.parameters()}
@@ -157,10 +176,12 @@ def _put_back(parameter: nn.Parameter, data: Tensor, copy: Tensor, requires_grad
 
 
 @contextmanager
-def _unchanged(learn: Any) -> Iterator[None]:
+def unchanged(learn: Any) -> Iterator[None]:
     """Leave a Learner and its callbacks as they were; show nothing, and have none of them save, log or judge."""
     held = dict(vars(learn))
-    of_callbacks = [(callback, dict(vars(callback))) for callback in learn.cbs]
+    # Metrics, and the means that a Recorder keeps, change in place.
+    counted = [each for callback in learn.cbs for each in _means_of(callback)] + list(learn.metrics)
+    of_callbacks = [(each, dict(vars(each))) for each in (*learn.cbs, *counted)]
     learn.cbs = learn.cbs.filter(lambda callback: callback.name != "progress")
     vars(learn).pop("progress", None)
     # What trackers, loggers and plots look for, to keep out of what is no training.
@@ -174,11 +195,23 @@ def _unchanged(learn: Any) -> Iterator[None]:
             vars(holder).update(attributes)
 
 
+def _means_of(callback: Any) -> list[Any]:
+    """What a callback holds that accumulates over batches."""
+    values = [each for value in vars(callback).values() for each in (value if isinstance(value, list) else [value])]
+    return [each for each in values if hasattr(type(each), "accumulate")]
+
+
 def first_batch(learn: Any) -> tuple:
     """The first batch of the training data of a Learner: its inputs, and the tuple of its targets; nothing is drawn."""
     loader = learn.dls.train
+    if not len(loader):
+        raise ValueError("the Learner has no data to train on, of which an example is needed; give example_input=")
+    order: Any = getattr(getattr(loader, "items", None), "idxs", [])  # of texts, which are shuffled in place
+    before = list(order)
     with untraced(learn.model), not_drawn_from(loader):
-        batch = loader.one_batch()
+        batch = loader.one_batch() if hasattr(loader, "one_batch") else next(iter(loader))  # fastai's, torch's
+    if before:
+        order[:] = before
     return next(iter(Split([batch], getattr(learn.dls, "n_inp", None))))
 
 

@@ -8,7 +8,8 @@
       - distil: {weight: 0.5, temperature: 4}
 
 A step is what the callback of its name is told: times are epochs, or shares of training such as 75%. A value can be an
-arithmetic expression of the variables, in `${...}`. A name of an axis with options is a mapping: `schedule: {iterative: 5}`.
+arithmetic expression of the variables, in `${...}`. A name of an axis with options is a mapping, such as
+`schedule: {iterative: 5}`.
 """
 
 from __future__ import annotations
@@ -20,19 +21,23 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from math import ceil
 from numbers import Real
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
-from .argument import check_sparsity, mapped, resolve_axes
+from .argument import check_number, check_sparsity, mapped, resolve_axes
 from .arithmetic import evaluate
 from .axis_value import axis_value
-from .plain_yaml import Located, read, write
+from .plan import plan_of
+from .planned import Plan
 from .registry import close_matches
+from .safe_yaml import Located, read, write
 from .schedule import Schedule, between, during, progress, raised, stepped
-from .sparseml import Notice, convert
+from .sparseml import convert
+from .sparseml_file import Notice
 from .sparsifier import Sparsifier
 
 _TIMES = ("start", "end")
@@ -45,7 +50,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     ),
     "keep": (),
     "regularize": ("weight", "granularity", "criteria", "schedule", "layers", "exclude", "proximal", *_TIMES),
-    "distil": ("weight", "temperature", "features", "feature_weight", "schedule", *_TIMES),
+    "distil": ("weight", "temperature", "features", "feature_weight", "schedule", "axis", *_TIMES),
     "freeze": ("layers", *_TIMES),
 }
 _NEEDED = {"sparsify": "sparsity", "regularize": "weight", "freeze": "layers"}
@@ -193,10 +198,28 @@ class Recipe:
                 return step
         raise ValueError("the recipe has no step that sparsifies")
 
-    def _sparsifier(self, model: nn.Module) -> tuple[Sparsifier, dict[str, Any]]:
+    def plan(self, model: nn.Module, n_iter: int = 100, example_input: Any = None) -> Plan:
+        """What a fit with this recipe would do to a model, layer by layer and epoch by epoch, without data or training.
+
+        n_iter: batches in an epoch. example_input: a batch, for FLOPs, and for models that cannot be traced.
+        """
+        sparsifier, arguments = self._sparsifier(model, example_input)
+        epochs = 1 if self.epochs is None else ceil(self.epochs)
+        return plan_of(
+            sparsifier,
+            arguments["sparsity"],
+            arguments["schedule"],
+            epochs,
+            n_iter,
+            arguments.get("every"),
+            example_input,
+        )
+
+    def _sparsifier(self, model: nn.Module, example_input: Any = None) -> tuple[Sparsifier, dict[str, Any]]:
         arguments = self._arguments(self.sparsifying())
         words = ("granularity", "context", "criteria", *_OF_SPARSIFIER)
-        return Sparsifier(model, **{word: arguments[word] for word in words if word in arguments}), arguments
+        options = {word: arguments[word] for word in words if word in arguments}
+        return Sparsifier(model, **options, example_input=example_input), arguments
 
     # --- What it says -------------------------------------------------------------------------------------------
 
@@ -225,11 +248,16 @@ class Recipe:
                 return evaluate(expression[1], variables)
         return value
 
-    def _epochs(self) -> float | None:
+    def _epochs(self) -> Any:
+        """A number, or None."""
         epochs = self._worked_out(self.content.get("epochs"), ("epochs",), self.variables)
-        if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, Real) or not epochs > 0):
-            self._fail(("epochs",), f"epochs is a number above 0, not {epochs!r}")
-        return int(epochs) if epochs is not None and float(epochs).is_integer() else epochs
+        if epochs is None:
+            return None
+        with self._at("epochs"):
+            epochs = check_number("epochs", epochs)
+        if not epochs:
+            self._fail(("epochs",), "epochs is a number above 0")
+        return int(epochs) if epochs.is_integer() else epochs
 
     def _steps(self) -> Iterator[Step]:
         given = self.content.get("steps")
@@ -266,7 +294,8 @@ class Recipe:
                 with self._at(*place, axis):
                     options[axis] = axis_value("criteria" if axis == "regrow" else axis, options[axis])
         start, end = (
-            self._share(options.pop(time, default), (*place, time)) for time, default in zip(_TIMES, ("0%", "100%"))
+            self._share(options.pop(time, default), (*place, time))
+            for time, default in zip(_TIMES, ("0%", "100%"), strict=True)
         )
         timed = bool({*_TIMES, "initial_sparsity", "update_every"} & step.options.keys())
         with self._at(*place):
@@ -276,14 +305,20 @@ class Recipe:
                 )
             if step.kind == "sparsify":
                 options["sparsity"] = check_sparsity(options["sparsity"])
-                resolve_axes(*(options.get(axis, default) for axis, default in _AXES.items()), options.get("pool"))
+                given = [options.get(axis, default) for axis, default in _AXES.items()]
+                resolve_axes(given[0], given[1], given[2], options.get("pool"))
                 if timed:
                     options["schedule"] = self._schedule_of_sparsity(options, start, end, place)
                 else:
                     options.setdefault("schedule", between("agp", 0, 0.75))
             elif step.kind == "freeze":
                 options |= {"start": start, "end": end}
-            elif timed:
+                _check_names(options["layers"])
+            elif step.kind in ("regularize", "distil"):
+                for name in ("weight", "temperature", "feature_weight"):
+                    if name in options:
+                        check_number(name, options[name])
+            if timed and step.kind in ("regularize", "distil"):
                 options["schedule"] = during(options.get("schedule", "one_shot"), start, end)
         return options
 
@@ -301,7 +336,8 @@ class Recipe:
         initial = check_sparsity(initial)
         if isinstance(initial, Mapping) or len(targets) > 1 or not 0 <= initial <= min(targets):
             raise ValueError(
-                f"initial_sparsity is one fraction up to the sparsity, which is one for all layers then; not {initial!r}"
+                "initial_sparsity is one fraction up to the sparsity, which is the same for all layers then; not "
+                f"{initial!r}"
             )
         return initial / targets.pop() if initial else 0.0
 
@@ -326,7 +362,7 @@ class Recipe:
                     (*path, key), f"unknown {key!r}; {close_matches(str(key), known) if known else ''} ({what} {words})"
                 )
 
-    def _fail(self, path: tuple[Hashable, ...], message: str) -> None:
+    def _fail(self, path: tuple[Hashable, ...], message: str) -> NoReturn:
         raise ValueError(f"line {self._source.line(*path)}: {'.'.join(map(str, path))}: {message}")
 
     @contextmanager
@@ -341,6 +377,12 @@ class Recipe:
 
 
 _AXES = {"granularity": "weight", "context": "global", "criteria": "large_final"}
+
+
+def _check_names(layers: Any) -> None:
+    names = [layers] if isinstance(layers, str) else layers
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"layers are names or globs of layers, not {layers!r}")
 
 
 def _version(name: str) -> str | None:

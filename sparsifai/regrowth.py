@@ -8,7 +8,7 @@ arXiv:1707.04780). The context answers both times, as for a sparsity that rises 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from numbers import Real
 from typing import Any
 
@@ -43,6 +43,7 @@ class Regrowth(Statistics):
 
     def check(self, context: Any, drops_outputs: bool) -> None:
         """ValueError if nothing can fall for something to come back; a warning if what comes back stays dead."""
+        context = getattr(context, "context", context)  # that of bounded
         if isinstance(context, Blocks) and context.exact:
             raise ValueError(
                 f"regrow: more than {context.__name__} allows for has to fall before as much comes back; choose "
@@ -54,6 +55,10 @@ class Regrowth(Statistics):
                 "reaches them behind a ReLU or a norm layer; choose smaller groups, such as kernels or weights",
                 stacklevel=3,
             )
+
+    def how(self, moments: Container[str]) -> str:
+        """How to have gradients seen."""
+        return "collect_gradients() after a backward, before they are masked,"
 
     def take(self, moment: str, source: Source) -> None:
         """As Statistics; but after an update, gradients of earlier batches are let go of."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from math import inf
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .argument import resolve_axes
+from .argument import check_number, resolve_axes
 from .keep import TrainingCallback
 from .parallel import unwrapped
 from .regularizer import Regularizer, check_differentiable, check_proximal
@@ -25,7 +23,7 @@ class RegularizeCallback(TrainingCallback):
     order, run_valid = 5, False
 
     regularizer: Any = None  # the Regularizer, from the first batch of a fit to its end
-    penalty: Tensor | None = None  # the last one, by which the loss was larger, or would have been with proximal
+    _penalty: Tensor | None = None  # the last one
     _cancelled = False  # whether this step was
 
     def __init__(
@@ -33,7 +31,9 @@ class RegularizeCallback(TrainingCallback):
         weight,  # Of the penalty in the loss
         granularity="weight",  # How: a name of `granularities`, a tuple of axes such as ('out', 'h'), or a function
         criteria="large_final",  # What: a name of `criteria`, or a function that can be differentiated by `weight`
-        schedule="one_shot",  # When: a name of `schedules`, a function from [0, 1] to [0, 1], or a fastai annealer
+        # When, over each fit, so twice with fine_tune: a name of `schedules`, a function from [0, 1] to [0, 1], or a
+        # fastai annealer
+        schedule="one_shot",
         *,
         layers=None,  # What takes part: classes, modules, names, globs, functions of (name, module), or a list of them
         exclude=None,  # What does not, in the same words
@@ -42,9 +42,8 @@ class RegularizeCallback(TrainingCallback):
         proximal=False,
     ):
         super().__init__()
-        if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= float(weight) < inf:
-            raise ValueError(f"RegularizeCallback: weight is that of the penalty, a number from 0 on, not {weight!r}")
-        self.weight, self.proximal = float(weight), bool(proximal)
+        self.weight = check_number("RegularizeCallback: weight, that of the penalty,", weight)
+        self.proximal = bool(proximal)
         self.granularity, _, self.criteria, _ = resolve_axes(granularity, "local", criteria)
         check_differentiable(self.criteria)
         if self.proximal:
@@ -56,7 +55,7 @@ class RegularizeCallback(TrainingCallback):
     def before_fit(self):
         "Know nothing of earlier fits"
         if not self.learn.lock.locked():  # not in validate and the like, which a fit can call
-            self.regularizer, self.penalty, self._cancelled = None, None, False
+            self.regularizer, self._penalty, self._cancelled = None, None, False
 
     def before_batch(self):
         "When the fit begins, find what takes part; the data flow of some models is read from the batch"
@@ -73,7 +72,7 @@ class RegularizeCallback(TrainingCallback):
         if not self.proximal:
             penalty = self._factor * self.regularizer.penalty()
             self.learn.loss_grad = self.learn.loss_grad + penalty.to(self.learn.loss_grad.device)
-            self.penalty = penalty.detach()
+            self._penalty = penalty.detach()
 
     def after_cancel_step(self):
         "Take no proximal step after one that was not taken"
@@ -86,14 +85,20 @@ class RegularizeCallback(TrainingCallback):
             targets = self.regularizer.sparsifier.targets.items()
             known = {name: rates[id(each.parameter)] for name, each in targets if id(each.parameter) in rates}
             self.regularizer.proximal_step({name: self._factor * rate for name, rate in known.items()})
-            with torch.no_grad():
-                self.penalty = self._factor * self.regularizer.penalty()
         self._cancelled = False
 
     def after_fit(self):
         "Let go of the model"
         if not self.learn.lock.locked():
-            self.regularizer = None
+            self._penalty, self.regularizer = self.penalty, None
+
+    @property
+    def penalty(self):
+        "The last one, by which the loss was larger, or would be; with proximal=True computed when it is asked for"
+        if self.proximal and self.regularizer is not None:
+            with torch.no_grad():
+                return self._factor * self.regularizer.penalty()
+        return self._penalty
 
     @property
     def _factor(self) -> float:

@@ -1,4 +1,4 @@
-"""Points in training that can be gone back to, and the callback that takes training up from one."""
+"""Points in training that can be gone back to, and the callbacks that take training up from one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastai.callback.core import CancelBatchException, CancelEpochException
+from fastai.callback.core import Callback, CancelBatchException, CancelEpochException
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
@@ -20,37 +20,65 @@ from .keep import TrainingCallback
 from .parallel import unwrapped
 
 
-class FromBatch(TrainingCallback):
-    "Call functions before batches of training, by how many are over, of all fits; skip those before `skip`"
+class Skip(TrainingCallback):
+    "Skip so many batches of training, of all fits together; other callbacks see nothing of whole epochs"
 
-    order = 70  # after all that prepares a batch, such as ParamScheduler
+    order = -20  # before all that prepares an epoch or a batch, such as the autocast of MixedPrecision
 
-    def __init__(self, at: dict[int, Callable[[], None]], skip: int = 0):
+    def __init__(self, batches: int):
         super().__init__()
-        self.at, self.skip, self.over = dict(at), skip, 0
-
-    @property
-    def _counts(self) -> bool:
-        return not hasattr(self.learn, "lr_finder")
+        self.left = batches
+        self.paused: list[Callback] = []
 
     def before_epoch(self):
-        "Skip whole epochs"
+        "Skip a whole epoch, if there are as many batches to skip"
+        self.resume()
         batches = len(self.learn.dls.train)
-        if self._counts and self.over + batches <= self.skip:
-            self.over += batches
+        if 0 < batches <= self.left and not is_search(self.learn):
+            self.left -= batches
+            self.paused = [each for each in self.learn.cbs if each is not self and each.run]
+            for callback in self.paused:  # which would judge and log an epoch that there was not
+                callback.run = False
             raise CancelEpochException
 
     def before_batch(self):
-        "Skip a batch, or call what is to be called before it"
-        if not (self.learn.training and self._counts):
-            return
-        if self.over < self.skip:
-            self.over += 1
+        "Skip a batch"
+        if self.left and self.learn.training and not is_search(self.learn):
+            self.left -= 1
             self.learn.yb = ()  # so that the Recorder takes no loss of it
             raise CancelBatchException
-        if self.over in self.at:
-            self.at.pop(self.over)()
-        self.over += 1
+
+    def after_fit(self):
+        "Have the others end"
+        self.resume()
+
+    def resume(self) -> None:
+        """Have the other callbacks see what happens again."""
+        for callback in self.paused:
+            callback.run = True
+        self.paused = []
+
+
+class AtBatch(TrainingCallback):
+    "Call functions before batches of training, by how many are over that were not skipped, of all fits together"
+
+    order = 70  # after all that prepares a batch, such as ParamScheduler
+
+    def __init__(self, at: dict[int, Callable[[], None]]):
+        super().__init__()
+        self.at, self.over = dict(at), 0
+
+    def before_batch(self):
+        "Call what is to be called before this batch"
+        if self.learn.training and not is_search(self.learn):
+            if self.over in self.at:
+                self.at.pop(self.over)()
+            self.over += 1
+
+
+def is_search(learn: Learner) -> bool:
+    """Whether a fit is lr_find's, which is undone."""
+    return hasattr(learn, "lr_finder")
 
 
 @dataclass

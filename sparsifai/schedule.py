@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .registry import Registry, name_of
 
@@ -31,6 +32,12 @@ def progress(schedule: Schedule, t: float) -> float:
             "a schedule must return the share of the target in [0, 1] for every t in [0, 1]"
         )
     return min(max(value, 0.0), 1.0)
+
+
+def falls(schedule: Schedule) -> bool:
+    """Whether a schedule gives back what it has reached, at one of a thousand points."""
+    levels = [progress(schedule, step / 1000) for step in range(1001)]
+    return any(after < before for before, after in pairwise(levels))
 
 
 def _check(schedule: Schedule) -> None:

@@ -94,7 +94,7 @@ class Sparsifier(MaskedModel):
                 stacklevel=2,
             )
         self.levels = dict.fromkeys(self.targets, 0.0)
-        self.example_input = tree_map(_first, example_input)
+        self.example_input = tree_map(first_example, example_input)
         self.inputs: dict[str, Tensor] = {}  # of layers that compute, while calibrate looks
         self.loss: Tensor | None = None  # of a batch of calibrate
         self.collected = Statistics(quantities_of(self.criteria), self.criteria)
@@ -159,9 +159,8 @@ class Sparsifier(MaskedModel):
         `mask_gradients` does so itself. ValueError if none has reached a layer that takes part.
         """
         self._check_held("collect_gradients")
-        self.collected.add("backward", self, self.targets)
-        if self.regrowth is not None:
-            self.regrowth.add("backward", self, self.targets)
+        for statistics in filter(None, (self.collected, self.regrowth)):
+            statistics.add("backward", self, self.targets)
 
     def mask_gradients(self) -> None:
         """Set the gradients of masked weights to zero: to be called after backward, before clipping.
@@ -392,6 +391,6 @@ class Sparsifier(MaskedModel):
         return {**vars(self), "group": None, "_calibration": None}
 
 
-def _first(value: Any) -> Any:
+def first_example(value: Any) -> Any:
     """The first example of a batch."""
     return value[:1].detach().clone() if isinstance(value, Tensor) and value.dim() else value

@@ -27,8 +27,10 @@ def check_state(
     tables: list[tuple[str, Mapping, Mapping]] = [("mask", masks, state["masks"]), ("level", levels, state["levels"])]
     tables += _checked_statistics(state["statistics"], masks, here)
     if regrowth is not None:
+        if "used" not in state["regrowth"]:
+            raise ValueError("load_state_dict: the state does not tell what was ever used, as that of regrow= does")
         tables += _checked_statistics(state["regrowth"], masks, regrowth)
-        tables.append(("used mask", masks, {**masks, **state["regrowth"].get("used", {})}))
+        tables.append(("used mask", masks, {**masks, **state["regrowth"]["used"]}))
     for what, known, given in tables:
         for name in sorted(known.keys() | given.keys()):
             if _form(given.get(name)) != _form(known.get(name)):

@@ -605,3 +605,41 @@ def test_a_teacher_helps_a_sparse_net_with_few_labels():
             scores.append(accuracy_of(learn))
         differences.append(scores[1] - scores[0])
     assert sum(differences) / 3 > 0.01, differences
+
+
+def test_a_copy_has_the_same_teacher(make_learner):
+    import copy
+
+    teacher = small_net()
+    learn = make_learner(cbs=DistillCallback(teacher))
+    copied = copy.deepcopy(learn)
+    assert copied.distill.teacher is teacher
+    copied.fit(1)
+    assert copied.distill.learn is copied
+    assert learn.distill.learn is learn
+
+
+@pytest.mark.parametrize("loss", ["MSELossFlat", "L1LossFlat", "BCEWithLogitsLossFlat", nn.MSELoss(), nn.HuberLoss()])
+def test_soft_targets_of_what_are_no_classes_are_refused(make_learner, loss):
+    import fastai.losses
+
+    learn = make_learner()
+    learn.loss_func = getattr(fastai.losses, loss)() if isinstance(loss, str) else loss
+    before = [parameter.clone() for parameter in learn.model.parameters()]
+    with pytest.raises(ValueError, match="soft_targets compares classes, and .* is of numbers; give another loss="):
+        learn.fit(1, cbs=DistillCallback(small_net()))
+    assert all(map(torch.equal, before, learn.model.parameters()))
+
+
+def test_a_feature_loss_that_would_have_to_be_trained_is_refused():
+    class Projected(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.projection = nn.Conv2d(8, 16, 1)
+
+        def forward(self, student, teacher):
+            return (self.projection(student) - teacher).square().mean()
+
+    with pytest.raises(ValueError, match="feature_loss has parameters, which no optimizer trains; freeze them"):
+        DistillCallback(small_net(), features="0", feature_loss=Projected())
+    DistillCallback(small_net(), features="0", feature_loss=Projected().requires_grad_(False))

@@ -221,8 +221,9 @@ def test_controls_are_trained_every_so_many_rounds_up_to_the_last(make_learner):
 
 def test_controls_do_not_change_what_the_tickets_become():
     def masks(controls):
+        fastai.set_seed(2)
         learn = small_learner(lr=0.05)
-        learn.dls.train.shuffle = False
+        learn.dls.train.shuffle = True
         return run(learn, controls=controls)[-1].masks
 
     assert same(dict(masks([])), dict(masks(["reinitialized", "shuffled"])))
@@ -281,7 +282,7 @@ def test_a_run_is_taken_up_with_the_same_arguments_and_model_only(make_learner, 
     run(make_learner(), rounds=1, path=tmp_path / "run")
     with pytest.raises(ValueError, match="was written with rounds=1, not 2; give the same arguments"):
         run(make_learner(), rounds=2, path=tmp_path / "run")
-    with pytest.raises(ValueError, match="was written with criteria='large_final', not 'movement'"):
+    with pytest.raises(ValueError, match="was written with criteria=large_final, not movement"):
         run(make_learner(), rounds=1, criteria="movement", path=tmp_path / "run")
     other = make_learner(nn.Sequential(nn.Flatten(), nn.Linear(128, 3)))
     before = weights_of(other.model)
@@ -326,6 +327,84 @@ def test_tickets_are_saved_loaded_and_applied_to_another_model(make_learner, tmp
     assert torch.equal(wrong.weight, before)
 
 
+def test_a_run_with_frozen_layers_is_taken_up(make_learner, tmp_path):
+    fits = []
+
+    def fit(learn):
+        fits.append(1)
+        if len(fits) == 2:
+            raise KeyboardInterrupt
+        learn.fine_tune(1)
+
+    def frozen():
+        learn = make_learner(splitter=lambda model: [list(model[:5].parameters()), list(model[5:].parameters())])
+        learn.freeze()
+        return learn
+
+    with pytest.raises(KeyboardInterrupt):
+        run(frozen(), fit=fit, rounds=1, path=tmp_path / "run")
+    assert len(run(frozen(), fit=fit, rounds=1, path=tmp_path / "run")) == 2
+
+
+def test_settings_are_the_same_if_they_mean_the_same(make_learner, tmp_path):
+    from sparsifai import bounded, large_final
+
+    run(make_learner(), rounds=1, exclude=nn.Linear, path=tmp_path / "run")
+    run(make_learner(), rounds=1, exclude=[nn.Linear], criteria=large_final, layers=None, path=tmp_path / "run")
+    with pytest.raises(ValueError, match="was written with fit=2, not 3"):
+        run(make_learner(), rounds=1, exclude=nn.Linear, fit=3, path=tmp_path / "run")
+    run(make_learner(), rounds=1, context=bounded("global", {"0": 0.5}), path=tmp_path / "made" / "bounded")
+    with pytest.raises(ValueError, match="was written with context=bounded"):
+        run(make_learner(), rounds=1, context=bounded("global", {"0": 0.4}), path=tmp_path / "made" / "bounded")
+
+
+# --- Other callbacks and data ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rewind_to", [0, 1, 1.5])
+@pytest.mark.parametrize("kind", ["SaveModelCallback", "EarlyStoppingCallback", "ReduceLROnPlateau", "CSVLogger"])
+def test_trackers_and_loggers_see_whole_epochs_of_training_only(make_learner, kind, rewind_to, tmp_path):
+    from fastai.callback.all import CSVLogger, EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+
+    callback = {
+        "SaveModelCallback": lambda: SaveModelCallback(monitor="accuracy"),
+        "EarlyStoppingCallback": lambda: EarlyStoppingCallback(patience=5),
+        "ReduceLROnPlateau": lambda: ReduceLROnPlateau(patience=5),
+        "CSVLogger": lambda: CSVLogger(append=True),
+    }[kind]()
+    learn = make_learner(metrics=fastai.accuracy, cbs=callback, path=tmp_path)
+    tickets = run(learn, rounds=1, rewind_to=rewind_to)
+    assert len(tickets) == 2
+    assert callback.run
+    if kind == "CSVLogger":
+        rows = (tmp_path / "history.csv").read_text().splitlines()
+        assert [row.split(",")[0] for row in rows if not row.startswith("epoch")] == ["0", "1", *"01"[int(rewind_to) :]]
+
+
+def test_autocast_is_left_where_batches_are_skipped(make_learner):
+    class Autocast(Callback):
+        order = 10  # of MixedPrecision, which does the same on a GPU
+
+        def before_batch(self):
+            self.context = torch.autocast("cpu", torch.bfloat16)
+            self.context.__enter__()
+
+        def after_loss(self):
+            self.context.__exit__(None, None, None)
+
+    run(make_learner(), Autocast(), rounds=1, rewind_to=0.5)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_data_loaders_of_torch():
+    from torch.utils.data import DataLoader, TensorDataset
+
+    data = TensorDataset(torch.randn(16, 2, 8, 8), torch.randint(3, (16,)))
+    learn = small_learner()
+    learn.dls = fastai.DataLoaders(DataLoader(data, batch_size=4), DataLoader(data, batch_size=8))
+    assert run(learn, rounds=1, criteria="snip", rewind_to=1)[-1].sparsity == pytest.approx(0.8, abs=0.01)
+
+
 # --- What is shown --------------------------------------------------------------------------------------------
 
 
@@ -366,6 +445,14 @@ def test_table_html_parts_and_plot(make_learner):
         ({"granularity": "filters"}, ValueError, "unknown granularity 'filters'"),
         ({"criteria": "large"}, ValueError, "unknown criterion 'large'"),
         ({"layer": "0"}, TypeError, "layer"),
+        ({"rewind_to": float("inf")}, ValueError, "rewind_to is an epoch from 0 on"),
+        (
+            {"criteria": "snip", "sparsity": {"foo": 0.5}},
+            ValueError,
+            "no layer with a weight to sparsify matches 'foo'",
+        ),
+        ({"criteria": "snip", "calibration": 3}, TypeError, "calibration is a list or a data loader of batches"),
+        ({"regrow": "grad"}, TypeError, "masks of tickets do not move"),
         ({"sparsity": 0.9, "context": "2:4"}, ValueError, "makes 0.5 of the weights zero at most"),
     ],
 )
@@ -385,6 +472,16 @@ def test_a_point_after_the_end_and_callbacks_that_sparsify_themselves(make_learn
         learn = make_learner(cbs=callback)
         with pytest.raises(ValueError, match=r"take the other off before with learn.remove_cb\("):
             run(learn)
+
+
+def test_a_learner_that_cannot_measure_is_told_so(make_learner):
+    learn = make_learner()
+    learn.dls = fastai.DataLoaders(learn.dls.train)
+    with pytest.raises(ValueError, match="the Learner needs data to validate with and a Recorder"):
+        run(learn)
+    learn = make_learner(default_cbs=False)
+    with pytest.raises(ValueError, match="the Learner needs data to validate with and a Recorder"):
+        lottery_ticket(learn, 0.5, 1)
 
 
 def test_the_random_states_are_left_alone_by_looking_at_the_arguments(make_learner):

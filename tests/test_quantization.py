@@ -85,9 +85,30 @@ def test_zeros_are_zeros_when_fake_quantized_and_as_integers(context):
         converted = quantization.convert(model.eval())
     for name, mask in masks.items():
         assert (integers(converted.get_submodule(name))[~mask] == 0).all()
-    zeros = sum(int((integers(converted.get_submodule(name)) == 0).sum()) for name in masks)
-    assert zeros >= sum(int((~mask).sum()) for mask in masks.values())
     assert converted(batch(10)[0]).shape == (16, 3)
+
+
+@pytest.mark.parametrize("granularity", ["filter", "channel"])
+def test_whole_outputs_and_inputs_are_refused_once_a_model_is_prepared(granularity):
+    with pytest.raises(ValueError, match="before the model is prepared"):
+        Sparsifier(prepare(Net()), granularity, example_input=batch(0)[0])
+
+
+@pytest.mark.fastai
+def test_in_a_learner_the_zeros_of_a_prepared_model_are_kept():
+    fastai = pytest.importorskip("fastai.vision.all", reason="a Learner is fastai's")
+    from sparsifai import SparsifyCallback
+
+    inputs, labels = batch(0)
+    loader = [fastai.DataLoader(list(zip(inputs, labels, strict=True)), bs=4) for _ in range(2)]
+    learn = fastai.Learner(fastai.DataLoaders(*loader, device="cpu"), prepare(Net()), loss_func=nn.CrossEntropyLoss())
+    callback = SparsifyCallback(0.75)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(3, cbs=callback)
+    assert callback.sparsifier.sparsity == pytest.approx(0.75, abs=1e-3)
+    for name, mask in callback.sparsifier.masks.items():
+        module = learn.model.get_submodule(name.removesuffix(".weight"))
+        assert (module.weight_fake_quant(module.weight)[~mask] == 0).all()
 
 
 def test_a_sparse_model_stays_sparse_when_it_is_prepared_and_trained_further():

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparsifai import Sparsifier, contexts, granularities
-from sparsifai.collection import Statistics
-from sparsifai.regrowth import sparsity_of_drop
+from sparsifai import Sparsifier, contexts, granularities, schedules
+from sparsifai.regrowth import Regrowth, sparsity_of_drop
 
 
 def show_gradients(sparsifier, seed=0):
@@ -167,7 +166,7 @@ def test_without_a_gradient_it_says_how_to_have_one_and_changes_nothing(mlp):
     sparsifier.sparsify(0.5)
     before = {name: parameter.clone() for name, parameter in mlp.named_parameters()}
     masks = dict(sparsifier.masks)
-    with pytest.raises(ValueError, match="large_gradient needs grad, of which no batch was seen; call"):
+    with pytest.raises(ValueError, match=r"no batch was seen; call collect_gradients\(\) after a backward, before"):
         sparsifier.sparsify(0.5, drop=0.3)
     assert all(torch.equal(before[name], parameter) for name, parameter in mlp.named_parameters())
     assert all(torch.equal(masks[name], mask) for name, mask in sparsifier.masks.items())
@@ -233,6 +232,8 @@ def test_saved_and_restored_it_goes_on_as_if_nothing_had_been(mlp):
         Sparsifier(mlp, context="local").load_state_dict(state)
     with pytest.raises(ValueError, match="use the same criterion"):
         Sparsifier(mlp, context="local", regrow="random").load_state_dict(state)
+    with pytest.raises(ValueError, match="does not tell what was ever used"):
+        second.load_state_dict({**state, "regrowth": {k: v for k, v in state["regrowth"].items() if k != "used"}})
     state["regrowth"]["used"] = {"0.weight": torch.ones(3)}
     with pytest.raises(ValueError, match=r"the used mask of 0\.weight is numbers of the shape \(3,\)"):
         second.load_state_dict(state)
@@ -284,16 +285,122 @@ def test_in_a_learner_the_zeros_are_constant_at_every_step_and_move(make_learner
 
 
 @pytest.mark.fastai
-def test_dense_gradients_are_looked_at_in_steps_that_update_the_masks_only(make_learner, monkeypatch):
+@pytest.mark.parametrize("criteria", ["large_final", "snip"])
+def test_dense_gradients_are_looked_at_in_steps_that_update_the_masks_only(make_learner, monkeypatch, criteria):
     from sparsifai import SparsifyCallback
 
-    steps, add = [], Statistics.add
-    monkeypatch.setattr(Statistics, "add", lambda self, *given: (steps.append(learn.iter), add(self, *given)))
+    steps, add = [], Regrowth.add
+    monkeypatch.setattr(Regrowth, "add", lambda self, *given: (steps.append(learn.iter), add(self, *given)))
     learn = make_learner(steps=12)
-    callback = SparsifyCallback(0.5, schedule="one_shot", regrow="grad", every=3)
-    learn.fit(1, cbs=callback)
-    # Twice in each: by the statistics of the criterion, which name none, and of what comes back.
-    assert steps == [2, 2, 5, 5, 8, 8]
+    learn.fit(1, cbs=SparsifyCallback(0.5, criteria=criteria, schedule="one_shot", regrow="grad", every=3))
+    assert steps == [2, 5, 8]
+
+
+@pytest.mark.fastai
+def test_criteria_of_activations_see_the_batch_of_every_update(make_learner, monkeypatch):
+    from sparsifai import SparsifyCallback
+
+    steps, calibrate = [], Sparsifier.calibrate
+    monkeypatch.setattr(
+        Sparsifier, "calibrate", lambda self, *given: (steps.append(learn.iter), calibrate(self, *given))
+    )
+    learn = make_learner(steps=12)
+    learn.fit(1, cbs=SparsifyCallback(0.5, criteria="wanda", schedule="one_shot", regrow="random", every=3))
+    assert set(steps) == {0, 2, 5, 8}
+
+
+@pytest.mark.fastai
+@pytest.mark.parametrize("schedule", ["lin", "agp"])
+def test_while_sparsity_rises_what_comes_back_outlives_the_step(make_learner, schedule):
+    from sparsifai import SparsifyCallback
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(128, 32), nn.Tanh(), nn.Linear(32, 3))
+    learn, masks, counts = make_learner(net, steps=40, lr=0.01), [], []
+    callback = SparsifyCallback(0.9, schedule=schedule, regrow="grad", every=4)
+    learn.fit(1, cbs=[callback, counting(lambda: callback, masks, counts)])
+    back = [int((after & ~before).sum()) for before, after in zip(masks, masks[1:], strict=False)]
+    assert sum(number > 0 for number in back) >= 5
+    wanted = [rounded(0.9 * schedules[schedule](4 * (step // 4) / 40) * (128 * 32 + 96)) for step in range(1, 41)]
+    assert [int((~mask).sum()) for mask in masks] == wanted
+
+
+@pytest.mark.fastai
+def test_moments_of_what_comes_back_are_fresh_in_a_learner(make_learner):
+    from fastai.callback.core import Callback
+    from fastai.optimizer import Adam
+
+    from sparsifai import SparsifyCallback
+
+    seen = []
+
+    class Look(Callback):
+        order = 12  # after the masks have moved, before the step
+
+        def before_step(self):
+            for name, mask in self.learn.sparsify.sparsifier.masks.items():
+                parameter = self.learn.sparsify.sparsifier.targets[name].parameter
+                back = mask & ~earlier.get(name, mask)
+                earlier[name] = mask
+                if back.any():
+                    state = self.opt.state[parameter]
+                    seen.append(max(float(state[kept][back].abs().max()) for kept in ("grad_avg", "sqr_avg")))
+                    assert (parameter[back] == 0).all()
+
+    Look.__module__, earlier = "fastai.look", {}
+    learn = make_learner(steps=24, opt_func=Adam, lr=0.01)
+    learn.fit(1, cbs=[SparsifyCallback(0.5, schedule="one_shot", regrow="random", every=4), Look()])
+    assert seen
+    assert max(seen) <= 1e-16
+
+
+@pytest.mark.fastai
+def test_an_interrupted_fit_leaves_nothing_that_moves_masks_in_lr_find(make_learner, tmp_path):
+    from fastai.callback.core import Callback
+
+    from sparsifai import SparsifyCallback
+
+    def stop(self):
+        if self.iter == 9:
+            raise KeyboardInterrupt
+
+    callback = SparsifyCallback(0.5, schedule="one_shot", regrow="grad", every=2)
+    learn = make_learner(steps=12, cbs=callback, path=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, cbs=Callback(after_step=stop))
+    before, explored = alive(callback.sparsifier), callback.sparsifier.explored
+    learn.lr_find(num_it=12, show_plot=False)
+    assert torch.equal(before, alive(callback.sparsifier))
+    assert explored == callback.sparsifier.explored
+    learn.fit(1)
+    assert not torch.equal(before, alive(callback.sparsifier))
+
+
+def test_limits_hold_whatever_the_gradients_are():
+    from sparsifai import bounded
+
+    net = nn.Sequential(nn.Linear(20, 20, bias=False), nn.Linear(20, 20, bias=False))
+    sparsifier = Sparsifier(net, context=bounded("global", {"0": (0.5, 0.9)}), regrow="grad")
+    sparsifier.sparsify(0.6)
+    for _ in range(3):
+        net[0].weight.grad, net[1].weight.grad = torch.ones(20, 20), torch.full((20, 20), 0.01)
+        sparsifier.collect_gradients()
+        sparsifier.sparsify(0.6, drop=0.3)
+        assert float((~sparsifier.masks["0.weight"]).float().mean()) >= 0.5
+        assert int((~alive(sparsifier)).sum()) == 480
+
+
+@pytest.mark.fastai
+def test_alternating_phases_alternate_in_a_second_fit_too(make_learner):
+    from sparsifai import SparsifyCallback
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(128, 32), nn.Tanh(), nn.Linear(32, 3))
+    callback, masks, counts = SparsifyCallback(0.75, schedule="ac_dc"), [], []
+    learn = make_learner(net, steps=20, lr=0.01, cbs=[callback, counting(lambda: callback, masks, counts)])
+    learn.fit(1)
+    learn.fit(1)
+    assert [bool(mask.all()) for mask in masks[:20]] == [bool(mask.all()) for mask in masks[20:]]
+    assert any(mask.all() for mask in masks[20:])
+    assert callback.sparsifier.sparsity == pytest.approx(0.75, abs=1e-3)
 
 
 @pytest.mark.fastai
@@ -357,13 +464,15 @@ def test_limits_that_leave_no_room_for_what_falls_are_told_of_before_the_first_s
 @pytest.mark.fastai
 def test_the_constructor_checks_what_it_is_given():
     pytest.importorskip("fastai", reason="the callback needs fastai")
-    from sparsifai import SparsifyCallback
+    from sparsifai import SparsifyCallback, bounded
 
     for options, message in (
         ({"regrow": "grd"}, "unknown criterion 'grd'; did you mean 'grad'"),
         ({"regrow": "wanda"}, "no backward pass gives"),
         ({"regrow": "grad", "context": "2:4"}, "has to fall before as much comes back"),
         ({"regrow": "grad", "drop": 1.5}, "drop is the share"),
+        ({"drop": 0.5}, "drop=0.5: nothing says what comes back; give regrow="),
+        ({"regrow": "grad", "context": bounded("2:4", {"0": 0.25})}, "has to fall before as much comes back"),
         ({"regrow": "grad", "decay": "cosine"}, "unknown schedule 'cosine'; did you mean 'cos'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -406,6 +515,6 @@ def test_on_the_digits_growing_by_gradient_beats_growing_at_random_and_both_beat
         return accuracy_of(learn)
 
     static, at_random, by_gradient = (
-        mean(trained(seed, regrow) for seed in range(8)) for regrow in (None, "random", "grad")
+        mean(trained(seed, regrow) for seed in range(5)) for regrow in (None, "random", "grad")
     )
     assert static < at_random < by_gradient

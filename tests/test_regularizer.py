@@ -661,7 +661,7 @@ def test_exported_learners_and_state_dicts_know_nothing_of_it(tmp_path, fastai):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"weight": -1}, ValueError, "weight is that of the penalty, a number from 0 on, not -1"),
+        ({"weight": -1}, ValueError, "weight, that of the penalty, is a number from 0 on, not -1"),
         ({"weight": math.inf}, ValueError, "not inf"),
         ({"weight": "filter"}, ValueError, "not 'filter'"),
         ({"weight": True}, ValueError, "not True"),

@@ -11,6 +11,7 @@ from soundness import counted
 from torch import nn
 
 from sparsifai import Sensitivity, Sparsifier, granularities, highest_sparsity, sensitivity
+from sparsifai.measuring import Meter, first_batch
 
 
 def weights_left(model):
@@ -172,7 +173,7 @@ def test_criteria_that_look_at_data_are_given_some(mlp):
     answer = measured(mlp, weights_left, calibration=batches, loss_func=nn.functional.cross_entropy, **options)
     assert answer.values == ((32,), (40,))
     options |= {"calibration": batches, "loss_func": nn.functional.cross_entropy}
-    assert highest_sparsity(mlp, 12, weights_left, **options) == 0.26
+    assert highest_sparsity(mlp, 12, weights_left, **options) == 12 / 48
     assert state_of(mlp) == before
     with pytest.raises(TypeError, match="criterion snip looks at data; give calibration="):
         measured(mlp, weights_left, criteria="snip")
@@ -378,10 +379,11 @@ def test_highest_sparsity_is_that_of_trying_all(precision, tolerance):
     for step in range(int(1 / precision + 1e-9) + 1):
         copy = nn.Sequential(nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 5))
         copy.load_state_dict(model.state_dict())
-        Sparsifier(copy).sparsify(min(step * precision, 1.0))
-        good += [step * precision] if dense - magnitude_left(copy) <= tolerance else []
+        sparsifier = Sparsifier(copy)
+        sparsifier.sparsify(min(step * precision, 1.0))
+        good += [sparsifier.sparsity] if dense - magnitude_left(copy) <= tolerance else []
     before = state_of(model)
-    assert highest_sparsity(model, tolerance, magnitude_left, precision=precision) == pytest.approx(max(good))
+    assert highest_sparsity(model, tolerance, magnitude_left, precision=precision) == max(good)
     assert state_of(model) == before
 
 
@@ -394,22 +396,58 @@ def test_highest_sparsity_of_a_loss_and_of_what_breaks(mlp):
     assert highest_sparsity(mlp, 12, lambda model: weights_left(model) if weights_left(model) > 40 else np.nan) < 0.18
     for broken in (float("inf"), -float("inf")):
         found = highest_sparsity(mlp, 0, lambda model, value=broken: 1 if weights_left(model) > 40 else value)
-        assert found == 0.155  # seven of 48
+        assert found == 7 / 48
     assert highest_sparsity(mlp, 0, zeros_loss, precision=0.25) == 0.0
-    assert highest_sparsity(mlp, 100, zeros_loss) == 1.0
+    assert highest_sparsity(mlp, 100, zeros_loss) == 46 / 48  # each layer keeps its best weight
+
+
+def test_what_is_returned_is_counted_and_contexts_with_a_limit_are_searched_up_to_it(mlp):
+    met = lambda model: 1.0  # noqa: E731
+    assert highest_sparsity(mlp, 0.1, met, context="2:4") == 0.5
+    tiles = highest_sparsity(mlp, 0.1, met, granularity="2x2")
+    sparsifier = Sparsifier(mlp, "2x2")
+    sparsifier.sparsify(1.0)
+    assert tiles == sparsifier.sparsity < 1
+
+
+@pytest.mark.parametrize("criteria", ["movement", "magnitude_increase", "updating_movmag"])
+def test_criteria_that_compare_with_an_earlier_value_are_refused(mlp, criteria):
+    with pytest.raises(ValueError, match="compares with an earlier value, and here nothing is earlier"):
+        measured(mlp, weights_left, criteria=criteria)
+    measured(mlp, weights_left, criteria="large_init")
+
+
+def test_a_metric_of_predictions_is_told_where_to_go(mlp):
+    with pytest.raises(TypeError, match="mse is to be a function of the model alone .* metrics of the Learner"):
+        measured(mlp, lambda_named("mse"))
+
+
+def test_the_highest_level_is_checked_before_anything_is_measured(mlp):
+    seen = []
+    with pytest.raises(ValueError, match=r"makes 0.5 of the weights zero at most"):
+        measured(mlp, lambda model: seen.append(1) or 1.0, [0.3, 0.9], context="2:4")
+    assert not seen
+
+
+def lambda_named(name):
+    def function(predictions, targets):
+        return 0.0
+
+    function.__name__ = name
+    return function
 
 
 def test_a_tolerance_is_not_missed_by_rounding():
     model = nn.Linear(10, 10)  # 0.9 - 0.88 is more than 0.02 in floats
-    assert highest_sparsity(model, 0.02, lambda model: 0.9 if model.weight.all() else 0.88) == 1.0
+    assert highest_sparsity(model, 0.02, lambda model: 0.9 if model.weight.all() else 0.88) == 0.99
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tolerance": -1}, "tolerance is a number from 0 to inf, not -1"),
-        ({"tolerance": float("nan")}, "tolerance is a number from 0 to inf, not nan"),
-        ({"tolerance": "a"}, "tolerance is a number from 0 to inf, not 'a'"),
+        ({"tolerance": -1}, "tolerance is a number from 0 on, not -1"),
+        ({"tolerance": float("nan")}, "tolerance is a number from 0 on, not nan"),
+        ({"tolerance": "a"}, "tolerance is a number from 0 on, not 'a'"),
         ({"precision": 0}, "precision is 0"),
         ({"precision": 2}, "precision is a number from 0 to 1, not 2"),
     ],
@@ -428,6 +466,8 @@ def state_of_learner(learn):
         state_of(learn.model),
         {**vars(learn), "cbs": list(learn.cbs)},
         {id(each): dict(vars(each)) for each in learn.cbs},
+        # What accumulates changes in place.
+        [str(vars(each)) for each in (learn.recorder.smooth_loss, learn.recorder.loss, *learn.metrics)],
     )
 
 
@@ -451,7 +491,7 @@ def test_a_learner_is_afterwards_what_it_was(learn, search, capsys):
         assert (answer.metric, answer.lower_is_better, len(answer.layers)) == ("valid_loss", True, 4)
         assert len({value for row in answer.values for value in row}) > 4
     else:
-        assert highest_sparsity(learn, 100.0) == 1.0
+        assert highest_sparsity(learn, 100.0) > 0.98
     assert state_of_learner(learn) == before
     assert (learn.dls.valid.rng.getstate(), learn.dls.train.rng.getstate()) == draws
     assert capsys.readouterr().out == ""
@@ -639,3 +679,39 @@ def test_a_budget_is_better_than_the_same_sparsity_in_all_layers(monkeypatch):
     # Over six seeds 0.949 and 0.709, with standard deviations of 0.015 and 0.103.
     assert min(budgets) > 0.9
     assert max(uniform) < 0.85
+
+
+@pytest.mark.fastai
+@pytest.mark.parametrize("metric", ["rmse", "mae", "mse", "exp_rmspe", "msle", "error_rate", "Perplexity", "accuracy"])
+def test_the_direction_of_metrics_that_fastai_has(make_learner, metric):
+    import fastai.metrics
+
+    metric = getattr(fastai.metrics, metric)
+    metric = metric() if isinstance(metric, type) else metric
+    name = fastai.metrics.mk_metric(metric).name
+    meter = Meter.of(make_learner(metrics=metric), name, None)
+    assert meter.lower_is_better == (name != "accuracy")
+
+
+@pytest.mark.fastai
+def test_a_learner_without_data_to_train_on_needs_none_for_a_function_of_the_model(learn):
+    from fastai.vision.all import DataLoader, DataLoaders
+
+    learn.dls = DataLoaders(DataLoader([], bs=2), learn.dls.valid)
+    answer = sensitivity(learn, lambda model: 1.0, (0.5,), progress=False)
+    assert answer.layers
+    with pytest.raises(ValueError, match="the Learner has no data to train on"):
+        sensitivity(learn, lambda model: 1.0, (0.5,), criteria="snip", progress=False)
+
+
+@pytest.mark.fastai
+def test_texts_keep_their_order():
+    text = pytest.importorskip("fastai.text.all", reason="of fastai's language models")
+    texts = text.TensorBase(torch.arange(60)).split(6)
+    loader = text.LMDataLoader([text.LMTensorText(each) for each in texts], bs=2, seq_len=5, shuffle=True)
+    dls = text.DataLoaders(loader, loader)
+    model = nn.Sequential(nn.Embedding(60, 4), nn.Linear(4, 60))
+    learn = text.Learner(dls, model, loss_func=text.CrossEntropyLossFlat())
+    before = list(loader.items.idxs)
+    first_batch(learn)
+    assert list(loader.items.idxs) == before
