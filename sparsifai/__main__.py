@@ -16,8 +16,9 @@ from .recipe import Recipe
 from .report import Count, percent
 from .table import as_text
 
-_PLAN = """What a recipe would do to a model, without data or training: how many weights of each layer are left, why some
-stay dense, bytes, FLOPs (with --input), and the sparsity after each epoch.
+_PLAN = """What a recipe would do to a model, without data or training.
+
+How many weights of each layer are left, why some stay dense, bytes, FLOPs (with --input), the sparsity by epoch.
 
 example: sparsifai plan examples/recipes/training_aware.yaml --model torchvision:resnet50 --input 1,3,224,224
 """
