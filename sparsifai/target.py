@@ -6,6 +6,7 @@ weight=('in', 'out')).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -248,8 +249,10 @@ def as_patterns(patterns: Pattern | Iterable[Pattern]) -> list[Pattern]:
         if not (isinstance(pattern, (str, nn.Module)) or callable(pattern)):
             raise TypeError(
                 f"{pattern!r} selects no layers: give a module class, a module, a name or glob such as 'layer1.*', "
-                "or a function of (name, module)"
+                "'re:' and a regular expression, or a function of (name, module)"
             )
+        if isinstance(pattern, str):
+            _text_matcher(pattern)
     return listed
 
 
@@ -267,13 +270,24 @@ def matching(pattern: Pattern, targets: Mapping[str, Target], model: nn.Module) 
 
 def _matches(pattern: Pattern, target: Target, model: nn.Module) -> bool:
     if isinstance(pattern, str):
-        return any(fnmatchcase(place, pattern) for name in target.names for place in _prefixes(name)[1:])
+        matches = _text_matcher(pattern)
+        return any(matches(place) for name in target.names for place in _prefixes(name)[1:])
     if isinstance(pattern, (type, nn.Module)):
         containers = (model.get_submodule(place) for name, _ in target.owners for place in _prefixes(name))
         if isinstance(pattern, type):
             return any(isinstance(module, pattern) for module in containers)
         return any(module is pattern for module in containers)
     return any(pattern(name, module) for name, module in target.owners)
+
+
+def _text_matcher(pattern: str) -> Callable[[str], Any]:
+    """Whether a name is meant by a glob, or by a regular expression of all of it: 're:layer[12].*'."""
+    if not pattern.startswith("re:"):
+        return lambda name: fnmatchcase(name, pattern)
+    try:
+        return re.compile(pattern[len("re:") :]).fullmatch
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}; after 're:' comes one of Python's") from None
 
 
 def _prefixes(name: str) -> list[str]:
