@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sparsifai import Sparsifier, register_layer
-from sparsifai.target import find_targets
+from sparsifai.target import as_patterns, find_targets
 
 
 def test_axes_of_every_kind():
@@ -261,3 +261,35 @@ def test_keys_of_a_dictionary_are_checked_before_the_model_is_known(key):
 
     with pytest.raises(TypeError, match="selects no layers"):
         SparsifyCallback({key: 0.5})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("re:.*weight", EVERYTHING),
+        ("re:head", EVERYTHING[3:]),
+        (r"re:body\..*", EVERYTHING[:3]),
+        ("re:(body|head).*", EVERYTHING),
+    ],
+)
+def test_a_regular_expression_means_the_names_that_it_fits_as_a_whole(pattern, names):
+    assert list(Sparsifier(body_and_head(), layers=pattern).masks) == names
+
+
+def test_a_regular_expression_that_fits_a_part_of_a_name_means_nothing():
+    with pytest.raises(ValueError, match="no layer with a weight to sparsify matches 're:bod'; did you mean 'body'"):
+        Sparsifier(body_and_head(), layers="re:bod")
+
+
+@pytest.mark.parametrize("argument", [{"layers": "re:(head"}, {"exclude": ["head", "re:*"]}])
+def test_no_regular_expression_is_an_error(argument):
+    with pytest.raises(ValueError, match=r"'re:.*' is no regular expression: .*; after 're:' comes one of Python's"):
+        Sparsifier(body_and_head(), **argument)
+    with pytest.raises(ValueError, match="is no regular expression"):  # before the model is known
+        as_patterns(["head", "re:("])
+
+
+def test_fractions_by_regular_expression():
+    sparsifier = Sparsifier(body_and_head())
+    sparsifier.sparsify({"re:body.*": 0.5, "re:head.*": 0.25})
+    assert sparsifier.masks[EVERYTHING[-1]].float().mean() == pytest.approx(0.75, abs=0.05)
