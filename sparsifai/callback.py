@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .argument import check_count, check_round_to, check_seed, check_sparsity, mapped, resolve_axes
+from .argument import check_count, check_fraction, check_round_to, check_seed, check_sparsity, mapped, resolve_axes
 from .criterion import criteria as criteria_registry
 from .keep import KeepSparsity, TrainingCallback
 from .learner import Column, Curves, Trackers, notify, show_data
@@ -22,7 +22,7 @@ from .parallel import group_of, unwrapped
 from .plan import plan_of
 from .regrowth import Regrowth, check_drop, sparsity_of_drop
 from .report import Count, percent
-from .schedule import between, falls, progress, schedules
+from .schedule import between, falls, progress, raised, schedules
 from .sparsifier import Sparsifier
 from .target import as_patterns, find_targets, matching
 
@@ -55,6 +55,7 @@ class SparsifyCallback(TrainingCallback):
         # quarter of training belongs to the weights that stay: worth much at high sparsity, little lost at low.
         schedule=between("agp", 0, 0.75),
         *,
+        initial_sparsity=0.0,  # Of all that takes part, where the schedule begins; it goes on from there
         compression_ratio=None,  # Another name of `sparsity`, the same number
         layers=None,  # What takes part: classes, modules, names, globs, functions of (name, module), or a list of them
         exclude=None,  # What stays dense, in the same words
@@ -77,6 +78,9 @@ class SparsifyCallback(TrainingCallback):
         if isinstance(self.context, Blocks):
             self.context.check(max(self.sparsity.values()) if isinstance(self.sparsity, Mapping) else self.sparsity)
         self.schedule = schedules.resolve(schedule)
+        self.initial_sparsity = check_fraction(initial_sparsity, "initial_sparsity")
+        if self.initial_sparsity:
+            self.schedule = raised(self.schedule, self._share_of_initial())
         self._falls = falls(self.schedule)
         self.layers = None if layers is None else as_patterns(layers)
         self.exclude = None if exclude is None else as_patterns(exclude)
@@ -234,13 +238,28 @@ class SparsifyCallback(TrainingCallback):
             self._reached, self._moved = reached, True
 
     def _update(self, reached: float, drop: float = 0.0) -> None:
-        wanted, opt = mapped(self.sparsity, lambda fraction: reached * fraction), self.learn.opt
+        wanted, opt = self._wanted(reached), self.learn.opt
         keepers = [each for each in self.learn._grab_cbs(KeepSparsity) if each.sparsifier is self.sparsifier]
         if keepers and keepers[0].is_alone():  # which has just seen to it that all that is masked is zero
             self.sparsifier.update_masks(wanted, opt, drop=drop)
         else:
             self.sparsifier.sparsify(wanted, drop=drop)
             zero_moments(self.sparsifier.masked_parameters(), opt, squares=NEXT_TO_ZERO)
+
+    def _wanted(self, reached: float) -> Any:
+        """The sparsity at a share of the target; of layers with different targets, all begin with the same."""
+        if not self.initial_sparsity or reached in (0, 1):
+            return mapped(self.sparsity, lambda fraction: reached * fraction)
+        share, initial = self._share_of_initial(), self.initial_sparsity
+        done = (reached - share) / (1 - share) if share < 1 else 1.0
+        return mapped(self.sparsity, lambda fraction: initial + (fraction - initial) * done)
+
+    def _share_of_initial(self) -> float:
+        """Of the highest target. ValueError if a target is lower."""
+        targets = self.sparsity.values() if isinstance(self.sparsity, Mapping) else [self.sparsity]
+        if self.initial_sparsity > min(targets):
+            raise ValueError(f"initial_sparsity {self.initial_sparsity:g} is above the sparsity {min(targets):g}")
+        return self.initial_sparsity / max(targets)
 
     def _look_at_gradients(self) -> None:
         """In a step, while gradients are dense: have the criterion see them, and what has fallen come back.

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
-from typing import Any
-
 from torch import nn
 
 from .callback import SparsifyCallback
 from .keep import TrainingCallback
 from .parallel import unwrapped
 from .registry import close_matches
+from .target import name_matcher
 
 
 class FreezeCallback(TrainingCallback):
@@ -33,6 +31,8 @@ class FreezeCallback(TrainingCallback):
             raise TypeError(f"FreezeCallback: layers are names or globs of layers, not {layers!r}")
         if not 0 <= start < end <= 1:
             raise ValueError(f"FreezeCallback: needs 0 <= start < end <= 1, got start={start!r}, end={end!r}")
+        for pattern in self.layers:
+            name_matcher(pattern)  # raises for what is no regular expression
         self.start, self.end = start, end
 
     def __setattr__(self, name, value):
@@ -73,19 +73,16 @@ class FreezeCallback(TrainingCallback):
         chosen: dict[int, nn.Parameter] = {}
         named = dict(unwrapped(self.learn.model).named_parameters())
         for pattern in self.layers:
-            matched = [each for name, each in named.items() if _means(pattern, name)]
+            matches = name_matcher(pattern)
+            matched = [each for name, each in named.items() if any(map(matches, _places(name)))]
             if not matched:
-                raise ValueError(
-                    f"FreezeCallback: no layer matches {pattern!r}; {close_matches(pattern, _places(named))}"
-                )
+                hint = close_matches(pattern, {place for name in named for place in _places(name)})
+                raise ValueError(f"FreezeCallback: no layer matches {pattern!r}; {hint}")
             chosen |= {id(each): each for each in matched}
         return list(chosen.values())
 
 
-def _means(pattern: str, name: str) -> bool:
+def _places(name: str) -> list[str]:
+    """'a.b' -> ['a', 'a.b']"""
     parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:length]), pattern) for length in range(1, len(parts) + 1))
-
-
-def _places(named: Any) -> set[str]:
-    return {".".join(name.split(".")[:length]) for name in named for length in range(1, name.count(".") + 2)}
+    return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]

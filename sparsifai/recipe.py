@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from .argument import check_number, check_sparsity, mapped, resolve_axes
+from .argument import check_fraction, check_number, check_sparsity, mapped, resolve_axes
 from .arithmetic import evaluate
 from .axis_value import axis_value
 from .plan import plan_of
@@ -46,7 +46,7 @@ _OF_SPARSIFIER = ("layers", "exclude", "pool", "may_empty", "regrow", "round_to"
 WORDS: dict[str, tuple[str, ...]] = {
     "sparsify": (
         *("sparsity", "granularity", "context", "criteria", "schedule", *_OF_SPARSIFIER, "drop", "decay", "every"),
-        *(*_TIMES, "initial_sparsity", "update_every"),
+        *("initial_sparsity", *_TIMES, "update_every"),
     ),
     "keep": (),
     "regularize": ("weight", "granularity", "criteria", "schedule", "layers", "exclude", "proximal", *_TIMES),
@@ -208,7 +208,7 @@ class Recipe:
         return plan_of(
             sparsifier,
             arguments["sparsity"],
-            arguments["schedule"],
+            raised(arguments["schedule"], self._share_of_initial(arguments)),
             epochs,
             n_iter,
             arguments.get("every"),
@@ -297,7 +297,7 @@ class Recipe:
             self._share(options.pop(time, default), (*place, time))
             for time, default in zip(_TIMES, ("0%", "100%"), strict=True)
         )
-        timed = bool({*_TIMES, "initial_sparsity", "update_every"} & step.options.keys())
+        timed = bool({*_TIMES, "update_every"} & step.options.keys())
         with self._at(*place):
             if not start < end <= 1:
                 raise ValueError(
@@ -307,6 +307,7 @@ class Recipe:
                 options["sparsity"] = check_sparsity(options["sparsity"])
                 given = [options.get(axis, default) for axis, default in _AXES.items()]
                 resolve_axes(given[0], given[1], given[2], options.get("pool"))
+                self._share_of_initial(options)
                 if timed:
                     options["schedule"] = self._schedule_of_sparsity(options, start, end, place)
                 else:
@@ -322,24 +323,19 @@ class Recipe:
                 options["schedule"] = during(options.get("schedule", "one_shot"), start, end)
         return options
 
+    def _share_of_initial(self, options: Mapping[str, Any]) -> float:
+        """What the schedule begins with, as a share of the highest target."""
+        sparsity, initial = options["sparsity"], check_fraction(options.get("initial_sparsity", 0), "initial_sparsity")
+        targets = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
+        if initial > min(targets):
+            raise ValueError(f"initial_sparsity {initial:g} is one fraction up to the sparsity, {min(targets):g}")
+        return initial / max(targets) if initial else 0.0
+
     def _schedule_of_sparsity(self, options: dict[str, Any], start: float, end: float, place: tuple) -> Schedule:
-        schedule = options.get("schedule", "agp")
-        initial, update_every = options.pop("initial_sparsity", None), options.pop("update_every", None)
-        if initial is not None:
-            schedule = raised(schedule, self._share_of_target(initial, options["sparsity"]))
+        schedule, update_every = options.get("schedule", "agp"), options.pop("update_every", None)
         if update_every is not None:
             schedule = stepped(schedule, (end - start) / self._share(update_every, (*place, "update_every")))
         return between(schedule, start, end)
-
-    def _share_of_target(self, initial: Any, sparsity: Any) -> float:
-        targets = set(sparsity.values()) if isinstance(sparsity, Mapping) else {sparsity}
-        initial = check_sparsity(initial)
-        if isinstance(initial, Mapping) or len(targets) > 1 or not 0 <= initial <= min(targets):
-            raise ValueError(
-                "initial_sparsity is one fraction up to the sparsity, which is the same for all layers then; not "
-                f"{initial!r}"
-            )
-        return initial / targets.pop() if initial else 0.0
 
     def _share(self, time: Any, path: tuple[Hashable, ...]) -> float:
         """Of training: '75%', or epochs."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from .registry import Registry, name_of
@@ -205,14 +205,17 @@ class _Raised:
 
 
 def raised(schedule: str | Schedule, share: float) -> Schedule:
-    """share + (1 - share) s(t): `schedule` that begins with a share of the target.
+    """share + (1 - share) s(t): `schedule` that begins with a share of the target; before its part of training nothing.
 
-    >>> [raised(lin, 0.5)(t) for t in (0, 0.5, 1)]
-    [0.5, 0.75, 1.0]
+    >>> [raised(between(lin, 0.25, 0.75), 0.5)(t) for t in (0, 0.25, 0.5, 0.75)]
+    [0.0, 0.5, 0.75, 1.0]
     """
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
         raise ValueError(f"raised: the share that it begins with is from 0 to 1, not {share!r}")
-    return _Raised(schedules.resolve(schedule), float(share))
+    resolved = schedules.resolve(schedule)
+    if isinstance(resolved, _Moved):
+        return replace(resolved, schedule=raised(resolved.schedule, share))
+    return _Raised(resolved, float(share))
 
 
 @dataclass(frozen=True)

@@ -252,7 +252,7 @@ def as_patterns(patterns: Pattern | Iterable[Pattern]) -> list[Pattern]:
                 "'re:' and a regular expression, or a function of (name, module)"
             )
         if isinstance(pattern, str):
-            _text_matcher(pattern)
+            name_matcher(pattern)
     return listed
 
 
@@ -270,7 +270,7 @@ def matching(pattern: Pattern, targets: Mapping[str, Target], model: nn.Module) 
 
 def _matches(pattern: Pattern, target: Target, model: nn.Module) -> bool:
     if isinstance(pattern, str):
-        matches = _text_matcher(pattern)
+        matches = name_matcher(pattern)
         return any(matches(place) for name in target.names for place in _prefixes(name)[1:])
     if isinstance(pattern, (type, nn.Module)):
         containers = (model.get_submodule(place) for name, _ in target.owners for place in _prefixes(name))
@@ -280,7 +280,7 @@ def _matches(pattern: Pattern, target: Target, model: nn.Module) -> bool:
     return any(pattern(name, module) for name, module in target.owners)
 
 
-def _text_matcher(pattern: str) -> Callable[[str], Any]:
+def name_matcher(pattern: str) -> Callable[[str], Any]:
     """Whether a name is meant by a glob, or by a regular expression of all of it: 're:layer[12].*'."""
     if not pattern.startswith("re:"):
         return lambda name: fnmatchcase(name, pattern)

@@ -90,6 +90,7 @@ def test_there_are_notebooks():
         "06_nm_and_blocks.ipynb",
         "07_lottery_ticket.ipynb",
         "08_compound.ipynb",
+        "09_recipes.ipynb",
     ]
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparsifai import Recipe, Sparsifier
+from sparsifai import Recipe, Sparsifier, between, raised
 from sparsifai.__main__ import main
 from sparsifai.recipe import WORDS
 
@@ -66,13 +66,12 @@ def test_expressions_axes_and_times():
 
 
 def test_the_sparsity_begins_and_is_updated_as_it_says():
-    schedule = schedule_of(sparsify(schedule="lin", start=2, end=6, initial_sparsity=0.2, update_every=2))
+    recipe = sparsify(schedule="lin", start=2, end=6, initial_sparsity=0.2, update_every=2)
+    schedule = raised(schedule_of(recipe), 0.2 / 0.8)  # as the callback does
     assert [0.8 * schedule(epoch / 10) for epoch in range(11)] == pytest.approx([0, 0, 0.2, 0.2, 0.5, 0.5, *[0.8] * 5])
 
 
 def test_without_times_it_is_the_callbacks_own_default():
-    from sparsifai.schedule import between
-
     assert schedule_of(sparsify()) == between("agp", 0, 0.75)
     assert schedule_of(sparsify(end="50%")) == between("agp", 0, 0.5)
 
@@ -92,9 +91,7 @@ def test_the_words_of_a_step_are_those_of_its_callback():
     left_out = {"teacher", "loss", "feature_loss", "calibration", "compression_ratio"}
     for kind, callback in kinds.items():
         words = set(inspect.signature(callback).parameters) - left_out
-        assert words == set(WORDS[kind]) - {"initial_sparsity", "update_every"} - (
-            set() if kind == "freeze" else {"start", "end"}
-        )
+        assert words == set(WORDS[kind]) - ({"update_every"} if kind == "freeze" else {"start", "end", "update_every"})
 
 
 # --- Files --------------------------------------------------------------------------------------------------------
@@ -354,13 +351,88 @@ def test_a_converted_recipe_has_the_sparsity_of_the_original_at_every_epoch(tmp_
     assert [notice.line for notice in recipe.notices if notice.key == "QuantizationModifier"] == [15]
     with pytest.raises(ValueError, match="line 15: QuantizationModifier"):
         Recipe.from_sparseml(tmp_path / "recipe.md", strict=True)
-    schedule, sparsity = schedule_of(recipe), recipe.steps[0].options["sparsity"]
-    highest = max(sparsity.values()) if isinstance(sparsity, dict) else sparsity
+    schedule, highest = raised(schedule_of(recipe), 0.05 / 0.85), recipe.steps[0].options["sparsity"]
     # As documented: at an epoch e, 0.05 + 0.8 (1 - (1 - e / 20)^3), and between two epochs that of the earlier.
     for epoch in range(21):
         expected = 0.05 + 0.8 * (1 - (1 - epoch / 20) ** 3)
         assert highest * schedule(epoch / 20) == pytest.approx(expected)
         assert highest * schedule(min((epoch + 0.99) / 20, 1)) == pytest.approx(expected)
+
+
+def modifier(name, **options):
+    lines = [f"    {key}: {value}" for key, value in options.items()]
+    return "\n".join([f"  - !{name}", *lines])
+
+
+PRUNING = {"start_epoch": 0, "end_epoch": 4, "update_frequency": 1.0, "init_sparsity": 0.05}
+CONVERTED = {
+    "constant": [modifier("ConstantPruningModifier", start_epoch=0, params="__ALL__")],
+    "global": [modifier("GlobalMagnitudePruningModifier", final_sparsity=0.8, params="__ALL__", **PRUNING)],
+    "movement": [modifier("MovementPruningModifier", final_sparsity=0.8, params="['re:.*weight']", **PRUNING)],
+    "several": [
+        modifier("GMPruningModifier", final_sparsity=0.8, params="['1.weight']", **PRUNING),
+        modifier("GMPruningModifier", final_sparsity=0.5, params="['re:3.*']", **PRUNING),
+    ],
+    "n_of_m": [modifier("GMPruningModifier", final_sparsity=0.5, params="__ALL__", mask_type="'2:4'", **PRUNING)],
+    "blocks": [modifier("GMPruningModifier", final_sparsity=0.5, params="__ALL__", mask_type="block4", **PRUNING)],
+    "filters": [
+        modifier("StructuredPruningModifier", final_sparsity=0.5, params="['1.weight']", mask_type="filter", **PRUNING)
+    ],
+    "acdc": [
+        modifier("ACDCPruningModifier", compression_sparsity=0.8, start_epoch=0, end_epoch=4, update_frequency=1,
+                 params="__ALL_PRUNABLE__"),
+    ],
+    "rigl": [
+        modifier("RigLPruningModifier", sparsity=0.8, start_epoch=0, end_epoch=4, update_frequency=0.5,
+                 init_update_fraction=0.3, params="['re:.*weight']"),
+    ],
+    "trainable": [
+        modifier("GMPruningModifier", final_sparsity=0.8, params="__ALL__", **PRUNING),
+        modifier("TrainableParamsModifier", params="['re:1.*']", trainable=False, start_epoch=0, end_epoch=2),
+    ],
+}  # fmt: skip
+REACHED = {"constant": 0.0, "several": (0.8 * 2048 + 0.5 * 48) / 2096, "n_of_m": 0.5, "blocks": 0.5, "filters": 0.5}
+
+
+@pytest.mark.fastai
+@pytest.mark.filterwarnings("ignore:.*come back start at zero.*")
+@pytest.mark.parametrize("name", CONVERTED)
+def test_what_is_converted_trains(make_learner, name, tmp_path):
+    header = "modifiers:\n" + modifier("EpochRangeModifier", start_epoch=0, end_epoch=4)
+    (tmp_path / "recipe.yaml").write_text("\n".join([header, *CONVERTED[name]]))
+    recipe = Recipe.from_sparseml(tmp_path / "recipe.yaml")
+    assert Recipe.loads(recipe.dumps()) == recipe
+    learn = make_learner(net(), lr=0.01)
+    learn.fit(recipe.epochs, cbs=recipe.callbacks())
+    kept = [name for name, callback in vars(learn).items() if name == "keep_sparsity"]
+    reached = learn.keep_sparsity.sparsifier.sparsity if kept and learn.keep_sparsity.sparsifier else 0.0
+    assert reached == pytest.approx(REACHED.get(name, 0.8), abs=0.005)
+
+
+@pytest.mark.fastai
+def test_layers_with_different_targets_begin_with_the_same_sparsity(make_learner):
+    from fastai.callback.core import Callback
+
+    from sparsifai import SparsifyCallback, lin
+
+    levels = []
+
+    class Look(Callback):
+        order = 70
+
+        def before_batch(self):
+            if self.learn.training:
+                masks = self.learn.sparsify.sparsifier.masks
+                levels.append(tuple(float((~masks[name]).float().mean()) for name in ("1.weight", "3.weight")))
+
+    callback = SparsifyCallback(
+        {"1": 0.75, "3": 0.5}, context="local", schedule=between(lin, 0.5, 1), initial_sparsity=0.25
+    )
+    make_learner(net(), steps=4).fit(1, cbs=[callback, Look()])
+    assert levels == [(0, 0), (0, 0), (0.25, 0.25), (0.5, pytest.approx(0.375, abs=0.02))]
+    assert float((~callback.sparsifier.masks["3.weight"]).float().mean()) == 0.5
+    with pytest.raises(ValueError, match="initial_sparsity 0.6 is above the sparsity 0.5"):
+        SparsifyCallback({"1": 0.75, "3": 0.5}, initial_sparsity=0.6)
 
 
 @pytest.mark.fastai
