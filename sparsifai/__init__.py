@@ -38,7 +38,6 @@ from .granularity import along, block, granularities
 from .layer_sensitivity import highest_sparsity, sensitivity
 from .n_of_m import blocks, is_nm
 from .planned import Plan
-from .recipe import Recipe
 from .regularizer import Regularizer
 from .report import Report
 from .schedule import (
@@ -68,6 +67,7 @@ if TYPE_CHECKING:
     from .freeze import FreezeCallback
     from .keep import KeepSparsity
     from .lottery import lottery_ticket
+    from .recipe import Recipe
     from .regularize import RegularizeCallback
 
 __version__ = "0.1.0"
@@ -153,11 +153,15 @@ __all__ = [
 ]
 
 
+# These, too: Recipe needs PyYAML, which takes a while.
+_ON_FIRST_USE = {**_NEED_FASTAI, "Recipe": ".recipe"}
+
+
 def __getattr__(name: str) -> Any:
-    if name in _NEED_FASTAI:
-        return getattr(import_module(_NEED_FASTAI[name], __name__), name)
+    if name in _ON_FIRST_USE:
+        return getattr(import_module(_ON_FIRST_USE[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_NEED_FASTAI})
+    return sorted({*globals(), *_ON_FIRST_USE})
