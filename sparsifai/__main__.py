@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     plan.add_argument("--input", type=_shape, help="shape of a batch, such as 1,3,224,224, for FLOPs and data flow")
     plan.add_argument("--batches", type=int, default=100, help="batches in an epoch, for the timeline (default 100)")
-    plan.add_argument("--picture", type=Path, help="write the layers as a picture, too")
+    plan.add_argument("--picture", type=Path, help="write timeline and layers as a picture, too")
 
     report = command("report", _report, _REPORT)
     report.add_argument("checkpoint", type=Path, help="a state_dict that torch.save or learn.save has written")
@@ -62,12 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert = command("convert", _convert, _CONVERT)
     convert.add_argument("recipe", type=Path, help="YAML, or Markdown with YAML in front")
     convert.add_argument("--to", type=Path, help="file to write; by default the recipe is printed")
-    convert.add_argument("--strict", action="store_true", help="refuse what has no counterpart, instead of listing it")
+    convert.add_argument("--strict", action="store_true", help="refuse if anything is lost, instead of listing it")
+    convert.add_argument("--epochs", type=int, help="if the recipe does not say how many there are")
 
     given = parser.parse_args(arguments)
     try:
         given.run(given)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"sparsifai {given.command}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -78,11 +79,23 @@ def _plan(given: Any) -> None:
     plan = Recipe.load(given.recipe).plan(model, n_iter=given.batches, example_input=example)
     print(plan)
     if given.picture is not None:
-        plan.plot().figure.savefig(given.picture, bbox_inches="tight")
+        import matplotlib.pyplot as plt
+
+        _, axes = plt.subplots(2, 1, figsize=(9, 4 + 0.25 * len(plan.layers)), layout="constrained")
+        plan.plot_schedule(axes[0])
+        plan.plot(axes[1]).figure.savefig(given.picture)
 
 
 def _report(given: Any) -> None:
-    state = torch.load(given.checkpoint, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(given.checkpoint, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises whatever it finds in a file
+        raise ValueError(
+            f"{given.checkpoint} is no state_dict that torch.save has written; whole models and other pickles, which "
+            f"can run code, are not loaded ({type(error).__name__})"
+        ) from None
     for key in ("model", "state_dict"):  # as learn.save and others write it
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -101,13 +114,17 @@ def _report(given: Any) -> None:
 
 
 def _convert(given: Any) -> None:
-    recipe = Recipe.from_sparseml(given.recipe, strict=given.strict)
+    recipe = Recipe.from_sparseml(given.recipe, strict=given.strict, epochs=given.epochs)
     if given.to is None:
         print(recipe.dumps(), end="")
     else:
         recipe.save(given.to)
     for notice in recipe.notices:
-        print(f"line {notice.line}: {notice.key}: {notice.message}", file=sys.stderr)
+        print(notice, file=sys.stderr)
+
+
+def _is_plain(value: Tensor) -> bool:
+    return value.layout == torch.strided and not value.is_quantized and not value.is_meta
 
 
 def _counted(name: str, shape: str, *tensors: Tensor) -> tuple[str, ...]:
@@ -118,24 +135,33 @@ def _counted(name: str, shape: str, *tensors: Tensor) -> tuple[str, ...]:
 def _model(name: str) -> nn.Module:
     """A model from package:function; 'torchvision' and 'timm' know where theirs are."""
     package, _, function = name.partition(":")
+    try:
+        made = _made(package, function) if function else None
+    except Exception as error:  # of whatever code makes the model
+        raise ValueError(f"--model {name}: {error or type(error).__name__}") from error
     if not function:
         raise ValueError(f"--model {name}: give package:function, such as torchvision:resnet50")
-    if package == "torchvision":
-        made = import_module("torchvision.models").get_model(function, weights=None)
-    elif package == "timm":
-        made = import_module("timm").create_model(function, pretrained=False)
-    else:
-        sys.path.insert(0, "")
-        made = getattr(import_module(package), function, None)
-        made = made() if callable(made) and not isinstance(made, nn.Module) else made
     if not isinstance(made, nn.Module):
         raise ValueError(f"--model {name}: {function} makes no torch.nn.Module")
     return made
 
 
+def _made(package: str, function: str) -> Any:
+    if package == "torchvision":
+        return import_module("torchvision.models").get_model(function, weights=None)
+    if package == "timm":
+        return import_module("timm").create_model(function, pretrained=False)
+    sys.path.insert(0, "")
+    made = getattr(import_module(package), function, None)
+    return made() if callable(made) and not isinstance(made, nn.Module) else made
+
+
 def _shape(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(size) for size in text.split(","))
+        sizes = tuple(int(size) for size in text.split(","))
+        if min(sizes) < 1:
+            raise ValueError
+        return sizes
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no shape, such as 1,3,224,224") from None
 

@@ -5,7 +5,6 @@ It moves the sparsity along the schedule, and nothing else: KeepSparsity holds t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -19,12 +18,12 @@ from .learner import Column, Curves, Trackers, notify, show_data
 from .masking import NEXT_TO_ZERO, zero_moments
 from .n_of_m import Blocks
 from .parallel import group_of, unwrapped
-from .plan import plan_of
+from .plan import every_of, plan_of, sparsifier_for
 from .regrowth import Regrowth, check_drop, sparsity_of_drop
 from .report import Count, percent
 from .schedule import between, falls, progress, raised, schedules
 from .sparsifier import Sparsifier
-from .target import as_patterns, find_targets, matching
+from .target import as_patterns, find_targets
 
 
 class SparsifyCallback(TrainingCallback):
@@ -77,7 +76,7 @@ class SparsifyCallback(TrainingCallback):
         self.granularity, self.context, self.criteria, self.pool = resolve_axes(granularity, context, criteria, pool)
         if isinstance(self.context, Blocks):
             self.context.check(max(self.sparsity.values()) if isinstance(self.sparsity, Mapping) else self.sparsity)
-        self.schedule = schedules.resolve(schedule)
+        self.schedule = self._given_schedule = schedules.resolve(schedule)
         self.initial_sparsity = check_fraction(initial_sparsity, "initial_sparsity")
         if self.initial_sparsity:
             self.schedule = raised(self.schedule, self._share_of_initial())
@@ -208,7 +207,16 @@ class SparsifyCallback(TrainingCallback):
         n_epoch, n_iter = check_count("n_epoch", n_epoch), check_count("n_iter", n_iter)
         every = self._every_of(n_epoch * n_iter)
         sparsifier = self._sparsifier_for(unwrapped(model), example_input)
-        return plan_of(sparsifier, self.sparsity, self.schedule, n_epoch, n_iter, every, example_input)
+        return plan_of(
+            sparsifier,
+            self.sparsity,
+            self._given_schedule,
+            n_epoch,
+            n_iter,
+            every,
+            example_input,
+            self.initial_sparsity,
+        )
 
     # --- Moving the sparsity ------------------------------------------------------------------------------------
 
@@ -220,7 +228,7 @@ class SparsifyCallback(TrainingCallback):
 
     def _every_of(self, batches: int) -> int:
         """Batches from one mask update to the next, in a fit of so many."""
-        return self.every or (1 if self.regrow is None else math.ceil(batches / 100))
+        return every_of(self.every, self.regrow is not None, batches)
 
     def _level_at(self, t: float) -> float:
         """Where the schedule is at t, as a share of the target, but not below what earlier fits have reached.
@@ -305,15 +313,10 @@ class SparsifyCallback(TrainingCallback):
 
     def _sparsifier_for(self, model: nn.Module, example_input: Any) -> Sparsifier:
         """A Sparsifier with the options of the callback."""
-        exclude = list(self.exclude or [])
-        if isinstance(self.sparsity, dict):  # a layer that no pattern matches takes no part
-            targets = find_targets(model)
-            wanted = set().union(*(matching(pattern, targets, model) for pattern in self.sparsity))
-            exclude += [name for name in targets if name not in wanted]
-        return Sparsifier(
-            model, self.granularity, self.context, self.criteria,
-            layers=self.layers, exclude=exclude or None, pool=self.pool, may_empty=self.may_empty,
-            regrow=self.regrow, round_to=self.round_to, seed=self.seed, example_input=example_input,
+        return sparsifier_for(
+            model, self.sparsity, self.exclude, example_input,
+            granularity=self.granularity, context=self.context, criteria=self.criteria, layers=self.layers,
+            pool=self.pool, may_empty=self.may_empty, regrow=self.regrow, round_to=self.round_to, seed=self.seed,
         )  # fmt: skip
 
     def _find_keeper(self) -> None:

@@ -17,6 +17,8 @@ class FreezeCallback(TrainingCallback):
     # After SparsifyCallback, so that what is frozen for a while takes part in its masks.
     order = SparsifyCallback.order + 0.1
 
+    name = "freeze_layers"  # `freeze` is a method of the Learner
+
     _stopped: tuple[nn.Parameter, ...] = ()  # by this callback, at the moment
 
     def __init__(

@@ -27,10 +27,10 @@ from .n_of_m import Blocks
 from .planned import Plan, PlannedLayer, Size
 from .registry import name_of
 from .report import Count, Report, percent
-from .schedule import Schedule, progress, schedules
+from .schedule import Schedule, progress, raised, schedules
 from .selection import all_equal
 from .sparsifier import Sparsifier, first_example
-from .target import Target, scopes
+from .target import Target, as_patterns, find_targets, matching, scopes
 
 # Points of the timeline, but for the ends of epochs.
 POINTS = 1000
@@ -51,11 +51,13 @@ def plan_of(
     n_iter: int,
     every: int | None = None,
     example_input: Any = None,
+    initial_sparsity: float = 0.0,
 ) -> Plan:
     """What a fit from the present weights would do to the model of a Sparsifier; nothing is changed.
 
     n_epoch, n_iter: of the fit, and batches in each of them. every: batches from one mask update to the next, 1 by
-    default. example_input: a batch, of whose first example FLOPs are counted; as of Sparsifier.
+    default. example_input: a batch, of whose first example FLOPs are counted; as of Sparsifier. initial_sparsity: with
+        which the schedule begins, in all layers.
     The layers are those at the sparsity. A criterion that cannot be scored yet is estimated by large_final where that
     matters; the notes say so. Warns of layers near collapse, and of a schedule that ends elsewhere.
     TypeError and ValueError as `sparsify` would, and if the model does not run on the example.
@@ -79,6 +81,8 @@ def plan_of(
     masks, probe.levels = probe._build_masks(sparsity)
     probe._set_masks(masks)
     probe._check_nan()
+    if initial_sparsity:
+        schedule = raised(schedule, min(initial_sparsity / probe.level, 1.0))
     flops = {} if example_input is None else count_flops(probe.model, probe.candidates, probe.example_input)
     layers = _layers(probe, flops)
     sizes = [layer.size for layer in layers]
@@ -97,6 +101,23 @@ def plan_of(
     plan = Plan(layers, selected, _whole(probe.model, sizes), timeline, tuple(filter(None, notes)))
     _warn(plan, schedule, probe.level)
     return plan
+
+
+def sparsifier_for(
+    model: nn.Module, sparsity: Sparsity, exclude: Any = None, example_input: Any = None, **options: Any
+) -> Sparsifier:
+    """A Sparsifier of which only the layers take part that a dictionary of sparsities names. options: of Sparsifier."""
+    excluded = [] if exclude is None else as_patterns(exclude)
+    if isinstance(sparsity, Mapping):
+        targets = find_targets(model)
+        wanted = set().union(*(matching(pattern, targets, model) for pattern in sparsity))
+        excluded += [name for name in targets if name not in wanted]
+    return Sparsifier(model, exclude=excluded or None, example_input=example_input, **options)
+
+
+def every_of(every: int | None, regrows: bool, batches: int) -> int:
+    """Batches from one mask update to the next in a fit of so many: by default 1, with regrow= a hundredth of them."""
+    return every or (math.ceil(batches / 100) if regrows else 1)
 
 
 def timeline_of(

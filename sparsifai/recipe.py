@@ -7,7 +7,8 @@
       - sparsify: {sparsity: "${target}", granularity: weight, schedule: agp, start: 2, end: 75%}
       - distil: {weight: 0.5, temperature: 4}
 
-A step is what the callback of its name is told: times are epochs, or shares of training such as 75%. A value can be an
+A step is what the callback of its name is told: times are epochs of so many, or shares of training such as 75%; with
+one given, the other is the beginning or the end. A value can be an
 arithmetic expression of the variables, in `${...}`. A name of an axis with options is a mapping, such as
 `schedule: {iterative: 5}`.
 """
@@ -19,51 +20,32 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from math import ceil
+from math import isfinite
 from numbers import Real
 from pathlib import Path as FilePath
 from typing import Any, NoReturn
 
 from torch import nn
 
-from .argument import check_fraction, check_number, check_sparsity, mapped, resolve_axes
+from .argument import check_count, check_fraction, check_number, mapped, resolve_axes
 from .arithmetic import evaluate
 from .axis_value import axis_value
-from .plan import plan_of
+from .measuring import metric_names, unchanged
+from .parallel import unwrapped
+from .plan import every_of, plan_of, sparsifier_for
 from .planned import Plan
+from .recipe_step import AXES, CHECKS, NEEDED, OF_SPARSIFIER, TIMES, WORDS, Step
 from .registry import close_matches
+from .report import Report
 from .safe_yaml import Located, read, write
-from .schedule import Schedule, between, during, progress, raised, stepped
+from .schedule import Schedule, between, during, progress, stepped
 from .sparseml import convert
 from .sparseml_file import Notice
 from .sparsifier import Sparsifier
+from .target import find_targets
 
-_TIMES = ("start", "end")
-_OF_SPARSIFIER = ("layers", "exclude", "pool", "may_empty", "regrow", "round_to", "seed")
-# The words of each step: those of its callback, and when.
-WORDS: dict[str, tuple[str, ...]] = {
-    "sparsify": (
-        *("sparsity", "granularity", "context", "criteria", "schedule", *_OF_SPARSIFIER, "drop", "decay", "every"),
-        *("initial_sparsity", *_TIMES, "update_every"),
-    ),
-    "keep": (),
-    "regularize": ("weight", "granularity", "criteria", "schedule", "layers", "exclude", "proximal", *_TIMES),
-    "distil": ("weight", "temperature", "features", "feature_weight", "schedule", "axis", *_TIMES),
-    "freeze": ("layers", *_TIMES),
-}
-_NEEDED = {"sparsify": "sparsity", "regularize": "weight", "freeze": "layers"}
 _TOP = ("name", "description", "epochs", "variables", "steps", "results")
-
-
-@dataclass(frozen=True)
-class Step:
-    """kind: 'sparsify', 'keep', ... options: its words, expressions worked out. position: among the steps."""
-
-    kind: str
-    options: dict[str, Any]
-    position: int
 
 
 class Recipe:
@@ -103,15 +85,21 @@ class Recipe:
         return cls(source.value, source=source)
 
     @classmethod
-    def from_sparseml(cls, path: str | os.PathLike, *, strict: bool = False) -> Recipe:
+    def from_sparseml(cls, path: str | os.PathLike, *, strict: bool = False, epochs: int | None = None) -> Recipe:
         """Read a recipe of SparseML, YAML or Markdown; what has no counterpart is among the `notices`, with its line.
 
-        strict: ValueError if there is any.
+        strict: ValueError if anything is lost. epochs: if the recipe does not say how many there are.
+        ValueError, too, if nothing is left.
         """
         content, notices = convert(FilePath(path).read_text(encoding="utf-8"))
-        if strict and notices:
-            listed = "\n".join(f"line {notice.line}: {notice.key}: {notice.message}" for notice in notices)
-            raise ValueError(f"{path} has what has no counterpart:\n{listed}")
+        lost = [notice for notice in notices if notice.lost]
+        if (strict and lost) or not content["steps"]:
+            listed = "\n".join(map(str, lost if strict and lost else notices))
+            raise ValueError(
+                f"{path}: " + ("what has no counterpart:\n" if lost else "nothing is sparsified:\n") + listed
+            )
+        if epochs is not None:
+            content.setdefault("epochs", epochs)
         return cls(content, notices)
 
     def dumps(self) -> str:
@@ -176,17 +164,21 @@ class Recipe:
     def recorded(self, learn: Any, sparsifier: Sparsifier | None = None) -> Recipe:
         """The recipe with `results`: measured sparsity of the model and of each layer, metrics, versions.
 
-        learn: a Learner after its fit. sparsifier: of the fit; by default that which the Learner keeps the zeros of.
+        learn: a Learner after its fit; metrics are those of its validation data. sparsifier: of the fit; by default
+        that which the Learner keeps the zeros of, or all weights with named axes.
         """
-        sparsifier = sparsifier or getattr(getattr(learn, "keep_sparsity", None), "sparsifier", None)
         if sparsifier is None:
-            raise ValueError("recorded: the Learner keeps no zeros; give the Sparsifier of the fit, cb.sparsifier")
-        report, names = sparsifier.report(), ["valid_loss", *(metric.name for metric in learn.metrics)]
+            sparsifier = getattr(getattr(learn, "keep_sparsity", None), "sparsifier", None)
+        model = unwrapped(learn.model)
+        report = Report.measure(model, find_targets(model), {}) if sparsifier is None else sparsifier.report()
+        with unchanged(learn):
+            values = learn.validate() or []
+        metrics = dict(zip(metric_names(learn), values, strict=False))
         results = {
             "sparsity": report.selected.sparsity,
             "sparsity_of_model": report.model.sparsity,
             "layers": {row.name: row.count.sparsity for row in report.rows if not row.why_dense},
-            "metrics": {name: float(value) for name, value in zip(names, learn.validate(), strict=False)},
+            "metrics": {name: _finite(value) for name, value in metrics.items()},
             "versions": {name: _version(name) for name in ("sparsifai", "torch", "fastai")},
         }
         return Recipe({**self.content, "results": results}, self.notices)
@@ -204,22 +196,20 @@ class Recipe:
         n_iter: batches in an epoch. example_input: a batch, for FLOPs, and for models that cannot be traced.
         """
         sparsifier, arguments = self._sparsifier(model, example_input)
-        epochs = 1 if self.epochs is None else ceil(self.epochs)
+        epochs = self.epochs or 1
+        every = every_of(arguments.get("every"), "regrow" in arguments, epochs * n_iter)
+        initial = arguments.get("initial_sparsity", 0.0)
         return plan_of(
-            sparsifier,
-            arguments["sparsity"],
-            raised(arguments["schedule"], self._share_of_initial(arguments)),
-            epochs,
-            n_iter,
-            arguments.get("every"),
-            example_input,
+            sparsifier, arguments["sparsity"], arguments["schedule"], epochs, n_iter, every, example_input, initial
         )
 
     def _sparsifier(self, model: nn.Module, example_input: Any = None) -> tuple[Sparsifier, dict[str, Any]]:
-        arguments = self._arguments(self.sparsifying())
-        words = ("granularity", "context", "criteria", *_OF_SPARSIFIER)
+        step = self.sparsifying()
+        arguments = self._arguments(step)
+        words = ("granularity", "context", "criteria", *OF_SPARSIFIER)
         options = {word: arguments[word] for word in words if word in arguments}
-        return Sparsifier(model, **options, example_input=example_input), arguments
+        with self._at("steps", step.position, step.kind):
+            return sparsifier_for(model, arguments["sparsity"], example_input=example_input, **options), arguments
 
     # --- What it says -------------------------------------------------------------------------------------------
 
@@ -253,11 +243,10 @@ class Recipe:
         epochs = self._worked_out(self.content.get("epochs"), ("epochs",), self.variables)
         if epochs is None:
             return None
+        if isinstance(epochs, float) and epochs.is_integer():
+            epochs = int(epochs)
         with self._at("epochs"):
-            epochs = check_number("epochs", epochs)
-        if not epochs:
-            self._fail(("epochs",), "epochs is a number above 0")
-        return int(epochs) if epochs.is_integer() else epochs
+            return check_count("epochs", epochs)
 
     def _steps(self) -> Iterator[Step]:
         given = self.content.get("steps")
@@ -282,7 +271,7 @@ class Recipe:
             if not isinstance(options, Mapping):
                 self._fail((*path, kind), f"{kind} has options by name, such as {WORDS[kind][:2]}, not {options!r}")
             self._check_keys((*path, kind), options, WORDS[kind], f"{kind} has")
-            if (needed := _NEEDED.get(kind)) and needed not in options:
+            if (needed := NEEDED.get(kind)) and needed not in options:
                 self._fail((*path, kind), f"{kind} needs {needed}")
             yield Step(kind, self._worked_out(options, (*path, kind), self.variables), position)
 
@@ -295,32 +284,35 @@ class Recipe:
                     options[axis] = axis_value("criteria" if axis == "regrow" else axis, options[axis])
         start, end = (
             self._share(options.pop(time, default), (*place, time))
-            for time, default in zip(_TIMES, ("0%", "100%"), strict=True)
+            for time, default in zip(TIMES, ("0%", "100%"), strict=True)
         )
-        timed = bool({*_TIMES, "update_every"} & step.options.keys())
+        timed = bool({*TIMES, "update_every"} & step.options.keys())
+        if not start < end <= 1:
+            key = "end" if "end" in step.options else "start"
+            self._fail(
+                (*place, key), f"start is before end, and end within training; they are {start:.4g} and {end:.4g} of it"
+            )
+        for name, check in CHECKS.items():
+            if name in options:
+                with self._at(*place, name):
+                    options[name] = check(options[name])
         with self._at(*place):
-            if not start < end <= 1:
-                raise ValueError(
-                    f"start is before end, and end within training; they are {start:.4g} and {end:.4g} of it"
-                )
             if step.kind == "sparsify":
-                options["sparsity"] = check_sparsity(options["sparsity"])
-                given = [options.get(axis, default) for axis, default in _AXES.items()]
+                given = [options.get(axis, default) for axis, default in AXES.items()]
                 resolve_axes(given[0], given[1], given[2], options.get("pool"))
                 self._share_of_initial(options)
+                if "drop" in options and "regrow" not in options:
+                    raise ValueError("drop: nothing says what comes back; give regrow: grad, or random")
                 if timed:
                     options["schedule"] = self._schedule_of_sparsity(options, start, end, place)
                 else:
                     options.setdefault("schedule", between("agp", 0, 0.75))
             elif step.kind == "freeze":
                 options |= {"start": start, "end": end}
-                _check_names(options["layers"])
-            elif step.kind in ("regularize", "distil"):
-                for name in ("weight", "temperature", "feature_weight"):
-                    if name in options:
-                        check_number(name, options[name])
-            if timed and step.kind in ("regularize", "distil"):
+            elif timed:
                 options["schedule"] = during(options.get("schedule", "one_shot"), start, end)
+            if step.kind == "distil":
+                check_number("weight", options.get("weight", 0.5), 0, 1)
         return options
 
     def _share_of_initial(self, options: Mapping[str, Any]) -> float:
@@ -334,7 +326,10 @@ class Recipe:
     def _schedule_of_sparsity(self, options: dict[str, Any], start: float, end: float, place: tuple) -> Schedule:
         schedule, update_every = options.get("schedule", "agp"), options.pop("update_every", None)
         if update_every is not None:
-            schedule = stepped(schedule, (end - start) / self._share(update_every, (*place, "update_every")))
+            share = self._share(update_every, (*place, "update_every"))
+            if not share:
+                self._fail((*place, "update_every"), "update_every is above 0")
+            schedule = stepped(schedule, (end - start) / share)
         return between(schedule, start, end)
 
     def _share(self, time: Any, path: tuple[Hashable, ...]) -> float:
@@ -344,9 +339,9 @@ class Recipe:
                 return float(percentage[1]) / 100
         if isinstance(time, bool) or not isinstance(time, Real) or not float(time) >= 0:
             self._fail(path, f"a time is in epochs, or a share of training such as 75%; not {time!r}")
-        if self.epochs is None:
+        if self.epochs is None and time:
             self._fail(path, f"{time:g} epochs of how many? give epochs:, or a share of training such as 75%")
-        return float(time) / float(self.epochs)
+        return float(time) / self.epochs if time else 0.0
 
     # --- Errors -------------------------------------------------------------------------------------------------
 
@@ -372,13 +367,9 @@ class Recipe:
             raise ValueError(f"line {self._source.line(*path)}: {'.'.join(map(str, path))}: {error}") from error
 
 
-_AXES = {"granularity": "weight", "context": "global", "criteria": "large_final"}
-
-
-def _check_names(layers: Any) -> None:
-    names = [layers] if isinstance(layers, str) else layers
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"layers are names or globs of layers, not {layers!r}")
+def _finite(value: Any) -> float | None:
+    """As a file can hold it."""
+    return float(value) if value is not None and isfinite(value) else None
 
 
 def _version(name: str) -> str | None:

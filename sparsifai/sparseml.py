@@ -43,6 +43,9 @@ _LEFT = {
 }
 
 
+_LEFT_TO_FASTAI = {name for name in _LEFT if "LearningRate" in name or "WeightDecay" in name}
+
+
 def convert(text: str) -> tuple[dict[str, Any], list[Notice]]:
     """A recipe of SparseML, YAML or Markdown with it in front, as {"epochs": ..., "steps": [...]}, and notices.
 
@@ -61,7 +64,8 @@ def convert(text: str) -> tuple[dict[str, Any], list[Notice]]:
                 steps.append((modifier.line, kind, step))
         elif modifier.name != "EpochRangeModifier":
             known = {*_STEPS, *_LEFT, "EpochRangeModifier"}
-            modifier.leave(_LEFT.get(modifier.name) or f"is not known here; {close_matches(modifier.name, known)}")
+            message = _LEFT.get(modifier.name) or f"is not known here; {close_matches(modifier.name, known)}"
+            modifier.leave(message, lost=modifier.name not in _LEFT_TO_FASTAI)
     recipe: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
     recipe["steps"] = [{kind: step} for kind, step in _joined(steps, notices)]
     return recipe, sorted(notices, key=lambda notice: (notice.line, notice.key))
@@ -176,8 +180,9 @@ def _keep(modifier: Modifier, epochs: int | None) -> Step:
     if end >= 0 and (epochs is None or end < epochs):
         modifier.note("end_epoch", "zeros are held to the end of training")
     modifier.note("update_frequency", "zeros are held at every step")
-    start = modifier.number("start_epoch", 0)
-    return {"start": start} if start > 0 else {}
+    if modifier.number("start_epoch", 0) > 0:
+        modifier.note("start_epoch", "zeros are held from the beginning")
+    return {}
 
 
 def _freeze(modifier: Modifier, epochs: int | None) -> Step | None:
@@ -328,7 +333,9 @@ def _joined(steps: list[tuple[int, str, Step]], notices: list[Notice]) -> Iterat
         joined = _one_step([step for _, _, step in group]) if group[0][1] == "sparsify" else group[0][2]
         for line, kind, step in group if joined is None else [(*group[0][:2], joined)]:
             if kind == "sparsify" and first:
-                notices.append(Notice(line, kind, f"a step of its own: it cannot be one with that of line {first}"))
+                message = f"in one fit there is one, and this one cannot be joined with that of line {first}; left out"
+                notices.append(Notice(line, kind, message, lost=True))
+                continue
             first = first or (line if kind == "sparsify" else 0)
             yield kind, step
 

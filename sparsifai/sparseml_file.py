@@ -26,14 +26,18 @@ _ABOUT_THE_RECIPE = ("version", "__metadata__")
 
 @dataclass(frozen=True)
 class Notice:
-    """What of a recipe has no counterpart, or is left to fastai. line: in the file, from 1 on."""
+    """What of a recipe has no counterpart, is left to fastai, or means something else.
+
+    line: in the file, from 1 on. lost: whether something of the sparsity, or of the model, is lost with it.
+    """
 
     line: int
     key: str
     message: str
+    lost: bool = False
 
     def __str__(self) -> str:
-        return f"line {self.line}, {self.key}: {self.message}"
+        return f"line {self.line}: {self.key}: {self.message}"
 
 
 @dataclass
@@ -53,11 +57,11 @@ class Modifier:
         value = self.values.get(key)
         return default if value is None else value
 
-    def note(self, key: str, message: str) -> None:
+    def note(self, key: str, message: str, lost: bool = False) -> None:
         """Say that a parameter, or the modifier, means something else here; only if it stands in the file."""
         self.taken.add(key)
         if key in self.values or key == self.name:
-            self.notices.append(Notice(self.lines.get(key, self.line), key, message))
+            self.notices.append(Notice(self.lines.get(key, self.line), key, message, lost))
 
     def error(self, key: str, problem: str) -> ValueError:
         """An error that names the line."""
@@ -87,16 +91,16 @@ class Modifier:
             raise self.error(key, f"expected a fraction from 0 to 1, not {value!r}")
         return value
 
-    def leave(self, message: str) -> None:
+    def leave(self, message: str, lost: bool = True) -> None:
         """Say that none of the modifier is carried over, and what it had."""
         had = ", ".join(f"{key}={_shown(value)}" for key, value in self.values.items())
-        self.note(self.name, f"{message}; left out{f': {had}' if had else ''}")
+        self.note(self.name, f"{message}; left out{f': {had}' if had else ''}", lost)
         self.taken.update(self.values)
 
     def leave_rest(self) -> None:
         """Say of each parameter that nothing has asked for that it is not carried over."""
         for key in self.values.keys() - self.taken:
-            self.note(key, f"{_shown(self.values[key])} has no counterpart; left out")
+            self.note(key, f"{_shown(self.values[key])} has no counterpart; left out", lost=True)
 
 
 def read(text: str) -> tuple[list[Modifier], list[Notice]]:

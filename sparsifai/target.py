@@ -284,6 +284,8 @@ def name_matcher(pattern: str) -> Callable[[str], Any]:
     """Whether a name is meant by a glob, or by a regular expression of all of it: 're:layer[12].*'."""
     if not pattern.startswith("re:"):
         return lambda name: fnmatchcase(name, pattern)
+    if re.search(r"\([^()]*[+*}][^()]*\)[+*{]", pattern):
+        raise ValueError(f"{pattern!r} repeats what is repeated, which can take forever; write it without")
     try:
         return re.compile(pattern[len("re:") :]).fullmatch
     except (re.error, OverflowError, RecursionError) as error:

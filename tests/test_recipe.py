@@ -14,7 +14,7 @@ from torch import nn
 
 from sparsifai import Recipe, Sparsifier, between, raised
 from sparsifai.__main__ import main
-from sparsifai.recipe import WORDS
+from sparsifai.recipe_step import WORDS
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
 
@@ -152,7 +152,7 @@ def test_saved_and_loaded_it_is_the_same(content):
             r"line 3: steps.0.sparsify.sparsty: unknown 'sparsty'; did you mean 'sparsity'",
         ),
         ("steps:\n- sparsify: {}", "line 2: steps.0.sparsify: sparsify needs sparsity"),
-        ("steps:\n- sparsify: {sparsity: 80}", r"line 2: steps.0.sparsify: sparsity 80 is a percentage, .* pass 0.8"),
+        ("steps:\n- sparsify: {sparsity: 80}", "line 2: steps.0.sparsify.sparsity: sparsity 80 is .* pass 0.8"),
         ("steps:\n- sparsify: {sparsity: half}", "line 2: .* sparsity is a number from 0 to 1"),
         (
             "steps:\n- sparsify:\n    sparsity: 0.5\n    context: globl",
@@ -175,14 +175,14 @@ def test_saved_and_loaded_it_is_the_same(content):
         ),
         (
             "epochs: 4\nsteps:\n- sparsify:\n    sparsity: 0.5\n    start: 3\n    end: 2",
-            "line 3: .*start is before end",
+            "line 6: .*start is before end",
         ),
-        ("epochs: 4\nsteps:\n- sparsify:\n    sparsity: 0.5\n    end: 5", "line 3: .*end within training"),
+        ("epochs: 4\nsteps:\n- sparsify:\n    sparsity: 0.5\n    end: 5", "line 5: .*end within training"),
         (
             "epochs: 4\nsteps:\n- sparsify:\n    sparsity: 0.5\n    initial_sparsity: 0.6",
-            "line 3: .*up to the sparsity",
+            "line [35]: .*up to the sparsity",
         ),
-        ("epochs: 0\nsteps: [keep]", "line 1: epochs: epochs is a number above 0"),
+        ("epochs: 0\nsteps: [keep]", "line 1: epochs: epochs is a whole number from 1 on"),
         ("steps: [keep, keep]", "line 1: steps.1.keep: a second keep step"),
         (
             "steps:\n- sparsify: {sparsity: 0.5}\n- sparsify: {sparsity: 0.5}",
@@ -195,6 +195,19 @@ def test_saved_and_loaded_it_is_the_same(content):
         ("steps:\n- regularize: {weight: -1}", "line 2: .*weight is a number from 0 on"),
         ("steps:\n- freeze: {layers: []}", "line 2: .*layers are names or globs"),
         ("steps: [3]", "line 1: steps.0: a step is one of sparsify, keep"),
+        ("epochs: 2.5\nsteps: [keep]", "line 1: epochs: epochs is a whole number from 1 on, not 2.5"),
+        ("epochs: 4\nsteps:\n- sparsify:\n    sparsity: 0.5\n    update_every: 0", "line 5: .*update_every is above 0"),
+        ("steps:\n- sparsify:\n    layers: 5\n    sparsity: 0.5", "line 3: .*layers are names or globs"),
+        ("steps:\n- sparsify:\n    layers: 're:('\n    sparsity: 0.5", "line 3: .*is no regular expression"),
+        ("steps:\n- sparsify:\n    layers: 're:(a+)+b'\n    sparsity: 0.5", "line 3: .*repeats what is repeated"),
+        ("steps:\n- sparsify:\n    every: 0\n    sparsity: 0.5", "line 3: .*every is a whole number from 1 on"),
+        ("steps:\n- sparsify:\n    drop: 2\n    sparsity: 0.5", "line 3: .*drop is the share"),
+        ("steps:\n- sparsify:\n    drop: 0.2\n    sparsity: 0.5", "line 2: .*nothing says what comes back"),
+        ("steps:\n- sparsify:\n    pool: meen\n    sparsity: 0.5", "line 3: .*did you mean 'mean'"),
+        ("steps:\n- sparsify:\n    may_empty: 3\n    sparsity: 0.5", "line 3: .*true or false, not 3"),
+        ("steps:\n- sparsify:\n    context: 2:3:4\n    sparsity: 0.5", "line 3: .*unknown context '2:3:4'"),
+        ("steps:\n- distil:\n    weight: 2", "line 2: .*weight is a number from 0 to 1"),
+        ("steps:\n- distil:\n    temperature: 0", "line 3: .*temperature is a number above 0"),
         ("a: 1\na: 2", "line 2: the key 'a' comes a second time"),
         ("a: &x [1]\nb: *x", "line 2: .*the alias .x stands for no single value"),
         ("a: !!python/name:os.system", "line 1: the tag .* is not read"),
@@ -255,6 +268,11 @@ def test_a_broken_file_is_a_value_error_and_nothing_else(data):
     assert Recipe.loads(recipe.dumps()) == recipe
 
 
+def test_blocks_and_times_without_quotes_and_the_beginning_without_epochs():
+    recipe = Recipe.loads("steps:\n- sparsify: {sparsity: 0.5, context: 2:4, start: 0, end: 50%}")
+    assert recipe._arguments(recipe.steps[0])["context"].__name__ == "2:4"
+
+
 # --- From the command line ------------------------------------------------------------------------------------
 
 
@@ -295,6 +313,13 @@ def test_plan_report_and_convert(tmp_path, capsys):
         out = capsys.readouterr().out
         assert re.search(r"weight +10x10 +100 +50 +50.00%", out)
         assert re.search(r"whole file +110 +50 +45.45%", out)
+    for broken in (b"", b"text\n", b"PK\x03\x04 broken"):
+        (tmp_path / "checkpoint.pth").write_bytes(broken)
+        assert main(["report", str(tmp_path / "checkpoint.pth")]) == 2
+    torch.save(model, tmp_path / "checkpoint.pth")
+    assert main(["report", str(tmp_path / "checkpoint.pth")]) == 2
+    assert "whole models and other pickles, which can run code, are not loaded" in capsys.readouterr().err
+    assert main(["plan", str(recipe), "--model", "torchvision:resnet500"]) == 2
     torch.save([1, 2], tmp_path / "checkpoint.pth")
     assert main(["report", str(tmp_path / "checkpoint.pth")]) == 2
     assert "has no tensors by name" in capsys.readouterr().err
@@ -392,6 +417,29 @@ CONVERTED = {
     ],
 }  # fmt: skip
 REACHED = {"constant": 0.0, "several": (0.8 * 2048 + 0.5 * 48) / 2096, "n_of_m": 0.5, "blocks": 0.5, "filters": 0.5}
+
+
+def test_what_cannot_be_in_one_fit_is_told_and_what_is_left_to_fastai_is_no_loss(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    header = "modifiers:\n" + modifier("EpochRangeModifier", start_epoch=0, end_epoch=9)
+    first = modifier("GMPruningModifier", final_sparsity=0.8, params="['1.weight']", **PRUNING)
+    second = modifier("GMPruningModifier", final_sparsity=0.8, params="['3.weight']", **{**PRUNING, "end_epoch": 8})
+    path.write_text("\n".join([header, first, second]))
+    recipe = Recipe.from_sparseml(path)
+    assert [step.kind for step in recipe.steps] == ["sparsify"]
+    assert [notice.line for notice in recipe.notices if notice.lost] == [12]
+    with pytest.raises(ValueError, match="line 12: sparsify: in one fit there is one"):
+        Recipe.from_sparseml(path, strict=True)
+    learning_rate = modifier("SetLearningRateModifier", start_epoch=0, learning_rate=0.1)
+    path.write_text("\n".join([header, modifier("ConstantPruningModifier", start_epoch=5), learning_rate]))
+    recipe = Recipe.from_sparseml(path, strict=True)
+    assert [step.kind for step in recipe.steps] == ["keep"]
+    assert len(recipe.notices) >= 2
+    path.write_text("\n".join([header, modifier("GMPrunningModifier", final_sparsity=0.8)]))
+    with pytest.raises(ValueError, match="did you mean 'GMPruningModifier'"):
+        Recipe.from_sparseml(path)
+    path.write_text("modifiers:\n" + modifier("ConstantPruningModifier", start_epoch=0))
+    assert Recipe.from_sparseml(path, epochs=3).epochs == 3
 
 
 @pytest.mark.fastai
@@ -514,6 +562,67 @@ def test_in_a_fit_it_does_what_the_callbacks_do(make_learner):
     assert results["metrics"]["valid_loss"] > 0
     assert Recipe.loads(recorded.dumps()) == recorded != recipe
     assert "results" not in recipe.content
+
+
+@pytest.mark.fastai
+def test_freezing_leaves_the_methods_of_the_learner_alone(make_learner):
+    from sparsifai import FreezeCallback
+
+    steps = [{"freeze": {"layers": "1", "end": 2}}, {"freeze": {"layers": ["3"], "start": 2}}]
+    learn = make_learner(net())
+    learn.fit(4, cbs=Recipe({"epochs": 4, "steps": steps}).callbacks())
+    assert all(parameter.requires_grad for parameter in learn.model.parameters())
+    learn = make_learner(net(), cbs=FreezeCallback("1"))
+    learn.fine_tune(1)
+    assert callable(learn.freeze)
+
+
+@pytest.mark.fastai
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_examples_run_and_what_they_reach_is_recorded(make_learner, path, tmp_path):
+    recipe, model = Recipe.load(path), net()
+    if recipe.epochs is None:
+        assert recipe.apply(model).sparsity == pytest.approx(0.5, abs=1e-3)
+        return
+    if path.stem == "sparse_transfer":
+        Sparsifier(model).sparsify(0.9)
+        assert "0" in recipe.steps[1].options["layers"]
+        model = nn.Sequential(nn.Sequential(*model[:3]), model[3])
+    learn = make_learner(model, lr=0.01)
+    learn.fit(recipe.epochs, cbs=recipe.callbacks(teacher=net()))
+    losses, values = list(learn.recorder.losses), list(learn.recorder.values)
+    recorded = recipe.recorded(learn)
+    assert (list(learn.recorder.losses), list(learn.recorder.values)) == (losses, values)
+    recorded.save(tmp_path / "recorded.yaml")
+    assert Recipe.load(tmp_path / "recorded.yaml") == recorded
+    expected = {"training_aware": 0.9, "compound": 0.95, "sparse_transfer": 0.9}[path.stem]
+    assert recorded.content["results"]["sparsity"] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.fastai
+def test_the_plan_of_a_recipe_is_that_of_its_callback_and_of_a_fit(make_learner):
+    from fastai.callback.core import Callback
+
+    text = "epochs: 2\nsteps:\n- sparsify: {sparsity: {'1': 0.9, '3': 0.5}, context: local, "
+    text += "initial_sparsity: 0.2, schedule: lin}"
+    for more in ("", ", regrow: random"):
+        recipe, model = Recipe.loads(text[:-1] + more + "}"), net()
+        plan, callback = recipe.plan(model, n_iter=150), recipe.callbacks()[0]
+        assert str(plan) == str(callback.plan(model, 2, 150))
+        assert plan.timeline == callback.plan(model, 2, 150).timeline
+    levels = {}
+
+    class Look(Callback):
+        order = 70
+
+        def before_batch(self):
+            if self.learn.training:
+                levels[self.epoch + self.iter / 4] = self.learn.sparsify.sparsifier.level
+
+    recipe, learn = Recipe.loads(text), make_learner(net(), steps=4)
+    planned = dict(recipe.plan(learn.model, n_iter=4).timeline)
+    learn.fit(2, cbs=[*recipe.callbacks(), Look()])
+    assert [planned[epoch] for epoch in levels] == pytest.approx(list(levels.values()))
 
 
 @pytest.mark.fastai
