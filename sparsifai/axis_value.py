@@ -16,7 +16,7 @@ from .schedule import between, during, iterative, raised, schedules, stepped
 _REGISTRIES: dict[str, Registry] = {
     "granularity": granularities, "context": contexts, "criteria": criteria, "schedule": schedules, "decay": schedules,
 }  # fmt: skip
-# What makes a value of an axis when it is called; its first argument may be another value of the axis.
+# What makes a value of an axis when it is called.
 _MAKERS: dict[str, dict[str, Callable]] = {
     "granularity": {"block": block},
     "context": {"blocks": blocks, "bounded": bounded},
@@ -25,7 +25,7 @@ _MAKERS: dict[str, dict[str, Callable]] = {
         "iterative": iterative, "between": between, "during": during, "raised": raised, "stepped": stepped,
     },
 }  # fmt: skip
-_OF_A_SCHEDULE = ("between", "during", "raised", "stepped")
+_OF_ANOTHER = {**dict.fromkeys(("between", "during", "raised", "stepped"), "schedule"), "bounded": "context"}
 _MAKERS["decay"] = _MAKERS["schedule"]
 
 
@@ -36,7 +36,7 @@ def axis_value(axis: str, value: Any) -> Callable:
     ValueError that lists the close matches, for what is not known.
     """
     registry, makers = _REGISTRIES[axis], _MAKERS[axis]
-    if isinstance(value, list) and axis == "granularity":
+    if isinstance(value, (list, tuple)) and axis == "granularity":
         return registry.resolve(tuple(value))
     if not isinstance(value, Mapping):
         if not isinstance(value, str):
@@ -45,18 +45,17 @@ def axis_value(axis: str, value: Any) -> Callable:
     if len(value) != 1:
         raise ValueError(f"{axis}: one name with its options, such as {{iterative: 5}}; not {dict(value)!r}")
     ((name, options),) = value.items()
+    positional, named = _given(options)
     if name in makers:
-        positional, named = _given(options)
-        if (
-            positional
-            and isinstance(positional[0], (Mapping, str))
-            and name in ("between", "during", "raised", "stepped")
-        ):
+        # The first argument of some is another value of the axis, by place or by name.
+        inner = _OF_ANOTHER.get(name)
+        if inner and positional:
             positional = (axis_value(axis, positional[0]), *positional[1:])
+        elif inner and inner in named:
+            named[inner] = axis_value(axis, named[inner])
         return _called(makers[name], positional, named, axis, name)
     if name not in registry:
         raise ValueError(f"unknown {axis} {name!r}; {close_matches(str(name), [*registry, *makers])}")
-    positional, named = _given(options)
     if positional:
         raise ValueError(f"{axis} {name}: options are given by name, not {options!r}")
     made = partial(registry[name], **named)

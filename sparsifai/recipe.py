@@ -8,9 +8,8 @@
       - distil: {weight: 0.5, temperature: 4}
 
 A step is what the callback of its name is told: times are epochs of so many, or shares of training such as 75%; with
-one given, the other is the beginning or the end. A value can be an
-arithmetic expression of the variables, in `${...}`. A name of an axis with options is a mapping, such as
-`schedule: {iterative: 5}`.
+one given, the other is the beginning or the end. A value can be an arithmetic expression of the variables, in `${...}`.
+A name of an axis with options is a mapping, such as `schedule: {iterative: 5}`.
 """
 
 from __future__ import annotations

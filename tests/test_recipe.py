@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparsifai import Recipe, Sparsifier, between, raised
+from sparsifai import Recipe, Sparsifier, between, iterative, raised
 from sparsifai.__main__ import main
 from sparsifai.recipe_step import WORDS
 
@@ -69,6 +69,14 @@ def test_the_sparsity_begins_and_is_updated_as_it_says():
     recipe = sparsify(schedule="lin", start=2, end=6, initial_sparsity=0.2, update_every=2)
     schedule = raised(schedule_of(recipe), 0.2 / 0.8)  # as the callback does
     assert [0.8 * schedule(epoch / 10) for epoch in range(11)] == pytest.approx([0, 0, 0.2, 0.2, 0.5, 0.5, *[0.8] * 5])
+
+
+def test_values_of_an_axis_within_values():
+    recipe = sparsify(schedule={"between": {"schedule": {"iterative": 5}, "start": 0.1, "end": 0.8}})
+    assert schedule_of(recipe) == between(iterative(5), 0.1, 0.8)
+    assert schedule_of(sparsify(schedule={"stepped": [{"between": ["lin", 0, 0.5]}, 4]}))(0.3) == 0.5
+    recipe = sparsify(context={"bounded": [{"blocks": 4}, {"0": 0.5}]}, granularity=("out", "in"))
+    assert recipe._arguments(recipe.steps[0])["context"].context.__name__ == "blocks(4)"
 
 
 def test_without_times_it_is_the_callbacks_own_default():
