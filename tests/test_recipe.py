@@ -285,6 +285,7 @@ def test_blocks_and_times_without_quotes_and_the_beginning_without_epochs():
 
 
 def test_plan_report_and_convert(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the picture is drawn with it")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("epochs: 4\nsteps:\n- sparsify: {sparsity: 0.9, context: erk, end: 75%}\n")
     picture = tmp_path / "plan.png"
