@@ -274,8 +274,6 @@ class SparsifyCallback(TrainingCallback):
 
         Before the step, so that what comes back is moved off zero at once.
         """
-        if not (self._advances and self._begun):  # in lr_find, after a fit that was interrupted
-            return
         sparsifier, reached = self.sparsifier, self._level_at(self._batches(1) / self._batches_of_fit)
         drops = self.regrow is not None and self._is_due and reached > 0
         drop = self.drop * (1 - progress(self.decay, self._start)) if drops else 0.0

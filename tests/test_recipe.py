@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -619,6 +620,9 @@ def test_the_plan_of_a_recipe_is_that_of_its_callback_and_of_a_fit(make_learner)
         plan, callback = recipe.plan(model, n_iter=150), recipe.callbacks()[0]
         assert str(plan) == str(callback.plan(model, 2, 150))
         assert plan.timeline == callback.plan(model, 2, 150).timeline
+    recipe = sparsify(sparsity={"1": 0.9}, context="local")  # of which the other layer takes no part
+    assert str(recipe.plan(net())) == str(recipe.callbacks()[0].plan(net(), 10, 100))
+    assert str(recipe.apply(net()).report()).count("excluded") == 1
     levels = {}
 
     class Look(Callback):
@@ -637,6 +641,7 @@ def test_the_plan_of_a_recipe_is_that_of_its_callback_and_of_a_fit(make_learner)
 @pytest.mark.fastai
 def test_what_is_frozen_is_not_trained_and_is_trained_again_after_an_interrupted_fit(make_learner):
     from fastai.callback.core import Callback
+    from fastai.optimizer import SGD
 
     from sparsifai import FreezeCallback
 
@@ -653,5 +658,10 @@ def test_what_is_frozen_is_not_trained_and_is_trained_again_after_an_interrupted
     assert all(parameter.requires_grad for parameter in learn.model.parameters())
     learn.fit(1, 0.1)
     assert not torch.equal(before, learn.model[1].weight)
+    halves = []
+    learn = make_learner(net(), opt_func=partial(SGD, mom=0.9, wd=0.1))
+    note = Callback(after_epoch=lambda self: halves.append(self.model[1].weight.detach().clone()))
+    learn.fit(2, 0.1, cbs=[FreezeCallback("1", start=0.5), note])
+    assert torch.equal(*halves)  # momentum and weight decay move nothing
     with pytest.raises(ValueError, match="no layer matches 'head'"):
         learn.fit(1, cbs=FreezeCallback("head"))

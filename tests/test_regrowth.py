@@ -378,15 +378,20 @@ def test_an_interrupted_fit_leaves_nothing_that_moves_masks_in_lr_find(make_lear
 def test_limits_hold_whatever_the_gradients_are():
     from sparsifai import bounded
 
-    net = nn.Sequential(nn.Linear(20, 20, bias=False), nn.Linear(20, 20, bias=False))
+    net = nn.Sequential(nn.Linear(40, 40, bias=False), nn.Linear(40, 40, bias=False))
     sparsifier = Sparsifier(net, context=bounded("global", {"0": (0.5, 0.9)}), regrow="grad")
     sparsifier.sparsify(0.6)
     for _ in range(3):
-        net[0].weight.grad, net[1].weight.grad = torch.ones(20, 20), torch.full((20, 20), 0.01)
+        # Zeros of the first layer would all come back.
+        first, drawn = sparsifier.masks["0.weight"], torch.rand(40, 40)
+        net[0].weight.grad, net[1].weight.grad = torch.where(first, drawn * 1e-3, drawn + 5), torch.rand(40, 40)
         sparsifier.collect_gradients()
         sparsifier.sparsify(0.6, drop=0.3)
+        with torch.no_grad():
+            for name, mask in sparsifier.masks.items():
+                sparsifier.targets[name].parameter.add_(mask * torch.randn(40, 40))
         assert float((~sparsifier.masks["0.weight"]).float().mean()) >= 0.5
-        assert int((~alive(sparsifier)).sum()) == 480
+        assert int((~alive(sparsifier)).sum()) == 1920
 
 
 @pytest.mark.fastai
