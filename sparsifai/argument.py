@@ -57,6 +57,17 @@ def mapped(sparsity: Sparsity, function: Callable[[float], float]) -> Sparsity:
     return function(sparsity)
 
 
+def share_of_initial(initial: float, sparsity: Sparsity) -> float:
+    """The sparsity that a schedule begins with, as a share of the highest target. ValueError if a target is lower."""
+    targets = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
+    if initial > min(targets):
+        raise ValueError(
+            f"initial_sparsity {initial:g} is above the sparsity {min(targets):g}; "
+            "it is one fraction up to the sparsity"
+        )
+    return initial / max(targets) if initial else 0.0
+
+
 def resolve_axes(
     granularity: Any, context: Any, criterion: Any, pool: Any = None
 ) -> tuple[Granularity, Context, Criterion, Callable]:

@@ -11,10 +11,19 @@ from typing import Any
 
 from torch import nn
 
-from .argument import check_count, check_fraction, check_round_to, check_seed, check_sparsity, mapped, resolve_axes
+from .argument import (
+    check_count,
+    check_fraction,
+    check_round_to,
+    check_seed,
+    check_sparsity,
+    mapped,
+    resolve_axes,
+    share_of_initial,
+)
 from .criterion import criteria as criteria_registry
 from .keep import KeepSparsity, TrainingCallback
-from .learner import Column, Curves, Trackers, notify, show_data
+from .learner import Column, Curves, Trackers, is_search, notify, show_data
 from .masking import NEXT_TO_ZERO, zero_moments
 from .n_of_m import Blocks
 from .parallel import group_of, unwrapped
@@ -79,7 +88,7 @@ class SparsifyCallback(TrainingCallback):
         self.schedule = self._given_schedule = schedules.resolve(schedule)
         self.initial_sparsity = check_fraction(initial_sparsity, "initial_sparsity")
         if self.initial_sparsity:
-            self.schedule = raised(self.schedule, self._share_of_initial())
+            self.schedule = raised(self.schedule, share_of_initial(self.initial_sparsity, self.sparsity))
         self._falls = falls(self.schedule)
         self.layers = None if layers is None else as_patterns(layers)
         self.exclude = None if exclude is None else as_patterns(exclude)
@@ -95,12 +104,9 @@ class SparsifyCallback(TrainingCallback):
             Regrowth(self.regrow).check(self.context, drops_outputs=False)
         self._trackers, self._curves = Trackers(), Curves()
 
-    def __setattr__(self, name, value):
-        # Taken off the Learner, as fit does with its own callbacks even when it is interrupted.
-        if name == "learn" and value is None and self.learn is not None:
-            self._trackers.resume()
-            self._end()
-        super().__setattr__(name, value)
+    def _taken_off(self) -> None:
+        self._trackers.resume()
+        self._end()
 
     def before_fit(self):
         "Refuse a second SparsifyCallback; show the measured sparsity in the table of a fit"
@@ -115,7 +121,7 @@ class SparsifyCallback(TrainingCallback):
             return
         self._trackers.resume()
         self._column, self._begun, self._advances = None, False, False
-        self._fits = not hasattr(self.learn, "lr_finder")
+        self._fits = not is_search(self.learn)
         if not self._fits:
             return
         if not any(keeper.sparsifier is self.sparsifier for keeper in self.learn._grab_cbs(KeepSparsity)):
@@ -258,16 +264,9 @@ class SparsifyCallback(TrainingCallback):
         """The sparsity at a share of the target; of layers with different targets, all begin with the same."""
         if not self.initial_sparsity or reached in (0, 1):
             return mapped(self.sparsity, lambda fraction: reached * fraction)
-        share, initial = self._share_of_initial(), self.initial_sparsity
+        share, initial = share_of_initial(self.initial_sparsity, self.sparsity), self.initial_sparsity
         done = (reached - share) / (1 - share) if share < 1 else 1.0
         return mapped(self.sparsity, lambda fraction: initial + (fraction - initial) * done)
-
-    def _share_of_initial(self) -> float:
-        """Of the highest target. ValueError if a target is lower."""
-        targets = self.sparsity.values() if isinstance(self.sparsity, Mapping) else [self.sparsity]
-        if self.initial_sparsity > min(targets):
-            raise ValueError(f"initial_sparsity {self.initial_sparsity:g} is above the sparsity {min(targets):g}")
-        return self.initial_sparsity / max(targets)
 
     def _look_at_gradients(self) -> None:
         """In a step, while gradients are dense: have the criterion see them, and what has fallen come back.

@@ -91,11 +91,8 @@ class DistillCallback(TrainingCallback):
         _check_names(self.features.values(), teacher, "teacher")
         self.schedule = schedules.resolve(schedule)
 
-    def __setattr__(self, name, value):
-        # Taken off the Learner, as fit does with its own callbacks even when it is interrupted.
-        if name == "learn" and value is None:
-            self._untap()
-        super().__setattr__(name, value)
+    def _taken_off(self) -> None:
+        self._untap()
 
     def before_fit(self):
         "Refuse a teacher that is the model or shares weights with it, and names of layers that the model has not"

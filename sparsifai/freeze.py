@@ -8,7 +8,7 @@ from .callback import SparsifyCallback
 from .keep import TrainingCallback
 from .parallel import unwrapped
 from .registry import close_matches
-from .target import name_matcher
+from .target import name_matcher, prefixes
 
 
 class FreezeCallback(TrainingCallback):
@@ -37,11 +37,8 @@ class FreezeCallback(TrainingCallback):
             name_matcher(pattern)  # raises for what is no regular expression
         self.start, self.end = start, end
 
-    def __setattr__(self, name, value):
-        # Taken off the Learner, as fit does with its own callbacks even when it is interrupted.
-        if name == "learn" and value is None:
-            self._train_again()
-        super().__setattr__(name, value)
+    def _taken_off(self) -> None:
+        self._train_again()
 
     def before_fit(self):
         "Know the layers, before anything is trained"
@@ -76,15 +73,9 @@ class FreezeCallback(TrainingCallback):
         named = dict(unwrapped(self.learn.model).named_parameters())
         for pattern in self.layers:
             matches = name_matcher(pattern)
-            matched = [each for name, each in named.items() if any(map(matches, _places(name)))]
+            matched = [each for name, each in named.items() if any(map(matches, prefixes(name)[1:]))]
             if not matched:
-                hint = close_matches(pattern, {place for name in named for place in _places(name)})
+                hint = close_matches(pattern, {place for name in named for place in prefixes(name)[1:]})
                 raise ValueError(f"FreezeCallback: no layer matches {pattern!r}; {hint}")
             chosen |= {id(each): each for each in matched}
         return list(chosen.values())
-
-
-def _places(name: str) -> list[str]:
-    """'a.b' -> ['a', 'a.b']"""
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]

@@ -51,6 +51,15 @@ class TrainingCallback(Callback):
         """Share of the fit that is over at the present batch."""
         return self._batches(0) / self._batches_of_fit
 
+    def __setattr__(self, name, value):
+        # Taken off the Learner, as fit does with its own callbacks even when it is interrupted.
+        if name == "learn" and value is None and self.learn is not None:
+            self._taken_off()
+        super().__setattr__(name, value)
+
+    def _taken_off(self) -> None:
+        """Undo what holds as long as it is on the Learner."""
+
     def __reduce_ex__(self, protocol):
         learn = self.learn
         if learn is not None and learn.opt is None and len(learn.dls.train_ds) == 0:  # as `learn.export` makes it

@@ -9,10 +9,9 @@ from typing import Any
 
 from .argument import Sparsity, check_fraction, check_number
 from .budget import Sensitivity
-from .collection import Split
-from .measuring import Meter, as_it_was, first_batch, loss_of
+from .measuring import Meter, as_it_was, calibrate_with, first_batch
+from .plan import compares_with_itself
 from .registry import name_of
-from .selection import all_equal
 from .sparsifier import Sparsifier
 from .statistic import AVERAGED
 
@@ -162,14 +161,11 @@ class OneShot:
 
 def _check_comparisons(sparsifier: Sparsifier) -> None:
     """ValueError for a criterion that compares with an earlier value, and so gives equal scores now."""
-    collected = sparsifier.collected
-    if {"init", "previous"}.intersection(collected.named):
-        scored = [sparsifier._score(name, mask, collected, False, False) for name, mask in sparsifier.masks.items()]
-        if all_equal(scored):
-            raise ValueError(
-                f"criterion {name_of(sparsifier.criteria)} compares with an earlier value, and here nothing is "
-                "earlier; choose one of the weights as they are, such as large_final, or of data, such as snip"
-            )
+    if compares_with_itself(sparsifier):
+        raise ValueError(
+            f"criterion {name_of(sparsifier.criteria)} compares with an earlier value, and here nothing is "
+            "earlier; choose one of the weights as they are, such as large_final, or of data, such as snip"
+        )
 
 
 def _calibrate(sparsifier: Sparsifier, meter: Meter, calibration: Iterable | None, loss_func: Callable | None) -> None:
@@ -184,10 +180,8 @@ def _calibrate(sparsifier: Sparsifier, meter: Meter, calibration: Iterable | Non
             *inputs, targets = first_batch(meter.learn)
             calibration = [(*inputs, *targets)]
         sparsifier.calibrate(calibration, loss_func)
-    elif calibration is None:
-        sparsifier.calibrate([first_batch(meter.learn)], loss_of(meter.learn))
     else:
-        sparsifier.calibrate(Split(calibration, getattr(meter.learn.dls, "n_inp", None)), loss_of(meter.learn))
+        calibrate_with(meter.learn, sparsifier, calibration)
 
 
 def _check_levels(levels: Any) -> tuple[float, ...]:

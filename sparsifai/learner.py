@@ -12,8 +12,7 @@ from fastai.learner import Learner, Recorder, ValueMetric, noop
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 
-from .collection import Split
-from .measuring import first_batch, loss_of
+from .measuring import calibrate_with, loss_of
 from .sparsifier import Sparsifier
 
 
@@ -21,6 +20,11 @@ def notify(learn: Learner, message: str) -> None:
     """One line for the user, where the Learner's own table is shown, from the first process."""
     if learn.logger is not noop and rank_distrib() == 0:
         print(message)
+
+
+def is_search(learn: Learner) -> bool:
+    """Whether a fit is lr_find's, which is undone."""
+    return hasattr(learn, "lr_finder")
 
 
 def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None) -> None:
@@ -34,10 +38,8 @@ def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None) 
 
     if batches is None and learn.xb[0] is not None:
         sparsifier.calibrate([(*learn.xb, learn.yb)], loss_of(learn))
-    elif batches is None:
-        sparsifier.calibrate([first_batch(learn)], loss_of(learn))
     else:
-        sparsifier.calibrate(Split(batches, getattr(learn.dls, "n_inp", None)), loss_of(learn))
+        calibrate_with(learn, sparsifier, batches)
     collected.begins.update(collected.at("backward"))  # of the batches that pass none is counted twice
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .collection import Split, not_drawn_from, untraced
 from .parallel import reshard
 from .registry import close_matches, name_of
+from .sparsifier import Sparsifier
 from .target import evaluating
 
 # Words in the names of metrics of which lower is better: fastai's own, and those that it knows.
@@ -213,6 +214,12 @@ def first_batch(learn: Any) -> tuple:
     if before:
         order[:] = before
     return next(iter(Split([batch], getattr(learn.dls, "n_inp", None))))
+
+
+def calibrate_with(learn: Any, sparsifier: Sparsifier, batches: Iterable | None) -> None:
+    """Show a criterion batches, by default the first of the training data, with the loss of the Learner."""
+    several = [first_batch(learn)] if batches is None else Split(batches, getattr(learn.dls, "n_inp", None))
+    sparsifier.calibrate(several, loss_of(learn))
 
 
 def loss_of(learn: Any) -> Callable:

@@ -187,10 +187,19 @@ def _why_unscored(probe: Sparsifier) -> str:
         return f"looks at data ({quantity})"
     if "flow" in collected.named and probe.example_input is None:
         return "needs an example_input="
-    if "weight" in collected.named and {"init", "previous"}.intersection(collected.named):
-        scored = [probe._score(name, mask, collected, False, False) for name, mask in probe.masks.items()]
-        return "compares with an earlier value, and nothing has changed since" if all_equal(scored) else ""
+    if "weight" in collected.named and compares_with_itself(probe):
+        return "compares with an earlier value, and nothing has changed since"
     return ""
+
+
+def compares_with_itself(sparsifier: Sparsifier) -> bool:
+    """Whether the criterion compares with an earlier value, and nothing has changed since: all scores are equal."""
+    collected = sparsifier.collected
+    if not {"init", "previous"}.intersection(collected.named):
+        return False
+    return all_equal(
+        [sparsifier._score(name, mask, collected, False, False) for name, mask in sparsifier.masks.items()]
+    )
 
 
 def _is_fixed(probe: Sparsifier, sparsity: Sparsity) -> bool:

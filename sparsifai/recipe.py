@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from .argument import check_count, check_fraction, check_number, mapped, resolve_axes
+from .argument import check_count, check_number, mapped, resolve_axes, share_of_initial
 from .arithmetic import evaluate
 from .axis_value import axis_value
 from .measuring import metric_names, unchanged
@@ -299,7 +299,7 @@ class Recipe:
             if step.kind == "sparsify":
                 given = [options.get(axis, default) for axis, default in AXES.items()]
                 resolve_axes(given[0], given[1], given[2], options.get("pool"))
-                self._share_of_initial(options)
+                share_of_initial(options.get("initial_sparsity", 0.0), options["sparsity"])
                 if "drop" in options and "regrow" not in options:
                     raise ValueError("drop: nothing says what comes back; give regrow: grad, or random")
                 if timed:
@@ -313,14 +313,6 @@ class Recipe:
             if step.kind == "distil":
                 check_number("weight", options.get("weight", 0.5), 0, 1)
         return options
-
-    def _share_of_initial(self, options: Mapping[str, Any]) -> float:
-        """What the schedule begins with, as a share of the highest target."""
-        sparsity, initial = options["sparsity"], check_fraction(options.get("initial_sparsity", 0), "initial_sparsity")
-        targets = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
-        if initial > min(targets):
-            raise ValueError(f"initial_sparsity {initial:g} is one fraction up to the sparsity, {min(targets):g}")
-        return initial / max(targets) if initial else 0.0
 
     def _schedule_of_sparsity(self, options: dict[str, Any], start: float, end: float, place: tuple) -> Schedule:
         schedule, update_every = options.get("schedule", "agp"), options.pop("update_every", None)

@@ -17,6 +17,7 @@ from fastcore.foundation import L
 from torch import Tensor
 
 from .keep import TrainingCallback
+from .learner import is_search
 from .parallel import unwrapped
 
 
@@ -74,11 +75,6 @@ class AtBatch(TrainingCallback):
             if self.over in self.at:
                 self.at.pop(self.over)()
             self.over += 1
-
-
-def is_search(learn: Learner) -> bool:
-    """Whether a fit is lr_find's, which is undone."""
-    return hasattr(learn, "lr_finder")
 
 
 @dataclass

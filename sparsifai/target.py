@@ -261,7 +261,7 @@ def matching(pattern: Pattern, targets: Mapping[str, Target], model: nn.Module) 
     matched = {name for name, target in targets.items() if _matches(pattern, target, model)}
     if not matched:
         shown = repr(pattern) if isinstance(pattern, str) else getattr(pattern, "__name__", type(pattern).__name__)
-        known = {place for target in targets.values() for name in target.names for place in _prefixes(name)} - {""}
+        known = {place for target in targets.values() for name in target.names for place in prefixes(name)} - {""}
         kinds = ", ".join(sorted({target.kind for target in targets.values()}))
         hint = f"; {close_matches(pattern, known)}" if isinstance(pattern, str) else f"; those it has are {kinds}"
         raise ValueError(f"no layer with a weight to sparsify matches {shown}{hint}")
@@ -271,9 +271,9 @@ def matching(pattern: Pattern, targets: Mapping[str, Target], model: nn.Module) 
 def _matches(pattern: Pattern, target: Target, model: nn.Module) -> bool:
     if isinstance(pattern, str):
         matches = name_matcher(pattern)
-        return any(matches(place) for name in target.names for place in _prefixes(name)[1:])
+        return any(matches(place) for name in target.names for place in prefixes(name)[1:])
     if isinstance(pattern, (type, nn.Module)):
-        containers = (model.get_submodule(place) for name, _ in target.owners for place in _prefixes(name))
+        containers = (model.get_submodule(place) for name, _ in target.owners for place in prefixes(name))
         if isinstance(pattern, type):
             return any(isinstance(module, pattern) for module in containers)
         return any(module is pattern for module in containers)
@@ -292,7 +292,7 @@ def name_matcher(pattern: str) -> Callable[[str], Any]:
         raise ValueError(f"{pattern!r} is no regular expression: {error}; after 're:' comes one of Python's") from None
 
 
-def _prefixes(name: str) -> list[str]:
+def prefixes(name: str) -> list[str]:
     """'a.b' -> ['', 'a', 'a.b']: the names of all modules that a name lies in, and itself."""
     parts = name.split(".") if name else []
     return [".".join(parts[:length]) for length in range(len(parts) + 1)]
