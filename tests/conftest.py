@@ -1,3 +1,7 @@
+import pickletools
+import re
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -84,3 +88,11 @@ def picture_learner(callbacks=None, **options):
 def make_learner():
     pytest.importorskip("fastai", reason="fastai callbacks need fastai")
     return small_learner
+
+
+def packages_of(file):
+    """The packages whose names stand in an exported Learner, by itself or before a dot: not the paths of code files."""
+    with zipfile.ZipFile(file) as archive:
+        (pickled,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
+        texts = [argument for _, argument, _ in pickletools.genops(archive.read(pickled)) if isinstance(argument, str)]
+    return {re.split(r"[. ]", text)[0] for text in texts}
