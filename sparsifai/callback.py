@@ -74,6 +74,7 @@ class SparsifyCallback(TrainingCallback):
         decay=between("cos", 0, 0.75),  # The schedule by which that share goes to nothing
         calibration=None,  # Batches for criteria that look at data; by default the one that is being trained on
         round_to=None,  # Keep a multiple of this many groups in every layer
+        coupled=False,  # Whether filters that can only be removed together fall together
         seed=0,  # Of the generator that random criteria draw from
         # Batches from one mask update to the next; the last batch of a fit has one in any case. By default 1, and with
         # regrow= a hundredth of the fit.
@@ -92,7 +93,7 @@ class SparsifyCallback(TrainingCallback):
         self._falls = falls(self.schedule)
         self.layers = None if layers is None else as_patterns(layers)
         self.exclude = None if exclude is None else as_patterns(exclude)
-        self.round_to, self.seed = check_round_to(round_to), check_seed(seed)
+        self.round_to, self.coupled, self.seed = check_round_to(round_to), bool(coupled), check_seed(seed)
         self.every = None if every is None else check_count("every", every)
         self.regrow = None if regrow is None else criteria_registry.resolve(regrow)
         self.drop, self.decay = check_drop(0.3 if drop is None else drop), schedules.resolve(decay)
@@ -313,7 +314,8 @@ class SparsifyCallback(TrainingCallback):
         return sparsifier_for(
             model, self.sparsity, self.exclude, example_input,
             granularity=self.granularity, context=self.context, criteria=self.criteria, layers=self.layers,
-            pool=self.pool, may_empty=self.may_empty, regrow=self.regrow, round_to=self.round_to, seed=self.seed,
+            pool=self.pool, may_empty=self.may_empty, regrow=self.regrow, round_to=self.round_to, coupled=self.coupled,
+            seed=self.seed,
         )  # fmt: skip
 
     def _find_keeper(self) -> None:

@@ -20,7 +20,7 @@ from .criterion import lamp as lamp_score
 from .n_of_m import Blocks, lowest_of_rows, parse_blocks, ranking_keys
 from .registry import Registry, name_of
 from .selection import ScoredLayer, select_groups
-from .target import matching
+from .target import Target, matching
 
 Context = Callable[[Sequence[ScoredLayer], float], "list[np.ndarray]"]
 
@@ -90,7 +90,7 @@ def erk(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     Layers that would be more than dense are dense, and the others make up for it. Each is ranked alone. Evci et al.,
     2020, "Rigging the Lottery" (arXiv:1911.11134).
     """
-    return _budgeted(layers, sparsity, [sum(shape) / math.prod(shape) for shape in map(_shape, layers)])
+    return _budgeted(layers, sparsity, [_relative(_shapes(layer)) for layer in layers])
 
 
 @contexts.register
@@ -99,7 +99,15 @@ def er(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
 
     Mocanu et al., 2018 (arXiv:1707.04780).
     """
-    return _budgeted(layers, sparsity, [sum(shape[:2]) / math.prod(shape[:2]) for shape in map(_shape, layers)])
+    return _budgeted(layers, sparsity, [_relative(_shapes(layer), kernel=False) for layer in layers])
+
+
+def _relative(shapes: Sequence[tuple[int, ...]], kernel: bool = True) -> float:
+    """The density of a layer in proportion; of several that are joined the mean by weights."""
+    sizes = [math.prod(shape) for shape in shapes]
+    axes = [shape if kernel else shape[:2] for shape in shapes]
+    densities = [sum(each) / math.prod(each) for each in axes]
+    return sum(size * density for size, density in zip(sizes, densities, strict=True)) / sum(sizes)
 
 
 @contexts.register
@@ -110,7 +118,7 @@ def uniform_plus(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndar
     Sparsity" (arXiv:1902.09574).
     """
     bounds: dict[int, tuple[float, float]] = {}
-    if len(layers) > 1 and len(_shape(layers[0])) > 2:
+    if len(layers) > 1 and len(_shapes(layers[0])[0]) > 2:
         bounds[0] = (0.0, 0.0)
     if len(layers) > 1:
         bounds[len(layers) - 1] = (0.0, 0.8)
@@ -126,10 +134,14 @@ def lamp(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     scored = [
         ScoredLayer(layer.target, score.__getitem__, np.ones(len(score), bool), may_empty=layer.may_empty)
         for layer in layers
-        for score in [lamp_score(layer.target.parameter.detach()).flatten().cpu().numpy()]
+        for score in [np.concatenate([_lamp_scores(target) for target in layer.targets])]
     ]
     shares = [1 - stays.mean() for stays in select_groups(scored, sparsity)]
     return _each(layers, shares)
+
+
+def _lamp_scores(target: Target) -> np.ndarray:
+    return lamp_score(target.parameter.detach()).flatten().cpu().numpy()
 
 
 def bounded(context: str | Context, bounds: Mapping[str, float | tuple[float, float]]) -> Context:
@@ -166,7 +178,7 @@ class _Bounded:
     __name__: str
 
     def __call__(self, layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
-        targets = {layer.target.name: layer.target for layer in layers}
+        targets = {target.name: target for layer in layers for target in layer.targets}
         bounds: dict[int, tuple[float, float]] = {}
         for pattern, limit in self.limits.items():
             try:
@@ -175,7 +187,11 @@ class _Bounded:
                 raise ValueError(
                     f"context {self.__name__}: {error}; layers that stay dense, or are ranked apart, have no limits"
                 ) from None
-            bounds |= {number: limit for number, name in enumerate(targets) if name in matched}
+            bounds |= {
+                number: limit
+                for number, layer in enumerate(layers)
+                if any(target.name in matched for target in layer.targets)
+            }
         return _bounded(self.context, layers, sparsity, bounds)
 
     def note(self, grid: Mapping[str, int]) -> str:
@@ -183,19 +199,15 @@ class _Bounded:
         return self.context.note(grid) if hasattr(self.context, "note") else ""
 
 
-def _shape(layer: ScoredLayer) -> tuple[int, ...]:
-    """Of a weight as it is stored, its outputs and inputs first."""
-    sizes = dict(zip(layer.target.axes, layer.target.parameter.shape, strict=True))
-    return sizes.pop("out", 1), sizes.pop("in", 1), *sizes.values()
+def _shapes(layer: ScoredLayer) -> list[tuple[int, ...]]:
+    """Of a weight as it is stored, or of those that are joined, their outputs and inputs first."""
+    named = [dict(zip(target.axes, target.parameter.shape, strict=True)) for target in layer.targets]
+    return [(sizes.pop("out", 1), sizes.pop("in", 1), *sizes.values()) for sizes in named]
 
 
 def _stay_masked(layer: ScoredLayer) -> int:
     """Weights that are zero and must not come back."""
     return 0 if layer.revives else layer.weights(layer.masked)
-
-
-def _weights(layer: ScoredLayer) -> int:
-    return layer.target.parameter.numel()
 
 
 def _each(layers: Sequence[ScoredLayer], shares: Sequence[float]) -> list[np.ndarray]:
@@ -208,7 +220,7 @@ def _budgeted(layers: Sequence[ScoredLayer], sparsity: float, relative: Sequence
 
     What must stay masked counts: of such a layer no more can be kept than is left.
     """
-    sizes = np.array([_weights(layer) for layer in layers], float)
+    sizes = np.array([layer.total for layer in layers], float)
     most = 1 - np.array([_stay_masked(layer) for layer in layers]) / sizes
     kept = (1 - sparsity) * sizes.sum()
     full = np.zeros(len(layers), bool)
@@ -226,7 +238,7 @@ def _bounded(
     context: Context, layers: Sequence[ScoredLayer], sparsity: float, bounds: Mapping[int, tuple[float, float]]
 ) -> list[np.ndarray]:
     """What `context` gives, with limits for the sparsity of some layers, by their number."""
-    sizes = [_weights(layer) for layer in layers]
+    sizes = [layer.total for layer in layers]
     wanted = sparsity * sum(sizes)
     least, most = (
         sum(bounds.get(number, (0.0, 1.0))[side] * size for number, size in enumerate(sizes)) for side in (0, 1)

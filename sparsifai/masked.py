@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .coupled_filters import Coupling, couple
 from .flow import find_flow
 from .follower import find_followers, masks_of_followers
 from .granularity import Granularity, grouping_of
@@ -22,13 +23,20 @@ from .target import find_targets, parameter_of, why_dense
 class MaskedModel:
     """A model, which of its weights take part, and a mask for each of these.
 
-    model, granularity, layers, exclude, example_input: as of Sparsifier. fewest: groups of a layer that have to stay.
+    model, granularity, layers, exclude, example_input, coupled: as of Sparsifier. fewest: groups of a layer that stay.
     masks: parameter name -> bool tensor, False where a weight is zero; in the shape of the weight, but of size 1 along
     axes that a group spans. follower_masks: of what stands behind whole outputs that are masked.
     """
 
     def __init__(
-        self, model: nn.Module, granularity: Granularity, layers: Any, exclude: Any, fewest: int, example_input: Any
+        self,
+        model: nn.Module,
+        granularity: Granularity,
+        layers: Any,
+        exclude: Any,
+        fewest: int,
+        example_input: Any,
+        coupled: bool = False,
     ):
         self.group = group_of(model)
         self.model = model = unwrapped(model)
@@ -39,6 +47,10 @@ class MaskedModel:
             for name, target in self.candidates.items()
         }
         self.dense = why_dense(model, self.candidates, groupings, flow, layers, exclude)
+        self.coupling: Coupling | None = None
+        if coupled:
+            self.coupling, more = couple(model, example_input, self.candidates, groupings, self.dense)
+            self.dense |= more
         self.targets = {name: target for name, target in self.candidates.items() if name not in self.dense}
         self.groupings = {
             name: each for name, each in groupings.items() if name in self.targets and not isinstance(each, str)
@@ -107,13 +119,16 @@ class MaskedModel:
         model = self.model
         self.model = None  # type: ignore[assignment]
         self.candidates, self.targets, self.groupings, self.dense = {}, {}, {}, {}
-        self.followers, self._nan = {}, {}
+        self.followers, self._nan, self.coupling = {}, {}, None
         self._set_masks({})
         return model
 
     def _set_masks(self, masks: dict[str, Tensor]) -> None:
         self.masks = masks
         self.follower_masks = masks_of_followers(self.followers, masks, self.targets, self.groupings)
+        if self.coupling is not None and masks:
+            alive = {name: self.groupings[name].gather(mask) for name, mask in masks.items()}
+            self.follower_masks |= self.coupling.masks_of_norms(alive, self.model)
 
     def masked_parameters(self, model: nn.Module | None = None) -> list[tuple[nn.Parameter, Tensor]]:
         """Every parameter with a mask, and the mask on its device. model: a copy, whose parameters are meant."""

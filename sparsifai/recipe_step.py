@@ -13,7 +13,7 @@ from .regrowth import check_drop
 from .target import as_patterns
 
 TIMES = ("start", "end")
-OF_SPARSIFIER = ("layers", "exclude", "pool", "may_empty", "regrow", "round_to", "seed")
+OF_SPARSIFIER = ("layers", "exclude", "pool", "may_empty", "regrow", "round_to", "coupled", "seed")
 # The words of each step: those of its callback, and when.
 WORDS: dict[str, tuple[str, ...]] = {
     "sparsify": (
@@ -71,6 +71,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "round_to": check_round_to,
     "drop": check_drop,
     "may_empty": _flag,
+    "coupled": _flag,
     "proximal": _flag,
     "weight": partial(check_number, "weight"),
     "temperature": _temperature,

@@ -33,7 +33,7 @@ def score_layer(
     values: Mapping[str, Any],
     pool: Callable,
     on_device: bool = False,
-    **options: bool,
+    **options: Any,
 ) -> ScoredLayer | DeviceLayer:
     """Score every group of a layer.
 

@@ -39,7 +39,8 @@ class ScoredLayer:
     computed there need not be kept. alive: not zero already. size: weights in a group, one number where all groups
     are equal. whole: a group is the whole layer; then the scope, not every layer, keeps its best group. revives:
     whether groups that are zero may come back, for a lower sparsity than before was asked for. may_empty: whether the
-    best group may fall, too. grid: number of groups along each axis, in whose order they stand.
+    best group may fall, too. grid: number of groups along each axis, in whose order they stand. others: further layers
+    whose groups are joined with those of `target`.
     """
 
     target: Target
@@ -50,6 +51,7 @@ class ScoredLayer:
     revives: bool = True
     may_empty: bool = False
     grid: Mapping[str, int] = field(default_factory=dict)
+    others: tuple[Target, ...] = ()
 
     def __len__(self) -> int:
         return len(self.alive)
@@ -60,6 +62,16 @@ class ScoredLayer:
         score = self.part(slice(None))
         self.check(score, self.alive)
         return score
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The layer, and those that are joined with it."""
+        return (self.target, *self.others)
+
+    @property
+    def total(self) -> int:
+        """Number of weights in all groups."""
+        return self.size * len(self) if isinstance(self.size, int) else int(self.size.sum())
 
     @property
     def masked(self) -> np.ndarray:
@@ -93,7 +105,7 @@ def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.nda
         return []
     if isinstance(layers[0], DeviceLayer):
         return select_on_device(layers, sparsity)
-    total = sum(layer.size * len(layer) if isinstance(layer.size, int) else int(layer.size.sum()) for layer in layers)
+    total = sum(layer.total for layer in layers)
     alive = sum(layer.weights(layer.alive) for layer in layers)
     wanted, masked = sparsity * total, total - alive
     size = _equal_size(layers)
@@ -308,6 +320,7 @@ def bundle(layer: ScoredLayer, count: int) -> tuple[ScoredLayer, np.ndarray]:
         whole=layer.whole,
         revives=layer.revives,
         may_empty=layer.may_empty,
+        others=layer.others,
     )
     return joined, of_group
 

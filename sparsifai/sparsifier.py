@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from .argument import Sparsity, check_count, check_round_to, check_seed, check_sparsity, resolve_axes
 from .collection import Statistics, calibrate
 from .context import Context, ask, global_, local
+from .coupled_filters import joined
 from .criterion import Criterion, is_elementwise, quantities_of
 from .granularity import Granularity, squared_sum
 from .masked import MaskedModel
@@ -26,7 +27,7 @@ from .parallel import agree, groups_of_shards, is_sharded
 from .registry import name_of
 from .regrowth import Regrowth, check_drop, sparsity_of_drop
 from .scoring import score_layer
-from .selection import ScoredLayer, all_equal, bundle
+from .selection import ScoredLayer, all_equal
 from .state import check_state
 from .steps import sparsify_in_steps
 from .target import scopes
@@ -51,9 +52,11 @@ class Sparsifier(MaskedModel):
     regrow: what comes back where sparsify is told to drop, highest scores first: 'grad' as in RigL, 'random' as in
         SET, or another criterion.
     round_to: keep a multiple of this many groups in every layer, or all of them.
+    coupled: whether filters that can only be removed together, such as those whose outputs are added, are ranked and
+        fall together, so that `shrink` can remove all that is zero. Needs torch-pruning and example_input.
     seed: of the generator that random criteria draw from.
     example_input: a batch, for models that torch.fx cannot trace; needed only with granularities of whole outputs
-        or inputs, and by synflow. A tuple is given to the model as positional arguments, a dictionary as keywords.
+        or inputs, by synflow and by coupled. A tuple is given as positional arguments, a dictionary as keywords.
 
     ValueError and TypeError, before anything is changed, where the arguments cannot work on the model.
 
@@ -77,6 +80,7 @@ class Sparsifier(MaskedModel):
         may_empty: bool = False,
         regrow: str | Criterion | None = None,
         round_to: int | None = None,
+        coupled: bool = False,
         seed: int = 0,
         example_input: Any = None,
     ):
@@ -85,7 +89,7 @@ class Sparsifier(MaskedModel):
         self.granularity, self.context, self.criteria, self.pool = resolve_axes(granularity, context, criteria, pool)
         self.round_to, self.may_empty = check_round_to(round_to), bool(may_empty)
         self.rng = torch.Generator().manual_seed(check_seed(seed))
-        super().__init__(model, self.granularity, layers, exclude, self.round_to or 1, example_input)
+        super().__init__(model, self.granularity, layers, exclude, self.round_to or 1, example_input, bool(coupled))
         if self.pool is squared_sum and (rescaled := self.rescaled_layers()):
             warnings.warn(
                 f"{name_of(self.criteria)}: a batch norm undoes the scale of the outputs of {', '.join(rescaled[:3])}"
@@ -266,6 +270,7 @@ class Sparsifier(MaskedModel):
         devices = {target.parameter.device for target in self.targets.values()}
         alone = self.group is None and not any(is_sharded(target.parameter) for target in self.targets.values())
         built_in = self.context in (local, global_) and self.round_to is None
+        alone = alone and self.coupling is None
         return alone and built_in and len(devices) == 1 and devices.pop().type in ("cuda", "meta")
 
     def _rank_on_device(self, scored: list[DeviceLayer], fraction: float) -> list[Tensor]:
@@ -277,9 +282,7 @@ class Sparsifier(MaskedModel):
 
     def _rank(self, scored: list[ScoredLayer], fraction: float) -> list[np.ndarray]:
         """Ask the context which groups stay."""
-        ranked = scored
-        if self.round_to is not None:
-            ranked, bundles = zip(*(bundle(layer, self.round_to) for layer in scored), strict=True)
+        ranked, split = joined(scored, self.coupling, self.round_to)
         compares = {"init", "previous"}.intersection(self.collected.named)
         # Asked in this order, the scores are looked through at a first update only.
         if compares and fraction >= 0.01 and not any(layer.masked.any() for layer in ranked) and all_equal(ranked):
@@ -288,11 +291,9 @@ class Sparsifier(MaskedModel):
                 "all scores are equal, so weights fall in index order; train before the first update",
                 stacklevel=8,
             )
-        stays = ask(self.context, ranked, fraction, name_of(self.granularity))
-        if self.round_to is not None:
-            stays = [kept[of_group] for kept, of_group in zip(stays, bundles, strict=True)]
+        stays = split(ask(self.context, ranked, fraction, name_of(self.granularity)))
         groups = groups_of_shards(self.model) if self.group is None else [self.group]
-        return agree(stays, groups, ranked[0].target.parameter.device)
+        return agree(stays, groups, scored[0].target.parameter.device)
 
     # --- What can be seen ---------------------------------------------------------------------------------------
 

@@ -1,0 +1,172 @@
+"""Which channels of a model do not depend on its input, and what their values are.
+
+NaN is sent through the model in place of the input: what it reaches depends on the input, what it does not reach is
+constant. A layer passes it on from the inputs that it reads by a weight that is not zero, so a filter of zeros stops
+it; in all else it spreads as IEEE arithmetic has it, and where that would drop it, as comparisons do, it is put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .statistic import run
+from .target import CONVOLUTIONS
+
+_NAN = float("nan")
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+_LAYERS = (nn.Linear, *CONVOLUTIONS, _BATCH_NORMS)
+_PRODUCTS = {"mul", "mul_", "__mul__", "__imul__", "__rmul__", "multiply", "multiply_"}
+
+
+@torch.no_grad()
+def constant_inputs(model: nn.Module, example_input: Any) -> dict[str, Tensor]:
+    """Layer -> a vector with, for each of its inputs, the value that it always has, NaN if there is none.
+
+    model: in evaluation mode; a layer that is not called has no entry. A value is taken for one only if it is also
+    found in a forward of the example.
+    """
+    values = _inputs_of_layers(model, example_input)
+    spread = _Spread()
+    with spread:
+        always = _inputs_of_layers(model, spread.start(example_input), spread)
+    return {
+        name: torch.where(_equal(value, values[name]), value, _NAN) for name, value in always.items() if name in values
+    }
+
+
+def _equal(value: Tensor, other: Tensor) -> Tensor:
+    """Whether numbers are equal but for the rounding of functions that are computed in several ways."""
+    return (value - other).abs() <= 1e-6 * value.abs()
+
+
+def _inputs_of_layers(model: nn.Module, example_input: Any, spread: _Spread | None = None) -> dict[str, Tensor]:
+    """For each input of each layer the one value that it has at all places, else NaN."""
+    found: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple) -> Any:
+            with _paused(spread):
+                values = inputs[0].movedim(channel_axis(module, inputs[0]), 0).flatten(1)
+                value = torch.where(_equal(values, values[:, :1]).all(1), values[:, 0], _NAN)
+                found[name] = torch.where(_equal(found[name], value), value, _NAN) if name in found else value
+                return None if spread is None else spread.enter(module, inputs)
+
+        return hook
+
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, _LAYERS):
+            handles.append(module.register_forward_pre_hook(note(name)))
+        if spread is not None and isinstance(module, (*_LAYERS, nn.Embedding)):
+            handles.append(module.register_forward_hook(spread.leave))
+    try:
+        run(model, example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def channel_axis(module: nn.Module, value: Tensor) -> int:
+    """The axis of a layer's input or output along which its channels stand."""
+    if isinstance(module, nn.Linear):
+        return value.dim() - 1
+    if isinstance(module, CONVOLUTIONS):
+        return value.dim() - len(module.kernel_size) - 1
+    return min(1, value.dim() - 1)
+
+
+def reading(module: Any) -> Tensor:
+    """Bool (groups, outputs / groups, inputs / groups): which inputs a layer reads by a weight that is not zero."""
+    groups, weight = getattr(module, "groups", 1), module.weight.detach() != 0
+    if isinstance(module, _TRANSPOSED):
+        weight = weight.unflatten(0, (groups, -1)).transpose(1, 2)
+    else:
+        weight = weight.unflatten(0, (groups, -1))
+    return weight.flatten(3).any(3) if weight.dim() > 3 else weight
+
+
+class _Spread(TorchFunctionMode):
+    """Spreads NaN from the input over all that depends on it."""
+
+    def __init__(self) -> None:
+        self.paused = 0
+        self.reached: dict[nn.Module, Tensor] = {}  # inputs of a layer that depend on the input of the model
+
+    def start(self, example_input: Any) -> Any:
+        """The example with NaN for its floats."""
+        with _paused(self):
+            return tree_map(lambda value: torch.full_like(value, _NAN) if _is_float(value) else value, example_input)
+
+    def enter(self, module: nn.Module, inputs: tuple) -> tuple:
+        """Note which inputs of a layer NaN has reached, and compute on with zeros in its place."""
+        axis = channel_axis(module, inputs[0])
+        self.reached[module] = inputs[0].isnan().movedim(axis, 0).flatten(1).any(1)
+        return (torch.where(inputs[0].isnan(), 0.0, inputs[0]), *inputs[1:])
+
+    def leave(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        """Put NaN into the outputs that read an input that it has reached; an embedding is given the input itself."""
+        with _paused(self):
+            if isinstance(module, nn.Embedding):
+                return torch.full_like(output, _NAN)
+            reached = self.reached[module]
+            if not isinstance(module, _BATCH_NORMS):
+                reads = reading(module)
+                reached = (reads & reached.reshape(len(reads), 1, -1)).any(2).flatten()
+            elif module.weight is not None:
+                reached = reached & (module.weight != 0)
+            shape = [1] * output.dim()
+            shape[channel_axis(module, output)] = -1
+            return output.masked_fill(reached.reshape(shape), _NAN)
+
+    def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        if self.paused:
+            return function(*args, **kwargs)
+        with _paused(self):
+            in_place = name.startswith("__i") or name.endswith("_")
+            given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+            given = [each.clone() for each in given] if in_place else given
+            made = function(*args, **kwargs)
+            if name == "__setitem__" or made is args[0]:
+                args[0].copy_(self._put_back(args[0], given, name)) if _is_float(args[0]) else None
+                return made
+            return tree_map(lambda each: self._put_back(each, given, name) if _is_float(each) else each, made)
+
+    def _put_back(self, made: Tensor, given: list[Tensor], name: str) -> Tensor:
+        """Put NaN where an operation has dropped it, take it from where zeros annihilate it."""
+        if any(not value.is_floating_point() for value in given):
+            return torch.full_like(made, _NAN)  # comparisons, places and the like can be of the input
+        if name in _PRODUCTS:
+            for value in given:
+                made = torch.where(value == 0, 0.0, made)
+            return made
+        for value in given:
+            if value.shape == made.shape and value.isnan().any():
+                made = torch.where(value.isnan(), _NAN, made)
+        return made
+
+
+@contextmanager
+def _paused(spread: _Spread | None) -> Iterator[None]:
+    """Have the functions that are called meanwhile compute what they compute."""
+    if spread is None:
+        yield
+        return
+    spread.paused += 1
+    try:
+        yield
+    finally:
+        spread.paused -= 1
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -1,0 +1,328 @@
+"""Taking dead channels out of a model: what is left is dense, smaller, and computes the same.
+
+A channel can go if every layer that reads it can do without: it reads it by zeros alone, or the channel is constant,
+so that what it adds can be folded into the layer's bias. Which places are the same channel coupling.py knows, which are
+constant constant.py. Removing some makes others dead, so it is done until nothing is left to remove.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .collection import untraced
+from .constant import constant_inputs, reading
+from .coupling import ChannelSet, Place, check_runs, find_channels, is_depthwise
+from .parallel import unwrapped
+from .shrinkage import ShrinkableLayer, Shrinkage
+from .target import CONVOLUTIONS
+
+_LAYERS = (nn.Linear, *CONVOLUTIONS)
+_TOLERANCE = 1e-5  # of outputs, relative to the largest of them
+
+
+def shrink(model: nn.Module, example_input: Any) -> nn.Module:
+    """A copy of a model without its dead channels: dense, smaller, with the same outputs in evaluation mode.
+
+    Filters of zeros go with all that only they feed: entries of norm layers, inputs of the next layers. A constant that
+    they leave behind is folded into biases. Channels that no layer reads go, too. Outputs are the same within 1e-5 of
+    the largest, in float32, as is checked on the example and on random inputs like it.
+
+    model: any torch model, which stays as it is. example_input: a batch that it accepts, a tuple for several positional
+        arguments, a dictionary for keywords.
+    Warns of filters of zeros that have to stay; `shrinkage` tells why. Needs torch-pruning, whose dependency graph says
+    which channels go together (Fang et al., 2023, "DepGraph", arXiv:2301.12900): pip install 'sparsifai[shrink]'.
+    ImportError without it; ValueError if the model does not run, or cannot be followed.
+    """
+    small, report = _shrunk(model, example_input)
+    if report.zeros_left:
+        warnings.warn(
+            f"shrink: {report.zeros_left} of {report.zeros} filters of zeros stay: {report.reasons}. "
+            "shrinkage(model, example_input) lists all; with Sparsifier(..., 'filter', coupled=True, example_input=...) "
+            "filters that are coupled fall together",
+            stacklevel=2,
+        )
+    return small
+
+
+def shrinkage(model: nn.Module, example_input: Any) -> Shrinkage:
+    """What `shrink` would remove of each layer, and why the rest of its zeros stays; nothing is changed.
+
+    Arguments and errors are those of `shrink`.
+    """
+    return _shrunk(model, example_input)[1]
+
+
+def _shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
+    model = unwrapped(model)
+    dtypes = {name: value.dtype for name, value in _named_tensors(model)}
+    work = _Run(model, example_input)
+    while work.step():
+        pass
+    small = work.model
+    for (_, part), (_, given) in zip(small.named_modules(), model.named_modules(), strict=True):
+        part.training = given.training
+    for name, value in _named_tensors(small):
+        value.data = value.data.to(dtypes.get(name, value.dtype))
+    return small, work.report(model)
+
+
+def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+@dataclass
+class _Run:
+    """The model as it gets smaller, and the outputs that it has to have.
+
+    numbers: layer -> the numbers that its outputs had in the model as it was given. removed: those that are gone.
+    kept: of outputs that stay, by those numbers, the reason. refused: removing them has changed the outputs.
+    """
+
+    model: nn.Module
+    example_input: Any
+    numbers: dict[str, list[int]] = field(init=False)
+    kept: dict[Place, str] = field(default_factory=dict)
+    refused: set[Place] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.model = copy.deepcopy(self.model).eval()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        if any(value.dtype in (torch.float16, torch.bfloat16) for _, value in _named_tensors(self.model)):
+            # In half precision no difference could be told from rounding.
+            self.model.float()
+            self.example_input = tree_map(_widened, self.example_input)
+        self.inputs = [self.example_input, tree_map(_like, self.example_input)]
+        self.outputs = self._outputs(self.model)
+        if not self._same(self.model):
+            raise ValueError(
+                f"shrink: {type(self.model).__name__} gives two outputs for the same input in evaluation mode, so that "
+                "nothing can be checked; turn off what is random in it"
+            )
+        self.numbers = {
+            name: list(range(outputs_of(module)))
+            for name, module in self.model.named_modules()
+            if isinstance(module, _LAYERS)
+        }
+
+    def step(self) -> bool:
+        """Remove what can be removed now; whether there was anything to try."""
+        channels = find_channels(self.model, self.example_input)
+        with untraced(self.model):
+            constants = constant_inputs(self.model, self.example_input)
+        goes, self.kept = self._divide(channels, constants)
+        parts: dict[Any, list[ChannelSet]] = {}
+        for channel in goes:  # those of the same layers together
+            parts.setdefault(tuple(dict.fromkeys(name for name, _ in channel.outputs)), []).append(channel)
+        if goes:
+            self._remove(list(parts.values()), constants)
+        return bool(goes)
+
+    def _divide(
+        self, channels: list[ChannelSet], constants: Mapping[str, Tensor]
+    ) -> tuple[list[ChannelSet], dict[Place, str]]:
+        """The channels that can go, and of the outputs that cannot, by their first numbers, the reason."""
+        modules = dict(self.model.named_modules())
+        reads = {name: reading(modules[name]).any(1).flatten().tolist() for name in self.numbers}
+        values = {name: value.tolist() for name, value in constants.items()}
+        alive = {name: reading(modules[name]).any(2).flatten().tolist() for name in self.numbers}
+
+        def why_kept(channel: ChannelSet) -> str:
+            if channel.kept:
+                return channel.kept
+            if any((name, self.numbers[name][place]) in self.refused for name, place in channel.outputs):
+                return "without it the outputs differ: what is computed of it is not followed"
+            for name, place in channel.inputs:
+                value = values[name][place] if name in values else math.nan
+                if not reads[name][place] or value == 0:
+                    continue
+                if math.isnan(value):
+                    coupled = dict.fromkeys(each for each, _ in channel.outputs)
+                    living = any(alive[each][number] for each, number in channel.outputs)
+                    if living and len(coupled) > 1:
+                        return f"coupled in {', '.join(coupled)}, not zero in all"
+                    return f"not constant where {name} reads it"
+                if not folds(modules[name]):
+                    return f"{value:.3g} where {name} pads its input with zeros"
+            return ""
+
+        reasons = [why_kept(channel) for channel in channels]
+        left = Counter(
+            name for channel, why in zip(channels, reasons, strict=True) if why for name, _ in channel.outputs
+        )
+        for number, channel in enumerate(channels):
+            if not all(left[name] for name, _ in channel.outputs):
+                reasons[number] = "the last output of a layer"
+                left.update(name for name, _ in channel.outputs)
+        kept = {
+            (name, self.numbers[name][place]): why
+            for channel, why in zip(channels, reasons, strict=True)
+            for name, place in channel.outputs
+            if why
+        }
+        return [channel for channel, why in zip(channels, reasons, strict=True) if not why], kept
+
+    def _remove(self, parts: list[list[ChannelSet]], constants: Mapping[str, Tensor]) -> bool:
+        """Remove all parts; if that changes the outputs, a half, and of one part alone note that it has to stay.
+
+        Returns whether something was removed; what is left to do then has other places.
+        """
+        channels = [channel for part in parts for channel in part]
+        smaller = copy.deepcopy(self.model)
+        cut(smaller, channels, constants)
+        if self._same(smaller):
+            self.model = smaller
+            for name, gone in _places(channels, "outputs").items():
+                self.numbers[name] = [number for place, number in enumerate(self.numbers[name]) if place not in gone]
+            return True
+        if len(parts) == 1:
+            self.refused |= {(name, self.numbers[name][place]) for each in channels for name, place in each.outputs}
+            return False
+        half = len(parts) // 2
+        return self._remove(parts[:half], constants) or self._remove(parts[half:], constants)
+
+    def _outputs(self, model: nn.Module) -> list[Tensor]:
+        with untraced(model), torch.no_grad():
+            return [
+                each
+                for inputs in self.inputs
+                for each in tree_leaves(check_runs(model, inputs))
+                if isinstance(each, Tensor)
+            ]
+
+    def _same(self, model: nn.Module) -> bool:
+        """Whether a model has the outputs that the model had at first."""
+        try:
+            outputs = self._outputs(model)
+        except Exception:  # what was cut does not fit together
+            return False
+        return all(
+            theirs.shape == own.shape and bool(((theirs - own).abs() <= _TOLERANCE * own.abs().max()).all())
+            for theirs, own in zip(outputs, self.outputs, strict=True)
+        )
+
+    def report(self, given: nn.Module) -> Shrinkage:
+        """What has become of the outputs of the model that was given."""
+        layers = []
+        for name, module in given.named_modules():
+            if name not in self.numbers:
+                continue
+            zero = {place for place, alive in enumerate(reading(module).any(2).flatten().tolist()) if not alive}
+            left = zero.intersection(self.numbers[name])
+            reasons = Counter(self.kept[name, number] for number in sorted(left))
+            layers.append(
+                ShrinkableLayer(
+                    name,
+                    type(module).__name__,
+                    outputs_of(module),
+                    len(zero),
+                    outputs_of(module) - len(self.numbers[name]),
+                    len(left),
+                    "; ".join(f"{count} {reason}" for reason, count in reasons.items()),
+                )
+            )
+        sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (given, self.model)]
+        return Shrinkage(tuple(layers), *sizes)
+
+
+@torch.no_grad()
+def cut(model: nn.Module, channels: Iterable[ChannelSet], constants: Mapping[str, Tensor]) -> None:
+    """Remove channels from the layers of a model. constants: of the inputs of layers, what they always are."""
+    channels = list(channels)
+    removed = {side: _places(channels, side) for side in ("outputs", "through", "inputs")}
+    for name, module in model.named_modules():
+        inputs = removed["inputs"].get(name, set())
+        if constant := {place: value for place in inputs if (value := float(constants[name][place])) not in (0.0,)}:
+            _fold(module, constant)
+        _keep(module, removed["outputs"].get(name, set()) | removed["through"].get(name, set()), inputs)
+
+
+def _places(channels: Iterable[ChannelSet], side: str) -> dict[str, set[int]]:
+    places: dict[str, set[int]] = {}
+    for channel in channels:
+        for name, place in getattr(channel, side):
+            places.setdefault(name, set()).add(place)
+    return places
+
+
+def folds(module: Any) -> bool:
+    """Whether a constant input adds the same to every place of the output, so that the bias can have it."""
+    if isinstance(module, nn.Linear):
+        return True
+    padded = module.padding if isinstance(module.padding, tuple) else (module.padding == "same",)
+    widens = any(size > 1 for size in module.kernel_size)
+    zeros = module.padding_mode == "zeros" and (any(padded) and (widens or module.padding != "same"))
+    return not module.transposed and not zeros
+
+
+def _fold(module: Any, constant: Mapping[int, float]) -> None:
+    """Put into the bias of a layer what constant inputs add to its outputs."""
+    places = torch.tensor(list(constant), device=module.weight.device)
+    weight = module.weight.index_select(1, places).double()
+    values = torch.tensor(list(constant.values()), dtype=torch.float64, device=weight.device)
+    added = weight.flatten(2).sum(2) @ values if weight.dim() > 2 else weight @ values
+    if module.bias is None:
+        module.bias = nn.Parameter(module.weight.new_zeros(outputs_of(module)), module.weight.requires_grad)
+    module.bias.copy_(module.bias + added)
+
+
+def _keep(module: Any, outputs: set[int], inputs: set[int]) -> None:
+    """Cut outputs and inputs out of the parameters of a layer."""
+    if not (outputs or inputs):
+        return
+
+    def narrow(name: str, axis: int, gone: set[int]) -> None:
+        tensor = getattr(module, name, None)
+        if tensor is None or not gone:
+            return
+        left = [place for place in range(tensor.shape[axis]) if place not in gone]
+        narrower = tensor.detach().index_select(axis, torch.tensor(left, device=tensor.device))
+        is_parameter = isinstance(tensor, nn.Parameter)
+        setattr(module, name, nn.Parameter(narrower, tensor.requires_grad) if is_parameter else narrower)
+
+    into = 0 if getattr(module, "transposed", False) else 1
+    out = 0 if is_depthwise(module) or not isinstance(module, _LAYERS) else 1 - into
+    narrow("weight", out, outputs)
+    narrow("weight", into, inputs)
+    for name in ("bias", "running_mean", "running_var"):
+        narrow(name, 0, outputs)
+    if is_depthwise(module):
+        module.groups -= len(outputs)
+        inputs = outputs
+    for size, gone in _SIZES.items():
+        if hasattr(module, size):
+            setattr(module, size, getattr(module, size) - len(outputs if gone == "outputs" else inputs))
+
+
+# The attributes in which layers say how many outputs and inputs they have.
+_SIZES = {
+    **dict.fromkeys(("out_channels", "out_features", "num_features", "num_parameters"), "outputs"),
+    **dict.fromkeys(("in_channels", "in_features"), "inputs"),
+}
+
+
+def outputs_of(module: Any) -> int:
+    """Number of outputs of a Linear layer or a convolution."""
+    return module.out_features if isinstance(module, nn.Linear) else module.out_channels
+
+
+def _like(value: Any) -> Any:
+    """Random numbers with the mean and the deviation of a tensor of floats; all else as it is."""
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        return value
+    spread = value.std() if value.numel() > 1 else value.abs().max()
+    return torch.randn_like(value) * spread.clamp(min=1e-3) + value.mean()
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
