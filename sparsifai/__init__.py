@@ -56,6 +56,8 @@ from .schedule import (
     stepped,
 )
 from .selection import select_groups
+from .shrinking import shrink, shrinkage
+from .shrinkable import Shrinkage
 from .sparsifier import Sparsifier
 from .statistic import quantities, taken
 from .target import register_layer
@@ -94,6 +96,7 @@ __all__ = [
     "Regularizer",
     "Report",
     "Sensitivity",
+    "Shrinkage",
     "Sparsifier",
     "SparsifyCallback",
     "Ticket",
@@ -136,6 +139,8 @@ __all__ = [
     "schedules",
     "select_groups",
     "sensitivity",
+    "shrink",
+    "shrinkage",
     "small_final",
     "small_init",
     "small_init_small_final",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map
 
+from .flow import tensors_in
 from .parallel import kind_of, unwrapped
 from .statistic import run
 from .target import CONVOLUTIONS
@@ -77,9 +78,16 @@ def find_channels(model: nn.Module, example_input: Any) -> list[ChannelSet]:
         with torch.random.fork_rng(), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on parameters outside of layers, which are told of here
             shuffles = _channels_of_shuffles(wrapper, example_input)
-            graph = library.DependencyGraph().build_dependency(
-                wrapper, example_input, run, verbose=False, customized_pruners={nn.PixelShuffle: _Shuffled(shuffles)}
-            )
+
+            def build() -> Any:
+                pruners = {nn.PixelShuffle: _Shuffled(shuffles)}
+                return library.DependencyGraph().build_dependency(
+                    wrapper, example_input, run, verbose=False, customized_pruners=pruners
+                )
+
+            graph = build()
+            if wrapper.add_ends(graph.module2node):
+                graph = build()
             _map_shuffles(graph, library.dependency.index_mapping._FlattenIndexMapping)
             groups = list(_groups(graph, names, kept, library.ops.OPTYPE))
     except Exception as error:  # it raises whatever it stumbles upon
@@ -97,13 +105,24 @@ class _Ends(nn.Module):
         super().__init__()
         self.model = model
         self.marks = nn.ModuleDict()
+        self.called: dict[nn.Module, Tensor] = {}  # layers and what they have put out
+        self.ends: list[nn.Module] = []  # layers whose outputs end in nothing
+        for module in model.modules():
+            if isinstance(module, _LAYERS):
+                module.register_forward_hook(lambda module, inputs, output: self.called.update({module: output}))
         self._number = 0
         self._each(example_input, self._add_mark)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """The output, after an operation that shows where the model ends."""
-        inputs, named = self._each(inputs, self._mark), self._each(named, self._mark)
-        return tree_map(lambda output: output * 1 if _is_float(output) else output, self.model(*inputs, **named))
+        """The outputs, after an operation that shows where the model ends."""
+        inputs, named = self._each((inputs, named), self._mark)
+        outputs = [output for output in tensors_in(self.model(*inputs, **named)) if _is_float(output)]
+        return [output * 1 for output in [*outputs, *(self.called[end] for end in self.ends)]]
+
+    def add_ends(self, known: Container[nn.Module]) -> bool:
+        """Have layers that are called, but are not known, among the ends; whether there are any."""
+        self.ends = [module for module in self.called if module not in known]
+        return bool(self.ends)
 
     def _each(self, tree: Any, function: Any) -> Any:
         self._number = 0

@@ -155,7 +155,7 @@ def find_flow(model: nn.Module, example_input: Any = None) -> Flow:
 def _shell(model: nn.Module) -> nn.Module:
     """A copy of the modules of a model around the same parameters, in evaluation mode, without torch's wrappers."""
     # Activations that a model has kept cannot be copied; like the parameters, they are shared.
-    kept = [tensor for module in model.modules() for tensor in _tensors(vars(module)) if not tensor.is_leaf]
+    kept = [tensor for module in model.modules() for tensor in tensors_in(vars(module)) if not tensor.is_leaf]
     shell = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *kept)}).eval()
     for part in list(shell.modules()):
         for name, child in part.named_children():
@@ -259,7 +259,7 @@ class _Recorder(TorchFunctionMode):
 
     def record(self, made: Any, step: Step) -> int:
         index = _add_step(self.flow, step)
-        for tensor in _tensors(made):
+        for tensor in tensors_in(made):
             self.made_by[id(tensor)] = index
             # Some wrappers make a tensor unseen around the same memory.
             self.made_by[-tensor.untyped_storage().data_ptr()] = index
@@ -269,7 +269,7 @@ class _Recorder(TorchFunctionMode):
     def steps_of(self, tree: Any) -> list[int]:
         """The steps that made the tensors of a tree."""
         steps = []
-        for tensor in _tensors(tree):
+        for tensor in tensors_in(tree):
             if id(tensor) not in self.carried:
                 keys = (id(tensor), -tensor.untyped_storage().data_ptr())
                 steps += [self.made_by[key] for key in keys if key in self.made_by][:1]
@@ -277,13 +277,13 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
-        parameters = {name for tensor in _tensors((args, kwargs)) for name in self.carried.get(id(tensor), ())}
+        parameters = {name for tensor in tensors_in((args, kwargs)) for name in self.carried.get(id(tensor), ())}
         result = args[0] if _writes_in_place(function) else made
         reads = self.steps_of((args, kwargs))
         if parameters and not reads:
-            self.carried.update((id(tensor), parameters) for tensor in _tensors(result))
+            self.carried.update((id(tensor), parameters) for tensor in tensors_in(result))
             self.alive.append(result)
-        elif _tensors(result):
+        elif tensors_in(result):
             self.record(result, Step(reads, parameters, _keeps_zeros(function), _order_of_axes(function, args)))
         return made
 
@@ -307,7 +307,7 @@ def _recorded(model: nn.Module, example_input: Any) -> Flow:
     return recorder.flow
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
     """All tensors in containers, and in plain objects, as some models return them."""
     tensors = []
     for leaf in tree_leaves(tree):

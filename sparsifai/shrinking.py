@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from .collection import untraced
 from .constant import constant_inputs, reading
 from .coupling import ChannelSet, Place, check_runs, find_channels, is_depthwise
+from .flow import tensors_in
 from .parallel import unwrapped
-from .shrinkage import ShrinkableLayer, Shrinkage
+from .shrinkable import ShrinkableLayer, Shrinkage
 from .target import CONVOLUTIONS
 
 _LAYERS = (nn.Linear, *CONVOLUTIONS)
@@ -104,7 +105,10 @@ class _Run:
             self.example_input = tree_map(_widened, self.example_input)
         self.inputs = [self.example_input, tree_map(_like, self.example_input)]
         self.outputs = self._outputs(self.model)
-        if not self._same(self.model):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            steady = self._same(self.model)
+        if not steady:
             raise ValueError(
                 f"shrink: {type(self.model).__name__} gives two outputs for the same input in evaluation mode, so that "
                 "nothing can be checked; turn off what is random in it"
@@ -193,12 +197,7 @@ class _Run:
 
     def _outputs(self, model: nn.Module) -> list[Tensor]:
         with untraced(model), torch.no_grad():
-            return [
-                each
-                for inputs in self.inputs
-                for each in tree_leaves(check_runs(model, inputs))
-                if isinstance(each, Tensor)
-            ]
+            return [each for inputs in self.inputs for each in tensors_in(check_runs(model, inputs))]
 
     def _same(self, model: nn.Module) -> bool:
         """Whether a model has the outputs that the model had at first."""
@@ -219,7 +218,7 @@ class _Run:
                 continue
             zero = {place for place, alive in enumerate(reading(module).any(2).flatten().tolist()) if not alive}
             left = zero.intersection(self.numbers[name])
-            reasons = Counter(self.kept[name, number] for number in sorted(left))
+            reasons = Counter(self.kept.get((name, number), "it is not called") for number in sorted(left))
             layers.append(
                 ShrinkableLayer(
                     name,
@@ -242,7 +241,9 @@ def cut(model: nn.Module, channels: Iterable[ChannelSet], constants: Mapping[str
     removed = {side: _places(channels, side) for side in ("outputs", "through", "inputs")}
     for name, module in model.named_modules():
         inputs = removed["inputs"].get(name, set())
-        if constant := {place: value for place in inputs if (value := float(constants[name][place])) not in (0.0,)}:
+        values = {place: float(constants[name][place]) for place in inputs}
+        # What depends on the input, and is removed all the same, is not read.
+        if constant := {place: value for place, value in values.items() if value and not math.isnan(value)}:
             _fold(module, constant)
         _keep(module, removed["outputs"].get(name, set()) | removed["through"].get(name, set()), inputs)
 
