@@ -56,6 +56,7 @@ from .schedule import (
     stepped,
 )
 from .selection import select_groups
+from .sparse_file import SparseFile, load_sparse, save_sparse
 from .sparsifier import Sparsifier
 from .statistic import quantities, taken
 from .target import register_layer
@@ -94,6 +95,7 @@ __all__ = [
     "Regularizer",
     "Report",
     "Sensitivity",
+    "SparseFile",
     "Sparsifier",
     "SparsifyCallback",
     "Ticket",
@@ -121,6 +123,7 @@ __all__ = [
     "large_init",
     "large_init_large_final",
     "lin",
+    "load_sparse",
     "local",
     "lottery_ticket",
     "magnitude_increase",
@@ -133,6 +136,7 @@ __all__ = [
     "quantities",
     "raised",
     "register_layer",
+    "save_sparse",
     "schedules",
     "select_groups",
     "sensitivity",
