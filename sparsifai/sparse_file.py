@@ -154,7 +154,10 @@ def load_sparse(path: str | os.PathLike, model: nn.Module) -> nn.Module:
                 f"model of that dtype, as by model.to(torch.{dtype}), and cast it then"
             )
         if _is_fixed(tensor):
-            raise ValueError(f"load_sparse: {name} of the model cannot be written to; make it a copy, as by clone()")
+            raise ValueError(
+                f"load_sparse: {name} of the model cannot take values from {path}, made in inference mode, or "
+                "with elements that share their memory; make it a copy, as by clone()"
+            )
     expanded = {name: stored.expand() for name, stored in tensors.items() if stored.name == name}
     values = {name: expanded[tensors[name].name] for name in state}
     for name, first in _ties(state).items():
