@@ -13,7 +13,7 @@ crc32, or, of a tensor that shares its memory with an earlier one, to {"same_as"
 Zero is an element whose bits are all zero. To read one with numpy:
 
     with safetensors.safe_open(path, "np") as file:
-        entry, names = json.loads(file.metadata()["tensors"])[name], file.keys()
+        entry = json.loads(file.metadata()["tensors"])[name]
         if entry["form"] == "dense":
             tensor = file.get_tensor(f"dense/{name}")
         else:

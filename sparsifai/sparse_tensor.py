@@ -93,7 +93,9 @@ class StoredTensor:
         if form == "dense":
             dtype, found, read = piece(f"dense/{name}")
             if found != shape:
-                raise ValueError(f"{name} is of the shape {shape} in the metadata, and of {found} in the data")
+                raise ValueError(
+                    f"{name} is of the shape {shape} in the metadata, and of {str(found)[:100]} in the data"
+                )
             stored = cls(name, tuple(shape), dtype, form, _values(name, dtype, read))
         elif form in ("bitmask", "index"):
             dtype, found, read = piece(f"values/{name}")
@@ -103,8 +105,8 @@ class StoredTensor:
             kind, there, read_places = piece(f"{form}/{name}")
             if (kind, there) != (of_places, expected) or len(found) != 1:
                 raise ValueError(
-                    f"the {form} of {name} has the dtype {kind} and the shape {there}, of {found} values; expected are "
-                    f"{of_places} and {expected}"
+                    f"the {form} of {name} has the dtype {kind} and the shape {str(there)[:100]}, of {str(found)[:100]} "
+                    f"values; expected are {of_places} and {expected}"
                 )
             stored = cls(name, tuple(shape), dtype, form, _values(name, dtype, read), read_places().numpy())
             stored._check_places(weights)

@@ -266,7 +266,10 @@ def test_what_the_model_ties_must_be_equal_in_the_file(tmp_path):
 
 def test_views_that_overlap_are_stored_each_on_its_own(tmp_path):
     base = sparse_tensor(1000, 100)
-    model = Holder(a=base[:600], b=base[400:], c=base, d=base.view(10, 100), e=base.view(torch.int32))
+    full = torch.arange(1.0, 7.0)
+    model = Holder(
+        a=base[:600], b=base[400:], c=base, d=base.view(10, 100), e=base.view(torch.int32), f=full, g=full.view(2, 3)
+    )
     saved = save_sparse(model, tmp_path / "file")
     assert not any(row.form.startswith("same") for row in saved.rows)
     assert bits(load_sparse(tmp_path / "file", blank(model))) == bits(model)
@@ -625,8 +628,8 @@ def test_metadata_that_are_no_table_are_refused(stored, text):
         (b"text\n", "is no file of save_sparse, nor of safetensors"),
         (pickle.dumps({"a": torch.zeros(3)}), "is no file of save_sparse, nor of safetensors"),
         (b"PK\x03\x04 broken", "is no file of save_sparse, nor of safetensors"),
-        (struct.pack("<Q", 100) + b"{" * 100, r"is damaged, or no file of save_sparse \(.*invalid JSON in header"),
-        (struct.pack("<Q", 10_000) + b'{"a":' * 2000, r"is damaged, or no file of save_sparse \(.*recursion limit"),
+        (struct.pack("<Q", 100) + b"{" * 100, r"is damaged, or no file of save_sparse \(.*deseriali"),
+        (struct.pack("<Q", 10_000) + b'{"a":' * 2000, r"is damaged, or no file of save_sparse \(.*deseriali"),
         (struct.pack("<Q", 2**62) + b"{}", "a header of 4,611,686,018,427,387,904 bytes"),
         (save({"a": torch.zeros(3)}), "is a dense safetensors file, none of save_sparse; load it with safetensors.to"),
     ],
