@@ -64,6 +64,7 @@ class StoredTensor:
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> StoredTensor:
         """A copy of a tensor, in the form that takes the fewest bytes."""
+        # The copy of a view that is conjugate or negative is so in its bits.
         values = bits_of(tensor.detach().cpu().clone(memory_format=torch.contiguous_format))
         set_ = values != 0
         width = _width(values.size)
@@ -105,8 +106,8 @@ class StoredTensor:
             kind, there, read_places = piece(f"{form}/{name}")
             if (kind, there) != (of_places, expected) or len(found) != 1:
                 raise ValueError(
-                    f"the {form} of {name} has the dtype {kind} and the shape {str(there)[:100]}, of {str(found)[:100]} "
-                    f"values; expected are {of_places} and {expected}"
+                    f"the {form} of {name} has the dtype {kind} and the shape {str(there)[:100]}, of "
+                    f"{str(found)[:100]} values; expected are {of_places} and {expected}"
                 )
             stored = cls(name, tuple(shape), dtype, form, _values(name, dtype, read), read_places().numpy())
             stored._check_places(weights)
@@ -177,7 +178,7 @@ class StoredTensor:
 
 def bits_of(tensor: Tensor) -> np.ndarray:
     """The elements of a tensor as integers, in one dimension."""
-    return tensor.resolve_conj().resolve_neg().reshape(-1).view(_INTEGER[tensor.element_size()]).numpy()
+    return tensor.reshape(-1).view(_INTEGER[tensor.element_size()]).numpy()
 
 
 def _width(weights: int) -> np.dtype:
