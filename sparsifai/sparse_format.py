@@ -42,8 +42,8 @@ Tensors = Mapping[str, StoredTensor]
 
 _FORMAT = "1"
 
-# Bytes of a header: larger ones take seconds to read. Enough for some fifty thousand tensors.
-_LARGEST_HEADER = 2**25
+# Bytes of a header: of larger ones hostile JSON takes seconds and gigabytes. Enough for some twenty thousand tensors.
+_LARGEST_HEADER = 2**24
 
 
 def write(path: Path, tensors: Tensors) -> None:

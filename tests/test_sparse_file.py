@@ -267,10 +267,11 @@ def test_what_the_model_ties_must_be_equal_in_the_file(tmp_path):
 
 def test_views_that_overlap_are_stored_each_on_its_own(tmp_path):
     base = sparse_tensor(1000, 100)
-    full = torch.arange(1.0, 7.0)
-    model = Holder(
-        a=base[:600], b=base[400:], c=base, d=base.view(10, 100), e=base.view(torch.int32), f=full, g=full.view(2, 3)
-    )
+    full, waves = torch.arange(1.0, 10.0), torch.complex(torch.ones(4), torch.arange(4.0))
+    views = {"first": base[:600], "last": base[400:], "all": base, "matrix": base.view(10, 100)}
+    views |= {"bits": base.view(torch.int32), "nine": full, "square": full.view(3, 3), "turned": full.view(3, 3).T}
+    views |= {"waves": waves, "conjugate": waves.conj(), "imag": waves.imag, "negative": waves.conj().imag}
+    model = Holder(**views)
     saved = save_sparse(model, tmp_path / "file")
     assert not any(row.form.startswith("same") for row in saved.rows)
     assert bits(load_sparse(tmp_path / "file", blank(model))) == bits(model)
@@ -304,6 +305,10 @@ class WithState(nn.Linear):
             "weight of Linear is on the device meta, without values; use",
         ),
         (lambda: nn.LazyLinear(2), "weight of LazyLinear is not initialized yet; run the model on a batch first"),
+        (
+            lambda: Holder(a=torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])),
+            "a of Holder is a Tensor of the layout torch.strided; make it a plain tensor",
+        ),
         (lambda: Holder(a=torch.eye(3).to_sparse()), "a of Holder is a Tensor of the layout torch.sparse_coo; make it"),
         (
             lambda: Holder(a=torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)),
