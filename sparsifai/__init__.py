@@ -56,8 +56,9 @@ from .schedule import (
     stepped,
 )
 from .selection import select_groups
-from .shrinking import shrink, shrinkage
 from .shrinkable import Shrinkage
+from .shrinking import shrink, shrinkage
+from .sparse_file import SparseFile, load_sparse, save_sparse
 from .sparsifier import Sparsifier
 from .statistic import quantities, taken
 from .target import register_layer
@@ -97,6 +98,7 @@ __all__ = [
     "Report",
     "Sensitivity",
     "Shrinkage",
+    "SparseFile",
     "Sparsifier",
     "SparsifyCallback",
     "Ticket",
@@ -124,6 +126,7 @@ __all__ = [
     "large_init",
     "large_init_large_final",
     "lin",
+    "load_sparse",
     "local",
     "lottery_ticket",
     "magnitude_increase",
@@ -136,6 +139,7 @@ __all__ = [
     "quantities",
     "raised",
     "register_layer",
+    "save_sparse",
     "schedules",
     "select_groups",
     "sensitivity",

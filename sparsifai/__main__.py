@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from .recipe import Recipe
 from .report import Count, percent
+from .sparse_file import SparseFile
+from .sparse_format import is_safetensors
 from .table import as_text
 
 _PLAN = """What a recipe would do to a model, without data or training.
@@ -24,7 +26,10 @@ example: sparsifai plan examples/recipes/training_aware.yaml --model torchvision
 """
 _REPORT = """The zeros of a checkpoint, counted: of every matrix, and of the whole file.
 
+Of a file of save_sparse, how each tensor is stored, and the bytes that this takes and that it would take dense.
+
 example: sparsifai report checkpoint.pth
+example: sparsifai report sparse.safetensors
 """
 _CONVERT = """Make a recipe of one of SparseML. What has no counterpart is listed with its line, on standard error.
 
@@ -57,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--picture", type=Path, help="write timeline and layers as a picture, too")
 
     report = command("report", _report, _REPORT)
-    report.add_argument("checkpoint", type=Path, help="a state_dict that torch.save or learn.save has written")
+    report.add_argument("checkpoint", type=Path, help="what torch.save, learn.save or save_sparse has written")
 
     convert = command("convert", _convert, _CONVERT)
     convert.add_argument("recipe", type=Path, help="YAML, or Markdown with YAML in front")
@@ -87,6 +92,9 @@ def _plan(given: Any) -> None:
 
 
 def _report(given: Any) -> None:
+    if is_safetensors(given.checkpoint):
+        print(SparseFile.read(given.checkpoint))
+        return
     try:
         state = torch.load(given.checkpoint, map_location="cpu", weights_only=True)
     except OSError:

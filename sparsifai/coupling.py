@@ -204,7 +204,8 @@ def check_runs(model: nn.Module, example_input: Any) -> Any:
 
 
 # What one layer's outputs are coupled with: (name, 'outputs', 'through' or 'inputs', place), output of the layer.
-Group = list[tuple[tuple[str, str, int], int]]
+Group = list[tuple[tuple[str, str, Any], int]]
+_LOST = "what is computed of it is not followed"
 
 
 def _groups(graph: Any, names: Mapping[Any, str], kept: dict[str, str], types: Any) -> Iterator[Group]:
@@ -234,17 +235,28 @@ def _groups(graph: Any, names: Mapping[Any, str], kept: dict[str, str], types: A
                 yield [((names[module], side, place), place // module.upscale_factor**2) for place in item.idxs]
             elif not isinstance(module, _BY_CHANNEL):
                 reason = f"it goes through {names[module]} ({type(module).__name__}), which takes channels together"
-            name = names.get(module, "output")
+            name, size = names.get(module, "output"), _size(module, side)
             if reason:
                 kept.setdefault(name, reason)
-            group += [((name, side, place), channel) for place, channel in zip(item.idxs, item.root_idxs, strict=True)]
+            for place, channel in zip(item.idxs, item.root_idxs, strict=True):
+                known = size is None or 0 <= place < size
+                group.append(((name, side, place) if known else (_LOST, "through", f"{name} {place}"), channel))
         yield group
+
+
+def _size(module: Any, side: str) -> int | None:
+    """Number of places on a side of a layer, None if it is not known."""
+    if isinstance(module, nn.Linear):
+        return module.in_features if side == "inputs" else module.out_features
+    if isinstance(module, CONVOLUTIONS):
+        return module.in_channels if side == "inputs" else module.out_channels
+    return None
 
 
 def _obstacles(model: nn.Module) -> dict[str, str]:
     """Layers of which no channel can be removed, and why."""
     owners: dict[int, list[str]] = {}
-    obstacles = {}
+    obstacles = {_LOST: _LOST}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:

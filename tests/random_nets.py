@@ -88,6 +88,7 @@ class RandomNet(nn.Module):
         read = {place for _, _, places in self.steps for place in places}
         self.last = [place for place in range(1, len(self.channels)) if place not in read]
         count = sum(self.channels[place] for place in self.last)
+        side = side if len(self.last) == 1 else 1
         self.hidden, self.out = nn.Linear(count * side * side, 8), nn.Linear(8, 4)
         self.side = side
 
