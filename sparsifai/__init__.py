@@ -56,6 +56,7 @@ from .schedule import (
     stepped,
 )
 from .selection import select_groups
+from .semi_structured import SemiStructured, semi_structured_layers, to_semi_structured
 from .sparsifier import Sparsifier
 from .statistic import quantities, taken
 from .target import register_layer
@@ -93,6 +94,7 @@ __all__ = [
     "RegularizeCallback",
     "Regularizer",
     "Report",
+    "SemiStructured",
     "Sensitivity",
     "Sparsifier",
     "SparsifyCallback",
@@ -135,6 +137,7 @@ __all__ = [
     "register_layer",
     "schedules",
     "select_groups",
+    "semi_structured_layers",
     "sensitivity",
     "small_final",
     "small_init",
@@ -146,6 +149,7 @@ __all__ = [
     "synflow",
     "taken",
     "taylor",
+    "to_semi_structured",
     "updating_magnitude_increase",
     "updating_movement",
     "updating_movmag",

@@ -1,0 +1,86 @@
+"""Section `layouts`: Linear layers on the CPU whose weights are stored as CSR or BSR, beside dense ones."""
+
+import warnings
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.report import Table
+from benchmarks.timing import interleaved, milliseconds, seconds_of, threads
+from sparsifai import Sparsifier
+
+BATCHES = (1, 8, 64)
+# Granularity -> the shape of the blocks that are stored, None for single weights.
+LAYOUTS = {"weight": None, "4x4": (4, 4), "16x16": (16, 16), "32x32": (32, 32)}
+
+
+def layouts(quick):
+    "Forward of one Linear layer, sparse over dense, by batch size"
+    sides = (512, 2048) if quick else (512, 1024, 2048, 4096)
+    levels = (0.8, 0.95) if quick else (0.5, 0.8, 0.9, 0.95, 0.99)
+    weights = {
+        (side, level, granularity): _sparse_weight(side, level, granularity)
+        for side in sides
+        for level in levels
+        for granularity in LAYOUTS
+    }
+    rows = []
+    for count in (1,) if quick else (1, 2):
+        with threads(count), torch.inference_mode():
+            for (side, level, granularity), weight in weights.items():
+                name = "CSR" if LAYOUTS[granularity] is None else f"BSR {granularity}"
+                row = {"threads": count, "side": side, "zeros": level, "layout": name}
+                taken = {batch: _seconds(weight, LAYOUTS[granularity], batch, 7 if quick else 15) for batch in BATCHES}
+                row |= {f"dense ms, batch {batch}": milliseconds(taken[batch]["dense"]) for batch in BATCHES}
+                row |= {f"/ dense, batch {batch}": _fastest(taken[batch]) / taken[batch]["dense"] for batch in BATCHES}
+                rows.append(row)
+    return Table(
+        "layouts",
+        "square Linear layers of float32, forward",
+        rows,
+        "Indices have 32 bits. Multiplied with one vector, or with the transposed batch and the result transposed back; "
+        "for BSR the faster one of that and of F.linear counts.",
+    )
+
+
+def _sparse_weight(side, level, granularity):
+    torch.manual_seed(0)
+    layer = nn.Linear(side, side)
+    Sparsifier(layer, granularity, "local").sparsify(level)
+    return layer.weight.detach()
+
+
+def _seconds(weight, block, batch, rounds):
+    inputs, bias = torch.randn(batch, weight.shape[1]), torch.randn(len(weight))
+    sparse = _stored(weight, block)
+    calls = {"dense": partial(F.linear, inputs, weight, bias), "transposed": partial(_product, inputs, sparse, bias)}
+    if block is not None:
+        calls["F.linear"] = partial(F.linear, inputs, sparse, bias)
+    expected = calls["dense"]()
+    for name, call in calls.items():
+        torch.testing.assert_close(
+            call(), expected, atol=1e-3, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    return interleaved({name: lambda number, call=call: seconds_of(call) for name, call in calls.items()}, rounds)
+
+
+def _fastest(seconds):
+    "Of the ways to multiply with what is stored"
+    return min(taken for name, taken in seconds.items() if name != "dense")
+
+
+def _stored(weight, block):
+    "As CSR, or as BSR in blocks of a shape"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that sparse layouts are in beta
+        sparse = weight.to_sparse_csr() if block is None else weight.to_sparse_bsr(block)
+        make = torch.sparse_csr_tensor if block is None else torch.sparse_bsr_tensor
+        return make(sparse.crow_indices().int(), sparse.col_indices().int(), sparse.values(), sparse.shape)
+
+
+def _product(inputs, sparse, bias):
+    if len(inputs) == 1:
+        return torch.addmv(bias, sparse, inputs[0])[None]
+    return torch.addmm(bias[:, None], sparse, inputs.t()).t().contiguous()
