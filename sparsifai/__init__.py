@@ -57,6 +57,7 @@ from .schedule import (
 )
 from .selection import select_groups
 from .semi_structured import SemiStructured, semi_structured_layers, to_semi_structured
+from .sparse_layout import to_sparse_layout
 from .sparsifier import Sparsifier
 from .statistic import quantities, taken
 from .target import register_layer
@@ -150,6 +151,7 @@ __all__ = [
     "taken",
     "taylor",
     "to_semi_structured",
+    "to_sparse_layout",
     "updating_magnitude_increase",
     "updating_movement",
     "updating_movmag",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,18 @@ def why_not_linear(model: nn.Module, target: Target | None) -> str:
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
         return "read by TransformerEncoderLayer itself"
     return "sharded" if is_sharded(target.parameter) else ""
+
+
+def listed(reasons: Mapping[str, str]) -> str:
+    """The first reasons by name, in one line."""
+    shown = [f"{name} ({reason})" for name, reason in reasons.items()]
+    more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
+    return f"{', '.join(shown[:5])}{more}" if shown else "it has no weights with named axes"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """'float32' of torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def check_is_module(caller: str, name: str, model: nn.Module) -> None:

@@ -1,15 +1,16 @@
-"""2:4 on a GPU: Linear weights of which two of every four inputs are zero, in the form that tensor cores skip half of."""
+"""2:4 on a GPU: Linear weights with two zeros in every four inputs, in the form of which tensor cores skip half."""
 
 from __future__ import annotations
 
 import copy
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from .linear_weights import check_alike, check_converts, check_is_module, why_not_linear
+from .linear_weights import check_alike, check_converts, check_is_module, dtype_name, listed, why_not_linear
 from .n_of_m import is_nm
 from .parallel import is_sharded, kind_of, unwrapped
 from .report import percent
@@ -57,7 +58,7 @@ class SemiStructured:
     def _lines(self) -> list[tuple[str, ...]]:
         """Rows of text: the header first, the total last."""
         cells = [
-            (layer.name, layer.kind, "x".join(map(str, layer.shape)), str(layer.dtype).removeprefix("torch."),
+            (layer.name, layer.kind, "x".join(map(str, layer.shape)), dtype_name(layer.dtype),
              f"no: {layer.why_not}" if layer.why_not else "yes")
             for layer in self.layers
         ]  # fmt: skip
@@ -98,10 +99,10 @@ def to_semi_structured(model: nn.Module) -> nn.Module:
     """A copy whose 2:4 Linear weights are in torch's semi-structured form, which tensor cores multiply at up to twice
     the speed; only for inference, and in torch a prototype.
 
-    The model is in evaluation mode on a CUDA GPU of compute capability 8.0 or newer, its weights in float16 or bfloat16;
-    of a wrapper (compiled, data parallel) what is in it is copied. `semi_structured_layers` tells which layers are
-    converted; of those that are 2:4 and cannot be, a UserWarning tells. Every converted layer is run on a random input
-    beside the dense one; code of a model that reads a weight itself, otherwise than by F.linear, is not.
+    The model is in evaluation mode on a CUDA GPU of compute capability 8.0 or newer, its weights in float16 or
+    bfloat16; of a wrapper (compiled, data parallel) what is in it is copied. `semi_structured_layers` tells which
+    layers are converted; of those that are 2:4 and cannot be, a UserWarning tells. Every converted layer is run on a
+    random input beside the dense one; code of a model that reads a weight itself, otherwise than by F.linear, is not.
     ValueError in training mode and if no layer can be converted, RuntimeError without such a GPU and if a converted
     layer gives something else.
     """
@@ -138,9 +139,7 @@ def _layer(model: nn.Module, name: str, target: Target) -> SemiStructuredLayer:
     is_two_four = blocks and is_nm(weight, 2, 4, axis)
     reason = why_not_two_four(model, target)
     if not reason:
-        dtype = (
-            "" if weight.dtype in DTYPES else f"{str(weight.dtype).removeprefix('torch.')}: half precision is needed"
-        )
+        dtype = "" if weight.dtype in DTYPES else f"{dtype_name(weight.dtype)}: half precision is needed"
         reason = "; ".join(filter(None, (dtype, "" if is_two_four else _why_not_two_of_four(weight))))
     return SemiStructuredLayer(name, target.kind, tuple(weight.shape), weight.dtype, is_two_four, reason)
 
@@ -153,8 +152,9 @@ def _why_not_two_of_four(weight: torch.Tensor) -> str:
 def _check_convertible(model: nn.Module, found: SemiStructured) -> None:
     """ValueError if no layer can be converted, RuntimeError if it cannot be where the weights are."""
     if not found.convertible:
-        reasons = _reasons(found.layers) or "it has no weights with named axes"
-        raise ValueError(f"to_semi_structured: no layer of {type(model).__name__} can be converted: {reasons}")
+        raise ValueError(
+            f"to_semi_structured: no layer of {type(model).__name__} can be converted: {_reasons(found.layers)}"
+        )
     for name in found.convertible:
         if reason := why_no_kernels(model.get_parameter(name).device):
             raise RuntimeError(
@@ -172,9 +172,9 @@ def why_no_kernels(device: torch.device) -> str:
     return "" if (major, minor) >= CAPABILITY else f"{device} has compute capability {major}.{minor}"
 
 
-def _convert(name: str, dense: nn.Module, layer: nn.Module) -> None:
+def _convert(name: str, dense: Any, layer: Any) -> None:
     """Put a Linear of the copy into the 2:4 form, and compare it with the dense one."""
-    weight, bias = dense.weight.detach(), dense.bias  # type: ignore[operator, union-attr]
+    weight = dense.weight.detach()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor is in prototype")
         try:
@@ -183,9 +183,8 @@ def _convert(name: str, dense: nn.Module, layer: nn.Module) -> None:
             raise RuntimeError(f"to_semi_structured: torch does not convert {name}: {error}") from error
         layer.weight = nn.Parameter(converted, requires_grad=False)
         # Not called, so that no hook of the model sees this.
-        check_alike("to_semi_structured", name, weight, bias, layer.forward)
+        check_alike("to_semi_structured", name, weight, dense.bias, layer.forward)
 
 
 def _reasons(layers: tuple[SemiStructuredLayer, ...] | list[SemiStructuredLayer]) -> str:
-    reasons = [f"{layer.name} ({layer.why_not})" for layer in layers]
-    return f"{', '.join(reasons[:5])}{f' and {len(reasons) - 5} more' if len(reasons) > 5 else ''}"
+    return listed({layer.name: layer.why_not for layer in layers})
