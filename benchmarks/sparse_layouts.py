@@ -1,6 +1,5 @@
 """Section `layouts`: Linear layers on the CPU whose weights are stored as CSR or BSR, beside dense ones."""
 
-import warnings
 from functools import partial
 
 import torch
@@ -10,6 +9,7 @@ from torch.nn import functional as F
 from benchmarks.report import Table
 from benchmarks.timing import interleaved, milliseconds, seconds_of, threads
 from sparsifai import Sparsifier
+from sparsifai.sparse_layout import CSRLinear
 
 BATCHES = (1, 8, 64)
 # Granularity -> the shape of the blocks that are stored, None for single weights.
@@ -40,8 +40,7 @@ def layouts(quick):
         "layouts",
         "square Linear layers of float32, forward",
         rows,
-        "Indices have 32 bits. Multiplied with one vector, or with the transposed batch and the result transposed "
-        "back; for BSR the faster one of that and of F.linear counts.",
+        "CSR is the layer of `to_sparse_layout`; of BSR, the faster one of its way and of F.linear counts.",
     )
 
 
@@ -54,10 +53,15 @@ def _sparse_weight(side, level, granularity):
 
 def _seconds(weight, block, batch, rounds):
     inputs, bias = torch.randn(batch, weight.shape[1]), torch.randn(len(weight))
-    sparse = _stored(weight, block)
-    calls = {"dense": partial(F.linear, inputs, weight, bias), "transposed": partial(_product, inputs, sparse, bias)}
-    if block is not None:
-        calls["F.linear"] = partial(F.linear, inputs, sparse, bias)
+    calls = {"dense": partial(F.linear, inputs, weight, bias)}
+    if block is None:
+        calls["CSR"] = partial(CSRLinear(weight, bias), inputs)
+    else:
+        stored = _stored(weight, block)
+        calls |= {
+            "transposed": partial(_product, inputs, stored, bias),
+            "F.linear": partial(F.linear, inputs, stored, bias),
+        }
     expected = calls["dense"]()
     for name, call in calls.items():
         assert torch.allclose(call(), expected, atol=1e-3), name
@@ -70,15 +74,14 @@ def _fastest(seconds):
 
 
 def _stored(weight, block):
-    "As CSR, or as BSR in blocks of a shape"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that sparse layouts are in beta
-        sparse = weight.to_sparse_csr() if block is None else weight.to_sparse_bsr(block)
-        make = torch.sparse_csr_tensor if block is None else torch.sparse_bsr_tensor
-        return make(sparse.crow_indices().int(), sparse.col_indices().int(), sparse.values(), sparse.shape)
+    "As BSR, with the indices of 32 bits that CSRLinear has"
+    sparse = weight.to_sparse_bsr(block)
+    indices = sparse.crow_indices().int(), sparse.col_indices().int()
+    return torch.sparse_bsr_tensor(*indices, sparse.values(), sparse.shape, check_invariants=False)
 
 
 def _product(inputs, sparse, bias):
+    "As CSRLinear does it"
     if len(inputs) == 1:
         return torch.addmv(bias, sparse, inputs[0])[None]
     return torch.addmm(bias[:, None], sparse, inputs.t()).t().contiguous()

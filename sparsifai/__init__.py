@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .budget import Sensitivity
+from .comparison import Comparison, compare
 from .context import bounded, contexts, global_, local
 from .criterion import (
     criteria,
@@ -86,6 +87,7 @@ _NEED_FASTAI = {
 }
 
 __all__ = [
+    "Comparison",
     "DistillCallback",
     "FreezeCallback",
     "KeepSparsity",
@@ -107,6 +109,7 @@ __all__ = [
     "block",
     "blocks",
     "bounded",
+    "compare",
     "contexts",
     "cos",
     "criteria",
