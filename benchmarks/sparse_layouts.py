@@ -32,7 +32,7 @@ def layouts(quick):
             for (side, level, granularity), weight in weights.items():
                 name = "CSR" if LAYOUTS[granularity] is None else f"BSR {granularity}"
                 row = {"threads": count, "side": side, "zeros": level, "layout": name}
-                taken = {batch: _seconds(weight, LAYOUTS[granularity], batch, 7 if quick else 15) for batch in BATCHES}
+                taken = {batch: _seconds(weight, LAYOUTS[granularity], batch, 5 if quick else 7) for batch in BATCHES}
                 row |= {f"dense ms, batch {batch}": milliseconds(taken[batch]["dense"]) for batch in BATCHES}
                 row |= {f"/ dense, batch {batch}": _fastest(taken[batch]) / taken[batch]["dense"] for batch in BATCHES}
                 rows.append(row)
@@ -52,8 +52,10 @@ def _sparse_weight(side, level, granularity):
 
 
 def _seconds(weight, block, batch, rounds):
-    inputs, bias = torch.randn(batch, weight.shape[1]), torch.randn(len(weight))
-    calls = {"dense": partial(F.linear, inputs, weight, bias)}
+    layer = nn.Linear(*reversed(weight.shape))
+    layer.weight.copy_(weight)
+    inputs, bias = torch.randn(batch, weight.shape[1]), layer.bias
+    calls = {"dense": partial(layer, inputs)}
     if block is None:
         calls["CSR"] = partial(CSRLinear(weight, bias), inputs)
     else:

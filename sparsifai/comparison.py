@@ -315,7 +315,8 @@ def _with_time(form: Form, seconds: Mapping[str, Sequence[float]]) -> Form:
 
 def _caption(seconds: Mapping[str, Sequence[float]], dense: nn.Module) -> str:
     device = next((parameter.device for parameter in dense.parameters()), torch.device("cpu"))
-    where = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    threads = torch.get_num_threads()
+    where = f"cpu with {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else str(device)
     return f"Median times of {len(seconds['dense'])} runs in turn on {where}; FLOPs with weights, of the same run."
 
 

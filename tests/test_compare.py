@@ -110,10 +110,10 @@ def test_another_dense_model():
 def test_csr_on_a_cpu():
     if not torch.backends.mkl.is_available():
         pytest.skip("torch multiplies with CSR by MKL")
-    dense = mlp(16, 512, 512).append(nn.Linear(512, 4))
+    dense = mlp(16, 1024, 1024).append(nn.Linear(1024, 4))
     sparse = sparsified(dense, level=0.95, context="local", layers=["2"])
     found = compare(dense, sparse, EXAMPLE, repeats=3)
-    weights, stored = 512 * 512, round(0.05 * 512 * 512)
+    weights, stored = 1024 * 1024, round(0.05 * 1024 * 1024)
     assert found["masked"].parameters - found["CSR"].parameters == weights - stored
     assert found["masked"].flops - found["CSR"].flops == pytest.approx(2 * 4 * (weights - stored), abs=1)
     assert (found["CSR"].nonzeros, found["CSR"].bytes) == (found["masked"].nonzeros, found["masked"].bytes)
@@ -182,13 +182,13 @@ def test_a_form_that_does_not_run_is_a_reason():
     class Own(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = nn.Linear(512, 512)
+            self.layer = nn.Linear(1024, 1024)
 
         def forward(self, inputs):
             return self.layer(inputs) if isinstance(self.layer, nn.Linear) else torch.mm(inputs, inputs)
 
     dense = Own()
-    form = compare(dense, sparsified(dense, layers=["layer"], level=0.95), torch.ones(2, 512), repeats=3)["CSR"]
+    form = compare(dense, sparsified(dense, layers=["layer"], level=0.95), torch.ones(2, 1024), repeats=3)["CSR"]
     assert (form.milliseconds, form.parameters) == (None, None)
     assert "cannot be multiplied" in form.note
 

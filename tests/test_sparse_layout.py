@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="t
 def net(level=0.95, bias=True):
     """Two layers that are large enough to be converted, the first without an activation behind it, and two others."""
     model = nn.Sequential(
-        nn.Conv2d(2, 8, 3), nn.Flatten(), nn.Linear(512, 512, bias=bias),
-        nn.Sequential(nn.Linear(512, 1024, bias=bias)), nn.ReLU(), nn.Linear(1024, 10),
+        nn.Conv2d(2, 8, 3), nn.Flatten(), nn.Linear(512, 2048, bias=bias),
+        nn.Sequential(nn.Linear(2048, 1024, bias=bias)), nn.ReLU(), nn.Linear(1024, 10),
     )  # fmt: skip
     Sparsifier(model, context="local").sparsify(level)
     return model.eval()
@@ -43,7 +43,7 @@ def test_a_copy_gives_the_same_and_the_model_is_left_as_it_was(bias):
     for batch in (0, 1, 2, 5):
         torch.testing.assert_close(converted(INPUTS[:batch]), model(INPUTS[:batch]).detach(), atol=1e-5, rtol=1e-5)
     # 5 % of the weights are stored, and what is stored is no view of the model's.
-    assert len(converted[2].values) == round(0.05 * 512 * 512)
+    assert len(converted[2].values) == round(0.05 * 512 * 2048)
     with torch.no_grad():
         expected = converted(INPUTS)
         for parameter in model.parameters():
@@ -52,7 +52,7 @@ def test_a_copy_gives_the_same_and_the_model_is_left_as_it_was(bias):
 
 
 def test_inputs_of_any_shape():
-    layer = nn.Linear(512, 600)
+    layer = nn.Linear(512, 2060)
     Sparsifier(nn.Sequential(layer), layers=["0"]).sparsify(0.9)
     converted = to_sparse_layout(layer.eval())
     assert isinstance(converted, CSRLinear)
@@ -60,7 +60,7 @@ def test_inputs_of_any_shape():
         output = converted(inputs)
         torch.testing.assert_close(output, layer(inputs).detach(), atol=1e-5, rtol=1e-5)
         assert output.is_contiguous()
-    assert "in_features=512, out_features=600, bias=True, stored=30720" in repr(converted)
+    assert "in_features=512, out_features=2060, bias=True, stored=105472" in repr(converted)
 
 
 def test_a_converted_model_is_copied_saved_and_pickled():
@@ -80,8 +80,8 @@ def test_a_converted_model_is_copied_saved_and_pickled():
 
 
 def test_one_layer_under_two_names_and_one_in_a_wrapper():
-    layer = nn.Linear(512, 512)
-    Sparsifier(nn.Sequential(layer), layers=["0"]).sparsify(0.9)
+    layer = nn.Linear(1024, 1024)
+    Sparsifier(nn.Sequential(layer), layers=["0"]).sparsify(0.8)
     converted = to_sparse_layout(nn.DataParallel(nn.Sequential(layer, nn.ReLU(), layer)).eval())
     assert converted[0] is converted[2]
     assert isinstance(converted[0], CSRLinear)
@@ -89,14 +89,14 @@ def test_one_layer_under_two_names_and_one_in_a_wrapper():
 
 def test_why_layers_stay_dense():
     model = nn.ModuleDict({
-        "small": nn.Linear(512, 511), "full": nn.Linear(512, 512), "precise": nn.Linear(512, 512).double(),
-        "hooked": nn.Linear(512, 512), "conv": nn.Conv2d(512, 512, 1),
+        "small": nn.Linear(1024, 1023), "full": nn.Linear(1024, 1024), "precise": nn.Linear(1024, 1024).double(),
+        "hooked": nn.Linear(1024, 1024), "conv": nn.Conv2d(1024, 1024, 1),
     }).eval()  # fmt: skip
     Sparsifier(model, context="local", exclude="full").sparsify(0.95)
     Sparsifier(model, context="local", layers=["full"]).sparsify(0.5)
     model["hooked"].register_forward_hook(lambda *_: None)
     reasons = (
-        r"small.weight \(fewer than 262,144 weights\), full.weight \(50.00% zeros\), "
+        r"small.weight \(fewer than 1,048,576 weights\), full.weight \(50.00% zeros\), "
         r"precise.weight \(float64: float32 is needed\), hooked.weight \(has hooks\), conv.weight \(not of a Linear\)"
     )
     with pytest.raises(ValueError, match=f"no layer of ModuleDict can be converted: {reasons}$"):
