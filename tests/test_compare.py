@@ -293,8 +293,23 @@ def test_plot(comparison):
 # --- Models ----------------------------------------------------------------------------------------------------------
 
 
-def test_models_are_left_as_they_were():
-    dense = nn.Sequential(*mlp(), nn.BatchNorm1d(8), nn.Dropout(0.5))
+def test_models_are_left_as_they_were(shrinks):
+    seen = set()
+    shrinks(shrink_hidden)
+
+    class Restless(nn.Module):
+        """Counts and draws, whatever its mode."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.tensor(0))
+
+        def forward(self, inputs):
+            seen.add((self.training, torch.is_grad_enabled()))
+            self.calls += 1
+            return inputs + torch.rand(1)
+
+    dense = nn.Sequential(*mlp(), nn.BatchNorm1d(8), nn.Dropout(0.5), Restless())
     sparse = sparsified(dense, "filter", layers=["0"])
     dense[3].eval()
     for model in (dense, sparse):
@@ -305,7 +320,9 @@ def test_models_are_left_as_they_were():
         for model in (dense, sparse)
     ]  # fmt: skip
     state = torch.get_rng_state()
+    seen.clear()
     compare(dense, sparse, EXAMPLE, repeats=3)
+    assert seen == {(False, False)}
     assert torch.equal(torch.get_rng_state(), state)
     for model, values, modes, parameters in before:
         assert all(torch.equal(values[name], value) for name, value in model.state_dict().items())
@@ -316,7 +333,7 @@ def test_models_are_left_as_they_were():
     assert not any(part._forward_hooks for part in sparse.modules())
 
 
-def test_inputs_of_any_kind_and_a_wrapper():
+def test_inputs_of_any_kind_and_a_wrapper(shrinks):
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -325,9 +342,11 @@ def test_inputs_of_any_kind_and_a_wrapper():
         def forward(self, first, second):
             return self.layer(first) + second
 
-    model = Two()
+    model, shrunk = Two(), []
+    shrinks(lambda model, example: shrunk.append(type(model)) or copy.deepcopy(model))
     for inputs in ((EXAMPLE, EXAMPLE), {"first": EXAMPLE, "second": EXAMPLE}):
-        assert compare(nn.DataParallel(model), model, inputs, repeats=3)["dense"].flops == 2 * 4 * 16 * 16
+        assert compare(model, nn.DataParallel(model), inputs, repeats=3)["dense"].flops == 2 * 4 * 16 * 16
+    assert shrunk == [Two, Two]
 
 
 def test_modules_without_weights():
