@@ -124,7 +124,11 @@ class Comparison:
             ratios = [self.relative(form.name, quantity) for form in self.forms]
             places = [place + (number - (len(_DRAWN) - 1) / 2) * height for place in range(len(ratios))]
             bars = ax.barh(places, [ratio or 0 for ratio in ratios], height, label=label)
-            ax.bar_label(bars, [_cell(ratio) for ratio in ratios], padding=2, fontsize="x-small")
+            labels = ["" if ratio is None else _cell(ratio) for ratio in ratios]
+            ax.bar_label(bars, labels, padding=2, fontsize="x-small")
+        for place, form in enumerate(self.forms):
+            if form.milliseconds is None:
+                ax.text(0.01, place, "not to be had: the note says why", va="center", fontsize="small", color="0.4")
         ax.axvline(1, color="black", linewidth=0.8)
         ax.set(xlabel="relative to the dense model")
         ax.set_yticks(range(len(self.forms)), [form.name for form in self.forms])

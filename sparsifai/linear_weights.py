@@ -12,8 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .parallel import is_sharded
 from .target import Target
 
-# Rows of the input that a converted layer is tried on: no multiple of 8, as which kernels want them, so that it has to
-# be filled up.
+# Of the input that a converted layer is tried on: no multiple of 8, so that it is filled up for kernels that want one.
 ROWS = 9
 # Of the largest output. Both results are rounded once, and may be summed in another order.
 TOLERANCES = {torch.float16: 5e-3, torch.bfloat16: 2e-2, torch.float32: 1e-4}

@@ -288,7 +288,9 @@ def test_plot(comparison):
     ax = comparison.plot()
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([1, 0.25, 0, 1, 1, 0, 1, 1, 0, 1, 1.1, 0])
     assert [label.get_text() for label in ax.get_yticklabels()] == ["dense", "masked", "shrunk"]
-    assert [text.get_text() for text in ax.texts[:3]] == ["1", "0.25", "-"]
+    assert [text.get_text() for text in ax.texts[:3]] == ["1", "0.25", ""]
+    assert (ax.texts[-1].get_text(), ax.texts[-1].get_position()[1]) == ("not to be had: the note says why", 2)
+    assert len(ax.texts) == 4 * 3 + 1
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["file bytes", "parameters", "FLOPs", "time"]
     assert comparison.plot(ax) is ax
     matplotlib.pyplot.close("all")
