@@ -1,6 +1,7 @@
 """Section `layouts`: Linear layers on the CPU whose weights are stored as CSR or BSR, beside dense ones."""
 
 from functools import partial
+from itertools import product
 
 import torch
 from torch import nn
@@ -20,22 +21,11 @@ def layouts(quick):
     "Forward of one Linear layer, sparse over dense, by batch size"
     sides = (512, 2048) if quick else (512, 1024, 2048, 4096)
     levels = (0.8, 0.95) if quick else (0.5, 0.8, 0.9, 0.95, 0.99)
-    weights = {
-        (side, level, granularity): _sparse_weight(side, level, granularity)
-        for side in sides
-        for level in levels
-        for granularity in LAYOUTS
-    }
-    rows = []
-    for count in (1,) if quick else (1, 2):
-        with threads(count), torch.inference_mode():
-            for (side, level, granularity), weight in weights.items():
-                name = "CSR" if LAYOUTS[granularity] is None else f"BSR {granularity}"
-                row = {"threads": count, "side": side, "zeros": level, "layout": name}
-                taken = {batch: _seconds(weight, LAYOUTS[granularity], batch, 5 if quick else 7) for batch in BATCHES}
-                row |= {f"dense ms, batch {batch}": milliseconds(taken[batch]["dense"]) for batch in BATCHES}
-                row |= {f"/ dense, batch {batch}": _fastest(taken[batch]) / taken[batch]["dense"] for batch in BATCHES}
-                rows.append(row)
+    rows = [
+        row
+        for side, level, granularity in product(sides, levels, LAYOUTS)
+        for row in _rows(side, level, granularity, counts=(1,) if quick else (1, 2), rounds=5 if quick else 7)
+    ]
     return Table(
         "layouts",
         "square Linear layers of float32, forward",
@@ -44,30 +34,36 @@ def layouts(quick):
     )
 
 
-def _sparse_weight(side, level, granularity):
+@torch.inference_mode()
+def _rows(side, level, granularity, counts, rounds):
+    "Of one layer in one layout, by the number of threads"
+    layer, block = _sparse_layer(side, level, granularity), LAYOUTS[granularity]
+    if block is None:
+        ways = {"CSR": CSRLinear(layer.weight, layer.bias)}
+    else:
+        stored = _stored(layer.weight, block)
+        ways = {"transposed": partial(_product, stored, layer.bias), "F.linear": partial(_linear, stored, layer.bias)}
+    name = "CSR" if block is None else f"BSR {granularity}"
+    for count in counts:
+        with threads(count):
+            taken = {batch: _seconds({"dense": layer, **ways}, torch.randn(batch, side), rounds) for batch in BATCHES}
+        row = {"side": side, "zeros": level, "layout": name, "threads": count}
+        row |= {f"dense ms, batch {batch}": milliseconds(taken[batch]["dense"]) for batch in BATCHES}
+        yield row | {f"/ dense, batch {batch}": _fastest(taken[batch]) / taken[batch]["dense"] for batch in BATCHES}
+
+
+def _sparse_layer(side, level, granularity):
     torch.manual_seed(0)
     layer = nn.Linear(side, side)
     Sparsifier(layer, granularity, "local").sparsify(level)
-    return layer.weight.detach()
+    return layer
 
 
-def _seconds(weight, block, batch, rounds):
-    layer = nn.Linear(*reversed(weight.shape))
-    layer.weight.copy_(weight)
-    inputs, bias = torch.randn(batch, weight.shape[1]), layer.bias
-    calls = {"dense": partial(layer, inputs)}
-    if block is None:
-        calls["CSR"] = partial(CSRLinear(weight, bias), inputs)
-    else:
-        stored = _stored(weight, block)
-        calls |= {
-            "transposed": partial(_product, inputs, stored, bias),
-            "F.linear": partial(F.linear, inputs, stored, bias),
-        }
-    expected = calls["dense"]()
-    for name, call in calls.items():
-        assert torch.allclose(call(), expected, atol=1e-3), name
-    return interleaved({name: lambda number, call=call: seconds_of(call) for name, call in calls.items()}, rounds)
+def _seconds(ways, inputs, rounds):
+    expected = ways["dense"](inputs)
+    for name, way in ways.items():
+        assert torch.allclose(way(inputs), expected, atol=1e-3), name
+    return interleaved({name: lambda number, way=way: seconds_of(way, inputs) for name, way in ways.items()}, rounds)
 
 
 def _fastest(seconds):
@@ -82,8 +78,12 @@ def _stored(weight, block):
     return torch.sparse_bsr_tensor(*indices, sparse.values(), sparse.shape, check_invariants=False)
 
 
-def _product(inputs, sparse, bias):
+def _product(stored, bias, inputs):
     "As CSRLinear does it"
     if len(inputs) == 1:
-        return torch.addmv(bias, sparse, inputs[0])[None]
-    return torch.addmm(bias[:, None], sparse, inputs.t()).t().contiguous()
+        return torch.addmv(bias, stored, inputs[0])[None]
+    return torch.addmm(bias[:, None], stored, inputs.t()).t().contiguous()
+
+
+def _linear(stored, bias, inputs):
+    return F.linear(inputs, stored, bias)
