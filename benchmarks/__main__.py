@@ -4,7 +4,7 @@
         [--out benchmarks/results] [--threads N]
 
 Prints a table per section; writes all of it to results.json and a picture to results.png. FasterAI takes part if it is
-installed. --quick takes about two minutes on two cores that have nothing else to do, all of it about a quarter of an hour. On a busy
+installed. --quick takes about two minutes on two cores that have nothing else to do, all of it about fifteen. On a busy
 machine use --threads 1: threads of torch that wait for each other take many times as long there.
 """
 

@@ -67,10 +67,10 @@ def to_sparse_layout(model: nn.Module, sparsity: float = 0.8) -> nn.Module:
 
     Zeros need no structure. Measured on one thread with batches of 1 to 64, a layer of 2048 x 2048 takes 0.35 to 0.7
     of the time of the dense one at 80 % zeros, 0.25 to 0.45 at 90 %, 0.15 to 0.35 at 95 %, but 0.9 to 1.5 at 50 %; one
-    of 1024 x 1024 0.5 to 0.95 at 80 %, 0.4 to 0.8 at 90 %. The smallest gain is with one example. Only for inference: the model is in evaluation mode, its
-    weights in float32; of a wrapper (compiled, data parallel) what is in it is copied. Layers of fewer than 1024 x 1024
-    weights, convolutions, and weights that others read too stay dense. Every converted layer is run on a random input
-    beside the dense one.
+    of 1024 x 1024 0.5 to 0.95 at 80 %, 0.4 to 0.8 at 90 %; a batch of one gains least.
+    Only for inference: the model is in evaluation mode, its weights in float32; of a wrapper (compiled, data parallel)
+    what is in it is copied. Layers of fewer than 1024 x 1024 weights, convolutions, and weights that others read too
+    stay dense. Every converted layer is run on a random input beside the dense one.
     ValueError in training mode and if no layer can be converted, RuntimeError on a GPU, without MKL, and if a converted
     layer gives something else.
     """
