@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .budget import Sensitivity
+from .comparison import Comparison, compare
 from .context import bounded, contexts, global_, local
 from .criterion import (
     criteria,
@@ -56,9 +57,11 @@ from .schedule import (
     stepped,
 )
 from .selection import select_groups
+from .semi_structured import SemiStructured, semi_structured_layers, to_semi_structured
 from .shrinkable import Shrinkage
 from .shrinking import shrink, shrinkage
 from .sparse_file import SparseFile, load_sparse, save_sparse
+from .sparse_layout import to_sparse_layout
 from .sparsifier import Sparsifier
 from .statistic import quantities, taken
 from .target import register_layer
@@ -87,6 +90,7 @@ _NEED_FASTAI = {
 }
 
 __all__ = [
+    "Comparison",
     "DistillCallback",
     "FreezeCallback",
     "KeepSparsity",
@@ -96,6 +100,7 @@ __all__ = [
     "RegularizeCallback",
     "Regularizer",
     "Report",
+    "SemiStructured",
     "Sensitivity",
     "Shrinkage",
     "SparseFile",
@@ -109,6 +114,7 @@ __all__ = [
     "block",
     "blocks",
     "bounded",
+    "compare",
     "contexts",
     "cos",
     "criteria",
@@ -142,6 +148,7 @@ __all__ = [
     "save_sparse",
     "schedules",
     "select_groups",
+    "semi_structured_layers",
     "sensitivity",
     "shrink",
     "shrinkage",
@@ -155,6 +162,8 @@ __all__ = [
     "synflow",
     "taken",
     "taylor",
+    "to_semi_structured",
+    "to_sparse_layout",
     "updating_magnitude_increase",
     "updating_movement",
     "updating_movmag",

@@ -55,7 +55,7 @@ def count_flops(model: nn.Module, targets: Mapping[str, Target], example: Any) -
             run(model, example)
         except Exception as error:
             raise ValueError(
-                f"plan: the model does not run on example_input ({error}); give a batch of inputs on the device of the "
+                f"the model does not run on example_input ({error}); give a batch of inputs on the device of the "
                 "model, a tuple for several positional ones, a dictionary for named ones"
             ) from error
     return counted

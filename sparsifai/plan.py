@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._pytree import tree_map
 
 from .argument import Sparsity, check_count, check_sparsity
@@ -29,6 +28,7 @@ from .registry import name_of
 from .report import Count, Report, percent
 from .schedule import Schedule, progress, raised, schedules
 from .selection import all_equal
+from .semi_structured import why_not_two_four
 from .sparsifier import Sparsifier, first_example
 from .target import Target, as_patterns, find_targets, matching, scopes
 
@@ -37,8 +37,6 @@ POINTS = 1000
 # With a smaller share of its weights left, a layer is near collapse.
 SHARE = 0.01
 NEAR_COLLAPSE = f"Near collapse: less than {SHARE:.0%} of the weights left, or fewer than outputs or inputs."
-# Both sides of a matrix must be multiples of it for torch.sparse.to_sparse_semi_structured, in half precision.
-SIDE = 16
 # Contexts that fix how many weights of each layer fall, whatever their scores are.
 _BY_SHAPE = tuple(contexts[name] for name in ("local", "per_output", "erk", "er", "uniform_plus"))
 
@@ -134,18 +132,6 @@ def timeline_of(
     return tuple((batch / n_iter, target * progress(schedule, at / total)) for batch, at in updates.items())
 
 
-def why_not_two_four(target: Target | None) -> str:
-    """Why torch.sparse.to_sparse_semi_structured takes no weight of this shape in half precision, empty if it does.
-
-    target: None for a matrix without named axes. As of torch 2.15 with cuSPARSELt; CUTLASS and other types
-    ask for more.
-    """
-    module = None if target is None else target.module
-    if target is None or not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
-        return "not of a Linear"
-    return "" if not any(side % SIDE for side in target.parameter.shape) else f"sides not in {SIDE}s"
-
-
 def _layers(probe: Sparsifier, flops: Mapping[str, int]) -> tuple[PlannedLayer, ...]:
     """What the masks of `probe` leave of every layer."""
     measured = Report.measure(probe.model, probe.candidates, probe.dense, probe._notes())
@@ -158,7 +144,7 @@ def _layers(probe: Sparsifier, flops: Mapping[str, int]) -> tuple[PlannedLayer, 
         collapses = mask is not None and _is_near_collapse(probe.targets[row.name], probe.groupings[row.name], left)
         element = elements[row.name] if target is None else target.parameter.element_size()
         size = Size.of(weights, left, element, flops.get(row.name))
-        refused = why_not_two_four(target)
+        refused = why_not_two_four(probe.model, target)
         layers.append(PlannedLayer(row.name, row.kind, row.shape, size, row.why_dense, row.note, refused, collapses))
     return tuple(layers)
 

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import sparsifai
 from sparsifai import Plan, Sparsifier, between, bounded, criteria, schedules
 from sparsifai.flops import count_flops
-from sparsifai.plan import plan_of, why_not_two_four
+from sparsifai.plan import plan_of
+from sparsifai.semi_structured import why_not_two_four
 from sparsifai.target import find_targets
 
 
@@ -141,7 +142,7 @@ def test_two_four_kernels_take_what_torch_says():
     assert (limits.sparse_min_rows, limits.sparse_min_cols) == (16, 16)
     model = nn.ModuleList([nn.Linear(16, 32), nn.Linear(16, 24), nn.Linear(8, 16), nn.Conv2d(16, 16, 1)])
     model.append(nn.MultiheadAttention(16, 2))
-    reasons = {name: why_not_two_four(target) for name, target in find_targets(model).items()}
+    reasons = {name: why_not_two_four(model, target) for name, target in find_targets(model).items()}
     assert reasons == {
         "0.weight": "", "1.weight": "sides not in 16s", "2.weight": "sides not in 16s", "3.weight": "not of a Linear",
         "4.in_proj_weight": "not of a Linear", "4.out_proj.weight": "not of a Linear",
