@@ -49,7 +49,7 @@ def _other_exits(monkeypatch):
     """Stand-ins for what is not there."""
     for module, needed, function in (
         ("sparse_file", "safetensors", {"save_sparse": save_plainly}),
-        ("shrink", "torch_pruning", {"shrink": shrink_hidden}),
+        ("shrinking", "torch_pruning", {"shrink": shrink_hidden}),
     ):
         if find_spec(f"sparsifai.{module}") is None or find_spec(needed) is None:
             monkeypatch.setitem(sys.modules, f"sparsifai.{module}", SimpleNamespace(**function))
@@ -60,7 +60,7 @@ def shrinks(monkeypatch):
     """Have a function in the place of `shrink`."""
 
     def put(function):
-        monkeypatch.setitem(sys.modules, "sparsifai.shrink", SimpleNamespace(shrink=function))
+        monkeypatch.setitem(sys.modules, "sparsifai.shrinking", SimpleNamespace(shrink=function))
 
     return put
 

@@ -121,7 +121,9 @@ def test_a_constant_before_zero_padding_stays_and_is_named(pictures):
         model[0].bias[1] = 0.25
         model[0].weight[2] = 0
         model[0].bias[2] = -1.0
-    with pytest.warns(UserWarning, match=r"1 of 2 filters of zeros stay: 0: 1 0\.25 where 2 pads its input with zeros\."):
+    with pytest.warns(
+        UserWarning, match=r"1 of 2 filters of zeros stay: 0: 1 0\.25 where 2 pads its input with zeros\."
+    ):
         small = shrink(model, pictures)
     assert small[0].out_channels == 3
     assert same(model, small, pictures)
