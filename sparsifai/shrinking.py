@@ -48,8 +48,8 @@ def shrink(model: nn.Module, example_input: Any) -> nn.Module:
     if report.zeros_left:
         warnings.warn(
             f"shrink: {report.zeros_left} of {report.zeros} filters of zeros stay: {report.reasons}. "
-            "shrinkage(model, example_input) lists all; with Sparsifier(..., 'filter', coupled=True, example_input=...) "
-            "filters that are coupled fall together",
+            "shrinkage(model, example_input) lists all; with coupled=True and granularity 'filter', a Sparsifier makes "
+            "only such zeros as can go",
             stacklevel=2,
         )
     return small
@@ -63,12 +63,25 @@ def shrinkage(model: nn.Module, example_input: Any) -> Shrinkage:
     return _shrunk(model, example_input)[1]
 
 
+def why_stuck(model: nn.Module, example_input: Any, channels: Iterable[ChannelSet]) -> dict[ChannelSet, str]:
+    """Which channels `shrink` could not remove if all that yields them were zero, and why. It is tried on a copy."""
+    channels, trial = list(channels), copy.deepcopy(unwrapped(model))
+    with torch.no_grad():
+        for name, place in dict.fromkeys(place for each in channels for place in (*each.outputs, *each.through)):
+            module: Any = trial.get_submodule(name)
+            if isinstance(module.weight, Tensor):
+                out = 1 if getattr(module, "transposed", False) and not is_depthwise(module) else 0
+                module.weight.select(out, place).zero_()
+            if isinstance(getattr(module, "bias", None), Tensor):
+                module.bias[place] = 0
+    kept = _Work(trial, example_input).done().kept
+    return {each: kept[each.outputs[0]] for each in channels if each.outputs[0] in kept}
+
+
 def _shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
     model = unwrapped(model)
     dtypes = {name: value.dtype for name, value in _named_tensors(model)}
-    work = _Run(model, example_input)
-    while work.step():
-        pass
+    work = _Work(model, example_input).done()
     small = work.model
     for (_, part), (_, given) in zip(small.named_modules(), model.named_modules(), strict=True):
         part.training = given.training
@@ -82,7 +95,7 @@ def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 @dataclass
-class _Run:
+class _Work:
     """The model as it gets smaller, and the outputs that it has to have.
 
     numbers: layer -> the numbers that its outputs had in the model as it was given. removed: those that are gone.
@@ -118,6 +131,12 @@ class _Run:
             for name, module in self.model.named_modules()
             if isinstance(module, _LAYERS)
         }
+
+    def done(self) -> _Work:
+        """Itself, when nothing is left to remove."""
+        while self.step():
+            pass
+        return self
 
     def step(self) -> bool:
         """Remove what can be removed now; whether there was anything to try."""
