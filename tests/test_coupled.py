@@ -252,6 +252,18 @@ def test_dictionaries_ask_for_all_that_is_coupled():
 # --- State ------------------------------------------------------------------------------------------------------------
 
 
+def test_the_model_is_as_before():
+    model = Residual().train()
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    coupled(model)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+
+
 def test_copies_and_states():
     model = Residual()
     before = dict(model.named_parameters())
@@ -329,6 +341,8 @@ def test_a_recipe_and_a_plan(tmp_path):
     )
     (callback, *_) = Recipe.load(file).callbacks()
     assert callback.coupled
+    sparsifier = Recipe.load(file).apply(Residual(), example_input=EXAMPLE)
+    assert alive(sparsifier.masks["stem.weight"]) == alive(sparsifier.masks["branch.weight"])
     plan = SparsifyCallback(0.5, "filter", "local", coupled=True).plan(Residual(), 2, 4, EXAMPLE)
     left = {layer.name: layer.size.left for layer in plan.layers}
     assert left["stem.weight"] == 3 * 4

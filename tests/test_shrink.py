@@ -412,6 +412,27 @@ def test_pixel_shuffle_makes_channels_of_several(pictures):
     assert report.layers[0].why == "2 not constant where 3 reads it"
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_transposed_convolutions_and_any_number_of_axes(count):
+    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[count - 1]
+    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[count - 1]
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[count - 1]
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        convolution(3, 6, 3, padding=1), norm(6), nn.ReLU(), transposed(6, 5, 4, 2, 1), nn.ReLU(),
+        transposed(5, 5, 3, padding=1, groups=5), nn.ReLU(), transposed(5, 2, 3),
+    ).eval()  # fmt: skip
+    example = torch.randn(2, 3, *[6] * count)
+    sparsifier = Sparsifier(model, "filter", "local", coupled=True, example_input=example)
+    sparsifier.sparsify(0.4)
+    small, report = shrunk(model, example)
+    assert same(model, small, example, torch.randn(1, 3, *[5] * count))
+    assert report.zeros_left == 0
+    assert [small[place].in_channels for place in (0, 3, 5, 7)] == [3, 4, 3, 3]
+    assert [small[place].out_channels for place in (0, 3, 5, 7)] == [4, 3, 3, 2]
+    assert small[5].groups == 3
+
+
 # --- What is constant -------------------------------------------------------------------------------------------------
 
 
