@@ -70,7 +70,7 @@ def why_stuck(model: nn.Module, example_input: Any, channels: Iterable[ChannelSe
     with torch.no_grad():
         for name, place in dict.fromkeys(place for each in channels for place in (*each.outputs, *each.through)):
             module: Any = trial.get_submodule(name)
-            if isinstance(module.weight, Tensor):
+            if isinstance(getattr(module, "weight", None), Tensor):
                 out = 1 if getattr(module, "transposed", False) and not is_depthwise(module) else 0
                 module.weight.select(out, place).zero_()
             if isinstance(getattr(module, "bias", None), Tensor):
@@ -113,8 +113,6 @@ class _Work:
 
     def __post_init__(self) -> None:
         self.model = copy.deepcopy(self.model).eval()
-        for parameter in self.model.parameters():
-            parameter.grad = None
         if any(value.dtype in (torch.float16, torch.bfloat16) for _, value in _named_tensors(self.model)):
             # In half precision no difference could be told from rounding.
             self.model.float()
