@@ -301,6 +301,16 @@ def test_what_is_computed_across_channels_is_left_alone_by_name(mixture, picture
     assert small.second.out_channels == 5
 
 
+def test_small_differences_are_seen(pictures):
+    model = Mixing(MIXTURES["shuffle"]).eval()
+    with torch.no_grad():
+        model.first.weight[[1, 2, 6]], model.first.bias[[1, 2, 6]] = 0, 0
+        model.second.weight.mul_(1e-3)  # what would be read in the wrong order is little beside the bias
+    small, report = shrunk(model, pictures)
+    assert same(model, small, pictures)
+    assert report.layers[0].why == "3 without it the outputs differ: what is computed of it is not followed"
+
+
 def test_layers_that_take_channels_together_are_named(pictures):
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
     grouped = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 4, 1)).eval()
@@ -554,7 +564,7 @@ def test_infinities_and_whole_numbers_among_the_outputs(pictures):
 
         def forward(self, x):
             scores = self.net(x)
-            return scores.masked_fill(torch.arange(5) > 3, -math.inf), scores.argmax(1)
+            return scores.masked_fill(torch.arange(5) > 3, -math.inf), scores.argmax(1), scores * math.nan
 
     model = Masked().eval()
     Sparsifier(model.net, "filter", "local").sparsify(0.5)
