@@ -308,7 +308,8 @@ def test_small_differences_are_seen(pictures):
         model.second.weight.mul_(1e-3)  # what would be read in the wrong order is little beside the bias
     small, report = shrunk(model, pictures)
     assert same(model, small, pictures)
-    assert report.layers[0].why == "3 without it the outputs differ: what is computed of it is not followed"
+    assert report.layers[0].zeros_left == 3
+    assert "1 without it the outputs differ: what is computed of it is not followed" in report.layers[0].why
 
 
 def test_layers_that_take_channels_together_are_named(pictures):
