@@ -478,6 +478,7 @@ class Dropping(nn.Module):
         lambda x: torch.where(x > 0, 1.0, 2.0).expand_as(x),
         lambda x: (x > 10).float(),
         lambda x: torch.nan_to_num(x),
+        lambda x: x.clone().nan_to_num_(),
         lambda x: torch.fmax(x, torch.zeros(())),
         lambda x: x.clone().masked_fill_(x.isnan(), 0.0),
         lambda x: torch.zeros_like(x).index_add_(0, torch.arange(4), x),
@@ -490,7 +491,8 @@ class Dropping(nn.Module):
 )
 def test_what_would_drop_nan_is_still_of_the_input(function):
     torch.manual_seed(0)
-    found = constants_of(Dropping(function), torch.rand(4, 3) + 1)
+    # On this example all are constant: that they are of the input can be seen by NaN alone.
+    found = constants_of(Dropping(function), torch.ones(4, 3))
     assert all(map(math.isnan, found["last"]))
 
 
