@@ -623,3 +623,11 @@ def test_layers_whose_outputs_nobody_uses(pictures):
 def test_a_learner_is_no_model(pictures):
     with pytest.raises(TypeError, match=r"shrink: model is a torch.nn.Module, not SimpleNamespace; of a Learner"):
         shrink(__import__("types").SimpleNamespace(model=with_norm()), pictures)
+
+
+def test_a_value_that_the_example_does_not_have_is_none():
+    """What a model makes of NaN itself is no constant."""
+    found = constants_of(
+        Dropping(lambda x: torch.full((4, 3), 7.0 if bool(x.isnan().any()) else 5.0)), torch.ones(4, 3)
+    )
+    assert all(map(math.isnan, found["last"]))
