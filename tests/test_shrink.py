@@ -472,9 +472,16 @@ class Dropping(nn.Module):
         return self.last(self.function(x))
 
 
+def written_in_place(x):
+    y = torch.zeros(4, 3)
+    y[x > 0] = 5.0
+    return y
+
+
 @pytest.mark.parametrize(
     "function",
     [
+        written_in_place,
         lambda x: torch.where(x > 0, 1.0, 2.0).expand_as(x),
         lambda x: (x > 10).float(),
         lambda x: torch.nan_to_num(x),
@@ -494,6 +501,35 @@ def test_what_would_drop_nan_is_still_of_the_input(function):
     # On this example all are constant: that they are of the input can be seen by NaN alone.
     found = constants_of(Dropping(function), torch.zeros(4, 3))
     assert all(map(math.isnan, found["last"]))
+
+
+def test_what_is_looked_up_is_of_the_input():
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 2))
+    assert all(map(math.isnan, constants_of(model, torch.zeros(2, 5, dtype=torch.long))["1"]))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(3, 4, 3),
+        nn.Conv2d(3, 4, 3, padding="valid"),
+        nn.Conv2d(3, 4, 3, padding="same"),
+        nn.Conv2d(3, 4, 1, padding="same"),
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.Conv2d(3, 4, 1, padding=1),
+        nn.Conv2d(3, 4, (1, 3), padding=(0, 1), stride=2),
+        nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(3, 4, 3, padding="same", padding_mode="circular"),
+        nn.ConvTranspose2d(3, 4, 3),
+        nn.ConvTranspose2d(3, 4, 2, stride=2),
+        nn.Linear(9, 4),
+    ],
+    ids=str,
+)
+def test_a_constant_input_adds_the_same_everywhere_but_where_padding_differs(layer):
+    with torch.no_grad():
+        output = layer(torch.ones(1, 3, 9, 9))
+    assert pads_alike(layer) == bool((output - output[..., :1, :1]).abs().max() < 1e-5 or isinstance(layer, nn.Linear))
 
 
 def test_zeros_annihilate_what_they_are_multiplied_with():
