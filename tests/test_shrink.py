@@ -312,6 +312,31 @@ def test_small_differences_are_seen(pictures):
     assert "2 without it the outputs differ: what is computed of it is not followed" in report.layers[0].why
 
 
+class Flattened(nn.Module):
+    """A concatenation whose channels are flattened into several features each, of which torch-pruning loses track."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right, self.out = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 1), nn.Linear(40, 2)
+
+    def forward(self, x):
+        return self.out(F.adaptive_avg_pool2d(torch.cat([self.left(x), self.right(x)], 1), 2).flatten(1))
+
+
+def test_places_that_torch_pruning_loses_are_left_alone(pictures):
+    model = Flattened().eval()
+    with torch.no_grad():
+        model.left.weight[1], model.right.weight[2] = 0, 0
+    small, report = shrunk(model, pictures)
+    assert same(model, small, pictures, torch.randn(1, 3, 5, 5))
+    assert [bool(layer.why) for layer in report.layers] == [bool(layer.zeros_left) for layer in report.layers]
+    try:
+        Sparsifier(Flattened(), "filter", coupled=True, example_input=pictures)
+    except ValueError as error:
+        assert "no layer is left whose filters can be removed" in str(error)  # noqa: PT017
+
+
 def test_layers_that_take_channels_together_are_named(pictures):
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
     grouped = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 4, 1)).eval()
