@@ -15,6 +15,7 @@ from random_nets import RandomNet, kill  # noqa: E402
 
 from sparsifai import Sparsifier, shrink, shrinkage  # noqa: E402
 from sparsifai.constant import constant_inputs, pads_alike  # noqa: E402
+from sparsifai.coupling import find_channels  # noqa: E402
 
 
 def same(model, smaller, *inputs):
@@ -692,3 +693,22 @@ def test_a_value_that_the_example_does_not_have_is_none():
         Dropping(lambda x: torch.full((4, 3), 7.0 if bool(x.isnan().any()) else 5.0)), torch.ones(4, 3)
     )
     assert all(map(math.isnan, found["last"]))
+
+
+def test_channels_behind_a_shuffle_are_coupled_with_those_they_are_added_to(pictures):
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.fine, self.shuffle, self.coarse = nn.Conv2d(3, 16, 1), nn.PixelShuffle(2), nn.Conv2d(3, 4, 1)
+            self.out = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            return self.out(self.shuffle(self.fine(x)) + self.coarse(F.interpolate(x, scale_factor=2)))
+
+    found = find_channels(Added().eval(), pictures)
+    fine = [[place for name, place in channel.outputs if name == "fine"] for channel in found]
+    coarse = [[place for name, place in channel.outputs if name == "coarse"] for channel in found]
+    assert fine[:4] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+    assert coarse[:4] == [[0], [1], [2], [3]]
+    assert [channel.inputs for channel in found[:4]] == [(("out", place),) for place in range(4)]
