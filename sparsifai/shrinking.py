@@ -48,8 +48,8 @@ def shrink(model: nn.Module, example_input: Any) -> nn.Module:
     if report.zeros_left:
         warnings.warn(
             f"shrink: {report.zeros_left} of {report.zeros} filters of zeros stay: {report.reasons}. "
-            "shrinkage(model, example_input) lists all; with Sparsifier(..., 'filter', coupled=True, example_input=...) "
-            "filters that are coupled fall together",
+            "shrinkage(model, example_input) lists all; with Sparsifier(..., 'filter', coupled=True, "
+            "example_input=...) filters that are coupled fall together",
             stacklevel=2,
         )
     return small
