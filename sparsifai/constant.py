@@ -57,7 +57,7 @@ def _inputs_of_layers(model: nn.Module, example_input: Any, spread: _Spread | No
                 values = inputs[0].movedim(channel_axis(module, inputs[0]), 0).flatten(1)
                 value = torch.where(_equal(values, values[:, :1]).all(1), values[:, 0], _NAN)
                 found[name] = torch.where(_equal(found[name], value), value, _NAN) if name in found else value
-                return None if spread is None else spread.enter(module, inputs)
+                return None if spread is None else spread.enter(module, value, inputs)
 
         return hook
 
@@ -84,6 +84,15 @@ def channel_axis(module: nn.Module, value: Tensor) -> int:
     return min(1, value.dim() - 1)
 
 
+def pads_alike(module: Any) -> bool:
+    """Whether a constant input adds the same to the output at every place, its edges among them."""
+    if not isinstance(module, CONVOLUTIONS):
+        return True
+    kernels = any(size > 1 for size in module.kernel_size)
+    padded = kernels if module.padding == "same" else module.padding != "valid" and any(module.padding)
+    return not module.transposed and not (padded and module.padding_mode == "zeros")
+
+
 def reading(module: Any) -> Tensor:
     """Bool (groups, outputs / groups, inputs / groups): which inputs a layer reads by a weight that is not zero."""
     groups, weight = getattr(module, "groups", 1), module.weight.detach() != 0
@@ -106,10 +115,13 @@ class _Spread(TorchFunctionMode):
         with _paused(self):
             return tree_map(lambda value: torch.full_like(value, _NAN) if _is_float(value) else value, example_input)
 
-    def enter(self, module: nn.Module, inputs: tuple) -> tuple:
-        """Note which inputs of a layer NaN has reached, and compute on with zeros in its place."""
-        axis = channel_axis(module, inputs[0])
-        self.reached[module] = inputs[0].isnan().movedim(axis, 0).flatten(1).any(1)
+    def enter(self, module: nn.Module, value: Tensor, inputs: tuple) -> tuple:
+        """Note which inputs of a layer NaN has reached, and compute on with zeros in its place.
+
+        value: of each input, NaN if there is not one. What differs from place to place counts as reached: pooled, it
+        would be a constant of the size of the input.
+        """
+        self.reached[module] = value.isnan() if pads_alike(module) else value.isnan() | (value != 0)
         return (torch.where(inputs[0].isnan(), 0.0, inputs[0]), *inputs[1:])
 
     def leave(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
@@ -136,8 +148,9 @@ class _Spread(TorchFunctionMode):
             given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
             given = [each.clone() for each in given] if in_place else given
             made = function(*args, **kwargs)
-            if name == "__setitem__" or made is args[0]:
-                args[0].copy_(self._put_back(args[0], given, name)) if _is_float(args[0]) else None
+            if args and (name == "__setitem__" or made is args[0]):
+                if _is_float(args[0]):
+                    args[0].copy_(self._put_back(args[0], given, name))
                 return made
             return tree_map(lambda each: self._put_back(each, given, name) if _is_float(each) else each, made)
 

@@ -19,6 +19,7 @@ from .coupling import ChannelSet, find_channels
 from .flow import NORMS_OVER_CHANNELS
 from .granularity import Grouping
 from .selection import ScoredLayer, bundle
+from .shrinking import why_stuck
 from .target import Target, parameter_name
 
 Stays = Sequence[np.ndarray]
@@ -134,16 +135,21 @@ def couple(
             for name in members if why else ():
                 if name not in reasons:
                     reasons[name], changed = why, True
+    parts = _parts(channels, {layer: name for layer, name in by_layer.items() if name not in reasons})
+    # What the graph says is tried: one channel of each kind.
+    kinds = {tuple(dict.fromkeys(layer for layer, _ in each.outputs)): each for part in parts for each in part}
+    for channel, why in why_stuck(model, example_input, kinds.values()).items():
+        part = next(part for part in parts if channel in part)
+        reasons |= {by_layer[layer]: why for each in part for layer, _ in each.outputs}
+    joined = [part for part in parts if by_layer[part[0].outputs[0][0]] not in reasons]
     more = {name: why for name, why in reasons.items() if name not in dense}
-    if len(reasons) == len(targets):
+    if not joined:
         listed = "; ".join(f"{name}: {why}" for name, why in list(more.items())[:3])
         raise ValueError(f"coupled=True: no layer is left whose filters can be removed ({listed})")
-    return Coupling(
-        _parts(model, channels, {layer: name for layer, name in by_layer.items() if name not in reasons})
-    ), more
+    return Coupling([_joined(model, part, by_layer) for part in joined]), more
 
 
-def _parts(model: nn.Module, channels: Sequence[ChannelSet], taking_part: Mapping[str, str]) -> list[Joined]:
+def _parts(channels: Sequence[ChannelSet], taking_part: Mapping[str, str]) -> list[list[ChannelSet]]:
     """Channels of layers that take part, by which of these are coupled."""
     part_of: dict[str, list[ChannelSet]] = {}
     for channel in channels:
@@ -155,7 +161,7 @@ def _parts(model: nn.Module, channels: Sequence[ChannelSet], taking_part: Mappin
             merged = before + merged
         touched = dict.fromkeys(taking_part[layer] for each in merged for layer, _ in each.outputs)
         part_of.update(dict.fromkeys(touched, merged))
-    return [_joined(model, part, taking_part) for part in {id(part): part for part in part_of.values()}.values()]
+    return list({id(part): part for part in part_of.values()}.values())
 
 
 def _joined(model: nn.Module, part: Sequence[ChannelSet], names: Mapping[str, str]) -> Joined:

@@ -68,9 +68,9 @@ def find_channels(model: nn.Module, example_input: Any) -> list[ChannelSet]:
     ValueError if the model does not run on the example, or torch-pruning cannot follow it.
     """
     library = torch_pruning()
-    with torch.no_grad():
-        check_runs(model, example_input)
     wrapper = _Ends(copy.deepcopy(unwrapped(model)).eval(), example_input).requires_grad_(True)
+    with torch.random.fork_rng(), torch.no_grad():
+        check_runs(wrapper.model, example_input)
     names: dict[Any, str] = {module: name.removeprefix("model.") for name, module in wrapper.named_modules()}
     names |= {parameter: name for name, parameter in wrapper.model.named_parameters()}
     kept = _obstacles(wrapper.model)

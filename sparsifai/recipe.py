@@ -142,18 +142,23 @@ class Recipe:
         return made
 
     def apply(
-        self, model: nn.Module, calibration: Iterable | None = None, loss_func: Callable | None = None
+        self,
+        model: nn.Module,
+        calibration: Iterable | None = None,
+        loss_func: Callable | None = None,
+        example_input: Any = None,
     ) -> Sparsifier:
         """One-shot: make a model as sparse as the recipe ends, without training, and return its Sparsifier.
 
-        calibration, loss_func: as of Sparsifier.calibrate, for criteria that look at data. ValueError if the recipe has
+        calibration, loss_func: as of Sparsifier.calibrate, for criteria that look at data. example_input: as of
+        Sparsifier, for models that cannot be traced, and coupled. ValueError if the recipe has
         a step that needs training, or none that sparsifies.
         """
         for step in self.steps:
             if step.kind not in ("sparsify", "keep"):
                 with self._at("steps", step.position, step.kind):
                     raise ValueError(f"{step.kind} needs training: give recipe.callbacks() to a fit instead")
-        sparsifier, arguments = self._sparsifier(model)
+        sparsifier, arguments = self._sparsifier(model, example_input)
         if calibration is not None:
             sparsifier.calibrate(calibration, loss_func)
         end = progress(arguments["schedule"], 1.0)

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .collection import untraced
-from .constant import constant_inputs, reading
+from .constant import constant_inputs, pads_alike, reading
 from .coupling import ChannelSet, Place, check_runs, find_channels, is_depthwise
 from .flow import tensors_in
+from .linear_weights import check_is_module
 from .parallel import unwrapped
 from .shrinkable import ShrinkableLayer, Shrinkage
 from .target import CONVOLUTIONS
@@ -38,8 +39,8 @@ def shrink(model: nn.Module, example_input: Any) -> nn.Module:
     they leave behind is folded into biases. Channels that no layer reads go, too. Outputs are the same within 1e-5 of
     the largest, in float32, as is checked on the example and on random inputs like it.
 
-    model: any torch model, which stays as it is. example_input: a batch that it accepts, a tuple for several positional
-        arguments, a dictionary for keywords.
+    model: any torch model, which stays as it is; of a wrapper (compiled, data parallel), what is in it.
+    example_input: a batch that it accepts, a tuple for several positional arguments, a dictionary for keywords.
     Warns of filters of zeros that have to stay; `shrinkage` tells why. Needs torch-pruning, whose dependency graph says
     which channels go together (Fang et al., 2023, "DepGraph", arXiv:2301.12900): pip install 'sparsifai[shrink]'.
     ImportError without it; ValueError if the model does not run, or cannot be followed.
@@ -48,8 +49,8 @@ def shrink(model: nn.Module, example_input: Any) -> nn.Module:
     if report.zeros_left:
         warnings.warn(
             f"shrink: {report.zeros_left} of {report.zeros} filters of zeros stay: {report.reasons}. "
-            "shrinkage(model, example_input) lists all; with Sparsifier(..., 'filter', coupled=True, "
-            "example_input=...) filters that are coupled fall together",
+            "shrinkage(model, example_input) lists all; with coupled=True and granularity 'filter', a Sparsifier makes "
+            "only such zeros as can go",
             stacklevel=2,
         )
     return small
@@ -63,17 +64,32 @@ def shrinkage(model: nn.Module, example_input: Any) -> Shrinkage:
     return _shrunk(model, example_input)[1]
 
 
+def why_stuck(model: nn.Module, example_input: Any, channels: Iterable[ChannelSet]) -> dict[ChannelSet, str]:
+    """Which channels `shrink` could not remove if all that yields them were zero, and why. It is tried on a copy."""
+    channels, trial = list(channels), copy.deepcopy(unwrapped(model))
+    with torch.no_grad():
+        for name, place in dict.fromkeys(place for each in channels for place in (*each.outputs, *each.through)):
+            module: Any = trial.get_submodule(name)
+            if isinstance(getattr(module, "weight", None), Tensor):
+                out = 1 if getattr(module, "transposed", False) and not is_depthwise(module) else 0
+                module.weight.select(out, place).zero_()
+            if isinstance(getattr(module, "bias", None), Tensor):
+                module.bias[place] = 0
+    kept = _Work(trial, example_input).done().kept
+    return {each: kept[each.outputs[0]] for each in channels if each.outputs[0] in kept}
+
+
 def _shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
+    check_is_module("shrink", "model", model)
     model = unwrapped(model)
     dtypes = {name: value.dtype for name, value in _named_tensors(model)}
-    work = _Run(model, example_input)
-    while work.step():
-        pass
+    work = _Work(model, example_input).done()
     small = work.model
     for (_, part), (_, given) in zip(small.named_modules(), model.named_modules(), strict=True):
         part.training = given.training
     for name, value in _named_tensors(small):
-        value.data = value.data.to(dtypes.get(name, value.dtype))
+        # A bias that is new is as its weight.
+        value.data = value.data.to(dtypes.get(name, dtypes.get(f"{name.rpartition('.')[0]}.weight", value.dtype)))
     return small, work.report(model)
 
 
@@ -82,11 +98,11 @@ def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 @dataclass
-class _Run:
+class _Work:
     """The model as it gets smaller, and the outputs that it has to have.
 
-    numbers: layer -> the numbers that its outputs had in the model as it was given. removed: those that are gone.
-    kept: of outputs that stay, by those numbers, the reason. refused: removing them has changed the outputs.
+    numbers: layer -> the numbers that its outputs had in the model as it was given. kept: of outputs that stay, by
+    those numbers, the reason. refused: removing them has changed the outputs.
     """
 
     model: nn.Module
@@ -97,15 +113,13 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.model = copy.deepcopy(self.model).eval()
-        for parameter in self.model.parameters():
-            parameter.grad = None
         if any(value.dtype in (torch.float16, torch.bfloat16) for _, value in _named_tensors(self.model)):
             # In half precision no difference could be told from rounding.
             self.model.float()
             self.example_input = tree_map(_widened, self.example_input)
-        self.inputs = [self.example_input, tree_map(_like, self.example_input)]
-        self.outputs = self._outputs(self.model)
         with torch.random.fork_rng():
+            self.inputs = [self.example_input, tree_map(_like, self.example_input)]
+            self.outputs = self._outputs(self.model)
             torch.manual_seed(0)
             steady = self._same(self.model)
         if not steady:
@@ -118,6 +132,12 @@ class _Run:
             for name, module in self.model.named_modules()
             if isinstance(module, _LAYERS)
         }
+
+    def done(self) -> _Work:
+        """Itself, when nothing is left to remove."""
+        while self.step():
+            pass
+        return self
 
     def step(self) -> bool:
         """Remove what can be removed now; whether there was anything to try."""
@@ -156,7 +176,7 @@ class _Run:
                     if living and len(coupled) > 1:
                         return f"coupled in {', '.join(coupled)}, not zero in all"
                     return f"not constant where {name} reads it"
-                if not folds(modules[name]):
+                if not pads_alike(modules[name]):
                     return f"{value:.3g} where {name} pads its input with zeros"
             return ""
 
@@ -205,10 +225,7 @@ class _Run:
             outputs = self._outputs(model)
         except Exception:  # what was cut does not fit together
             return False
-        return all(
-            theirs.shape == own.shape and bool(((theirs - own).abs() <= _TOLERANCE * own.abs().max()).all())
-            for theirs, own in zip(outputs, self.outputs, strict=True)
-        )
+        return all(map(_alike, outputs, self.outputs))
 
     def report(self, given: nn.Module) -> Shrinkage:
         """What has become of the outputs of the model that was given."""
@@ -248,22 +265,21 @@ def cut(model: nn.Module, channels: Iterable[ChannelSet], constants: Mapping[str
         _keep(module, removed["outputs"].get(name, set()) | removed["through"].get(name, set()), inputs)
 
 
+def _alike(output: Tensor, expected: Tensor) -> bool:
+    """Whether an output is as expected, but for rounding; infinities and NaN at the same places."""
+    if output.shape != expected.shape or not expected.is_floating_point():
+        return torch.equal(output, expected)
+    finite = expected[expected.isfinite()].abs()
+    largest = finite.max().item() if finite.numel() else 0.0
+    return torch.allclose(output, expected, rtol=0, atol=_TOLERANCE * largest, equal_nan=True)
+
+
 def _places(channels: Iterable[ChannelSet], side: str) -> dict[str, set[int]]:
     places: dict[str, set[int]] = {}
     for channel in channels:
         for name, place in getattr(channel, side):
             places.setdefault(name, set()).add(place)
     return places
-
-
-def folds(module: Any) -> bool:
-    """Whether a constant input adds the same to every place of the output, so that the bias can have it."""
-    if isinstance(module, nn.Linear):
-        return True
-    padded = module.padding if isinstance(module.padding, tuple) else (module.padding == "same",)
-    widens = any(size > 1 for size in module.kernel_size)
-    zeros = module.padding_mode == "zeros" and (any(padded) and (widens or module.padding != "same"))
-    return not module.transposed and not zeros
 
 
 def _fold(module: Any, constant: Mapping[int, float]) -> None:

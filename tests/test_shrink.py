@@ -412,6 +412,27 @@ def test_pixel_shuffle_makes_channels_of_several(pictures):
     assert report.layers[0].why == "2 not constant where 3 reads it"
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_transposed_convolutions_and_any_number_of_axes(count):
+    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[count - 1]
+    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[count - 1]
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[count - 1]
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        convolution(3, 6, 3, padding=1), norm(6), nn.ReLU(), transposed(6, 5, 4, 2, 1), nn.ReLU(),
+        transposed(5, 5, 3, padding=1, groups=5), nn.ReLU(), transposed(5, 2, 3),
+    ).eval()  # fmt: skip
+    example = torch.randn(2, 3, *[6] * count)
+    sparsifier = Sparsifier(model, "filter", "local", coupled=True, example_input=example)
+    sparsifier.sparsify(0.4)
+    small, report = shrunk(model, example)
+    assert same(model, small, example, torch.randn(1, 3, *[5] * count))
+    assert report.zeros_left == 0
+    assert [small[place].in_channels for place in (0, 3, 5, 7)] == [3, 4, 3, 3]
+    assert [small[place].out_channels for place in (0, 3, 5, 7)] == [4, 3, 3, 2]
+    assert small[5].groups == 3
+
+
 # --- What is constant -------------------------------------------------------------------------------------------------
 
 
@@ -489,3 +510,103 @@ def test_wrong_calls_say_what_to_do(pictures, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch_pruning", None)
     with pytest.raises(ImportError, match=r"pip install 'sparsifai\[shrink\]'"):
         shrink(model, pictures)
+
+
+# --- Found by use -----------------------------------------------------------------------------------------------------
+
+
+def test_a_constant_that_depends_on_the_size_of_the_input_is_none():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2)
+    ).eval()
+    with torch.no_grad():
+        model[0].weight[1] = 0  # constant, but zero in the padding of the next layer
+        model[1].weight[2] = 0
+        model[1].weight[2, 1] = 1.0  # which reads it alone, so that the mean is that of edges and middle
+    found = constants_of(model, torch.randn(2, 3, 8, 8))
+    assert all(map(math.isnan, found["4"]))
+    small, _ = shrunk(model, torch.randn(2, 3, 8, 8))
+    assert same(model, small, torch.randn(2, 3, 5, 5))
+
+
+def test_nothing_else_changes(pictures):
+    model = with_norm().train()
+    Sparsifier(model, "filter", "local").sparsify(0.5)
+    model(pictures).sum().backward()
+    gradient, before = model[0].weight.grad, copy.deepcopy(model.state_dict())
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    small = shrink(model, pictures)
+    assert torch.equal(torch.rand(3), expected)
+    assert model.training
+    assert model[0].weight.grad is gradient
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in small.parameters())
+
+
+def test_infinities_and_whole_numbers_among_the_outputs(pictures):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = with_norm()
+
+        def forward(self, x):
+            scores = self.net(x)
+            return scores.masked_fill(torch.arange(5) > 3, -math.inf), scores.argmax(1)
+
+    model = Masked().eval()
+    Sparsifier(model.net, "filter", "local").sparsify(0.5)
+    small = shrink(model, pictures)
+    assert small.net[0].out_channels == 4
+
+
+def test_a_layer_that_is_called_twice(pictures):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.again, self.out = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            x = F.relu(self.stem(x))
+            return self.out(F.relu(self.again(F.relu(self.again(x)))))
+
+    model = Twice().eval()
+    with torch.no_grad():
+        model.stem.weight[2], model.stem.bias[2], model.again.weight[2], model.again.bias[2] = 0, 0, 0, 0
+        model.again.weight[4], model.again.bias[4] = 0, 0
+    small, report = shrunk(model, pictures)
+    assert same(model, small, pictures)
+    assert [layer.removed for layer in report.layers] == [1, 1, 0]
+
+
+def test_layers_whose_outputs_nobody_uses(pictures):
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.aside, self.never = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1)
+            self.out = nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            x = F.relu(self.stem(x))
+            self.aside(x)
+            return self.out(x)
+
+    model = Aside().eval()
+    with torch.no_grad():
+        model.stem.weight[2], model.stem.bias[2], model.aside.weight[1], model.never.weight[0] = 0, 0, 0, 0
+    small, report = shrunk(model, pictures)
+    assert same(model, small, pictures)
+    assert small.aside.in_channels == 5
+    assert [layer.why for layer in report.layers if layer.zeros_left] == [
+        "1 it yields the output of the model",
+        "1 it is not called",
+    ]
+
+
+def test_a_learner_is_no_model(pictures):
+    with pytest.raises(TypeError, match=r"shrink: model is a torch.nn.Module, not SimpleNamespace; of a Learner"):
+        shrink(__import__("types").SimpleNamespace(model=with_norm()), pictures)

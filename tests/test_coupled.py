@@ -1,0 +1,354 @@
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+pytest.importorskip("torch_pruning", reason="what is coupled torch-pruning knows")
+
+from conftest import small_learner  # noqa: E402
+
+from sparsifai import Sparsifier, bounded, shrinkage  # noqa: E402
+
+EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Residual(nn.Module):
+    """stem + branch, then head; a norm layer stands behind the sum."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.first = nn.Conv2d(3, width, 1), nn.Conv2d(width, 6, 1)
+        self.branch = nn.Conv2d(6, width, 3, padding=1, bias=False)
+        self.norm, self.head, self.out = nn.BatchNorm2d(width), nn.Conv2d(width, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.branch(F.relu(self.first(x)))
+        return self.out(F.relu(self.head(F.relu(self.norm(x)))).mean((2, 3)))
+
+
+def coupled(model, granularity="filter", context="local", criteria="large_final", **options):
+    return Sparsifier(model, granularity, context, criteria, coupled=True, example_input=EXAMPLE, **options)
+
+
+def alive(mask):
+    return mask.flatten(1).any(1).tolist()
+
+
+def test_filters_whose_outputs_are_added_fall_together():
+    model = Residual()
+    sparsifier = coupled(model)
+    assert set(sparsifier.masks) == {"stem.weight", "first.weight", "branch.weight", "head.weight"}
+    assert sparsifier.dense == {"out.weight": "yields the model's output"}
+    for level, left in ((0.25, 6), (0.5, 4), (0.75, 2)):
+        sparsifier.sparsify(level)
+        assert alive(sparsifier.masks["stem.weight"]) == alive(sparsifier.masks["branch.weight"])
+        assert sum(alive(sparsifier.masks["stem.weight"])) == left
+        assert shrinkage(model.eval(), EXAMPLE).zeros_left == 0
+    # Each context's share is of the weights: 8 channels of 3 + 54 weights are one layer.
+    assert sparsifier.sparsity == pytest.approx(0.75, abs=0.02)
+
+
+def test_the_score_is_the_mean_over_the_weights_of_all_coupled_filters():
+    model = Residual()
+    with torch.no_grad():
+        for number in range(8):
+            model.stem.weight[number] = 0.1 * (number + 1)  # 3 weights
+            model.branch.weight[number] = 0.001 * (8 - number)  # 54 weights
+        model.branch.weight[1] = 2.0
+    sparsifier = coupled(model)
+    sparsifier.sparsify(0.5)
+    # The sums are 0.3 (n + 1) + 0.054 (8 - n), but for that of channel 1: they rise with n.
+    assert alive(sparsifier.masks["stem.weight"]) == [False, True, False, False, False, True, True, True]
+
+
+def test_without_it_they_fall_apart():
+    model = Residual()
+    plain = Sparsifier(model, "filter", "local")
+    plain.sparsify(0.5)
+    assert alive(plain.masks["stem.weight"]) != alive(plain.masks["branch.weight"])
+    assert shrinkage(model.eval(), EXAMPLE).zeros_left > 0
+    assert "norm.weight" not in plain.follower_masks
+
+
+def test_norm_layers_behind_a_sum_die_with_it():
+    model = Residual()
+    model.norm.bias.data.fill_(1.0)
+    sparsifier = coupled(model)
+    sparsifier.sparsify(0.5)
+    kept = torch.tensor(alive(sparsifier.masks["stem.weight"]))
+    assert torch.equal(sparsifier.follower_masks["norm.weight"], kept)
+    assert torch.equal(model.norm.bias != 0, kept)
+    assert torch.equal(model.stem.bias != 0, kept)
+
+
+class Concatenated(nn.Module):
+    """Two layers side by side, and a norm layer over both."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right = nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(3, 6, 1, bias=False)
+        self.norm, self.out = nn.BatchNorm2d(10), nn.Conv2d(10, 2, 3, padding=1)
+
+    def forward(self, x):
+        return self.out(F.relu(self.norm(torch.cat([self.left(x), self.right(x)], 1))))
+
+
+def test_places_in_a_norm_layer_behind_a_concatenation():
+    model = Concatenated()
+    model.norm.bias.data.fill_(1.0)
+    sparsifier = coupled(model)
+    sparsifier.sparsify(0.5)
+    kept = alive(sparsifier.masks["left.weight"]) + alive(sparsifier.masks["right.weight"])
+    assert (model.norm.bias != 0).tolist() == kept
+    assert sum(kept) == 5
+    assert shrinkage(model.eval(), EXAMPLE).zeros_left == 0
+
+
+class Gated(nn.Module):
+    """Squeeze and excitation around a depthwise convolution."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.expand, self.norm = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.project = nn.Conv2d(8, 5, 1)
+        self.out = nn.Conv2d(5, 2, 1)
+
+    def forward(self, x):
+        x = self.depthwise(F.relu(self.norm(self.expand(x))))
+        x = x * self.excite(F.relu(self.squeeze(x.mean((2, 3), keepdim=True)))).sigmoid()
+        return self.out(F.relu(self.project(x)))
+
+
+def test_depthwise_convolutions_and_gates_go_with_what_they_are_multiplied_with():
+    model = Gated()
+    sparsifier = coupled(model)
+    sparsifier.sparsify(0.5)
+    together = [alive(sparsifier.masks[f"{name}.weight"]) for name in ("expand", "depthwise", "excite")]
+    assert together[0] == together[1] == together[2]
+    assert sum(together[0]) == 4
+    report = shrinkage(model.eval(), EXAMPLE)
+    assert report.zeros_left == 0
+    assert {layer.name: layer.removed for layer in report.layers}["depthwise"] == 4
+
+
+# --- What stays dense -------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_removed_stays_dense_with_the_reason():
+    class Ends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.free, self.same = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1)
+            self.gate, self.out = nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 3, padding=1)
+            self.groups = nn.GroupNorm(2, 4)
+
+        def forward(self, x):
+            x = x + self.conv(x)
+            x = self.groups(self.same(F.relu(self.free(x))))
+            return self.out(self.gate(x).sigmoid())
+
+    assert coupled(Ends()).dense == {
+        "conv.weight": "coupled with the input of the model",
+        "same.weight": "it goes through groups (GroupNorm), which takes channels together",
+        "gate.weight": "0.5 where out pads its input with zeros",
+        "out.weight": "yields the model's output",
+    }
+
+
+def test_what_is_coupled_with_a_layer_that_takes_no_part_stays_dense():
+    sparsifier = coupled(Residual(), exclude="stem")
+    assert sparsifier.dense["stem.weight"] == "excluded"
+    assert sparsifier.dense["branch.weight"] == "coupled with stem.weight, which stays dense"
+    assert set(sparsifier.masks) == {"first.weight", "head.weight"}
+    assert "coupled with stem.weight" in str(sparsifier.report())
+
+
+# --- The other axes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", ["local", "global", "erk", "er", "lamp", "uniform_plus"])
+@pytest.mark.parametrize("criteria", ["large_final", "random", "movement"])
+def test_contexts_and_criteria(context, criteria):
+    model = Residual(width=32)
+    sparsifier = coupled(model, context=context, criteria=criteria)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) / 10)
+    for level in (0.15, 0.3) if context == "uniform_plus" else (0.3, 0.6):  # which keeps the first layer
+        sparsifier.sparsify(level)
+        assert alive(sparsifier.masks["stem.weight"]) == alive(sparsifier.masks["branch.weight"])
+        largest = max(3 + 54, 9 * 32)  # weights of a group: of stem and branch together, of head
+        wanted = level * sum(mask.numel() for mask in expanded(sparsifier).values())
+        rounding = 3 * largest if context != "global" else largest
+        assert abs(zeros(sparsifier) - wanted) <= rounding / 2 + 1
+    assert shrinkage(model.eval(), EXAMPLE).zeros_left == 0
+
+
+def expanded(sparsifier):
+    return {name: mask.expand_as(sparsifier.targets[name].parameter) for name, mask in sparsifier.masks.items()}
+
+
+def zeros(sparsifier):
+    return sum(int((~mask).sum()) for mask in expanded(sparsifier).values())
+
+
+def test_erk_takes_the_mean_of_the_shapes_that_are_joined():
+    model = Residual(width=32)
+    sparsifier = coupled(model, context="erk")
+    sparsifier.sparsify(0.5)
+    sizes = {"first": [(6, 32, 1, 1)], "head": [(4, 32, 3, 3)], "sum": [(32, 3, 1, 1), (32, 6, 3, 3)]}
+    weights = {name: sum(torch.Size(shape).numel() for shape in shapes) for name, shapes in sizes.items()}
+    relative = {name: sum(map(sum, shapes)) / weights[name] for name, shapes in sizes.items()}
+    full, kept = {"first"}, 0.5 * sum(weights.values())
+    scale = (kept - weights["first"]) / sum(weights[name] * relative[name] for name in weights if name not in full)
+    density = 1 - scale * relative["sum"]
+    fallen = 32 - sum(alive(sparsifier.masks["stem.weight"]))
+    assert fallen == pytest.approx(32 * density, abs=0.5)
+
+
+def test_limits_hold_for_what_is_joined_by_the_name_of_any_layer():
+    for name in ("stem", "branch"):
+        sparsifier = coupled(Residual(), context=bounded("global", {name: 0.25}))
+        sparsifier.sparsify(0.5)
+        assert sum(alive(sparsifier.masks["stem.weight"])) == 6
+
+
+def test_round_to_keeps_multiples_of_what_is_joined():
+    model = Residual(width=32)
+    sparsifier = coupled(model, round_to=8, exclude=["first", "head"])
+    sparsifier.sparsify(0.4)
+    assert sum(alive(sparsifier.masks["stem.weight"])) == sum(alive(sparsifier.masks["branch.weight"])) == 16
+
+
+def test_falling_levels_revive_together():
+    sparsifier = coupled(Residual())
+    sparsifier.sparsify(0.5)
+    with pytest.warns(UserWarning, match="outputs that come back start at zero"):
+        sparsifier.sparsify(0.25)
+    assert alive(sparsifier.masks["stem.weight"]) == alive(sparsifier.masks["branch.weight"])
+    assert sum(alive(sparsifier.masks["stem.weight"])) == 6
+
+
+def test_dictionaries_ask_for_all_that_is_coupled():
+    sparsifier = coupled(Residual())
+    with pytest.raises(ValueError, match="filters of stem.weight and branch.weight are coupled, so one sparsity"):
+        sparsifier.sparsify({"stem": 0.5})
+    assert sparsifier.sparsity == 0
+    sparsifier.sparsify({lambda name, module: name in ("stem", "branch"): 0.5, "head": 0.25})
+    assert [sum(alive(sparsifier.masks[name])) for name in ("stem.weight", "branch.weight", "head.weight")] == [4, 4, 3]
+
+
+# --- State ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_is_as_before():
+    model = Residual().train()
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    coupled(model)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+
+
+def test_copies_and_states():
+    model = Residual()
+    before = dict(model.named_parameters())
+    sparsifier = coupled(model)
+    sparsifier.sparsify(0.25)
+    state = sparsifier.state_dict()
+    for again in (copy.deepcopy(sparsifier), pickle.loads(pickle.dumps(sparsifier))):
+        again.sparsify(0.5)
+        assert alive(again.masks["stem.weight"]) == alive(again.masks["branch.weight"])
+    other = coupled(Residual())
+    other.load_state_dict(state)
+    assert all(torch.equal(other.masks[name], mask) for name, mask in sparsifier.masks.items())
+    assert torch.equal(other.model.norm.weight != 0, sparsifier.follower_masks["norm.weight"])
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    recovered = coupled(model)
+    recovered.recover_masks()
+    recovered.sparsify(0.5)
+    assert shrinkage(model.eval(), EXAMPLE).zeros_left == 0
+    assert recovered.release() is model
+
+
+# --- Wrong calls ------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_calls():
+    with pytest.raises(ValueError, match=r"coupled=True: what is coupled is seen in a forward; give example_input="):
+        Sparsifier(Residual(), "filter", coupled=True)
+    for granularity in ("weight", "channel", lambda axes: {"out": 2}):
+        with pytest.raises(ValueError, match="coupled=True joins whole filters; give granularity 'filter'"):
+            coupled(Residual(), granularity)
+    with pytest.raises(ValueError, match="example_input does not run"):
+        Sparsifier(Residual(), "filter", coupled=True, example_input=torch.randn(2, 4, 8, 8))
+    model = nn.Sequential()
+    model.stem, model.norm, model.out = nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1)
+    with pytest.raises(ValueError, match=r"coupled=True: no layer is left .*stem\.weight: it goes through norm"):
+        coupled(model)
+
+
+def test_without_torch_pruning(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch_pruning", None)
+    with pytest.raises(ImportError, match=r"pip install 'sparsifai\[shrink\]'"):
+        coupled(Residual())
+
+
+# --- In a Learner -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fastai
+def test_a_learner_ends_with_zeros_that_can_all_be_removed():
+    pytest.importorskip("fastai", reason="a Learner")
+    from sparsifai import SparsifyCallback
+
+    learn = small_learner(Residual(), shape=(3, 8, 8), classes=3)
+    callback = SparsifyCallback(0.5, "filter", "local", coupled=True)
+    learn.fit(2, cbs=callback)
+    assert alive(callback.sparsifier.masks["stem.weight"]) == alive(callback.sparsifier.masks["branch.weight"])
+    learn.fit(1)  # the zeros are held, those of the norm layer behind the sum, too
+    kept = callback.sparsifier.follower_masks["norm.weight"]
+    assert kept.sum() == 4
+    assert torch.equal(learn.model.norm.bias != 0, kept)
+    assert shrinkage(learn.model.eval(), EXAMPLE).zeros_left == 0
+
+
+@pytest.mark.fastai
+def test_a_recipe_and_a_plan(tmp_path):
+    pytest.importorskip("fastai", reason="recipes plan fits of a Learner")
+    from sparsifai import Recipe, SparsifyCallback
+
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "epochs: 2\nsteps:\n  - sparsify:\n      sparsity: 0.5\n      granularity: filter\n"
+        "      context: local\n      coupled: true\n"
+    )
+    (callback, *_) = Recipe.load(file).callbacks()
+    assert callback.coupled
+    sparsifier = Recipe.load(file).apply(Residual(), example_input=EXAMPLE)
+    assert alive(sparsifier.masks["stem.weight"]) == alive(sparsifier.masks["branch.weight"])
+    plan = SparsifyCallback(0.5, "filter", "local", coupled=True).plan(Residual(), 2, 4, EXAMPLE)
+    left = {layer.name: layer.size.left for layer in plan.layers}
+    assert left["stem.weight"] == 3 * 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bad = file.with_name("bad.yaml")
+        bad.write_text(file.read_text().replace("true", "perhaps"))
+        with pytest.raises(ValueError, match="coupled"):
+            Recipe.load(bad)
