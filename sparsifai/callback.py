@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from .argument import (
     check_count,
@@ -31,7 +32,7 @@ from .plan import every_of, plan_of, sparsifier_for
 from .regrowth import Regrowth, check_drop, sparsity_of_drop
 from .report import Count, percent
 from .schedule import between, falls, progress, raised, schedules
-from .sparsifier import Sparsifier
+from .sparsifier import Sparsifier, first_example
 from .target import as_patterns, find_targets
 
 
@@ -302,7 +303,7 @@ class SparsifyCallback(TrainingCallback):
 
     def _make_sparsifier(self) -> None:
         """At the first batch, which the data flow of some models is read from."""
-        sparsifier = self._sparsifier_for(unwrapped(self.learn.model), self.learn.xb)
+        sparsifier = self._sparsifier_for(unwrapped(self.learn.model), tree_map(first_example, self.learn.xb))
         show_data(self.learn, sparsifier, self.calibration)
         sparsifier.check(self.sparsity)
         if self.regrow is not None:  # at most so much has to fall for as much to come back

@@ -301,6 +301,17 @@ def test_what_is_computed_across_channels_is_left_alone_by_name(mixture, picture
     assert small.second.out_channels == 5
 
 
+def test_small_differences_are_seen(pictures):
+    model = Mixing(lambda x: x.roll(-1, 1)).eval()
+    with torch.no_grad():
+        model.first.weight[:3] = 0
+        model.first.bias[:3] = torch.tensor([1.0, 2.0, 3.0])
+        model.second.weight.mul_(1e-3)  # what would be read in the wrong place is little beside the bias
+    small, report = shrunk(model, pictures)
+    assert same(model, small, pictures)
+    assert "2 without it the outputs differ: what is computed of it is not followed" in report.layers[0].why
+
+
 def test_layers_that_take_channels_together_are_named(pictures):
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
     grouped = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 4, 1)).eval()
@@ -461,12 +472,20 @@ class Dropping(nn.Module):
         return self.last(self.function(x))
 
 
+def written_in_place(x):
+    y = torch.zeros(4, 3)
+    y[x > 0] = 5.0
+    return y
+
+
 @pytest.mark.parametrize(
     "function",
     [
+        written_in_place,
         lambda x: torch.where(x > 0, 1.0, 2.0).expand_as(x),
         lambda x: (x > 10).float(),
         lambda x: torch.nan_to_num(x),
+        lambda x: x.clone().nan_to_num_(),
         lambda x: torch.fmax(x, torch.zeros(())),
         lambda x: x.clone().masked_fill_(x.isnan(), 0.0),
         lambda x: torch.zeros_like(x).index_add_(0, torch.arange(4), x),
@@ -479,8 +498,38 @@ class Dropping(nn.Module):
 )
 def test_what_would_drop_nan_is_still_of_the_input(function):
     torch.manual_seed(0)
-    found = constants_of(Dropping(function), torch.rand(4, 3) + 1)
+    # On this example all are constant: that they are of the input can be seen by NaN alone.
+    found = constants_of(Dropping(function), torch.zeros(4, 3))
     assert all(map(math.isnan, found["last"]))
+
+
+def test_what_is_looked_up_is_of_the_input():
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 2))
+    assert all(map(math.isnan, constants_of(model, torch.zeros(2, 5, dtype=torch.long))["1"]))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(3, 4, 3),
+        nn.Conv2d(3, 4, 3, padding="valid"),
+        nn.Conv2d(3, 4, 3, padding="same"),
+        nn.Conv2d(3, 4, 1, padding="same"),
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.Conv2d(3, 4, 1, padding=1),
+        nn.Conv2d(3, 4, (1, 3), padding=(0, 1), stride=2),
+        nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(3, 4, 3, padding="same", padding_mode="circular"),
+        nn.ConvTranspose2d(3, 4, 3),
+        nn.ConvTranspose2d(3, 4, 2, stride=2),
+        nn.Linear(9, 4),
+    ],
+    ids=str,
+)
+def test_a_constant_input_adds_the_same_everywhere_but_where_padding_differs(layer):
+    with torch.no_grad():
+        output = layer(torch.ones(1, 3, 9, 9))
+    assert pads_alike(layer) == bool((output - output[..., :1, :1]).abs().max() < 1e-5 or isinstance(layer, nn.Linear))
 
 
 def test_zeros_annihilate_what_they_are_multiplied_with():
@@ -554,7 +603,7 @@ def test_infinities_and_whole_numbers_among_the_outputs(pictures):
 
         def forward(self, x):
             scores = self.net(x)
-            return scores.masked_fill(torch.arange(5) > 3, -math.inf), scores.argmax(1)
+            return scores.masked_fill(torch.arange(5) > 3, -math.inf), scores.argmax(1), scores * math.nan
 
     model = Masked().eval()
     Sparsifier(model.net, "filter", "local").sparsify(0.5)
@@ -610,3 +659,11 @@ def test_layers_whose_outputs_nobody_uses(pictures):
 def test_a_learner_is_no_model(pictures):
     with pytest.raises(TypeError, match=r"shrink: model is a torch.nn.Module, not SimpleNamespace; of a Learner"):
         shrink(__import__("types").SimpleNamespace(model=with_norm()), pictures)
+
+
+def test_a_value_that_the_example_does_not_have_is_none():
+    """What a model makes of NaN itself is no constant."""
+    found = constants_of(
+        Dropping(lambda x: torch.full((4, 3), 7.0 if bool(x.isnan().any()) else 5.0)), torch.ones(4, 3)
+    )
+    assert all(map(math.isnan, found["last"]))
