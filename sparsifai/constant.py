@@ -65,8 +65,8 @@ def _inputs_of_layers(model: nn.Module, example_input: Any, spread: _Spread | No
     for name, module in model.named_modules():
         if isinstance(module, _LAYERS):
             handles.append(module.register_forward_pre_hook(note(name)))
-        if spread is not None and isinstance(module, (*_LAYERS, nn.Embedding)):
-            handles.append(module.register_forward_hook(spread.leave))
+            if spread is not None:
+                handles.append(module.register_forward_hook(spread.leave))
     try:
         run(model, example_input)
     finally:
@@ -125,10 +125,8 @@ class _Spread(TorchFunctionMode):
         return (torch.where(inputs[0].isnan(), 0.0, inputs[0]), *inputs[1:])
 
     def leave(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        """Put NaN into the outputs that read an input that it has reached; an embedding is given the input itself."""
+        """Put NaN into the outputs that read an input that it has reached."""
         with _paused(self):
-            if isinstance(module, nn.Embedding):
-                return torch.full_like(output, _NAN)
             reached = self.reached[module]
             if not isinstance(module, _BATCH_NORMS):
                 reads = reading(module)

@@ -14,7 +14,7 @@ pytest.importorskip("torch_pruning", reason="shrink asks torch-pruning which cha
 from random_nets import RandomNet, kill  # noqa: E402
 
 from sparsifai import Sparsifier, shrink, shrinkage  # noqa: E402
-from sparsifai.constant import constant_inputs  # noqa: E402
+from sparsifai.constant import constant_inputs, pads_alike  # noqa: E402
 
 
 def same(model, smaller, *inputs):
