@@ -1,7 +1,7 @@
 """What sparsifai costs, beside a copy of the weights and beside other libraries.
 
-    python -m benchmarks [--quick] [--section build apply step memory exactness scaling layouts]
-        [--out benchmarks/results] [--threads N]
+    python -m benchmarks [--quick] [--section build apply step memory exactness scaling layouts
+        shrinking] [--out benchmarks/results] [--threads N]
 
 Prints a table per section; writes all of it to results.json and a picture to results.png. FasterAI takes part if it is
 installed. --quick takes about two minutes on two cores that have nothing else to do, all of it about fifteen. On a busy
@@ -20,6 +20,7 @@ from benchmarks.exactness import exactness
 from benchmarks.memory import memory
 from benchmarks.peers import version_of_fasterai
 from benchmarks.report import write
+from benchmarks.shrinking import shrinking
 from benchmarks.sparse_layouts import layouts
 from benchmarks.timing import Others, surroundings
 from benchmarks.training import step
@@ -33,6 +34,7 @@ SECTIONS = {
     "exactness": exactness,
     "scaling": scaling,
     "layouts": layouts,
+    "shrinking": shrinking,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,18 @@ def why_not_linear(model: nn.Module, target: Target | None) -> str:
 
 
 def listed(reasons: Mapping[str, str]) -> str:
-    """The first reasons by name, in one line."""
-    shown = [f"{name} ({reason})" for name, reason in reasons.items()]
-    more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
+    """The first reasons, each with the names that it is given for, in one line."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    shown = [f"{_first_of(same)} ({reason})" for reason, same in names.items()]
+    left_out = sum(len(same) for same in list(names.values())[5:])
+    more = f" and {left_out} more" if left_out else ""
     return f"{', '.join(shown[:5])}{more}" if shown else "it has no weights with named axes"
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return " and ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

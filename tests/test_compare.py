@@ -176,7 +176,7 @@ def test_without_a_gpu_the_table_says_so():
     sparse = sparsified(dense, context="2:4", layers=["0"]).half()
     text = str(compare(dense.half(), sparse, EXAMPLE.half(), repeats=3))
     assert "semi-structured: the weights are on cpu; torch multiplies 2:4 weights on CUDA GPUs" in text
-    assert "CSR: no layer of Sequential can be converted: 0.weight (float16: float32 is needed)" in text
+    assert "CSR: no layer of Sequential can be converted: 0.weight and 2.weight (float16: float32 is needed)" in text
 
 
 def test_a_form_that_does_not_run_is_a_reason():

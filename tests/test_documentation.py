@@ -91,6 +91,7 @@ def test_there_are_notebooks():
         "07_lottery_ticket.ipynb",
         "08_compound.ipynb",
         "09_recipes.ipynb",
+        "10_from_zeros_to_speed.ipynb",
     ]
 
 

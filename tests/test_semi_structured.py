@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from sparsifai import SemiStructured, Sparsifier, is_nm, semi_structured_layers, to_semi_structured
+from sparsifai.linear_weights import listed
 from sparsifai.plan import plan_of
 
 
@@ -225,11 +226,19 @@ def test_an_old_gpu(monkeypatch):
     assert not why_no_kernels(torch.device("cuda", 1))
 
 
+def test_reasons_are_listed_with_the_layers_that_they_are_given_for():
+    assert listed({"a": "small", "b": "tied", "c": "small"}) == "a and c (small), b (tied)"
+    assert listed({"a": "small", "b": "tied", "c": "small", "d": "small"}) == "a and 2 more (small), b (tied)"
+    many = {f"{number}": f"reason {number // 2}" for number in range(16)}
+    assert listed(many).endswith("8 and 9 (reason 4) and 6 more")
+    assert listed({}) == "it has no weights with named axes"
+
+
 def test_nothing_to_convert(kernels):
-    reasons = r"0.weight \(float32: half precision is needed; not 2:4: \S+ of the blocks hold more than two\), 2.weight"
+    reasons = r"0.weight and 2.weight \(float32: half precision is needed; not 2:4: \S+ of the blocks hold"
     with pytest.raises(ValueError, match=f"no layer of Sequential can be converted: {reasons}"):
         to_semi_structured(net().eval())
-    with pytest.raises(ValueError, match=r"4.weight \(sides not in 16s\) and 7 more$"):
+    with pytest.raises(ValueError, match=r"0.weight and 11 more \(sides not in 16s\)$"):
         to_semi_structured(nn.Sequential(*(nn.Linear(4, 4) for _ in range(12))).eval())
     with pytest.raises(ValueError, match="no layer of ReLU can be converted: it has no weights with named axes"):
         to_semi_structured(nn.ReLU().eval())
