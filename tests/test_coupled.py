@@ -59,12 +59,12 @@ def test_the_score_is_the_mean_over_the_weights_of_all_coupled_filters():
     with torch.no_grad():
         for number in range(8):
             model.stem.weight[number] = 0.1 * (number + 1)  # 3 weights
-            model.branch.weight[number] = 0.001 * (8 - number)  # 54 weights
-        model.branch.weight[1] = 2.0
+            model.branch.weight[number] = 0.02 * (8 - number)  # 54 weights
+        model.stem.weight[7] = 50.0
     sparsifier = coupled(model)
     sparsifier.sparsify(0.5)
-    # The sums are 0.3 (n + 1) + 0.054 (8 - n), but for that of channel 1: they rise with n.
-    assert alive(sparsifier.masks["stem.weight"]) == [False, True, False, False, False, True, True, True]
+    # The sums are 0.3 (n + 1) + 1.08 (8 - n), but for that of channel 7: they fall with n.
+    assert alive(sparsifier.masks["stem.weight"]) == [True, True, True, False, False, False, False, True]
 
 
 def test_without_it_they_fall_apart():
@@ -226,9 +226,13 @@ def test_limits_hold_for_what_is_joined_by_the_name_of_any_layer():
 
 def test_round_to_keeps_multiples_of_what_is_joined():
     model = Residual(width=32)
+    with torch.no_grad():
+        model.stem.weight.zero_()
+        model.branch.weight.copy_(torch.arange(32.0).roll(5)[:, None, None, None] + 1)
     sparsifier = coupled(model, round_to=8, exclude=["first", "head"])
     sparsifier.sparsify(0.4)
-    assert sum(alive(sparsifier.masks["stem.weight"])) == sum(alive(sparsifier.masks["branch.weight"])) == 16
+    best = (torch.arange(32).roll(5) >= 16).tolist()
+    assert alive(sparsifier.masks["stem.weight"]) == alive(sparsifier.masks["branch.weight"]) == best
 
 
 def test_falling_levels_revive_together():
