@@ -1,6 +1,7 @@
 """What zeros buy: figures computed by hand, forms that cannot be had with the reason, and models left as they were."""
 
 import copy
+import random
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from sparsifai import Comparison, Sparsifier, compare
-from sparsifai.comparison import Form, _caption, _take_turns, _with_time
+from sparsifai.comparison import ROUNDS, Form, _caption, _take_turns, _with_time
 
 EXAMPLE = torch.linspace(-1, 1, 4 * 16).view(4, 16)
 
@@ -257,19 +258,30 @@ def test_rounds_are_as_many_as_fit(monkeypatch):
 
 
 def test_what_is_noise():
-    dense = [1.0, 1.2, 0.9, 1.0, 1.1]
+    dense = [1.0, 1.2, 0.9, 1.0, 1.1, 1.0, 1.0]
     for factors, is_noise in (
-        ([1, 0.9, 1.1, 1.2, 0.8], True),
-        ([0.9, 0.9, 0.9, 0.9, 0.9], False),
-        ([1.3, 0.9, 1.3, 1.2, 1.3], False),  # slower, too, is no noise
-        ([0.7, 0.9, 1.1, 1.1, 1.1], True),
+        ([1, 0.9, 1.1, 1.2, 0.8, 1, 1], True),
+        ([0.9] * 7, False),
+        ([1.3, 1.1, 1.3, 1.2, 1.3, 1.4, 1.2], False),  # slower, too, is no noise
+        ([0.7, 0.8, 0.8, 0.7, 0.8, 0.7, 1.1], True),
     ):
         seconds = {"dense": dense, "masked": [each * factor for each, factor in zip(dense, factors, strict=True)]}
         form = _with_time(Form("masked", note="before"), seconds)
         assert (form.note, form.is_noise) == ("before", is_noise)
-        assert form.milliseconds == pytest.approx(1000 * sorted(seconds["masked"])[2])
+        assert form.milliseconds == pytest.approx(1000 * sorted(seconds["masked"])[3])
     assert _with_time(Form("dense"), {"dense": dense}) == Form("dense", milliseconds=1000)
     assert _with_time(Form("shrunk", note="none"), {"dense": dense}) == Form("shrunk", note="none")
+
+
+def test_of_what_is_the_same_few_are_called_different():
+    draw = random.Random(0)
+
+    def of_same(rounds):
+        seconds = {name: [draw.lognormvariate(0, 0.3) for _ in range(rounds)] for name in ("dense", "masked")}
+        return _with_time(Form("masked"), seconds).is_noise
+
+    for rounds in (3, ROUNDS[0], 20):
+        assert sum(of_same(rounds) for _ in range(400)) > 0.95 * 400
 
 
 # --- Shown -----------------------------------------------------------------------------------------------------------
