@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from .context import Context, contexts
 from .criterion import Criterion, criteria
@@ -48,6 +48,12 @@ def check_fraction(value: Any, name: str = "sparsity", instead: str = "") -> flo
     if not 0 <= value <= 1:
         raise ValueError(f"{name} {value!r} is not a fraction from 0 to 1")
     return value
+
+
+def check_is_module(caller: str, name: str, model: nn.Module) -> None:
+    """TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: {name} is a torch.nn.Module, not {type(model).__name__}; of a Learner, learn.model")
 
 
 def mapped(sparsity: Sparsity, function: Callable[[float], float]) -> Sparsity:

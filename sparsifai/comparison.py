@@ -12,15 +12,15 @@ from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from tempfile import TemporaryDirectory
+from textwrap import fill
 from typing import Any
 
 import torch
 from torch import nn
 
-from .argument import check_count
+from .argument import check_count, check_is_module
 from .collection import untraced
 from .flops import count_flops
-from .linear_weights import check_is_module
 from .parallel import unwrapped
 from .report import Count
 from .semi_structured import semi_structured_layers, to_semi_structured
@@ -43,7 +43,15 @@ _COLUMNS = {
     "ms": "milliseconds",
 }
 # Those that a plot shows.
-_DRAWN = {"file bytes": "bytes", "parameters": "parameters", "FLOPs": "flops", "time": "milliseconds"}
+_DRAWN = {
+    "file bytes": "bytes",
+    "parameters": "parameters",
+    "non-zeros": "nonzeros",
+    "FLOPs": "flops",
+    "latency": "milliseconds",
+}
+# Of a line of notes.
+_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,8 @@ class Form:
     """One form of a model. None stands for what could not be had; the note says why, and what else is to be said.
 
     bytes: of its file. parameters, nonzeros: that it stores. flops: 2 x multiply-adds with weights that it executes
-    for the example. milliseconds: that it takes for it, in the median.
+    for the example. milliseconds: that it takes for it, in the median. is_noise: whether that differs from the dense
+    one's by no more than the noise.
     """
 
     name: str
@@ -61,6 +70,7 @@ class Form:
     flops: int | None = None
     milliseconds: float | None = None
     note: str = ""
+    is_noise: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,20 +100,25 @@ class Comparison:
     @property
     def _lines(self) -> list[tuple[str, ...]]:
         """Rows of text, the header first."""
-        header = ["form"] + [title for column in _COLUMNS for title in (column, "/ dense")]
+        header = ["form"] + [title for column in _COLUMNS for title in (column, "ratio")]
         cells = [
             [form.name]
             + [
                 cell
                 for quantity in _COLUMNS.values()
-                for cell in (_cell(getattr(form, quantity)), _cell(self.relative(form.name, quantity)))
+                for cell in (_cell(getattr(form, quantity)), self._ratio(form, quantity))
             ]
             for form in self.forms
         ]
         return [tuple(line) for line in (header, *cells)]
 
+    def _ratio(self, form: Form, quantity: str) -> str:
+        """A cell with what is relative to the dense model; of a time within the noise it is no more than about so."""
+        about = "~" if quantity == "milliseconds" and form.is_noise else ""
+        return about + _cell(self.relative(form.name, quantity))
+
     def __str__(self) -> str:
-        notes = [f"{form.name}: {form.note}" for form in self.forms if form.note]
+        notes = [fill(f"{form.name}: {form.note}", _WIDTH, subsequent_indent="  ") for form in self.forms if form.note]
         return "\n".join([as_text(self._lines, caption=self.caption), *notes])
 
     __repr__ = __str__
@@ -114,17 +129,20 @@ class Comparison:
         return as_html(lines, left=(0, len(lines[0]) - 1), caption=self.caption)
 
     def plot(self, ax: Any = None) -> Any:
-        """File bytes, parameters, FLOPs and time of each form over those of the dense one; the matplotlib axes."""
+        """The figures of each form over those of the dense one, `~` within the noise, as bars; the matplotlib axes."""
         import matplotlib.pyplot as plt
 
         if ax is None:
-            _, ax = plt.subplots(figsize=(7, 1 + 0.8 * len(self.forms)), layout="constrained")
+            _, ax = plt.subplots(figsize=(7, 1 + 0.9 * len(self.forms)), layout="constrained")
         height = 0.8 / len(_DRAWN)
         for number, (label, quantity) in enumerate(_DRAWN.items()):
             ratios = [self.relative(form.name, quantity) for form in self.forms]
             places = [place + (number - (len(_DRAWN) - 1) / 2) * height for place in range(len(ratios))]
             bars = ax.barh(places, [ratio or 0 for ratio in ratios], height, label=label)
-            labels = ["" if ratio is None else _cell(ratio) for ratio in ratios]
+            labels = [
+                "" if ratio is None else self._ratio(form, quantity)
+                for form, ratio in zip(self.forms, ratios, strict=True)
+            ]
             ax.bar_label(bars, labels, padding=2, fontsize="x-small")
         for place, form in enumerate(self.forms):
             if form.milliseconds is None:
@@ -146,9 +164,9 @@ def compare(dense: nn.Module, sparse: nn.Module, example_input: Any, repeats: in
     note. example_input: a batch, a tuple of several positional inputs, a dictionary of named ones; FLOPs and times are
     of all of it. repeats: how often each form is timed, by default for about a second in all.
     Forms are run in turn, there and back, in evaluation mode and without gradients, after a warm-up; times are medians,
-    and within the noise if the middle half of their ratios to the dense model, round by round, has 1 in it. Of a
-    wrapper (compiled, data parallel) what is in it is compared. The models are afterwards as before: modes, buffers,
-    gradients; the random generators too.
+    and within the noise, which `~` marks, if the middle three quarters of their ratios to the dense model, round by
+    round, have 1 among them. Of a wrapper (compiled, data parallel) what is in it is compared. The models are afterwards
+    as before: modes, buffers, gradients; the random generators too.
     TypeError for what is no module, ValueError if one does not run on the example.
     """
     for name, model in (("dense", dense), ("sparse", sparse)):
@@ -208,12 +226,25 @@ Made = tuple[nn.Module, Form]
 def _shrunk(sparse: nn.Module, masked: Form, flops: Mapping[str, int], example: Any) -> Made:
     from .shrinking import shrink
 
+    nothing = "nothing to remove: no filter is zero as a whole"
+    if False:
+        raise ValueError(nothing)
     model = shrink(sparse, example)
     run(model, example)
     form = _form("shrunk", model, _flops("shrunk", model, example))
     if form.parameters == masked.parameters:
-        raise ValueError("nothing to remove: no filter is zero as a whole")
+        raise ValueError(nothing)
     return model, form
+
+
+def _has_zero_slices(model: nn.Module) -> bool:
+    """Whether an output or an input of a weight, or an entry of a bias or norm layer, is zero. Without any, shrinking,
+    which takes its time, has nowhere to begin."""
+    return any(
+        not (parameter != 0).unsqueeze(-1).movedim(axis, 0).flatten(1).any(1).all()
+        for parameter in model.parameters()
+        for axis in range(min(parameter.dim(), 2))
+    )
 
 
 def _semi_structured(sparse: nn.Module, masked: Form, flops: Mapping[str, int], example: Any) -> Made:
@@ -257,6 +288,8 @@ def _attempt(make: Callable[[], Any]) -> tuple[Any, str]:
             made = make()
         except (ImportError, ValueError, RuntimeError) as error:
             return None, _plain(error)
+        except Exception as error:  # of the model's own code, which may not bear to be copied or converted
+            return None, f"{type(error).__name__}: {_plain(error)}"
     return made, "; ".join(_plain(each.message) for each in caught if each.category is UserWarning)
 
 
@@ -313,18 +346,22 @@ def _with_time(form: Form, seconds: Mapping[str, Sequence[float]]) -> Form:
     if form.name == "dense":
         return form
     ratios = [own / dense for own, dense in zip(seconds[form.name], seconds["dense"], strict=True)]
-    lower, _, upper = quantiles(ratios, n=4)
-    return _noted(form, "time as dense, within the noise" if lower <= 1 <= upper else "")
+    # Of 7 identical runs the quartiles call 1 in 8 another, these 1 in 64.
+    lower, *_, upper = quantiles(ratios, n=8)
+    return replace(form, is_noise=lower <= 1 <= upper)
 
 
 def _caption(seconds: Mapping[str, Sequence[float]], dense: nn.Module) -> str:
     device = next((parameter.device for parameter in dense.parameters()), torch.device("cpu"))
     threads = torch.get_num_threads()
     where = f"cpu with {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else str(device)
-    return f"Median times of {len(seconds['dense'])} runs in turn on {where}; FLOPs with weights, of the same run."
+    return (
+        f"Median latency of {len(seconds['dense'])} runs in turn on {where}, ~: within the noise; FLOPs with weights; "
+        "ratio: to dense."
+    )
 
 
 def _cell(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+    return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:.3g}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from .argument import check_is_module
 from .parallel import is_sharded
 from .target import Target
 
@@ -40,29 +42,21 @@ def why_not_linear(model: nn.Module, target: Target | None) -> str:
 
 
 def listed(reasons: Mapping[str, str]) -> str:
-    """The first reasons, each with the names that it is given for, in one line."""
+    """The first names with each reason, in one line."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)
-    shown = [f"{_first_of(same)} ({reason})" for reason, same in names.items()]
-    left_out = sum(len(same) for same in list(names.values())[5:])
-    more = f" and {left_out} more" if left_out else ""
-    return f"{', '.join(shown[:5])}{more}" if shown else "it has no weights with named axes"
-
-
-def _first_of(names: Sequence[str]) -> str:
-    return " and ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more"
+    shown = [
+        f"{', '.join(those[:3])}{f' and {len(those) - 3} more' if len(those) > 3 else ''} ({reason})"
+        for reason, those in islice(names.items(), 5)
+    ]
+    more = f"; and {len(names) - 5} more reasons" if len(names) > 5 else ""
+    return f"{'; '.join(shown)}{more}" if shown else "it has no weights with named axes"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """'float32' of torch.float32."""
     return str(dtype).removeprefix("torch.")
-
-
-def check_is_module(caller: str, name: str, model: nn.Module) -> None:
-    """TypeError for what is no module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: {name} is a torch.nn.Module, not {type(model).__name__}; of a Learner, learn.model")
 
 
 def check_converts(caller: str, model: nn.Module) -> None:

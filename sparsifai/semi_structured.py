@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .linear_weights import check_alike, check_converts, check_is_module, dtype_name, listed, why_not_linear
+from .argument import check_is_module
+from .linear_weights import check_alike, check_converts, dtype_name, listed, why_not_linear
 from .n_of_m import is_nm
 from .parallel import is_sharded, kind_of, unwrapped
 from .report import percent

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .argument import check_is_module
 from .parallel import is_sharded, unwrapped
 from .registry import close_matches
 from .report import Count, percent
@@ -115,6 +116,7 @@ def save_sparse(model: nn.Module, path: str | os.PathLike) -> SparseFile:
     A file that is there is replaced at once, or, on an error, left as it is. ValueError if something in the state_dict
     is no tensor that safetensors can hold, OSError if the file cannot be written.
     """
+    check_is_module("save_sparse", "model", model)
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "save_sparse: is a folder; give the name of a file", str(path))
@@ -137,6 +139,7 @@ def load_sparse(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     ValueError, and nothing changed, if the file is none of `save_sparse`, is damaged, or is of another model: names,
     shapes and dtypes are the same, and what the model ties is equal. OSError if it cannot be read.
     """
+    check_is_module("load_sparse", "model", model)
     path, state = Path(path), _state("load_sparse", model)
     tensors = read(path)
     _check_names(path, model, state, tensors)
@@ -171,8 +174,6 @@ def load_sparse(path: str | os.PathLike, model: nn.Module) -> nn.Module:
 
 def _state(operation: str, model: nn.Module) -> dict[str, Tensor]:
     """The state_dict of a model. ValueError if a file cannot hold something in it."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{operation}: give a torch.nn.Module, not {type(model).__name__}; a Learner's is learn.model")
     state = dict(unwrapped(model).state_dict())
     for name, value in state.items():
         why = _why_not(value)

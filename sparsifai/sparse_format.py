@@ -32,6 +32,7 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -67,7 +68,8 @@ def write(path: Path, tensors: Tensors) -> None:
         raise ValueError(f"{path}: safetensors {version} cannot hold {error}; update it") from None
     if _header(written) > _LARGEST_HEADER:
         raise ValueError(f"{path}: {len(tensors):,} tensors are too many for one file; save the model in parts")
-    part = path.with_name(path.name + ".part")
+    # Of its own name, as other processes may write the same file, and others' files may be called anything.
+    part = path.with_name(f".{uuid4().hex}.part")
     try:
         part.write_bytes(written)
         part.replace(path)

@@ -43,10 +43,15 @@ class CSRLinear(nn.Module):
         self.register_buffer("values", sparse.values())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
+    @property
+    def weight(self) -> Tensor:
+        """As a sparse tensor, for code that asks a layer for the dtype or the device of its weight."""
+        shape = (self.out_features, self.in_features)
+        return torch.sparse_csr_tensor(self.rows, self.columns, self.values, shape, check_invariants=False)
+
     def forward(self, inputs: Tensor) -> Tensor:
         """As nn.Linear."""
-        shape = (self.out_features, self.in_features)
-        weight = torch.sparse_csr_tensor(self.rows, self.columns, self.values, shape, check_invariants=False)
+        weight = self.weight
         several = inputs.reshape(-1, self.in_features)
         bias = several.new_zeros(self.out_features) if self.bias is None else self.bias
         if len(several) == 1:

@@ -332,8 +332,13 @@ def test_what_a_file_cannot_hold_is_named(tmp_path, make, message):
 
 
 def test_what_is_no_model_is_refused(tmp_path):
-    with pytest.raises(TypeError, match="save_sparse: give a torch.nn.Module, not dict; a Learner's is learn.model"):
+    with pytest.raises(TypeError, match="save_sparse: model is a torch.nn.Module, not dict; of a Learner, learn.model"):
         save_sparse({}, tmp_path / "file")
+    # The order of torch.save, and that of safetensors.
+    with pytest.raises(TypeError, match="save_sparse: model is a torch.nn.Module, not str"):
+        save_sparse("file", nn.ReLU())
+    with pytest.raises(TypeError, match="load_sparse: model is a torch.nn.Module, not str"):
+        load_sparse(nn.ReLU(), "file")
 
 
 def test_shards_are_refused(tmp_path):
@@ -370,6 +375,20 @@ def test_a_place_that_is_none_is_said_to_be(tmp_path):
         load_sparse(tmp_path, nn.ReLU())
     with pytest.raises(FileNotFoundError, match="none"):
         load_sparse(tmp_path / "none", nn.ReLU())
+
+
+def test_what_lies_beside_a_file_is_left(tmp_path, monkeypatch):
+    """Others may be writing the same file, and may call theirs anything."""
+    (tmp_path / "file.part").write_bytes(b"another's")
+    written = []
+    write_bytes = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda self, data: written.append(self) or write_bytes(self, data))
+    for _ in range(2):
+        save_sparse(nn.ReLU(), tmp_path / "file")
+    assert len(set(written)) == 2
+    assert sorted(os.listdir(tmp_path)) == ["file", "file.part"]
+    assert (tmp_path / "file.part").read_bytes() == b"another's"
+    save_sparse(nn.ReLU(), tmp_path / ("a" * 255))
 
 
 def test_other_people_may_read_the_file_as_others_that_are_written(tmp_path):

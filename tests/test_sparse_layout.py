@@ -90,6 +90,24 @@ def test_one_layer_under_two_names_and_one_in_a_wrapper():
     assert isinstance(converted[0], CSRLinear)
 
 
+def test_code_that_asks_for_the_weight():
+    """As T5 does, to cast its input."""
+
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(1024, 1024)
+
+        def forward(self, inputs):
+            return self.layer(inputs.to(self.layer.weight.device, self.layer.weight.dtype))
+
+    model = Asking().eval()
+    Sparsifier(model).sparsify(0.9)
+    converted, inputs = to_sparse_layout(model), torch.randn(3, 1024).double()
+    assert torch.allclose(converted(inputs), model(inputs), atol=1e-5)
+    assert torch.equal(converted.layer.weight.to_dense(), model.layer.weight)
+
+
 def test_why_layers_stay_dense():
     model = nn.ModuleDict({
         "small": nn.Linear(1024, 1023), "full": nn.Linear(1024, 1024), "precise": nn.Linear(1024, 1024).double(),
@@ -99,8 +117,8 @@ def test_why_layers_stay_dense():
     Sparsifier(model, context="local", layers=["full"]).sparsify(0.5)
     model["hooked"].register_forward_hook(lambda *_: None)
     reasons = (
-        r"small.weight \(fewer than 1,048,576 weights\), full.weight \(50.00% zeros\), "
-        r"precise.weight \(float64: float32 is needed\), hooked.weight \(has hooks\), conv.weight \(not of a Linear\)"
+        r"small.weight \(fewer than 1,048,576 weights\); full.weight \(50.00% zeros\); "
+        r"precise.weight \(float64: float32 is needed\); hooked.weight \(has hooks\); conv.weight \(not of a Linear\)"
     )
     with pytest.raises(ValueError, match=f"no layer of ModuleDict can be converted: {reasons}$"):
         to_sparse_layout(model)
