@@ -308,7 +308,7 @@ def _keep(module: Any, outputs: set[int], inputs: set[int]) -> None:
         if tensor is None or not gone:
             return
         left = [place for place in range(tensor.shape[axis]) if place not in gone]
-        narrower = tensor.detach().index_select(axis, torch.tensor(left, device=tensor.device))
+        narrower = tensor.detach().index_select(axis, torch.tensor(left, dtype=torch.long, device=tensor.device))
         is_parameter = isinstance(tensor, nn.Parameter)
         setattr(module, name, nn.Parameter(narrower, tensor.requires_grad) if is_parameter else narrower)
 

@@ -689,3 +689,14 @@ def test_reshapes_that_are_misread_do_not_go_on_for_ever():
     assert same(model, small, torch.randn(2, 3, 16, 16))
     assert small.features[1][1].mlp[0].out_features == 32 - 3
     assert {layer.why for layer in report.layers if layer.zeros_left} == {"3 what is computed of it is not followed"}
+
+
+def test_a_layer_of_which_all_inputs_would_go_is_tried_like_others(pictures):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GLU(1), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.zero_()
+    small, report = shrunk(model, pictures)
+    assert same(model, small, pictures)
+    assert "is not followed" in report.layers[0].why
