@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .parallel import kind_of
 from .statistic import run
 from .target import CONVOLUTIONS
 
@@ -27,19 +28,27 @@ _PRODUCTS = {"mul", "mul_", "__mul__", "__imul__", "__rmul__", "multiply", "mult
 
 
 @torch.no_grad()
-def constant_inputs(model: nn.Module, example_input: Any) -> dict[str, Tensor]:
+def constant_inputs(model: nn.Module, example_input: Any, *others: Any) -> dict[str, Tensor]:
     """Layer -> a vector with, for each of its inputs, the value that it always has, NaN if there is none.
 
     model: in evaluation mode; a layer that is not called has no entry. A value is taken for one only if it is also
-    found in a forward of the example.
+    found in forwards of the example and of `others`, which are inputs of other sizes. ValueError if NaN does not run
+    through the model.
     """
-    values = _inputs_of_layers(model, example_input)
+    found = [_inputs_of_layers(model, each) for each in (example_input, *others)]
     spread = _Spread()
-    with spread:
-        always = _inputs_of_layers(model, spread.start(example_input), spread)
-    return {
-        name: torch.where(_equal(value, values[name]), value, _NAN) for name, value in always.items() if name in values
-    }
+    try:
+        with spread:
+            always = _inputs_of_layers(model, spread.start(example_input), spread)
+    except Exception as error:
+        raise ValueError(
+            f"what in {kind_of(model)} does not depend on the input cannot be told: with NaN for the input it raises "
+            f"{type(error).__name__}: {error}; it decides something by values of its input"
+        ) from error
+    for values in found:
+        for name in always.keys() & values.keys():
+            always[name] = torch.where(_equal(always[name], values[name]), always[name], _NAN)
+    return {name: value for name, value in always.items() if name in found[0]}
 
 
 def _equal(value: Tensor, other: Tensor) -> Tensor:
@@ -52,19 +61,20 @@ def _inputs_of_layers(model: nn.Module, example_input: Any, spread: _Spread | No
     found: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple) -> Any:
+        def hook(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> Any:
+            given = inputs[0] if inputs else named["input"]
             with _paused(spread):
-                values = inputs[0].movedim(channel_axis(module, inputs[0]), 0).flatten(1)
+                values = given.movedim(channel_axis(module, given), 0).flatten(1)
                 value = torch.where(_equal(values, values[:, :1]).all(1), values[:, 0], _NAN)
                 found[name] = torch.where(_equal(found[name], value), value, _NAN) if name in found else value
-                return None if spread is None else spread.enter(module, value, inputs)
+                return None if spread is None else ((spread.enter(module, value, given), *inputs[1:]), {})
 
         return hook
 
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, _LAYERS):
-            handles.append(module.register_forward_pre_hook(note(name)))
+            handles.append(module.register_forward_pre_hook(note(name), with_kwargs=True))
             if spread is not None:
                 handles.append(module.register_forward_hook(spread.leave))
     try:
@@ -115,14 +125,14 @@ class _Spread(TorchFunctionMode):
         with _paused(self):
             return tree_map(lambda value: torch.full_like(value, _NAN) if _is_float(value) else value, example_input)
 
-    def enter(self, module: nn.Module, value: Tensor, inputs: tuple) -> tuple:
-        """Note which inputs of a layer NaN has reached, and compute on with zeros in its place.
+    def enter(self, module: nn.Module, value: Tensor, given: Tensor) -> Tensor:
+        """Note which inputs of a layer NaN has reached; what is given to it, with zeros in the place of NaN.
 
         value: of each input, NaN if there is not one. What differs from place to place counts as reached: pooled, it
         would be a constant of the size of the input.
         """
         self.reached[module] = value.isnan() if pads_alike(module) else value.isnan() | (value != 0)
-        return (torch.where(inputs[0].isnan(), 0.0, inputs[0]), *inputs[1:])
+        return torch.where(given.isnan(), 0.0, given)
 
     def leave(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         """Put NaN into the outputs that read an input that it has reached."""

@@ -80,7 +80,9 @@ class Coupling:
 
         def split(stays: Stays) -> Stays:
             of_part = dict(zip(parts, stays, strict=True))
-            return [of_part[self.part_of[name]][self.part_of[name].channels[name]] for name in given]
+            whole = {name: of_part[self.part_of[name]][self.part_of[name].channels[name]] for name in given}
+            # Of a channel that stays, filters that were masked by themselves remain so.
+            return [whole[name] & (layer.alive | layer.revives) for name, layer in given.items()]
 
         return [part.join([given[name] for name in part.channels]) for part in parts], split
 

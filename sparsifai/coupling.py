@@ -11,6 +11,7 @@ import copy
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def find_channels(model: nn.Module, example_input: Any) -> list[ChannelSet]:
     ValueError if the model does not run on the example, or torch-pruning cannot follow it.
     """
     library = torch_pruning()
-    wrapper = _Ends(copy.deepcopy(unwrapped(model)).eval(), example_input).requires_grad_(True)
+    wrapper = _Ends(copied(unwrapped(model)).eval(), example_input).requires_grad_(True)
     with torch.random.fork_rng(), torch.no_grad():
         check_runs(wrapper.model, example_input)
     names: dict[Any, str] = {module: name.removeprefix("model.") for name, module in wrapper.named_modules()}
@@ -89,6 +90,9 @@ def find_channels(model: nn.Module, example_input: Any) -> list[ChannelSet]:
             if wrapper.add_ends(graph.module2node):
                 graph = build()
             _map_shuffles(graph, library.dependency.index_mapping._FlattenIndexMapping)
+            most = 4 * max(max(_size(each, side) or 0 for side in ("inputs", "outputs")) for each in wrapper.modules())
+            for dependency in (each for node in graph.module2node.values() for each in node.dependencies):
+                dependency.index_mapping = _Bounded(dependency.index_mapping, most)
             groups = list(_groups(graph, names, kept, library.ops.OPTYPE))
     except Exception as error:  # it raises whatever it stumbles upon
         raise ValueError(
@@ -188,8 +192,34 @@ def _map_shuffles(graph: Any, mapping: Callable) -> None:
                         dependency.index_mapping.append(mapping(stride=stride, reverse=False))
 
 
+class _Bounded(list):
+    """Mappings of places from layer to layer. OverflowError of more places than any layer has.
+
+    Reshapes that the graph misreads, as those of windows in a Swin transformer, multiply them one after the other.
+    """
+
+    def __init__(self, mappings: Iterable[Callable | None], most: int):
+        super().__init__(mappings)
+        self.most = most
+
+    def __iter__(self) -> Iterator[Any]:
+        return (mapping and partial(self._mapped, mapping) for mapping in super().__iter__())
+
+    def _mapped(self, mapping: Callable, places: list) -> list:
+        mapped = mapping(places)
+        if len(mapped) > self.most:
+            raise OverflowError(f"{len(mapped)} places, but no layer has more than {self.most}")
+        return mapped
+
+
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy, of models too that hold tensors computed in a forward, as with torch.nn.utils.spectral_norm."""
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in held if not value.is_leaf})
 
 
 def check_runs(model: nn.Module, example_input: Any) -> Any:
@@ -216,7 +246,13 @@ def _groups(graph: Any, names: Mapping[Any, str], kept: dict[str, str], types: A
         pruner = graph.get_pruner_of_module(root)
         every = list(range(pruner.get_out_channels(root)))
         group: Group = []
-        for item in graph.get_pruning_group(root, pruner.prune_out_channels, every):
+        try:
+            items = list(graph.get_pruning_group(root, pruner.prune_out_channels, every))
+        except OverflowError:
+            kept.setdefault(names[root], _LOST)
+            yield [((names[root], "outputs", place), place) for place in every]
+            continue
+        for item in items:
             module = item.dep.target.module
             side, reason = "through", ""
             if item.dep.target.type == types.OUTPUT:
@@ -263,7 +299,7 @@ def _obstacles(model: nn.Module) -> dict[str, str]:
                 owners.setdefault(id(parameter), []).append(name)
         if isinstance(module, CONVOLUTIONS) and module.groups > 1 and not is_depthwise(module):
             obstacles[name] = f"coupled with {name}, whose {module.groups} groups have to stay equal"
-        elif is_parametrized(module):
+        elif is_parametrized(module) or isinstance(module, _LAYERS) and "weight" not in module._parameters:
             obstacles[name] = f"coupled with {name}, whose weights are computed from others"
     for sharing in owners.values():
         if len(sharing) > 1:

@@ -40,7 +40,7 @@ def sensitivity(
     calibration, loss_func: for criteria that look at data, as of Sparsifier.calibrate. By default the first batch of
         the Learner's training data, and its loss.
     progress: show a bar, if fastprogress is installed; not where a Learner shows none.
-    options: of Sparsifier, such as granularity, criteria, layers and exclude.
+    options: of Sparsifier, such as granularity, criteria, layers and exclude; not coupled.
 
     Model and Learner are afterwards what they were before, also if the metric fails: weights bit by bit, buffers,
     gradients, modes, random generators. Each measurement begins from there. TypeError and ValueError, before anything
@@ -61,6 +61,10 @@ def sensitivity(
     2.weight       16    8    4
     """
     levels = _check_levels(levels)
+    if options.get("coupled"):
+        raise ValueError(
+            "sensitivity: coupled filters fall together, but one layer is measured at a time; leave coupled=True out"
+        )
     meter = Meter.of(learn_or_model, metric, lower_is_better)
     shows = progress and (meter.learn is None or hasattr(learn_or_model, "progress"))
     with meter.held():

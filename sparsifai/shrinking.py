@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from torch.utils._pytree import tree_map
 
 from .collection import untraced
 from .constant import constant_inputs, pads_alike, reading
-from .coupling import ChannelSet, Place, check_runs, find_channels, is_depthwise
+from .coupling import ChannelSet, Place, check_runs, copied, find_channels, is_depthwise
 from .flow import tensors_in
 from .linear_weights import check_is_module
 from .parallel import unwrapped
 from .shrinkable import ShrinkableLayer, Shrinkage
+from .statistic import run
 from .target import CONVOLUTIONS
 
 _LAYERS = (nn.Linear, *CONVOLUTIONS)
@@ -66,7 +68,7 @@ def shrinkage(model: nn.Module, example_input: Any) -> Shrinkage:
 
 def why_stuck(model: nn.Module, example_input: Any, channels: Iterable[ChannelSet]) -> dict[ChannelSet, str]:
     """Which channels `shrink` could not remove if all that yields them were zero, and why. It is tried on a copy."""
-    channels, trial = list(channels), copy.deepcopy(unwrapped(model))
+    channels, trial = list(channels), copied(unwrapped(model))
     with torch.no_grad():
         for name, place in dict.fromkeys(place for each in channels for place in (*each.outputs, *each.through)):
             module: Any = trial.get_submodule(name)
@@ -112,20 +114,21 @@ class _Work:
     refused: set[Place] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.model = copy.deepcopy(self.model).eval()
+        self.model = copied(self.model).eval()
         if any(value.dtype in (torch.float16, torch.bfloat16) for _, value in _named_tensors(self.model)):
             # In half precision no difference could be told from rounding.
             self.model.float()
             self.example_input = tree_map(_widened, self.example_input)
         with torch.random.fork_rng():
-            self.inputs = [self.example_input, tree_map(_like, self.example_input)]
+            others = _other_size(self.model, self.example_input)
+            self.inputs = [self.example_input, tree_map(_like, self.example_input), *others]
             self.outputs = self._outputs(self.model)
             torch.manual_seed(0)
             steady = self._same(self.model)
         if not steady:
             raise ValueError(
                 f"shrink: {type(self.model).__name__} gives two outputs for the same input in evaluation mode, so that "
-                "nothing can be checked; turn off what is random in it"
+                "nothing can be checked; turn off what is random in it, or what it remembers from input to input"
             )
         self.numbers = {
             name: list(range(outputs_of(module)))
@@ -143,7 +146,7 @@ class _Work:
         """Remove what can be removed now; whether there was anything to try."""
         channels = find_channels(self.model, self.example_input)
         with untraced(self.model):
-            constants = constant_inputs(self.model, self.example_input)
+            constants = constant_inputs(self.model, self.example_input, *self.inputs[2:])
         goes, self.kept = self._divide(channels, constants)
         parts: dict[Any, list[ChannelSet]] = {}
         for channel in goes:  # those of the same layers together
@@ -303,7 +306,7 @@ def _keep(module: Any, outputs: set[int], inputs: set[int]) -> None:
         if tensor is None or not gone:
             return
         left = [place for place in range(tensor.shape[axis]) if place not in gone]
-        narrower = tensor.detach().index_select(axis, torch.tensor(left, device=tensor.device))
+        narrower = tensor.detach().index_select(axis, torch.tensor(left, dtype=torch.long, device=tensor.device))
         is_parameter = isinstance(tensor, nn.Parameter)
         setattr(module, name, nn.Parameter(narrower, tensor.requires_grad) if is_parameter else narrower)
 
@@ -339,6 +342,34 @@ def _like(value: Any) -> Any:
         return value
     spread = value.std() if value.numel() > 1 else value.abs().max()
     return torch.randn_like(value) * spread.clamp(min=1e-3) + value.mean()
+
+
+def _other_size(model: nn.Module, example_input: Any) -> list[Any]:
+    """One example of another batch size, as long again in a further axis, of other values: as much as the model takes.
+
+    What depends on the size of the input, or on the sign of its values, is another with it.
+    """
+    for axes in ((0, -1), (0, 1), (-1,), (1,), (0,)):
+        other = tree_map(partial(_resized, axes=axes), example_input)
+        try:
+            with untraced(model), torch.no_grad():
+                run(model, other)
+        except Exception:  # it has a fixed size
+            continue
+        return [other]
+    return []
+
+
+def _resized(value: Any, axes: tuple[int, ...]) -> Any:
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    if 0 in axes:
+        value = value[:1] if len(value) > 1 else torch.cat([value, value])
+    if not value.is_floating_point():
+        return value
+    for axis in filter(None, axes if value.dim() > 2 else ()):
+        value = torch.cat([value, value], axis)
+    return -2 * value
 
 
 def _widened(value: Any) -> Any:

@@ -11,7 +11,7 @@ pytest.importorskip("torch_pruning", reason="what is coupled torch-pruning knows
 
 from conftest import small_learner  # noqa: E402
 
-from sparsifai import Sparsifier, bounded, shrinkage  # noqa: E402
+from sparsifai import Sparsifier, bounded, sensitivity, shrinkage  # noqa: E402
 
 EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -139,6 +139,19 @@ def test_depthwise_convolutions_and_gates_go_with_what_they_are_multiplied_with(
     report = shrinkage(model.eval(), EXAMPLE)
     assert report.zeros_left == 0
     assert {layer.name: layer.removed for layer in report.layers}["depthwise"] == 4
+
+
+def test_channels_of_which_pixel_shuffle_makes_one():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.ReLU(), nn.PixelShuffle(2), nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1)
+    )
+    sparsifier = coupled(model)
+    sparsifier.sparsify(0.5)
+    kept = torch.tensor(alive(sparsifier.masks["0.weight"])).unflatten(0, (4, 4))
+    assert torch.equal(kept.all(1), kept.any(1))
+    assert kept.sum() == 8
+    assert shrinkage(model.eval(), EXAMPLE).zeros_left == 0
 
 
 # --- What stays dense -------------------------------------------------------------------------------------------------
@@ -291,6 +304,18 @@ def test_copies_and_states():
     assert recovered.release() is model
 
 
+def test_what_was_zero_alone_does_not_come_back():
+    model = Residual()
+    with torch.no_grad():
+        model.stem.weight[6:], model.branch.weight[:6] = 0, model.branch.weight[:6] / 100
+        model.stem.weight[:6] /= 100  # so that channels 6 and 7 are the best
+    sparsifier = coupled(model)
+    sparsifier.recover_masks()
+    sparsifier.sparsify(0.5)
+    assert alive(sparsifier.masks["branch.weight"])[6:] == [True, True]
+    assert alive(sparsifier.masks["stem.weight"])[6:] == [False, False]
+
+
 # --- Wrong calls ------------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +331,11 @@ def test_wrong_calls():
     model.stem, model.norm, model.out = nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1)
     with pytest.raises(ValueError, match=r"coupled=True: no layer is left .*stem\.weight: it goes through norm"):
         coupled(model)
+
+
+def test_layers_are_measured_one_at_a_time_uncoupled():
+    with pytest.raises(ValueError, match="sensitivity: coupled filters fall together, .*leave coupled=True out"):
+        sensitivity(Residual(), lambda model: 0.0, granularity="filter", coupled=True, example_input=EXAMPLE)
 
 
 def test_without_torch_pruning(monkeypatch):

@@ -712,3 +712,114 @@ def test_channels_behind_a_shuffle_are_coupled_with_those_they_are_added_to(pict
     assert fine[:4] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
     assert coarse[:4] == [[0], [1], [2], [3]]
     assert [channel.inputs for channel in found[:4]] == [(("out", place),) for place in range(4)]
+
+
+SIZED = {
+    "padded average": lambda x: F.avg_pool2d(x, 3, 2, 1).mean((2, 3)),
+    "padding": lambda x: F.pad(x, (1, 1, 1, 1)).mean((2, 3)),
+    "sum": lambda x: x.sum((2, 3)),
+    "ramp": lambda x: (x * torch.linspace(0, 1, x.shape[-1]) ** 2).mean((2, 3)),
+    "softmax": lambda x: x.flatten(2).softmax(2).mean(2),
+    "sum over the batch": lambda x: x.mean((2, 3)) + x.mean((2, 3)).sum(0, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("function", SIZED)
+def test_a_constant_of_a_size_of_the_input_is_none(function, pictures):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), Dropping(SIZED[function])).eval()
+    model[1].last = nn.Linear(6, 2)
+    with torch.no_grad():
+        model[0].weight[1:3], model[0].bias[1:3] = 0, 1.0
+    small, _ = shrunk(model, pictures)
+    assert same(model, small, pictures, torch.randn(1, 3, 12, 10), torch.randn(3, 3, 6, 6))
+
+
+def test_a_constant_of_a_sign_of_the_input_is_none(pictures):
+    class Signed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.out = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 3)
+
+        def forward(self, x):
+            return self.out(F.relu(self.conv(x)) + (1 if x.mean() > 0 else 2))
+
+    model = Signed().eval()
+    with torch.no_grad():
+        model.conv.weight[1:3] = 0
+    small, _ = shrunk(model, pictures - 3)
+    assert same(model, small, pictures - 3, pictures + 3)
+
+
+def test_inputs_of_layers_by_keyword(pictures):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.out = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 3)
+
+        def forward(self, x):
+            return self.out(input=self.conv(input=x).relu())
+
+    model = Named().eval()
+    with torch.no_grad():
+        model.conv.weight[1:3] = 0
+    small = shrink(model, pictures)
+    assert small.conv.out_channels == 4
+    assert same(model, small, pictures)
+
+
+def test_what_decides_by_values_of_the_input_is_refused(pictures):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Dropping(lambda x: x.mean((2, 3)) * int(x.sum()))).eval()
+    with pytest.raises(ValueError, match="what in Sequential does not depend on the input cannot be told: .* NaN"):
+        shrink(model, pictures)
+
+
+def test_what_remembers_earlier_inputs_is_refused(pictures):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.count = nn.Conv2d(3, 4, 1), 0
+
+        def forward(self, x):
+            self.count += 1
+            return self.conv(x) * self.count
+
+    with pytest.raises(ValueError, match="turn off what is random in it, or what it remembers"):
+        shrink(Counting(), pictures)
+
+
+def test_weights_that_hooks_compute_stay_by_name(pictures):
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.utils.spectral_norm(nn.Conv2d(6, 4, 1)), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    model.eval()
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = 0, 0
+        model[1].weight_orig[2] = 0
+    model(pictures)  # its weight is now of a graph, which deepcopy refuses
+    small, report = shrunk(model, pictures)
+    assert same(model, small, pictures)
+    assert report.layers[1].why == "1 coupled with 1, whose weights are computed from others"
+
+
+def test_reshapes_that_are_misread_do_not_go_on_for_ever():
+    models = pytest.importorskip("torchvision.models", reason="a Swin transformer")
+    torch.manual_seed(0)
+    model = models.SwinTransformer([2, 2], 8, [2, 2], [2, 2], [4, 4], num_classes=4).eval()
+    with torch.no_grad():
+        for block in (*model.features[1], *model.features[3]):
+            block.mlp[0].weight[:3], block.mlp[0].bias[:3] = 0, 0
+    small, report = shrunk(model, torch.randn(2, 3, 16, 16))
+    assert same(model, small, torch.randn(2, 3, 16, 16))
+    assert small.features[1][1].mlp[0].out_features == 32 - 3
+    assert {layer.why for layer in report.layers if layer.zeros_left} == {"3 what is computed of it is not followed"}
+
+
+def test_a_layer_of_which_all_inputs_would_go_is_tried_like_others(pictures):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GLU(1), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.zero_()
+    small, report = shrunk(model, pictures)
+    assert same(model, small, pictures)
+    assert "is not followed" in report.layers[0].why
