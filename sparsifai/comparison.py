@@ -165,8 +165,8 @@ def compare(dense: nn.Module, sparse: nn.Module, example_input: Any, repeats: in
     of all of it. repeats: how often each form is timed, by default for about a second in all.
     Forms are run in turn, there and back, in evaluation mode and without gradients, after a warm-up; times are medians,
     and within the noise, which `~` marks, if the middle three quarters of their ratios to the dense model, round by
-    round, have 1 among them. Of a wrapper (compiled, data parallel) what is in it is compared. The models are afterwards
-    as before: modes, buffers, gradients; the random generators too.
+    round, have 1 among them. Of a wrapper (compiled, data parallel) what is in it is compared. The models are as before
+    afterwards: modes, buffers, gradients; the random generators too.
     TypeError for what is no module, ValueError if one does not run on the example.
     """
     for name, model in (("dense", dense), ("sparse", sparse)):
@@ -227,7 +227,7 @@ def _shrunk(sparse: nn.Module, masked: Form, flops: Mapping[str, int], example: 
     from .shrinking import shrink
 
     nothing = "nothing to remove: no filter is zero as a whole"
-    if False:
+    if not _has_zero_slices(sparse):
         raise ValueError(nothing)
     model = shrink(sparse, example)
     run(model, example)
