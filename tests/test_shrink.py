@@ -823,3 +823,19 @@ def test_a_layer_of_which_all_inputs_would_go_is_tried_like_others(pictures):
     small, report = shrunk(model, pictures)
     assert same(model, small, pictures)
     assert "is not followed" in report.layers[0].why
+
+
+def test_doubles_beside_halves_lose_nothing(pictures):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = with_norm().half()
+            self.register_buffer("scale", torch.tensor([1 / 3], dtype=torch.float64))
+
+        def forward(self, x):
+            return self.net(x) * self.scale.to(x.dtype)
+
+    model = Scaled().eval()
+    small = shrink(model, pictures.half())
+    assert torch.equal(small.scale, model.scale)
+    assert small.scale.dtype == torch.float64
