@@ -7,7 +7,7 @@ it; in all else it spreads as IEEE arithmetic has it, and where that would drop 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .flow import tensors_in
 from .parallel import kind_of
 from .statistic import run
 from .target import CONVOLUTIONS
@@ -67,7 +68,8 @@ def _inputs_of_layers(model: nn.Module, example_input: Any, spread: _Spread | No
                 values = given.movedim(channel_axis(module, given), 0).flatten(1)
                 value = torch.where(_equal(values, values[:, :1]).all(1), values[:, 0], _NAN)
                 found[name] = torch.where(_equal(found[name], value), value, _NAN) if name in found else value
-                return None if spread is None else ((spread.enter(module, value, given), *inputs[1:]), {})
+                others = {key: each for key, each in named.items() if key != "input"}
+                return None if spread is None else ((spread.enter(module, value, given), *inputs[1:]), others)
 
         return hook
 
@@ -83,6 +85,51 @@ def _inputs_of_layers(model: nn.Module, example_input: Any, spread: _Spread | No
         for handle in handles:
             handle.remove()
     return found
+
+
+@torch.no_grad()
+def escapes(
+    model: nn.Module, example_input: Any, outputs: Mapping[str, set[int]], inputs: Mapping[str, set[int]]
+) -> bool:
+    """Whether outputs of layers reach the output of the model otherwise than by these inputs of layers.
+
+    As they do where something is computed across channels, such as a mean, which is another without them. They are made
+    NaN, and the inputs are not read.
+    """
+    spread, handles = _Spread(), []
+
+    def enter(name: str) -> Callable:
+        def hook(module: nn.Module, positional: tuple, named: dict[str, Any]) -> Any:
+            given = positional[0] if positional else named["input"]
+            with _paused(spread):
+                reached = given.isnan().movedim(channel_axis(module, given), 0).flatten(1).any(1)
+                reached[list(inputs.get(name, ()))] = False
+                spread.reached[module] = reached
+                others = {key: each for key, each in named.items() if key != "input"}
+                return (torch.where(given.isnan(), 0.0, given), *positional[1:]), others
+
+        return hook
+
+    def leave(name: str) -> Callable:
+        def hook(module: nn.Module, positional: tuple, output: Tensor) -> Tensor:
+            output = spread.leave(module, positional, output)
+            with _paused(spread):
+                places = torch.tensor(sorted(outputs.get(name, ())), dtype=torch.long, device=output.device)
+                return output.index_fill(channel_axis(module, output), places, _NAN)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, _LAYERS):
+            handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(leave(name)))
+    try:
+        with spread:
+            output = run(model, example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return any(bool(value.isnan().any()) for value in tensors_in(output) if value.is_floating_point())
 
 
 def channel_axis(module: nn.Module, value: Tensor) -> int:

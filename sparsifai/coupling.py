@@ -235,7 +235,7 @@ def check_runs(model: nn.Module, example_input: Any) -> Any:
 
 # What one layer's outputs are coupled with: (name, 'outputs', 'through' or 'inputs', place), output of the layer.
 Group = list[tuple[tuple[str, str, Any], int]]
-_LOST = "what is computed of it is not followed"
+LOST = "what is computed of it is not followed"
 
 
 def _groups(graph: Any, names: Mapping[Any, str], kept: dict[str, str], types: Any) -> Iterator[Group]:
@@ -249,7 +249,7 @@ def _groups(graph: Any, names: Mapping[Any, str], kept: dict[str, str], types: A
         try:
             items = list(graph.get_pruning_group(root, pruner.prune_out_channels, every))
         except OverflowError:
-            kept.setdefault(names[root], _LOST)
+            kept.setdefault(names[root], LOST)
             yield [((names[root], "outputs", place), place) for place in every]
             continue
         for item in items:
@@ -276,7 +276,7 @@ def _groups(graph: Any, names: Mapping[Any, str], kept: dict[str, str], types: A
                 kept.setdefault(name, reason)
             for place, channel in zip(item.idxs, item.root_idxs, strict=True):
                 known = size is None or 0 <= place < size
-                group.append(((name, side, place) if known else (_LOST, "through", f"{name} {place}"), channel))
+                group.append(((name, side, place) if known else (LOST, "through", f"{name} {place}"), channel))
         yield group
 
 
@@ -292,7 +292,7 @@ def _size(module: Any, side: str) -> int | None:
 def _obstacles(model: nn.Module) -> dict[str, str]:
     """Layers of which no channel can be removed, and why."""
     owners: dict[int, list[str]] = {}
-    obstacles = {_LOST: _LOST}
+    obstacles = {LOST: LOST}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:

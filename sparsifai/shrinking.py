@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .collection import untraced
-from .constant import constant_inputs, pads_alike, reading
-from .coupling import ChannelSet, Place, check_runs, copied, find_channels, is_depthwise
+from .constant import constant_inputs, escapes, pads_alike, reading
+from .coupling import LOST, ChannelSet, Place, check_runs, copied, find_channels, is_depthwise
 from .flow import tensors_in
 from .linear_weights import check_is_module
 from .parallel import unwrapped
@@ -154,9 +154,25 @@ class _Work:
         parts: dict[Any, list[ChannelSet]] = {}
         for channel in goes:  # those of the same layers together
             parts.setdefault(tuple(dict.fromkeys(name for name, _ in channel.outputs)), []).append(channel)
-        if goes:
+        if mixed := self._mixed(list(parts.values())):
+            self.refused |= {(name, self.numbers[name][place]) for each in mixed for name, place in each.outputs}
+        elif goes:
             self._remove(list(parts.values()), constants)
         return bool(goes)
+
+    def _mixed(self, parts: list[list[ChannelSet]]) -> list[ChannelSet]:
+        """The channels that something reads besides the layers that are known to: what is computed across channels."""
+
+        def escaping(channels: list[ChannelSet]) -> bool:
+            with untraced(self.model):
+                sides = _places(channels, "outputs"), _places(channels, "inputs")
+                return escapes(self.model, self.example_input, *sides)
+
+        every = [channel for part in parts for channel in part]
+        # Where it reaches the output even of no channel, as behind whole numbers, it tells nothing.
+        if not every or not escaping(every) or escaping([]):
+            return []
+        return [channel for part in parts if escaping(part) for channel in part]
 
     def _divide(
         self, channels: list[ChannelSet], constants: Mapping[str, Tensor]
@@ -171,7 +187,7 @@ class _Work:
             if channel.kept:
                 return channel.kept
             if any((name, self.numbers[name][place]) in self.refused for name, place in channel.outputs):
-                return "without it the outputs differ: what is computed of it is not followed"
+                return LOST
             for name, place in channel.inputs:
                 value = values[name][place] if name in values else math.nan
                 if not reads[name][place] or value == 0:
