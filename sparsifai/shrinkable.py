@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .report import Count, percent
 from .table import as_html, as_text
 
-_HEADER = ("layer", "kind", "outputs", "of zeros", "removed", "of zeros left", "why")
+_HEADER = ("layer", "kind", "outputs", "zero filters", "removed", "zero filters left", "why")
 _LEFT = (0, 1, 6)
 
 
