@@ -13,7 +13,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,15 +22,12 @@ from torch.utils._pytree import tree_map
 from .collection import untraced
 from .constant import constant_inputs, escapes, pads_alike, reading
 from .coupling import LOST, ChannelSet, Place, check_runs, copied, find_channels, is_depthwise
+from .cutting import LAYERS, cut, outputs_of, places_of
 from .flow import tensors_in
 from .linear_weights import check_is_module
 from .parallel import unwrapped
 from .shrinkable import ShrinkableLayer, Shrinkage
-from .statistic import run
-from .target import CONVOLUTIONS
-
-_LAYERS = (nn.Linear, *CONVOLUTIONS)
-_TOLERANCE = 1e-5  # of outputs, relative to the largest of them
+from .trial import alike, in_float32, other_size, random_like
 
 
 def shrink(model: nn.Module, example_input: Any) -> nn.Module:
@@ -121,10 +117,10 @@ class _Work:
             # In half precision no difference could be told from rounding.
             for value in halves:
                 value.data = value.data.float()
-            self.example_input = tree_map(_widened, self.example_input)
+            self.example_input = tree_map(in_float32, self.example_input)
         with torch.random.fork_rng():
-            others = _other_size(self.model, self.example_input)
-            self.inputs = [self.example_input, tree_map(_like, self.example_input), *others]
+            others = other_size(self.model, self.example_input)
+            self.inputs = [self.example_input, tree_map(random_like, self.example_input), *others]
             self.outputs = self._outputs(self.model)
             torch.manual_seed(0)
             steady = self._same(self.model)
@@ -136,7 +132,7 @@ class _Work:
         self.numbers = {
             name: list(range(outputs_of(module)))
             for name, module in self.model.named_modules()
-            if isinstance(module, _LAYERS)
+            if isinstance(module, LAYERS)
         }
 
     def done(self) -> _Work:
@@ -165,7 +161,7 @@ class _Work:
 
         def escaping(channels: list[ChannelSet]) -> bool:
             with untraced(self.model):
-                sides = _places(channels, "outputs"), _places(channels, "inputs")
+                sides = places_of(channels, "outputs"), places_of(channels, "inputs")
                 return escapes(self.model, self.example_input, *sides)
 
         every = [channel for part in parts for channel in part]
@@ -228,7 +224,7 @@ class _Work:
         cut(smaller, channels, constants)
         if self._same(smaller):
             self.model = smaller
-            for name, gone in _places(channels, "outputs").items():
+            for name, gone in places_of(channels, "outputs").items():
                 self.numbers[name] = [number for place, number in enumerate(self.numbers[name]) if place not in gone]
             return True
         if len(parts) == 1:
@@ -247,7 +243,7 @@ class _Work:
             outputs = self._outputs(model)
         except Exception:  # what was cut does not fit together
             return False
-        return all(map(_alike, outputs, self.outputs))
+        return all(map(alike, outputs, self.outputs))
 
     def report(self, given: nn.Module) -> Shrinkage:
         """What has become of the outputs of the model that was given."""
@@ -257,7 +253,9 @@ class _Work:
                 continue
             zero = {place for place, alive in enumerate(reading(module).any(2).flatten().tolist()) if not alive}
             left = zero.intersection(self.numbers[name])
-            reasons = Counter(self.kept.get((name, number), "it is not called") for number in sorted(left))
+            reasons = Counter(
+                self.kept.get((name, number), "it is not called, or not as a layer") for number in sorted(left)
+            )
             layers.append(
                 ShrinkableLayer(
                     name,
@@ -271,125 +269,3 @@ class _Work:
             )
         sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (given, self.model)]
         return Shrinkage(tuple(layers), *sizes)
-
-
-@torch.no_grad()
-def cut(model: nn.Module, channels: Iterable[ChannelSet], constants: Mapping[str, Tensor]) -> None:
-    """Remove channels from the layers of a model. constants: of the inputs of layers, what they always are."""
-    channels = list(channels)
-    removed = {side: _places(channels, side) for side in ("outputs", "through", "inputs")}
-    for name, module in model.named_modules():
-        inputs = removed["inputs"].get(name, set())
-        values = {place: float(constants[name][place]) for place in inputs}
-        # What depends on the input, and is removed all the same, is not read.
-        if constant := {place: value for place, value in values.items() if value and not math.isnan(value)}:
-            _fold(module, constant)
-        _keep(module, removed["outputs"].get(name, set()) | removed["through"].get(name, set()), inputs)
-
-
-def _alike(output: Tensor, expected: Tensor) -> bool:
-    """Whether an output is as expected, but for rounding; infinities and NaN at the same places."""
-    if output.shape != expected.shape or not expected.is_floating_point():
-        return torch.equal(output, expected)
-    finite = expected[expected.isfinite()].abs()
-    largest = finite.max().item() if finite.numel() else 0.0
-    return torch.allclose(output, expected, rtol=0, atol=_TOLERANCE * largest, equal_nan=True)
-
-
-def _places(channels: Iterable[ChannelSet], side: str) -> dict[str, set[int]]:
-    places: dict[str, set[int]] = {}
-    for channel in channels:
-        for name, place in getattr(channel, side):
-            places.setdefault(name, set()).add(place)
-    return places
-
-
-def _fold(module: Any, constant: Mapping[int, float]) -> None:
-    """Put into the bias of a layer what constant inputs add to its outputs."""
-    places = torch.tensor(list(constant), device=module.weight.device)
-    weight = module.weight.index_select(1, places).double()
-    values = torch.tensor(list(constant.values()), dtype=torch.float64, device=weight.device)
-    added = weight.flatten(2).sum(2) @ values if weight.dim() > 2 else weight @ values
-    if module.bias is None:
-        module.bias = nn.Parameter(module.weight.new_zeros(outputs_of(module)), module.weight.requires_grad)
-    module.bias.copy_(module.bias + added)
-
-
-def _keep(module: Any, outputs: set[int], inputs: set[int]) -> None:
-    """Cut outputs and inputs out of the parameters of a layer."""
-    if not (outputs or inputs):
-        return
-
-    def narrow(name: str, axis: int, gone: set[int]) -> None:
-        tensor = getattr(module, name, None)
-        if tensor is None or not gone:
-            return
-        left = [place for place in range(tensor.shape[axis]) if place not in gone]
-        narrower = tensor.detach().index_select(axis, torch.tensor(left, dtype=torch.long, device=tensor.device))
-        is_parameter = isinstance(tensor, nn.Parameter)
-        setattr(module, name, nn.Parameter(narrower, tensor.requires_grad) if is_parameter else narrower)
-
-    into = 0 if getattr(module, "transposed", False) else 1
-    out = 0 if is_depthwise(module) or not isinstance(module, _LAYERS) else 1 - into
-    narrow("weight", out, outputs)
-    narrow("weight", into, inputs)
-    for name in ("bias", "running_mean", "running_var"):
-        narrow(name, 0, outputs)
-    if is_depthwise(module):
-        module.groups -= len(outputs)
-        inputs = outputs
-    for size, gone in _SIZES.items():
-        if hasattr(module, size):
-            setattr(module, size, getattr(module, size) - len(outputs if gone == "outputs" else inputs))
-
-
-# The attributes in which layers say how many outputs and inputs they have.
-_SIZES = {
-    **dict.fromkeys(("out_channels", "out_features", "num_features", "num_parameters"), "outputs"),
-    **dict.fromkeys(("in_channels", "in_features"), "inputs"),
-}
-
-
-def outputs_of(module: Any) -> int:
-    """Number of outputs of a Linear layer or a convolution."""
-    return module.out_features if isinstance(module, nn.Linear) else module.out_channels
-
-
-def _like(value: Any) -> Any:
-    """Random numbers with the mean and the deviation of a tensor of floats; all else as it is."""
-    if not (isinstance(value, Tensor) and value.is_floating_point()):
-        return value
-    spread = value.std() if value.numel() > 1 else value.abs().max()
-    return torch.randn_like(value) * spread.clamp(min=1e-3) + value.mean()
-
-
-def _other_size(model: nn.Module, example_input: Any) -> list[Any]:
-    """One example of another batch size, as long again in a further axis, of other values: as much as the model takes.
-
-    What depends on the size of the input, or on the sign of its values, is another with it.
-    """
-    for axes in ((0, -1), (0, 1), (-1,), (1,), (0,)):
-        other = tree_map(partial(_resized, axes=axes), example_input)
-        try:
-            with untraced(model), torch.no_grad():
-                run(model, other)
-        except Exception:  # it has a fixed size
-            continue
-        return [other]
-    return []
-
-
-def _resized(value: Any, axes: tuple[int, ...]) -> Any:
-    if not isinstance(value, Tensor) or not value.dim():
-        return value
-    if 0 in axes:
-        value = value[:1] if len(value) > 1 else torch.cat([value, value])
-    if not value.is_floating_point():
-        return value
-    for axis in filter(None, axes if value.dim() > 2 else ()):
-        value = torch.cat([value, value], axis)
-    return -2 * value
-
-
-def _widened(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
