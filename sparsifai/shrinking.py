@@ -40,6 +40,7 @@ def shrink(model: nn.Module, example_input: Any) -> nn.Module:
 
     model: any torch model, which stays as it is; of a wrapper (compiled, data parallel), what is in it.
     example_input: a batch that it accepts, a tuple for several positional arguments, a dictionary for keywords.
+    What is left trains like any other model, in a Learner of its own.
     Warns of filters of zeros that have to stay; `shrinkage` tells why. Needs torch-pruning, whose dependency graph says
     which channels go together (Fang et al., 2023, "DepGraph", arXiv:2301.12900): pip install 'sparsifai[shrink]'.
     ImportError without it; ValueError if the model does not run, or cannot be followed.

@@ -226,7 +226,7 @@ def test_a_dense_model_stays_as_it_is(pictures):
 # --- Any net ----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(random=st.randoms(use_true_random=False), share=st.sampled_from([0.2, 0.5, 0.8]))
 def test_of_any_net_the_outputs_stay(random, share):
     model = RandomNet(random).eval()
@@ -244,7 +244,7 @@ def test_of_any_net_the_outputs_stay(random, share):
     assert report.parameters_left == sum(parameter.numel() for parameter in small.parameters())
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(random=st.randoms(use_true_random=False), sparsity=st.sampled_from([0.3, 0.6]))
 def test_of_any_net_all_that_falls_together_can_go(random, sparsity):
     model = RandomNet(random, constants=False).eval()

@@ -11,7 +11,7 @@ torchvision = pytest.importorskip("torchvision", reason="its models are those th
 
 from sparsifai import Sparsifier, shrink, shrinkage  # noqa: E402
 
-NAMES = ("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "vgg11_bn", "efficientnet_b0")
+NAMES = ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "vgg11_bn", "efficientnet_b0")
 
 
 def densenet():
