@@ -115,6 +115,14 @@ def test_a_layer_without_a_bias_gets_one_where_a_constant_is_folded(pictures):
     torch.testing.assert_close(small[2].bias, expected)
 
 
+def test_a_bias_that_is_new_is_as_its_weight(pictures):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid(), nn.Conv2d(4, 5, 3, bias=False)).eval().bfloat16()
+    with torch.no_grad():
+        model[0].weight[1] = 0
+    small = shrink(model, pictures.bfloat16())
+    assert small[2].bias.dtype == small[2].weight.dtype == torch.bfloat16
+
+
 def test_a_constant_before_zero_padding_stays_and_is_named(pictures):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 3, padding=1)).eval()
     with torch.no_grad():
