@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .recipe import Recipe
-from .report import Count, percent
+from .report import Count, figures
 from .sparse_file import SparseFile
 from .sparse_format import is_safetensors
 from .table import as_text
@@ -136,8 +136,7 @@ def _is_plain(value: Tensor) -> bool:
 
 
 def _counted(name: str, shape: str, *tensors: Tensor) -> tuple[str, ...]:
-    count = Count.of(*tensors)
-    return name, shape, f"{count.weights:,}", f"{count.zeros:,}", percent(count.sparsity)
+    return name, shape, *figures(Count.of(*tensors))
 
 
 def _model(name: str) -> nn.Module:

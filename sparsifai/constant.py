@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .flow import tensors_in
+from .flow import is_float, tensors_in
 from .parallel import kind_of
 from .statistic import run
 from .target import CONVOLUTIONS
 
 _NAN = float("nan")
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 _LAYERS = (nn.Linear, *CONVOLUTIONS, _BATCH_NORMS)
+# (name of a layer, layer, its input or output) -> what is to be in its place.
+_Change = Callable[[str, nn.Module, Tensor], Tensor]
 _PRODUCTS = {"mul", "mul_", "__mul__", "__imul__", "__rmul__", "multiply", "multiply_"}
 
 
@@ -61,29 +62,21 @@ def _inputs_of_layers(model: nn.Module, example_input: Any, spread: _Spread | No
     """For each input of each layer the one value that it has at all places, else NaN."""
     found: dict[str, Tensor] = {}
 
-    def note(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> Any:
-            given = inputs[0] if inputs else named["input"]
-            with _paused(spread):
-                values = given.movedim(channel_axis(module, given), 0).flatten(1)
-                value = torch.where(_equal(values, values[:, :1]).all(1), values[:, 0], _NAN)
-                found[name] = torch.where(_equal(found[name], value), value, _NAN) if name in found else value
-                others = {key: each for key, each in named.items() if key != "input"}
-                return None if spread is None else ((spread.enter(module, value, given), *inputs[1:]), others)
+    def enter(name: str, module: nn.Module, given: Tensor) -> Tensor:
+        with _paused(spread):
+            values = given.movedim(channel_axis(module, given), 0).flatten(1)
+            value = torch.where(_equal(values, values[:, :1]).all(1), values[:, 0], _NAN)
+            found[name] = torch.where(_equal(found[name], value), value, _NAN) if name in found else value
+            if spread is None:
+                return given
+            # What differs from place to place counts as reached: pooled, it would be a constant of the input's size.
+            return spread.enter(module, given, value.isnan() | (not pads_alike(module)) & (value != 0))
 
-        return hook
+    def leave(name: str, module: nn.Module, output: Tensor) -> Tensor:
+        return output if spread is None else spread.leave(module, output)
 
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, _LAYERS):
-            handles.append(module.register_forward_pre_hook(note(name), with_kwargs=True))
-            if spread is not None:
-                handles.append(module.register_forward_hook(spread.leave))
-    try:
+    with _hooked(model, enter, leave):
         run(model, example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 
@@ -96,40 +89,50 @@ def escapes(
     As they do where something is computed across channels, such as a mean, which is another without them. They are made
     NaN, and the inputs are not read.
     """
-    spread, handles = _Spread(), []
+    spread = _Spread()
 
-    def enter(name: str) -> Callable:
+    def enter(name: str, module: nn.Module, given: Tensor) -> Tensor:
+        with _paused(spread):
+            reached = given.isnan().movedim(channel_axis(module, given), 0).flatten(1).any(1)
+            reached[list(inputs.get(name, ()))] = False
+            return spread.enter(module, given, reached)
+
+    def leave(name: str, module: nn.Module, output: Tensor) -> Tensor:
+        output = spread.leave(module, output)
+        with _paused(spread):
+            places = torch.tensor(sorted(outputs.get(name, ())), dtype=torch.long, device=output.device)
+            return output.index_fill(channel_axis(module, output), places, _NAN)
+
+    with _hooked(model, enter, leave), spread:
+        output = run(model, example_input)
+    return any(bool(value.isnan().any()) for value in tensors_in(output) if value.is_floating_point())
+
+
+@contextmanager
+def _hooked(model: nn.Module, enter: _Change, leave: _Change) -> Iterator[None]:
+    """Have `enter` change what layers are given meanwhile, and `leave` what they put out."""
+
+    def before(name: str) -> Callable:
         def hook(module: nn.Module, positional: tuple, named: dict[str, Any]) -> Any:
             given = positional[0] if positional else named["input"]
-            with _paused(spread):
-                reached = given.isnan().movedim(channel_axis(module, given), 0).flatten(1).any(1)
-                reached[list(inputs.get(name, ()))] = False
-                spread.reached[module] = reached
-                others = {key: each for key, each in named.items() if key != "input"}
-                return (torch.where(given.isnan(), 0.0, given), *positional[1:]), others
+            others = {key: each for key, each in named.items() if key != "input"}
+            return (enter(name, module, given), *positional[1:]), others
 
         return hook
 
-    def leave(name: str) -> Callable:
-        def hook(module: nn.Module, positional: tuple, output: Tensor) -> Tensor:
-            output = spread.leave(module, positional, output)
-            with _paused(spread):
-                places = torch.tensor(sorted(outputs.get(name, ())), dtype=torch.long, device=output.device)
-                return output.index_fill(channel_axis(module, output), places, _NAN)
+    def after(name: str) -> Callable:
+        return lambda module, positional, output: leave(name, module, output)
 
-        return hook
-
-    for name, module in model.named_modules():
-        if isinstance(module, _LAYERS):
-            handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(leave(name)))
+    handles = []
     try:
-        with spread:
-            output = run(model, example_input)
+        for name, module in model.named_modules():
+            if isinstance(module, _LAYERS):
+                handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+                handles.append(module.register_forward_hook(after(name)))
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return any(bool(value.isnan().any()) for value in tensors_in(output) if value.is_floating_point())
 
 
 def channel_axis(module: nn.Module, value: Tensor) -> int:
@@ -153,7 +156,7 @@ def pads_alike(module: Any) -> bool:
 def reading(module: Any) -> Tensor:
     """Bool (groups, outputs / groups, inputs / groups): which inputs a layer reads by a weight that is not zero."""
     groups, weight = getattr(module, "groups", 1), module.weight.detach() != 0
-    if isinstance(module, _TRANSPOSED):
+    if getattr(module, "transposed", False):
         weight = weight.unflatten(0, (groups, -1)).transpose(1, 2)
     else:
         weight = weight.unflatten(0, (groups, -1))
@@ -170,18 +173,14 @@ class _Spread(TorchFunctionMode):
     def start(self, example_input: Any) -> Any:
         """The example with NaN for its floats."""
         with _paused(self):
-            return tree_map(lambda value: torch.full_like(value, _NAN) if _is_float(value) else value, example_input)
+            return tree_map(lambda value: torch.full_like(value, _NAN) if is_float(value) else value, example_input)
 
-    def enter(self, module: nn.Module, value: Tensor, given: Tensor) -> Tensor:
-        """Note which inputs of a layer NaN has reached; what is given to it, with zeros in the place of NaN.
-
-        value: of each input, NaN if there is not one. What differs from place to place counts as reached: pooled, it
-        would be a constant of the size of the input.
-        """
-        self.reached[module] = value.isnan() if pads_alike(module) else value.isnan() | (value != 0)
+    def enter(self, module: nn.Module, given: Tensor, reached: Tensor) -> Tensor:
+        """Note which inputs of a layer NaN has reached; what is given to it, with zeros in the place of NaN."""
+        self.reached[module] = reached
         return torch.where(given.isnan(), 0.0, given)
 
-    def leave(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    def leave(self, module: nn.Module, output: Tensor) -> Tensor:
         """Put NaN into the outputs that read an input that it has reached."""
         with _paused(self):
             reached = self.reached[module]
@@ -204,10 +203,10 @@ class _Spread(TorchFunctionMode):
             given = [each.clone() for each in given] if in_place else given
             made = function(*args, **kwargs)
             if args and (name == "__setitem__" or made is args[0]):
-                if _is_float(args[0]):
+                if is_float(args[0]):
                     args[0].copy_(self._put_back(args[0], given, name))
                 return made
-            return tree_map(lambda each: self._put_back(each, given, name) if _is_float(each) else each, made)
+            return tree_map(lambda each: self._put_back(each, given, name) if is_float(each) else each, made)
 
     def _put_back(self, made: Tensor, given: list[Tensor], name: str) -> Tensor:
         """Put NaN where an operation has dropped it, take it from where zeros annihilate it."""
@@ -234,7 +233,3 @@ def _paused(spread: _Spread | None) -> Iterator[None]:
         yield
     finally:
         spread.paused -= 1
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()

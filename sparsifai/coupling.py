@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map
 
-from .flow import tensors_in
+from .flow import is_float, tensors_in
 from .parallel import kind_of, unwrapped
 from .statistic import run
 from .target import CONVOLUTIONS
 
 Place = tuple[str, int]  # name of a layer, number of an output or input
 
-_LAYERS = (nn.Linear, *CONVOLUTIONS)
+LAYERS = (nn.Linear, *CONVOLUTIONS)
 # What treats every channel by itself.
 _BY_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
 _NORMS_OF_INPUT: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -112,7 +112,7 @@ class _Ends(nn.Module):
         self.called: dict[nn.Module, Tensor] = {}  # layers and what they have put out
         self.ends: list[nn.Module] = []  # layers whose outputs end in nothing
         for module in model.modules():
-            if isinstance(module, _LAYERS):
+            if isinstance(module, LAYERS):
                 module.register_forward_hook(lambda module, inputs, output: self.called.update({module: output}))
         self._number = 0
         self._each(example_input, self._add_mark)
@@ -120,7 +120,7 @@ class _Ends(nn.Module):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The outputs, after an operation that shows where the model ends."""
         inputs, named = self._each((inputs, named), self._mark)
-        outputs = [output for output in tensors_in(self.model(*inputs, **named)) if _is_float(output)]
+        outputs = [output for output in tensors_in(self.model(*inputs, **named)) if is_float(output)]
         return [output * 1 for output in [*outputs, *(self.called[end] for end in self.ends)]]
 
     def add_ends(self, known: Container[nn.Module]) -> bool:
@@ -133,7 +133,7 @@ class _Ends(nn.Module):
         return tree_map(function, tree)
 
     def _add_mark(self, value: Any) -> None:
-        if _is_float(value) and value.dim() in _NORMS_OF_INPUT:
+        if is_float(value) and value.dim() in _NORMS_OF_INPUT:
             kind = _NORMS_OF_INPUT[value.dim()]
             self.marks[str(self._number)] = kind(value.shape[1], device=value.device, dtype=value.dtype)
         self._number += 1
@@ -212,10 +212,6 @@ class _Bounded(list):
         return mapped
 
 
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
 def copied(model: nn.Module) -> nn.Module:
     """A copy, of models too that hold tensors computed in a forward, as with torch.nn.utils.spectral_norm."""
     held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
@@ -241,7 +237,7 @@ LOST = "what is computed of it is not followed"
 def _groups(graph: Any, names: Mapping[Any, str], kept: dict[str, str], types: Any) -> Iterator[Group]:
     """A group for every layer. kept: here is noted of what no channel can be removed, by name, and why."""
     for root in list(graph.module2node):
-        if not isinstance(root, _LAYERS) or root not in names:
+        if not isinstance(root, LAYERS) or root not in names:
             continue
         pruner = graph.get_pruner_of_module(root)
         every = list(range(pruner.get_out_channels(root)))
@@ -263,7 +259,7 @@ def _groups(graph: Any, names: Mapping[Any, str], kept: dict[str, str], types: A
                 reason = "coupled with the input of the model"
             elif isinstance(module, nn.Parameter):
                 reason = f"coupled with {names[module]}, a parameter of no layer"
-            elif isinstance(module, _LAYERS):
+            elif isinstance(module, LAYERS):
                 inward = graph.is_in_channel_pruning_fn(item.dep.handler) and not is_depthwise(module)
                 side = "inputs" if inward else "outputs"
             elif isinstance(module, nn.PixelShuffle):
@@ -299,7 +295,7 @@ def _obstacles(model: nn.Module) -> dict[str, str]:
                 owners.setdefault(id(parameter), []).append(name)
         if isinstance(module, CONVOLUTIONS) and module.groups > 1 and not is_depthwise(module):
             obstacles[name] = f"coupled with {name}, whose {module.groups} groups have to stay equal"
-        elif is_parametrized(module) or isinstance(module, _LAYERS) and "weight" not in module._parameters:
+        elif is_parametrized(module) or isinstance(module, LAYERS) and "weight" not in module._parameters:
             obstacles[name] = f"coupled with {name}, whose weights are computed from others"
     for sharing in owners.values():
         if len(sharing) > 1:

@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .coupling import ChannelSet, is_depthwise
-from .target import CONVOLUTIONS
-
-LAYERS = (nn.Linear, *CONVOLUTIONS)
+from .coupling import LAYERS, ChannelSet, is_depthwise
 
 
 @torch.no_grad()

@@ -316,3 +316,8 @@ def tensors_in(tree: Any) -> list[Tensor]:
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)) and not callable(leaf):
             tensors += [held for held in tree_leaves(vars(leaf)) if isinstance(held, Tensor)]
     return tensors
+
+
+def is_float(value: Any) -> bool:
+    """Whether something is a tensor of floats."""
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -108,14 +108,14 @@ class Report:
     def _lines(self) -> list[tuple[str, ...]]:
         """Rows of text: the header first, the two totals last."""
         cells = [
-            (row.name, row.kind, "x".join(map(str, row.shape)), *_figures(row.count), row.why_dense or row.note)
+            (row.name, row.kind, "x".join(map(str, row.shape)), *figures(row.count), row.why_dense or row.note)
             for row in self.rows
         ]
         return [
             self._header,
             *cells,
-            ("selected layers", "", "", *_figures(self.selected), ""),
-            ("whole model", "", "", *_figures(self.model), ""),
+            ("selected layers", "", "", *figures(self.selected), ""),
+            ("whole model", "", "", *figures(self.model), ""),
         ]
 
     def __str__(self) -> str:
@@ -154,5 +154,6 @@ def _holder(model: nn.Module, name: str) -> str:
     return kind_of(model.get_submodule(name.rpartition(".")[0]))
 
 
-def _figures(count: Count) -> tuple[str, str, str]:
+def figures(count: Count) -> tuple[str, str, str]:
+    """Cells of a table: weights, zeros and sparsity."""
     return f"{count.weights:,}", f"{count.zeros:,}", percent(count.sparsity)

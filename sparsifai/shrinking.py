@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .argument import check_is_module
 from .collection import untraced
 from .constant import constant_inputs, escapes, pads_alike, reading
-from .coupling import LOST, ChannelSet, Place, check_runs, copied, find_channels, is_depthwise
-from .cutting import LAYERS, cut, outputs_of, places_of
+from .coupling import LAYERS, LOST, ChannelSet, Place, check_runs, copied, find_channels, is_depthwise
+from .cutting import cut, outputs_of, places_of
 from .flow import tensors_in
-from .linear_weights import check_is_module
 from .parallel import unwrapped
 from .shrinkable import ShrinkableLayer, Shrinkage
 from .trial import alike, in_float32, other_size, random_like
@@ -152,7 +152,7 @@ class _Work:
         for channel in goes:  # those of the same layers together
             parts.setdefault(tuple(dict.fromkeys(name for name, _ in channel.outputs)), []).append(channel)
         if mixed := self._mixed(list(parts.values())):
-            self.refused |= {(name, self.numbers[name][place]) for each in mixed for name, place in each.outputs}
+            self._refuse(mixed)
         elif goes:
             self._remove(list(parts.values()), constants)
         return bool(goes)
@@ -170,6 +170,9 @@ class _Work:
         if not every or not escaping(every) or escaping([]):
             return []
         return [channel for part in parts if escaping(part) for channel in part]
+
+    def _refuse(self, channels: list[ChannelSet]) -> None:
+        self.refused |= {(name, self.numbers[name][place]) for each in channels for name, place in each.outputs}
 
     def _divide(
         self, channels: list[ChannelSet], constants: Mapping[str, Tensor]
@@ -229,7 +232,7 @@ class _Work:
                 self.numbers[name] = [number for place, number in enumerate(self.numbers[name]) if place not in gone]
             return True
         if len(parts) == 1:
-            self.refused |= {(name, self.numbers[name][place]) for each in channels for name, place in each.outputs}
+            self._refuse(channels)
             return False
         half = len(parts) // 2
         return self._remove(parts[:half], constants) or self._remove(parts[half:], constants)

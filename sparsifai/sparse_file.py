@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from .argument import check_is_module
 from .parallel import is_sharded, unwrapped
 from .registry import close_matches
-from .report import Count, percent
+from .report import Count, figures
 from .sparse_format import Tensors, dense_bytes, read, some_of, write
 from .sparse_tensor import DTYPES, NAMES, StoredTensor, bits_of
 from .table import as_html, as_text
@@ -84,7 +84,7 @@ class SparseFile:
     def _lines(self) -> list[tuple[str, ...]]:
         """Rows of text: the header first, the two totals last."""
         cells = [
-            (row.name, "x".join(map(str, row.shape)), row.dtype, *_figures(row.count), row.form, f"{row.bytes:,}",
+            (row.name, "x".join(map(str, row.shape)), row.dtype, *figures(row.count), row.form, f"{row.bytes:,}",
              f"{row.dense_bytes:,}")
             for row in self.rows
         ]  # fmt: skip
@@ -92,7 +92,7 @@ class SparseFile:
         return [
             _COLUMNS,
             *cells,
-            ("all tensors", "", "", *_figures(self.count), "", f"{stored:,}", f"{dense:,}"),
+            ("all tensors", "", "", *figures(self.count), "", f"{stored:,}", f"{dense:,}"),
             ("file with its header", *[""] * 6, f"{self.bytes:,}", f"{self.dense_bytes:,}"),
         ]
 
@@ -238,7 +238,3 @@ def _check_names(path: Path, model: nn.Module, state: Mapping[str, Any], tensors
 def _plain(dtype: str) -> str:
     """What torch calls a dtype of safetensors."""
     return str(DTYPES[dtype]).removeprefix("torch.")
-
-
-def _figures(count: Count) -> tuple[str, str, str]:
-    return f"{count.weights:,}", f"{count.zeros:,}", percent(count.sparsity)

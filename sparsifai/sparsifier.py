@@ -269,8 +269,7 @@ class Sparsifier(MaskedModel):
         """Whether the ranking can stay on a GPU: one, with a context that does not ask for arrays of the host."""
         devices = {target.parameter.device for target in self.targets.values()}
         alone = self.group is None and not any(is_sharded(target.parameter) for target in self.targets.values())
-        built_in = self.context in (local, global_) and self.round_to is None
-        alone = alone and self.coupling is None
+        built_in = self.context in (local, global_) and self.round_to is None and self.coupling is None
         return alone and built_in and len(devices) == 1 and devices.pop().type in ("cuda", "meta")
 
     def _rank_on_device(self, scored: list[DeviceLayer], fraction: float) -> list[Tensor]:

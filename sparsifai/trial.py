@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .collection import untraced
+from .flow import is_float
 from .statistic import run
 
 TOLERANCE = 1e-5  # of outputs, relative to the largest of them
@@ -26,7 +27,7 @@ def alike(output: Tensor, expected: Tensor) -> bool:
 
 def random_like(value: Any) -> Any:
     """Random numbers with the mean and the deviation of a tensor of floats; all else as it is."""
-    if not (isinstance(value, Tensor) and value.is_floating_point()):
+    if not is_float(value):
         return value
     spread = value.std() if value.numel() > 1 else value.abs().max()
     return torch.randn_like(value) * spread.clamp(min=1e-3) + value.mean()
@@ -62,4 +63,4 @@ def _resized(value: Any, axes: tuple[int, ...]) -> Any:
 
 def in_float32(value: Any) -> Any:
     """A tensor of floats in float32; all else as it is."""
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+    return value.float() if is_float(value) else value
