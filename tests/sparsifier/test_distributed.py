@@ -16,7 +16,7 @@ from conftest import EXAMPLE, small_net
 
 from sparsifai import Sparsifier, criteria
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="two processes on the CPU need gloo"),

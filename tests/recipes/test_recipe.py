@@ -17,7 +17,7 @@ from sparsifai import Recipe, Sparsifier, between, iterative, raised
 from sparsifai.__main__ import main
 from sparsifai.recipes.step import WORDS
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
 
 TEXT = """
 # a comment

@@ -658,7 +658,7 @@ def test_the_callback_takes_the_budget(make_learner):
 @pytest.mark.slow
 def test_a_budget_is_better_than_the_same_sparsity_in_all_layers(monkeypatch):
     pytest.importorskip("sklearn", reason="the digits come with it")
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
     from fastai.vision.all import CrossEntropyLossFlat, Learner, accuracy, set_seed
 
     from examples.digits import accuracy_of, conv_net, digits_loaders

@@ -123,7 +123,7 @@ def test_no_value_is_read_in_a_step(granularity, context, criterion):
 
 def test_the_triton_kernels_in_their_interpreter_give_the_same_masks():
     pytest.importorskip("triton", reason="torch brings Triton on some platforms only")
-    script = Path(__file__).with_name("interpreted.py")
+    script = Path(__file__).parents[2] / "interpreted.py"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

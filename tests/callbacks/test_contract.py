@@ -509,7 +509,7 @@ def test_loggers_see_the_column(make_learner, tmp_path):
 
 def in_new_process(task, folder):
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("new_process.py"), task, folder], capture_output=True, text=True
+        [sys.executable, Path(__file__).parents[1] / "new_process.py", task, folder], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 
