@@ -7,7 +7,8 @@ when (schedules). `Sparsifier` works on any torch model; `SparsifyCallback` call
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .axes.context import bounded, contexts, global_, local
+from .axes.budget import bounded
+from .axes.context import contexts, global_, local
 from .axes.criterion import (
     criteria,
     fisher,
@@ -53,15 +54,16 @@ from .axes.schedule import (
     stepped,
 )
 from .callbacks.plan_table import Plan
-from .export.comparison import Comparison, compare
+from .export.comparison import compare
+from .export.comparison_table import Comparison
 from .export.csr import to_sparse_layout
-from .export.shrink import Shrinkage
+from .export.shrink import Shrinkage, shrink, shrinkage
 from .export.sparse_file import SparseFile, load_sparse, save_sparse
 from .export.two_four import SemiStructured, semi_structured_layers, to_semi_structured
-from .model.channels.removal import shrink, shrinkage
 from .model.layers import register_layer
 from .sparsifier.report import Report
 from .sparsifier.sparsifier import Sparsifier
+from .support.version import __version__ as __version__
 from .training.regularizer import Regularizer
 from .training.sensitivity import highest_sparsity, sensitivity
 from .training.sensitivity_table import Sensitivity
@@ -75,8 +77,6 @@ if TYPE_CHECKING:
     from .training.distill import DistillCallback, soft_targets
     from .training.lottery import lottery_ticket
     from .training.regularize import RegularizeCallback
-
-__version__ = "0.1.0"
 
 # Imported on first use: these need fastai, which the rest does not.
 _NEED_FASTAI = {

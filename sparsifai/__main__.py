@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .export.sparse_file import SparseFile
 from .export.sparse_format import is_safetensors
+from .model.zeros import Count, figures
 from .recipes.recipe import Recipe
-from .sparsifier.report import Count, figures
 from .support.table import as_text
 
 _PLAN = """What a recipe would do to a model, without data or training.

@@ -4,7 +4,6 @@ import pkgutil
 import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
@@ -85,8 +84,3 @@ def test_everything_public_has_a_docstring(module):
             for method, function in vars(value).items():
                 if not method.startswith("_") and (inspect.isfunction(function) or isinstance(function, property)):
                     assert inspect.getdoc(function), f"{name}.{method}"
-
-
-def test_no_file_is_too_long_for_one_sitting():
-    for path in Path(sparsifai.__file__).parent.rglob("*.py"):
-        assert len(path.read_text().splitlines()) < 400, path.name

@@ -14,7 +14,7 @@ Of the last three the mean over the batches since the last update is stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,16 +23,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..model.layers import CONVOLUTIONS, Target, evaluating
+from ..model.layers import CONVOLUTIONS, NamedWeight
 from ..model.parallel import whole
+from ..model.running import evaluating, run
+from ..model.tensors import widened
 from ..support.registry import Registry
 
 
-class Source(Protocol):
+class QuantitySource(Protocol):
     """What a quantity may read of the Sparsifier."""
 
     model: nn.Module
-    targets: dict[str, Target]
+    targets: dict[str, NamedWeight]
     rng: torch.Generator
     example_input: Any  # a batch, or None
     inputs: dict[str, Tensor]  # of the layer that computes, at the moment 'forward'
@@ -90,49 +92,49 @@ quantities = Registry("quantity", check=_check)
 
 @quantities.register
 @taken("score")
-def weight(sparsifier: Source, name: str) -> Tensor:
+def weight(sparsifier: QuantitySource, name: str) -> Tensor:
     """The weight as it is."""
     return whole(sparsifier.targets[name].parameter.detach())
 
 
 @quantities.register
 @taken("start")
-def init(sparsifier: Source, name: str) -> Tensor:
+def init(sparsifier: QuantitySource, name: str) -> Tensor:
     """The weight as it was when the Sparsifier was made."""
     return whole(sparsifier.targets[name].parameter.detach())
 
 
 @quantities.register
 @taken("start", "update")
-def previous(sparsifier: Source, name: str) -> Tensor:
+def previous(sparsifier: QuantitySource, name: str) -> Tensor:
     """The weight as it was at the last mask update."""
     return whole(sparsifier.targets[name].parameter.detach())
 
 
 @quantities.register
 @taken("score")
-def rng(sparsifier: Source, name: str) -> torch.Generator:
+def rng(sparsifier: QuantitySource, name: str) -> torch.Generator:
     """The Sparsifier's own random generator, on the CPU; torch's global one is left alone."""
     return sparsifier.rng
 
 
 @quantities.register
 @taken("backward")
-def grad(sparsifier: Source, name: str) -> Tensor:
+def grad(sparsifier: QuantitySource, name: str) -> Tensor:
     """g = dL/dw, the mean over the batches since the last update; of masked weights too."""
     return _gradient(sparsifier.targets[name])
 
 
 @quantities.register
 @taken("backward")
-def grad_sq(sparsifier: Source, name: str) -> Tensor:
+def grad_sq(sparsifier: QuantitySource, name: str) -> Tensor:
     """g^2, the mean over the batches since the last update: the diagonal of the empirical Fisher matrix, by batches."""
     return _gradient(sparsifier.targets[name]).square()
 
 
 @quantities.register
 @taken("backward", running=True)
-def weight_grad(sparsifier: Source, name: str) -> Tensor:
+def weight_grad(sparsifier: QuantitySource, name: str) -> Tensor:
     """w g, the mean over all batches."""
     target = sparsifier.targets[name]
     return whole(target.parameter.detach()) * _gradient(target)
@@ -140,7 +142,7 @@ def weight_grad(sparsifier: Source, name: str) -> Tensor:
 
 @quantities.register
 @taken("forward", finish=torch.sqrt)
-def activation(sparsifier: Source, name: str) -> Tensor:
+def activation(sparsifier: QuantitySource, name: str) -> Tensor:
     """Root of the mean square of the layer's input, per input channel; in a shape that broadcasts to the weight."""
     target = sparsifier.targets[name]
     squares = _by_channel(target, sparsifier.inputs[name]).square().mean(1)
@@ -155,14 +157,14 @@ def activation(sparsifier: Source, name: str) -> Tensor:
 
 @quantities.register
 @taken("loss")
-def hessian_grad(sparsifier: Source, name: str) -> Tensor:
+def hessian_grad(sparsifier: QuantitySource, name: str) -> Tensor:
     """H g, the Hessian of the loss times its gradient, over all layers that take part."""
     return sparsifier.once(_hessian_gradients)[name]
 
 
 @quantities.register
 @taken("score")
-def flow(sparsifier: Source, name: str) -> Tensor:
+def flow(sparsifier: QuantitySource, name: str) -> Tensor:
     """dR/d|w|, where R is the sum of the outputs for an input of ones, all weights being |w|; needs no data.
 
     In float64: over many layers R leaves the range of float32. Tanaka et al., 2020 (arXiv:2006.05467).
@@ -170,7 +172,7 @@ def flow(sparsifier: Source, name: str) -> Tensor:
     return sparsifier.once(_synaptic_flow)[name]
 
 
-def _gradient(target: Target) -> Tensor:
+def _gradient(target: NamedWeight) -> Tensor:
     gradient = target.parameter.grad
     if gradient is None:
         raise ValueError(
@@ -179,13 +181,7 @@ def _gradient(target: Target) -> Tensor:
     return widened(whole(gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()))
 
 
-def widened(value: Tensor) -> Tensor:
-    """Half precision as float32, which loses nothing."""
-    half = value.is_floating_point() and value.element_size() < 4
-    return value.float() if half else value
-
-
-def _by_channel(target: Target, value: Tensor) -> Tensor:
+def _by_channel(target: NamedWeight, value: Tensor) -> Tensor:
     """The input of a layer -> (channels, all else)."""
     channels = target.axes["in"] * target.convolution_groups
     # A convolution has its channels in the second axis, all else in the last one.
@@ -199,7 +195,7 @@ def _by_channel(target: Target, value: Tensor) -> Tensor:
 
 
 @torch.enable_grad()
-def _hessian_gradients(sparsifier: Source) -> dict[str, Tensor]:
+def _hessian_gradients(sparsifier: QuantitySource) -> dict[str, Tensor]:
     parameters = {name: target.parameter for name, target in sparsifier.targets.items()}
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
     if frozen:
@@ -219,7 +215,7 @@ def _hessian_gradients(sparsifier: Source) -> dict[str, Tensor]:
     }
 
 
-def _synaptic_flow(sparsifier: Source) -> dict[str, Tensor]:
+def _synaptic_flow(sparsifier: QuantitySource) -> dict[str, Tensor]:
     if sparsifier.example_input is None:
         raise ValueError("synflow needs the shape of an input: give the Sparsifier an example_input=")
     model = sparsifier.model
@@ -250,10 +246,3 @@ def _ones(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     return torch.ones_like(value[:1], dtype=torch.float64) if value.is_floating_point() else value[:1]
-
-
-def run(model: Callable, inputs: Any) -> Any:
-    """The output for inputs: one, a tuple of positional ones, or a dictionary of named ones."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*(inputs if isinstance(inputs, (tuple, list)) else (inputs,)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -12,35 +12,11 @@ from fastai.learner import Learner, Recorder, ValueMetric, noop
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 
-from ..sparsifier.sparsifier import Sparsifier
-from ..training.metric import calibrate_with, loss_of
-
 
 def notify(learn: Learner, message: str) -> None:
     """One line for the user, where the Learner's own table is shown, from the first process."""
     if learn.logger is not noop and rank_distrib() == 0:
         print(message)
-
-
-def is_search(learn: Learner) -> bool:
-    """Whether a fit is lr_find's, which is undone."""
-    return hasattr(learn, "lr_finder")
-
-
-def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None) -> None:
-    """Show a criterion that looks at data what it needs, unless the gradients that have passed are all of it.
-
-    batches: by default the one at hand, in a fit; else one to train on.
-    """
-    collected = sparsifier.collected
-    if not collected.at("forward", "loss") and collected.missing(sparsifier.targets) is None:
-        return
-
-    if batches is None and learn.xb[0] is not None:
-        sparsifier.calibrate([(*learn.xb, learn.yb)], loss_of(learn))
-    else:
-        calibrate_with(learn, sparsifier, batches)
-    collected.begins.update(collected.at("backward"))  # of the batches that pass none is counted twice
 
 
 class Column:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..model.layers import name_matcher, prefixes
 from ..model.parallel import unwrapped
+from ..model.patterns import name_matcher, prefixes
 from ..support.registry import close_matches
-from .keep import TrainingCallback
+from .base import TrainingCallback
 from .sparsify import SparsifyCallback
 
 

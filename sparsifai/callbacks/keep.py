@@ -5,10 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
-from fastai.callback.core import Callback
 from torch import Tensor, nn
 
-from ..model.layers import find_targets, parameter_of
+from ..model.layers import find_weights, parameter_of
 from ..model.parallel import unwrapped, whole
 from ..sparsifier.masking import (
     NEXT_TO_ZERO,
@@ -20,6 +19,7 @@ from ..sparsifier.masking import (
     zero_weights,
 )
 from ..sparsifier.sparsifier import Sparsifier
+from .base import TRAINING_EVENTS, TrainingCallback
 
 # Of ten million weights that are drawn at random a few are exactly zero. A share of zeros up to this is no sparsity.
 CHANCE = 1e-5
@@ -27,44 +27,6 @@ CHANCE = 1e-5
 # Steps in which means of squares do not decay from NEXT_TO_ZERO to denormal numbers, which would be slow: with a decay
 # of 0.9 that takes 480 steps.
 REFRESH = 300
-
-
-_OF_TRAINING = (
-    *("before_train", "before_batch", "after_pred", "after_loss", "before_backward", "after_cancel_backward"),
-    *("after_backward", "before_step", "after_cancel_step", "after_step", "after_cancel_batch", "after_batch"),
-)
-
-
-class TrainingCallback(Callback):
-    """Knows where in a fit it is. Goes nowhere with an exported Learner, which then loads where sparsifai is not."""
-
-    @property
-    def _batches_of_fit(self) -> int:
-        return self.learn.n_epoch * self.learn.n_iter
-
-    def _batches(self, done: int) -> int:
-        """Batches of the fit that are over, with `done` (0 or 1) for the present one."""
-        return self.learn.epoch * self.learn.n_iter + self.learn.iter + done
-
-    @property
-    def _start(self) -> float:
-        """Share of the fit that is over at the present batch."""
-        return self._batches(0) / self._batches_of_fit
-
-    def __setattr__(self, name, value):
-        # Taken off the Learner, as fit does with its own callbacks even when it is interrupted.
-        if name == "learn" and value is None and self.learn is not None:
-            self._taken_off()
-        super().__setattr__(name, value)
-
-    def _taken_off(self) -> None:
-        """Undo what holds as long as it is on the Learner."""
-
-    def __reduce_ex__(self, protocol):
-        learn = self.learn
-        if learn is not None and learn.opt is None and len(learn.dls.train_ds) == 0:  # as `learn.export` makes it
-            return Callback, ()
-        return super().__reduce_ex__(protocol)
 
 
 class KeepSparsity(TrainingCallback):
@@ -147,7 +109,7 @@ class KeepSparsity(TrainingCallback):
         return not any(
             event in vars(callback) or (hasattr(type(callback), event) and not _is_known(type(callback)))
             for callback in self.learn.cbs
-            for event in _OF_TRAINING
+            for event in TRAINING_EVENTS
         )
 
     def before_train(self):
@@ -171,7 +133,7 @@ class KeepSparsity(TrainingCallback):
         self.begun, self.held_model = True, model
         held = {} if self.sparsifier is None else self.sparsifier.masks
         masks, zeros, weights = {}, 0, 0
-        for name, target in find_targets(model).items():
+        for name, target in find_weights(model).items():
             kept = whole(target.parameter.detach()) != 0
             # A layer of nothing but zeros, as some are initialized, is not a masked one.
             if kept.any() and not target.sources:
@@ -187,7 +149,7 @@ class KeepSparsity(TrainingCallback):
 
     def _recover_dead_filters(self, model: nn.Module) -> None:
         """Where whole filters are zero, what stands behind them and is zero too is kept so."""
-        computed = [name for name, target in find_targets(model).items() if target.sources]
+        computed = [name for name, target in find_weights(model).items() if target.sources]
         filters = Sparsifier(
             model, "filter", layers=lambda name, module: True, exclude=computed or None, example_input=self.learn.xb
         )

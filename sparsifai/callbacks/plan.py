@@ -18,18 +18,23 @@ from torch.utils._pytree import tree_map
 
 from ..axes.context import contexts
 from ..axes.criterion import large_final
-from ..axes.granularity import Grouping, poolings, squared_sum
+from ..axes.grouping import Grouping, poolings, squared_sum
 from ..axes.n_of_m import Blocks
-from ..axes.ranking.selection import all_equal
+from ..axes.ranking.scored_layer import all_equal
 from ..axes.schedule import Schedule, progress, raised, schedules
-from ..export.two_four import why_not_two_four
 from ..model.flops import count_flops
-from ..model.layers import Target, as_patterns, find_targets, matching, scopes
-from ..sparsifier.collection import Statistics
-from ..sparsifier.report import Count, Report, percent
+from ..model.layers import NamedWeight, find_weights
+from ..model.linear import why_not_two_four
+from ..model.patterns import as_patterns, matching
+from ..model.zeros import Count
+from ..sparsifier.arguments import Sparsity, check_sparsity
+from ..sparsifier.collection import CollectedQuantities
+from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier, first_example
-from ..support.checks import Sparsity, check_count, check_sparsity
+from ..sparsifier.taking_part import scopes
+from ..support.checks import check_count
 from ..support.registry import name_of
+from ..support.table import percent
 from .plan_table import Plan, PlannedLayer, Size
 
 # Points of the timeline, but for the ends of epochs.
@@ -113,7 +118,7 @@ def sparsifier_for(
     """A Sparsifier of which only the layers take part that a dictionary of sparsities names. options: of Sparsifier."""
     excluded = [] if exclude is None else as_patterns(exclude)
     if isinstance(sparsity, Mapping):
-        targets = find_targets(model)
+        targets = find_weights(model)
         wanted = set().union(*(matching(pattern, targets, model) for pattern in sparsity))
         excluded += [name for name in targets if name not in wanted]
     return Sparsifier(model, exclude=excluded or None, example_input=example_input, **options)
@@ -155,7 +160,7 @@ def _layers(probe: Sparsifier, flops: Mapping[str, int]) -> tuple[PlannedLayer, 
     return tuple(layers)
 
 
-def _is_near_collapse(target: Target, grouping: Grouping, left: int) -> bool:
+def _is_near_collapse(target: NamedWeight, grouping: Grouping, left: int) -> bool:
     if left < SHARE * target.parameter.numel():
         return True
     inputs = target.axes.get("in", 0) * target.convolution_groups
@@ -207,7 +212,7 @@ def _is_fixed(probe: Sparsifier, sparsity: Sparsity) -> bool:
 
 def _estimate(probe: Sparsifier) -> None:
     """Have the weights ranked by large_final."""
-    probe.criteria, probe.collected = large_final, Statistics(("weight",), large_final)
+    probe.criteria, probe.collected = large_final, CollectedQuantities(("weight",), large_final)
     if probe.pool is squared_sum:  # which belongs to a criterion of its own
         probe.pool = poolings["mean"]
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..sparsifier.report import Count, Report, Row, percent
-from ..support.table import as_html, as_text
+from ..model.zeros import Count
+from ..sparsifier.report import Report, Row
+from ..support.table import as_html, as_text, percent
 
 _COLUMNS = ("layer", "kind", "shape", "weights", "left", "sparsity", "bytes", "bytes left")
 

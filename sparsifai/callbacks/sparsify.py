@@ -15,24 +15,20 @@ from torch.utils._pytree import tree_map
 from ..axes.criterion import criteria as criteria_registry
 from ..axes.n_of_m import Blocks
 from ..axes.schedule import between, falls, progress, raised, schedules
-from ..model.layers import as_patterns, find_targets
-from ..model.parallel import group_of, unwrapped
+from ..model.layers import find_weights
+from ..model.parallel import process_group_of, unwrapped
+from ..model.patterns import as_patterns
+from ..model.zeros import Count
+from ..sparsifier.arguments import check_sparsity, mapped, resolve_axes, share_of_initial
 from ..sparsifier.masking import NEXT_TO_ZERO, zero_moments
 from ..sparsifier.regrowth import Regrowth, check_drop, sparsity_of_drop
-from ..sparsifier.report import Count, percent
 from ..sparsifier.sparsifier import Sparsifier, first_example
-from ..support.checks import (
-    check_count,
-    check_fraction,
-    check_round_to,
-    check_seed,
-    check_sparsity,
-    mapped,
-    resolve_axes,
-    share_of_initial,
-)
-from .display import Column, Curves, Trackers, is_search, notify, show_data
-from .keep import KeepSparsity, TrainingCallback
+from ..support.checks import check_count, check_fraction, check_round_to, check_seed
+from ..support.table import percent
+from .base import TrainingCallback
+from .display import Column, Curves, Trackers, notify
+from .keep import KeepSparsity
+from .learner import is_search, show_data
 from .plan import every_of, plan_of, sparsifier_for
 
 
@@ -158,7 +154,7 @@ class SparsifyCallback(TrainingCallback):
                     self.learn, f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit"
                 )
             else:
-                self.sparsifier.group = group_of(self.learn.model)
+                self.sparsifier.group = process_group_of(self.learn.model)
                 self._updated = self._batches(0)
                 self._go_to(self._start)
 
@@ -299,7 +295,7 @@ class SparsifyCallback(TrainingCallback):
     def _measured(self) -> float:
         if self.sparsifier is not None:
             return self.sparsifier.sparsity
-        return Count.of(*(target.parameter for target in find_targets(unwrapped(self.learn.model)).values())).sparsity
+        return Count.of(*(target.parameter for target in find_weights(unwrapped(self.learn.model)).values())).sparsity
 
     def _make_sparsifier(self) -> None:
         """At the first batch, which the data flow of some models is read from."""

@@ -8,10 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..model.layers import Target
-from ..model.parallel import is_sharded
 from ..support.checks import check_is_module
 
 # Of the input that a converted layer is tried on: no multiple of 8, so that it is filled up for kernels that want one.
@@ -20,27 +17,6 @@ ROWS = 9
 
 # Of the largest output. Both results are rounded once, and may be summed in another order.
 TOLERANCES = {torch.float16: 5e-3, torch.bfloat16: 2e-2, torch.float32: 1e-4}
-
-
-def why_not_linear(model: nn.Module, target: Target | None) -> str:
-    """Why a weight of `model` is not only that of one Linear layer, which multiplies with it; empty if it is.
-
-    target: None for a matrix without named axes.
-    """
-    if target is None:
-        return "not of a Linear"
-    name, module = target.owners[0]
-    # Attention reads the weight of its projection out itself.
-    own = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    if not own or isinstance(module, NonDynamicallyQuantizableLinear):
-        return "not of a Linear"
-    if len({id(owner) for _, owner in target.owners}) > 1:
-        return "tied"
-    if target.sources:
-        return "computed in each forward"
-    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
-        return "read by TransformerEncoderLayer itself"
-    return "sharded" if is_sharded(target.parameter) else ""
 
 
 def listed(reasons: Mapping[str, str]) -> str:

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..model.layers import Target, find_targets
+from ..model.layers import NamedWeight, find_weights
+from ..model.linear import why_not_linear
 from ..model.parallel import unwrapped
-from ..sparsifier.report import Count, percent
+from ..model.zeros import Count
 from ..support.checks import check_fraction
-from .conversion import check_alike, check_converts, dtype_name, listed, why_not_linear
+from ..support.table import percent
+from .conversion import check_alike, check_converts, dtype_name, listed
 
 # As measured by `python -m benchmarks --section layouts`: with fewer weights little or nothing is gained.
 WEIGHTS = 2**20
@@ -81,7 +83,7 @@ def to_sparse_layout(model: nn.Module, sparsity: float = 0.8) -> nn.Module:
     """
     check_converts("to_sparse_layout", model)
     inner, least = unwrapped(model), check_fraction(sparsity)
-    targets = find_targets(inner)
+    targets = find_weights(inner)
     why_dense = {name: _why_dense(inner, target, least) for name, target in targets.items()}
     chosen = [target for name, target in targets.items() if not why_dense[name]]
     if not chosen:
@@ -98,7 +100,7 @@ def to_sparse_layout(model: nn.Module, sparsity: float = 0.8) -> nn.Module:
     return converted
 
 
-def _why_dense(model: nn.Module, target: Target, least: float) -> str:
+def _why_dense(model: nn.Module, target: NamedWeight, least: float) -> str:
     """Why a weight stays dense, empty if it does not."""
     if reason := why_not_linear(model, target):
         return reason
@@ -114,7 +116,7 @@ def _why_dense(model: nn.Module, target: Target, least: float) -> str:
     return f"{percent(found.sparsity)} zeros" if found.zeros < math.floor(least * found.weights) else ""
 
 
-def _check_kernels(targets: Sequence[Target]) -> None:
+def _check_kernels(targets: Sequence[NamedWeight]) -> None:
     """RuntimeError if torch does not multiply with CSR where the weights are."""
     if devices := {target.parameter.device.type for target in targets} - {"cpu"}:
         raise RuntimeError(f"to_sparse_layout: weights are on {', '.join(sorted(devices))}; move the model to the CPU")

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..model.parallel import is_sharded, unwrapped
-from ..sparsifier.report import Count, figures
+from ..model.zeros import Count, figures
 from ..support.checks import check_is_module
 from ..support.registry import close_matches
 from ..support.table import as_html, as_text
-from .sparse_format import Tensors, dense_bytes, read, some_of, write
+from .sparse_format import Tensors, dense_bytes, read_tensors, some_of, write_tensors
 from .sparse_tensor import DTYPES, NAMES, StoredTensor, bits_of
 
 _COLUMNS = ("tensor", "shape", "dtype", "weights", "zeros", "sparsity", "form", "bytes", "dense bytes")
@@ -60,7 +60,7 @@ class SparseFile:
 
         ValueError if it is no such file or is damaged, OSError if it cannot be read.
         """
-        return cls._of(Path(path), read(Path(path)))
+        return cls._of(Path(path), read_tensors(Path(path)))
 
     @classmethod
     def _of(cls, path: Path, tensors: Tensors) -> SparseFile:
@@ -129,7 +129,7 @@ def save_sparse(model: nn.Module, path: str | os.PathLike) -> SparseFile:
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in state.items():
         tensors[name] = tensors[ties[name]] if name in ties else StoredTensor.of(name, tensor)
-    write(path, tensors)
+    write_tensors(path, tensors)
     return SparseFile._of(path, tensors)
 
 
@@ -143,7 +143,7 @@ def load_sparse(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     """
     check_is_module("load_sparse", "model", model)
     path, state = Path(path), _state("load_sparse", model)
-    tensors = read(path)
+    tensors = read_tensors(path)
     _check_names(path, model, state, tensors)
     for name, tensor in state.items():
         stored = tensors[name]

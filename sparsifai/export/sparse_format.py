@@ -36,6 +36,7 @@ from uuid import uuid4
 
 import torch
 
+from ..support.version import __version__
 from .sparse_tensor import DTYPES, StoredTensor
 
 # What is stored by name; a tensor that is the same as another is that one, whose name it has.
@@ -47,12 +48,10 @@ _FORMAT = "1"
 _LARGEST_HEADER = 2**24
 
 
-def write(path: Path, tensors: Tensors) -> None:
+def write_tensors(path: Path, tensors: Tensors) -> None:
     """Write tensors to a file at once: on an error an earlier one is still there. ValueError if they cannot be held."""
     from safetensors import __version__ as version
     from safetensors.torch import save
-
-    from .. import __version__
 
     entries = {
         name: stored.entry() if stored.name == name else {"same_as": stored.name} for name, stored in tensors.items()
@@ -77,7 +76,7 @@ def write(path: Path, tensors: Tensors) -> None:
         part.unlink(missing_ok=True)
 
 
-def read(path: Path) -> Tensors:
+def read_tensors(path: Path) -> Tensors:
     """The tensors of a file, all of them checked and none expanded. ValueError if it is not as `write` makes it,
     OSError if it cannot be read."""
     from safetensors import SafetensorError, safe_open

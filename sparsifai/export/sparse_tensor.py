@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..sparsifier.report import Count
+from ..model.zeros import Count
 
 # safetensors' names of torch's dtypes, in the order in which it lays tensors out.
 DTYPES: dict[str, torch.dtype] = {

@@ -11,18 +11,12 @@ import torch
 from torch import nn
 
 from ..axes.n_of_m import is_nm
-from ..model.layers import Target, find_targets
+from ..model.layers import NamedWeight, find_weights
+from ..model.linear import why_not_two_four
 from ..model.parallel import is_sharded, kind_of, unwrapped
-from ..sparsifier.report import percent
 from ..support.checks import check_is_module
-from ..support.table import as_html, as_text
-from .conversion import check_alike, check_converts, dtype_name, listed, why_not_linear
-
-# What torch.sparse.to_sparse_semi_structured takes with cuSPARSELt, its default on GPUs, from torch 2.6 to 2.15: both
-# sides of the matrix must be multiples of 16 in these types. CUTLASS, its other way, asks for 32 x 64; int8 is of no
-# use for the weight of a Linear.
-SIDE = 16
-
+from ..support.table import as_html, as_text, percent
+from .conversion import check_alike, check_converts, dtype_name, listed
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -89,7 +83,7 @@ def semi_structured_layers(model: nn.Module) -> SemiStructured:
     """
     check_is_module("semi_structured_layers", "model", model)
     inner = unwrapped(model)
-    targets = find_targets(inner)
+    targets = find_weights(inner)
     layers = [_layer(inner, name, target) for name, target in targets.items()]
     # Matrices that no kind of layer names the axes of are told of too.
     known = {name for target in targets.values() for name in target.names}
@@ -128,17 +122,7 @@ def to_semi_structured(model: nn.Module) -> nn.Module:
     return converted
 
 
-def why_not_two_four(model: nn.Module, target: Target | None) -> str:
-    """Why torch's 2:4 form takes no weight of this kind and shape in half precision, empty if it does.
-
-    target: None for a matrix without named axes.
-    """
-    if reason := why_not_linear(model, target):
-        return reason
-    return f"sides not in {SIDE}s" if target and any(side % SIDE for side in target.parameter.shape) else ""
-
-
-def _layer(model: nn.Module, name: str, target: Target) -> SemiStructuredLayer:
+def _layer(model: nn.Module, name: str, target: NamedWeight) -> SemiStructuredLayer:
     weight = target.parameter.detach()
     if isinstance(weight, torch.sparse.SparseSemiStructuredTensor):
         return SemiStructuredLayer(name, target.kind, tuple(weight.shape), weight.dtype, True, "converted already")

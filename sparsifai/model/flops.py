@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.rnn import PackedSequence
 
-from ..axes.quantity import run
-from ..sparsifier.collection import untraced
-from .layers import CONVOLUTIONS, Target, evaluating
+from .layers import CONVOLUTIONS, NamedWeight
+from .running import evaluating, run, untraced
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -28,7 +27,7 @@ _LOOK_UPS = (nn.Embedding, nn.EmbeddingBag)
 _OF_ATTENTION = {"q_proj_weight": ("query",), "k_proj_weight": ("key",), "v_proj_weight": ("value",)}
 
 
-def count_flops(model: nn.Module, targets: Mapping[str, Target], example: Any) -> dict[str, int]:
+def count_flops(model: nn.Module, targets: Mapping[str, NamedWeight], example: Any) -> dict[str, int]:
     """2 x multiply-adds with each weight: 2 x weights x places that the weight is applied at, padding among them.
 
     Places are the output positions of a convolution, the input positions of a transposed one and of all other layers;
@@ -39,7 +38,7 @@ def count_flops(model: nn.Module, targets: Mapping[str, Target], example: Any) -
     """
     counted: dict[str, int] = {}
 
-    def hook(target: Target) -> Callable:
+    def hook(target: NamedWeight) -> Callable:
         def count(module: nn.Module, inputs: tuple, named: dict[str, Any], output: Any) -> None:
             products = _multiply_adds(target, module, inputs, named, output)
             if products is not None:
@@ -73,7 +72,7 @@ def _caller(model: nn.Module, name: str, owner: nn.Module) -> nn.Module:
     return owner
 
 
-def _multiply_adds(target: Target, module: nn.Module, inputs: tuple, named: Mapping[str, Any], output: Any) -> Any:
+def _multiply_adds(target: NamedWeight, module: nn.Module, inputs: tuple, named: Mapping[str, Any], output: Any) -> Any:
     """Of one call of a module, None if they are not known."""
     weights = target.parameter.numel()
     if isinstance(module, _LOOK_UPS):

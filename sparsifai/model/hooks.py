@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .tensors import first_tensor
+
 
 class Taps:
     """Hooks on the layers of these names; `seen` is what each has given last, by name. Leaves none behind a `with`."""
@@ -40,14 +42,3 @@ class _Tap:
 
     def __reduce__(self) -> tuple:
         return _Tap, (self.name, {})
-
-
-def first_tensor(output: Any, whose: str) -> Tensor:
-    """The output of a model or a layer, of several the first; ValueError if that is no tensor."""
-    while isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if not isinstance(output, Tensor):
-        raise ValueError(
-            f"{whose} gives {type(output).__name__}, and tensors are compared; wrap it in a module that gives one"
-        )
-    return output.as_subclass(Tensor)  # fastai's do not mix

@@ -6,9 +6,7 @@ weight=('in', 'out')).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from operator import attrgetter
@@ -18,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..axes.granularity import Grouping
-from ..support.registry import close_matches
-from .flow import Flow
 from .parallel import kind_of, unwrapped
+from .running import evaluating
 
 _AXES_OF_KIND: dict[type[nn.Module] | str, dict[str, tuple[str, ...]]] = {}
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Those that mix channels: every output is computed of all inputs.
+CHANNEL_LAYERS = (nn.Linear, *CONVOLUTIONS)
 
 
 def register_layer(
@@ -70,7 +68,7 @@ register_layer("transformers.pytorch_utils.Conv1D", weight=("in", "out"))
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class NamedWeight:
     """A parameter with named axes: where it is, and under what names.
 
     name: of the parameter, such as 'layer1.0.conv1.weight'. owners: all (module name, module) that hold it, more than
@@ -128,7 +126,7 @@ def axes_of(module: nn.Module, attribute: str) -> tuple[str, ...] | None:
     return None
 
 
-def find_targets(model: nn.Module) -> dict[str, Target]:
+def find_weights(model: nn.Module) -> dict[str, NamedWeight]:
     """All parameters of `model` with named axes by name; tied ones once, under their first name.
 
     Weights that are computed from others are among them, under the name of the first that they are computed from.
@@ -144,8 +142,8 @@ def find_targets(model: nn.Module) -> dict[str, Target]:
         for attribute, parameter in module.named_parameters(recurse=False):
             if attribute not in known and _has_axes(module_name, module, attribute, parameter):
                 found.setdefault(id(parameter), []).append((module_name, module, attribute))
-    targets = [_target(places) for places in found.values()]
-    targets += [_target([place], sources) for place, sources in computed.values()]
+    targets = [_named_weight(places) for places in found.values()]
+    targets += [_named_weight([place], sources) for place, sources in computed.values()]
     return {target.name: target for target in targets}
 
 
@@ -167,7 +165,7 @@ def _has_axes(module_name: str, module: nn.Module, attribute: str, parameter: nn
     return True
 
 
-def _target(places: Sequence[tuple[str, nn.Module, str]], sources: Sequence[str] = ()) -> Target:
+def _named_weight(places: Sequence[tuple[str, nn.Module, str]], sources: Sequence[str] = ()) -> NamedWeight:
     """The target that is at one or several places: (name of the module, module, attribute)."""
     _, module, attribute = places[0]
     axes = axes_of(module, attribute) or ()
@@ -177,7 +175,7 @@ def _target(places: Sequence[tuple[str, nn.Module, str]], sources: Sequence[str]
     names = [parameter_name(name, attribute) for name, _, attribute in places]
     names = [parameter_name(places[0][0], source) for source in sources] + names
     owners = tuple((name, module) for name, module, _ in places)
-    return Target(names[0], attribute, owners, sizes, groups, frozenset(names), tuple(sources))
+    return NamedWeight(names[0], attribute, owners, sizes, groups, frozenset(names), tuple(sources))
 
 
 def _read(module: nn.Module, attribute: str) -> nn.Parameter:
@@ -186,18 +184,6 @@ def _read(module: nn.Module, attribute: str) -> nn.Parameter:
         return getattr(module, attribute)
     with evaluating(module):
         return getattr(module, attribute)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Have a module and all within it in evaluation mode for a while."""
-    parts = {part: part.training for part in module.modules()}
-    try:
-        module.eval()
-        yield
-    finally:
-        for part, training in parts.items():
-            part.training = training
 
 
 def _computed_weights(module: nn.Module) -> dict[str, list[str]]:
@@ -236,151 +222,20 @@ def parameter_of(model: nn.Module, name: str, mask: Tensor) -> nn.Parameter:
     return parameter
 
 
-# What `layers=`, `exclude=` and the keys of a dictionary of targets may be.
-Pattern = str | type | nn.Module | Callable[[str, nn.Module], bool]
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether output i of a layer is of input i alone."""
+    return isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.in_channels == module.out_channels
 
 
-def as_patterns(patterns: Pattern | Iterable[Pattern]) -> list[Pattern]:
-    """One pattern or several, as a list. TypeError for what is no pattern."""
-    # A Sequential can be iterated over, and means itself.
-    several = isinstance(patterns, Iterable) and not isinstance(patterns, (str, nn.Module, type))
-    if isinstance(patterns, Mapping):
-        raise TypeError(f"{patterns!r} selects no layers: a dictionary of sparsities is the first argument")
-    listed: list[Any] = list(patterns) if several else [patterns]  # type: ignore[arg-type]
-    for pattern in listed:
-        if not (isinstance(pattern, (str, nn.Module)) or callable(pattern)):
-            raise TypeError(
-                f"{pattern!r} selects no layers: give a module class, a module, a name or glob such as 'layer1.*', "
-                "'re:' and a regular expression, or a function of (name, module)"
-            )
-        if isinstance(pattern, str):
-            name_matcher(pattern)
-    return listed
+def size_of(module: Any, side: str) -> int | None:
+    """Number of places on a side of a layer, None if it is not known."""
+    if isinstance(module, nn.Linear):
+        return module.in_features if side == "inputs" else module.out_features
+    if isinstance(module, CONVOLUTIONS):
+        return module.in_channels if side == "inputs" else module.out_channels
+    return None
 
 
-def matching(pattern: Pattern, targets: Mapping[str, Target], model: nn.Module) -> set[str]:
-    """Names of the targets that a pattern means; a container means all within it. ValueError if it means none."""
-    matched = {name for name, target in targets.items() if _matches(pattern, target, model)}
-    if not matched:
-        shown = repr(pattern) if isinstance(pattern, str) else getattr(pattern, "__name__", type(pattern).__name__)
-        known = {place for target in targets.values() for name in target.names for place in prefixes(name)} - {""}
-        kinds = ", ".join(sorted({target.kind for target in targets.values()}))
-        hint = f"; {close_matches(pattern, known)}" if isinstance(pattern, str) else f"; those it has are {kinds}"
-        raise ValueError(f"no layer with a weight to sparsify matches {shown}{hint}")
-    return matched
-
-
-def _matches(pattern: Pattern, target: Target, model: nn.Module) -> bool:
-    if isinstance(pattern, str):
-        matches = name_matcher(pattern)
-        return any(matches(place) for name in target.names for place in prefixes(name)[1:])
-    if isinstance(pattern, (type, nn.Module)):
-        containers = (model.get_submodule(place) for name, _ in target.owners for place in prefixes(name))
-        if isinstance(pattern, type):
-            return any(isinstance(module, pattern) for module in containers)
-        return any(module is pattern for module in containers)
-    return any(pattern(name, module) for name, module in target.owners)
-
-
-def name_matcher(pattern: str) -> Callable[[str], Any]:
-    """Whether a name is meant by a glob, or by a regular expression of all of it: 're:layer[12].*'."""
-    if not pattern.startswith("re:"):
-        return lambda name: fnmatchcase(name, pattern)
-    if re.search(r"\([^()]*[+*}][^()]*\)[+*{]", pattern):
-        raise ValueError(f"{pattern!r} repeats what is repeated, which can take forever; write it without")
-    try:
-        return re.compile(pattern[len("re:") :]).fullmatch
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}; after 're:' comes one of Python's") from None
-
-
-def prefixes(name: str) -> list[str]:
-    """'a.b' -> ['', 'a', 'a.b']: the names of all modules that a name lies in, and itself."""
-    parts = name.split(".") if name else []
-    return [".".join(parts[:length]) for length in range(len(parts) + 1)]
-
-
-def why_dense(
-    model: nn.Module,
-    candidates: Mapping[str, Target],
-    groupings: Mapping[str, Grouping | str],
-    flow: Callable[[], Flow],
-    layers: Any = None,
-    exclude: Any = None,
-) -> dict[str, str]:
-    """Which candidates stay dense, and why: parameter name -> reason. ValueError if the flow does not show an end,
-    or no layer is left.
-
-    groupings: of every candidate, or why the granularity cannot be had. flow: the data flow, asked for only if needed.
-    """
-    patterns = [] if layers is None else as_patterns(layers)
-    exclusions = [] if exclude is None else as_patterns(exclude)
-    selected = set().union(*(matching(pattern, candidates, model) for pattern in patterns))
-    excluded = set().union(*(matching(pattern, candidates, model) for pattern in exclusions))
-    named = {pattern for pattern in patterns if isinstance(pattern, str)}
-    given = {id(pattern) for pattern in patterns if isinstance(pattern, nn.Module)}
-    dense, whole_outputs, whole_inputs = {}, set(), set()
-    for name, target in candidates.items():
-        grouping = groupings[name]
-        exact = named & {*target.names, *dict(target.owners)} or given & {id(owner) for _, owner in target.owners}
-        if name in excluded:
-            dense[name] = "excluded"
-        elif layers is not None and name not in selected:
-            dense[name] = "not in layers"
-        elif layers is None and target.is_frozen:
-            dense[name] = "frozen"
-        elif layers is None and target.is_embedding:
-            dense[name] = "embedding"
-        elif isinstance(grouping, str):
-            dense[name] = grouping
-        elif target.sources:
-            raise ValueError(
-                f"Sparsifier: {target.attribute} of {target.owners[0][0] or target.kind} is computed from {name} in "
-                "each forward, so zeros in it do not last; remove that first (torch.nn.utils.parametrize."
-                "remove_parametrizations, remove_weight_norm, ...), or leave the layer out with exclude="
-            )
-        elif not exact:
-            whole_outputs |= {name} if grouping.drops_outputs else set()
-            whole_inputs |= {name} if grouping.drops_inputs else set()
-    ends = [(whole_outputs, "last", "yields the model's output"), (whole_inputs, "first", "reads the model's input")]
-    for names, end, reason in ends:
-        at_end = getattr(flow(), end)(candidates) if names else set()
-        if names and not at_end:
-            raise ValueError(
-                f"Sparsifier: the data flow of {type(model).__name__} does not show which layer {reason}, and with "
-                "this granularity that one must stay dense; name the layers to sparsify exactly in layers="
-            )
-        dense.update(dict.fromkeys(names & at_end, reason))
-    if len(dense) == len(candidates):
-        raise ValueError(f"Sparsifier: no layer of {type(model).__name__} is left to sparsify; {_reasons(dense)}")
-    return {name: dense[name] for name in candidates if name in dense}
-
-
-def _reasons(dense: Mapping[str, str]) -> str:
-    """Why all layers stay dense, and what to do."""
-    if not dense:
-        return "no weights with named axes; name those of its layers: register_layer(kind, weight=('out', 'in'))"
-    reasons = [f"{name}: {reason}" for name, reason in dense.items()]
-    more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
-    return f"{'; '.join(reasons[:5])}{more}. Choose another granularity, or name layers in layers="
-
-
-def scopes(
-    sparsity: float | Mapping[Pattern, float],
-    targets: Mapping[str, Target],
-    dense: Mapping[str, str],
-    candidates: Mapping[str, Target],
-    model: nn.Module,
-) -> list[tuple[float, list[str]]]:
-    """The layers of each fraction that is asked for; of several patterns that match a layer the last counts."""
-    if not isinstance(sparsity, Mapping):
-        return [(sparsity, list(targets))]
-    of_layer: dict[str, int] = {}
-    for position, pattern in enumerate(sparsity):
-        matched = matching(pattern, candidates, model)
-        if not matched & targets.keys():
-            reasons = "; ".join(f"{name}: {dense[name]}" for name in sorted(matched)[:3])
-            raise ValueError(f"sparsity: {pattern!r} matches only layers that stay dense ({reasons})")
-        of_layer.update(dict.fromkeys(matched, position))
-    parts = [[name for name in targets if of_layer.get(name) == position] for position in range(len(sparsity))]
-    return [(fraction, names) for fraction, names in zip(sparsity.values(), parts, strict=True) if names]
+def outputs_of(module: Any) -> int:
+    """Number of outputs of a Linear layer or a convolution."""
+    return module.out_features if isinstance(module, nn.Linear) else module.out_channels

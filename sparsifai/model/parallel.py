@@ -37,7 +37,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner
 
 
-def group_of(model: nn.Module) -> torch.distributed.ProcessGroup | None:
+def process_group_of(model: nn.Module) -> torch.distributed.ProcessGroup | None:
     """The processes that hold replicas of `model`, None if it is in no DistributedDataParallel."""
     for module in _unwrapping(model):
         if isinstance(module, DistributedDataParallel):
@@ -45,7 +45,7 @@ def group_of(model: nn.Module) -> torch.distributed.ProcessGroup | None:
     return None
 
 
-def groups_of_shards(model: nn.Module) -> list[torch.distributed.ProcessGroup]:
+def process_groups_of_shards(model: nn.Module) -> list[torch.distributed.ProcessGroup]:
     """The processes that hold shards of `model`, by axis of their mesh; none if it is not sharded."""
     meshes = (parameter.device_mesh for parameter in model.parameters() if is_sharded(parameter))
     return next((mesh.get_all_groups() for mesh in meshes), [])

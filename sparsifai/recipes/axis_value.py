@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from ..axes.context import bounded, contexts
+from ..axes.budget import bounded
+from ..axes.context import contexts
 from ..axes.criterion import criteria
 from ..axes.granularity import block, granularities
 from ..axes.n_of_m import blocks

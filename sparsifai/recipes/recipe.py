@@ -28,18 +28,19 @@ from typing import Any, NoReturn
 from torch import nn
 
 from ..axes.schedule import Schedule, between, during, progress, stepped
+from ..callbacks.learner import metric_names, unchanged
 from ..callbacks.plan import every_of, plan_of, sparsifier_for
 from ..callbacks.plan_table import Plan
-from ..model.layers import find_targets
+from ..model.layers import find_weights
 from ..model.parallel import unwrapped
+from ..sparsifier.arguments import mapped, resolve_axes, share_of_initial
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
-from ..support.checks import check_count, check_number, mapped, resolve_axes, share_of_initial
+from ..support.checks import check_count, check_number
 from ..support.registry import close_matches
-from ..training.metric import metric_names, unchanged
 from .axis_value import axis_value
 from .expression import evaluate
-from .safe_yaml import Located, read, write
+from .safe_yaml import Located, dump_yaml, load_yaml
 from .sparseml.convert import convert
 from .sparseml.modifiers import Notice
 from .step import AXES, CHECKS, NEEDED, OF_SPARSIFIER, TIMES, WORDS, Step
@@ -78,7 +79,7 @@ class Recipe:
     @classmethod
     def loads(cls, text: str) -> Recipe:
         """Read a recipe from a string."""
-        source = read(text)
+        source = load_yaml(text)
         if not isinstance(source.value, dict):
             raise ValueError("line 1: a recipe is a mapping with epochs: and steps:")
         return cls(source.value, source=source)
@@ -103,7 +104,7 @@ class Recipe:
 
     def dumps(self) -> str:
         """The recipe as YAML."""
-        return write(self.content)
+        return dump_yaml(self.content)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the recipe as YAML; comments of a file that it was read from are not kept."""
@@ -174,7 +175,7 @@ class Recipe:
         if sparsifier is None:
             sparsifier = getattr(getattr(learn, "keep_sparsity", None), "sparsifier", None)
         model = unwrapped(learn.model)
-        report = Report.measure(model, find_targets(model), {}) if sparsifier is None else sparsifier.report()
+        report = Report.measure(model, find_weights(model), {}) if sparsifier is None else sparsifier.report()
         with unchanged(learn):
             values = learn.validate() or []
         metrics = dict(zip(metric_names(learn), values, strict=False))

@@ -120,16 +120,16 @@ def plain(node: Node) -> Any:
 def _scalar(node: ScalarNode, kind: str) -> Any:
     if kind in ("str", "timestamp", "value"):
         return node.value
-    read = {
+    load_yaml = {
         "int": SafeConstructor.construct_yaml_int,
         "float": SafeConstructor.construct_yaml_float,
         "bool": SafeConstructor.construct_yaml_bool,
         "null": SafeConstructor.construct_yaml_null,
     }.get(kind)
-    if read is None:
+    if load_yaml is None:
         raise _refused(node)
     try:
-        value = read(SafeConstructor(), node) if len(node.value) <= LONGEST_NUMBER else math.inf
+        value = load_yaml(SafeConstructor(), node) if len(node.value) <= LONGEST_NUMBER else math.inf
     except (ValueError, KeyError, IndexError, OverflowError):
         raise ValueError(f"line {line_of(node)}: {node.value[:40]!r} is no {kind}") from None
     if isinstance(value, float) and not math.isfinite(value):
@@ -161,7 +161,7 @@ class Located:
         return self.lines.get(path, 1)
 
 
-def read(text: str) -> Located:
+def load_yaml(text: str) -> Located:
     """Dictionaries, lists, numbers, texts, booleans and None. ValueError, with the line, for all else."""
     node = compose(text)
     lines: dict[tuple[Hashable, ...], int] = {}
@@ -188,6 +188,6 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver(*_SCIENTIFIC)
 
 
-def write(value: Any) -> str:
+def dump_yaml(value: Any) -> str:
     """Plain values as YAML, in their order, as `read` reads them."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

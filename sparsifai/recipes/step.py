@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..axes.granularity import poolings
-from ..model.layers import as_patterns
+from ..axes.grouping import poolings
+from ..model.patterns import as_patterns
+from ..sparsifier.arguments import check_sparsity
 from ..sparsifier.regrowth import check_drop
-from ..support.checks import check_count, check_fraction, check_number, check_round_to, check_seed, check_sparsity
+from ..support.checks import check_count, check_fraction, check_number, check_round_to, check_seed
 
 TIMES = ("start", "end")
 

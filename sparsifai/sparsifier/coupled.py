@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..axes.granularity import Grouping
-from ..axes.ranking.selection import ScoredLayer, bundle
+from ..axes.grouping import Grouping
+from ..axes.ranking.scored_layer import ScoredLayer, bundle
 from ..model.channels.coupling import ChannelSet, find_channels
 from ..model.channels.removal import why_stuck
 from ..model.flow import NORMS_OVER_CHANNELS
-from ..model.layers import Target, parameter_name
+from ..model.layers import NamedWeight, parameter_name
 
 Stays = Sequence[np.ndarray]
 
@@ -105,7 +105,7 @@ class Coupling:
 def couple(
     model: nn.Module,
     example_input: Any,
-    targets: Mapping[str, Target],
+    targets: Mapping[str, NamedWeight],
     groupings: Mapping[str, Grouping | str],
     dense: Mapping[str, str],
 ) -> tuple[Coupling, dict[str, str]]:
@@ -143,12 +143,12 @@ def couple(
     for channel, why in why_stuck(model, example_input, kinds.values()).items():
         part = next(part for part in parts if channel in part)
         reasons |= {by_layer[layer]: why for each in part for layer, _ in each.outputs}
-    joined = [part for part in parts if by_layer[part[0].outputs[0][0]] not in reasons]
+    followed = [part for part in parts if by_layer[part[0].outputs[0][0]] not in reasons]
     more = {name: why for name, why in reasons.items() if name not in dense}
-    if not joined:
+    if not followed:
         listed = "; ".join(f"{name}: {why}" for name, why in list(more.items())[:3])
         raise ValueError(f"coupled=True: no layer is left whose filters can be removed ({listed})")
-    return Coupling([_joined(model, part, by_layer) for part in joined]), more
+    return Coupling([_joined(model, part, by_layer) for part in followed]), more
 
 
 def _parts(channels: Sequence[ChannelSet], taking_part: Mapping[str, str]) -> list[list[ChannelSet]]:
@@ -183,7 +183,7 @@ def _joined(model: nn.Module, part: Sequence[ChannelSet], names: Mapping[str, st
     )
 
 
-def joined(
+def joint_layers(
     layers: Sequence[ScoredLayer], coupling: Coupling | None, round_to: int | None
 ) -> tuple[Sequence[ScoredLayer], Callable[[Stays], Stays]]:
     """What a context ranks, and how to tell from its answer which groups of the layers stay."""

@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..axes.granularity import Grouping
+from ..axes.grouping import Grouping
 from ..model.flow import NORMS_OVER_CHANNELS, NORMS_OVER_LAST_AXIS, Flow
-from ..model.layers import Target, parameter_name
+from ..model.layers import NamedWeight, parameter_name
 
 
 def find_followers(
-    model: nn.Module, targets: Mapping[str, Target], groupings: Mapping[str, Grouping], flow: Callable[[], Flow]
+    model: nn.Module, targets: Mapping[str, NamedWeight], groupings: Mapping[str, Grouping], flow: Callable[[], Flow]
 ) -> dict[str, tuple[str, ...]]:
     """Parameter -> the targets whose outputs it acts on, by name. flow: the data flow, asked for only if needed."""
     dropping = {name: target for name, target in targets.items() if groupings[name].drops_outputs}
@@ -38,7 +38,7 @@ def find_followers(
 def masks_of_followers(
     followers: Mapping[str, tuple[str, ...]],
     masks: Mapping[str, Tensor],
-    targets: Mapping[str, Target],
+    targets: Mapping[str, NamedWeight],
     groupings: Mapping[str, Grouping],
 ) -> dict[str, Tensor]:
     """Masks of the followers: a channel is dead where every output that it acts on is."""
@@ -49,7 +49,7 @@ def masks_of_followers(
     return {follower: torch.stack([alive[name] for name in names]).any(0) for follower, names in followers.items()}
 
 
-def _biases(target: Target) -> list[str]:
+def _biases(target: NamedWeight) -> list[str]:
     """Names of the biases that are added to what a target puts out; weight_ih_l0 has bias_ih_l0."""
     names: dict[int, str] = {}
     for owner, module in target.owners:
@@ -61,7 +61,7 @@ def _biases(target: Target) -> list[str]:
     return list(names.values())
 
 
-def _normalizes_outputs(norm: nn.Module, target: Target, moved: bool) -> bool:
+def _normalizes_outputs(norm: nn.Module, target: NamedWeight, moved: bool) -> bool:
     """Whether the affine parameters of `norm` have one entry per output of the target.
 
     moved: whether the outputs were moved to the last axis on the way.

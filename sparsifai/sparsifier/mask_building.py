@@ -15,18 +15,17 @@ import torch
 from torch import Tensor
 
 from ..axes.criterion import Criterion, is_elementwise, large_final
-from ..axes.granularity import Grouping, squared_sum
-from ..axes.quantity import widened
+from ..axes.grouping import Grouping, squared_sum
 from ..axes.ranking.on_device import DeviceLayer
-from ..axes.ranking.selection import ScoredLayer
-from ..model.layers import Target
+from ..axes.ranking.scored_layer import ScoredLayer
+from ..model.layers import NamedWeight
 from ..model.parallel import is_sharded
+from ..model.tensors import cloned, widened
 from ..support.registry import name_of
-from .collection import copied
 
 
 def score_layer(
-    target: Target,
+    target: NamedWeight,
     grouping: Grouping,
     mask: Tensor,
     criterion: Criterion,
@@ -97,4 +96,4 @@ def _magnitude(weight: np.ndarray, part: slice) -> np.ndarray:
 
 def _own(value: Any) -> Any:
     """A copy of a tensor, so that no criterion can change a weight; all else as it is."""
-    return widened(copied(value)) if isinstance(value, Tensor) else value
+    return widened(cloned(value)) if isinstance(value, Tensor) else value

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..axes.granularity import Granularity, grouping_of
-from ..axes.ranking.selection import nan_message
-from ..model.flow import find_flow
-from ..model.layers import find_targets, parameter_of, why_dense
-from ..model.parallel import group_of, is_sharded, reshard, unwrapped, whole
+from ..axes.granularity import Granularity
+from ..axes.grouping import grouping_of
+from ..axes.ranking.scored_layer import nan_message
+from ..model.layers import find_weights, parameter_of
+from ..model.parallel import is_sharded, process_group_of, reshard, unwrapped, whole
+from ..model.tracing import find_flow
+from ..model.zeros import Count
 from .coupled import Coupling, couple
 from .followers import find_followers, masks_of_followers
 from .masking import newly_masked, zero_gradients, zero_moments, zero_weights
-from .report import Count, Report
+from .report import Report
+from .taking_part import reasons_to_stay_dense
 
 
 class MaskedModel:
@@ -38,15 +41,15 @@ class MaskedModel:
         example_input: Any,
         coupled: bool = False,
     ):
-        self.group = group_of(model)
+        self.group = process_group_of(model)
         self.model = model = unwrapped(model)
         flow = cache(partial(find_flow, model, example_input))
-        self.candidates = find_targets(model)
+        self.candidates = find_weights(model)
         groupings = {
             name: grouping_of(granularity, target.axes, target.convolution_groups, fewest)
             for name, target in self.candidates.items()
         }
-        self.dense = why_dense(model, self.candidates, groupings, flow, layers, exclude)
+        self.dense = reasons_to_stay_dense(model, self.candidates, groupings, flow, layers, exclude)
         self.coupling: Coupling | None = None
         if coupled:
             self.coupling, more = couple(model, example_input, self.candidates, groupings, self.dense)

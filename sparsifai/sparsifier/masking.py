@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..model.parallel import is_sharded, own_shard
-from ..support.chunk import PART
+from ..support.chunk import CHUNK
 
 Masked = Iterable[tuple[nn.Parameter, Tensor]]
 
@@ -42,8 +42,8 @@ def newly_masked(parameter: nn.Parameter, before: Tensor, mask: Tensor) -> Tenso
     if mask.shape != parameter.shape or not plain:
         return mask
     earlier, now, places = before.numpy().reshape(-1), mask.numpy().reshape(-1), []
-    for start in range(0, len(now), PART):
-        part = slice(start, start + PART)
+    for start in range(0, len(now), CHUNK):
+        part = slice(start, start + CHUNK)
         places.append(start + np.flatnonzero(earlier[part] > now[part]))
     count = sum(map(len, places))
     return torch.from_numpy(np.concatenate(places)) if FEW * count < len(now) else mask
@@ -62,11 +62,11 @@ def zero_masked(tensor: Tensor, mask: Tensor, zero: float = 0.0) -> None:
     tensor, mask = own_shard(tensor.detach(), mask)
     # Multiplied as integers, the bits of any value times zero are those of zero.
     bits = tensor.view(_INTEGER[tensor.element_size()])
-    if mask.shape != bits.shape or bits.numel() <= 2 * PART:
+    if mask.shape != bits.shape or bits.numel() <= 2 * CHUNK:
         bits.mul_(mask)
     else:
         # torch makes integers of the bools first: of few at a time, so that these stay in the cache.
-        rows = max(1, 2 * PART * len(bits) // bits.numel())
+        rows = max(1, 2 * CHUNK * len(bits) // bits.numel())
         for part, kept in zip(bits.split(rows), mask.split(rows), strict=True):
             part.mul_(kept)
     if zero:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..axes.criterion import criteria, quantities_of
 from ..axes.n_of_m import Blocks
-from ..axes.quantity import Source, quantities
+from ..axes.quantity import QuantitySource, quantities
 from ..support.registry import name_of
-from .collection import Statistics
+from .collection import CollectedQuantities
 
 
-class Regrowth(Statistics):
+class Regrowth(CollectedQuantities):
     """What comes back: a criterion, the quantities that it names, and which weights were ever used.
 
     used: parameter name -> bool in the shape of its mask, of what any masks since the first have left alive.
@@ -60,7 +60,7 @@ class Regrowth(Statistics):
         """How to have gradients seen."""
         return "collect_gradients() after a backward, before they are masked,"
 
-    def take(self, moment: str, source: Source) -> None:
+    def take(self, moment: str, source: QuantitySource) -> None:
         """As Statistics; but after an update, gradients of earlier batches are let go of."""
         super().take(moment, source)
         if moment == "update":
@@ -81,7 +81,7 @@ class Regrowth(Statistics):
         """What is stored, of how many batches, and what was used."""
         return {**super().state(), "used": dict(self.used)}
 
-    def restore(self, state: Mapping[str, Any], source: Source) -> None:
+    def restore(self, state: Mapping[str, Any], source: QuantitySource) -> None:
         """Take over what `state` gave, on the devices of the parameters."""
         super().restore(state, source)
         self.used = {name: used.to(source.targets[name].parameter.device) for name, used in state["used"].items()}

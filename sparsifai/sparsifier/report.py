@@ -7,51 +7,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..model.layers import Target
-from ..model.parallel import kind_of, whole
-from ..support.table import as_html, as_text
-
-
-def percent(fraction: float) -> str:
-    """As a percentage with two decimals; 100.00% only if it is exactly that, 0.00% likewise.
-
-    >>> percent(0.5), percent(0.99999), percent(0.00001), percent(1)
-    ('50.00%', '99.99%', '0.01%', '100.00%')
-    """
-    return f"{fraction if fraction in (0, 1) else min(max(fraction, 0.0001), 0.9999):.2%}"
-
+from ..model.layers import NamedWeight
+from ..model.parallel import kind_of
+from ..model.zeros import Count, figures
+from ..support.table import as_html, as_text, percent
 
 _HEADER = ("layer", "kind", "shape", "weights", "zeros", "sparsity")
 
 
 _LEFT = (0, 1, 2, 6)
-
-
-@dataclass(frozen=True)
-class Count:
-    """Zeros of some weights. sparsity: zeros / weights."""
-
-    weights: int
-    zeros: int
-
-    @property
-    def sparsity(self) -> float:
-        """Zeros over weights, 0 if there are none."""
-        return self.zeros / self.weights if self.weights else 0.0
-
-    @property
-    def density(self) -> float:
-        """1 - sparsity."""
-        return 1 - self.sparsity
-
-    @classmethod
-    def of(cls, *tensors: Tensor) -> Count:
-        """Count the zeros of tensors."""
-        weights = sum(tensor.numel() for tensor in tensors)
-        return cls(weights, weights - sum(int(torch.count_nonzero(whole(tensor.detach()))) for tensor in tensors))
 
 
 @dataclass(frozen=True)
@@ -81,7 +47,7 @@ class Report:
     def measure(
         cls,
         model: nn.Module,
-        candidates: Mapping[str, Target],
+        candidates: Mapping[str, NamedWeight],
         dense: Mapping[str, str],
         notes: Mapping[str, str] = MappingProxyType({}),
     ) -> Report:
@@ -154,8 +120,3 @@ class Report:
 
 def _holder(model: nn.Module, name: str) -> str:
     return kind_of(model.get_submodule(name.rpartition(".")[0]))
-
-
-def figures(count: Count) -> tuple[str, str, str]:
-    """Cells of a table: weights, zeros and sparsity."""
-    return f"{count.weights:,}", f"{count.zeros:,}", percent(count.sparsity)

@@ -10,12 +10,16 @@ from torch import Tensor
 
 from ..axes.quantity import AVERAGED, STORED
 from ..support.registry import name_of
-from .collection import Statistics
+from .collection import CollectedQuantities
 from .regrowth import Regrowth
 
 
 def check_state(
-    state: Any, masks: Mapping[str, Tensor], levels: Mapping[str, float], here: Statistics, regrowth: Regrowth | None
+    state: Any,
+    masks: Mapping[str, Tensor],
+    levels: Mapping[str, float],
+    here: CollectedQuantities,
+    regrowth: Regrowth | None,
 ) -> None:
     """ValueError unless `state` has what `state_dict` of a Sparsifier with these masks, levels and quantities has."""
     if not isinstance(state, Mapping) or not {"masks", "levels", "statistics", "rng"} <= state.keys():
@@ -43,7 +47,7 @@ def check_state(
 
 
 def _checked_statistics(
-    statistics: Any, masks: Mapping[str, Tensor], here: Statistics
+    statistics: Any, masks: Mapping[str, Tensor], here: CollectedQuantities
 ) -> Iterator[tuple[str, Mapping, Mapping]]:
     """What of statistics is to be compared by name: what it is, what is here, what is given."""
     if not isinstance(statistics, Mapping) or not {"stored", "counts", "begins"} <= statistics.keys():

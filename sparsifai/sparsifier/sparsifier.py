@@ -16,21 +16,24 @@ from torch.utils._pytree import tree_map
 
 from ..axes.context import Context, ask, global_, local
 from ..axes.criterion import Criterion, is_elementwise, quantities_of
-from ..axes.granularity import Granularity, squared_sum
+from ..axes.granularity import Granularity
+from ..axes.grouping import squared_sum
 from ..axes.ranking.on_device import DeviceLayer
-from ..axes.ranking.selection import ScoredLayer, all_equal
-from ..model.layers import scopes
-from ..model.parallel import agree, groups_of_shards, is_sharded
-from ..support.checks import Sparsity, check_count, check_round_to, check_seed, check_sparsity, resolve_axes
+from ..axes.ranking.scored_layer import ScoredLayer, all_equal
+from ..model.parallel import agree, is_sharded, process_groups_of_shards
+from ..support.checks import check_count, check_round_to, check_seed
 from ..support.registry import name_of
-from .collection import Statistics, calibrate
-from .coupled import joined
+from .arguments import Sparsity, check_sparsity, resolve_axes
+from .calibration import calibrate
+from .collection import CollectedQuantities
+from .coupled import joint_layers
 from .mask_building import score_layer
 from .masked_model import MaskedModel
 from .masking import NEXT_TO_ZERO, zero_moments, zero_weights
 from .regrowth import Regrowth, check_drop, sparsity_of_drop
 from .saved_state import check_state
 from .steps import sparsify_in_steps
+from .taking_part import scopes
 
 
 class Sparsifier(MaskedModel):
@@ -101,7 +104,7 @@ class Sparsifier(MaskedModel):
         self.example_input = tree_map(first_example, example_input)
         self.inputs: dict[str, Tensor] = {}  # of layers that compute, while calibrate looks
         self.loss: Tensor | None = None  # of a batch of calibrate
-        self.collected = Statistics(quantities_of(self.criteria), self.criteria)
+        self.collected = CollectedQuantities(quantities_of(self.criteria), self.criteria)
         self.collected.take("start", self)
         self.regrowth = None if regrow is None else Regrowth(regrow)
         if self.regrowth is not None:
@@ -244,7 +247,12 @@ class Sparsifier(MaskedModel):
         return masks, levels
 
     def _rank_into(
-        self, masks: dict[str, Tensor], names: list[str], fraction: float, by: Statistics, revive: Container[str] = ()
+        self,
+        masks: dict[str, Tensor],
+        names: list[str],
+        fraction: float,
+        by: CollectedQuantities,
+        revive: Container[str] = (),
     ) -> None:
         """Rank the layers of a scope and put what stays into `masks`. by: a criterion and its quantities.
 
@@ -257,7 +265,7 @@ class Sparsifier(MaskedModel):
             if stays is not layer.alive:
                 masks[layer.target.name] = self._mask_of(layer.target.name, torch.as_tensor(stays))
 
-    def _score(self, name: str, mask: Tensor, by: Statistics, revives: bool, on_device: bool) -> Any:
+    def _score(self, name: str, mask: Tensor, by: CollectedQuantities, revives: bool, on_device: bool) -> Any:
         """Score every group of a layer, from the quantities that the criterion names."""
         values = {quantity: by.value(quantity, name, self) for quantity in by.named}
         target, grouping = self.targets[name], self.groupings[name]
@@ -281,7 +289,7 @@ class Sparsifier(MaskedModel):
 
     def _rank(self, scored: list[ScoredLayer], fraction: float) -> list[np.ndarray]:
         """Ask the context which groups stay."""
-        ranked, split = joined(scored, self.coupling, self.round_to)
+        ranked, split = joint_layers(scored, self.coupling, self.round_to)
         compares = {"init", "previous"}.intersection(self.collected.named)
         # Asked in this order, the scores are looked through at a first update only.
         if compares and fraction >= 0.01 and not any(layer.masked.any() for layer in ranked) and all_equal(ranked):
@@ -291,7 +299,7 @@ class Sparsifier(MaskedModel):
                 stacklevel=8,
             )
         stays = split(ask(self.context, ranked, fraction, name_of(self.granularity)))
-        groups = groups_of_shards(self.model) if self.group is None else [self.group]
+        groups = process_groups_of_shards(self.model) if self.group is None else [self.group]
         return agree(stays, groups, scored[0].target.parameter.device)
 
     # --- What can be seen ---------------------------------------------------------------------------------------
@@ -381,7 +389,7 @@ class Sparsifier(MaskedModel):
     def release(self) -> nn.Module:
         """Let go of the model and return it: its zeros stay, and nothing keeps them from here on."""
         model = super().release()
-        self._calibration, self.collected, self.regrowth = None, Statistics((), self.criteria), None
+        self._calibration, self.collected, self.regrowth = None, CollectedQuantities((), self.criteria), None
         return model
 
     # --- Helpers ------------------------------------------------------------------------------------------------

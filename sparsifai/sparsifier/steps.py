@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..axes.quantity import AVERAGED
-from ..model.layers import matching
-from ..support.checks import Sparsity
+from ..model.patterns import matching
 from ..support.registry import name_of
+from .arguments import Sparsity
 
 
 def sparsify_in_steps(sparsifier: Any, sparsity: Sparsity, steps: int) -> None:

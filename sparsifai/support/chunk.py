@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 # Weights or groups in a part: what is computed of so many stays in the cache.
-PART = 131072
+CHUNK = 131072

@@ -44,3 +44,12 @@ def as_html(rows: Rows, left: Container[int] = (0,), totals: int = 0, caption: s
     if totals:
         parts.append(f"<tfoot>{''.join(line(row, 'th') for row in rows[end:])}</tfoot>")
     return f"<table>{''.join(parts)}</table>"
+
+
+def percent(fraction: float) -> str:
+    """As a percentage with two decimals; 100.00% only if it is exactly that, 0.00% likewise.
+
+    >>> percent(0.5), percent(0.99999), percent(0.00001), percent(1)
+    ('50.00%', '99.99%', '0.01%', '100.00%')
+    """
+    return f"{fraction if fraction in (0, 1) else min(max(fraction, 0.0001), 0.9999):.2%}"

@@ -13,12 +13,12 @@ from fastai.callback.rnn import ModelResetter
 from fastai.learner import Learner
 from torch import Tensor, nn
 
-from ..axes.quantity import widened
 from ..axes.schedule import progress, schedules
-from ..callbacks.keep import TrainingCallback
-from ..model.hooks import Taps, first_tensor
-from ..model.layers import evaluating
+from ..callbacks.base import TrainingCallback
+from ..model.hooks import Taps
 from ..model.parallel import unwrapped
+from ..model.running import evaluating
+from ..model.tensors import first_tensor, widened
 from ..support.checks import check_number
 from ..support.registry import close_matches, name_of
 

@@ -19,19 +19,21 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from torch import Tensor, nn
 
-from ..callbacks.display import notify, show_data
+from ..callbacks.display import notify
 from ..callbacks.keep import KeepSparsity
+from ..callbacks.learner import first_batch, metric_names, show_data, unchanged
 from ..callbacks.sparsify import SparsifyCallback
-from ..model.layers import as_patterns, scopes
 from ..model.parallel import unwrapped
-from ..sparsifier.report import percent
+from ..model.patterns import as_patterns
+from ..sparsifier.arguments import Sparsity, check_sparsity, mapped, resolve_axes
 from ..sparsifier.sparsifier import Sparsifier
 from ..sparsifier.steps import exponential
-from ..support.checks import Sparsity, check_count, check_seed, check_sparsity, mapped, resolve_axes
+from ..sparsifier.taking_part import scopes
+from ..support.checks import check_count, check_seed
 from ..support.registry import close_matches, name_of
-from .metric import first_batch, metric_names, unchanged
-from .rewind import AtBatch, Moment, Skip, copied_to, random_states, restore_random
-from .ticket import LotteryTickets, Metrics, Ticket, read, write
+from ..support.table import percent
+from .rewind import AtBatch, Moment, Skip, copy_to_device, random_states, restore_random
+from .ticket import LotteryTickets, Metrics, Ticket, load_run, save_run
 
 CONTROLS = ("reinitialized", "shuffled")
 
@@ -74,7 +76,7 @@ def lottery_ticket(
         reinitialize, calibration, asked,
     )  # fmt: skip
     begun = path is not None and Path(path).exists()
-    tickets = run.take_up(read(path), path) if begun else [run.train_dense()]
+    tickets = run.take_up(load_run(path), path) if begun else [run.train_dense()]
     while True:
         if path is not None:
             run.save(path, tickets)
@@ -151,7 +153,7 @@ class _Run:
 
     def _begin(self, **options: Any) -> None:
         """Make the Sparsifier at the point that is rewound to, which is what `init` means to a criterion."""
-        trained = copied_to(self.model.state_dict(), "cpu")
+        trained = copy_to_device(self.model.state_dict(), "cpu")
         self.model.load_state_dict(self.start.model)
         self.sparsifier = self._make_sparsifier(**options)
         self.model.load_state_dict(trained)
@@ -275,11 +277,11 @@ class _Run:
             "settings": self._settings,
             "initial": vars(self.initial),
             "optimizer": self.start.optimizer,
-            "trained": copied_to(self.model.state_dict(), "cpu"),
+            "trained": copy_to_device(self.model.state_dict(), "cpu"),
             "sparsifier": {**self.pruned, "masks": self.sparsifier.masks},
             "random": random_states(self.learn),
         }
-        write(path, {**LotteryTickets(tickets).state(), "run": state})
+        save_run(path, {**LotteryTickets(tickets).state(), "run": state})
 
     def take_up(self, saved: Mapping[str, Any], path: Any) -> list[Ticket]:
         """The tickets of a run that was saved after a round, which goes on as if it had not been ended."""

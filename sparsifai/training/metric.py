@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..model.layers import evaluating
-from ..model.parallel import reshard
-from ..sparsifier.collection import Split, not_drawn_from, untraced
-from ..sparsifier.sparsifier import Sparsifier
+from ..callbacks.learner import is_learner, metric_names, unchanged
+from ..model.running import as_it_was, evaluating, not_drawn_from
 from ..support.registry import close_matches, name_of
 
 # Words in the names of metrics of which lower is better: fastai's own, and those that it knows.
@@ -23,7 +21,7 @@ ERRORS = ("loss", "error", "mse", "mae", "msle", "rmspe", "perplexity", "brier",
 
 
 @dataclass(frozen=True)
-class Meter:
+class Metric:
     """Called, it measures the metric of a model as it is: a float.
 
     model: whose weights are measured. name: of the metric. read: what gives its value. lower_is_better: its direction.
@@ -37,7 +35,7 @@ class Meter:
     learn: Any = None
 
     @classmethod
-    def of(cls, learn_or_model: Any, metric: Any, lower_is_better: bool | None) -> Meter:
+    def of(cls, learn_or_model: Any, metric: Any, lower_is_better: bool | None) -> Metric:
         """What measures `metric`: of a Learner a name, a function of the model, or None for the validation loss; of a
         module a function of it. TypeError and ValueError if it cannot be had.
 
@@ -91,18 +89,6 @@ class Meter:
             yield
 
 
-def is_learner(value: Any) -> bool:
-    """Whether a value is a fastai Learner, which is not imported for that."""
-    return not isinstance(value, (nn.Module, type)) and all(
-        hasattr(value, name) for name in ("model", "dls", "validate", "metrics", "loss_func")
-    )
-
-
-def metric_names(learn: Any) -> list[str]:
-    """Names of what `learn.validate()` returns."""
-    return ["valid_loss", *(metric.name for metric in learn.metrics)]
-
-
 def _position_of(metric: Any, learn: Any) -> int | None:
     """Where it stands in what `learn.validate()` returns, None if it does not. ValueError for an unknown name."""
     if metric is None:
@@ -144,89 +130,3 @@ def _validated(learn: Any, position: int) -> Any:
 def _evaluated(metric: Callable, model: nn.Module) -> Any:
     with evaluating(model), torch.no_grad():
         return metric(model)
-
-
-@contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Leave a model as it was, bit by bit: parameters, buffers, gradients, modes, and also the random generators.
-
-    Parameters stay the same objects, whatever is done to them meanwhile and however it ends.
-    """
-    reshard(model)
-    parameters = {each: (each.data, each.detach().clone(), each.requires_grad) for each in model.parameters()}
-    parts = [(part, part.training, dict(part._parameters)) for part in model.modules()]
-    with untraced(model):
-        try:
-            yield
-        finally:
-            reshard(model)
-            for part, training, named in parts:
-                part.training = training
-                part._parameters.clear()
-                part._parameters.update(named)
-            for parameter, saved in parameters.items():
-                _put_back(parameter, *saved)
-
-
-@torch.no_grad()
-def _put_back(parameter: nn.Parameter, data: Tensor, copy: Tensor, requires_grad: bool) -> None:
-    if (parameter.device, parameter.dtype, parameter.shape) != (data.device, data.dtype, data.shape):  # model.half()
-        parameter.data = data
-    parameter.copy_(copy)
-    parameter.requires_grad_(requires_grad)
-
-
-@contextmanager
-def unchanged(learn: Any) -> Iterator[None]:
-    """Leave a Learner and its callbacks as they were; show nothing, and have none of them save, log or judge."""
-    held = dict(vars(learn))
-    # Metrics, and the means that a Recorder keeps, change in place.
-    counted = [each for callback in learn.cbs for each in _means_of(callback)] + list(learn.metrics)
-    of_callbacks = [(each, dict(vars(each))) for each in (*learn.cbs, *counted)]
-    learn.cbs = learn.cbs.filter(lambda callback: callback.name != "progress")
-    vars(learn).pop("progress", None)
-    # What trackers, loggers and plots look for, to keep out of what is no training.
-    learn.gather_preds = learn.lr_finder = None
-    try:
-        with learn.no_logging():
-            yield
-    finally:
-        for holder, attributes in [(learn, held), *of_callbacks]:
-            vars(holder).clear()
-            vars(holder).update(attributes)
-
-
-def _means_of(callback: Any) -> list[Any]:
-    """What a callback holds that accumulates over batches."""
-    values = [each for value in vars(callback).values() for each in (value if isinstance(value, list) else [value])]
-    return [each for each in values if hasattr(type(each), "accumulate")]
-
-
-def first_batch(learn: Any) -> tuple:
-    """The first batch of the training data of a Learner: its inputs, and the tuple of its targets; nothing is drawn."""
-    loader = learn.dls.train
-    if not len(loader):
-        raise ValueError("the Learner has no data to train on, of which an example is needed; give example_input=")
-    order: Any = getattr(getattr(loader, "items", None), "idxs", [])  # of texts, which are shuffled in place
-    before = list(order)
-    with untraced(learn.model), not_drawn_from(loader):
-        batch = loader.one_batch() if hasattr(loader, "one_batch") else next(iter(loader))  # fastai's, torch's
-    if before:
-        order[:] = before
-    return next(iter(Split([batch], getattr(learn.dls, "n_inp", None))))
-
-
-def calibrate_with(learn: Any, sparsifier: Sparsifier, batches: Iterable | None) -> None:
-    """Show a criterion batches, by default the first of the training data, with the loss of the Learner."""
-    several = [first_batch(learn)] if batches is None else Split(batches, getattr(learn.dls, "n_inp", None))
-    sparsifier.calibrate(several, loss_of(learn))
-
-
-def loss_of(learn: Any) -> Callable:
-    """The loss of a Learner, of (output, targets), as fastai's callbacks for language models take it."""
-
-    def loss_func(output: Any, targets: tuple) -> Tensor:
-        output = output[0] if isinstance(output, tuple) else output
-        return learn.loss_func(output, *targets).mean()
-
-    return loss_func

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..axes.schedule import progress, schedules
-from ..callbacks.keep import TrainingCallback
-from ..model.layers import as_patterns
+from ..callbacks.base import TrainingCallback
 from ..model.parallel import unwrapped
-from ..support.checks import check_number, resolve_axes
+from ..model.patterns import as_patterns
+from ..sparsifier.arguments import resolve_axes
+from ..support.checks import check_number
 from .regularizer import Regularizer, check_differentiable, check_proximal
 
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..axes.criterion import Criterion, is_elementwise, large_final, quantities_of
-from ..axes.granularity import Granularity, Grouping
-from ..axes.quantity import STORED, quantities, widened
-from ..model.layers import Target, find_targets
+from ..axes.granularity import Granularity
+from ..axes.grouping import Grouping
+from ..axes.quantity import STORED, quantities
+from ..model.layers import NamedWeight, find_weights
 from ..model.parallel import own_shard, reshard, whole
-from ..sparsifier.collection import copied
+from ..model.tensors import cloned, widened
 from ..sparsifier.sparsifier import Sparsifier
 from ..support.registry import close_matches, name_of
 
@@ -99,10 +100,10 @@ class Regularizer:
                 weights, share = own_shard(target.parameter.detach(), grouping.spread(share))
                 weights.copy_(widened(weights) * share)
 
-    def _trained(self) -> Iterator[tuple[str, Target]]:
+    def _trained(self) -> Iterator[tuple[str, NamedWeight]]:
         return ((name, target) for name, target in self.sparsifier.targets.items() if not target.is_frozen)
 
-    def _penalty_of(self, name: str, target: Target) -> Tensor:
+    def _penalty_of(self, name: str, target: NamedWeight) -> Tensor:
         norms = _norms(self.sparsifier.groupings[name], self._scores(name, widened(whole(target.parameter))))
         return (norms * self._root_of(name, norms)).sum().to(torch.promote_types(target.parameter.dtype, torch.float32))
 
@@ -114,7 +115,7 @@ class Regularizer:
             for quantity in collected.named
         }
         if not is_elementwise(criterion):  # of which one could change what it is given
-            values = {quantity: copied(value) for quantity, value in values.items()}
+            values = {quantity: cloned(value) for quantity, value in values.items()}
         return criterion(**values)
 
     def _root_of(self, name: str, norms: Tensor) -> float | Tensor:
@@ -125,7 +126,7 @@ class Regularizer:
         return root
 
     @torch.enable_grad()
-    def _check_scores(self, name: str, target: Target) -> None:
+    def _check_scores(self, name: str, target: NamedWeight) -> None:
         """ValueError unless there is one score per weight, and it can be differentiated by the weight."""
         criterion = self.sparsifier.criteria
         scores = self._scores(name, widened(whole(target.parameter.detach())).requires_grad_())
@@ -182,7 +183,7 @@ class _ByDefault:
     """Selects what takes part by default, and what is frozen, for it may be trained later."""
 
     def __init__(self, model: nn.Module):
-        targets = [target for target in find_targets(model).values() if not target.is_embedding]
+        targets = [target for target in find_weights(model).values() if not target.is_embedding]
         chosen = [target for target in targets if not (target.sources and target.is_frozen)]
         self.modules = {id(module) for target in chosen for _, module in target.owners}
 

@@ -16,8 +16,8 @@ from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
 from torch import Tensor
 
-from ..callbacks.display import is_search
-from ..callbacks.keep import TrainingCallback
+from ..callbacks.base import TrainingCallback
+from ..callbacks.learner import is_search
 from ..model.parallel import unwrapped
 
 
@@ -87,27 +87,29 @@ class Moment:
     @classmethod
     def of(cls, learn: Learner) -> Moment:
         """Now."""
-        return cls(copied_to(unwrapped(learn.model).state_dict(), "cpu"), copied_to(learn.opt.state_dict(), "cpu"))
+        return cls(
+            copy_to_device(unwrapped(learn.model).state_dict(), "cpu"), copy_to_device(learn.opt.state_dict(), "cpu")
+        )
 
     def put(self, learn: Learner) -> None:
         """Go back to it."""
         unwrapped(learn.model).load_state_dict(self.model)
         # torch's optimizers take their state to where the parameters are; fastai's take it as it is.
         device = "cpu" if isinstance(learn.opt, OptimWrapper) else next(unwrapped(learn.model).parameters()).device
-        state = copied_to(self.optimizer, device)
+        state = copy_to_device(self.optimizer, device)
         if "hypers" in state:
             state["hypers"] = L(state["hypers"])
         learn.opt.load_state_dict(state)
 
 
-def copied_to(value: Any, device: Any) -> Any:
+def copy_to_device(value: Any, device: Any) -> Any:
     """A copy of nested state, tensors on a device, and nothing but torch's and Python's own types."""
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True)
     if isinstance(value, Mapping):
-        return {name: copied_to(each, device) for name, each in value.items()}
+        return {name: copy_to_device(each, device) for name, each in value.items()}
     if isinstance(value, (list, L)):
-        return [copied_to(each, device) for each in value]
+        return [copy_to_device(each, device) for each in value]
     return value.item() if isinstance(value, np.generic) else deepcopy(value)
 
 

@@ -8,11 +8,14 @@ from numbers import Real
 from typing import Any
 
 from ..axes.quantity import AVERAGED
+from ..callbacks.learner import calibrate_with, first_batch
 from ..callbacks.plan import compares_with_itself
+from ..model.running import as_it_was
+from ..sparsifier.arguments import Sparsity
 from ..sparsifier.sparsifier import Sparsifier
-from ..support.checks import Sparsity, check_fraction, check_number
+from ..support.checks import check_fraction, check_number
 from ..support.registry import name_of
-from .metric import Meter, as_it_was, calibrate_with, first_batch
+from .metric import Metric
 from .sensitivity_table import Sensitivity
 
 LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
@@ -65,7 +68,7 @@ def sensitivity(
         raise ValueError(
             "sensitivity: coupled filters fall together, but one layer is measured at a time; leave coupled=True out"
         )
-    meter = Meter.of(learn_or_model, metric, lower_is_better)
+    meter = Metric.of(learn_or_model, metric, lower_is_better)
     shows = progress and (meter.learn is None or hasattr(learn_or_model, "progress"))
     with meter.held():
         one_shot = OneShot(meter, calibration, loss_func, options)
@@ -109,7 +112,7 @@ def highest_sparsity(
     tolerance, precision = check_number("tolerance", tolerance), check_number("precision", precision, 0, 1)
     if not precision:
         raise ValueError("precision is 0; give the distance of the sparsities to be told apart, such as 0.005")
-    meter = Meter.of(learn_or_model, metric, lower_is_better)
+    meter = Metric.of(learn_or_model, metric, lower_is_better)
     with meter.held():
         one_shot, baseline = OneShot(meter, calibration, loss_func, options), meter.baseline()
         sign, good, bad = (1 if meter.lower_is_better else -1), 0, math.floor(1 / precision + 1e-9) + 1
@@ -131,7 +134,9 @@ class OneShot:
     sizes: parameter name -> number of weights. reached: the sparsity that was counted in the last measurement.
     """
 
-    def __init__(self, meter: Meter, calibration: Iterable | None, loss_func: Callable | None, options: dict[str, Any]):
+    def __init__(
+        self, meter: Metric, calibration: Iterable | None, loss_func: Callable | None, options: dict[str, Any]
+    ):
         self.meter, self.reached = meter, 0.0
         try:
             self.sparsifier = Sparsifier(meter.model, **options)
@@ -172,7 +177,7 @@ def _check_comparisons(sparsifier: Sparsifier) -> None:
         )
 
 
-def _calibrate(sparsifier: Sparsifier, meter: Meter, calibration: Iterable | None, loss_func: Callable | None) -> None:
+def _calibrate(sparsifier: Sparsifier, meter: Metric, calibration: Iterable | None, loss_func: Callable | None) -> None:
     """Show a criterion that looks at data what was given, or what the Learner has."""
     if calibration is None and meter.learn is None:
         raise TypeError(

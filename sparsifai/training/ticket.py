@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from ..model.layers import parameter_of
 from ..model.parallel import unwrapped
 from ..sparsifier.masking import zero_weights
-from ..sparsifier.report import percent
 from ..support.registry import close_matches
-from ..support.table import as_html, as_text
+from ..support.table import as_html, as_text, percent
 
 Metrics = dict[str, float]
 
@@ -132,12 +131,12 @@ class LotteryTickets(Sequence[Ticket]):
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the tickets to a file, which `LotteryTickets.load` reads."""
-        write(path, self.state())
+        save_run(path, self.state())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LotteryTickets:
         """Read the tickets of a file that `save` or `lottery_ticket(path=)` has written; no code in it is run."""
-        return cls.from_state(read(path))
+        return cls.from_state(load_run(path))
 
     def state(self) -> dict[str, Any]:
         """Everything, as what torch.save takes; the start, which all share, once."""
@@ -150,7 +149,7 @@ class LotteryTickets(Sequence[Ticket]):
         return cls([Ticket(**{**each, "start": state["start"]}) for each in state["tickets"]], state["metric"])
 
 
-def write(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
+def save_run(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
     """Write a file at once: interrupted, the earlier one is still there."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
@@ -158,7 +157,7 @@ def write(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
     part.replace(path)
 
 
-def read(path: str | os.PathLike) -> dict[str, Any]:
+def load_run(path: str | os.PathLike) -> dict[str, Any]:
     """What `write` has written; ValueError if it is no such file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from oracle import CONVOLUTION, MATRIX, groups_of
 
-from sparsifai.axes.granularity import Grouping, UnavailableError, along, granularities, poolings
+from sparsifai.axes.granularity import along, granularities
+from sparsifai.axes.grouping import Grouping, UnavailableError, poolings
 
 # Layers by the axes of their weight, the first of them split over the groups of a grouped convolution.
 LAYERS = {

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import sparsifai
 from sparsifai import Plan, Sparsifier, between, bounded, criteria, schedules
 from sparsifai.callbacks.plan import plan_of
-from sparsifai.export.two_four import why_not_two_four
 from sparsifai.model.flops import count_flops
-from sparsifai.model.layers import find_targets
+from sparsifai.model.layers import find_weights
+from sparsifai.model.linear import why_not_two_four
 
 
 def planned(model, sparsity, *axes, schedule="lin", n_epoch=2, n_iter=4, every=None, example_input=None, **options):
@@ -142,7 +142,7 @@ def test_two_four_kernels_take_what_torch_says():
     assert (limits.sparse_min_rows, limits.sparse_min_cols) == (16, 16)
     model = nn.ModuleList([nn.Linear(16, 32), nn.Linear(16, 24), nn.Linear(8, 16), nn.Conv2d(16, 16, 1)])
     model.append(nn.MultiheadAttention(16, 2))
-    reasons = {name: why_not_two_four(model, target) for name, target in find_targets(model).items()}
+    reasons = {name: why_not_two_four(model, target) for name, target in find_weights(model).items()}
     assert reasons == {
         "0.weight": "", "1.weight": "sides not in 16s", "2.weight": "sides not in 16s", "3.weight": "not of a Linear",
         "4.in_proj_weight": "not of a Linear", "4.out_proj.weight": "not of a Linear",
@@ -241,7 +241,7 @@ def test_zeros_that_are_there_are_told_of(net):
 
 
 def flops_of(model, *inputs):
-    return count_flops(model, find_targets(model), inputs)
+    return count_flops(model, find_weights(model), inputs)
 
 
 @pytest.mark.parametrize(
@@ -461,7 +461,7 @@ def test_a_forward_that_fails_leaves_nothing(net):
 def test_flops_need_no_values():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    assert count_flops(model, find_targets(model), torch.zeros(1, 4, device="meta")) == {
+    assert count_flops(model, find_weights(model), torch.zeros(1, 4, device="meta")) == {
         "0.weight": 64, "2.weight": 32,
     }  # fmt: skip
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from sparsifai import Comparison, Sparsifier, compare
-from sparsifai.export.comparison import ROUNDS, Form, _caption, _take_turns, _with_time
+from sparsifai.export.comparison import ROUNDS, _take_turns, _with_time
+from sparsifai.export.comparison_table import Form, caption
 
 EXAMPLE = torch.linspace(-1, 1, 4 * 16).view(4, 16)
 
@@ -317,7 +318,7 @@ def test_text_and_html(comparison):
 def test_lines_of_large_models_fit():
     sizes = (1_340_000_000, 335_000_000, 335_000_000, 9_876_543_210_123, 12345.6)  # of a large BERT
     forms = Form("dense", *sizes), Form("semi-structured", *sizes, note="a reason, " * 50, is_noise=True)
-    lines = str(Comparison(forms, _caption({"dense": [1.0] * 200}, mlp()))).splitlines()
+    lines = str(Comparison(forms, caption({"dense": [1.0] * 200}, mlp()))).splitlines()
     assert max(map(len, lines)) <= 120
     assert len(lines) > 9
     assert lines[3].split()[-2:] == ["12,346", "1"]

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from sparsifai import Sparsifier, register_layer
-from sparsifai.model.layers import as_patterns, find_targets
+from sparsifai.model.layers import find_weights
+from sparsifai.model.patterns import as_patterns
 
 
 def test_axes_of_every_kind():
@@ -26,7 +27,7 @@ def test_axes_of_every_kind():
         "cell": nn.GRUCell(4, 5),
         "norm": nn.BatchNorm2d(6),
     })  # fmt: skip
-    axes = {name: target.axes for name, target in find_targets(model).items()}
+    axes = {name: target.axes for name, target in find_weights(model).items()}
     assert axes["conv1d.weight"] == {"out": 3, "in": 2, "w": 3}
     assert axes["conv2d.weight"] == {"out": 6, "in": 4, "h": 3, "w": 2}
     assert axes["conv3d.weight"] == {"out": 3, "in": 2, "d": 1, "h": 2, "w": 3}
@@ -92,7 +93,7 @@ def test_register_layer_refuses_nonsense(conv1d_registered):
         register_layer(Conv1D, weight="in")
     register_layer(Conv1D, weight=("in", "out", "h"))
     with pytest.raises(ValueError, match=r"registered with the axes .* but has the shape \(4, 6\)"):
-        find_targets(Conv1D(4, 6))
+        find_weights(Conv1D(4, 6))
 
 
 def test_lazy_layers_are_refused_until_they_have_a_shape():

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsifai import Sparsifier
-from sparsifai.model.flow import _recorded, _traced, find_flow
-from sparsifai.model.layers import find_targets
+from sparsifai.model.layers import find_weights
+from sparsifai.model.tracing import _recorded, _traced, find_flow
 
 
 class Reversed(nn.Module):
@@ -51,7 +51,7 @@ EXAMPLE = torch.randn(2, 2, 6, 6)
 def test_first_last_and_norms_by_data_flow_not_by_file_order(how):
     model = Reversed()
     flow = _traced(model) if how == "traced" else _recorded(model, EXAMPLE)
-    targets = find_targets(model)
+    targets = find_weights(model)
     assert flow.first(targets) == {"early.weight"}
     assert flow.last(targets) == {"first_head.weight", "second_head.weight"}
     assert flow.norms_behind(model, targets) == {("norm", False): {"early.weight"}}
@@ -76,7 +76,7 @@ def test_what_cannot_be_traced_needs_an_example_and_is_left_as_it_was():
 
 @pytest.mark.parametrize("example", [(EXAMPLE,), {"x": EXAMPLE}])
 def test_examples_may_be_tuples_and_dictionaries(example):
-    assert find_flow(Branching(), example).last(find_targets(Branching())) == {"head.weight"}
+    assert find_flow(Branching(), example).last(find_weights(Branching())) == {"head.weight"}
 
 
 def test_tracing_leaves_no_proxy_on_the_model():
@@ -107,8 +107,8 @@ def test_weights_that_are_turned_before_use():
 
     model = Turned()
     for flow in (find_flow(model), _recorded(model, torch.randn(2, 3))):
-        assert flow.first(find_targets(model)) == {"stem.weight"}
-        assert flow.last(find_targets(model)) == {"head.weight"}
+        assert flow.first(find_weights(model)) == {"stem.weight"}
+        assert flow.last(find_weights(model)) == {"head.weight"}
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_torchvision_models(model, first, last, norms):
     models = pytest.importorskip("torchvision").models
     # dense blocks normalize concatenations, of which a layer's channels are a part: those norms have no one producer
     net = getattr(models, model)(weights=None)
-    flow, targets = find_flow(net), find_targets(net)
+    flow, targets = find_flow(net), find_weights(net)
     assert flow.first(targets) == first
     assert flow.last(targets) == last
     assert len(flow.norms_behind(net, targets)) == norms
@@ -180,7 +180,7 @@ def test_what_stands_between_a_filter_and_its_norm_layer(between, norm, dies):
     for flow in flows(model, EXAMPLE):
         expected = {("norm", False): {"conv.weight"}} if dies else {}
         assert flow.norms_behind(model, ["conv.weight"]) == expected
-        assert flow.last(find_targets(model)) == {"head.weight"}
+        assert flow.last(find_weights(model)) == {"head.weight"}
 
 
 def test_a_layer_norm_behind_moved_channels():
@@ -203,8 +203,8 @@ def test_changing_the_type_is_not_reading_a_size():
         def forward(self, x):
             return self.inner(x.type(torch.float32)).type(torch.float32)
 
-    assert find_flow(Typed()).last(find_targets(Typed())) == {"inner.1.weight"}
-    assert find_flow(Typed()).first(find_targets(Typed())) == {"inner.0.weight"}
+    assert find_flow(Typed()).last(find_weights(Typed())) == {"inner.1.weight"}
+    assert find_flow(Typed()).first(find_weights(Typed())) == {"inner.0.weight"}
 
 
 def test_containers_of_torch_are_looked_into():
@@ -232,8 +232,8 @@ def test_attention_is_two_steps():
             return self.inner["attention"](x, x, x)[0]
 
     for flow in flows(Attends(), torch.randn(2, 3, 4)):
-        assert flow.first(find_targets(Attends())) == {"inner.attention.in_proj_weight"}
-        assert flow.last(find_targets(Attends())) == {"inner.attention.out_proj.weight"}
+        assert flow.first(find_weights(Attends())) == {"inner.attention.in_proj_weight"}
+        assert flow.last(find_weights(Attends())) == {"inner.attention.out_proj.weight"}
 
 
 class Wrapped:

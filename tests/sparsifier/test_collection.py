@@ -11,7 +11,7 @@ from conftest import small_net
 from torch import nn
 
 from sparsifai import Sparsifier, criteria, quantities, taken
-from sparsifai.sparsifier.collection import Statistics
+from sparsifai.sparsifier.collection import CollectedQuantities
 
 
 def batches(count=3):
@@ -366,9 +366,9 @@ def test_in_steps_no_layer_is_sparser_on_the_way_than_at_the_end():
 def test_in_steps_data_are_looked_at_anew_after_an_update(net, monkeypatch):
     sparsifier, calls = Sparsifier(net, criteria="snip"), []
     monkeypatch.setattr(
-        Statistics,
+        CollectedQuantities,
         "add",
-        lambda self, moment, *rest, add=Statistics.add: calls.append(moment) or add(self, moment, *rest),
+        lambda self, moment, *rest, add=CollectedQuantities.add: calls.append(moment) or add(self, moment, *rest),
     )
     sparsifier.calibrate(batches(1), F.cross_entropy)
     sparsifier.sparsify(0.3, steps=2)
@@ -470,7 +470,7 @@ def test_a_state_holds_what_was_collected(net, tmp_path):
 @pytest.mark.parametrize("criterion", ["snip", "synflow", "large_final"])
 def test_in_steps_scores_are_taken_anew_and_density_falls_exponentially(net, criterion, monkeypatch):
     levels, moments = [], []
-    update, add = Sparsifier._update, Statistics.add
+    update, add = Sparsifier._update, CollectedQuantities.add
 
     def seen_update(self, level, *rest):
         levels.append(level)
@@ -481,7 +481,7 @@ def test_in_steps_scores_are_taken_anew_and_density_falls_exponentially(net, cri
         add(self, moment, *rest)
 
     monkeypatch.setattr(Sparsifier, "_update", seen_update)
-    monkeypatch.setattr(Statistics, "add", seen_add)
+    monkeypatch.setattr(CollectedQuantities, "add", seen_add)
     sparsifier = Sparsifier(net, criteria=criterion, example_input=batches(1)[0][0])
     if criterion == "snip":
         sparsifier.calibrate(batches(2), F.cross_entropy)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsifai import Regularizer, criteria, granularities, magnitude_increase
-from sparsifai.model.layers import find_targets
+from sparsifai.model.layers import find_weights
 
 DIFFERENTIABLE = ("large_final", "squared_final", "normalized_final", "lamp", "movement", "movmag", "small_final")
 WEIGHTS = torch.tensor([[3.0, -4.0, 0.0], [0.0, 0.0, 0.0], [1.0, 2.0, 2.0], [-6.0, 0.0, 8.0]])
@@ -63,7 +63,7 @@ def test_kernels_and_filters_of_a_grouped_convolution():
 
 def test_the_penalty_is_summed_over_what_takes_part():
     model = small_net()
-    expected = sum(float(target.parameter.detach().abs().sum()) for target in find_targets(model).values())
+    expected = sum(float(target.parameter.detach().abs().sum()) for target in find_weights(model).values())
     assert float(Regularizer(model).penalty().detach()) == pytest.approx(expected, rel=1e-5)
     last = float(model[12].weight.detach().abs().sum())
     assert float(Regularizer(model, exclude="12").penalty().detach()) == pytest.approx(expected - last, rel=1e-5)
@@ -131,7 +131,7 @@ def test_every_granularity_with_several_criteria(granularity, criterion):
 @pytest.mark.parametrize("granularity", ["weight", "filter", "kernel", "layer", "3x2"])
 def test_the_gradient_of_a_group_of_zeros_is_zero(granularity, criterion):
     model = small_net()
-    for target in find_targets(model).values():
+    for target in find_weights(model).values():
         target.parameter.data.zero_()
     regularizer = Regularizer(model, granularity, criterion)
     penalty = regularizer.penalty()
@@ -358,7 +358,7 @@ def fastai():
 
 
 def weights_of(model):
-    return {name: target.parameter for name, target in find_targets(model).items()}
+    return {name: target.parameter for name, target in find_weights(model).items()}
 
 
 def gradients_of(learn, **options):

@@ -11,7 +11,8 @@ from soundness import counted
 from torch import nn
 
 from sparsifai import Sensitivity, Sparsifier, granularities, highest_sparsity, sensitivity
-from sparsifai.training.metric import Meter, first_batch
+from sparsifai.callbacks.learner import first_batch
+from sparsifai.training.metric import Metric
 
 
 def weights_left(model):
@@ -689,7 +690,7 @@ def test_the_direction_of_metrics_that_fastai_has(make_learner, metric):
     metric = getattr(fastai.metrics, metric)
     metric = metric() if isinstance(metric, type) else metric
     name = fastai.metrics.mk_metric(metric).name
-    meter = Meter.of(make_learner(metrics=metric), name, None)
+    meter = Metric.of(make_learner(metrics=metric), name, None)
     assert meter.lower_is_better == (name != "accuracy")
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ...model.layers import Target
+    from ...model.layers import NamedWeight
 
 
 @dataclass
@@ -29,7 +29,7 @@ class DeviceLayer:
     groups that are zero may come back. may_empty: whether the best group may fall, too.
     """
 
-    target: Target
+    target: NamedWeight
     score: Tensor
     alive: Tensor
     size: int | Tensor

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ...axes.quantity import run
-from ..flow import is_float, tensors_in
 from ..layers import CONVOLUTIONS
 from ..parallel import kind_of
+from ..running import run
+from ..tensors import is_float, tensors_in
 
 _NAN = float("nan")
 

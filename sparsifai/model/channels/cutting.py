@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .coupling import LAYERS, ChannelSet, is_depthwise
+from ..layers import CHANNEL_LAYERS, is_depthwise, outputs_of
+from .coupling import ChannelSet
 
 
 @torch.no_grad()
@@ -61,7 +62,7 @@ def _keep(module: Any, outputs: set[int], inputs: set[int]) -> None:
         setattr(module, name, nn.Parameter(narrower, tensor.requires_grad) if is_parameter else narrower)
 
     into = 0 if getattr(module, "transposed", False) else 1
-    out = 0 if is_depthwise(module) or not isinstance(module, LAYERS) else 1 - into
+    out = 0 if is_depthwise(module) or not isinstance(module, CHANNEL_LAYERS) else 1 - into
     narrow("weight", out, outputs)
     narrow("weight", into, inputs)
     for name in ("bias", "running_mean", "running_var"):
@@ -79,8 +80,3 @@ _SIZES = {
     **dict.fromkeys(("out_channels", "out_features", "num_features", "num_parameters"), "outputs"),
     **dict.fromkeys(("in_channels", "in_features"), "inputs"),
 }
-
-
-def outputs_of(module: Any) -> int:
-    """Number of outputs of a Linear layer or a convolution."""
-    return module.out_features if isinstance(module, nn.Linear) else module.out_channels

@@ -9,64 +9,81 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ...export.shrink import ShrinkableLayer, Shrinkage
-from ...sparsifier.collection import untraced
-from ...support.checks import check_is_module
-from ..flow import tensors_in
+from ..layers import CHANNEL_LAYERS, is_depthwise, outputs_of
 from ..parallel import unwrapped
+from ..running import check_runs, copy_of, run, untraced
+from ..tensors import is_float, tensors_in
 from .constants import constant_inputs, escapes, pads_alike, reading
-from .coupling import LAYERS, LOST, ChannelSet, Place, check_runs, copied, find_channels, is_depthwise
-from .cutting import cut, outputs_of, places_of
-from .trial import alike, in_float32, other_size, random_like
+from .coupling import ChannelSet, Place, find_channels
+from .cutting import cut, places_of
+from .dependency_graph import LOST
+
+TOLERANCE = 1e-5  # of outputs, relative to the largest of them
 
 
-def shrink(model: nn.Module, example_input: Any) -> nn.Module:
-    """A copy of a model without its dead channels: dense, smaller, with the same outputs in evaluation mode.
+def alike(output: Tensor, expected: Tensor) -> bool:
+    """Whether an output is as expected, but for rounding; infinities and NaN at the same places."""
+    if output.shape != expected.shape or not expected.is_floating_point():
+        return torch.equal(output, expected)
+    finite = expected[expected.isfinite()].abs()
+    largest = finite.max().item() if finite.numel() else 0.0
+    return torch.allclose(output, expected, rtol=0, atol=TOLERANCE * largest, equal_nan=True)
 
-    Filters of zeros go with all that only they feed: entries of norm layers, inputs of the next layers. A constant that
-    they leave behind is folded into biases. Channels that no layer reads go, too. Outputs are the same within 1e-5 of
-    the largest, in float32, as is checked on the example, on random inputs like it and on one of another size. A model
-    that takes other ways by the values of its input is known only in the ways that these take.
 
-    model: any torch model, which stays as it is; of a wrapper (compiled, data parallel), what is in it.
-    example_input: a batch that it accepts, a tuple for several positional arguments, a dictionary for keywords.
-    What is left trains like any other model, in a Learner of its own.
-    Warns of filters of zeros that have to stay; `shrinkage` tells why. Needs torch-pruning, whose dependency graph says
-    which channels go together (Fang et al., 2023, "DepGraph", arXiv:2301.12900): pip install 'sparsifai[shrink]'.
-    ImportError without it; ValueError if the model does not run, or cannot be followed.
+def random_like(value: Any) -> Any:
+    """Random numbers with the mean and the deviation of a tensor of floats; all else as it is."""
+    if not is_float(value):
+        return value
+    spread = value.std() if value.numel() > 1 else value.abs().max()
+    return torch.randn_like(value) * spread.clamp(min=1e-3) + value.mean()
+
+
+def other_size(model: nn.Module, example_input: Any) -> list[Any]:
+    """One example of another batch size, as long again in a further axis, of other values: as much as the model takes.
+
+    What depends on the size of the input, or on the sign of its values, is another with it.
     """
-    small, report = _shrunk(model, example_input)
-    if report.zeros_left:
-        warnings.warn(
-            f"shrink: {report.zeros_left} of {report.zeros} filters of zeros stay: {report.reasons}. "
-            "shrinkage(model, example_input) lists all; with coupled=True and granularity 'filter', a Sparsifier makes "
-            "only such zeros as can go",
-            stacklevel=2,
-        )
-    return small
+    for axes in ((0, -1), (0, 1), (-1,), (1,), (0,)):
+        other = tree_map(partial(_resized, axes=axes), example_input)
+        try:
+            with untraced(model), torch.no_grad():
+                run(model, other)
+        except Exception:  # it has a fixed size
+            continue
+        return [other]
+    return []
 
 
-def shrinkage(model: nn.Module, example_input: Any) -> Shrinkage:
-    """What `shrink` would remove of each layer, and why the rest of its zeros stays; nothing is changed.
+def _resized(value: Any, axes: tuple[int, ...]) -> Any:
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    if 0 in axes:
+        value = value[:1] if len(value) > 1 else torch.cat([value, value])
+    if not value.is_floating_point():
+        return value
+    for axis in filter(None, axes if value.dim() > 2 else ()):
+        value = torch.cat([value, value], axis)
+    return -2 * value
 
-    Arguments and errors are those of `shrink`.
-    """
-    return _shrunk(model, example_input)[1]
+
+def in_float32(value: Any) -> Any:
+    """A tensor of floats in float32; all else as it is."""
+    return value.float() if is_float(value) else value
 
 
 def why_stuck(model: nn.Module, example_input: Any, channels: Iterable[ChannelSet]) -> dict[ChannelSet, str]:
     """Which channels `shrink` could not remove if all that yields them were zero, and why. It is tried on a copy."""
-    channels, trial = list(channels), copied(unwrapped(model))
+    channels, trial = list(channels), copy_of(unwrapped(model))
     with torch.no_grad():
         for name, place in dict.fromkeys(place for each in channels for place in (*each.outputs, *each.through)):
             module: Any = trial.get_submodule(name)
@@ -75,30 +92,17 @@ def why_stuck(model: nn.Module, example_input: Any, channels: Iterable[ChannelSe
                 module.weight.select(out, place).zero_()
             if isinstance(getattr(module, "bias", None), Tensor):
                 module.bias[place] = 0
-    kept = _Work(trial, example_input).done().kept
+    kept = Removal(trial, example_input).done().kept
     return {each: kept[each.outputs[0]] for each in channels if each.outputs[0] in kept}
 
 
-def _shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
-    check_is_module("shrink", "model", model)
-    model = unwrapped(model)
-    dtypes = {name: value.dtype for name, value in _named_tensors(model)}
-    work = _Work(model, example_input).done()
-    small = work.model
-    for (_, part), (_, given) in zip(small.named_modules(), model.named_modules(), strict=True):
-        part.training = given.training
-    for name, value in _named_tensors(small):
-        # A bias that is new is as its weight.
-        value.data = value.data.to(dtypes.get(name, dtypes.get(f"{name.rpartition('.')[0]}.weight", value.dtype)))
-    return small, work.report(model)
-
-
-def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers, by name."""
     return [*model.named_parameters(), *model.named_buffers()]
 
 
 @dataclass
-class _Work:
+class Removal:
     """The model as it gets smaller, and the outputs that it has to have.
 
     numbers: layer -> the numbers that its outputs had in the model as it was given. kept: of outputs that stay, by
@@ -112,8 +116,8 @@ class _Work:
     refused: set[Place] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.model = copied(self.model).eval()
-        halves = [value for _, value in _named_tensors(self.model) if value.dtype in (torch.float16, torch.bfloat16)]
+        self.model = copy_of(self.model).eval()
+        halves = [value for _, value in named_tensors(self.model) if value.dtype in (torch.float16, torch.bfloat16)]
         if halves:
             # In half precision no difference could be told from rounding.
             for value in halves:
@@ -133,10 +137,10 @@ class _Work:
         self.numbers = {
             name: list(range(outputs_of(module)))
             for name, module in self.model.named_modules()
-            if isinstance(module, LAYERS)
+            if isinstance(module, CHANNEL_LAYERS)
         }
 
-    def done(self) -> _Work:
+    def done(self) -> Removal:
         """Itself, when nothing is left to remove."""
         while self.step():
             pass
@@ -248,28 +252,3 @@ class _Work:
         except Exception:  # what was cut does not fit together
             return False
         return all(map(alike, outputs, self.outputs))
-
-    def report(self, given: nn.Module) -> Shrinkage:
-        """What has become of the outputs of the model that was given."""
-        layers = []
-        for name, module in given.named_modules():
-            if name not in self.numbers:
-                continue
-            zero = {place for place, alive in enumerate(reading(module).any(2).flatten().tolist()) if not alive}
-            left = zero.intersection(self.numbers[name])
-            reasons = Counter(
-                self.kept.get((name, number), "it is not called, or not as a layer") for number in sorted(left)
-            )
-            layers.append(
-                ShrinkableLayer(
-                    name,
-                    type(module).__name__,
-                    outputs_of(module),
-                    len(zero),
-                    outputs_of(module) - len(self.numbers[name]),
-                    len(left),
-                    "; ".join(f"{count} {reason}" for reason, count in reasons.items()),
-                )
-            )
-        sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (given, self.model)]
-        return Shrinkage(tuple(layers), *sizes)

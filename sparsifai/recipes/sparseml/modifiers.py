@@ -109,7 +109,7 @@ class Modifier:
             self.note(key, f"{_shown(self.values[key])} has no counterpart; left out", lost=True)
 
 
-def read(text: str) -> tuple[list[Modifier], list[Notice]]:
+def read_modifiers(text: str) -> tuple[list[Modifier], list[Notice]]:
     """The modifiers of a recipe in YAML, or in Markdown that begins with it. ValueError, with the line, for others."""
     notices: list[Notice] = []
     root = compose(_front_matter(text))

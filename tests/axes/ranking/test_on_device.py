@@ -20,7 +20,8 @@ from torch import nn
 
 from sparsifai import Sparsifier, criteria
 from sparsifai.axes.ranking.on_device import DeviceLayer, select_on_device
-from sparsifai.axes.ranking.selection import ScoredLayer, select_groups
+from sparsifai.axes.ranking.scored_layer import ScoredLayer
+from sparsifai.axes.ranking.selection import select_groups
 
 groups = st.lists(
     st.tuples(st.sampled_from([-1.0, -0.0, 0.0, 0.25, 0.5, float("inf")]), st.integers(1, 5), st.booleans()),
