@@ -10,8 +10,8 @@ from benchmarks.models import random_model
 from benchmarks.report import Table
 from benchmarks.timing import interleaved, milliseconds, seconds_of
 from sparsifai import Sparsifier, save_sparse, shrink
-from sparsifai.flops import count_flops
-from sparsifai.target import find_targets
+from sparsifai.model.flops import count_flops
+from sparsifai.model.layers import find_targets
 
 SIDE = 224
 BATCHES = (1, 8)

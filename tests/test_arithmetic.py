@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsifai.arithmetic import evaluate
+from sparsifai.recipes.expression import evaluate
 
 
 @pytest.mark.parametrize(

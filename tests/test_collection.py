@@ -11,7 +11,7 @@ from conftest import small_net
 from torch import nn
 
 from sparsifai import Sparsifier, criteria, quantities, taken
-from sparsifai.collection import Statistics
+from sparsifai.sparsifier.collection import Statistics
 
 
 def batches(count=3):

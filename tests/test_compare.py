@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sparsifai import Comparison, Sparsifier, compare
-from sparsifai.comparison import ROUNDS, Form, _caption, _take_turns, _with_time
+from sparsifai.export.comparison import ROUNDS, Form, _caption, _take_turns, _with_time
 
 EXAMPLE = torch.linspace(-1, 1, 4 * 16).view(4, 16)
 
@@ -61,7 +61,7 @@ def shrinks(monkeypatch):
     """Have a function in the place of `shrink`."""
 
     def put(function):
-        monkeypatch.setitem(sys.modules, "sparsifai.shrinking", SimpleNamespace(shrink=function))
+        monkeypatch.setitem(sys.modules, "sparsifai.model.channels.removal", SimpleNamespace(shrink=function))
 
     return put
 
@@ -96,7 +96,7 @@ def test_dead_filters():
 
 
 def test_file_bytes_are_those_of_files(tmp_path):
-    from sparsifai.sparse_file import save_sparse
+    from sparsifai.export.sparse_file import save_sparse
 
     dense = mlp()
     sparse = sparsified(dense, level=0.9)
@@ -128,7 +128,7 @@ def test_csr_on_a_cpu():
 
 def test_two_four(monkeypatch):
     monkeypatch.setattr("torch.sparse.to_sparse_semi_structured", lambda weight: weight.clone())
-    monkeypatch.setattr("sparsifai.semi_structured.why_no_kernels", lambda device: "")
+    monkeypatch.setattr("sparsifai.export.two_four.why_no_kernels", lambda device: "")
     dense = mlp()
     sparse = sparsified(dense, context="2:4", layers=["0", "2"]).half()
     found = compare(dense.half(), sparse, EXAMPLE.half(), repeats=3)
@@ -230,7 +230,7 @@ def test_a_file_that_cannot_be_written_is_a_reason(monkeypatch):
     def refuse(model, path):
         raise ValueError("save_sparse: extra is no tensor")
 
-    monkeypatch.setitem(sys.modules, "sparsifai.sparse_file", SimpleNamespace(save_sparse=refuse))
+    monkeypatch.setitem(sys.modules, "sparsifai.export.sparse_file", SimpleNamespace(save_sparse=refuse))
     form = compare(mlp(), mlp(), EXAMPLE, repeats=3)["dense"]
     assert (form.bytes, form.note) == (None, "extra is no tensor")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsifai import Sparsifier, criteria
-from sparsifai.criterion import quantities_of
+from sparsifai.axes.criterion import quantities_of
 
 WEIGHT, INIT, PREVIOUS = (torch.tensor(values) for values in ([1.0, -2.0, 0.5], [-1.0, -1.0, 0.75], [3.0, -2.0, 0.0]))
 

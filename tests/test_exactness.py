@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparsifai import Sparsifier, criteria, granularity, selection
-from sparsifai.criterion import is_elementwise
+from sparsifai.axes.criterion import is_elementwise
 
 LAYOUTS = {
     "contiguous": lambda weight: weight,

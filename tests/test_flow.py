@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsifai import Sparsifier
-from sparsifai.flow import _recorded, _traced, find_flow
-from sparsifai.target import find_targets
+from sparsifai.model.flow import _recorded, _traced, find_flow
+from sparsifai.model.layers import find_targets
 
 
 class Reversed(nn.Module):

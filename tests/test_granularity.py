@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle import CONVOLUTION, MATRIX, groups_of
 
-from sparsifai.granularity import Grouping, UnavailableError, along, granularities, poolings
+from sparsifai.axes.granularity import Grouping, UnavailableError, along, granularities, poolings
 
 # Layers by the axes of their weight, the first of them split over the groups of a grouped convolution.
 LAYERS = {

@@ -6,7 +6,14 @@ from conftest import small_net
 from torch import nn
 
 from sparsifai import Sparsifier, masking
-from sparsifai.masking import NEXT_TO_ZERO, holds_zeros, newly_masked, zero_gradients, zero_masked, zero_moments
+from sparsifai.sparsifier.masking import (
+    NEXT_TO_ZERO,
+    holds_zeros,
+    newly_masked,
+    zero_gradients,
+    zero_masked,
+    zero_moments,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -48,7 +48,7 @@ def test_blocks_against_a_loop_over_them(shape, size, axis, levels, ties, part, 
             layer.weight.mul_(2).round_()
     sparsifier = Sparsifier(nn.Sequential(layer), context=blocks(size, axis=("out", "in")[axis]), layers=[layer])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsifai.n_of_m.PART", part)
+        patch.setattr("sparsifai.axes.n_of_m.PART", part)
         for level in levels:
             alive = sparsifier.masks["0.weight"].numpy().copy()
             score = layer.weight.detach().abs().numpy().copy()

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsifai import Sparsifier, criteria
-from sparsifai.on_device import DeviceLayer, select_on_device
-from sparsifai.selection import ScoredLayer, select_groups
+from sparsifai.axes.ranking.on_device import DeviceLayer, select_on_device
+from sparsifai.axes.ranking.selection import ScoredLayer, select_groups
 
 groups = st.lists(
     st.tuples(st.sampled_from([-1.0, -0.0, 0.0, 0.25, 0.5, float("inf")]), st.integers(1, 5), st.booleans()),

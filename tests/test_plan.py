@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sparsifai
 from sparsifai import Plan, Sparsifier, between, bounded, criteria, schedules
-from sparsifai.flops import count_flops
-from sparsifai.plan import plan_of
-from sparsifai.semi_structured import why_not_two_four
-from sparsifai.target import find_targets
+from sparsifai.callbacks.plan import plan_of
+from sparsifai.export.two_four import why_not_two_four
+from sparsifai.model.flops import count_flops
+from sparsifai.model.layers import find_targets
 
 
 def planned(model, sparsity, *axes, schedule="lin", n_epoch=2, n_iter=4, every=None, example_input=None, **options):

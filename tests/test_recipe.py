@@ -15,7 +15,7 @@ from torch import nn
 
 from sparsifai import Recipe, Sparsifier, between, iterative, raised
 from sparsifai.__main__ import main
-from sparsifai.recipe_step import WORDS
+from sparsifai.recipes.step import WORDS
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
 

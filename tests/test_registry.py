@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 
-from sparsifai.registry import Registry, name_of
+from sparsifai.support.registry import Registry, name_of
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsifai import Sparsifier, contexts, granularities, schedules
-from sparsifai.regrowth import Regrowth, sparsity_of_drop
+from sparsifai.sparsifier.regrowth import Regrowth, sparsity_of_drop
 
 
 def show_gradients(sparsifier, seed=0):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsifai import Regularizer, criteria, granularities, magnitude_increase
-from sparsifai.target import find_targets
+from sparsifai.model.layers import find_targets
 
 DIFFERENTIABLE = ("large_final", "squared_final", "normalized_final", "lamp", "movement", "movmag", "small_final")
 WEIGHTS = torch.tensor([[3.0, -4.0, 0.0], [0.0, 0.0, 0.0], [1.0, 2.0, 2.0], [-6.0, 0.0, 8.0]])

@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 
-from sparsifai.schedule import agp, between, cos, dsd, iterative, lin, one_cycle, one_shot, progress, schedules
+from sparsifai.axes.schedule import agp, between, cos, dsd, iterative, lin, one_cycle, one_shot, progress, schedules
 
 # t, and the values by hand from the published formulas.
 CLOSED_FORMS = {

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsifai import contexts
-from sparsifai.selection import ScoredLayer, bundle, select_groups
+from sparsifai.axes.ranking.selection import ScoredLayer, bundle, select_groups
 
 
 def layer(score, size=1, masked=None, whole=False, dtype=np.float32):

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from sparsifai import SemiStructured, Sparsifier, is_nm, semi_structured_layers, to_semi_structured
-from sparsifai.linear_weights import listed
-from sparsifai.plan import plan_of
+from sparsifai.callbacks.plan import plan_of
+from sparsifai.export.conversion import listed
 
 
 def two_four(model, layers=None):
@@ -40,7 +40,7 @@ def kernels(monkeypatch):
         return weight.clone()
 
     monkeypatch.setattr("torch.sparse.to_sparse_semi_structured", keep)
-    monkeypatch.setattr("sparsifai.semi_structured.why_no_kernels", lambda device: "")
+    monkeypatch.setattr("sparsifai.export.two_four.why_no_kernels", lambda device: "")
     return converted
 
 
@@ -218,7 +218,7 @@ def test_weights_on_the_cpu():
 
 
 def test_an_old_gpu(monkeypatch):
-    from sparsifai.semi_structured import why_no_kernels
+    from sparsifai.export.two_four import why_no_kernels
 
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
     assert why_no_kernels(torch.device("cuda", 1)) == "cuda:1 has compute capability 7.5"

@@ -11,7 +11,7 @@ from soundness import counted
 from torch import nn
 
 from sparsifai import Sensitivity, Sparsifier, granularities, highest_sparsity, sensitivity
-from sparsifai.measuring import Meter, first_batch
+from sparsifai.training.metric import Meter, first_batch
 
 
 def weights_left(model):

@@ -14,8 +14,8 @@ pytest.importorskip("torch_pruning", reason="shrink asks torch-pruning which cha
 from random_nets import RandomNet, kill  # noqa: E402
 
 from sparsifai import Sparsifier, shrink, shrinkage  # noqa: E402
-from sparsifai.constant import constant_inputs, pads_alike  # noqa: E402
-from sparsifai.coupling import find_channels  # noqa: E402
+from sparsifai.model.channels.constants import constant_inputs, pads_alike  # noqa: E402
+from sparsifai.model.channels.coupling import find_channels  # noqa: E402
 
 
 def same(model, smaller, *inputs):

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from sparsifai import SparseFile, Sparsifier, load_sparse, save_sparse, sparse_format
 from sparsifai.__main__ import main
-from sparsifai.sparse_tensor import DTYPES
+from sparsifai.export.sparse_tensor import DTYPES
 
 safetensors = pytest.importorskip("safetensors", reason="sparse files are safetensors files")
 from safetensors.torch import load_file, save, save_file  # noqa: E402

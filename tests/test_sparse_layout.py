@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparsifai import Sparsifier, to_sparse_layout
-from sparsifai.sparse_layout import CSRLinear
+from sparsifai.export.csr import CSRLinear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch multiplies with CSR by MKL")
 

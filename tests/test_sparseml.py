@@ -9,8 +9,8 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sparsifai.schedule import schedules
-from sparsifai.sparseml import Notice, convert
+from sparsifai.axes.schedule import schedules
+from sparsifai.recipes.sparseml.convert import Notice, convert
 
 
 def documented_levels(initial=0.05, final=0.85, start=0, end=20, every=1.0):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsifai import Sparsifier, contexts, criteria, granularities, schedules
-from sparsifai.criterion import quantities_of
+from sparsifai.axes.criterion import quantities_of
 
 
 def moved(model):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sparsifai import Sparsifier, register_layer
-from sparsifai.target import as_patterns, find_targets
+from sparsifai.model.layers import as_patterns, find_targets
 
 
 def test_axes_of_every_kind():
