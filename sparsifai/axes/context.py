@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -49,6 +48,8 @@ def global_(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     return select_groups(layers, sparsity)
 
 
+# These rank what is on a GPU without reading it back.
+local.on_device = global_.on_device = True  # type: ignore[attr-defined]
 global_.__name__ = "global"  # as it is registered and shown; the keyword cannot be defined
 
 
@@ -80,7 +81,9 @@ def _per_output(layer: ScoredLayer, sparsity: float) -> np.ndarray:
     return np.logical_not(falls).reshape(-1)
 
 
-def ask(context: Context, layers: Sequence[ScoredLayer], sparsity: float, granularity: str) -> list[np.ndarray]:
+def ask(
+    context: Context, layers: Sequence[ScoredLayer], sparsity: float, granularity: str, notices: list[str]
+) -> list[np.ndarray]:
     """What `context` answers, checked. ValueError if it is not a bool array over the groups of each layer.
 
     Warns where a share is asked for of which nothing can fall. granularity: its name, for the warning.
@@ -99,10 +102,9 @@ def ask(context: Context, layers: Sequence[ScoredLayer], sparsity: float, granul
         if not kept.any() and not layer.whole and not layer.may_empty:
             raise ValueError(f"context {name_of(context)} empties {layer.target.name}; a layer keeps its best group")
     if sparsity > 0 and all(kept.all() for kept in stays) and _nothing_can_fall(context, layers):
-        warnings.warn(
+        notices.append(
             f"sparsity {sparsity:g} was asked for, but with granularity {granularity} and context {name_of(context)} "
-            "no group can fall, for the best of every scope stays; choose smaller groups, or context 'global'",
-            stacklevel=9,  # the line that calls sparsify
+            "no group can be pruned, because every scope keeps its best; choose smaller groups, or context 'global'"
         )
     return stays
 

@@ -14,7 +14,7 @@ Of the last three the mean over the batches since the last update is stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -34,7 +34,7 @@ class QuantitySource(Protocol):
     """What a quantity may read of the Sparsifier."""
 
     model: nn.Module
-    targets: dict[str, NamedWeight]
+    layers: Mapping[str, NamedWeight]  # of all that are pruned, by parameter name
     rng: torch.Generator
     example_input: Any  # a batch, or None
     inputs: dict[str, Tensor]  # of the layer that computes, at the moment 'forward'
@@ -94,21 +94,21 @@ quantities = Registry("quantity", check=_check)
 @taken("score")
 def weight(sparsifier: QuantitySource, name: str) -> Tensor:
     """The weight as it is."""
-    return whole(sparsifier.targets[name].parameter.detach())
+    return whole(sparsifier.layers[name].parameter.detach())
 
 
 @quantities.register
 @taken("start")
 def init(sparsifier: QuantitySource, name: str) -> Tensor:
     """The weight as it was when the Sparsifier was made."""
-    return whole(sparsifier.targets[name].parameter.detach())
+    return whole(sparsifier.layers[name].parameter.detach())
 
 
 @quantities.register
 @taken("start", "update")
 def previous(sparsifier: QuantitySource, name: str) -> Tensor:
     """The weight as it was at the last mask update."""
-    return whole(sparsifier.targets[name].parameter.detach())
+    return whole(sparsifier.layers[name].parameter.detach())
 
 
 @quantities.register
@@ -122,21 +122,21 @@ def rng(sparsifier: QuantitySource, name: str) -> torch.Generator:
 @taken("backward")
 def grad(sparsifier: QuantitySource, name: str) -> Tensor:
     """g = dL/dw, the mean over the batches since the last update; of masked weights too."""
-    return _gradient(sparsifier.targets[name])
+    return _gradient(sparsifier.layers[name])
 
 
 @quantities.register
 @taken("backward")
 def grad_sq(sparsifier: QuantitySource, name: str) -> Tensor:
     """g^2, the mean over the batches since the last update: the diagonal of the empirical Fisher matrix, by batches."""
-    return _gradient(sparsifier.targets[name]).square()
+    return _gradient(sparsifier.layers[name]).square()
 
 
 @quantities.register
 @taken("backward", running=True)
 def weight_grad(sparsifier: QuantitySource, name: str) -> Tensor:
     """w g, the mean over all batches."""
-    target = sparsifier.targets[name]
+    target = sparsifier.layers[name]
     return whole(target.parameter.detach()) * _gradient(target)
 
 
@@ -144,7 +144,7 @@ def weight_grad(sparsifier: QuantitySource, name: str) -> Tensor:
 @taken("forward", finish=torch.sqrt)
 def activation(sparsifier: QuantitySource, name: str) -> Tensor:
     """Root of the mean square of the layer's input, per input channel; in a shape that broadcasts to the weight."""
-    target = sparsifier.targets[name]
+    target = sparsifier.layers[name]
     squares = _by_channel(target, sparsifier.inputs[name]).square().mean(1)
     axes = list(target.axes)
     if target.convolution_groups > 1:
@@ -196,7 +196,7 @@ def _by_channel(target: NamedWeight, value: Tensor) -> Tensor:
 
 @torch.enable_grad()
 def _hessian_gradients(sparsifier: QuantitySource) -> dict[str, Tensor]:
-    parameters = {name: target.parameter for name, target in sparsifier.targets.items()}
+    parameters = {name: target.parameter for name, target in sparsifier.layers.items()}
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
     if frozen:
         raise UnsuitableLayerError(f"no gradient reaches {frozen[0]}, which is frozen; leave it out with exclude=")
@@ -224,7 +224,7 @@ def _synaptic_flow(sparsifier: QuantitySource) -> dict[str, Tensor]:
         name: torch.where(value.isinf(), value, value.abs()).detach().double() if value.is_floating_point() else value
         for name, value in (*model.named_parameters(), *model.named_buffers())
     }
-    parameters = {name: values[name].requires_grad_() for name in sparsifier.targets}
+    parameters = {name: values[name].requires_grad_() for name in sparsifier.layers}
     with torch.enable_grad(), evaluating(model):
         try:
             output = run(partial(functional_call, model, values), tree_map(_ones, sparsifier.example_input))

@@ -1,4 +1,4 @@
-"""Running batches through a model for the quantities that need data, without leaving a trace."""
+"""Calibration: running batches through a model for the quantities that need data, without leaving a trace."""
 
 from __future__ import annotations
 
@@ -13,29 +13,38 @@ from ..axes.quantity import UnsuitableLayerError
 from ..model.parallel import is_sharded
 from ..model.running import not_drawn_from, run, untraced
 from ..support.registry import name_of
-from .collection import CollectedQuantities
+from .collection import CollectedQuantities, Source
 
 
-def calibrate(source: Any, statistics: CollectedQuantities, batches: Iterable, loss_func: Callable | None) -> None:
-    """Run batches through the model of a Sparsifier, for the quantities that are means over them.
+def calibrate(collected: CollectedQuantities, batches: Iterable, loss_func: Callable | None) -> None:
+    """Run batches through the model, for the quantities that are means over batches.
 
-    Modes, buffers, gradients and the states of random generators are afterwards what they were before. ValueError, and
-    nothing changed, if the model or the loss fail on a batch, or a layer sees none of it. What a model keeps elsewhere
-    than in buffers, such as the hidden state of AWD_LSTM, is not put back.
+    Modes, buffers, gradients and random generators are restored. What a model keeps elsewhere, such as the hidden
+    state of AWD_LSTM, is not.
+
+    Args:
+        collected: The quantities to collect.
+        batches: Batches: (input, target), (input, input, target), or dictionaries of named inputs.
+        loss_func: A function of (output, target), or of (output, dictionary). Only quantities that are taken from a
+            gradient or from the loss need it.
+
+    Raises:
+        TypeError: `batches` is not a list of batches, or a loss is needed and missing.
+        ValueError: The model or the loss fails on a batch, or a layer sees no batch. Nothing has changed then.
     """
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
-        raise TypeError(f"calibrate: batches are a list or a data loader of several, not {_shown(batches)}")
-    needs_loss = bool(statistics.at("loss", "backward"))
+        raise TypeError(f"calibrate: batches is a list or a data loader of batches, not {_shown(batches)}")
+    needs_loss, source = bool(collected.at("loss", "backward")), collected.source
     if needs_loss and loss_func is None:
-        quantity = statistics.at("loss", "backward")[0]
-        raise TypeError(f"calibrate: {name_of(statistics.criterion)} needs {quantity}, so give it a loss_func, too")
-    before, number = statistics.state(), 0
+        quantity = collected.at("loss", "backward")[0]
+        raise TypeError(f"calibrate: {name_of(collected.criterion)} needs {quantity}; give it a loss_func")
+    before, number = collected.state(), 0
     try:
         with untraced(source.model), not_drawn_from(batches), torch.enable_grad():
             for number, batch in enumerate(batches, 1):
                 inputs, targets = _parts_of(batch, needs_loss)
                 try:
-                    with _inputs_seen(source, statistics):
+                    with _inputs_seen(collected):
                         output = run(source.model, inputs)
                     loss = loss_func(output, *targets) if needs_loss and loss_func is not None else None
                 except UnsuitableLayerError:
@@ -46,24 +55,24 @@ def calibrate(source: Any, statistics: CollectedQuantities, batches: Iterable, l
                         "target) or a dictionary of named inputs, and the loss is loss_func(output, target)"
                     ) from error
                 if needs_loss:
-                    _take_loss(source, statistics, loss, number)
+                    _take_loss(collected, loss, number)
                     source.model.zero_grad(set_to_none=True)
-        missing = statistics.missing(source.targets)
         if not number:
             raise ValueError("calibrate: there are no batches; give it a list or a data loader that has some")
-        if missing is not None:
-            unseen = [name for name in source.targets if name not in statistics.stored.get(missing, {})]
+        if (missing := collected.missing()) is not None:
+            unseen = [name for name in source.layers if name not in collected.stored.get(missing, {})]
             raise ValueError(
-                f"calibrate: {', '.join(unseen)}: computes nothing by itself in these batches, as a projection that "
-                "attention uses itself; leave it out with exclude="
+                f"calibrate: {', '.join(unseen)}: the module is not called in these batches (attention, for instance, "
+                "reads the weights of its projections itself); exclude the layer with exclude="
             )
     except BaseException:
-        statistics.restore(before, source)
+        collected.restore(before)
         raise
 
 
-def _take_loss(source: Any, statistics: CollectedQuantities, loss: Any, number: int) -> None:
-    """The quantities of a batch that are taken from its loss."""
+def _take_loss(collected: CollectedQuantities, loss: Any, number: int) -> None:
+    """Collect the quantities that are taken from the loss of a batch, or from its gradients."""
+    source = collected.source
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(f"calibrate: loss_func must return one number, a mean over the batch; got {_shown(loss)}")
     if not loss.requires_grad:
@@ -73,22 +82,22 @@ def _take_loss(source: Any, statistics: CollectedQuantities, loss: Any, number: 
         )
     if not torch.isfinite(loss):
         raise ValueError(f"calibrate: the loss of batch {number} is {loss.item()}")
-    if statistics.at("loss"):
+    if collected.at("loss"):
         source.loss = loss
         try:
-            statistics.add("loss", source, source.targets)
+            collected.add("loss")
         finally:
             source.loss = None
-    if statistics.at("backward"):
+    if collected.at("backward"):
         _backward(source, loss)
-        statistics.add("backward", source, source.targets)
+        collected.add("backward")
 
 
-def _backward(source: Any, loss: Tensor) -> None:
-    """Put the gradients of the weights that take part where they belong; nothing else sees them."""
-    parameters = [target.parameter for target in source.targets.values() if target.parameter.requires_grad]
+def _backward(source: Source, loss: Tensor) -> None:
+    """Compute the gradients of the selected layers, and of nothing else."""
+    parameters = [layer.parameter for layer in source.layers.values() if layer.parameter.requires_grad]
     if any(map(is_sharded, parameters)):
-        loss.backward()  # which sums up over processes
+        loss.backward()  # which sums over processes
         return
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if parameters else ()
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -96,7 +105,7 @@ def _backward(source: Any, loss: Tensor) -> None:
 
 
 def _parts_of(batch: Any, needs_loss: bool) -> tuple[Any, tuple]:
-    """Inputs of the model, and what the loss is given beside the output."""
+    """The inputs of the model, and the arguments of the loss beside the output."""
     if isinstance(batch, Mapping):
         return batch, (batch,)
     several = isinstance(batch, (tuple, list))
@@ -112,22 +121,22 @@ def _shown(value: Any) -> str:
 
 
 @contextmanager
-def _inputs_seen(source: Any, statistics: CollectedQuantities) -> Iterator[None]:
-    """Have every layer's input taken when it computes, if a quantity is taken then."""
-    handles = []
+def _inputs_seen(collected: CollectedQuantities) -> Iterator[None]:
+    """Collect from the input of every layer when it runs, if a quantity is taken then."""
+    handles, source = [], collected.source
 
     def hook(name: str) -> Callable:
         def see(module: nn.Module, inputs: tuple) -> None:
             if inputs and isinstance(inputs[0], Tensor):
                 source.inputs[name] = inputs[0]
-                statistics.add("forward", source, [name], count=inputs[0].numel())
+                collected.add("forward", [name], count=inputs[0].numel())
 
         return see
 
     try:
-        if statistics.at("forward"):
-            for name, target in source.targets.items():
-                handles += [owner.register_forward_pre_hook(hook(name)) for _, owner in target.owners]
+        if collected.at("forward"):
+            for name, layer in source.layers.items():
+                handles += [owner.register_forward_pre_hook(hook(name)) for _, owner in layer.owners]
         yield
     finally:
         source.inputs.clear()

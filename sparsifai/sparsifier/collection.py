@@ -1,55 +1,97 @@
-"""Collecting the quantities that a criterion names: when they are taken, averaged, and asked for.
-
-`Statistics` keeps them; `calibrate` runs batches through a model for those that need data, and leaves no trace of it.
-"""
+"""Collecting the quantities that a criterion names: when they are taken, how they are averaged, and their values."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..axes.quantity import AVERAGED, QuantitySource, quantities
+from ..axes.criterion import quantities_of
+from ..axes.quantity import AVERAGED, STORED, quantities
+from ..model.layers import NamedWeight
 from ..model.tensors import cloned
 from ..support.registry import name_of
 
 
-class CollectedQuantities:
-    """The quantities that a criterion names, of the layers of a Sparsifier.
+@dataclass(eq=False)
+class Source:
+    """What quantities are computed from.
 
-    stored: quantity -> parameter name -> value, of those that are not computed anew each time.
+    Attributes:
+        model: The model.
+        layers: Parameter name -> the named weight of a selected layer, in the order of the model.
+        rng: The random generator of the Sparsifier, on the CPU.
+        example_input: A batch of one example, or None.
+        inputs: Parameter name -> the input of the layer, while the layer runs (moment 'forward').
+        loss: The loss of a batch, with its graph (moment 'loss').
     """
 
-    def __init__(self, named: Iterable[str], criterion: Callable):
-        self.named, self.criterion = tuple(named), criterion
+    model: nn.Module
+    layers: Mapping[str, NamedWeight]
+    rng: torch.Generator
+    example_input: Any = None
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    loss: Tensor | None = None
+    _computed: dict[Callable, dict[str, Tensor]] = field(default_factory=dict)
+
+    def once(self, compute: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `compute(source)` gives for all layers. It is computed for the first layer that asks, then reused."""
+        if compute not in self._computed:
+            self._computed[compute] = compute(self)
+        return self._computed[compute]
+
+    def forget(self) -> None:
+        """Drop what `once` has computed."""
+        self._computed.clear()
+
+
+class CollectedQuantities:
+    """The quantities that a criterion names, of the selected layers.
+
+    Attributes:
+        criterion: The criterion.
+        source: What they are computed from.
+        named: Names of the quantities.
+        stored: Quantity -> parameter name -> value, for quantities that are not computed at each scoring.
+        counts: Quantity -> parameter name -> what the mean is over: batches, or values per channel.
+        begins: Quantities whose mean starts anew with the next batch.
+    """
+
+    def __init__(self, criterion: Callable, source: Source):
+        self.criterion, self.source = criterion, source
+        self.named = tuple(quantities_of(criterion))
         self.stored: dict[str, dict[str, Tensor]] = {}
-        self.counts: dict[str, dict[str, int]] = {}  # of what a mean is of: batches, or numbers of a channel
-        self.begins: set[str] = set()  # means that begin anew with the next batch
-        self.computed: dict[Callable, dict[str, Tensor]] = {}  # for all layers at once
+        self.counts: dict[str, dict[str, int]] = {}
+        self.begins: set[str] = set()
 
     def at(self, *moments: str) -> list[str]:
         """The named quantities that are taken at one of these moments."""
         return [name for name in self.named if set(moments) & set(quantities[name].moments)]  # type: ignore[attr-defined]
 
-    def take(self, moment: str, source: QuantitySource) -> None:
-        """Store the quantities that are taken at 'start' or 'update'; after an update, means begin anew."""
+    def take(self, moment: str) -> None:
+        """Store the quantities that are taken at 'start' or 'update'. After an update, means start anew."""
         for quantity in self.at(moment):
-            self.stored[quantity] = {name: cloned(quantities[quantity](source, name)) for name in source.targets}
+            self.stored[quantity] = {name: cloned(quantities[quantity](self.source, name)) for name in self._layers}
         if moment == "update":
             self.begins |= {name for name in self.at(*AVERAGED) if not quantities[name].running}  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def add(self, moment: str, source: QuantitySource, names: Iterable[str], count: int = 1) -> None:
-        """Take a batch into the means of the quantities that are taken at 'backward', 'forward' or 'loss'.
+    def add(self, moment: str, names: Iterable[str] | None = None, count: int = 1) -> None:
+        """Add a batch to the means of the quantities that are taken at 'backward', 'forward' or 'loss'.
 
-        count: what it counts for in the mean.
+        Args:
+            moment: The moment.
+            names: The layers, by default all.
+            count: The weight of the batch in the mean.
         """
+        names = list(self._layers if names is None else names)
         try:
-            taken = {each: {name: quantities[each](source, name) for name in names} for each in self.at(moment)}
+            taken = {each: {name: quantities[each](self.source, name) for name in names} for each in self.at(moment)}
         finally:
-            self.forget()
+            self.source.forget()
         for quantity, values in taken.items():
             if quantity in self.begins:
                 self.begins.remove(quantity)
@@ -57,41 +99,40 @@ class CollectedQuantities:
                 self.counts.pop(quantity, None)
             means, counts = self.stored.setdefault(quantity, {}), self.counts.setdefault(quantity, {})
             for name, value in values.items():
-                value = value.as_subclass(Tensor)  # fastai's batches make tensors of fastai's
+                value = value.as_subclass(Tensor)  # fastai's batches give tensors of fastai's classes
                 counts[name] = counts.get(name, 0) + count
                 means[name] = means[name].lerp(value, count / counts[name]) if name in means else value.clone()
 
-    def missing(self, names: Iterable[str]) -> str | None:
-        """The first named quantity that is a mean over batches, and of which no batch has been seen."""
-        return next((each for each in self.at(*AVERAGED) if not set(names) <= self.stored.get(each, {}).keys()), None)
+    def missing(self) -> str | None:
+        """The first named quantity that is a mean over batches and lacks a batch for some layer; None if none does."""
+        needed = self._layers.keys()
+        return next((each for each in self.at(*AVERAGED) if not needed <= self.stored.get(each, {}).keys()), None)
 
-    def value(self, quantity: str, name: str, source: QuantitySource) -> Any:
-        """A quantity of a layer: computed now, or what is stored. ValueError if it was never collected."""
+    def value(self, quantity: str, name: str) -> Any:
+        """A quantity of a layer: computed now, or the stored value.
+
+        Raises:
+            ValueError: It is a mean over batches, and no batch was seen.
+        """
         function: Any = quantities[quantity]
         if "score" in function.moments:
-            return function(source, name)
+            return function(self.source, name)
         if name not in self.stored.get(quantity, {}):
             raise ValueError(
-                f"criterion {name_of(self.criterion)} needs {quantity}, of which no batch was seen; call "
+                f"criterion {name_of(self.criterion)} needs {quantity}, but has seen no batch; call "
                 f"{self.how(function.moments)} before sparsify"
             )
-        value = self.stored[quantity][name].to(source.targets[name].parameter.device)
+        value = self.stored[quantity][name].to(self._layers[name].parameter.device)
         return function.finish(value) if function.finish else value
 
+    def values(self, name: str) -> dict[str, Any]:
+        """All named quantities of a layer."""
+        return {quantity: self.value(quantity, name) for quantity in self.named}
+
     def how(self, moments: Container[str]) -> str:
-        """How to have what is taken at these moments collected."""
+        """The calls by which users collect what is taken at these moments."""
         gradients = ", or collect_gradients() after a backward," if "backward" in moments else ""
         return f"calibrate(batches, loss_func){gradients}"
-
-    def once(self, compute: Callable[[Any], dict[str, Tensor]], source: QuantitySource) -> dict[str, Tensor]:
-        """What `compute` gives, computed at the first layer of a moment only; `forget` ends the moment."""
-        if compute not in self.computed:
-            self.computed[compute] = compute(source)
-        return self.computed[compute]
-
-    def forget(self) -> None:
-        """Let go of what was computed once for all layers."""
-        self.computed.clear()
 
     def state(self) -> dict[str, Any]:
         """What is stored, and of how many batches."""
@@ -101,11 +142,25 @@ class CollectedQuantities:
             "begins": sorted(self.begins),
         }
 
-    def restore(self, state: Mapping[str, Any], source: QuantitySource) -> None:
-        """Take over what `state` gave, on the devices of the parameters."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Load what `state` gave, to the devices of the parameters."""
         self.stored = {
-            quantity: {name: value.to(source.targets[name].parameter.device) for name, value in values.items()}
+            quantity: {name: value.to(self._layers[name].parameter.device) for name, value in values.items()}
             for quantity, values in state["stored"].items()
         }
         self.counts = {quantity: dict(counts) for quantity, counts in state["counts"].items()}
         self.begins = set(state["begins"])
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether a named quantity is a mean over batches."""
+        return bool(self.at(*AVERAGED))
+
+    @property
+    def compares(self) -> bool:
+        """Whether a named quantity is an earlier value, such as the weight at the start."""
+        return bool(self.at(*STORED))
+
+    @property
+    def _layers(self) -> Mapping[str, NamedWeight]:
+        return self.source.layers

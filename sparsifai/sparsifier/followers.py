@@ -1,73 +1,111 @@
-"""What dies with a zeroed filter: the layer's bias, and the affine parameters of the norm layer behind it.
+"""Followers: the parameters that are masked with a whole output, so that its channel is zero.
 
-A filter of zeros whose bias or norm layer still shifts its channel is not dead. The parameters that have to be zero
-with it are its followers; data flow says which they are.
+A filter of zeros still has an output if the layer's bias, or a norm layer behind it, shifts its channel. So the bias
+and the affine parameters of the norm layer are masked with it. Data flow says which norm layer is behind which layer;
+for filters that are coupled, the dependency graph says it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..axes.grouping import Grouping
 from ..model.flow import NORMS_OVER_CHANNELS, NORMS_OVER_LAST_AXIS, Flow
 from ..model.layers import NamedWeight, parameter_name
+from .layer import Layer, Layers
 
 
-def find_followers(
-    model: nn.Module, targets: Mapping[str, NamedWeight], groupings: Mapping[str, Grouping], flow: Callable[[], Flow]
-) -> dict[str, tuple[str, ...]]:
-    """Parameter -> the targets whose outputs it acts on, by name. flow: the data flow, asked for only if needed."""
-    dropping = {name: target for name, target in targets.items() if groupings[name].drops_outputs}
+@dataclass(frozen=True, eq=False)
+class Follower:
+    """A parameter with one entry per channel, and the layers that yield these channels.
+
+    An entry is pruned where all outputs that yield its channel are.
+
+    Attributes:
+        name: Name of the parameter.
+        size: Number of its entries.
+        producers: Layer name -> which of its outputs act on which entries, two long tensors of the same length; None
+            where output i acts on entry i. An entry that no output acts on is kept.
+    """
+
+    name: str
+    size: int
+    producers: Mapping[str, tuple[Tensor, Tensor] | None]
+
+    def mask(self, kept_outputs: Mapping[str, Tensor]) -> Tensor:
+        """The mask of the parameter. kept_outputs: layer name -> bool per output, False where it is pruned."""
+        if all(pairs is None for pairs in self.producers.values()):
+            return torch.stack([kept_outputs[name] for name in self.producers]).any(0)
+        device = next(kept_outputs[name] for name in self.producers).device
+        kept, produced = torch.zeros(self.size, device=device), torch.zeros(self.size, device=device)
+        for name, pairs in self.producers.items():
+            outputs, entries = (torch.arange(self.size),) * 2 if pairs is None else pairs
+            values = kept_outputs[name].to(device, kept.dtype)[outputs.to(device)]
+            kept.index_add_(0, entries.to(device), values)
+            produced.index_add_(0, entries.to(device), torch.ones_like(values))
+        return (kept > 0) | (produced == 0)
+
+
+def masks_of_followers(followers: Iterable[Follower], layers: Layers) -> dict[str, Tensor]:
+    """Follower name -> its mask, from the masks of the layers."""
+    followers = list(followers)
+    kept_outputs = {name: layers[name].kept_outputs for each in followers for name in each.producers}
+    return {follower.name: follower.mask(kept_outputs) for follower in followers}
+
+
+def find_followers(model: nn.Module, layers: Mapping[str, Layer], flow: Callable[[], Flow]) -> list[Follower]:
+    """The followers of the layers of which whole outputs are pruned, by the data flow.
+
+    Args:
+        model: The model.
+        layers: The selected layers.
+        flow: Gives the data flow of the model. It is called only if it is needed.
+    """
+    dropping = {name: layer.weight for name, layer in layers.items() if layer.grouping.drops_outputs}
     if not dropping:
-        return {}
-    followers: dict[str, tuple[str, ...]] = {}
-    for name, target in dropping.items():
-        for bias in _biases(target):
-            followers[bias] = (*followers.get(bias, ()), name)
-    for (norm, moved), producers in flow().norms_behind(model, dropping).items():
+        return []
+    producers: dict[str, dict[str, tuple[Tensor, Tensor] | None]] = {}
+    for name, weight in dropping.items():
+        for bias in _biases(weight):
+            producers.setdefault(bias, {})[name] = None
+    for (norm, moved), names in flow().norms_behind(model, dropping).items():
         module = model.get_submodule(norm)
-        if all(_normalizes_outputs(module, dropping[name], moved) for name in producers):
+        if all(_normalizes_outputs(module, dropping[name], moved) for name in names):
             for attribute, _ in module.named_parameters(recurse=False):
-                followers[parameter_name(norm, attribute)] = tuple(sorted(producers))
-    return followers
+                producers[parameter_name(norm, attribute)] = dict.fromkeys(sorted(names))
+    return [Follower(name, dropping[next(iter(those))].out, those) for name, those in producers.items()]
 
 
-def masks_of_followers(
-    followers: Mapping[str, tuple[str, ...]],
-    masks: Mapping[str, Tensor],
-    targets: Mapping[str, NamedWeight],
-    groupings: Mapping[str, Grouping],
-) -> dict[str, Tensor]:
-    """Masks of the followers: a channel is dead where every output that it acts on is."""
-    producers = {name for names in followers.values() for name in names}
-    alive = {
-        name: groupings[name].outputs(groupings[name].gather(masks[name]), targets[name].out) for name in producers
-    }
-    return {follower: torch.stack([alive[name] for name in names]).any(0) for follower, names in followers.items()}
-
-
-def _biases(target: NamedWeight) -> list[str]:
-    """Names of the biases that are added to what a target puts out; weight_ih_l0 has bias_ih_l0."""
+def _biases(weight: NamedWeight) -> list[str]:
+    """Names of the biases that are added to the outputs of a layer; weight_ih_l0 has bias_ih_l0."""
     names: dict[int, str] = {}
-    for owner, module in target.owners:
-        for attribute in (target.attribute.replace("weight", "bias"), "bias"):
+    for owner, module in weight.owners:
+        for attribute in (weight.attribute.replace("weight", "bias"), "bias"):
             bias = getattr(module, attribute, None)
-            if isinstance(bias, nn.Parameter) and bias.shape == (target.out,):
+            if isinstance(bias, nn.Parameter) and bias.shape == (weight.out,):
                 names.setdefault(id(bias), parameter_name(owner, attribute))
                 break
     return list(names.values())
 
 
-def _normalizes_outputs(norm: nn.Module, target: NamedWeight, moved: bool) -> bool:
-    """Whether the affine parameters of `norm` have one entry per output of the target.
+def _normalizes_outputs(norm: nn.Module, weight: NamedWeight, moved: bool) -> bool:
+    """Whether the affine parameters of a norm layer have one entry per output of the layer before it.
 
     moved: whether the outputs were moved to the last axis on the way.
     """
     # The outputs of a matrix are the last axis; those of a convolution the second, unless they were moved.
-    last = moved or "w" not in target.axes
+    last = moved or "w" not in weight.axes
     if isinstance(norm, NORMS_OVER_LAST_AXIS) and not last or isinstance(norm, NORMS_OVER_CHANNELS) and moved:
         return False
-    return all(parameter.shape == (target.out,) for parameter in norm.parameters(recurse=False))
+    return all(parameter.shape == (weight.out,) for parameter in norm.parameters(recurse=False))
+
+
+def rescaled_layers(model: nn.Module, layers: Layers, followers: Iterable[Follower]) -> list[str]:
+    """The layers whose whole outputs are pruned and go through a batch norm, which undoes their scale."""
+    holders = {each: model.get_submodule(each.name.rpartition(".")[0]) for each in followers}
+    norms = [each for each, module in holders.items() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    rescaled = {name for each in norms for name in each.producers}
+    return [name for name in layers if name in rescaled]

@@ -3,97 +3,152 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
 
-from ..axes.grouping import Grouping
+from ..axes.granularity import Granularity
+from ..axes.grouping import Grouping, grouping_of
 from ..model.flow import Flow
-from ..model.layers import NamedWeight
+from ..model.layers import NamedWeight, find_weights
 from ..model.patterns import Pattern, as_patterns, matching
+from ..model.tracing import find_flow
+from .coupled import Coupling, couple
+from .followers import Follower, find_followers
+from .layer import Layer, Layers, selected
 
 
-def reasons_to_stay_dense(
+def find_layers(
     model: nn.Module,
-    candidates: Mapping[str, NamedWeight],
+    granularity: Granularity,
+    *,
+    layers: Any = None,
+    exclude: Any = None,
+    fewest: int = 1,
+    coupled: bool = False,
+    example_input: Any = None,
+) -> tuple[dict[str, Layer], list[Follower], Coupling | None]:
+    """The layers of a model, in its order, the followers of those that are pruned, and which filters are coupled.
+
+    Args:
+        model: The model, without wrappers.
+        granularity: How weights are grouped.
+        layers: Patterns of the layers to prune, or None for the default.
+        exclude: Patterns of the layers that stay dense, or None.
+        fewest: How many groups of a layer have to be kept at least.
+        coupled: Whether filters that can only be removed together are pruned together.
+        example_input: A batch, for models that torch.fx cannot trace, and for `coupled`.
+
+    Raises:
+        ValueError: A pattern matches no layer, the data flow is needed but cannot be found, or no layer is left.
+    """
+    flow = cache(partial(find_flow, model, example_input))
+    weights = find_weights(model)
+    groupings = {
+        name: grouping_of(granularity, weight.axes, weight.convolution_groups, fewest)
+        for name, weight in weights.items()
+    }
+    reasons = _reasons_to_stay_dense(model, weights, groupings, flow, layers, exclude)
+
+    def records() -> dict[str, Layer]:
+        usable = {name: each for name, each in groupings.items() if not isinstance(each, str)}
+        return {name: Layer.dense(weight, usable.get(name), reasons.get(name, "")) for name, weight in weights.items()}
+
+    found, coupling = records(), None
+    if coupled:
+        coupling, more = couple(model, example_input, found)
+        reasons |= more
+        found = records()
+    followers = {each.name: each for each in find_followers(model, selected(found), flow)}
+    if coupling is not None:  # the dependency graph sees further than the data flow
+        followers |= {each.name: each for each in coupling.followers(model)}
+    return found, list(followers.values()), coupling
+
+
+def _reasons_to_stay_dense(
+    model: nn.Module,
+    weights: Mapping[str, NamedWeight],
     groupings: Mapping[str, Grouping | str],
     flow: Callable[[], Flow],
     layers: Any = None,
     exclude: Any = None,
 ) -> dict[str, str]:
-    """Which candidates stay dense, and why: parameter name -> reason. ValueError if the flow does not show an end,
-    or no layer is left.
+    """Which weights stay dense: parameter name -> reason.
 
-    groupings: of every candidate, or why the granularity cannot be had. flow: the data flow, asked for only if needed.
+    groupings: of every weight, or why the granularity does not go with it. flow: is called only if it is needed.
     """
     patterns = [] if layers is None else as_patterns(layers)
     exclusions = [] if exclude is None else as_patterns(exclude)
-    selected = set().union(*(matching(pattern, candidates, model) for pattern in patterns))
-    excluded = set().union(*(matching(pattern, candidates, model) for pattern in exclusions))
+    chosen = set().union(*(matching(pattern, weights, model) for pattern in patterns))
+    excluded = set().union(*(matching(pattern, weights, model) for pattern in exclusions))
     named = {pattern for pattern in patterns if isinstance(pattern, str)}
     given = {id(pattern) for pattern in patterns if isinstance(pattern, nn.Module)}
-    dense, whole_outputs, whole_inputs = {}, set(), set()
-    for name, target in candidates.items():
+    reasons, whole_outputs, whole_inputs = {}, set(), set()
+    for name, weight in weights.items():
         grouping = groupings[name]
-        exact = named & {*target.names, *dict(target.owners)} or given & {id(owner) for _, owner in target.owners}
+        exact = named & {*weight.names, *dict(weight.owners)} or given & {id(owner) for _, owner in weight.owners}
         if name in excluded:
-            dense[name] = "excluded"
-        elif layers is not None and name not in selected:
-            dense[name] = "not in layers"
-        elif layers is None and target.is_frozen:
-            dense[name] = "frozen"
-        elif layers is None and target.is_embedding:
-            dense[name] = "embedding"
+            reasons[name] = "excluded"
+        elif layers is not None and name not in chosen:
+            reasons[name] = "not in layers"
+        elif layers is None and weight.is_frozen:
+            reasons[name] = "frozen"
+        elif layers is None and weight.is_embedding:
+            reasons[name] = "embedding"
         elif isinstance(grouping, str):
-            dense[name] = grouping
-        elif target.sources:
+            reasons[name] = grouping
+        elif weight.sources:
             raise ValueError(
-                f"Sparsifier: {target.attribute} of {target.owners[0][0] or target.kind} is computed from {name} in "
-                "each forward, so zeros in it do not last; remove that first (torch.nn.utils.parametrize."
-                "remove_parametrizations, remove_weight_norm, ...), or leave the layer out with exclude="
+                f"Sparsifier: {weight.attribute} of {weight.owners[0][0] or weight.kind} is computed from {name} in "
+                "each forward, so zeros in it do not last; remove the parametrization first (torch.nn.utils."
+                "parametrize.remove_parametrizations, remove_weight_norm, ...), or exclude the layer with exclude="
             )
         elif not exact:
             whole_outputs |= {name} if grouping.drops_outputs else set()
             whole_inputs |= {name} if grouping.drops_inputs else set()
     ends = [(whole_outputs, "last", "yields the model's output"), (whole_inputs, "first", "reads the model's input")]
     for names, end, reason in ends:
-        at_end = getattr(flow(), end)(candidates) if names else set()
+        at_end = getattr(flow(), end)(weights) if names else set()
         if names and not at_end:
             raise ValueError(
                 f"Sparsifier: the data flow of {type(model).__name__} does not show which layer {reason}, and with "
-                "this granularity that one must stay dense; name the layers to sparsify exactly in layers="
+                "this granularity that layer must stay dense; name the layers to prune exactly in layers="
             )
-        dense.update(dict.fromkeys(names & at_end, reason))
-    if len(dense) == len(candidates):
-        raise ValueError(f"Sparsifier: no layer of {type(model).__name__} is left to sparsify; {_reasons(dense)}")
-    return {name: dense[name] for name in candidates if name in dense}
+        reasons.update(dict.fromkeys(names & at_end, reason))
+    if len(reasons) == len(weights):
+        raise ValueError(f"Sparsifier: no layer of {type(model).__name__} is left to prune; {_summary(reasons)}")
+    return {name: reasons[name] for name in weights if name in reasons}
 
 
-def _reasons(dense: Mapping[str, str]) -> str:
+def _summary(reasons: Mapping[str, str]) -> str:
     """Why all layers stay dense, and what to do."""
-    if not dense:
-        return "no weights with named axes; name those of its layers: register_layer(kind, weight=('out', 'in'))"
-    reasons = [f"{name}: {reason}" for name, reason in dense.items()]
-    more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
-    return f"{'; '.join(reasons[:5])}{more}. Choose another granularity, or name layers in layers="
+    if not reasons:
+        return "it has no weights with named axes; name those of its layers: register_layer(kind, weight=('out', 'in'))"
+    shown = [f"{name}: {reason}" for name, reason in reasons.items()]
+    more = f"; and {len(shown) - 5} more" if len(shown) > 5 else ""
+    return f"{'; '.join(shown[:5])}{more}. Choose another granularity, or name layers in layers="
 
 
-def scopes(
-    sparsity: float | Mapping[Pattern, float],
-    targets: Mapping[str, NamedWeight],
-    dense: Mapping[str, str],
-    candidates: Mapping[str, NamedWeight],
-    model: nn.Module,
-) -> list[tuple[float, list[str]]]:
-    """The layers of each fraction that is asked for; of several patterns that match a layer the last counts."""
+Asked = list[tuple[float, list[str]]]  # (sparsity, names of the layers that are ranked for it together)
+
+
+def scopes(sparsity: float | Mapping[Pattern, float], layers: Layers, model: nn.Module) -> Asked:
+    """The selected layers of each fraction that is asked for. If several patterns match a layer, the last counts.
+
+    Raises:
+        ValueError: A pattern matches no layer, or only layers that stay dense.
+    """
+    pruned = selected(layers)
     if not isinstance(sparsity, Mapping):
-        return [(sparsity, list(targets))]
-    of_layer: dict[str, int] = {}
+        return [(sparsity, list(pruned))]
+    weights = {name: layer.weight for name, layer in layers.items()}
+    position_of: dict[str, int] = {}
     for position, pattern in enumerate(sparsity):
-        matched = matching(pattern, candidates, model)
-        if not matched & targets.keys():
-            reasons = "; ".join(f"{name}: {dense[name]}" for name in sorted(matched)[:3])
+        matched = matching(pattern, weights, model)
+        if not matched & pruned.keys():
+            reasons = "; ".join(f"{name}: {layers[name].why_dense}" for name in sorted(matched)[:3])
             raise ValueError(f"sparsity: {pattern!r} matches only layers that stay dense ({reasons})")
-        of_layer.update(dict.fromkeys(matched, position))
-    parts = [[name for name in targets if of_layer.get(name) == position] for position in range(len(sparsity))]
+        position_of.update(dict.fromkeys(matched, position))
+    parts = [[name for name in pruned if position_of.get(name) == position] for position in range(len(sparsity))]
     return [(fraction, names) for fraction, names in zip(sparsity.values(), parts, strict=True) if names]

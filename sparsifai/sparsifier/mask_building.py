@@ -1,45 +1,198 @@
-"""Scores of the groups of a layer, from the quantities that a criterion names.
+"""Building masks: every group of weights is scored, a context ranks the scores, and the lowest are pruned.
 
-A criterion that works element by element is called of one part of a layer after the other, while they are ranked: its
-scores are never all in memory. Any other is called once, of the whole layer.
+`build_masks` is a pure function. It reads layers, weights and collected quantities and returns new masks; nothing
+changes until the Sparsifier takes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..axes.criterion import Criterion, is_elementwise, large_final
-from ..axes.grouping import Grouping, squared_sum
+from ..axes.context import ask
+from ..axes.criterion import is_elementwise, large_final
+from ..axes.grouping import squared_sum
 from ..axes.ranking.on_device import DeviceLayer
-from ..axes.ranking.scored_layer import ScoredLayer
-from ..model.layers import NamedWeight
-from ..model.parallel import is_sharded
+from ..axes.ranking.scored_layer import ScoredLayer, all_equal, nan_message
+from ..model.parallel import agree, is_sharded, process_groups_of_shards
 from ..model.tensors import cloned, widened
 from ..support.registry import name_of
+from .collection import CollectedQuantities
+from .coupled import Coupling, joint_layers
+from .layer import Layer, Layers
+from .layer_selection import Asked
+from .options import Options
+from .regrowth import Regrowth, sparsity_of_drop
+
+REVIVED_OUTPUTS = (
+    "a falling sparsity revives whole outputs from zero, and their bias and norm entries too. Behind a ReLU or a norm "
+    "layer no gradient reaches them, so they stay zero; revive single weights instead, or re-initialize them"
+)
+ALL_EQUAL = (
+    "criterion {} compares with an earlier value, and nothing has changed since then: all scores are equal, so weights "
+    "are pruned in index order; train before the first update"
+)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How scores become masks: the options of a Sparsifier, and what it has found out about the model."""
+
+    options: Options
+    coupling: Coupling | None = None
+    process_group: Any = None  # of the replicas of the model, or None
+
+
+@dataclass(frozen=True)
+class NewMasks:
+    """What `build_masks` returns.
+
+    Attributes:
+        masks: Layer name -> mask, for every selected layer.
+        levels: Layer name -> the sparsity it was pruned to.
+        random: State of the random generator after the scores were drawn.
+        notices: What the user should be warned of.
+        nan: Layer name -> bool tensor on a GPU, whether a score was NaN. Reading it waits for the GPU.
+    """
+
+    masks: dict[str, Tensor]
+    levels: dict[str, float]
+    random: Tensor
+    notices: list[str] = field(default_factory=list)
+    nan: dict[str, Tensor] = field(default_factory=dict)
+
+    def check_nan(self) -> None:
+        """Raise a ValueError if a score was NaN."""
+        check_nan(self.nan)
+
+
+def check_nan(flags: dict[str, Tensor]) -> None:
+    """Raise a ValueError if a flag is true. flags: as `NewMasks.nan`."""
+    for name, flag in flags.items():
+        if flag:
+            raise ValueError(nan_message(name))
+
+
+@torch.no_grad()
+def build_masks(
+    layers: Layers,
+    asked: Asked,
+    ranking: Ranking,
+    collected: CollectedQuantities,
+    regrowth: Regrowth | None = None,
+    drop: float = 0.0,
+) -> NewMasks:
+    """Masks for a sparsity.
+
+    Args:
+        layers: The selected layers, with the masks and levels they have now.
+        asked: Each sparsity that is asked for, with the names of the layers that are ranked for it together.
+        ranking: The options of the Sparsifier.
+        collected: The criterion and its quantities.
+        regrowth: The criterion by which weights regrow, and its quantities.
+        drop: Fraction of the remaining weights that is pruned first, for as many to regrow.
+
+    Raises:
+        ValueError: The criterion or the context does not return what it should, or a score is NaN.
+    """
+    rng = collected.source.rng
+    before = rng.get_state()
+    masks = {name: layer.mask for name, layer in layers.items()}
+    levels = {name: layer.level for name, layer in layers.items()}
+    notices: list[str] = []
+    nan: dict[str, Tensor] = {}
+    on_device = _stays_on_device(layers, ranking)
+
+    def rank(names: list[str], sparsity: float, by: CollectedQuantities, revived: Container[str]) -> None:
+        """Prune the groups of these layers with the lowest scores. Pruned groups of revived layers may be kept."""
+        options: Any = {"pool": ranking.options.pool, "may_empty": ranking.options.may_empty, "on_device": on_device}
+        scored = [score_layer(layers[name], masks[name], by, revives=name in revived, **options) for name in names]
+        if on_device:
+            for layer in scored:
+                name, flags = layer.target.name, layer.score.isnan() & (layer.alive | layer.revives)
+                nan[name] = flags.any() | nan.get(name, False)
+            kept: Any = ranking.options.context(scored, sparsity)
+        else:
+            kept = _rank(scored, sparsity, ranking, collected, notices)
+        for layer, stays in zip(scored, kept, strict=True):
+            if stays is not layer.alive:
+                masks[layer.target.name] = layers[layer.target.name].mask_of(torch.as_tensor(stays))
+
+    try:
+        for sparsity, names in asked:
+            if drop and regrowth is not None:
+                rank(names, sparsity_of_drop(sparsity, drop), collected, revived=())
+                rank(names, sparsity, regrowth, revived=names)
+            else:
+                rank(names, sparsity, collected, revived=[name for name in names if sparsity < levels[name]])
+            levels.update(dict.fromkeys(names, sparsity))
+        random = rng.get_state()
+    finally:
+        rng.set_state(before)
+        collected.source.forget()
+    if any(levels[name] < layer.level and layer.grouping.drops_outputs for name, layer in layers.items()):
+        notices.append(REVIVED_OUTPUTS)
+    return NewMasks(masks, levels, random, notices, nan)
+
+
+def _rank(
+    scored: list[ScoredLayer], sparsity: float, ranking: Ranking, collected: CollectedQuantities, notices: list[str]
+) -> Sequence[np.ndarray]:
+    """Ask the context which groups are kept: for each layer, a bool per group."""
+    options, model = ranking.options, collected.source.model
+    ranked, split = joint_layers(scored, ranking.coupling, options.round_to)
+    # In this order, the scores are compared at a first update only.
+    if collected.compares and sparsity >= 0.01 and not any(each.masked.any() for each in ranked) and all_equal(ranked):
+        notices.append(ALL_EQUAL.format(name_of(collected.criterion)))
+    kept = split(ask(options.context, ranked, sparsity, name_of(options.granularity), notices))
+    groups = process_groups_of_shards(model) if ranking.process_group is None else [ranking.process_group]
+    return agree(kept, groups, scored[0].target.parameter.device)
+
+
+def _stays_on_device(layers: Layers, ranking: Ranking) -> bool:
+    """Whether scores can be ranked on the GPU that holds all layers, so that the host need not wait for it."""
+    devices = {layer.parameter.device for layer in layers.values()}
+    alone = ranking.process_group is None and not any(is_sharded(layer.parameter) for layer in layers.values())
+    groups_alone = ranking.options.round_to is None and ranking.coupling is None
+    can = getattr(ranking.options.context, "on_device", False)
+    return can and alone and groups_alone and len(devices) == 1 and devices.pop().type in ("cuda", "meta")
 
 
 def score_layer(
-    target: NamedWeight,
-    grouping: Grouping,
+    layer: Layer,
     mask: Tensor,
-    criterion: Criterion,
-    values: Mapping[str, Any],
+    by: CollectedQuantities,
+    *,
     pool: Callable,
+    revives: bool = False,
+    may_empty: bool = False,
     on_device: bool = False,
-    **options: Any,
-) -> ScoredLayer | DeviceLayer:
-    """Score every group of a layer.
+) -> Any:
+    """Score every group of a layer: a ScoredLayer, or a DeviceLayer on a GPU.
 
-    mask: of the layer, as it is. values: the quantities that the criterion names. on_device: keep all on its GPU; it is
-        not looked for NaN then. options: of a ScoredLayer, `revives` and `may_empty`.
-    ValueError if the criterion does not return one real score per weight, or, at once or when they are ranked, NaN.
+    A criterion that works element by element is called for one part of the layer after the other, while they are
+    ranked; its scores are never all in memory. Any other criterion is called once, for the whole layer.
+
+    Args:
+        layer: The layer.
+        mask: Its mask; that of the layer, or one that was built since.
+        by: The criterion, and its quantities.
+        pool: How the scores of a group become one.
+        revives: Whether groups that are pruned may be kept again.
+        may_empty: Whether the layer may lose its best group, too.
+        on_device: Whether to leave everything on the GPU. Then no score is looked at, not even for NaN.
+
+    Raises:
+        ValueError: The criterion does not return one real score per weight; at once or in the ranking, a score is NaN.
     """
+    criterion, grouping, parameter = by.criterion, layer.grouping, layer.parameter
+    values = by.values(layer.name)
     by_element = is_elementwise(criterion)
     # Single weights are not pooled; but this pooling is a part of its criterion's formula.
     finished = torch.square if grouping.single and pool is squared_sum else (lambda scores: scores)
@@ -51,42 +204,59 @@ def score_layer(
             return finished(criterion(**{quantity: widened(value[part]) for quantity, value in values.items()}))
 
     else:
-        scores = criterion(**{quantity: _own(value) for quantity, value in values.items()})
-        if not isinstance(scores, Tensor) or scores.shape != target.parameter.shape or scores.is_complex():
-            got = f"{tuple(scores.shape)}, {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
-            raise ValueError(
-                f"criterion {name_of(criterion)} must return one real score per weight: for {target.name} a tensor of "
-                f"the shape {tuple(target.parameter.shape)}, not {got}"
-            )
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        # A criterion gets copies, so that it cannot change a weight.
+        scores = checked_scores(criterion(**{each: _own(value) for each, value in values.items()}), by, layer)
         all_scores = finished(scores.flatten() if grouping.single else scores)
 
         def scores_of(part: slice) -> Tensor:
             return all_scores[part]
 
+    options: dict[str, Any] = {"revives": revives, "may_empty": may_empty}
     if on_device:
         all_of = scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool)
         sizes = grouping.size if isinstance(grouping.size, int) else grouping.size.to(mask.device)
         alive, whole = grouping.gather(mask), not grouping.indexed
-        return DeviceLayer(target, all_of.to(mask.device), alive, sizes, whole, **options)
+        return DeviceLayer(layer.weight, all_of.to(mask.device), alive, sizes, whole, **options)
     alive = grouping.gather(mask).cpu().numpy().view()
     alive.flags.writeable = False  # it can be the mask itself
-    grid = grouping.named_grid
+    options["grid"] = grouping.named_grid
     if by_element and grouping.single and mask.device.type == "cpu":
-        weight = target.parameter.detach()
-        if (
-            criterion is large_final
-            and weight.element_size() >= 4
-            and weight.is_contiguous()
-            and not is_sharded(weight)
-        ):
-            return ScoredLayer(target, partial(_magnitude, weight.numpy().reshape(-1)), alive, grid=grid, **options)
-        return ScoredLayer(target, lambda part: scores_of(part).numpy(), alive, grid=grid, **options)
+        if criterion is large_final and _is_plain(parameter):
+            magnitude = partial(_magnitude, parameter.detach().numpy().reshape(-1))
+            return ScoredLayer(layer.weight, magnitude, alive, **options)
+        return ScoredLayer(layer.weight, lambda part: scores_of(part).numpy(), alive, **options)
     score = (scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool)).cpu().numpy()
     size = grouping.size if isinstance(grouping.size, int) else grouping.size.numpy()
-    layer = ScoredLayer(target, score.__getitem__, alive, size, not grouping.indexed, grid=grid, **options)
-    layer.check(score, alive)
-    return layer
+    scored = ScoredLayer(layer.weight, score.__getitem__, alive, size, not grouping.indexed, **options)
+    scored.check(score, alive)
+    return scored
+
+
+def checked_scores(scores: Any, by: CollectedQuantities, layer: Layer) -> Tensor:
+    """The scores of a layer, at least in float32.
+
+    Raises:
+        ValueError: They are not one real score per weight.
+    """
+    shape = layer.parameter.shape
+    if not isinstance(scores, Tensor) or scores.shape != shape or scores.is_complex():
+        got = f"{tuple(scores.shape)}, {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"criterion {name_of(by.criterion)} must return one real score per weight: for {layer.name} a tensor of "
+            f"the shape {tuple(shape)}, not {got}"
+        )
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def compares_with_itself(layers: Layers, ranking: Ranking, by: CollectedQuantities) -> bool:
+    """Whether the criterion compares with an earlier value, and nothing has changed since: all scores are equal."""
+    pool = ranking.options.pool
+    return by.compares and all_equal([score_layer(layer, layer.mask, by, pool=pool) for layer in layers.values()])
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Whether numpy can read the weights where they are."""
+    return parameter.element_size() >= 4 and parameter.is_contiguous() and not is_sharded(parameter)
 
 
 def _magnitude(weight: np.ndarray, part: slice) -> np.ndarray:
@@ -95,5 +265,5 @@ def _magnitude(weight: np.ndarray, part: slice) -> np.ndarray:
 
 
 def _own(value: Any) -> Any:
-    """A copy of a tensor, so that no criterion can change a weight; all else as it is."""
+    """A copy of a tensor, in float32 where it is in half precision; all else as it is."""
     return widened(cloned(value)) if isinstance(value, Tensor) else value

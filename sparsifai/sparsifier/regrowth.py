@@ -1,13 +1,12 @@
-"""Regrowth: at constant sparsity some weights fall and as many come back, so that training finds where they belong.
+"""Regrowth: pruned weights become active again while the sparsity stays, so that training finds where weights belong.
 
-A share of what is left falls by the criterion of the Sparsifier, and the same amount comes back by another: by the
-gradient that zeros have in RigL (Evci et al., 2020, arXiv:1911.11134), at random in SET (Mocanu et al., 2018,
-arXiv:1707.04780). The context answers both times, as for a sparsity that rises and one that falls.
+At an update the Sparsifier prunes a fraction of the remaining weights by its own criterion, and regrows as many by a
+second one: by the gradient of pruned weights in RigL (Evci et al., 2020, arXiv:1911.11134), at random in SET (Mocanu
+et al., 2018, arXiv:1707.04780). The context ranks both times, first for the higher sparsity, then for the lower one.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Container, Mapping
 from numbers import Real
 from typing import Any
@@ -16,64 +15,45 @@ from torch import Tensor
 
 from ..axes.criterion import criteria, quantities_of
 from ..axes.n_of_m import Blocks
-from ..axes.quantity import QuantitySource, quantities
+from ..axes.quantity import quantities
 from ..support.registry import name_of
-from .collection import CollectedQuantities
+from .collection import CollectedQuantities, Source
+from .layer import Layers, count_of
 
 
 class Regrowth(CollectedQuantities):
-    """What comes back: a criterion, the quantities that it names, and which weights were ever used.
+    """The criterion by which weights regrow, the quantities that it names, and the weights that were ever active.
 
-    used: parameter name -> bool in the shape of its mask, of what any masks since the first have left alive.
+    Attributes:
+        used: Parameter name -> bool tensor in the shape of its mask: kept by any mask since the first.
     """
 
-    def __init__(self, regrow: Any):
-        criterion = criteria.resolve(regrow)
-        super().__init__(quantities_of(criterion), criterion)
-        if unseen := self.at("forward", "loss"):
-            raise ValueError(
-                f"regrow={name_of(criterion)} needs {unseen[0]}, which no backward pass gives; choose 'grad', "
-                f"'random', or a function of {', '.join(name for name in quantities if not self._is_unseen(name))}"
-            )
+    def __init__(self, criterion: Any, source: Source):
+        super().__init__(criterion, source)
         self.used: dict[str, Tensor] = {}
 
-    @staticmethod
-    def _is_unseen(quantity: str) -> bool:
-        return bool({"forward", "loss"} & set(quantities[quantity].moments))  # type: ignore[attr-defined]
-
-    def check(self, context: Any, drops_outputs: bool) -> None:
-        """ValueError if nothing can fall for something to come back; a warning if what comes back stays dead."""
-        context = getattr(context, "context", context)  # that of bounded
-        if isinstance(context, Blocks) and context.exact:
-            raise ValueError(
-                f"regrow: more than {context.__name__} allows for has to fall before as much comes back; choose "
-                f"context=blocks({context.size}), which ends at the sparsity that is asked for all the same"
-            )
-        if drops_outputs:
-            warnings.warn(
-                "regrow: whole outputs that come back start at zero, and so does what stands behind them: no gradient "
-                "reaches them behind a ReLU or a norm layer; choose smaller groups, such as kernels or weights",
-                stacklevel=3,
-            )
-
     def how(self, moments: Container[str]) -> str:
-        """How to have gradients seen."""
-        return "collect_gradients() after a backward, before they are masked,"
+        """The call by which users collect gradients."""
+        return "collect_gradients() after a backward, before gradients are masked,"
 
-    def take(self, moment: str, source: QuantitySource) -> None:
-        """As Statistics; but after an update, gradients of earlier batches are let go of."""
-        super().take(moment, source)
+    def take(self, moment: str) -> None:
+        """As `CollectedQuantities.take`; but after an update, gradients of earlier batches are dropped."""
+        super().take(moment)
         if moment == "update":
             for quantity in self.begins & self.stored.keys():
                 del self.stored[quantity], self.counts[quantity]
 
     def note(self, masks: Mapping[str, Tensor]) -> None:
-        """Take into what was used what these masks leave alive."""
+        """Add what these masks keep to what was ever used."""
         for name, mask in masks.items():
             self.used[name] = self.used[name].to(mask.device) | mask if name in self.used else mask
 
+    def explored(self, layers: Layers) -> float:
+        """Fraction of the weights that were ever used."""
+        return count_of(each.with_mask(self.used.get(name, each.mask), 0) for name, each in layers.items()).density
+
     def share(self, name: str) -> str:
-        """How much of a layer was used, for the report."""
+        """The fraction of a layer that was ever used, for the report."""
         used = self.used.get(name)
         return "" if used is None else f"{float(used.float().mean()):.0%} ever used"
 
@@ -81,23 +61,61 @@ class Regrowth(CollectedQuantities):
         """What is stored, of how many batches, and what was used."""
         return {**super().state(), "used": dict(self.used)}
 
-    def restore(self, state: Mapping[str, Any], source: QuantitySource) -> None:
-        """Take over what `state` gave, on the devices of the parameters."""
-        super().restore(state, source)
-        self.used = {name: used.to(source.targets[name].parameter.device) for name, used in state["used"].items()}
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Load what `state` gave, to the devices of the parameters."""
+        super().restore(state)
+        self.used = {name: used.to(self._layers[name].parameter.device) for name, used in state["used"].items()}
+
+
+REGROWN_OUTPUTS = (
+    "regrow: whole outputs regrow from zero, and their bias and norm entries too. Behind a ReLU or a norm layer no "
+    "gradient reaches them, so they stay zero; choose smaller groups, such as kernels or weights"
+)
+
+
+def check_regrow(regrow: Any, context: Any) -> Any:
+    """The criterion by which weights regrow, by name or as a function.
+
+    Raises:
+        ValueError: The criterion needs more than gradients, or the context prunes a fixed number of every block.
+    """
+    criterion = criteria.resolve(regrow)
+
+    def is_unseen(quantity: str) -> bool:
+        return bool({"forward", "loss"} & set(quantities[quantity].moments))  # type: ignore[attr-defined]
+
+    if unseen := [quantity for quantity in quantities_of(criterion) if is_unseen(quantity)]:
+        raise ValueError(
+            f"regrow={name_of(criterion)} needs {unseen[0]}, which a backward pass does not give; choose 'grad', "
+            f"'random', or a function of {', '.join(name for name in quantities if not is_unseen(name))}"
+        )
+    inner = getattr(context, "context", context)  # the context that `bounded` limits
+    if isinstance(inner, Blocks) and inner.exact:
+        raise ValueError(
+            f"regrow: regrowth first prunes more than context {inner.__name__} allows; use "
+            f"context=blocks({inner.size}), which ends at the same sparsity"
+        )
+    return criterion
 
 
 def check_drop(drop: Any, regrows: bool = True) -> float:
-    """A share from 0 to less than 1. regrows: whether anything says what comes back."""
+    """A fraction from 0 to less than 1.
+
+    Raises:
+        ValueError: It is not, or nothing says what regrows.
+    """
     if isinstance(drop, bool) or not isinstance(drop, Real) or not 0 <= float(drop) < 1:
-        raise ValueError(f"drop is the share of what is left that falls, from 0 to less than 1, not {drop!r}")
+        raise ValueError(
+            f"drop is the fraction of the remaining weights that is pruned and regrown, from 0 to less than 1, "
+            f"not {drop!r}"
+        )
     if drop and not regrows:
-        raise ValueError(f"drop={drop!r}: nothing says what comes back; make the Sparsifier with regrow=")
+        raise ValueError(f"drop={drop!r}: nothing says what regrows; make the Sparsifier with regrow=")
     return float(drop)
 
 
 def sparsity_of_drop(sparsity: float, drop: float) -> float:
-    """1 - (1 - s)(1 - d): where a share d of what is left at s has fallen, too.
+    """1 - (1 - s)(1 - d): the sparsity when a fraction d of the weights remaining at s is pruned as well.
 
     >>> round(sparsity_of_drop(0.9, 0.3), 3)
     0.93

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
-from ..model.layers import NamedWeight
 from ..model.parallel import kind_of
 from ..model.zeros import Count, figures
 from ..support.table import as_html, as_text, percent
+from .layer import Layer, Layers, selected
+from .regrowth import Regrowth
 
 _HEADER = ("layer", "kind", "shape", "weights", "zeros", "sparsity")
 
@@ -44,21 +43,24 @@ class Report:
     model: Count
 
     @classmethod
-    def measure(
-        cls,
-        model: nn.Module,
-        candidates: Mapping[str, NamedWeight],
-        dense: Mapping[str, str],
-        notes: Mapping[str, str] = MappingProxyType({}),
-    ) -> Report:
-        """Count the zeros of `model`; dense: why which candidates take no part, by name; notes: on those that do."""
-        rows = tuple(
-            Row(name, target.kind, tuple(target.parameter.shape), Count.of(target.parameter), dense.get(name, ""),
-                notes.get(name, ""))
-            for name, target in candidates.items()
-        )  # fmt: skip
-        # Matrices that no kind of layer names the axes of are told of too, so that no weights go missing unseen.
-        known = {name for target in candidates.values() for name in target.names}
+    def measure(cls, model: nn.Module, layers: Layers, context: Any, regrowth: Regrowth | None = None) -> Report:
+        """Count the zeros of a model.
+
+        Args:
+            model: The model.
+            layers: Its layers.
+            context: The context, which may have a note on a layer.
+            regrowth: Knows which weights were ever active, or None.
+        """
+
+        def row_of(name: str, layer: Layer) -> Row:
+            shape = tuple(layer.parameter.shape)
+            note = note_of(layer, context, regrowth)
+            return Row(name, layer.weight.kind, shape, Count.of(layer.parameter), layer.why_dense, note)
+
+        rows = tuple(row_of(name, layer) for name, layer in layers.items())
+        # Matrices of kinds whose axes nobody has named are listed too, so that no weights are left out unseen.
+        known = {name for layer in layers.values() for name in layer.weight.names}
         rows += tuple(
             Row(
                 name, _holder(model, name), tuple(parameter.shape), Count.of(parameter), "no named axes: register_layer"
@@ -66,8 +68,8 @@ class Report:
             for name, parameter in model.named_parameters()
             if parameter.dim() > 1 and name not in known
         )
-        selected = Count.of(*(target.parameter for name, target in candidates.items() if name not in dense))
-        return cls(rows, selected, Count.of(*model.parameters()))
+        pruned = Count.of(*(layer.parameter for layer in selected(layers).values()))
+        return cls(rows, pruned, Count.of(*model.parameters()))
 
     @property
     def _header(self) -> tuple[str, ...]:
@@ -120,3 +122,11 @@ class Report:
 
 def _holder(model: nn.Module, name: str) -> str:
     return kind_of(model.get_submodule(name.rpartition(".")[0]))
+
+
+def note_of(layer: Layer, context: Any, regrowth: Regrowth | None = None) -> str:
+    """What is special about a selected layer: what its context says of it, and how much of it was ever active."""
+    if not layer.is_selected:
+        return ""
+    noted = context.note(layer.grouping.named_grid) if hasattr(context, "note") else ""
+    return "; ".join(filter(None, (noted, regrowth.share(layer.name) if regrowth is not None else "")))

@@ -1,4 +1,4 @@
-"""Whether a saved state of a Sparsifier fits, before any of it is taken over."""
+"""Checks whether a saved state fits a Sparsifier, before any of it is loaded."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from torch import Tensor
 from ..axes.quantity import AVERAGED, STORED
 from ..support.registry import name_of
 from .collection import CollectedQuantities
+from .layer import Layers
 from .regrowth import Regrowth
 
 
-def check_state(
-    state: Any,
-    masks: Mapping[str, Tensor],
-    levels: Mapping[str, float],
-    here: CollectedQuantities,
-    regrowth: Regrowth | None,
-) -> None:
-    """ValueError unless `state` has what `state_dict` of a Sparsifier with these masks, levels and quantities has."""
+def check_state(state: Any, layers: Layers, collected: CollectedQuantities, regrowth: Regrowth | None) -> None:
+    """Raise a ValueError unless `state` is what `state_dict` returns for these layers, quantities and regrowth."""
     if not isinstance(state, Mapping) or not {"masks", "levels", "statistics", "rng"} <= state.keys():
-        raise ValueError("load_state_dict: the state has not the masks, levels, statistics and rng of a Sparsifier")
+        raise ValueError(
+            "load_state_dict: the state lacks the masks, levels, statistics or rng of a Sparsifier; give what "
+            "state_dict() returned"
+        )
     if ("regrowth" in state) != (regrowth is not None):
         raise ValueError(
-            "load_state_dict: the state is of a Sparsifier with regrow=, or this is one; use the same regrow="
+            "load_state_dict: only one of the state and this Sparsifier has regrow=; use the same regrow= as when the "
+            "state was saved"
         )
+    masks = {name: layer.mask for name, layer in layers.items()}
+    levels = {name: layer.level for name, layer in layers.items()}
     tables: list[tuple[str, Mapping, Mapping]] = [("mask", masks, state["masks"]), ("level", levels, state["levels"])]
-    tables += _checked_statistics(state["statistics"], masks, here)
+    tables += _quantity_tables(state["statistics"], masks, collected)
     if regrowth is not None:
         if "used" not in state["regrowth"]:
-            raise ValueError("load_state_dict: the state does not tell what was ever used, as that of regrow= does")
-        tables += _checked_statistics(state["regrowth"], masks, regrowth)
+            raise ValueError("load_state_dict: the state lacks the weights that were ever used; save it with regrow=")
+        tables += _quantity_tables(state["regrowth"], masks, regrowth)
         tables.append(("used mask", masks, {**masks, **state["regrowth"]["used"]}))
     for what, known, given in tables:
         for name in sorted(known.keys() | given.keys()):
@@ -46,24 +47,27 @@ def check_state(
     torch.Generator().set_state(state["rng"].cpu())  # raises here what it would raise half-way
 
 
-def _checked_statistics(
-    statistics: Any, masks: Mapping[str, Tensor], here: CollectedQuantities
+def _quantity_tables(
+    saved: Any, masks: Mapping[str, Tensor], collected: CollectedQuantities
 ) -> Iterator[tuple[str, Mapping, Mapping]]:
-    """What of statistics is to be compared by name: what it is, what is here, what is given."""
-    if not isinstance(statistics, Mapping) or not {"stored", "counts", "begins"} <= statistics.keys():
+    """The quantities to compare by layer name: (quantity, values here, values in the state)."""
+    if not isinstance(saved, Mapping) or not {"stored", "counts", "begins"} <= saved.keys():
         raise ValueError("load_state_dict: the statistics of the state are not those of a Sparsifier")
-    stored, fixed, means = statistics["stored"], set(here.at(*STORED)), set(here.at(*AVERAGED))
+    stored, fixed, means = saved["stored"], set(collected.at(*STORED)), set(collected.at(*AVERAGED))
     if not fixed <= stored.keys() <= fixed | means:
         raise ValueError(
-            f"load_state_dict: the state has the quantities {sorted(stored)}, the criterion {name_of(here.criterion)} "
-            f"needs {sorted(fixed | means)}; use the same criterion"
+            f"load_state_dict: the state has the quantities {sorted(stored)}, the criterion "
+            f"{name_of(collected.criterion)} needs {sorted(fixed | means)}; use the same criterion"
         )
     unknown = {name for quantity in means & stored.keys() for name in stored[quantity]} - masks.keys()
     if unknown:
-        raise ValueError(f"load_state_dict: the state has quantities of {sorted(unknown)[0]}, which takes no part here")
-    # Of means, what is here may have been collected of other layers, or not yet.
-    for quantity in stored.keys() & here.stored.keys():
-        yield quantity, here.stored[quantity], stored[quantity]
+        raise ValueError(
+            f"load_state_dict: the state has quantities of {sorted(unknown)[0]}, which is not selected here; use the "
+            "same layers and exclude as when it was saved"
+        )
+    # Means can have been collected of other layers, or of none yet.
+    for quantity in stored.keys() & collected.stored.keys():
+        yield quantity, collected.stored[quantity], stored[quantity]
 
 
 def _form(value: Any) -> str:

@@ -1,73 +1,84 @@
-"""The Sparsifier: builds masks from scores and applies them. W_sparse = W * M.
+"""The Sparsifier builds masks from scores and applies them: W_sparse = W * M.
 
-The core of the library is `Sparsifier.sparsify`; what it calls are the functions of the four axes.
+The core of the library is `Sparsifier.sparsify`. It calls `build_masks`, which asks the functions of the four axes.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..axes.context import Context, ask, global_, local
-from ..axes.criterion import Criterion, is_elementwise, quantities_of
+from ..axes.context import Context
+from ..axes.criterion import Criterion, is_elementwise
 from ..axes.granularity import Granularity
 from ..axes.grouping import squared_sum
-from ..axes.ranking.on_device import DeviceLayer
-from ..axes.ranking.scored_layer import ScoredLayer, all_equal
-from ..model.parallel import agree, is_sharded, process_groups_of_shards
-from ..support.checks import check_count, check_round_to, check_seed
+from ..model.parallel import is_sharded, process_group_of, unwrapped
+from ..support.checks import check_count
 from ..support.registry import name_of
-from .arguments import Sparsity, check_sparsity, resolve_axes
 from .calibration import calibrate
-from .collection import CollectedQuantities
-from .coupled import joint_layers
-from .mask_building import score_layer
+from .collection import CollectedQuantities, Source
+from .followers import rescaled_layers
+from .layer_selection import find_layers, scopes
+from .mask_building import NewMasks, Ranking, build_masks
 from .masked_model import MaskedModel
-from .masking import NEXT_TO_ZERO, zero_moments, zero_weights
-from .regrowth import Regrowth, check_drop, sparsity_of_drop
+from .masking import NEXT_TO_ZERO, newly_masked, zero_moments, zero_weights
+from .options import Options, Sparsity, check_sparsity
+from .regrowth import REGROWN_OUTPUTS, Regrowth, check_drop
+from .report import Report
 from .saved_state import check_state
-from .steps import sparsify_in_steps
-from .taking_part import scopes
+from .steps import sparsity_at
 
 
 class Sparsifier(MaskedModel):
-    """Makes any torch model sparse: what fraction of which weights, chosen how.
+    """Makes any torch model sparse. The options say which weights are pruned and how they are chosen.
 
-    model: any torch.nn.Module; its parameters stay the same objects under the same names, nothing is left on it.
-        Several processes that train it together, with DistributedDataParallel or fully_shard, get the same masks: give
-        the wrapped model, and call what reads or masks weights in all of them. Names are those within the wrapper.
-    granularity: how. A name of `granularities`, a tuple of axes such as ('out', 'h'), or a function.
-    context: where. A name of `contexts` or a function.
-    criteria: what. A name of `criteria` or a function of named quantities.
-    layers, exclude: what takes part: module classes, modules, names, globs, containers, functions of (name, module),
-        or a list of these. By default all weights with named axes but frozen ones and embeddings. What `layers`
-        selects takes part even so. Naming a layer exactly also lifts the rule that with a granularity of whole
-        outputs (inputs) the last (first) layer stays dense.
-    pool: how the scores of a group become one: 'mean', 'sum', 'max', 'l2', or a function; None for that of the
-        criterion's definition, which is 'mean' but for taylor.
-    may_empty: whether a layer may lose its best group, too.
-    regrow: what comes back where sparsify is told to drop, highest scores first: 'grad' as in RigL, 'random' as in
-        SET, or another criterion.
-    round_to: keep a multiple of this many groups in every layer, or all of them.
-    coupled: whether filters that can only be removed together, such as those whose outputs are added, are ranked and
-        fall together, so that `shrink` can remove all that is zero. Needs torch-pruning and example_input.
-    seed: of the generator that random criteria draw from.
-    example_input: a batch, for models that torch.fx cannot trace; needed only with granularities of whole outputs
-        or inputs, by synflow and by coupled. A tuple is given as positional arguments, a dictionary as keywords.
+    Args:
+        model: Any torch.nn.Module. Its parameters stay the same objects under the same names, and nothing is added to
+            it. Several processes that train it together, with DistributedDataParallel or fully_shard, get the same
+            masks: pass the wrapped model, and call every method in all processes. Names are those inside the wrapper.
+        granularity: How weights are grouped: a name of `granularities`, a tuple of axes such as ('out', 'h'), or a
+            function. Default 'weight', every weight by itself.
+        context: Where scores are ranked: a name of `contexts` or a function. Default 'global', all layers together.
+        criteria: What a weight's score is: a name of `criteria` or a function of named quantities. The groups with
+            the lowest scores are pruned. Default 'large_final', the magnitude.
+        layers: Which layers are pruned: module classes, modules, names, globs, containers, functions of (name,
+            module), or a list of these. Default: all weights with named axes, except frozen ones and embeddings. With
+            a granularity of whole outputs (inputs) the last (first) layer stays dense, unless it is named exactly.
+        exclude: Which layers stay dense, in the same words.
+        pool: How the scores of a group become one: 'mean', 'sum', 'max', 'l2', or a function. Default: the pooling of
+            the criterion's definition, which is 'mean' except for taylor.
+        may_empty: Whether a layer may lose all its groups. By default it keeps its best one.
+        regrow: The criterion by which pruned weights regrow, highest scores first, when `sparsify` is called with
+            `drop`: 'grad' as in RigL, 'random' as in SET, or another criterion.
+        round_to: Keep a multiple of this many groups in every layer, or all of them.
+        coupled: Whether filters that can only be removed together (such as those whose outputs are added) are ranked
+            and pruned together, so that `shrink` can remove every zero filter. Needs torch-pruning and example_input.
+        seed: Seed of the generator that random criteria draw from. Default 0.
+        example_input: A batch, for models that torch.fx cannot trace; needed only with granularities of whole outputs
+            or inputs, by synflow, and by coupled. A tuple holds positional arguments, a dictionary keywords.
 
-    ValueError and TypeError, before anything is changed, where the arguments cannot work on the model.
+    Attributes:
+        layers: Parameter name -> `Layer`: for every weight with named axes its grouping, its mask, the level it was
+            pruned to, or why it stays dense.
+        ranking: How scores become masks: the options as functions, and which filters are coupled.
+        collected: The criterion's quantities that are collected in training or by `calibrate`.
 
-    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> sparsifier = Sparsifier(model, granularity='weight', context='local', criteria='large_final')
-    >>> sparsifier.sparsify(0.5)
-    >>> sparsifier.sparsity
-    0.5
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: The arguments cannot work on this model. Nothing has changed then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> sparsifier = Sparsifier(model, granularity='weight', context='local', criteria='large_final')
+        >>> sparsifier.sparsify(0.5)
+        >>> sparsifier.sparsity
+        0.5
     """
 
     def __init__(
@@ -89,32 +100,28 @@ class Sparsifier(MaskedModel):
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"Sparsifier: model is a torch.nn.Module, not {type(model).__name__}")
-        self.granularity, self.context, self.criteria, self.pool = resolve_axes(granularity, context, criteria, pool)
-        self.round_to, self.may_empty = check_round_to(round_to), bool(may_empty)
-        self.rng = torch.Generator().manual_seed(check_seed(seed))
-        super().__init__(model, self.granularity, layers, exclude, self.round_to or 1, example_input, bool(coupled))
-        if self.pool is squared_sum and (rescaled := self.rescaled_layers()):
-            warnings.warn(
-                f"{name_of(self.criteria)}: a batch norm undoes the scale of the outputs of {', '.join(rescaled[:3])}"
-                f"{' and others' if len(rescaled) > 3 else ''}, so the sum of w g over a filter is zero but for "
-                "rounding and says nothing; choose snip or fisher, or smaller groups such as kernels",
-                stacklevel=2,
-            )
-        self.levels = dict.fromkeys(self.targets, 0.0)
-        self.example_input = tree_map(first_example, example_input)
-        self.inputs: dict[str, Tensor] = {}  # of layers that compute, while calibrate looks
-        self.loss: Tensor | None = None  # of a batch of calibrate
-        self.collected = CollectedQuantities(quantities_of(self.criteria), self.criteria)
-        self.collected.take("start", self)
-        self.regrowth = None if regrow is None else Regrowth(regrow)
-        if self.regrowth is not None:
-            self.regrowth.check(self.context, any(each.drops_outputs for each in self.groupings.values()))
-            self.regrowth.take("start", self)
+        options = Options.of(
+            granularity, context, criteria, layers=layers, exclude=exclude, pool=pool, may_empty=may_empty,
+            regrow=regrow, round_to=round_to, coupled=coupled, seed=seed,
+        )  # fmt: skip
+        inner = unwrapped(model)
+        found, followers, coupling = find_layers(
+            inner, options.granularity, layers=options.layers, exclude=options.exclude,
+            fewest=options.round_to or 1, coupled=options.coupled, example_input=example_input,
+        )  # fmt: skip
+        super().__init__(inner, found, followers)
+        self.ranking = Ranking(options, coupling, process_group_of(model))
+        weights = {name: layer.weight for name, layer in self._selected.items()}
+        rng = torch.Generator().manual_seed(options.seed)
+        source = Source(inner, weights, rng, tree_map(first_example, example_input))
+        self.collected = CollectedQuantities(options.criteria, source)
+        self._regrowth = None if options.regrow is None else Regrowth(options.regrow, source)
+        self._take_quantities("start")
         self._calibration: tuple[Iterable, Callable | None] | None = None
+        _warn(self._notices())
 
-    # --- The core -----------------------------------------------------------------------------------------------
+    # --- Building masks -----------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def sparsify(
         self,
         sparsity: Sparsity | None = None,
@@ -125,280 +132,259 @@ class Sparsifier(MaskedModel):
     ) -> None:
         """Build the masks for a sparsity and apply them.
 
-        sparsity: fraction of the weights to be zero; or {pattern: fraction}, each ranked by the context on its own,
-            of patterns that match a layer the last, layers that none matches left as they are.
-        steps: in so many, with scores anew in each, and from one to the next the same share of what is left falls.
-        drop: share of what is left that falls first, for as much to come back by `regrow`.
-        A rising sparsity only adds zeros. A falling one revives, with weights of zero. If anything fails, nothing
-        has changed; but on a GPU, where nothing is read, NaN scores raise when `sparsity` or `report` is read next.
+        A rising sparsity only prunes more. A falling one revives weights, which start at zero.
+
+        Args:
+            sparsity: Fraction of the weights to be zero, 0.5 for 50 %; or {pattern: fraction}. Then the layers of
+                each pattern are ranked by themselves; if several patterns match a layer, the last counts; layers that
+                none matches stay as they are.
+            compression_ratio: Another name of `sparsity`, the same number.
+            steps: Number of steps in which the sparsity is reached, with new scores in each. From one step to the
+                next the same fraction of the remaining weights is pruned. Default 1.
+            drop: Fraction of the remaining weights that is pruned first, for as many to regrow. Needs regrow=.
+
+        Raises:
+            ValueError: The sparsity cannot be reached, or the criterion gives no usable scores. Nothing has changed
+                then. On a GPU, NaN scores raise when `sparsity` or `report` is read next, because nothing is read
+                before.
         """
         self._check_held("sparsify")
         wanted = check_sparsity(sparsity, compression_ratio)
-        check_drop(drop, self.regrowth is not None)
-        if check_count("steps", steps) > 1:
-            if drop:
-                raise ValueError("sparsify: steps= and drop= do not go together; drop after the steps")
-            sparsify_in_steps(self, wanted, steps)
-            return
-        asked = scopes(wanted, self.targets, self.dense, self.candidates, self.model)
-        falling = any(fraction < self.levels[name] for fraction, names in asked for name in names)
-        if drop or falling or not is_elementwise(self.criteria):
-            self.apply_masks()  # so that what a step has made of masked weights has no part in scores, nor comes back
-        self._update(wanted, drop)
+        check_drop(drop, self._regrowth is not None)
+        if check_count("steps", steps) > 1 and drop:
+            raise ValueError("sparsify: steps= and drop= do not go together; drop after the steps")
+        _warn(self._sparsify(wanted, drop) if steps == 1 else self._sparsify_in_steps(wanted, steps))
+
+    def update_masks(self, sparsity: Sparsity, optimizer: Any = None, *, drop: float = 0.0) -> None:
+        """Do what `sparsify` and `mask_moments` do, at less cost, where all masked weights are zero.
+
+        They are zero after `apply_masks`, and after a step that gradients and moments were masked for, of an optimizer
+        that works weight by weight. Only the newly pruned weights are set to zero.
+
+        Args:
+            sparsity: As of `sparsify`.
+            optimizer: torch's or fastai's, whose moments of newly pruned weights are set to zero; or None.
+            drop: As of `sparsify`.
+
+        Raises:
+            ValueError: As `sparsify`.
+        """
+        self._check_held("update_masks")
+        before = self.masks
+        check_drop(drop, self._regrowth is not None)
+        new = self._build(check_sparsity(sparsity), drop)
+        self._take(new)
+        masked = [
+            (parameter, newly_masked(parameter, before[name], mask) if name in before else mask)
+            for name, parameter, mask in self._masked()
+        ]
+        zero_weights(masked)
+        if optimizer is not None:
+            zero_moments(masked, optimizer, squares=NEXT_TO_ZERO)
+        self._take_quantities("update")
+        _warn(new.notices)
+
+    def check(self, sparsity: Sparsity) -> None:
+        """Raise what `sparsify` would raise, and change nothing.
+
+        Args:
+            sparsity: As of `sparsify`.
+        """
+        self._check_held("check")
+        self._build(check_sparsity(sparsity))
+
+    def _build(self, sparsity: Sparsity, drop: float = 0.0) -> NewMasks:
+        asked = scopes(sparsity, self.layers, self.model)
+        return build_masks(self._selected, asked, self.ranking, self.collected, self._regrowth, drop)
+
+    def _sparsify(self, sparsity: Sparsity, drop: float = 0.0) -> list[str]:
+        """Build and apply the masks of one step; returns what the user should be warned of."""
+        asked = scopes(sparsity, self.layers, self.model)
+        falling = any(fraction < self.layers[name].level for fraction, names in asked for name in names)
+        if drop or falling or not is_elementwise(self.ranking.options.criteria):
+            # What a step has made of pruned weights must not reach a score, nor be revived.
+            self.apply_masks()
+        new = self._build(sparsity, drop)
+        self._take(new)
         self.apply_masks()
-        self._take_update()
+        self._take_quantities("update")
+        return new.notices
+
+    def _sparsify_in_steps(self, sparsity: Sparsity, steps: int) -> list[str]:
+        """As `_sparsify`, in several steps; if one fails, nothing has changed."""
+        state, calibration, notices = self.state_dict(), self._calibration, []
+        if self.collected.looks_at_data and (calibration is None or isinstance(calibration[0], Iterator)):
+            raise ValueError(
+                f"sparsify: with steps=, {name_of(self.collected.criterion)} looks at data in each step; call "
+                "calibrate before, with batches that can be iterated over again, such as a list"
+            )
+        weights = [(parameter, parameter.detach().clone()) for _, parameter, _ in self._masked()]
+        try:
+            for step in range(1, steps + 1):
+                if self.collected.looks_at_data and (step > 1 or self.collected.begins):
+                    self.calibrate(*calibration)  # type: ignore[misc]
+                wanted = sparsity_at(step / steps, sparsity, state["levels"], self.layers, self.model)
+                notices += self._sparsify(wanted)
+        except BaseException:
+            self.load_state_dict(state)
+            with torch.no_grad():
+                for parameter, weight in weights:
+                    parameter.copy_(weight)
+            raise
+        return list(dict.fromkeys(notices))
+
+    def _take(self, new: NewMasks) -> None:
+        """Make new masks one's own. Weights are left as they are."""
+        for name, layer in self._selected.items():
+            layer.mask, layer.level = new.masks[name], new.levels[name]
+        self._nan |= new.nan
+        self.collected.source.rng.set_state(new.random)
+        self._mask_followers()
+        if self._regrowth is not None:
+            self._regrowth.note(new.masks)
+
+    def _take_quantities(self, moment: str) -> None:
+        """Store the quantities that are taken at 'start' or 'update'."""
+        self.collected.take(moment)
+        if self._regrowth is not None:
+            self._regrowth.take(moment)
+
+    # --- Data ---------------------------------------------------------------------------------------------------
 
     def calibrate(self, batches: Iterable, loss_func: Callable | None = None) -> None:
         """Run batches through the model for a criterion that looks at data, and leave no other trace.
 
-        batches: (input, target), (input, input, target), or dictionaries of named inputs. loss_func: of (output,
-            target), or of (output, dictionary); needed by criteria of gradients.
-        Modes, buffers, gradients and random generators are as before. ValueError, and nothing changed, if the model or
-        the loss fail, or no gradient or input reaches a layer that takes part.
+        Modes, buffers, gradients and random generators are as before.
+
+        Args:
+            batches: Batches: (input, target), (input, input, target), or dictionaries of named inputs.
+            loss_func: A function of (output, target), or of (output, dictionary). Criteria of gradients need it.
+
+        Raises:
+            TypeError: `batches` is not a list of batches, or a loss is needed and missing.
+            ValueError: The model or the loss fails, or no gradient or input reaches a selected layer. Nothing has
+                changed then.
         """
         self._check_held("calibrate")
-        calibrate(self, self.collected, batches, loss_func)
+        calibrate(self.collected, batches, loss_func)
         self._calibration = batches, loss_func
 
     def collect_gradients(self) -> None:
-        """Have a criterion that looks at gradients see those that are there: after backward, before they are masked.
+        """Collect the present gradients for a criterion that looks at them: after backward, before they are masked.
 
-        `mask_gradients` does so itself. ValueError if none has reached a layer that takes part.
+        `mask_gradients` does so itself.
+
+        Raises:
+            ValueError: No gradient has reached a selected layer.
         """
         self._check_held("collect_gradients")
-        for statistics in filter(None, (self.collected, self.regrowth)):
-            statistics.add("backward", self, self.targets)
+        for collected in filter(None, (self.collected, self._regrowth)):
+            collected.add("backward")
 
     def mask_gradients(self) -> None:
-        """Set the gradients of masked weights to zero: to be called after backward, before clipping.
+        """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping.
 
-        A criterion that looks at gradients sees them first, if every layer that takes part has one.
+        A criterion that looks at gradients sees them first, if every selected layer has one.
         """
-        looks = bool(self.collected.at("backward"))
-        if looks and all(target.parameter.grad is not None for target in self.targets.values()):
+        self._check_held("mask_gradients")
+        parameters = [layer.parameter for layer in self._selected.values()]
+        if self.collected.at("backward") and all(parameter.grad is not None for parameter in parameters):
             self.collect_gradients()
         super().mask_gradients()
 
-    @torch.no_grad()
-    def update_masks(self, sparsity: Sparsity, optimizer: Any = None, *, drop: float = 0.0) -> None:
-        """What `sparsify` and `mask_moments` do, for less: to be called where all that is masked is zero.
-
-        So it is after `apply_masks`, or after a step before which gradients and moments were masked, of an optimizer
-        that works weight by weight. Only what is newly masked is then set to zero.
-        """
-        self._check_held("update_masks")
-        before = self.masks
-        check_drop(drop, self.regrowth is not None)
-        self._update(check_sparsity(sparsity), drop)
-        zero_weights(newly := self.newly_masked(before))
-        if optimizer is not None:
-            zero_moments(newly, optimizer, squares=NEXT_TO_ZERO)
-        self._take_update()
-
-    def _take_update(self) -> None:
-        """Have the quantities taken that are taken after an update."""
-        self.collected.take("update", self)
-        if self.regrowth is not None:
-            self.regrowth.take("update", self)
-
-    def _update(self, sparsity: Sparsity, drop: float = 0.0) -> None:
-        """Build masks and take them for one's own; weights are left as they are."""
-        masks, levels = self._build_masks(sparsity, drop)
-        if any(levels[name] < self.levels[name] and self.groupings[name].drops_outputs for name in levels):
-            warnings.warn(
-                "outputs that come back start at zero, and so does what stands behind them: behind a ReLU or a norm "
-                "layer no gradient reaches them, and they stay dead; let single weights come back, or re-initialize",
-                stacklevel=4,
-            )
-        self._set_masks(masks)
-        self.levels = levels
-        if self.regrowth is not None:
-            self.regrowth.note(masks)
-
-    def check(self, sparsity: Sparsity) -> None:
-        """Do all that `sparsify` does but change anything: raises what it would raise."""
-        self._check_held("check")
-        random, nan = self.rng.get_state(), dict(self._nan)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._build_masks(check_sparsity(sparsity))
-        self.rng.set_state(random)
-        self._nan = nan
-
-    @torch.no_grad()
-    def _build_masks(self, sparsity: Sparsity, drop: float = 0.0) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Score, rank, mask: the masks and levels of all layers for a sparsity."""
-        random = self.rng.get_state()
-        masks, levels = dict(self.masks), dict(self.levels)
-        try:
-            for fraction, names in scopes(sparsity, self.targets, self.dense, self.candidates, self.model):
-                if drop and self.regrowth is not None:
-                    self._rank_into(masks, names, sparsity_of_drop(fraction, drop), self.collected)
-                    self._rank_into(masks, names, fraction, self.regrowth, revive=names)
-                else:
-                    falling = [name for name in names if fraction < levels[name]]
-                    self._rank_into(masks, names, fraction, self.collected, revive=falling)
-                levels.update(dict.fromkeys(names, fraction))
-        except BaseException:
-            self.rng.set_state(random)
-            raise
-        finally:
-            self.collected.forget()
-        return masks, levels
-
-    def _rank_into(
-        self,
-        masks: dict[str, Tensor],
-        names: list[str],
-        fraction: float,
-        by: CollectedQuantities,
-        revive: Container[str] = (),
-    ) -> None:
-        """Rank the layers of a scope and put what stays into `masks`. by: a criterion and its quantities.
-
-        revive: layers of which groups that are zero may come back.
-        """
-        on_device = self._on_device
-        rank = self._rank_on_device if on_device else self._rank
-        scored = [self._score(name, masks[name], by, name in revive, on_device) for name in names]
-        for layer, stays in zip(scored, rank(scored, fraction), strict=True):
-            if stays is not layer.alive:
-                masks[layer.target.name] = self._mask_of(layer.target.name, torch.as_tensor(stays))
-
-    def _score(self, name: str, mask: Tensor, by: CollectedQuantities, revives: bool, on_device: bool) -> Any:
-        """Score every group of a layer, from the quantities that the criterion names."""
-        values = {quantity: by.value(quantity, name, self) for quantity in by.named}
-        target, grouping = self.targets[name], self.groupings[name]
-        options = {"revives": revives, "may_empty": self.may_empty}
-        return score_layer(target, grouping, mask, by.criterion, values, self.pool, on_device, **options)
-
-    @property
-    def _on_device(self) -> bool:
-        """Whether the ranking can stay on a GPU: one, with a context that does not ask for arrays of the host."""
-        devices = {target.parameter.device for target in self.targets.values()}
-        alone = self.group is None and not any(is_sharded(target.parameter) for target in self.targets.values())
-        built_in = self.context in (local, global_) and self.round_to is None and self.coupling is None
-        return alone and built_in and len(devices) == 1 and devices.pop().type in ("cuda", "meta")
-
-    def _rank_on_device(self, scored: list[DeviceLayer], fraction: float) -> list[Tensor]:
-        """Ask the context which groups stay, and read nothing: NaN is told of when something is read the next time."""
-        for layer in scored:
-            name, nan = layer.target.name, layer.score.isnan() & (layer.alive | layer.revives)
-            self._nan[name] = nan.any() | self._nan.get(name, False)
-        return self.context(scored, fraction)  # type: ignore
-
-    def _rank(self, scored: list[ScoredLayer], fraction: float) -> list[np.ndarray]:
-        """Ask the context which groups stay."""
-        ranked, split = joint_layers(scored, self.coupling, self.round_to)
-        compares = {"init", "previous"}.intersection(self.collected.named)
-        # Asked in this order, the scores are looked through at a first update only.
-        if compares and fraction >= 0.01 and not any(layer.masked.any() for layer in ranked) and all_equal(ranked):
-            warnings.warn(
-                f"criterion {name_of(self.criteria)} compares with an earlier value, and nothing has changed since it: "
-                "all scores are equal, so weights fall in index order; train before the first update",
-                stacklevel=8,
-            )
-        stays = split(ask(self.context, ranked, fraction, name_of(self.granularity)))
-        groups = process_groups_of_shards(self.model) if self.group is None else [self.group]
-        return agree(stays, groups, scored[0].target.parameter.device)
-
-    # --- What can be seen ---------------------------------------------------------------------------------------
-
-    @property
-    def level(self) -> float:
-        """The sparsity that was last asked for, averaged over the weights of the layers that take part."""
-        sizes = {name: target.parameter.numel() for name, target in self.targets.items()}
-        return sum(self.levels[name] * size for name, size in sizes.items()) / sum(sizes.values())
-
-    def __repr__(self) -> str:
-        axes = ", ".join(map(name_of, (self.granularity, self.context, self.criteria)))
-        if self.model is None:
-            return f"Sparsifier({axes}: released)"
-        layers = f"Sparsifier({axes}: {len(self.targets)} layers"
-        # Sharded, it is measured in all processes together, and a repr is often asked for in one.
-        sharded = any(is_sharded(target.parameter) for target in self.targets.values())
-        return f"{layers})" if sharded else f"{layers}, sparsity {self.sparsity:.4f})"
-
-    @property
-    def statistics(self) -> dict[str, dict[str, Tensor]]:
-        """What is stored of the quantities that the criterion names: quantity -> parameter name -> value."""
-        return self.collected.stored
-
-    def once(self, compute: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """For quantities: what `compute` gives of this Sparsifier, for all layers, computed at the first of them."""
-        return self.collected.once(compute, self)
+    # --- What is measured ---------------------------------------------------------------------------------------
 
     @property
     def explored(self) -> float:
-        """Share of the weights that were ever used: not masked since the first update. Needs regrow=.
+        """Fraction of the weights that were ever active since the first update. Needs regrow=.
 
         Liu et al., 2021, "Do We Actually Need Dense Over-Parameterization?" (arXiv:2102.02887).
         """
-        if self.regrowth is None:
-            raise ValueError("explored: what was ever used is noted with regrow= only; make the Sparsifier with it")
-        return self._count({**self.masks, **self.regrowth.used}).density
+        if self._regrowth is None:
+            raise ValueError("explored: only a Sparsifier with regrow= notes which weights were ever active")
+        return self._regrowth.explored(self._selected)
 
-    def _notes(self) -> dict[str, str]:
-        noted = getattr(self.context, "note", None)
-        notes = {} if noted is None else {name: noted(each.named_grid) for name, each in self.groupings.items()}
-        if self.regrowth is not None:
-            notes = {name: "; ".join(filter(None, (notes.get(name), self.regrowth.share(name)))) for name in self.masks}
-        return notes
+    def report(self) -> Report:
+        """Measured zeros per layer and in total: text, HTML in a notebook, and `.plot()`."""
+        self._check_held("report")
+        self._check_nan()
+        return Report.measure(self.model, self.layers, self.ranking.options.context, self._regrowth)
+
+    def __repr__(self) -> str:
+        options = self.ranking.options
+        axes = ", ".join(map(name_of, (options.granularity, options.context, options.criteria)))
+        if self.model is None:
+            return f"Sparsifier({axes}: released)"
+        layers = f"Sparsifier({axes}: {len(self._selected)} layers"
+        # Sharded weights are measured by all processes together, but a repr is often asked for in one of them.
+        sharded = any(is_sharded(layer.parameter) for layer in self._selected.values())
+        return f"{layers})" if sharded else f"{layers}, sparsity {self.sparsity:.4f})"
 
     # --- State --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks, levels, statistics and random state, keyed by parameter name; for torch.save."""
+        """Masks, levels, collected quantities and random state, by parameter name; for torch.save."""
         self._check_held("state_dict")
         return {
-            "masks": dict(self.masks),
-            "levels": dict(self.levels),
+            "masks": self.masks,
+            "levels": {name: layer.level for name, layer in self._selected.items()},
             "statistics": self.collected.state(),
-            **({} if self.regrowth is None else {"regrowth": self.regrowth.state()}),
-            "rng": self.rng.get_state(),
+            **({} if self._regrowth is None else {"regrowth": self._regrowth.state()}),
+            "rng": self.collected.source.rng.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what state_dict gave, for the same model and the same axes, and apply the masks.
+        """Restore what `state_dict` returned, for the same model and the same options, and apply the masks.
 
-        ValueError, and nothing changed, if names, shapes or statistics differ.
+        Raises:
+            ValueError: Names, shapes or quantities differ. Nothing has changed then.
         """
         self._check_held("load_state_dict")
-        check_state(state, self.masks, self.levels, self.collected, self.regrowth)
-        self._set_masks({name: state["masks"][name].to(mask.device) for name, mask in self.masks.items()})
-        self.levels = {name: float(state["levels"][name]) for name in self.targets}
-        self.collected.restore(state["statistics"], self)
-        if self.regrowth is not None:
-            self.regrowth.restore(state["regrowth"], self)
-        self.rng.set_state(state["rng"].cpu())
+        layers = self._selected
+        check_state(state, layers, self.collected, self._regrowth)
+        for name, layer in layers.items():
+            layer.mask = state["masks"][name].to(layer.mask.device)
+            layer.level = float(state["levels"][name])
+        self._mask_followers()
+        self.collected.restore(state["statistics"])
+        if self._regrowth is not None:
+            self._regrowth.restore(state["regrowth"])
+        self.collected.source.rng.set_state(state["rng"].cpu())
         self.apply_masks()
 
-    @torch.no_grad()
-    def recover_masks(self) -> None:
-        """Take the masks from the zeros of the model, as after loading a bare checkpoint of a sparse model.
-
-        A group is masked if all its weights are zero. A layer of nothing but zeros, as some are initialized, is not.
-        """
-        self._check_held("recover_masks")
-        masks = self._masks_of_zeros()
-        # Ranked jointly, a layer can have more or less zeros than the level that it was ranked for.
-        joint = self._count(masks).sparsity
-        self.levels = {name: min(self._count({name: mask}).sparsity, joint) for name, mask in masks.items()}
-        self._set_masks(masks)
-
     def release(self) -> nn.Module:
-        """Let go of the model and return it: its zeros stay, and nothing keeps them from here on."""
-        model = super().release()
-        self._calibration, self.collected, self.regrowth = None, CollectedQuantities((), self.criteria), None
+        """Drop all references to the model and return it. Its zeros stay, but nothing keeps them from here on."""
+        model, options = super().release(), self.ranking.options
+        self.ranking, self._calibration, self._regrowth = Ranking(options), None, None
+        self.collected = CollectedQuantities(options.criteria, Source(None, {}, self.collected.source.rng))  # type: ignore[arg-type]
         return model
 
     # --- Helpers ------------------------------------------------------------------------------------------------
 
+    def _notices(self) -> list[str]:
+        """What the user should be warned of when the Sparsifier is made."""
+        notices, options = [], self.ranking.options
+        if self._regrowth is not None and any(layer.grouping.drops_outputs for layer in self._selected.values()):
+            notices.append(REGROWN_OUTPUTS)
+        if options.pool is squared_sum and (rescaled := rescaled_layers(self.model, self.layers, self._followers)):
+            notices.append(
+                f"{name_of(options.criteria)}: a batch norm undoes the scale of the outputs of "
+                f"{', '.join(rescaled[:3])}{' and others' if len(rescaled) > 3 else ''}, so the sum of w g over a "
+                "filter is zero but for rounding; choose snip or fisher, or smaller groups such as kernels"
+            )
+        return notices
+
     def __getstate__(self) -> dict[str, Any]:
-        # A group of processes cannot be copied or pickled; a copy is alone.
-        return {**vars(self), "group": None, "_calibration": None}
+        # A process group cannot be copied or pickled, so a copy works alone.
+        return {**vars(self), "ranking": replace(self.ranking, process_group=None), "_calibration": None}
+
+
+def _warn(notices: Iterable[str]) -> None:
+    """Warn of each notice, at the line that has called the public method."""
+    for notice in notices:
+        warnings.warn(notice, stacklevel=3)
 
 
 def first_example(value: Any) -> Any:
     """The first example of a batch."""
-    return value[:1].detach().clone() if isinstance(value, Tensor) and value.dim() else value
+    return value[:1].detach() if isinstance(value, Tensor) and value.dim() else value

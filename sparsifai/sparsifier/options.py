@@ -1,0 +1,160 @@
+"""The options of a Sparsifier, resolved and checked in one place; and the sparsity that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ..axes.context import Context, contexts
+from ..axes.criterion import Criterion, criteria
+from ..axes.granularity import Granularity, granularities
+from ..axes.grouping import poolings
+from ..model.layers import find_weights
+from ..model.patterns import Pattern, as_patterns, matching
+from ..support.checks import check_fraction, check_round_to, check_seed
+from .regrowth import check_regrow
+
+Sparsity = float | Mapping[Pattern, float]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How, where and what, as functions; and which layers. The fields are those of `Sparsifier`.
+
+    Strings are resolved here, once; past it only functions travel.
+    """
+
+    granularity: Granularity
+    context: Context
+    criteria: Criterion
+    pool: Callable
+    layers: list[Pattern] | None
+    exclude: list[Pattern] | None
+    may_empty: bool
+    regrow: Criterion | None
+    round_to: int | None
+    coupled: bool
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        granularity: Any = "weight",
+        context: Any = "global",
+        criteria: Any = "large_final",
+        *,
+        layers: Any = None,
+        exclude: Any = None,
+        pool: Any = None,
+        may_empty: Any = False,
+        regrow: Any = None,
+        round_to: Any = None,
+        coupled: Any = False,
+        seed: Any = 0,
+    ) -> Options:
+        """Resolve and check what a user gives.
+
+        Raises:
+            TypeError: A value has the wrong type.
+            ValueError: A name is unknown, or a value cannot work.
+        """
+        granularity, context, criteria, pool = resolve_axes(granularity, context, criteria, pool)
+        return cls(
+            granularity,
+            context,
+            criteria,
+            pool,
+            None if layers is None else as_patterns(layers),
+            None if exclude is None else as_patterns(exclude),
+            bool(may_empty),
+            None if regrow is None else check_regrow(regrow, context),
+            check_round_to(round_to),
+            bool(coupled),
+            check_seed(seed),
+        )
+
+    def with_criteria(self, criteria: Any) -> Options:
+        """The same options with another criterion, and its own pooling unless the present pooling fits any."""
+        criteria, pool = resolve_axes(self.granularity, self.context, criteria)[2:]
+        own = getattr(_plain(self.criteria), "pooling", None) is not None
+        return replace(self, criteria=criteria, pool=pool if own else self.pool)
+
+    def only(self, sparsity: Sparsity, model: nn.Module) -> Options:
+        """Options that also exclude the layers of a model that a dictionary of sparsities does not name."""
+        if not isinstance(sparsity, Mapping):
+            return self
+        weights = find_weights(model)
+        named = set().union(*(matching(pattern, weights, model) for pattern in sparsity))
+        others = [name for name in weights if name not in named]
+        return replace(self, exclude=[*(self.exclude or []), *others] or None)
+
+
+def resolve_axes(
+    granularity: Any, context: Any, criterion: Any, pool: Any = None
+) -> tuple[Granularity, Context, Criterion, Callable]:
+    """Names to functions. pool: None for the pooling that belongs to the criterion."""
+    criterion = criteria.resolve(criterion)
+    return (
+        granularities.resolve(granularity),
+        contexts.resolve(context),
+        criterion,
+        poolings.resolve(getattr(_plain(criterion), "pooling", "mean") if pool is None else pool),
+    )
+
+
+def _plain(criterion: Criterion) -> Any:
+    """The function of a criterion that has options bound with `functools.partial`."""
+    return criterion.func if isinstance(criterion, partial) else criterion
+
+
+def check_sparsity(sparsity: Any = None, compression_ratio: Any = None) -> Sparsity:
+    """The sparsity that is asked for: a fraction, or a dictionary of fractions by pattern.
+
+    Args:
+        sparsity: A fraction from 0 to 1, or {pattern: fraction}.
+        compression_ratio: Another name of `sparsity`.
+
+    Raises:
+        TypeError: Neither or both are given, or a value is no number.
+        ValueError: A value is not from 0 to 1, or the dictionary is empty.
+    """
+    if (sparsity is None) == (compression_ratio is None):
+        given = "neither is given" if sparsity is None else "both are given"
+        raise TypeError(f"sparsity= and compression_ratio= are two names of one number; pass one of them: {given}")
+    sparsity = compression_ratio if sparsity is None else sparsity
+    if isinstance(sparsity, Mapping):
+        if not sparsity:
+            raise ValueError("the dictionary of sparsities is empty; give it at least one pattern: {'layer1.*': 0.5}")
+        as_patterns(list(sparsity))
+        return {pattern: check_fraction(value) for pattern, value in sparsity.items()}
+    return check_fraction(sparsity, instead=", or a dictionary of them by layer")
+
+
+def mapped(sparsity: Sparsity, function: Callable[[float], float]) -> Sparsity:
+    """A function of the sparsity, or of each sparsity in a dictionary."""
+    if isinstance(sparsity, Mapping):
+        return {pattern: function(fraction) for pattern, fraction in sparsity.items()}
+    return function(sparsity)
+
+
+def highest(sparsity: Sparsity) -> float:
+    """The sparsity, or the highest in a dictionary."""
+    return max(sparsity.values()) if isinstance(sparsity, Mapping) else sparsity
+
+
+def share_of_initial(initial: float, sparsity: Sparsity) -> float:
+    """The initial sparsity as a fraction of the highest target sparsity.
+
+    Raises:
+        ValueError: A target sparsity is below the initial one.
+    """
+    lowest = min(sparsity.values()) if isinstance(sparsity, Mapping) else sparsity
+    if initial > lowest:
+        raise ValueError(
+            f"initial_sparsity {initial:g} is above the sparsity {lowest:g}; give a fraction up to the sparsity"
+        )
+    return initial / highest(sparsity) if initial else 0.0
