@@ -34,9 +34,14 @@ def test_hooks_see_the_inputs_and_the_output_and_may_replace_both(mlp):
 
 
 def test_hooks_are_removed_after_an_error_in_the_block(mlp):
-    with pytest.raises(KeyError), hooked(after=[(mlp[0], print)], before=[(mlp[2], print)]):
+    with pytest.raises(TypeError), hooked(after=[(mlp[0], print)], before=[(mlp[2], print)]):
+        mlp[1](None)
+    assert number_of_hooks(mlp) == 0
+
+
+def test_hooks_are_on_the_layers_within_the_block(mlp):
+    with hooked(after=[(mlp[0], print)], before=[(mlp[2], print)]):
         assert number_of_hooks(mlp) == 2
-        raise KeyError
     assert number_of_hooks(mlp) == 0
 
 
