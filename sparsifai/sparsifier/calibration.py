@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..axes.quantity import UnsuitableLayerError
+from ..model.hooks import hooked
 from ..model.parallel import is_sharded
 from ..model.running import not_drawn_from, run, untraced
 from ..support.registry import name_of
@@ -123,22 +124,19 @@ def _shown(value: Any) -> str:
 @contextmanager
 def _inputs_seen(collected: CollectedQuantities) -> Iterator[None]:
     """Collect from the input of every layer when it runs, if a quantity is taken then."""
-    handles, source = [], collected.source
+    source = collected.source
 
     def hook(name: str) -> Callable:
-        def see(module: nn.Module, inputs: tuple) -> None:
+        def see(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
             if inputs and isinstance(inputs[0], Tensor):
                 source.inputs[name] = inputs[0]
                 collected.add("forward", [name], count=inputs[0].numel())
 
         return see
 
+    layers = source.layers.items() if collected.at("forward") else ()
     try:
-        if collected.at("forward"):
-            for name, layer in source.layers.items():
-                handles += [owner.register_forward_pre_hook(hook(name)) for _, owner in layer.owners]
-        yield
+        with hooked(before=[(owner, hook(name)) for name, layer in layers for _, owner in layer.owners]):
+            yield
     finally:
         source.inputs.clear()
-        for handle in handles:
-            handle.remove()
