@@ -162,8 +162,8 @@ class KeepSparsity(TrainingCallback):
         if self.sparsifier not in (None, sparsifier):
             self._merge(self.sparsifier.masks, self.sparsifier.follower_masks)
         self.sparsifier, self.held_model, self.begun = sparsifier, sparsifier.model, True
-        sparsifier.adopt(self.earlier)
-        if sparsifier.regrowth is not None:
+        sparsifier.recover_masks(self.earlier)
+        if sparsifier.ranking.options.regrow is not None:
             # What it has taken over is its own to move.
             for name in self.earlier.keys() & sparsifier.masks.keys():
                 if not (sparsifier.masks[name] & ~self.earlier[name]).any():

@@ -26,7 +26,7 @@ def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None) 
     batches: by default the one at hand, in a fit; else one to train on.
     """
     collected = sparsifier.collected
-    if not collected.at("forward", "loss") and collected.missing(sparsifier.targets) is None:
+    if not collected.at("forward", "loss") and collected.missing() is None:
         return
 
     if batches is None and learn.xb[0] is not None:

@@ -1,37 +1,34 @@
-"""Plan: what a fit would do to a model, layer by layer and epoch by epoch, before anything is trained.
+"""Plans: what a fit would do to a model, layer by layer and epoch by epoch, before anything is trained.
 
-`plan_of` ranks the present weights as `Sparsifier.sparsify` would at the target, on a copy of all that this changes;
-`planned.py` is what comes out.
+`plan_of` builds the masks that `Sparsifier.sparsify` would build at the target sparsity; `plan_table.py` shows them.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..axes.context import contexts
 from ..axes.criterion import large_final
-from ..axes.grouping import Grouping, poolings, squared_sum
 from ..axes.n_of_m import Blocks
-from ..axes.ranking.scored_layer import all_equal
 from ..axes.schedule import Schedule, progress, raised, schedules
 from ..model.flops import count_flops
-from ..model.layers import NamedWeight, find_weights
 from ..model.linear import why_not_two_four
-from ..model.patterns import as_patterns, matching
 from ..model.zeros import Count
-from ..sparsifier.arguments import Sparsity, check_sparsity
 from ..sparsifier.collection import CollectedQuantities
+from ..sparsifier.followers import masks_of_followers
+from ..sparsifier.layer import Layer, Layers, level_of, selected
+from ..sparsifier.layer_selection import Asked, scopes
+from ..sparsifier.mask_building import Ranking, build_masks, compares_with_itself
+from ..sparsifier.options import Options, Sparsity, check_sparsity
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier, first_example
-from ..sparsifier.taking_part import scopes
 from ..support.checks import check_count
 from ..support.registry import name_of
 from ..support.table import percent
@@ -41,14 +38,14 @@ from .plan_table import Plan, PlannedLayer, Size
 POINTS = 1000
 
 
-# With a smaller share of its weights left, a layer is near collapse.
+# With a smaller fraction of its weights remaining, a layer is near collapse.
 SHARE = 0.01
 
 
-NEAR_COLLAPSE = f"Near collapse: less than {SHARE:.0%} of the weights left, or fewer than outputs or inputs."
+NEAR_COLLAPSE = f"Near collapse: less than {SHARE:.0%} of the weights remain, or fewer than it has outputs or inputs."
 
 
-# Contexts that fix how many weights of each layer fall, whatever their scores are.
+# Contexts that fix how many weights of each layer are pruned, whatever their scores are.
 _BY_SHAPE = tuple(contexts[name] for name in ("local", "per_output", "erk", "er", "uniform_plus"))
 
 
@@ -61,67 +58,72 @@ def plan_of(
     every: int | None = None,
     example_input: Any = None,
     initial_sparsity: float = 0.0,
+    stacklevel: int = 2,
 ) -> Plan:
-    """What a fit from the present weights would do to the model of a Sparsifier; nothing is changed.
+    """What a fit from the present weights would do to the model of a Sparsifier. Nothing is changed.
 
-    n_epoch, n_iter: of the fit, and batches in each of them. every: batches from one mask update to the next, 1 by
-    default. example_input: a batch, of whose first example FLOPs are counted; as of Sparsifier. initial_sparsity: with
-        which the schedule begins, in all layers.
-    The layers are those at the sparsity. A criterion that cannot be scored yet is estimated by large_final where that
-    matters; the notes say so. Warns of layers near collapse, and of a schedule that ends elsewhere.
-    TypeError and ValueError as `sparsify` would, and if the model does not run on the example.
+    A criterion that cannot be scored yet is estimated by large_final where that matters, and the notes say so.
+
+    Args:
+        sparsifier: A Sparsifier of the model, with the options of the fit.
+        sparsity: The target sparsity. The layers of the plan are those at this sparsity.
+        schedule: The schedule.
+        n_epoch: Epochs of the fit.
+        n_iter: Batches in an epoch.
+        every: Batches from one mask update to the next, by default 1.
+        example_input: A batch, of whose first example FLOPs are counted; as of Sparsifier.
+        initial_sparsity: The sparsity of all layers at which the schedule begins.
+        stacklevel: Of warnings, as of `warnings.warn`: 2 is the line that calls this function.
+
+    Raises:
+        TypeError: As `Sparsifier.sparsify`.
+        ValueError: As `Sparsifier.sparsify`; or the model does not run on the example.
     """
     if not isinstance(sparsifier, Sparsifier):
         raise TypeError(f"plan_of: sparsifier is a Sparsifier, not {type(sparsifier).__name__}")
-    sparsifier._check_held("plan_of")
     sparsity, schedule = check_sparsity(sparsity), schedules.resolve(schedule)
     n_epoch, n_iter = check_count("n_epoch", n_epoch), check_count("n_iter", n_iter)
     every = 1 if every is None else check_count("every", every)
-    # What is found out below is put on a copy. What it shares with the original is only read.
-    probe = copy.copy(sparsifier)
-    probe.rng, probe._nan = torch.Generator(), {}
-    probe.rng.set_state(sparsifier.rng.get_state())
+    model, ranking, collected = sparsifier.model, sparsifier.ranking, sparsifier.collected
     if example_input is not None:
-        probe.example_input = tree_map(first_example, example_input)
-    unscored = _why_unscored(probe)
-    fixed = _is_fixed(probe, sparsity)
+        example = tree_map(first_example, example_input)
+        collected = collected.on(replace(collected.source, example_input=example))
+    pruned = selected(sparsifier.layers)
+    asked = scopes(sparsity, sparsifier.layers, model)
+    unscored = _why_unscored(pruned, ranking, collected)
+    fixed = _is_fixed(pruned, ranking.options.context, asked)
     if unscored:
-        _estimate(probe)
-    masks, probe.levels = probe._build_masks(sparsity)
-    probe._set_masks(masks)
-    probe._check_nan()
+        ranking = replace(ranking, options=ranking.options.with_criteria(large_final))
+        collected = CollectedQuantities(large_final, collected.source)
+    new = build_masks(pruned, asked, ranking, collected)
+    new.check_nan()
+    planned = {
+        name: layer.with_mask(new.masks[name], new.levels[name]) if name in pruned else layer
+        for name, layer in sparsifier.layers.items()
+    }
+    level = level_of(selected(planned).values())
     if initial_sparsity:
-        schedule = raised(schedule, min(initial_sparsity / probe.level, 1.0))
-    flops = {} if example_input is None else count_flops(probe.model, probe.candidates, probe.example_input)
-    layers = _layers(probe, flops)
+        schedule = raised(schedule, min(initial_sparsity / level, 1.0))
+    weights = {name: layer.weight for name, layer in planned.items()}
+    flops = {} if example_input is None else count_flops(model, weights, collected.source.example_input)
+    layers = _planned_layers(model, planned, sparsifier.report(), flops)
     sizes = [layer.size for layer in layers]
-    selected = Size.total([layer.size for layer in layers if not layer.why_dense])
-    timeline = timeline_of(schedule, n_epoch, n_iter, every, probe.level)
+    total = Size.total([layer.size for layer in layers if not layer.why_dense])
+    timeline = timeline_of(schedule, n_epoch, n_iter, every, level)
     notes = [
-        _title(sparsifier, probe, schedule, n_epoch, n_iter),
+        _title(sparsifier.ranking.options, level, schedule, n_epoch, n_iter),
         _notes_of_levels(timeline),
-        _note_of_scores(sparsifier, unscored, fixed),
-        _note_of_zeros(probe),
-        _note_of_followers(probe),
+        _note_of_scores(sparsifier.ranking.options, unscored, fixed),
+        _note_of_zeros(pruned),
+        _note_of_followers(masks_of_followers(sparsifier.followers, planned)),
         _note_of_flops(layers) if flops else "",
         NEAR_COLLAPSE if any(layer.near_collapse for layer in layers) else "",
-        "Bytes left: 1 bit per weight and the element size per weight that is left, or as dense.",
+        "Bytes left: 1 bit per weight and the element size per remaining weight, or as dense.",
     ]
-    plan = Plan(layers, selected, _whole(probe.model, sizes), timeline, tuple(filter(None, notes)))
-    _warn(plan, schedule, probe.level)
+    plan = Plan(layers, total, _whole(model, sizes), timeline, tuple(filter(None, notes)))
+    for notice in (*new.notices, *_notices(plan, schedule, level)):
+        warnings.warn(notice, stacklevel=stacklevel)
     return plan
-
-
-def sparsifier_for(
-    model: nn.Module, sparsity: Sparsity, exclude: Any = None, example_input: Any = None, **options: Any
-) -> Sparsifier:
-    """A Sparsifier of which only the layers take part that a dictionary of sparsities names. options: of Sparsifier."""
-    excluded = [] if exclude is None else as_patterns(exclude)
-    if isinstance(sparsity, Mapping):
-        targets = find_weights(model)
-        wanted = set().union(*(matching(pattern, targets, model) for pattern in sparsity))
-        excluded += [name for name in targets if name not in wanted]
-    return Sparsifier(model, exclude=excluded or None, example_input=example_input, **options)
 
 
 def every_of(every: int | None, regrows: bool, batches: int) -> int:
@@ -143,29 +145,31 @@ def timeline_of(
     return tuple((batch / n_iter, target * progress(schedule, at / total)) for batch, at in updates.items())
 
 
-def _layers(probe: Sparsifier, flops: Mapping[str, int]) -> tuple[PlannedLayer, ...]:
-    """What the masks of `probe` leave of every layer."""
-    measured = Report.measure(probe.model, probe.candidates, probe.dense, probe._notes())
-    elements = {name: parameter.element_size() for name, parameter in probe.model.named_parameters()}
-    layers = []
+def _planned_layers(
+    model: nn.Module, layers: Layers, measured: Report, flops: Mapping[str, int]
+) -> tuple[PlannedLayer, ...]:
+    """What the planned masks keep of every layer."""
+    elements = {name: parameter.element_size() for name, parameter in model.named_parameters()}
+    planned = []
     for row in measured.rows:
-        target, weights = probe.candidates.get(row.name), row.count.weights
-        mask = probe.masks.get(row.name)
-        left = weights if mask is None else weights - probe._count({row.name: mask}).zeros
-        collapses = mask is not None and _is_near_collapse(probe.targets[row.name], probe.groupings[row.name], left)
-        element = elements[row.name] if target is None else target.parameter.element_size()
+        layer, weights = layers.get(row.name), row.count.weights
+        pruned = layer is not None and layer.is_selected
+        left = weights - layer.count().zeros if layer is not None and pruned else weights
+        collapses = layer is not None and pruned and _is_near_collapse(layer, left)
+        element = elements[row.name] if layer is None else layer.parameter.element_size()
         size = Size.of(weights, left, element, flops.get(row.name))
-        refused = why_not_two_four(probe.model, target)
-        layers.append(PlannedLayer(row.name, row.kind, row.shape, size, row.why_dense, row.note, refused, collapses))
-    return tuple(layers)
+        refused = why_not_two_four(model, None if layer is None else layer.weight)
+        planned.append(PlannedLayer(row.name, row.kind, row.shape, size, row.why_dense, row.note, refused, collapses))
+    return tuple(planned)
 
 
-def _is_near_collapse(target: NamedWeight, grouping: Grouping, left: int) -> bool:
-    if left < SHARE * target.parameter.numel():
+def _is_near_collapse(layer: Layer, left: int) -> bool:
+    weight, grouping = layer.weight, layer.grouping
+    if left < SHARE * weight.parameter.numel():
         return True
-    inputs = target.axes.get("in", 0) * target.convolution_groups
-    # Where whole outputs or inputs are to go, those that are without a weight say nothing.
-    return not (grouping.drops_outputs or grouping.drops_inputs) and left < max(target.out, inputs)
+    inputs = weight.axes.get("in", 0) * weight.convolution_groups
+    # Where whole outputs or inputs are pruned, some without a weight are no sign of collapse.
+    return not (grouping.drops_outputs or grouping.drops_inputs) and left < max(weight.out, inputs)
 
 
 def _whole(model: nn.Module, sizes: Sequence[Size]) -> Size:
@@ -177,49 +181,29 @@ def _whole(model: nn.Module, sizes: Sequence[Size]) -> Size:
     return Size(weights, left, dense, dense - saved, layers.flops, layers.flops_left)
 
 
-def _why_unscored(probe: Sparsifier) -> str:
-    """Why the criterion has no scores of the present weights, empty if it has."""
-    collected = probe.collected
-    if (quantity := collected.missing(probe.targets)) is not None:
+def _why_unscored(layers: Layers, ranking: Ranking, collected: CollectedQuantities) -> str:
+    """Why the criterion has no scores of the present weights; empty if it has."""
+    if (quantity := collected.missing()) is not None:
         return f"looks at data ({quantity})"
-    if "flow" in collected.named and probe.example_input is None:
+    if "flow" in collected.named and collected.source.example_input is None:
         return "needs an example_input="
-    if "weight" in collected.named and compares_with_itself(probe):
+    if "weight" in collected.named and compares_with_itself(layers, ranking, collected):
         return "compares with an earlier value, and nothing has changed since"
     return ""
 
 
-def compares_with_itself(sparsifier: Sparsifier) -> bool:
-    """Whether the criterion compares with an earlier value, and nothing has changed since: all scores are equal."""
-    collected = sparsifier.collected
-    if not {"init", "previous"}.intersection(collected.named):
-        return False
-    return all_equal(
-        [sparsifier._score(name, mask, collected, False, False) for name, mask in sparsifier.masks.items()]
-    )
-
-
-def _is_fixed(probe: Sparsifier, sparsity: Sparsity) -> bool:
-    """Whether shapes alone say how many weights of each layer fall."""
-    context: Any = probe.context
-    while hasattr(context, "limits"):  # a bounded one
+def _is_fixed(layers: Layers, context: Any, asked: Asked) -> bool:
+    """Whether the shapes alone say how many weights of each layer are pruned."""
+    while hasattr(context, "limits"):  # a bounded context
         context = context.context
-    ranked = scopes(sparsity, probe.targets, probe.dense, probe.candidates, probe.model)
-    alone = context is contexts["global"] and all(len(names) == 1 for _, names in ranked)
-    equal = all(isinstance(grouping.size, int) for grouping in probe.groupings.values())
+    alone = context is contexts["global"] and all(len(names) == 1 for _, names in asked)
+    equal = all(isinstance(layer.grouping.size, int) for layer in layers.values())
     return equal and (alone or isinstance(context, Blocks) or context in _BY_SHAPE)
 
 
-def _estimate(probe: Sparsifier) -> None:
-    """Have the weights ranked by large_final."""
-    probe.criteria, probe.collected = large_final, CollectedQuantities(("weight",), large_final)
-    if probe.pool is squared_sum:  # which belongs to a criterion of its own
-        probe.pool = poolings["mean"]
-
-
-def _title(sparsifier: Sparsifier, probe: Sparsifier, schedule: Schedule, n_epoch: int, n_iter: int) -> str:
-    axes = ", ".join(map(name_of, (sparsifier.granularity, sparsifier.context, sparsifier.criteria, schedule)))
-    return f"Plan for {percent(probe.level)} zeros ({axes}) in {n_epoch} x {n_iter} batches; nothing is trained yet."
+def _title(options: Options, level: float, schedule: Schedule, n_epoch: int, n_iter: int) -> str:
+    axes = ", ".join(map(name_of, (options.granularity, options.context, options.criteria, schedule)))
+    return f"Plan for {percent(level)} zeros ({axes}) in {n_epoch} x {n_iter} batches; nothing is trained yet."
 
 
 def _notes_of_levels(timeline: Sequence[tuple[float, float]]) -> str:
@@ -230,10 +214,10 @@ def _notes_of_levels(timeline: Sequence[tuple[float, float]]) -> str:
     return f"Level after epoch {', '.join(f'{epoch:g}: {percent(level)}' for epoch, level in shown)}."
 
 
-def _note_of_scores(sparsifier: Sparsifier, unscored: str, fixed: bool) -> str:
-    criterion = name_of(sparsifier.criteria)
+def _note_of_scores(options: Options, unscored: str, fixed: bool) -> str:
+    criterion = name_of(options.criteria)
     if unscored and fixed:
-        return f"{criterion} {unscored}: how many weights of each layer fall is known, which is not."
+        return f"{criterion} {unscored}: how many weights of each layer are pruned is known, which ones is not."
     if unscored:
         return (
             f"Estimate: {criterion} {unscored}; the split between layers is that of large_final on the present weights."
@@ -241,16 +225,16 @@ def _note_of_scores(sparsifier: Sparsifier, unscored: str, fixed: bool) -> str:
     return "" if fixed else "The split between layers is that of the present weights; training changes it."
 
 
-def _note_of_zeros(probe: Sparsifier) -> str:
-    present = Count.of(*(target.parameter for target in probe.targets.values())).sparsity
+def _note_of_zeros(layers: Layers) -> str:
+    present = Count.of(*(layer.parameter for layer in layers.values())).sparsity
     return f"{percent(present)} of the weights are zero already, and a fit keeps them so." if present > SHARE else ""
 
 
-def _note_of_followers(probe: Sparsifier) -> str:
-    masked = sum(int((~mask).sum()) for mask in probe.follower_masks.values())
+def _note_of_followers(masks: Mapping[str, Tensor]) -> str:
+    masked = sum(int((~mask).sum()) for mask in masks.values())
     if not masked:
         return ""
-    return f"Not counted: {masked:,} entries of biases and norm layers behind zeroed outputs, which go with them."
+    return f"Not counted: {masked:,} entries of biases and norm layers that are masked with whole outputs."
 
 
 def _note_of_flops(layers: Sequence[PlannedLayer]) -> str:
@@ -259,19 +243,20 @@ def _note_of_flops(layers: Sequence[PlannedLayer]) -> str:
     return f"{note}; not known of {_some(unknown)}." if unknown else f"{note}."
 
 
-def _warn(plan: Plan, schedule: Schedule, level: float) -> None:
+def _notices(plan: Plan, schedule: Schedule, level: float) -> list[str]:
+    """What the user should be warned of."""
+    notices = []
     if plan.collapsing:
-        warnings.warn(
+        notices.append(
             f"near collapse at a sparsity of {percent(level)}: {_some(plan.collapsing)}; lower the sparsity, choose "
-            "context='erk', limit them with bounded(...), or leave them out with exclude=",
-            stacklevel=4,
+            "context='erk', limit these layers with bounded(...), or exclude them with exclude="
         )
     if (end := progress(schedule, 1.0)) < 1:
-        warnings.warn(
+        notices.append(
             f"schedule {name_of(schedule)} ends at a sparsity of {percent(end * level)}; the layers of the plan are "
-            f"those at {percent(level)}",
-            stacklevel=4,
+            f"those at {percent(level)}"
         )
+    return notices
 
 
 def _some(names: Sequence[str]) -> str:

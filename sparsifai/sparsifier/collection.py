@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,12 @@ class CollectedQuantities:
         self.stored: dict[str, dict[str, Tensor]] = {}
         self.counts: dict[str, dict[str, int]] = {}
         self.begins: set[str] = set()
+
+    def on(self, source: Source) -> CollectedQuantities:
+        """The same quantities, with another source for those that are computed at each scoring."""
+        other = copy.copy(self)
+        other.source = source
+        return other
 
     def at(self, *moments: str) -> list[str]:
         """The named quantities that are taken at one of these moments."""

@@ -23,12 +23,13 @@ class MaskedModel:
     Attributes:
         model: The model, without wrappers. None after `release`.
         layers: Parameter name -> `Layer`, for every weight with named axes.
-        follower_masks: Parameter name -> mask, for the biases and norm parameters that are masked with whole outputs.
+        followers: The biases and norm parameters that are masked with whole outputs.
+        follower_masks: Parameter name -> mask, for these.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, Layer], followers: Sequence[Follower]):
         self.model: Any = model
-        self.layers, self._followers = layers, list(followers)
+        self.layers, self.followers = layers, list(followers)
         self._nan: dict[str, Tensor] = {}  # layer name -> whether scores on a GPU were NaN, at the last update
         self._mask_followers()
 
@@ -47,12 +48,12 @@ class MaskedModel:
             model: A copy of the model to apply the masks to instead, such as an AveragedModel.
         """
         self._check_held("apply_masks")
-        zero_weights([(parameter, mask) for _, parameter, mask in self._masked(model)])
+        zero_weights(self.masked_parameters(model))
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping."""
         self._check_held("mask_gradients")
-        zero_gradients([(parameter, mask) for _, parameter, mask in self._masked()])
+        zero_gradients(self.masked_parameters())
 
     def mask_moments(self, optimizer: Any) -> None:
         """Set the optimizer's moments of pruned weights to zero, which would move them. Call it after sparsify.
@@ -61,7 +62,7 @@ class MaskedModel:
             optimizer: torch's or fastai's.
         """
         self._check_held("mask_moments")
-        zero_moments([(parameter, mask) for _, parameter, mask in self._masked()], optimizer)
+        zero_moments(self.masked_parameters(), optimizer)
 
     @torch.no_grad()
     def recover_masks(self, masks: Mapping[str, Tensor] | None = None) -> None:
@@ -88,8 +89,12 @@ class MaskedModel:
                 layer.mask, layer.level = recovered[name].mask, min(recovered[name].count().sparsity, joint)
         self._mask_followers()
 
-    def _masked(self, model: nn.Module | None = None) -> list[tuple[str, nn.Parameter, Tensor]]:
-        """Every parameter with a mask: (name, parameter, mask on its device). model: a copy of the model, or None."""
+    def masked_parameters(self, model: nn.Module | None = None) -> list[tuple[nn.Parameter, Tensor]]:
+        """Every parameter with a mask, and the mask on its device.
+
+        Args:
+            model: A copy of the model, whose parameters are meant instead.
+        """
         masked = []
         for name, mask in {**self.masks, **self.follower_masks}.items():
             parameter = parameter_of(self.model if model is None else model, name, mask)
@@ -99,7 +104,7 @@ class MaskedModel:
                     self.layers[name].mask = mask
                 elif model is None:
                     self.follower_masks[name] = mask
-            masked.append((name, parameter, mask))
+            masked.append((parameter, mask))
         return masked
 
     @property
@@ -113,7 +118,7 @@ class MaskedModel:
         """Drop all references to the model and return it. Its zeros stay, but nothing keeps them from here on."""
         self._check_held("release")
         model = self.model
-        self.model, self.layers, self._followers, self._nan = None, {}, [], {}
+        self.model, self.layers, self.followers, self._nan = None, {}, [], {}
         self._mask_followers()
         return model
 
@@ -122,7 +127,7 @@ class MaskedModel:
         return selected(self.layers)
 
     def _mask_followers(self) -> None:
-        self.follower_masks = masks_of_followers(self._followers, self.layers)
+        self.follower_masks = masks_of_followers(self.followers, self.layers)
 
     def _check_held(self, operation: str) -> None:
         if self.model is None:

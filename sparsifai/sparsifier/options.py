@@ -78,10 +78,10 @@ class Options:
         )
 
     def with_criteria(self, criteria: Any) -> Options:
-        """The same options with another criterion, and its own pooling unless the present pooling fits any."""
+        """The same options with another criterion, and with its pooling if the present one belongs to the old one."""
+        default = resolve_axes(self.granularity, self.context, self.criteria)[3]
         criteria, pool = resolve_axes(self.granularity, self.context, criteria)[2:]
-        own = getattr(_plain(self.criteria), "pooling", None) is not None
-        return replace(self, criteria=criteria, pool=pool if own else self.pool)
+        return replace(self, criteria=criteria, pool=pool if self.pool is default else self.pool)
 
     def only(self, sparsity: Sparsity, model: nn.Module) -> Options:
         """Options that also exclude the layers of a model that a dictionary of sparsities does not name."""

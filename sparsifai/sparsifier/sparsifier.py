@@ -174,9 +174,10 @@ class Sparsifier(MaskedModel):
         check_drop(drop, self._regrowth is not None)
         new = self._build(check_sparsity(sparsity), drop)
         self._take(new)
+        earlier = {id(self.layers[name].parameter): mask for name, mask in before.items()}
         masked = [
-            (parameter, newly_masked(parameter, before[name], mask) if name in before else mask)
-            for name, parameter, mask in self._masked()
+            (parameter, newly_masked(parameter, earlier[id(parameter)], mask) if id(parameter) in earlier else mask)
+            for parameter, mask in self.masked_parameters()
         ]
         zero_weights(masked)
         if optimizer is not None:
@@ -218,7 +219,7 @@ class Sparsifier(MaskedModel):
                 f"sparsify: with steps=, {name_of(self.collected.criterion)} looks at data in each step; call "
                 "calibrate before, with batches that can be iterated over again, such as a list"
             )
-        weights = [(parameter, parameter.detach().clone()) for _, parameter, _ in self._masked()]
+        weights = [(parameter, parameter.detach().clone()) for parameter, _ in self.masked_parameters()]
         try:
             for step in range(1, steps + 1):
                 if self.collected.looks_at_data and (step > 1 or self.collected.begins):
@@ -366,7 +367,7 @@ class Sparsifier(MaskedModel):
         notices, options = [], self.ranking.options
         if self._regrowth is not None and any(layer.grouping.drops_outputs for layer in self._selected.values()):
             notices.append(REGROWN_OUTPUTS)
-        if options.pool is squared_sum and (rescaled := rescaled_layers(self.model, self.layers, self._followers)):
+        if options.pool is squared_sum and (rescaled := rescaled_layers(self.model, self.layers, self.followers)):
             notices.append(
                 f"{name_of(options.criteria)}: a batch norm undoes the scale of the outputs of "
                 f"{', '.join(rescaled[:3])}{' and others' if len(rescaled) > 3 else ''}, so the sum of w g over a "
