@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -17,6 +16,7 @@ from ..model.parallel import unwrapped
 from ..sparsifier.masking import zero_weights
 from ..support.registry import close_matches
 from ..support.table import as_html, as_text, percent
+from .saved_run import load_run, save_run
 
 Metrics = dict[str, float]
 
@@ -147,24 +147,3 @@ class LotteryTickets(Sequence[Ticket]):
     def from_state(cls, state: Mapping[str, Any]) -> LotteryTickets:
         """The inverse of `state`."""
         return cls([Ticket(**{**each, "start": state["start"]}) for each in state["tickets"]], state["metric"])
-
-
-def save_run(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
-    """Write a file at once: interrupted, the earlier one is still there."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    part.replace(path)
-
-
-def load_run(path: str | os.PathLike) -> dict[str, Any]:
-    """What `write` has written; ValueError if it is no such file."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError):
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is no file of lottery tickets ({error})") from error
-    if not isinstance(state, dict) or not {"tickets", "metric", "start"} <= state.keys():
-        raise ValueError(f"{path} is no file of lottery tickets: it has not the tickets, the metric and the start")
-    return state
