@@ -68,8 +68,8 @@ class Ticket:
 class LotteryTickets(Sequence[Ticket]):
     """The tickets of a run, as `lottery_ticket` returns them: the dense net first, then one per round.
 
-    Printed they are a table, in a notebook HTML; `plot` draws them. `tickets[2]` is the ticket of round 2, `tickets[1:]`
-    are those of all rounds but the dense one.
+    Printed they are a table, in a notebook HTML; `plot` draws them. `tickets[2]` is the ticket of round 2, and
+    `tickets[1:]` leaves out the dense net.
 
     Args:
         tickets: The tickets by round.
