@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..axes.schedule import progress, schedules
 from ..callbacks.base import TrainingCallback
-from ..model.hooks import Taps
+from ..model.hooks import RecordedOutputs
 from ..model.parallel import unwrapped
 from ..model.running import evaluating
 from ..model.tensors import first_tensor
@@ -69,9 +69,9 @@ class DistillCallback(TrainingCallback):
     # the loss: GradientAccumulation (6) and MixedPrecision (10), after which autocast has ended.
     order, run_valid = 4, False
 
-    _stateattrs = ("teacher", "_taps")  # not pickled with the Learner
+    _stateattrs = ("teacher", "_recorded")  # not pickled with the Learner
     teacher: Any = None
-    _taps: Any = None  # the hooks of the present batch, until its loss is computed
+    _recorded: Any = None  # RecordedOutputs of the model, until the loss of the batch is computed
     _axis = 1  # the axis of the classes in this fit
 
     def __init__(
@@ -144,11 +144,11 @@ class DistillCallback(TrainingCallback):
     def before_batch(self):
         "Hook the layers of the model whose outputs are compared"
         self._remove_hooks()
-        self._taps = Taps(unwrapped(self.learn.model), self.features)
+        self._recorded = RecordedOutputs(unwrapped(self.learn.model), self.features)
 
     def after_pred(self):
         "Remove the hooks, keep the outputs of the layers"
-        self._taps.remove()
+        self._recorded.remove()
 
     def after_loss(self):
         "Add the losses of outputs and features to the loss whose gradient is taken, not to the one that is shown"
@@ -174,13 +174,14 @@ class DistillCallback(TrainingCallback):
         "Copy everything but the teacher, which the copy shares: nothing trains it"
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        kept = {name: value for name, value in vars(self).items() if name not in ("teacher", "_taps")}
+        kept = {name: value for name, value in vars(self).items() if name not in ("teacher", "_recorded")}
         copied.__dict__.update(deepcopy(kept, memo) | {"teacher": self.teacher})
         return copied
 
     def _run_teacher(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The output of the teacher for the batch, and the outputs of its layers by name."""
-        with torch.no_grad(), evaluating(self.teacher), Taps(self.teacher, self.features.values()) as features:
+        recorded = RecordedOutputs(self.teacher, self.features.values())
+        with torch.no_grad(), evaluating(self.teacher), recorded as features:
             return first_tensor(self.teacher(*self.learn.xb), "the teacher"), features
 
     def _loss_of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -190,21 +191,21 @@ class DistillCallback(TrainingCallback):
     def _loss_of_features(self, of_teacher: dict[str, Tensor]) -> Tensor:
         losses = []
         for name, teacher_name in self.features.items():
-            for layer, outputs, net in ((name, self._taps.seen, "model"), (teacher_name, of_teacher, "teacher")):
+            for layer, outputs, net in ((name, self._recorded.outputs, "model"), (teacher_name, of_teacher, "teacher")):
                 if layer not in outputs:
                     raise ValueError(
                         f"DistillCallback: layer {layer!r} of the {net} did not run in this batch; leave it out of "
                         "features="
                     )
             layers = f"layer {name!r} of the model", f"layer {teacher_name!r} of the teacher"
-            pair = self._taps.seen[name], of_teacher[teacher_name]
+            pair = self._recorded.outputs[name], of_teacher[teacher_name]
             losses.append(scalar_loss(self.feature_loss, *pair, layers, "feature_loss", {}))
         return torch.stack(losses).mean()
 
     def _remove_hooks(self) -> None:
-        if self._taps is not None:
-            self._taps.remove()
-            self._taps = None
+        if self._recorded is not None:
+            self._recorded.remove()
+            self._recorded = None
 
 
 def _feature_pairs(features: Any) -> dict[str, str]:
