@@ -64,6 +64,7 @@ from .model.layers import register_layer
 from .sparsifier.report import Report
 from .sparsifier.sparsifier import Sparsifier
 from .support.version import __version__ as __version__
+from .training.distillation_loss import soft_targets
 from .training.regularizer import Regularizer
 from .training.sensitivity import highest_sparsity, sensitivity
 from .training.sensitivity_table import Sensitivity
@@ -74,7 +75,7 @@ if TYPE_CHECKING:
     from .callbacks.keep import KeepSparsity
     from .callbacks.sparsify import SparsifyCallback
     from .recipes.recipe import Recipe
-    from .training.distill import DistillCallback, soft_targets
+    from .training.distill import DistillCallback
     from .training.lottery import lottery_ticket
     from .training.regularize import RegularizeCallback
 
@@ -86,7 +87,6 @@ _NEED_FASTAI = {
     "RegularizeCallback": ".training.regularize",
     "SparsifyCallback": ".callbacks.sparsify",
     "lottery_ticket": ".training.lottery",
-    "soft_targets": ".training.distill",
 }
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Measuring a metric of a model or of a fastai Learner, and leaving both as they were."""
+"""Measuring a metric of a model or of a fastai Learner, without changing either."""
 
 from __future__ import annotations
 
@@ -16,70 +16,88 @@ from ..callbacks.learner import is_learner, metric_names, unchanged
 from ..model.running import as_it_was, evaluating, not_drawn_from
 from ..support.registry import close_matches, name_of
 
-# Words in the names of metrics of which lower is better: fastai's own, and those that it knows.
+# A metric with one of these words in its name is lower for a better model: fastai's own metrics, and the usual ones.
 ERRORS = ("loss", "error", "mse", "mae", "msle", "rmspe", "perplexity", "brier", "hamming")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Called, it measures the metric of a model as it is: a float.
+    """Measures a metric of a model when it is called, and returns it as a float.
 
-    model: whose weights are measured. name: of the metric. read: what gives its value. lower_is_better: its direction.
-    learn: the Learner that holds the model, or None.
+    Args:
+        model: The model whose metric it is.
+        name: The name of the metric.
+        compute: Returns the present value of the metric.
+        lower_is_better: Whether a better model has a lower value.
+        learn: The Learner of the model, or None.
     """
 
     model: nn.Module
     name: str
-    read: Callable[[], Any]
+    compute: Callable[[], Any]
     lower_is_better: bool
     learn: Any = None
 
     @classmethod
     def of(cls, learn_or_model: Any, metric: Any, lower_is_better: bool | None) -> Metric:
-        """What measures `metric`: of a Learner a name, a function of the model, or None for the validation loss; of a
-        module a function of it. TypeError and ValueError if it cannot be had.
+        """Find how to measure what a user asks for.
 
-        lower_is_better: None for whether the name of the metric has one of ERRORS in it.
+        Args:
+            learn_or_model: A fastai Learner or a torch.nn.Module.
+            metric: For a Learner the name of one of its metrics, the metric that it was given, or None for its
+                validation loss. For either, a function of the model that returns a number.
+            lower_is_better: The direction; None to tell it by the name of the metric.
+
+        Raises:
+            TypeError: There is no model, or the metric is neither a name nor a function of the model alone.
+            ValueError: The Learner has no metric of that name.
         """
         learn = learn_or_model if is_learner(learn_or_model) else None
         model = learn_or_model if learn is None else learn.model
         if not isinstance(model, nn.Module):
-            raise TypeError(f"give a fastai Learner or a torch.nn.Module, not {type(learn_or_model).__name__}")
+            raise TypeError(f"pass a fastai Learner or a torch.nn.Module, not {type(learn_or_model).__name__}")
         position = None if learn is None else _position_of(metric, learn)
         if position is not None:
-            name, read = metric_names(learn)[position], lambda: _validated(learn, position)
+            name, compute = metric_names(learn)[position], lambda: _validate(learn, position)
         elif callable(metric):
             _check_takes_a_model(metric)
-            name, read = name_of(metric), lambda: _evaluated(metric, model)
+            name, compute = name_of(metric), lambda: _evaluate(metric, model)
         else:
             raise TypeError(
-                f"metric is a function of the model that returns a number, not {metric!r}; "
-                "a fastai Learner measures its own: None for its validation loss, or the name of one of its metrics"
+                f"metric must be a function of the model that returns a number, not {metric!r}; for a fastai Learner "
+                "it may also be the name of one of its metrics, or None for its validation loss"
             )
         lower = any(word in name.lower() for word in ERRORS) if lower_is_better is None else bool(lower_is_better)
-        return cls(model, name, read, lower, learn)
+        return cls(model, name, compute, lower, learn)
 
     def __call__(self) -> float:
         with ExitStack() as loaders:
             for loader in [] if self.learn is None else self.learn.dls.loaders:
                 loaders.enter_context(not_drawn_from(loader))
-            value = self.read()
+            value = self.compute()
         try:
             return float(value)
         except (TypeError, ValueError) as error:
-            raise TypeError(f"metric {self.name} gave {value!r}, which is not a number") from error
+            raise TypeError(f"metric {self.name} must return a number, but it returned {value!r}") from error
 
     def baseline(self) -> float:
-        """Of the model as it is, which all else is compared with. ValueError if it is not finite."""
+        """The metric of the model before pruning.
+
+        Raises:
+            ValueError: It is not finite.
+        """
         with as_it_was(self.model):
             value = self()
         if not math.isfinite(value):
-            raise ValueError(f"metric {self.name} of the model as it is is {value}, with which nothing can be compared")
+            raise ValueError(
+                f"metric {self.name} is {value} before pruning, so nothing can be compared with it; check the model "
+                "and its data"
+            )
         return value
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Leave the Learner, if there is one, as it was; its model moves to the device of its data, as in a fit."""
+    def learner_unchanged(self) -> Iterator[None]:
+        """Leave the Learner unchanged, if there is one; its model moves to the device of its data, as in a fit."""
         if self.learn is None:
             yield
             return
@@ -90,7 +108,7 @@ class Metric:
 
 
 def _position_of(metric: Any, learn: Any) -> int | None:
-    """Where it stands in what `learn.validate()` returns, None if it does not. ValueError for an unknown name."""
+    """The position of a metric in what `learn.validate()` returns; None for a function that is not one of them."""
     if metric is None:
         return 0
     names = metric_names(learn)
@@ -98,7 +116,7 @@ def _position_of(metric: Any, learn: Any) -> int | None:
         if metric not in names:
             raise ValueError(f"the Learner has no metric {metric!r}; {close_matches(metric, names)}")
         return names.index(metric)
-    # Those that the Learner was given are functions of predictions, not of the model.
+    # Metrics of a Learner are functions of predictions and targets, not of the model.
     own = [place for place, each in enumerate(learn.metrics, 1) if metric in (each, getattr(each, "func", None))]
     return own[0] if own else None
 
@@ -106,27 +124,27 @@ def _position_of(metric: Any, learn: Any) -> int | None:
 def _check_takes_a_model(metric: Callable) -> None:
     try:
         signature = inspect.signature(metric)
-    except ValueError:  # of one that is not written in Python
+    except ValueError:  # a function that is not written in Python
         return
     try:
         signature.bind(None)
     except TypeError as error:
         raise TypeError(
-            f"metric {name_of(metric)} is to be a function of the model alone ({error}); one of predictions and "
-            "targets belongs into the metrics of the Learner, and is then given by its name"
+            f"metric {name_of(metric)} must be a function of the model alone ({error}); add a metric of predictions "
+            "and targets to the metrics of the Learner, and pass its name"
         ) from None
 
 
-def _validated(learn: Any, position: int) -> Any:
+def _validate(learn: Any, position: int) -> Any:
     values = learn.validate() if len(learn.dls.loaders) > 1 else None
     if values is None or len(values) <= position or values[position] is None:
         raise ValueError(
-            f"learn.validate() gives no {metric_names(learn)[position]}: the Learner needs a Recorder and data to "
-            "validate with; or give metric a function of the model"
+            f"learn.validate() returns no {metric_names(learn)[position]}, because the Learner has no validation data "
+            "or no Recorder; add them, or pass a function of the model as metric"
         )
     return values[position]
 
 
-def _evaluated(metric: Callable, model: nn.Module) -> Any:
+def _evaluate(metric: Callable, model: nn.Module) -> Any:
     with evaluating(model), torch.no_grad():
         return metric(model)

@@ -1,4 +1,4 @@
-"""RegularizeCallback: when a fastai Learner charges for the norms of groups of weights, never how."""
+"""RegularizeCallback: apply the penalty of a Regularizer, or its proximal step, in a fastai Learner."""
 
 from __future__ import annotations
 
@@ -17,33 +17,65 @@ from .regularizer import Regularizer, check_differentiable, check_proximal
 
 
 class RegularizeCallback(TrainingCallback):
-    "Drive groups of weights to zero while the model trains: weight * schedule * sum of sqrt(size) * norm of the scores"
+    """Drive groups of weights to zero with a penalty on the norms of the groups.
 
-    # Before GradientAccumulation (6) and MixedPrecision (10), which scale all that is in the loss by then, and before
-    # KeepSparsity (10.5), so that masks are updated by what a proximal step has left.
+    The penalty that is added to the loss is
+
+        weight * schedule(t) * sum over groups g of sqrt(|g|) ||s_g||_2
+
+    with s the scores of the weights, |g| the number of weights in the group, and t the fraction of the fit that is
+    done. With single weights and large_final it is the lasso, with filters the group lasso; both in one fit are the
+    sparse group lasso. Training and validation losses in the table stay without it; `penalty` is its last value.
+    Weights that are frozen get no penalty.
+
+    Source: see `Regularizer.penalty` and `Regularizer.proximal_step`.
+
+    Args:
+        weight: Factor of the penalty, at least 0.
+        granularity: Which weights form a group: a name of `granularities`, a tuple of axes such as ('out', 'h'), or a
+            function. Default "weight".
+        criteria: The scores whose norms are penalized: a name of `criteria`, or a function of `weight`, `init` and
+            `previous` through which gradients reach `weight`. Default "large_final", so the norms of the weights.
+        schedule: How the factor changes over each fit (so over both fits of fine_tune): a name of `schedules`, a
+            function from [0, 1] to [0, 1], or a fastai annealer. Default "one_shot", which keeps it constant.
+        layers: The layers to regularize: classes, modules, names, globs, functions of (name, module), or a list of
+            them. Default all but embeddings.
+        exclude: The layers to leave out, in the same form. Default none.
+        proximal: Take a proximal step after each step of the optimizer, with the learning rate of each parameter
+            group, instead of adding the penalty to the loss. Groups become exactly zero. The bias and the norm
+            parameters of a zeroed filter stay. Only for large_final. Default False.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is unknown or out of range, the criterion cannot be a penalty, or proximal=True is used
+            with a criterion other than large_final. At the first batch of a fit: a pattern matches no layer, or the
+            optimizer trains none of the regularized weights.
+
+    Example:
+        learn.fit_one_cycle(5, cbs=RegularizeCallback(0.1, granularity="filter", proximal=True))
+    """
+
+    # Before GradientAccumulation (6) and MixedPrecision (10), so that they scale the penalty with the loss. Before
+    # KeepSparsity (10.5), so that masks are updated after the proximal step.
     order, run_valid = 5, False
 
     regularizer: Any = None  # the Regularizer, from the first batch of a fit to its end
-    _penalty: Tensor | None = None  # the last one
-    _cancelled = False  # whether this step was
+    _penalty: Tensor | None = None  # the last value
+    _cancelled = False  # whether the present step of the optimizer was cancelled
 
     def __init__(
         self,
-        weight,  # Of the penalty in the loss
+        weight,  # Factor of the penalty
         granularity="weight",  # How: a name of `granularities`, a tuple of axes such as ('out', 'h'), or a function
-        criteria="large_final",  # What: a name of `criteria`, or a function that can be differentiated by `weight`
-        # When, over each fit, so twice with fine_tune: a name of `schedules`, a function from [0, 1] to [0, 1], or a
-        # fastai annealer
-        schedule="one_shot",
+        criteria="large_final",  # What: a name of `criteria`, or a function that passes gradients to `weight`
+        schedule="one_shot",  # When: a name of `schedules`, a function of [0, 1], or a fastai annealer; over each fit
         *,
-        layers=None,  # What takes part: classes, modules, names, globs, functions of (name, module), or a list of them
-        exclude=None,  # What does not, in the same words
-        # Whether to take a proximal step after each step of the optimizer, with its learning rate, in place of a term
-        # in the loss: groups become exactly zero. Only weights do: filters that are zero keep bias and norm layer.
-        proximal=False,
+        layers=None,  # Layers to regularize: classes, modules, names, globs, functions of (name, module), or a list
+        exclude=None,  # Layers to leave out, in the same form
+        proximal=False,  # Take proximal steps, which make groups exactly zero, instead of adding to the loss
     ):
         super().__init__()
-        self.weight = check_number("RegularizeCallback: weight, that of the penalty,", weight)
+        self.weight = check_number("RegularizeCallback: weight, the factor of the penalty,", weight)
         self.proximal = bool(proximal)
         self.granularity, _, self.criteria, _ = resolve_axes(granularity, "local", criteria)
         check_differentiable(self.criteria)
@@ -54,12 +86,12 @@ class RegularizeCallback(TrainingCallback):
         self.exclude = None if exclude is None else as_patterns(exclude)
 
     def before_fit(self):
-        "Know nothing of earlier fits"
-        if not self.learn.lock.locked():  # not in validate and the like, which a fit can call
+        "Forget earlier fits"
+        if not self.learn.lock.locked():  # learn.validate and learn.get_preds, which a fit may call, change nothing
             self.regularizer, self._penalty, self._cancelled = None, None, False
 
     def before_batch(self):
-        "When the fit begins, find what takes part; the data flow of some models is read from the batch"
+        "Make the Regularizer at the first batch, which serves as its example input"
         if self.regularizer is None:
             self.regularizer = Regularizer(
                 unwrapped(self.learn.model), self.granularity, self.criteria,
@@ -69,33 +101,37 @@ class RegularizeCallback(TrainingCallback):
                 self._check_optimizer()
 
     def after_loss(self):
-        "Add the penalty to the loss that gradients are taken of, not to the one that is shown"
+        "Add the penalty to the loss whose gradient is taken, not to the one that is shown"
         if not self.proximal:
             penalty = self._factor * self.regularizer.penalty()
             self.learn.loss_grad = self.learn.loss_grad + penalty.to(self.learn.loss_grad.device)
             self._penalty = penalty.detach()
 
     def after_cancel_step(self):
-        "Take no proximal step after one that was not taken"
+        "Take no proximal step after a cancelled step of the optimizer"
         self._cancelled = True
 
     def after_step(self):
         "Take the proximal step, with the learning rate of each parameter group"
         if self.proximal and not self._cancelled:
             rates = self._rates()
-            targets = self.regularizer.sparsifier.targets.items()
-            known = {name: rates[id(each.parameter)] for name, each in targets if id(each.parameter) in rates}
-            self.regularizer.proximal_step({name: self._factor * rate for name, rate in known.items()})
+            self.regularizer.proximal_step(
+                {
+                    name: self._factor * rates[id(weight.parameter)]
+                    for name, weight in self.regularizer.sparsifier.targets.items()
+                    if id(weight.parameter) in rates
+                }
+            )
         self._cancelled = False
 
     def after_fit(self):
-        "Let go of the model"
+        "Release the model, keep the last penalty"
         if not self.learn.lock.locked():
             self._penalty, self.regularizer = self.penalty, None
 
     @property
     def penalty(self):
-        "The last one, by which the loss was larger, or would be; with proximal=True computed when it is asked for"
+        "The last penalty as a scalar tensor; with proximal=True the present one, computed on access; None before a fit"
         if self.proximal and self.regularizer is not None:
             with torch.no_grad():
                 return self._factor * self.regularizer.penalty()
@@ -103,20 +139,20 @@ class RegularizeCallback(TrainingCallback):
 
     @property
     def _factor(self) -> float:
-        """Weight of the penalty in this batch."""
+        """Factor of the penalty in the present batch."""
         return self.weight * progress(self.schedule, self._start)
 
     def _rates(self) -> dict[int, float]:
-        """Learning rate of every parameter that the optimizer steps, by id."""
+        """Learning rates of the parameters of the optimizer: id of the parameter -> rate."""
         opt = self.learn.opt
         groups = zip(opt.param_lists, opt.hypers, strict=True)
         return {id(parameter): hyper["lr"] for parameters, hyper in groups for parameter in parameters}
 
     def _check_optimizer(self) -> None:
-        """ValueError if it steps copies of all weights, which a proximal step would not reach."""
+        """Refuse an optimizer that trains copies of the weights: proximal steps need the rates of the weights."""
         rates = self._rates()
-        if not any(id(each.parameter) in rates for each in self.regularizer.sparsifier.targets.values()):
+        if not any(id(weight.parameter) in rates for weight in self.regularizer.sparsifier.targets.values()):
             raise ValueError(
-                "RegularizeCallback: the optimizer steps none of the weights that take part, so a proximal step has no "
-                "learning rate; leave proximal=True out"
+                "RegularizeCallback: the optimizer trains none of the regularized weights, so a proximal step has no "
+                "learning rate; leave out proximal=True"
             )

@@ -1,4 +1,4 @@
-"""Points in training that can be gone back to, and the callbacks that take training up from one."""
+"""Rewinding: checkpoints of training, and callbacks that continue training from one."""
 
 from __future__ import annotations
 
@@ -21,80 +21,29 @@ from ..callbacks.learner import is_search
 from ..model.parallel import unwrapped
 
 
-class Skip(TrainingCallback):
-    "Skip so many batches of training, of all fits together; other callbacks see nothing of whole epochs"
-
-    order = -20  # before all that prepares an epoch or a batch, such as the autocast of MixedPrecision
-
-    def __init__(self, batches: int):
-        super().__init__()
-        self.left = batches
-        self.paused: list[Callback] = []
-
-    def before_epoch(self):
-        "Skip a whole epoch, if there are as many batches to skip"
-        self.resume()
-        batches = len(self.learn.dls.train)
-        if 0 < batches <= self.left and not is_search(self.learn):
-            self.left -= batches
-            self.paused = [each for each in self.learn.cbs if each is not self and each.run]
-            for callback in self.paused:  # which would judge and log an epoch that there was not
-                callback.run = False
-            raise CancelEpochException
-
-    def before_batch(self):
-        "Skip a batch"
-        if self.left and self.learn.training and not is_search(self.learn):
-            self.left -= 1
-            self.learn.yb = ()  # so that the Recorder takes no loss of it
-            raise CancelBatchException
-
-    def after_fit(self):
-        "Have the others end"
-        self.resume()
-
-    def resume(self) -> None:
-        """Have the other callbacks see what happens again."""
-        for callback in self.paused:
-            callback.run = True
-        self.paused = []
-
-
-class AtBatch(TrainingCallback):
-    "Call functions before batches of training, by how many are over that were not skipped, of all fits together"
-
-    order = 70  # after all that prepares a batch, such as ParamScheduler
-
-    def __init__(self, at: dict[int, Callable[[], None]]):
-        super().__init__()
-        self.at, self.over = dict(at), 0
-
-    def before_batch(self):
-        "Call what is to be called before this batch"
-        if self.learn.training and not is_search(self.learn):
-            if self.over in self.at:
-                self.at.pop(self.over)()
-            self.over += 1
-
-
 @dataclass
-class Moment:
-    """A point in training: the state of the model and of the optimizer."""
+class Checkpoint:
+    """The state of the model and of the optimizer at a point in training.
+
+    Args:
+        model: The state_dict of the model, on the CPU.
+        optimizer: The state_dict of the optimizer, on the CPU.
+    """
 
     model: dict[str, Tensor]
     optimizer: Any
 
     @classmethod
-    def of(cls, learn: Learner) -> Moment:
-        """Now."""
+    def of(cls, learn: Learner) -> Checkpoint:
+        """The present state of a Learner, copied."""
         return cls(
             copy_to_device(unwrapped(learn.model).state_dict(), "cpu"), copy_to_device(learn.opt.state_dict(), "cpu")
         )
 
-    def put(self, learn: Learner) -> None:
-        """Go back to it."""
+    def restore(self, learn: Learner) -> None:
+        """Load the state into a Learner with the same model and optimizer."""
         unwrapped(learn.model).load_state_dict(self.model)
-        # torch's optimizers take their state to where the parameters are; fastai's take it as it is.
+        # torch's optimizers move the state that they load to the device of the parameters; fastai's do not.
         device = "cpu" if isinstance(learn.opt, OptimWrapper) else next(unwrapped(learn.model).parameters()).device
         state = copy_to_device(self.optimizer, device)
         if "hypers" in state:
@@ -102,8 +51,73 @@ class Moment:
         learn.opt.load_state_dict(state)
 
 
+class SkipBatches(TrainingCallback):
+    """Skip the first batches of training, and pause the other callbacks in epochs that are skipped as a whole.
+
+    Args:
+        batches: How many batches to skip, counted over all fits.
+    """
+
+    order = -20  # before the callbacks that prepare an epoch or a batch, such as autocast in MixedPrecision
+
+    def __init__(self, batches: int):
+        super().__init__()
+        self.left = batches
+        self.paused: list[Callback] = []
+
+    def before_epoch(self):
+        "Skip the epoch if all its batches are to be skipped"
+        self.resume()
+        batches = len(self.learn.dls.train)
+        if 0 < batches <= self.left and not is_search(self.learn):
+            self.left -= batches
+            self.paused = [each for each in self.learn.cbs if each is not self and each.run]
+            for callback in self.paused:  # trackers and loggers would take it for an epoch of training
+                callback.run = False
+            raise CancelEpochException
+
+    def before_batch(self):
+        "Skip the batch if batches are left to skip"
+        if self.left and self.learn.training and not is_search(self.learn):
+            self.left -= 1
+            self.learn.yb = ()  # without targets, the Recorder takes no loss of the batch
+            raise CancelBatchException
+
+    def after_fit(self):
+        "Let the paused callbacks see the end of the fit"
+        self.resume()
+
+    def resume(self) -> None:
+        """Let the paused callbacks run again."""
+        for callback in self.paused:
+            callback.run = True
+        self.paused = []
+
+
+class CallBeforeBatch(TrainingCallback):
+    """Call functions before certain batches of training.
+
+    Args:
+        functions: Number of the batch -> function without arguments. Batches are counted from 0 over all fits, without
+            those that SkipBatches skips.
+    """
+
+    order = 70  # after the callbacks that prepare a batch, such as ParamScheduler
+
+    def __init__(self, functions: dict[int, Callable[[], None]]):
+        super().__init__()
+        self.waiting, self.done = dict(functions), 0
+
+    def before_batch(self):
+        "Call the function of this batch, if there is one"
+        if self.learn.training and not is_search(self.learn):
+            if self.done in self.waiting:
+                self.waiting.pop(self.done)()
+            self.done += 1
+
+
 def copy_to_device(value: Any, device: Any) -> Any:
-    """A copy of nested state, tensors on a device, and nothing but torch's and Python's own types."""
+    """Copy a state_dict, with its tensors on a device and all containers and numbers as types of torch and Python."""
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True)
     if isinstance(value, Mapping):
@@ -114,7 +128,7 @@ def copy_to_device(value: Any, device: Any) -> Any:
 
 
 def random_states(learn: Learner) -> dict[str, Any]:
-    """Of all generators that training draws from."""
+    """The states of all random generators that training uses: Python, NumPy, torch, CUDA and the data loader."""
     loader = getattr(learn.dls.train, "rng", None)
     kind, keys, *rest = tuple(np.random.get_state())
     return {
@@ -126,8 +140,8 @@ def random_states(learn: Learner) -> dict[str, Any]:
     }
 
 
-def restore_random(learn: Learner, states: Mapping[str, Any]) -> None:
-    """Set the generators to what `random_states` gave."""
+def restore_random_states(learn: Learner, states: Mapping[str, Any]) -> None:
+    """Set the random generators to states that `random_states` returned."""
     random.setstate(states["python"])
     np.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(states["torch"])

@@ -1,4 +1,4 @@
-"""How sparse a model can be before a metric suffers, in one shot: layer by layer, or as a whole."""
+"""How sparse a model can get before a metric drops: layer by layer, or as a whole. Pruned once, without training."""
 
 from __future__ import annotations
 
@@ -32,55 +32,66 @@ def sensitivity(
     progress: bool = True,
     **options: Any,
 ) -> Sensitivity:
-    """Measure a metric with one layer sparse at a time, at each level, in one shot and without training.
+    """Measure a metric with one layer pruned at a time, once and without training.
 
-    learn_or_model: a fastai Learner, or any torch.nn.Module.
-    metric: of a Learner the name of one of its metrics, None for its validation loss. Or a function of the model that
-        returns a number; it is called in evaluation mode, without gradients.
-    levels: fractions between 0 and 1 of the weights of a layer.
-    lower_is_better: by default, whether the name of the metric tells that it is one of errors: 'loss', 'error', 'mse',
-        'perplexity' and the like.
-    calibration, loss_func: for criteria that look at data, as of Sparsifier.calibrate. By default the first batch of
-        the Learner's training data, and its loss.
-    progress: show a bar, if fastprogress is installed; not where a Learner shows none.
-    options: of Sparsifier, such as granularity, criteria, layers and exclude; not coupled.
+    Model and Learner are not changed, even if the metric fails: weights stay the same bit by bit, and so do buffers,
+    gradients, modes and random generators. Each measurement starts from the original weights.
 
-    Model and Learner are afterwards what they were before, also if the metric fails: weights bit by bit, buffers,
-    gradients, modes, random generators. Each measurement begins from there. TypeError and ValueError, before anything
-    is measured, where the arguments cannot work.
-
-    Li et al., 2017, "Pruning Filters for Efficient ConvNets" (arXiv:1608.08710), section 3.2; Han et al., 2015,
+    Source: Li et al., 2017, "Pruning Filters for Efficient ConvNets" (arXiv:1608.08710), section 3.2; Han et al., 2015,
     "Learning both Weights and Connections for Efficient Neural Networks" (arXiv:1506.02626), figure 6.
 
-    >>> from torch import nn
-    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> def smallest_layer(model): return min(int(layer.weight.count_nonzero()) for layer in (model[0], model[2]))
-    >>> measured = sensitivity(model, smallest_layer, levels=(0.5, 0.75), progress=False)
-    >>> print(measured)
-    smallest_layer is 16 as it is, higher is better; with one layer sparse at a time:
-    layer     weights  50%  75%
-    ---------------------------
-    0.weight       32   16    8
-    2.weight       16    8    4
+    Args:
+        learn_or_model: A fastai Learner, or any torch.nn.Module.
+        metric: For a Learner the name of one of its metrics, or None (the default) for its validation loss. For either,
+            a function of the model that returns a number; it is called in evaluation mode without gradients.
+        levels: The sparsities to measure at, each above 0 and below 1. Default (0.5, 0.7, 0.8, 0.9, 0.95, 0.98).
+        lower_is_better: Whether a better model has a lower metric. By default the name of the metric tells: it is true
+            for names with 'loss', 'error', 'mse', 'perplexity' and the like.
+        calibration: Batches for criteria that look at data, as for Sparsifier.calibrate. Default the first batch of
+            the Learner's training data.
+        loss_func: Loss for criteria that need gradients, as for Sparsifier.calibrate. Default the Learner's.
+        progress: Show a progress bar, if fastprogress is installed and the Learner shows one. Default True.
+        **options: Arguments of Sparsifier, such as granularity, criteria, layers and exclude. `coupled` is not
+            possible.
+
+    Returns:
+        The metric of each layer at each level, as a table. Its `budget` gives a sparsity for each layer.
+
+    Raises:
+        TypeError: An argument has the wrong type, or a criterion looks at data and there is none.
+        ValueError: A level is not a fraction, the metric is unknown or not finite before pruning, the criterion
+            compares with an earlier value, or what Sparsifier raises.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> def smallest_layer(model): return min(int(layer.weight.count_nonzero()) for layer in (model[0], model[2]))
+        >>> measured = sensitivity(model, smallest_layer, levels=(0.5, 0.75), progress=False)
+        >>> print(measured)
+        smallest_layer is 16 before pruning (higher is better); with one layer pruned at a time it is:
+        layer     weights  50%  75%
+        ---------------------------
+        0.weight       32   16    8
+        2.weight       16    8    4
     """
     levels = _check_levels(levels)
     if options.get("coupled"):
         raise ValueError(
-            "sensitivity: coupled filters fall together, but one layer is measured at a time; leave coupled=True out"
+            "sensitivity prunes one layer at a time, but coupled filters are pruned together; leave out coupled=True"
         )
-    meter = Metric.of(learn_or_model, metric, lower_is_better)
-    shows = progress and (meter.learn is None or hasattr(learn_or_model, "progress"))
-    with meter.held():
-        one_shot = OneShot(meter, calibration, loss_func, options)
+    measure = Metric.of(learn_or_model, metric, lower_is_better)
+    shows = progress and (measure.learn is None or hasattr(learn_or_model, "progress"))
+    with measure.learner_unchanged():
+        one_shot = OneShot(measure, calibration, loss_func, options)
         names = list(one_shot.sizes)
         for name in names:
             one_shot.sparsifier.check({name: levels[-1]})
-        baseline = meter.baseline()
+        baseline = measure.baseline()
         values: dict[str, list[float]] = {name: [] for name in names}
-        for name, level in _shown([(name, level) for name in names for level in levels], shows):
-            values[name].append(one_shot.measure({name: level}))
+        for name, level in _with_progress_bar([(name, level) for name in names for level in levels], shows):
+            values[name].append(one_shot.metric_at({name: level}))
     table, sizes = tuple(map(tuple, values.values())), tuple(one_shot.sizes.values())
-    return Sensitivity(tuple(names), sizes, levels, table, baseline, meter.name, meter.lower_is_better)
+    return Sensitivity(tuple(names), sizes, levels, table, baseline, measure.name, measure.lower_is_better)
 
 
 def highest_sparsity(
@@ -94,128 +105,155 @@ def highest_sparsity(
     loss_func: Callable | None = None,
     **options: Any,
 ) -> float:
-    """The highest sparsity, in one shot and without training, at which a metric is at most `tolerance` worse.
+    """Find the highest sparsity at which a metric is at most `tolerance` worse, pruned once and without training.
 
-    tolerance: in units of the metric, to within float rounding (a millionth of the metric). precision: of the levels
-    that are tried. All else as of `sensitivity`; of the options of Sparsifier, the context matters here.
+    The search is a bisection. It assumes that the metric gets worse as the sparsity rises; where it does not, a higher
+    sparsity may be possible. Model and Learner are not changed.
 
-    By bisection, which takes the metric to become only worse as sparsity rises; where it does not, there can be higher
-    ones. What is returned are the zeros counted at the highest level that is good enough, over the weights that take
-    part; those of the model as it is, if none is.
+    Args:
+        learn_or_model: A fastai Learner, or any torch.nn.Module.
+        tolerance: How much worse the metric may get, in units of the metric, at least 0. Differences up to a millionth
+            of the metric are taken for rounding.
+        metric: The metric, as for `sensitivity`. Default the validation loss of a Learner.
+        precision: Distance between the sparsities that are tried, above 0 and at most 1. Default 0.005.
+        lower_is_better: Whether a better model has a lower metric, as for `sensitivity`. By default the name tells.
+        calibration: Batches for criteria that look at data, as for `sensitivity`.
+        loss_func: Loss for criteria that need gradients, as for `sensitivity`.
+        **options: Arguments of Sparsifier. The context matters here.
 
-    >>> from torch import nn
-    >>> model = nn.Linear(10, 10)
-    >>> def weights_left(model): return int(model.weight.count_nonzero())
-    >>> highest_sparsity(model, 30, weights_left)
-    0.3
+    Returns:
+        The fraction of zeros counted in the selected layers, at the highest sparsity that is good enough. If none is,
+        the fraction of zeros before pruning.
+
+    Raises:
+        TypeError: An argument has the wrong type, or a criterion looks at data and there is none.
+        ValueError: A number is out of range, the metric is unknown or not finite before pruning, the criterion
+            compares with an earlier value, or what Sparsifier raises.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Linear(10, 10)
+        >>> def remaining_weights(model): return int(model.weight.count_nonzero())
+        >>> highest_sparsity(model, 30, remaining_weights)
+        0.3
     """
     tolerance, precision = check_number("tolerance", tolerance), check_number("precision", precision, 0, 1)
     if not precision:
-        raise ValueError("precision is 0; give the distance of the sparsities to be told apart, such as 0.005")
-    meter = Metric.of(learn_or_model, metric, lower_is_better)
-    with meter.held():
-        one_shot, baseline = OneShot(meter, calibration, loss_func, options), meter.baseline()
-        sign, good, bad = (1 if meter.lower_is_better else -1), 0, math.floor(1 / precision + 1e-9) + 1
-        reached = one_shot.sparsifier.sparsity
+        raise ValueError("precision is 0; pass the distance between the sparsities to try, such as 0.005")
+    measure = Metric.of(learn_or_model, metric, lower_is_better)
+    with measure.learner_unchanged():
+        one_shot, baseline = OneShot(measure, calibration, loss_func, options), measure.baseline()
+        sign, good, bad = (1 if measure.lower_is_better else -1), 0, math.floor(1 / precision + 1e-9) + 1
+        highest = one_shot.sparsifier.sparsity
         while bad - good > 1:
             middle = (good + bad) // 2
             level = min(middle * precision, 1.0)
-            value = one_shot.measure(level) if one_shot.can_reach(level) else math.nan
-            slack = 1e-6 * max(abs(baseline), abs(value))
-            within = math.isfinite(value) and sign * (value - baseline) <= tolerance + slack
-            good, bad = (middle, bad) if within else (good, middle)
-            reached = one_shot.reached if within else reached
-    return reached
+            value = one_shot.metric_at(level) if one_shot.can_reach(level) else math.nan
+            rounding = 1e-6 * max(abs(baseline), abs(value))
+            if math.isfinite(value) and sign * (value - baseline) <= tolerance + rounding:
+                good, highest = middle, one_shot.measured_sparsity
+            else:
+                bad = middle
+    return highest
 
 
 class OneShot:
-    """Makes a model sparse, measures it, and leaves it as it was.
+    """Prunes a model once, measures its metric, and restores the model.
 
-    sizes: parameter name -> number of weights. reached: the sparsity that was counted in the last measurement.
+    Args:
+        measure: The metric and its model.
+        calibration: Batches for a criterion that looks at data, or None.
+        loss_func: The loss for a criterion that needs gradients, or None.
+        options: Arguments of Sparsifier.
+
+    Attributes:
+        sizes: Number of weights of each selected layer, by parameter name.
+        measured_sparsity: The fraction of zeros counted in the last measurement.
     """
 
     def __init__(
-        self, meter: Metric, calibration: Iterable | None, loss_func: Callable | None, options: dict[str, Any]
+        self, measure: Metric, calibration: Iterable | None, loss_func: Callable | None, options: dict[str, Any]
     ):
-        self.meter, self.reached = meter, 0.0
+        self.measure, self.measured_sparsity = measure, 0.0
         try:
-            self.sparsifier = Sparsifier(meter.model, **options)
-        except ValueError:  # it may need an example input, and data are looked at only for that
-            if meter.learn is None or "example_input" in options:
+            self.sparsifier = Sparsifier(measure.model, **options)
+        except ValueError:  # it may need an example input; a batch of the Learner is drawn only for that
+            if measure.learn is None or "example_input" in options:
                 raise
-            self.sparsifier = Sparsifier(meter.model, **{**options, "example_input": first_batch(meter.learn)[:-1]})
+            example_input = first_batch(measure.learn)[:-1]
+            self.sparsifier = Sparsifier(measure.model, **{**options, "example_input": example_input})
         if self.sparsifier.collected.at(*AVERAGED):
-            _calibrate(self.sparsifier, meter, calibration, loss_func)
+            _calibrate(self.sparsifier, measure, calibration, loss_func)
         _check_comparisons(self.sparsifier)
         self.dense = self.sparsifier.state_dict()
-        self.sizes = {name: target.parameter.numel() for name, target in self.sparsifier.targets.items()}
+        self.sizes = {name: weight.parameter.numel() for name, weight in self.sparsifier.targets.items()}
 
     def can_reach(self, sparsity: Sparsity) -> bool:
-        """Whether the context allows for so many zeros."""
+        """Whether the context can prune to this sparsity."""
         try:
             self.sparsifier.check(sparsity)
         except ValueError:
             return False
         return True
 
-    def measure(self, sparsity: Sparsity) -> float:
-        """The metric at a sparsity, of the model or by layer."""
-        with as_it_was(self.meter.model):
+    def metric_at(self, sparsity: Sparsity) -> float:
+        """The metric of the model pruned to a sparsity. sparsity: a fraction, or {parameter name: fraction}."""
+        with as_it_was(self.measure.model):
             self.sparsifier.sparsify(sparsity)
-            self.reached = self.sparsifier.sparsity
-            value = self.meter()
+            self.measured_sparsity = self.sparsifier.sparsity
+            value = self.measure()
         self.sparsifier.load_state_dict(self.dense)
         return value
 
 
 def _check_comparisons(sparsifier: Sparsifier) -> None:
-    """ValueError for a criterion that compares with an earlier value, and so gives equal scores now."""
+    """Refuse a criterion that compares with an earlier value: nothing has been trained, so all scores are equal."""
     if compares_with_itself(sparsifier):
         raise ValueError(
-            f"criterion {name_of(sparsifier.criteria)} compares with an earlier value, and here nothing is "
-            "earlier; choose one of the weights as they are, such as large_final, or of data, such as snip"
+            f"criterion {name_of(sparsifier.criteria)} compares the weights with earlier values, but nothing is "
+            "trained here; choose a criterion of the present weights, such as large_final, or of data, such as snip"
         )
 
 
-def _calibrate(sparsifier: Sparsifier, meter: Metric, calibration: Iterable | None, loss_func: Callable | None) -> None:
-    """Show a criterion that looks at data what was given, or what the Learner has."""
-    if calibration is None and meter.learn is None:
+def _calibrate(
+    sparsifier: Sparsifier, measure: Metric, calibration: Iterable | None, loss_func: Callable | None
+) -> None:
+    """Show a criterion that looks at data the user's batches and loss, or those of the Learner."""
+    if calibration is None and measure.learn is None:
         raise TypeError(
-            f"criterion {name_of(sparsifier.criteria)} looks at data; give calibration= a list of batches, and "
-            "loss_func= if it is of gradients"
+            f"criterion {name_of(sparsifier.criteria)} looks at data; pass calibration= a list of batches, and "
+            "loss_func= if it needs gradients"
         )
-    if meter.learn is None or loss_func is not None:
+    if measure.learn is None or loss_func is not None:
         if calibration is None:
-            *inputs, targets = first_batch(meter.learn)
+            *inputs, targets = first_batch(measure.learn)
             calibration = [(*inputs, *targets)]
         sparsifier.calibrate(calibration, loss_func)
     else:
-        calibrate_with(meter.learn, sparsifier, calibration)
+        calibrate_with(measure.learn, sparsifier, calibration)
 
 
 def _check_levels(levels: Any) -> tuple[float, ...]:
     if isinstance(levels, (str, Mapping, Real)) or not isinstance(levels, Iterable):
-        raise TypeError(f"levels are several fractions, such as {LEVELS}, not {levels!r}")
+        raise TypeError(f"levels must be several fractions, such as {LEVELS}, not {levels!r}")
     checked = sorted({check_fraction(level, "a level") for level in levels})
     if not checked or checked[0] == 0 or checked[-1] == 1:
-        raise ValueError(
-            f"levels are fractions between 0 and 1, which are left out, such as {LEVELS}; not {tuple(checked)}"
-        )
+        raise ValueError(f"levels must be fractions above 0 and below 1, such as {LEVELS}, not {tuple(checked)}")
     return tuple(checked)
 
 
-def _shown(steps: list[tuple[str, float]], shows: bool) -> Iterable[tuple[str, float]]:
-    """The steps, with a progress bar that tells the layer, if one can be had."""
+def _with_progress_bar(steps: list[tuple[str, float]], shows: bool) -> Iterable[tuple[str, float]]:
+    """The steps, with a progress bar that names the layer, if it is wanted and fastprogress is installed."""
     try:
         if not shows:
             return steps
         from fastprogress.fastprogress import progress_bar
     except ImportError:
         return steps
-    return _told(progress_bar(steps, leave=False))
+    return _naming_layers(progress_bar(steps, leave=False))
 
 
-def _told(bar: Any) -> Iterable[tuple[str, float]]:
+def _naming_layers(bar: Any) -> Iterable[tuple[str, float]]:
     for step in bar:
         bar.comment = step[0]
         yield step

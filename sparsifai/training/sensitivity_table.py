@@ -1,4 +1,4 @@
-"""A metric measured with one layer sparse at a time, as a table, and a budget of zeros made of it."""
+"""Sensitivity: a metric measured with one layer pruned at a time, as a table, and a sparsity for each layer from it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ from ..support.table import Cells, Table
 
 @dataclass(frozen=True, repr=False)
 class Sensitivity(Table):
-    """A metric with one layer sparse at a time: printed, a table; in a notebook, HTML; `.plot()` draws it.
+    """A metric with one layer pruned at a time, as `sensitivity` returns it.
 
-    layers, sizes: names of the weights, and how many each has. levels: sparsities, rising. values: for each layer, the
-    metric at each level. baseline: of the model as it was. metric: its name. lower_is_better: its direction.
+    Printed it is a table, in a notebook HTML; `plot` draws it.
+
+    Args:
+        layers: Parameter names of the weights.
+        sizes: Number of weights of each layer.
+        levels: The sparsities that were measured, rising, each above 0 and below 1.
+        values: For each layer, the metric at each level.
+        baseline: The metric before pruning.
+        metric: The name of the metric.
+        lower_is_better: Whether a better model has a lower metric.
     """
 
     layers: tuple[str, ...]
@@ -28,29 +36,45 @@ class Sensitivity(Table):
     lower_is_better: bool
 
     def budget(self, sparsity: float) -> dict[str, float]:
-        """How sparse each layer is to be so that all together are, and the metric suffers by weight the same.
+        """A sparsity for each layer that together make `sparsity`, at the same loss of the metric per weight.
 
-        D_l(s) is by how much the metric is worse with layer l at the level s, and level_l(t) = max {s : D_l(s) <= t
-        size_l}. The budget is level_l(t) at the t at which sum_l size_l level_l(t) = sparsity sum_l size_l. A layer may
-        cost in proportion to the zeros that it can give: were all allowed the same cost, small layers, which save next
-        to nothing, would be the sparsest. For curves that rise steeply this is close to the least sum of D_l.
+        Let D_l(s) be how much worse the metric is with layer l pruned to s. A tolerance t allows layer l the sparsity
 
-        D_l is what was measured, made monotone by its running maximum from D_l(0) = 0 on, and straight between the
-        levels. NaN and inf count as the worst that was measured of any layer. Where D_l is flat the sum can jump over
-        what is asked for: then all levels go the same share of the way from below the jump to above it.
+            s_l(t) = max {s : D_l(s) <= t size_l}
 
-        Where single layers lose most of the metric in one shot, it tells little of what training regains: then see
-        whether the same sparsity in all layers is no better. A higher sparsity has no lower level in any layer.
+        and the budget is s_l(t) at the t for which sum_l size_l s_l(t) = sparsity sum_l size_l. The allowed loss is
+        proportional to the size of the layer, because small layers save few weights: with the same loss for all, they
+        would become the sparsest. A higher sparsity never lowers that of any layer.
 
-        What is returned is for `SparsifyCallback(budget, context='local')` and `Sparsifier.sparsify(budget)`, with the
-        granularity and criteria that were measured.
-        ValueError above the highest level.
+        D_l goes through the measured values. It is made monotone by a running maximum from D_l(0) = 0, and is linear
+        between the levels. NaN and inf count as the worst value measured for any layer. Where D_l is flat, s_l jumps;
+        if `sparsity` lies within a jump, all layers go the same fraction of the way across it.
+
+        If pruning a single layer once loses most of the metric, these measurements say little about what training can
+        regain. Compare with the same sparsity in all layers then.
+
+        Args:
+            sparsity: Target sparsity of all layers together, from 0 to the highest level that was measured.
+
+        Returns:
+            {parameter name: sparsity}, to pass to `SparsifyCallback(budget, context='local')` or to
+            `Sparsifier.sparsify` with the context 'local', and with the granularity and criteria that were measured.
+
+        Raises:
+            TypeError: The sparsity is not a number.
+            ValueError: The sparsity is above the highest level, or not a fraction.
+
+        Example:
+            >>> layers, sizes, values = ('first', 'second'), (100, 300), ((0.1, 0.5), (0.1, 0.2))
+            >>> measured = Sensitivity(layers, sizes, (0.5, 0.9), values, 0.0, 'valid_loss', True)
+            >>> {name: round(level, 3) for name, level in measured.budget(0.8).items()}
+            {'first': 0.5, 'second': 0.9}
         """
         wanted = check_fraction(sparsity, "sparsity")
         if wanted > self.levels[-1]:
             raise ValueError(
-                f"budget: a sparsity of {wanted:g} is above {self.levels[-1]:g}, the highest that was measured; "
-                f"measure higher levels, as by sensitivity(..., levels=(..., {wanted:g}))"
+                f"budget: sparsity {wanted:g} is above {self.levels[-1]:g}, the highest level that was measured; "
+                f"measure higher levels: sensitivity(..., levels=(..., {wanted:g}))"
             )
         sizes = np.array(self.sizes, dtype=float)
         corners = self._corners(sizes)
@@ -62,13 +86,13 @@ class Sensitivity(Table):
         return dict(zip(self.layers, np.clip(levels, 0.0, self.levels[-1]).tolist(), strict=True))
 
     def _corners(self, sizes: np.ndarray) -> np.ndarray:
-        """Levels of all layers, before and after each jump, as the tolerance rises: between two, all are straight."""
+        """Sparsities of all layers, before and after each jump, as the tolerance rises; linear between two of them."""
         costs, levels = self._loss() / sizes[:, None], np.array([0.0, *self.levels])
         sides = [(tolerance, side) for tolerance in np.unique(costs) for side in ("left", "right")]
-        return np.array([[_reached(curve, levels, *where) for curve in costs] for where in sides])
+        return np.array([[_level_at(curve, levels, *where) for curve in costs] for where in sides])
 
     def _loss(self) -> np.ndarray:
-        """D: by how much the metric is worse, layer x (0, *levels)."""
+        """D: how much worse the metric is, of shape (layers, 1 + levels), with level 0 first."""
         sign = 1 if self.lower_is_better else -1
         loss = sign * (np.array(self.values, dtype=float) - self.baseline)
         finite = np.isfinite(loss)
@@ -84,26 +108,33 @@ class Sensitivity(Table):
                 (name, f"{size:,}", *(f"{value:.4g}" for value in values))
                 for name, size, values in zip(self.layers, self.sizes, self.values, strict=True)
             ],
-            caption=f"{self.metric} is {self.baseline:.4g} as it is, {better} is better; with one layer sparse at a "
-            "time:",
+            caption=f"{self.metric} is {self.baseline:.4g} before pruning ({better} is better); with one layer pruned "
+            "at a time it is:",
         )
 
     def plot(self, ax: Any = None) -> Any:
-        """The metric of each layer against the level, the baseline dashed; returns the matplotlib axes."""
+        """Draw the metric of each layer against its sparsity, with the baseline as a dashed line.
+
+        Args:
+            ax: The matplotlib axes to draw on; by default new ones.
+
+        Returns:
+            The matplotlib axes.
+        """
         import matplotlib.pyplot as plt
 
         if ax is None:
             _, ax = plt.subplots(layout="constrained")
         for name, row in zip(self.layers, self.values, strict=True):
             ax.plot(self.levels, row, "o-", label=name)
-        ax.axhline(self.baseline, color="0.5", linestyle="--", label="as it is")
-        ax.set(xlabel="sparsity of this layer alone", ylabel=self.metric)
+        ax.axhline(self.baseline, color="0.5", linestyle="--", label="before pruning")
+        ax.set(xlabel="sparsity of the one pruned layer", ylabel=self.metric)
         ax.legend(fontsize="small")
         return ax
 
 
-def _reached(curve: np.ndarray, levels: np.ndarray, tolerance: float, side: Any) -> float:
-    """Where a rising curve comes to `tolerance` ('left'), or leaves it ('right')."""
+def _level_at(curve: np.ndarray, levels: np.ndarray, tolerance: float, side: Any) -> float:
+    """The first ('left') or the last ('right') level at which a rising curve is at the tolerance."""
     place = int(np.searchsorted(curve, tolerance, side=side))
     if place in (0, len(curve)):
         return levels[min(place, len(curve) - 1)]
