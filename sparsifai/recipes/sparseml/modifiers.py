@@ -14,7 +14,7 @@ from typing import Any
 
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from ..expression import evaluate, inner, is_expression
+from ..expression import evaluate, is_expression, without_eval
 from ..safe_yaml import compose, line_of, pairs, plain
 
 _TAG = re.compile(r"!(?:\w+\.)?(\w*Modifier)")
@@ -174,7 +174,7 @@ class _Variables(Mapping):
             return {self.put_in(key): self.put_in(item) for key, item in value.items()}
         if not is_expression(value):
             return value
-        name = inner(value)
+        name = without_eval(value)
         if name in self and not is_expression(self[name]) and not isinstance(self[name], (int, float)):
             return self[name]
         return evaluate(value, self)
