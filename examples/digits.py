@@ -1,8 +1,8 @@
-"""The main job: train a small convolutional net on real handwritten digits, dense and sparse in five ways.
+"""Train a small convolutional net on handwritten digits, dense and sparse in five ways.
 
     python examples/digits.py [--epochs 8] [--picture examples/digits.png]
 
-The data are the 1,797 digits of 8x8 pixels that come with scikit-learn, so nothing is downloaded.
+The data are the 1,797 digits of 8 x 8 pixels that come with scikit-learn, so nothing is downloaded.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 
 from sparsifai.all import *
 
-# Each configuration answers the four questions in another way: how, where, what and when.
+# Each configuration gives other answers to the four questions: how, where, what and when.
 CONFIGURATIONS = {
     "90 % of the weights": {"sparsity": 0.9, "granularity": "weight", "context": "global", "schedule": "one_cycle"},
     "half of the filters": {"sparsity": 0.5, "granularity": "filter", "context": "global", "schedule": cos},
@@ -35,7 +35,7 @@ CONFIGURATIONS = {
 
 
 def digits_loaders(seed=0):
-    "The digits as DataLoaders: 1,437 to train on and 360 to validate with"
+    "DataLoaders of the digits: 1,437 for training and 360 for validation"
     data = load_digits()
     images = torch.tensor(data.images / 16, dtype=torch.float32)[:, None]
     labels = torch.tensor(data.target)
@@ -47,7 +47,7 @@ def digits_loaders(seed=0):
 
 
 def conv_net():
-    "Three convolutions of fastai, with norm layers and ReLU, and a linear layer"
+    "Three of fastai's ConvLayers (convolution, norm layer, ReLU) and a linear layer"
     return nn.Sequential(
         ConvLayer(1, 16), ConvLayer(16, 32, stride=2), ConvLayer(32, 32, stride=2),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
@@ -55,8 +55,8 @@ def conv_net():
 
 
 def train(epochs, callback=None, seed=0):
-    "A Learner, trained from scratch, and the seconds that it took"
-    set_seed(seed, reproducible=True)  # before the loaders are made, which draw the order of the batches from it
+    "Train a Learner from scratch; returns it and the seconds that it took"
+    set_seed(seed, reproducible=True)  # first, as the DataLoaders draw the order of the batches from the seed
     learn = Learner(digits_loaders(), conv_net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     start = time.perf_counter()
     learn.fit_one_cycle(epochs, 1e-2, cbs=callback)
@@ -64,13 +64,13 @@ def train(epochs, callback=None, seed=0):
 
 
 def accuracy_of(learn):
-    "Accuracy on the validation set"
+    "The accuracy on the validation set"
     with learn.no_bar(), learn.no_logging():
         return float(learn.validate()[1])
 
 
 def draw(results, masks, path):
-    "Accuracy of every configuration, and the masks of one layer"
+    "Plot the accuracy of every configuration and the masks of one layer"
     figure = plt.figure(figsize=(11, 6), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.1))
     ax = upper.subplots()
@@ -79,10 +79,10 @@ def draw(results, masks, path):
     for place, name in enumerate(names):
         score, sparsity = results[name][:2]
         ax.text(score - 0.01, place, f"{score:.1%}, {sparsity:.1%} zeros", color="white", va="center", ha="right")
-    ax.set(xlim=(0, 1), xlabel="accuracy on 360 digits that were not trained on")
+    ax.set(xlim=(0, 1), xlabel="accuracy on the 360 digits of the validation set")
     ax.invert_yaxis()
     axes = lower.subplots(1, len(masks))
-    lower.suptitle("what is left of the third convolution: a line is a filter, black is zero")
+    lower.suptitle("remaining weights of the third convolution: a row is a filter, black is zero")
     for ax, (name, mask) in zip(axes, masks.items(), strict=True):
         ax.imshow(mask.flatten(1), cmap="gray", aspect="auto", interpolation="nearest", vmin=0, vmax=1)
         ax.set(title=name, xticks=[], yticks=[])
@@ -90,7 +90,7 @@ def draw(results, masks, path):
 
 
 def main(epochs, picture):
-    torch.set_num_threads(1)  # the net is too small for more
+    torch.set_num_threads(1)  # the net is too small to gain from more
     learn, seconds = train(epochs)
     results, masks = {"dense": (accuracy_of(learn), 0.0, seconds)}, {}
     for name, configuration in CONFIGURATIONS.items():

@@ -1,8 +1,8 @@
-"""Several processes that train one net, each on its part of the data: DistributedDataParallel, no fastai.
+"""Train one net in several processes, each on its part of the data: DistributedDataParallel, without fastai.
 
     torchrun --nproc-per-node 2 examples/distributed.py [--epochs 20]
 
-Trains a small net on scikit-learn's digits and takes it to 90 % of zeros on the way; on GPUs if there are enough.
+Trains a small net on scikit-learn's digits and prunes 90 % of its weights meanwhile; on GPUs if there is one per process.
 """
 
 import argparse
@@ -29,13 +29,13 @@ def main(epochs):
     images, labels = torch.tensor(data.images / 16, dtype=torch.float32).flatten(1), torch.tensor(data.target)
     dataset = TensorDataset(images.to(device), labels.to(device))
     train, valid = random_split(dataset, [0.8, 0.2], torch.Generator().manual_seed(0))
-    sampler = DistributedSampler(train)  # another part of the data in every process
+    sampler = DistributedSampler(train)  # a different part of the data in every process
     loader = DataLoader(train, 32, sampler=sampler)
 
     net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)).to(device)
     model = DistributedDataParallel(net)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    sparsifier = Sparsifier(model)  # of the wrapper, so that all processes get the same masks whatever the criterion
+    sparsifier = Sparsifier(model)  # of the wrapper, so that all processes agree on the masks with any criterion
     schedule = between(one_cycle, 0, 0.8)
 
     step = 0
@@ -59,7 +59,7 @@ def main(epochs):
         correct = (net(images).argmax(1) == labels).float().mean()
         print(f"{len(all_masks)} processes, the same masks: accuracy {correct:.1%}, {sparsifier.sparsity:.2%} zeros")
         print(sparsifier.report())
-    distributed.barrier()  # a process that left early would take the connections of the others with it
+    distributed.barrier()  # a process that ends early would break the connections of the others
     distributed.destroy_process_group()
 
 
@@ -67,5 +67,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=20)
     if "LOCAL_RANK" not in os.environ:
-        parser.error("start it with torchrun --nproc-per-node 2 examples/distributed.py")
+        parser.error("start this script with torchrun --nproc-per-node 2 examples/distributed.py")
     main(parser.parse_args().epochs)

@@ -1,9 +1,9 @@
-"""The PETS example: a pretrained ResNet-18 with half of its filters zero.
+"""Fine-tune a pretrained ResNet-18 on the PETS data and prune half of its filters.
 
     python examples/pets.py
 
 Needs the internet once: fastai downloads the Oxford-IIIT Pet images (about 800 MB) and torchvision the weights of the
-network (45 MB). Made for a GPU; on a CPU it takes an hour or so.
+network (45 MB). Meant for a GPU; on a CPU it takes about an hour.
 """
 
 import sys
@@ -15,7 +15,7 @@ from sparsifai.all import *
 
 
 def is_cat(name):
-    "The files of cats begin with a capital letter"
+    "Whether a file shows a cat: names of cat files begin with a capital letter"
     return name[0].isupper()
 
 
@@ -25,7 +25,7 @@ def main():
     except (URLError, OSError) as error:
         sys.exit(
             f"The PETS data could not be downloaded ({error}).\n"
-            "This example needs the internet once; examples/digits.py shows the same without any download."
+            "This example needs the internet once; examples/digits.py shows the same without a download."
         )
     dls = ImageDataLoaders.from_name_func(
         path, get_image_files(path / "images"), is_cat, valid_pct=0.2, seed=42, item_tfms=Resize(64)

@@ -1,8 +1,8 @@
-"""A plain torch loop: a Sparsifier, no fastai.
+"""A plain torch loop with a Sparsifier, without fastai.
 
     python examples/torch_loop.py [--epochs 20]
 
-Trains a small net on scikit-learn's digits and takes it to 90 % of zeros on the way.
+Trains a small net on scikit-learn's digits and prunes 90 % of its weights meanwhile.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main(epochs):
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     sparsifier = Sparsifier(model, granularity="weight", context="global", criteria="large_final")
-    schedule = between(one_cycle, 0, 0.8)  # the last fifth of training is for the weights that are left
+    schedule = between(one_cycle, 0, 0.8)  # the last fifth of training is for the remaining weights
 
     steps = epochs * -(-len(train) // 64)
     step = 0

@@ -1,7 +1,7 @@
 """sparsifai: train neural networks whose weights are exact zeros.
 
-Four questions, one registry of functions for each: how (granularities), where (contexts), what (criteria) and
-when (schedules). `Sparsifier` works on any torch model; `SparsifyCallback` calls it in a fastai Learner.
+Four questions have a registry of functions each: how (granularities), where (contexts), what (criteria) and when
+(schedules). `Sparsifier` prunes any torch model; `SparsifyCallback` calls it while a fastai Learner trains.
 """
 
 from importlib import import_module
@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     from .training.lottery import lottery_ticket
     from .training.regularize import RegularizeCallback
 
-# Imported on first use: these need fastai, which the rest does not.
+# Imported on first use, as they need fastai, which the rest does not.
 _NEED_FASTAI = {
     "DistillCallback": ".training.distill",
     "FreezeCallback": ".callbacks.freeze",
@@ -170,8 +170,7 @@ __all__ = [
     "wanda",
 ]
 
-
-# These, too: Recipe needs PyYAML, which takes a while.
+# Recipe too, as it needs PyYAML, whose import takes a while.
 _ON_FIRST_USE = {**_NEED_FASTAI, "Recipe": ".recipes.recipe"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -18,32 +19,46 @@ from .model.zeros import Count, figures
 from .recipes.recipe import Recipe
 from .support.table import Cells
 
-_PLAN = """What a recipe would do to a model, without data or training.
+_PLAN = """Show what a recipe would do to a model, without data or training.
 
-How many weights of each layer are left, why some stay dense, bytes, FLOPs (with --input), the sparsity by epoch.
+The table has the remaining weights, bytes and FLOPs (with --input) of each layer, and why some layers stay dense. Above
+it stands the sparsity after each epoch.
 
 example: sparsifai plan examples/recipes/training_aware.yaml --model torchvision:resnet50 --input 1,3,224,224
 """
 
+_REPORT = """Count the zeros of a checkpoint.
 
-_REPORT = """The zeros of a checkpoint, counted: of every matrix, and of the whole file.
+The table has the weights and zeros of every matrix and of the whole file. Tensors whose zeros cannot be counted
+(quantized, in a sparse layout, without values on the meta device) are listed with the reason.
 
-Of a file of save_sparse, how each tensor is stored, and the bytes that this takes and that it would take dense.
+For a file of save_sparse, the table has the form in which each tensor is stored, its bytes, and the bytes that it would
+take dense.
 
 example: sparsifai report checkpoint.pth
 example: sparsifai report sparse.safetensors
 """
 
+_CONVERT = """Convert a recipe of SparseML to a recipe of sparsifai.
 
-_CONVERT = """Make a recipe of one of SparseML. What has no counterpart is listed with its line, on standard error.
+Whatever has no counterpart is listed with its line, on standard error.
 
 example: sparsifai convert sparseml.md --to recipe.yaml
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if it went well, 2 if what was given cannot work."""
-    parser = argparse.ArgumentParser("sparsifai", description="Plan, convert and measure sparse models.")
+    """Run a command.
+
+    Args:
+        arguments: The words after `sparsifai`. By default those of the command line.
+
+    Returns:
+        The exit status: 0 after success, 2 after an error, which is printed on standard error.
+    """
+    parser = argparse.ArgumentParser(
+        "sparsifai", description="Plan sparse training, measure sparse models, and convert recipes."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(name: str, run: Callable[[Any], None], description: str) -> argparse.ArgumentParser:
@@ -57,22 +72,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return added
 
     plan = command("plan", _plan, _PLAN)
-    plan.add_argument("recipe", type=Path, help="a recipe, YAML")
+    plan.add_argument("recipe", type=Path, help="a recipe, a YAML file")
     plan.add_argument(
-        "--model", required=True, help="package:function that makes a model, such as torchvision:resnet50, untrained"
+        "--model", required=True, help="package:function that returns an untrained model, such as torchvision:resnet50"
     )
-    plan.add_argument("--input", type=_shape, help="shape of a batch, such as 1,3,224,224, for FLOPs and data flow")
-    plan.add_argument("--batches", type=int, default=100, help="batches in an epoch, for the timeline (default 100)")
-    plan.add_argument("--picture", type=Path, help="write timeline and layers as a picture, too")
+    plan.add_argument(
+        "--input",
+        type=_shape,
+        help="shape of a batch, such as 1,3,224,224, for FLOPs and for models that cannot be traced",
+    )
+    plan.add_argument("--batches", type=int, default=100, help="batches in an epoch (default 100)")
+    plan.add_argument("--picture", type=Path, help="a file for a picture of the sparsity over time and of the layers")
 
     report = command("report", _report, _REPORT)
-    report.add_argument("checkpoint", type=Path, help="what torch.save, learn.save or save_sparse has written")
+    report.add_argument("checkpoint", type=Path, help="a file of torch.save, learn.save or save_sparse")
 
     convert = command("convert", _convert, _CONVERT)
-    convert.add_argument("recipe", type=Path, help="YAML, or Markdown with YAML in front")
-    convert.add_argument("--to", type=Path, help="file to write; by default the recipe is printed")
-    convert.add_argument("--strict", action="store_true", help="refuse if anything is lost, instead of listing it")
-    convert.add_argument("--epochs", type=int, help="if the recipe does not say how many there are")
+    convert.add_argument("recipe", type=Path, help="a recipe of SparseML, YAML or Markdown that begins with YAML")
+    convert.add_argument("--to", type=Path, help="the file to write; by default the recipe is printed")
+    convert.add_argument("--strict", action="store_true", help="refuse a recipe of which something would be lost")
+    convert.add_argument("--epochs", type=int, help="the number of epochs, if the recipe does not say it")
 
     given = parser.parse_args(arguments)
     try:
@@ -99,29 +118,70 @@ def _report(given: Any) -> None:
     if is_safetensors(given.checkpoint):
         print(SparseFile.read(given.checkpoint))
         return
+    tensors = _tensors_of(given.checkpoint)
+    skipped = {name: why for name, value in tensors.items() if (why := _why_skipped(value))}
+    counted = {name: value for name, value in tensors.items() if name not in skipped}
+    if not counted:
+        reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items())
+        raise ValueError(f"{given.checkpoint} has no tensors whose zeros can be counted ({reasons})")
+    matrices = {name: value for name, value in counted.items() if value.dim() > 1}
+    rows = [_counted(name, _shape_of(value), value) for name, value in matrices.items()]
+    whole = "all that are counted" if skipped else "whole file"
+    totals = [_counted("all of these", "", *matrices.values()), _counted(whole, "", *counted.values())]
+    print(Cells(("weight", "shape", "weights", "zeros", "sparsity"), rows, totals, left=(0, 1)).text())
+    if skipped:
+        rows = [(name, _shape_of(tensors[name]), f"{tensors[name].numel():,}", why) for name, why in skipped.items()]
+        totals = [("all of these", "", f"{sum(tensors[name].numel() for name in skipped):,}", "")]
+        print(f"\n{Cells(('not counted', 'shape', 'weights', 'why'), rows, totals, left=(0, 1, 3)).text()}")
+
+
+def _tensors_of(checkpoint: Path) -> dict[str, Tensor]:
+    """The tensors of a file of torch.save by name; 'name[0]' is the first of a tuple, as quantized layers have them."""
     try:
-        state = torch.load(given.checkpoint, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch's, about how it stores sparse and quantized tensors
+            warnings.simplefilter("ignore")
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # torch raises whatever it finds in a file
         raise ValueError(
-            f"{given.checkpoint} is no state_dict that torch.save has written; whole models and other pickles, which "
-            f"can run code, are not loaded ({type(error).__name__})"
+            f"{checkpoint} is not a state_dict written by torch.save; whole models and other pickles are not loaded, "
+            f"as they can run code ({type(error).__name__})"
         ) from None
-    for key in ("model", "state_dict"):  # as learn.save and others write it
+    for key in ("model", "state_dict"):  # as learn.save and other libraries write it
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    tensors = (
-        {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
-        if isinstance(state, dict)
-        else {}
-    )
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items() if isinstance(state, dict) else ():
+        several = isinstance(value, (tuple, list))
+        named = {f"{name}[{place}]": each for place, each in enumerate(value)} if several else {str(name): value}
+        tensors |= {name: each for name, each in named.items() if isinstance(each, Tensor)}
     if not tensors:
-        raise ValueError(f"{given.checkpoint} has no tensors by name; give a state_dict that torch.save has written")
-    matrices = {name: value for name, value in tensors.items() if value.dim() > 1}
-    rows = [_counted(name, "x".join(map(str, value.shape)), value) for name, value in matrices.items()]
-    totals = [_counted("all of these", "", *matrices.values()), _counted("whole file", "", *tensors.values())]
-    print(Cells(("weight", "shape", "weights", "zeros", "sparsity"), rows, totals, left=(0, 1)).text())
+        raise ValueError(f"{checkpoint} has no tensors by name; give a file of torch.save(model.state_dict(), path)")
+    return tensors
+
+
+def _why_skipped(value: Tensor) -> str:
+    """Why the zeros of a tensor cannot be counted; empty if they can."""
+    if value.is_quantized:
+        return f"quantized ({_short(value.dtype)}); dequantize() makes it countable"
+    if value.layout != torch.strided:
+        return f"in the layout {_short(value.layout)}; to_dense() makes it countable"
+    if value.is_meta:
+        return "on the meta device, which holds no values"
+    try:
+        torch.count_nonzero(torch.zeros(1, dtype=value.dtype))
+    except RuntimeError:
+        return f"torch cannot count zeros of {_short(value.dtype)}; float() makes it countable"
+    return ""
+
+
+def _short(value: Any) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def _shape_of(value: Tensor) -> str:
+    return "x".join(map(str, value.shape))
 
 
 def _convert(given: Any) -> None:
@@ -134,25 +194,21 @@ def _convert(given: Any) -> None:
         print(notice, file=sys.stderr)
 
 
-def _is_plain(value: Tensor) -> bool:
-    return value.layout == torch.strided and not value.is_quantized and not value.is_meta
-
-
 def _counted(name: str, shape: str, *tensors: Tensor) -> tuple[str, ...]:
     return name, shape, *figures(Count.of(*tensors))
 
 
 def _model(name: str) -> nn.Module:
-    """A model from package:function; 'torchvision' and 'timm' know where theirs are."""
+    """The model that package:function returns; for torchvision and timm, function is the name of a model."""
     package, _, function = name.partition(":")
     try:
         made = _made(package, function) if function else None
-    except Exception as error:  # of whatever code makes the model
+    except Exception as error:  # the code that makes a model may raise anything
         raise ValueError(f"--model {name}: {error or type(error).__name__}") from error
     if not function:
         raise ValueError(f"--model {name}: give package:function, such as torchvision:resnet50")
     if not isinstance(made, nn.Module):
-        raise ValueError(f"--model {name}: {function} makes no torch.nn.Module")
+        raise ValueError(f"--model {name}: {function} is not a torch.nn.Module, nor a function that returns one")
     return made
 
 
@@ -173,7 +229,7 @@ def _shape(text: str) -> tuple[int, ...]:
             raise ValueError
         return sizes
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape, such as 1,3,224,224") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 1,3,224,224") from None
 
 
 if __name__ == "__main__":

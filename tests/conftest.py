@@ -96,3 +96,18 @@ def packages_of(file):
         (pickled,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
         texts = [argument for _, argument, _ in pickletools.genops(archive.read(pickled)) if isinstance(argument, str)]
     return {re.split(r"[. ]", text)[0] for text in texts}
+
+
+def layers_of(sparsifier):
+    """The layers that are pruned."""
+    return {name: layer for name, layer in sparsifier.layers.items() if layer.is_selected}
+
+
+def dense_of(sparsifier):
+    """Why the other layers stay dense."""
+    return {name: layer.why_dense for name, layer in sparsifier.layers.items() if not layer.is_selected}
+
+
+def followers_of(sparsifier):
+    """Parameters that are masked with whole outputs -> the layers that have these outputs."""
+    return {follower.name: tuple(follower.producers) for follower in sparsifier.followers}

@@ -61,7 +61,7 @@ def train(model, module, sparsifier, make_optimizer):
         step(model, optimizer, sparsifier)
         sparsifier.apply_masks()
         if sparsifier.collected.at("forward", "loss"):
-            show_data(sparsifier, seed=0 if sparsifier.group is None else RANK)
+            show_data(sparsifier, seed=0 if sparsifier.ranking.process_group is None else RANK)
         weights, collected = values_of(module), sparsifier.collected.state()
         sparsifier.sparsify(sparsity)
         sparsifier.mask_moments(optimizer)

@@ -26,7 +26,7 @@ def assert_sound(learn, callback=None, level=None, *, exact=True):
     assert len(keepers) <= 1
     sparsifier = callback and callback.sparsifier
     if sparsifier is not None and keepers and keepers[0].sparsifier is sparsifier:
-        zeros = {name: (sparsifier.targets[name].parameter == 0) for name in sparsifier.masks}
+        zeros = {name: (sparsifier.layers[name].parameter == 0) for name in sparsifier.masks}
         assert all(torch.equal(zeros[name], ~mask) for name, mask in sparsifier.masks.items())
         assert sparsifier.sparsity == counted(model)
         asked_for = share(sparsifier.level, model)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import layers_of
 from torch import nn
 
 from sparsifai import Sparsifier, agp, cos, criteria, is_nm, lin, one_cycle, one_shot
@@ -56,7 +57,7 @@ def test_erk_of_resnet50_at_90_percent():
     assert {name: found[name] for name in PRINTED} == pytest.approx(PRINTED, abs=0.5)
     # By the formula, with the scale that the printed 57.99 % of the first layer has: (64 + 3 + 7 + 7) / (64 3 7 7).
     scale = (1 - found["conv1.weight"] / 100) / (81 / 9408)
-    for name, target in sparsifier.targets.items():
+    for name, target in layers_of(sparsifier).items():
         shape = target.parameter.shape
         assert found[name] == pytest.approx(100 * (1 - min(1, scale * sum(shape) / math.prod(shape))), abs=0.5)
     assert sparsifier.sparsity == pytest.approx(0.9, abs=1e-5)
@@ -109,7 +110,7 @@ def test_synflow_is_conserved_in_every_layer():
     sparsifier = Sparsifier(model, criteria="synflow", example_input=torch.zeros(1, 3, 32, 32))
     sums = [
         float((target.parameter.detach().abs() * sparsifier.collected.value("flow", name, sparsifier)).sum())
-        for name, target in sparsifier.targets.items()
+        for name, target in layers_of(sparsifier).items()
     ]
     assert len(sums) == 14
     assert sums == pytest.approx([sums[0]] * 14, rel=1e-9)

@@ -1,17 +1,27 @@
-"""What all callbacks of this library share: where in a fit they are, and what happens when one is taken off."""
+"""What all callbacks of this library share: the place in a fit, and what happens when one is taken off the Learner."""
 
 from __future__ import annotations
 
 from fastai.callback.core import Callback
 
-TRAINING_EVENTS = (
-    *("before_train", "before_batch", "after_pred", "after_loss", "before_backward", "after_cancel_backward"),
-    *("after_backward", "before_step", "after_cancel_step", "after_step", "after_cancel_batch", "after_batch"),
-)
-
 
 class TrainingCallback(Callback):
-    """Knows where in a fit it is. Goes nowhere with an exported Learner, which then loads where sparsifai is not."""
+    """A callback for fits alone: nothing that `validate`, `get_preds` and the like do reaches it.
+
+    An exported Learner has a plain `Callback` in its place, so that it loads where sparsifai is not installed.
+    """
+
+    def __call__(self, event_name):
+        "Call the event, unless it comes from `validate`, `get_preds` and the like, which hold the Learner's lock"
+        learn = self.learn
+        if learn is None or not learn.lock.locked():
+            return super().__call__(event_name)
+        if event_name == "before_fit":
+            self._before_question()
+        return None
+
+    def _before_question(self) -> None:
+        """Called when `validate`, `get_preds` and the like begin, in a fit or outside of one."""
 
     @property
     def _batches_of_fit(self) -> int:
@@ -23,17 +33,18 @@ class TrainingCallback(Callback):
 
     @property
     def _start(self) -> float:
-        """Share of the fit that is over at the present batch."""
+        """Fraction of the fit that is over at the present batch."""
         return self._batches(0) / self._batches_of_fit
 
     def __setattr__(self, name, value):
-        # Taken off the Learner, as fit does with its own callbacks even when it is interrupted.
+        # fastai has no event for this. It sets `learn` to None when a callback is taken off, and `fit` takes off the
+        # callbacks that it was given even if it is interrupted, when no event comes any more.
         if name == "learn" and value is None and self.learn is not None:
             self._taken_off()
         super().__setattr__(name, value)
 
     def _taken_off(self) -> None:
-        """Undo what holds as long as it is on the Learner."""
+        """Undo what holds as long as the callback is on the Learner."""
 
     def __reduce_ex__(self, protocol):
         learn = self.learn

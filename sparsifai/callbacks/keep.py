@@ -1,14 +1,18 @@
-"""KeepSparsity: the fastai callback that holds zeros, in the fit that made them and in later ones."""
+"""KeepSparsity: the fastai callback that keeps zeros, in the fit that made them and in later ones."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
+from ..axes.granularity import granularities
 from ..model.layers import find_weights, parameter_of
 from ..model.parallel import unwrapped, whole
+from ..sparsifier.followers import masks_of_followers
+from ..sparsifier.layer_selection import find_layers
 from ..sparsifier.masking import (
     NEXT_TO_ZERO,
     holds_zeros,
@@ -19,21 +23,42 @@ from ..sparsifier.masking import (
     zero_weights,
 )
 from ..sparsifier.sparsifier import Sparsifier
-from .base import TRAINING_EVENTS, TrainingCallback
+from .base import TrainingCallback
 
-# Of ten million weights that are drawn at random a few are exactly zero. A share of zeros up to this is no sparsity.
+# A few of ten million weights that are drawn at random are exactly zero. Up to this fraction, zeros are no sparsity.
 CHANCE = 1e-5
 
-# Steps in which means of squares do not decay from NEXT_TO_ZERO to denormal numbers, which would be slow: with a decay
-# of 0.9 that takes 480 steps.
+# Every so many steps, means of squares are set to NEXT_TO_ZERO again, before they decay to denormal numbers, which are
+# slow: with a decay of 0.9 that takes 480 steps.
 REFRESH = 300
+
+# The events in which a callback can change weights within an epoch's training.
+_OF_TRAINING = (
+    *("before_train", "before_batch", "after_pred", "after_loss", "before_backward", "after_cancel_backward"),
+    *("after_backward", "before_step", "after_cancel_step", "after_step", "after_cancel_batch", "after_batch"),
+)
 
 
 class KeepSparsity(TrainingCallback):
-    "Keep the zeros of a sparse model zero while it trains; SparsifyCallback leaves one on the Learner"
+    """Keep the zeros of a sparse model zero while it trains. SparsifyCallback leaves one on the Learner.
+
+    In every step it sets the gradients of masked weights to zero, before they are clipped, so that momentum and weight
+    decay leave the zeros alone. Where it does not know the optimizer or a callback, it also sets the weights to zero
+    after the step.
+
+    Attributes:
+        masks: Parameter name -> bool tensor that broadcasts to the parameter, False where it is kept at zero.
+
+    Args:
+        sparsifier: The Sparsifier whose masks are kept. By default, the zeros that the model has when a fit begins.
+
+    Raises:
+        TypeError: `sparsifier` is no Sparsifier.
+    """
 
     # After MixedPrecision (10) has unscaled the gradients, before GradientClip (11) takes their norm.
     order = 10.5
+    run_valid = False
 
     def __init__(
         self,
@@ -41,62 +66,50 @@ class KeepSparsity(TrainingCallback):
     ):
         super().__init__()
         if sparsifier is not None and not isinstance(sparsifier, Sparsifier):
-            raise TypeError(f"KeepSparsity keeps the masks of a Sparsifier, not {sparsifier!r}")
-        self.sparsifier: Sparsifier | None = sparsifier
-        self.held_model = None if sparsifier is None else sparsifier.model
-        self.recovers = sparsifier is None
-        self.earlier: dict[str, Tensor] = {}  # masks of earlier Sparsifiers, by parameter name
-        self.steps = 0
-        self.gradients_zeroed = False  # those of masked weights, in this step
-        self.begun = False  # whether the fit is past its first batch
-        self.stays = False  # whether a fit has left it on the Learner
-        self.looks: Callable[[], None] | None = None  # what is called in a step while its gradients are dense
-        self.replaced = False  # whether another one on the Learner keeps what it has kept
-
-    @property
-    def name(self):
-        "Under which the Learner has it; one that was replaced gives the name up"
-        return "replaced_keep_sparsity" if self.replaced else super().name
+            raise TypeError(f"KeepSparsity: sparsifier is a Sparsifier whose masks are kept, not {sparsifier!r}")
+        self.masks: dict[str, Tensor] = {}
+        self.held_model: Any = None  # the model of the masks
+        self.recovers = sparsifier is None  # whether each fit begins with the zeros of the model
+        self.left_by_fit = False  # whether SparsifyCallback has put it on the Learner
+        self._recovered = False  # whether this fit has begun with the zeros of the model
+        self._steps = 0
+        self._gradients_zeroed = False  # in this step, for all masked weights
+        if sparsifier is not None:
+            self.masks, self.held_model = {**sparsifier.masks, **sparsifier.follower_masks}, sparsifier.model
 
     def before_fit(self):
         "Zero the masked weights and their moments, which may have been loaded or changed since the last fit"
-        if self.learn.lock.locked():  # validate and the like change nothing
-            return
-        self.begun, self.looks = False, None
+        self._recovered = False
         if self.held_model is not None and self.held_model is not unwrapped(self.learn.model):
             raise ValueError(
-                "KeepSparsity holds the zeros of another model than the Learner's; take it off with "
-                "learn.remove_cb(KeepSparsity), or give it no Sparsifier to keep the zeros of this one"
+                "KeepSparsity keeps the zeros of another model than the Learner's; take it off with "
+                "learn.remove_cb(KeepSparsity), or use KeepSparsity() to keep the zeros of this model"
             )
         if not is_masked_zero(self._masked()):
             warnings.warn(
                 "KeepSparsity: masked weights were changed or loaded since they were zero, and are set to zero again; "
-                "call learn.remove_cb(KeepSparsity) before, if they shall stay",
+                "to keep the new values, call learn.remove_cb(KeepSparsity) before the fit",
                 stacklevel=2,
             )
         self.enforce()
 
     def before_batch(self):
-        "When the fit begins, take the masks from the zeros of the model, if they were not given; keep to them later"
-        if self.recovers and not self.begun and self.learn.training:
-            self.recover()
-        elif self.learn.training and not self.is_alone():
+        "When the fit begins, take the masks from the zeros of the model; later, zero what a callback may have moved"
+        if not self.recover() and not self._is_alone():
             zero_weights(self._masked())
 
     def before_step(self):
-        "Zero the gradients of masked weights, once what looks at them has seen them"
-        if self.looks is not None:
-            self.looks()
-        self.gradients_zeroed = zero_gradients(self._masked())
+        "Zero the gradients of masked weights"
+        self._gradients_zeroed = zero_gradients(self._masked())
 
     def after_step(self):
         "Zero the masked weights, if the optimizer may have moved them"
         masked = self._masked()
-        if not (self.gradients_zeroed and self.is_alone() and self._steps_hold(masked)):
+        if not (self._gradients_zeroed and self._is_alone() and self._steps_hold(masked)):
             zero_weights(masked)
-        self.gradients_zeroed = False
-        self.steps += 1
-        if self.steps % REFRESH == 0:
+        self._gradients_zeroed = False
+        self._steps += 1
+        if self._steps % REFRESH == 0:
             zero_moments(masked, self.learn.opt, squares=NEXT_TO_ZERO)
 
     def _steps_hold(self, masked: list[tuple[nn.Parameter, Tensor]]) -> bool:
@@ -104,12 +117,12 @@ class KeepSparsity(TrainingCallback):
         stepped = {id(parameter) for parameter in parameters_of(self.learn.opt)}
         return holds_zeros(self.learn.opt) and all(id(parameter) in stepped for parameter, _ in masked)
 
-    def is_alone(self) -> bool:
-        "Whether no callback may change weights within an epoch's training: all are fastai's and sparsifai's"
+    def _is_alone(self) -> bool:
+        """Whether all callbacks that see training are fastai's or sparsifai's own, which change no weights."""
         return not any(
             event in vars(callback) or (hasattr(type(callback), event) and not _is_known(type(callback)))
             for callback in self.learn.cbs
-            for event in TRAINING_EVENTS
+            for event in _OF_TRAINING
         )
 
     def before_train(self):
@@ -124,77 +137,8 @@ class KeepSparsity(TrainingCallback):
         self,
         model,  # A copy of the model, such as its torch.optim.swa_utils.AveragedModel
     ):
-        "Zero what is masked in a copy of the model"
+        "Zero the masked weights of a copy of the model"
         zero_weights(self._masked(model))
-
-    def recover(self) -> None:
-        """Take the zeros that the model has, and that no Sparsifier masks, for masked."""
-        model = unwrapped(self.learn.model)
-        self.begun, self.held_model = True, model
-        held = {} if self.sparsifier is None else self.sparsifier.masks
-        masks, zeros, weights = {}, 0, 0
-        for name, target in find_weights(model).items():
-            kept = whole(target.parameter.detach()) != 0
-            # A layer of nothing but zeros, as some are initialized, is not a masked one.
-            if kept.any() and not target.sources:
-                kept = kept | ~held[name] if name in held else kept
-                zeros, weights = zeros + int((~kept).sum()), weights + kept.numel()
-                if not kept.all():
-                    masks[name] = kept
-        if zeros > CHANCE * weights or any(map(_has_dead_filters, masks.values())):
-            self._merge(masks)
-        if any(map(_has_dead_filters, self.earlier.values())):
-            self._recover_dead_filters(model)
-        self.enforce()
-
-    def _recover_dead_filters(self, model: nn.Module) -> None:
-        """Where whole filters are zero, what stands behind them and is zero too is kept so."""
-        computed = [name for name, target in find_weights(model).items() if target.sources]
-        filters = Sparsifier(
-            model, "filter", layers=lambda name, module: True, exclude=computed or None, example_input=self.learn.xb
-        )
-        filters.recover_masks()
-        for name, mask in filters.follower_masks.items():
-            self.earlier[name] = mask | (parameter_of(model, name, mask).detach() != 0)
-
-    def hold(self, sparsifier: Sparsifier) -> None:
-        "Keep the masks of `sparsifier` from now on, which starts with the zeros that were kept until now"
-        if self.sparsifier not in (None, sparsifier):
-            self._merge(self.sparsifier.masks, self.sparsifier.follower_masks)
-        self.sparsifier, self.held_model, self.begun = sparsifier, sparsifier.model, True
-        sparsifier.recover_masks(self.earlier)
-        if sparsifier.ranking.options.regrow is not None:
-            # What it has taken over is its own to move.
-            for name in self.earlier.keys() & sparsifier.masks.keys():
-                if not (sparsifier.masks[name] & ~self.earlier[name]).any():
-                    del self.earlier[name]
-
-    def replace(self, other: KeepSparsity) -> None:
-        "Take over what another one keeps, and its place on the Learner"
-        self._merge(other.earlier)
-        if other.sparsifier is not None:
-            self._merge(other.sparsifier.masks, other.sparsifier.follower_masks)
-        self.recovers, self.held_model = other.recovers, other.held_model
-        self.learn.remove_cb(other)
-        other.replaced = True  # fit removes its own callbacks once more, by their names
-        setattr(self.learn, self.name, self)
-
-    def _merge(self, *several: dict[str, Tensor]) -> None:
-        for masks in several:
-            for name, mask in masks.items():
-                self.earlier[name] = mask & self.earlier[name] if name in self.earlier else mask
-
-    @property
-    def masks_something(self) -> bool:
-        "Whether there is any zero to keep"
-        return not all(mask.all() for _, mask in self._masked())
-
-    def _masked(self, model: nn.Module | None = None) -> list[tuple[nn.Parameter, Tensor]]:
-        masked = [] if self.sparsifier is None else self.sparsifier.masked_parameters(model)
-        for name, mask in self.earlier.items():
-            parameter = parameter_of(self.learn.model if model is None else model, name, mask)
-            masked.append((parameter, mask.to(parameter.device)))
-        return masked
 
     def enforce(self) -> None:
         "Zero the masked weights, and what the optimizer keeps of them"
@@ -203,11 +147,79 @@ class KeepSparsity(TrainingCallback):
         if self.learn.opt is not None:
             zero_moments(masked, self.learn.opt, squares=NEXT_TO_ZERO)
 
+    def begin(self) -> None:
+        "Keep the masks that are given from now on, and not the zeros that the model has when the fit begins"
+        self._recovered, self.held_model = True, unwrapped(self.learn.model)
+
+    def recover(self, force: bool = False) -> bool:
+        "Take the masks from the zeros of the model, once in a fit; whether it did. With `force`, in any case."
+        if not force and (self._recovered or not self.recovers):
+            return False
+        self.begin()
+        masks, zeros, weights = {}, 0, 0
+        for name, weight in find_weights(self.held_model).items():
+            kept = whole(weight.parameter.detach()) != 0
+            # A layer of zeros only, as some are initialized, is not a sparse one.
+            if kept.any() and not weight.sources:
+                kept = kept | ~self.masks[name] if name in self.masks else kept
+                zeros, weights = zeros + int((~kept).sum()), weights + kept.numel()
+                if not kept.all():
+                    masks[name] = kept
+        if zeros > CHANCE * weights or any(map(_has_zero_filters, masks.values())):
+            self.masks = merged(self.masks, masks)
+        if any(_has_zero_filters(mask) for mask in self.masks.values() if mask.dim() > 1):
+            self._recover_followers()
+        self.enforce()
+        return True
+
+    def _recover_followers(self) -> None:
+        """Where whole filters are zero, keep the zeros in their biases and norm layers, too."""
+        model = unwrapped(self.learn.model)
+        computed = [name for name, weight in find_weights(model).items() if weight.sources]
+        layers, followers, _ = find_layers(
+            model, granularities["filter"], layers=lambda name, module: True, exclude=computed or None,
+            example_input=self.learn.xb,
+        )  # fmt: skip
+        zeros = {
+            name: layer.with_mask(layer.mask_of_zeros(), 0.0) for name, layer in layers.items() if layer.is_selected
+        }
+        for name, mask in masks_of_followers(followers, zeros).items():
+            kept = mask | (parameter_of(model, name, mask).detach() != 0)
+            self.masks = merged(self.masks, {name: kept})
+
+    def keeps(self, masks: Mapping[str, Tensor]) -> bool:
+        "Whether all that these masks prune is kept at zero"
+        return all(
+            name in self.masks and not (self.masks[name].to(mask.device) & ~mask).any() for name, mask in masks.items()
+        )
+
+    @property
+    def masks_something(self) -> bool:
+        "Whether there is any zero to keep"
+        return not all(mask.all() for mask in self.masks.values())
+
+    def _masked(self, model: nn.Module | None = None) -> list[tuple[nn.Parameter, Tensor]]:
+        masked = []
+        for name, mask in self.masks.items():
+            parameter = parameter_of(self.learn.model if model is None else model, name, mask)
+            if mask.device != parameter.device:
+                mask = mask.to(parameter.device)
+                if model is None:
+                    self.masks[name] = mask
+            masked.append((parameter, mask))
+        return masked
+
+
+def merged(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks that prune what either prunes: {name: mask & other}."""
+    both = {name: masks[name] & mask.to(masks[name].device) for name, mask in others.items() if name in masks}
+    return {**masks, **others, **both}
+
 
 def _is_known(kind: type) -> bool:
     return kind.__module__.split(".")[0] in ("fastai", "sparsifai")
 
 
-def _has_dead_filters(kept: Tensor) -> bool:
+def _has_zero_filters(kept: Tensor) -> bool:
     """Whether a whole row of the first axis is zero."""
     return not bool(kept.flatten(1).any(1).all())

@@ -1,54 +1,74 @@
-"""SparsifyCallback: when a fastai Learner calls the Sparsifier, never how to sparsify.
+"""SparsifyCallback: when a fastai Learner calls the Sparsifier.
 
-It moves the sparsity along the schedule, and nothing else: KeepSparsity holds the zeros, from the first batch on.
+It moves the sparsity along the schedule. KeepSparsity keeps the zeros, from the first batch on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..axes.criterion import criteria as criteria_registry
 from ..axes.n_of_m import Blocks
 from ..axes.schedule import between, falls, progress, raised, schedules
-from ..model.layers import find_weights
 from ..model.parallel import process_group_of, unwrapped
-from ..model.patterns import as_patterns
-from ..model.zeros import Count
-from ..sparsifier.arguments import check_sparsity, mapped, resolve_axes, share_of_initial
-from ..sparsifier.masking import NEXT_TO_ZERO, zero_moments
-from ..sparsifier.regrowth import Regrowth, check_drop, sparsity_of_drop
+from ..sparsifier.options import Options, check_sparsity, highest, mapped, share_of_initial
+from ..sparsifier.regrowth import check_drop, sparsity_of_drop
+from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier, first_example
-from ..support.checks import check_count, check_fraction, check_round_to, check_seed
+from ..support.checks import check_count, check_fraction
 from ..support.table import percent
 from .base import TrainingCallback
-from .display import Column, Curves, Trackers, notify
-from .keep import KeepSparsity
+from .display import notify
+from .fit import Fit
+from .keep import KeepSparsity, merged
 from .learner import is_search, show_data
-from .plan import every_of, plan_of, sparsifier_for
+from .plan import every_of, plan_of
 
 
 class SparsifyCallback(TrainingCallback):
-    "Make the model sparse while it trains: `sparsity` of its weights are zero at the end of the schedule"
+    """Make the model sparse while it trains: `sparsity` of its weights are zero at the end of the schedule.
 
-    # After KeepSparsity, which has zeroed what the step has changed.
-    order = KeepSparsity.order + 0.1
+    The training table gets a column `sparsity` of measured zeros. After the fit a KeepSparsity callback stays on the
+    Learner and keeps the zeros in later fits; `learn.remove_cb(KeepSparsity)` takes it off. While layers are frozen,
+    the sparsity is held. SaveModelCallback, EarlyStoppingCallback and ReduceLROnPlateau ignore epochs before the target
+    sparsity is reached.
 
-    # Without values here, fastai would look names that are read before the first fit up in the Learner.
-    sparsifier: Any = None  # the Sparsifier, from the first batch on
-    _reached = 0.0  # what the schedule has reached, as a share of the target
-    _floor = 0.0  # what earlier fits had reached
-    _fits = False  # in a fit, not in lr_find
-    _advances = False  # in a fit of all layers
-    _begun = False  # past the first batch of a fit
-    _updated = 0  # batches of the fit that were over at the last update
-    _moved = False  # whether the sparsity is another than the trackers have judged
-    _brought: KeepSparsity | None = None  # one that this callback has put on the Learner and not yet announced
-    _column: Column | None = None
+    Attributes:
+        sparsifier: The Sparsifier of the model, from the first batch on; None before.
+
+    Args:
+        sparsity: Fraction of the weights to be zero at the end, 0.5 for 50 %; or {pattern: fraction} by layer.
+        granularity, context, criteria, layers, exclude, pool, may_empty, regrow, round_to, coupled, seed: As of
+            `Sparsifier`.
+        schedule: How sparsity grows in the fit: a name of `schedules`, a function from [0, 1] to [0, 1], or a fastai
+            annealer. Default: agp over the first three quarters of the fit.
+        initial_sparsity: Sparsity of all layers at which the schedule begins. Default 0.
+        compression_ratio: Another name of `sparsity`, the same number.
+        drop: Initial fraction of the remaining weights that is pruned per update and regrown elsewhere; default 0.3.
+            Needs regrow=.
+        decay: Schedule by which that fraction goes to 0. Default: cos over the first three quarters of the fit.
+        calibration: Batches for criteria that look at data. Default: the batch that is being trained on.
+        every: Batches from one mask update to the next; the last batch of a fit always has an update. Default 1, and
+            with regrow= a hundredth of the fit.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument cannot work. What depends on the model is raised at the first batch of a fit.
+    """
+
+    # After MixedPrecision (10), which unscales gradients, and before KeepSparsity (10.5), which zeroes those of masked
+    # weights: regrowth needs them dense.
+    order = KeepSparsity.order - 0.25
+    run_valid = False
+
+    # fastai looks up names without a value here in the Learner.
+    sparsifier: Any = None
+    _reached = 0.0  # what the schedule has reached, as a fraction of the target sparsity
+    _fit: Any = None  # a Fit while one runs
 
     def __init__(
         self,
@@ -56,237 +76,233 @@ class SparsifyCallback(TrainingCallback):
         granularity="weight",  # How: a name of `granularities`, a tuple of axes such as ('out', 'h'), or a function
         context="global",  # Where: a name of `contexts` or a function
         criteria="large_final",  # What: a name of `criteria` or a function of named quantities
-        # When: a name of `schedules`, a function from [0, 1] to [0, 1], or a fastai annealer. By default the last
-        # quarter of training belongs to the weights that stay: worth much at high sparsity, little lost at low.
+        # When: a name of `schedules`, a function from [0, 1] to [0, 1], or a fastai annealer. By default the masks stay
+        # fixed in the last quarter of the fit: the remaining weights recover, which is worth most at high sparsity.
         schedule=between("agp", 0, 0.75),
         *,
-        initial_sparsity=0.0,  # Of all that takes part, where the schedule begins; it goes on from there
+        initial_sparsity=0.0,  # Sparsity of all layers at which the schedule begins
         compression_ratio=None,  # Another name of `sparsity`, the same number
-        layers=None,  # What takes part: classes, modules, names, globs, functions of (name, module), or a list of them
-        exclude=None,  # What stays dense, in the same words
+        layers=None,  # Which layers are pruned: classes, modules, names, globs, functions of (name, module), or a list
+        exclude=None,  # Which layers stay dense, in the same words
         pool=None,  # How the scores of a group become one: 'mean', 'sum', 'max', 'l2' or a function; None for the usual
         may_empty=False,  # Whether a layer may lose its best group, too
-        regrow=None,  # What comes back at an update for as much that falls: 'grad' (RigL), 'random' (SET), a criterion
-        drop=None,  # Share of what is left that falls for it, at first; by default 0.3
-        decay=between("cos", 0, 0.75),  # The schedule by which that share goes to nothing
-        calibration=None,  # Batches for criteria that look at data; by default the one that is being trained on
+        regrow=None,  # The criterion by which pruned weights regrow at an update: 'grad' (RigL), 'random' (SET), ...
+        drop=None,  # Initial fraction of the remaining weights that is pruned and regrown per update; by default 0.3
+        decay=between("cos", 0, 0.75),  # The schedule by which that fraction goes to 0
+        calibration=None,  # Batches for criteria that look at data; by default the batch that is being trained on
         round_to=None,  # Keep a multiple of this many groups in every layer
-        coupled=False,  # Whether filters that can only be removed together fall together
+        coupled=False,  # Whether filters that can only be removed together are pruned together
         seed=0,  # Of the generator that random criteria draw from
-        # Batches from one mask update to the next; the last batch of a fit has one in any case. By default 1, and with
-        # regrow= a hundredth of the fit.
-        every=None,
+        every=None,  # Batches from one mask update to the next; by default 1, with regrow= a hundredth of the fit
     ):
         super().__init__()
         self.sparsity = check_sparsity(sparsity, compression_ratio)
-        self.may_empty, self.calibration = may_empty, calibration
-        self.granularity, self.context, self.criteria, self.pool = resolve_axes(granularity, context, criteria, pool)
-        if isinstance(self.context, Blocks):
-            self.context.check(max(self.sparsity.values()) if isinstance(self.sparsity, Mapping) else self.sparsity)
+        self.options = Options.of(
+            granularity, context, criteria, layers=layers, exclude=exclude, pool=pool, may_empty=may_empty,
+            regrow=regrow, round_to=round_to, coupled=coupled, seed=seed,
+        )  # fmt: skip
+        if isinstance(self.options.context, Blocks):
+            self.options.context.check(highest(self.sparsity))
         self.schedule = self._given_schedule = schedules.resolve(schedule)
         self.initial_sparsity = check_fraction(initial_sparsity, "initial_sparsity")
         if self.initial_sparsity:
             self.schedule = raised(self.schedule, share_of_initial(self.initial_sparsity, self.sparsity))
         self._falls = falls(self.schedule)
-        self.layers = None if layers is None else as_patterns(layers)
-        self.exclude = None if exclude is None else as_patterns(exclude)
-        self.round_to, self.coupled, self.seed = check_round_to(round_to), bool(coupled), check_seed(seed)
         self.every = None if every is None else check_count("every", every)
-        self.regrow = None if regrow is None else criteria_registry.resolve(regrow)
         self.drop, self.decay = check_drop(0.3 if drop is None else drop), schedules.resolve(decay)
-        if self.regrow is None and drop is not None:
-            raise ValueError(
-                f"drop={drop!r}: nothing says what comes back; give regrow='grad', 'random' or a criterion"
-            )
-        if self.regrow is not None:
-            Regrowth(self.regrow).check(self.context, drops_outputs=False)
-        self._trackers, self._curves = Trackers(), Curves()
+        if drop is not None and self.options.regrow is None:
+            raise ValueError(f"drop={drop!r}: nothing says what regrows; give regrow='grad', 'random' or a criterion")
+        self.calibration = calibration
+        self._others: dict[str, Tensor] = {}  # masks of zeros that the Sparsifier has not made and does not revive
 
     def _taken_off(self) -> None:
-        self._trackers.resume()
         self._end()
+
+    def _before_question(self) -> None:
+        if self._fit is not None:
+            self._fit.column.hide()
 
     def before_fit(self):
         "Refuse a second SparsifyCallback; show the measured sparsity in the table of a fit"
-        if len(self.learn._grab_cbs(SparsifyCallback)) > 1:
+        learn = self.learn
+        if len(learn._grab_cbs(SparsifyCallback)) > 1:
             raise ValueError(
                 "two SparsifyCallbacks in one fit would undo each other; give one of them a dictionary of "
                 "sparsities by layer, or take the other off with learn.remove_cb(SparsifyCallback)"
             )
-        if self._column is not None:
-            self._column.hide()  # from validate and get_preds, in a fit or after an interrupted one
-        if self.learn.lock.locked():
+        if self._fit is not None:  # of a fit that was interrupted
+            self._fit.undo()
+            self._fit = None
+        if is_search(learn):
             return
-        self._trackers.resume()
-        self._column, self._begun, self._advances = None, False, False
-        self._fits = not is_search(self.learn)
-        if not self._fits:
-            return
-        if not any(keeper.sparsifier is self.sparsifier for keeper in self.learn._grab_cbs(KeepSparsity)):
-            self.sparsifier, self._reached = None, 0.0  # another Learner, or the zeros have been let go
-        self._floor, self._curves = self._reached, Curves()
-        self._advances = getattr(self.learn.opt, "frozen_idx", 0) == 0
-        self._column = Column(self.learn, self._measured)
-        self._column.show()
+        if not self._is_kept():
+            self.sparsifier, self._reached, self._others = None, 0.0, {}
+        advances = getattr(learn.opt, "frozen_idx", 0) == 0
+        self._fit = Fit(learn, self._measured, advances, self._reached)
 
     def before_epoch(self):
         "Let trackers judge again"
-        if not self.learn.lock.locked():
-            self._trackers.resume()
+        if self._fit is not None:
+            self._fit.trackers.resume()
 
     def before_train(self):
         "Show the column again, if a validation inside the fit has hidden it"
-        if self._column is not None and not self.learn.lock.locked():
-            self._column.show()
+        if self._fit is not None:
+            self._fit.column.show()
 
     before_validate = before_train
 
     def before_batch(self):
         "When the fit begins, make the Sparsifier and take the sparsity to where the schedule begins"
-        if self._fits and self.learn.training and not self._begun:
-            if self._advances and self.sparsifier is None:
-                self._make_sparsifier()
-            self._find_keeper()
-            self._begun = True
-            if not self._advances:
-                held = percent(self._measured())
-                notify(
-                    self.learn, f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit"
-                )
-            else:
-                self.sparsifier.group = process_group_of(self.learn.model)
-                self._updated = self._batches(0)
-                self._go_to(self._start)
+        fit = self._fit
+        if fit is None or fit.begun:
+            return
+        if fit.advances and self.sparsifier is None:
+            self._make_sparsifier()
+        self._find_keeper()
+        if fit.advances:
+            fit.updated = self._batches(0)
+            self._go_to(self._start)
+        else:
+            held = percent(self._measured())
+            notify(self.learn, f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit")
+
+    def before_step(self):
+        "While gradients are dense: collect them for the criterion, and regrow weights"
+        # Weights regrow before the step, so that it moves them off zero at once.
+        if not self._moves:
+            return
+        sparsifier, reached = self.sparsifier, self._level_at(self._batches(1) / self._batches_of_fit)
+        regrows = self.options.regrow is not None and self._is_due and reached > 0
+        drop = self.drop * (1 - progress(self.decay, self._start)) if regrows else 0.0
+        if drop:
+            show_data(self.learn, sparsifier, self.calibration)
+            sparsifier.collect_gradients()
+            # A rising level is reached in the same update, or the regrown weights, whose scores are lowest, would be
+            # pruned at once.
+            self._update(reached, drop)
+        elif sparsifier.collected.at("backward"):
+            sparsifier.collected.add("backward")
 
     def after_step(self):
         "Take the sparsity to where the schedule is after this step"
-        if self._advances and self._begun:
+        if self._moves:
             batches = self._batches(1)
             if self._is_due or batches == self._batches_of_fit:
-                self._updated = batches
+                self._fit.updated = batches
                 self._go_to(batches / self._batches_of_fit)
 
     def after_batch(self):
         "Record the level for the recorder's curves"
-        if self._begun and self.learn.training:
-            self._curves.by_batch.append(self._level)
+        if self._fit is not None and self._fit.begun:
+            self._fit.curves.by_batch.append(self._level)
 
     def after_train(self):
         "Close the schedule, if the last batch of the fit has made no step of its own"
-        if self._advances and self._begun:
-            learn = self.learn
-            if learn.epoch == learn.n_epoch - 1 and learn.iter == learn.n_iter - 1:
-                self._go_to(1.0)
+        learn = self.learn
+        if self._moves and learn.epoch == learn.n_epoch - 1 and learn.iter == learn.n_iter - 1:
+            self._go_to(1.0)
 
     def after_epoch(self):
-        "Record level and sparsity; keep trackers from judging an epoch that is short of the target"
-        if self._begun and not self.learn.lock.locked():
-            self._curves.by_epoch.append((self.learn.epoch, self._level, self._measured()))
-            if self._moved:
-                self._trackers.forget(self.learn)
-                self._moved = False
-            if self._is_short():
-                self._trackers.pause(self.learn)
+        "Record level and sparsity; keep trackers from judging an epoch that is short of the target sparsity"
+        if self._fit is not None and self._fit.begun:
+            self._fit.end_epoch(self._level, self._is_short())
 
     def after_fit(self):
         "Take the column off the table; say what keeps the zeros"
-        if self.learn.lock.locked():
-            return
-        self._trackers.resume()
-        if self._begun:
-            self._curves.hand_over(self.learn)
-            if self._advances:
-                self._trackers.pause_loading(self.learn, short=self._is_short())
+        fit = self._fit
+        if fit is not None:
+            fit.trackers.resume()
+            if fit.begun:
+                fit.curves.hand_over(self.learn)
+                if fit.advances:
+                    fit.trackers.pause_loading(self.learn, short=self._is_short())
+                    fit.trackers.paused = []  # fastai switches callbacks on again at the end of a fit
         self._end()
 
     def plan(self, model, n_epoch, n_iter, example_input=None):
-        """What a fit of `model` with this callback would do: a `Plan`; nothing is trained or changed.
+        """Plan a fit of a model with this callback. Nothing is trained or changed.
 
-        n_epoch, n_iter: of the fit, and batches in each of them, `len(learn.dls.train)`. example_input: a batch, to
-        count FLOPs with, and for models that torch.fx cannot trace; a tuple holds positional arguments.
-        The fit is one from the model's present weights with nothing held sparse before, as the first is.
+        The plan is that of a first fit, from the model's present weights.
+
+        Args:
+            model: The model.
+            n_epoch: Epochs of the fit.
+            n_iter: Batches in an epoch, `len(learn.dls.train)`.
+            example_input: A batch, to count FLOPs with, and for models that torch.fx cannot trace. A tuple holds
+                positional arguments.
+
+        Returns:
+            A `Plan`: a table of what would remain of each layer, with plots.
+
+        Raises:
+            TypeError: `model` is no torch.nn.Module.
+            ValueError: The arguments cannot work on this model.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"plan: model is a torch.nn.Module, such as learn.model, not {type(model).__name__}")
         n_epoch, n_iter = check_count("n_epoch", n_epoch), check_count("n_iter", n_iter)
-        every = self._every_of(n_epoch * n_iter)
-        sparsifier = self._sparsifier_for(unwrapped(model), example_input)
+        every, inner = self._every_of(n_epoch * n_iter), unwrapped(model)
         return plan_of(
-            sparsifier,
-            self.sparsity,
-            self._given_schedule,
-            n_epoch,
-            n_iter,
-            every,
-            example_input,
-            self.initial_sparsity,
-        )
+            self._sparsifier_of(inner, example_input), self.sparsity, self._given_schedule, n_epoch, n_iter, every,
+            example_input, self.initial_sparsity, stacklevel=3,
+        )  # fmt: skip
 
     # --- Moving the sparsity ------------------------------------------------------------------------------------
+
+    @property
+    def _moves(self) -> bool:
+        """Whether the sparsity moves along the schedule at present."""
+        return self._fit is not None and self._fit.advances and self._fit.begun
 
     @property
     def _is_due(self) -> bool:
         """Whether the masks are updated in the step of the present batch."""
         every = self._every_of(self._batches_of_fit)
-        return self._batches(1) // every > self._updated // every
+        return self._batches(1) // every > self._fit.updated // every
 
     def _every_of(self, batches: int) -> int:
         """Batches from one mask update to the next, in a fit of so many."""
-        return every_of(self.every, self.regrow is not None, batches)
+        return every_of(self.every, self.options.regrow is not None, batches)
 
     def _level_at(self, t: float) -> float:
-        """Where the schedule is at t, as a share of the target, but not below what earlier fits have reached.
+        """Where the schedule is at t, as a fraction of the target sparsity, but not below what earlier fits reached.
 
-        Unless the schedule itself gives back what it has reached, as dsd and ac_dc do.
+        A schedule that falls by itself, such as dsd and ac_dc, is followed down.
         """
         level = progress(self.schedule, t)
-        return level if self._falls else max(level, min(self._floor, progress(self.schedule, 1.0)))
+        return level if self._falls else max(level, min(self._fit.floor, progress(self.schedule, 1.0)))
 
     def _go_to(self, t: float) -> None:
         reached = self._level_at(t)
         if reached != self._reached:
+            if self.sparsifier.collected.looks_at_data:
+                self.sparsifier.apply_masks()  # a step may have moved masked weights, which data must not see
             show_data(self.learn, self.sparsifier, self.calibration)
             self._update(reached)
-            self._reached, self._moved = reached, True
 
     def _update(self, reached: float, drop: float = 0.0) -> None:
-        wanted, opt = self._wanted(reached), self.learn.opt
-        keepers = [each for each in self.learn._grab_cbs(KeepSparsity) if each.sparsifier is self.sparsifier]
-        if keepers and keepers[0].is_alone():  # which has just seen to it that all that is masked is zero
-            self.sparsifier.update_masks(wanted, opt, drop=drop)
-        else:
-            self.sparsifier.sparsify(wanted, drop=drop)
-            zero_moments(self.sparsifier.masked_parameters(), opt, squares=NEXT_TO_ZERO)
+        self.sparsifier.update_masks(self._wanted(reached), self.learn.opt, drop=drop)
+        self._hand_over()
+        if reached != self._reached:
+            self._reached, self._fit.moved = reached, True
+
+    def _hand_over(self) -> None:
+        """Give the keeper the masks as they are now."""
+        sparsifier = self.sparsifier
+        self._fit.keeper.masks = merged({**sparsifier.masks, **sparsifier.follower_masks}, self._others)
 
     def _wanted(self, reached: float) -> Any:
-        """The sparsity at a share of the target; of layers with different targets, all begin with the same."""
+        """The sparsity at a fraction of the target sparsity. Layers with different targets begin with the same."""
         if not self.initial_sparsity or reached in (0, 1):
             return mapped(self.sparsity, lambda fraction: reached * fraction)
         share, initial = share_of_initial(self.initial_sparsity, self.sparsity), self.initial_sparsity
         done = (reached - share) / (1 - share) if share < 1 else 1.0
         return mapped(self.sparsity, lambda fraction: initial + (fraction - initial) * done)
 
-    def _look_at_gradients(self) -> None:
-        """In a step, while gradients are dense: have the criterion see them, and what has fallen come back.
-
-        Before the step, so that what comes back is moved off zero at once.
-        """
-        sparsifier, reached = self.sparsifier, self._level_at(self._batches(1) / self._batches_of_fit)
-        drops = self.regrow is not None and self._is_due and reached > 0
-        drop = self.drop * (1 - progress(self.decay, self._start)) if drops else 0.0
-        if not drop:
-            sparsifier.collected.add("backward", sparsifier, sparsifier.targets)
-            return
-        show_data(self.learn, sparsifier, self.calibration)
-        sparsifier.collect_gradients()
-        # A level that rises does so in the same update, or what comes back, the lowest of all, would fall at once.
-        self._update(reached, drop)
-        if reached != self._reached:
-            self._reached, self._moved = reached, True
-
     def _is_short(self) -> bool:
-        """Whether the level is another than the fit shall end at."""
-        return self._advances and self._reached != self._level_at(1.0)
+        """Whether the level is another than the one that the fit shall end at."""
+        return self._moves and self._reached != self._level_at(1.0)
 
     @property
     def _level(self) -> float:
@@ -295,83 +311,115 @@ class SparsifyCallback(TrainingCallback):
     def _measured(self) -> float:
         if self.sparsifier is not None:
             return self.sparsifier.sparsity
-        return Count.of(*(target.parameter for target in find_weights(unwrapped(self.learn.model)).values())).sparsity
+        return Report.of(unwrapped(self.learn.model)).selected.sparsity
+
+    # --- What a fit begins and ends with ------------------------------------------------------------------------
 
     def _make_sparsifier(self) -> None:
-        """At the first batch, which the data flow of some models is read from."""
-        sparsifier = self._sparsifier_for(unwrapped(self.learn.model), tree_map(first_example, self.learn.xb))
+        """At the first batch, from which the data flow of some models is found."""
+        sparsifier = self._sparsifier_of(unwrapped(self.learn.model), tree_map(first_example, self.learn.xb))
         show_data(self.learn, sparsifier, self.calibration)
         sparsifier.check(self.sparsity)
-        if self.regrow is not None:  # at most so much has to fall for as much to come back
+        if self.options.regrow is not None:  # the highest sparsity on the way
             sparsifier.check(mapped(self.sparsity, partial(sparsity_of_drop, drop=self.drop)))
         self.sparsifier = sparsifier
 
-    def _sparsifier_for(self, model: nn.Module, example_input: Any) -> Sparsifier:
-        """A Sparsifier with the options of the callback."""
-        return sparsifier_for(
-            model, self.sparsity, self.exclude, example_input,
-            granularity=self.granularity, context=self.context, criteria=self.criteria, layers=self.layers,
-            pool=self.pool, may_empty=self.may_empty, regrow=self.regrow, round_to=self.round_to, coupled=self.coupled,
-            seed=self.seed,
-        )  # fmt: skip
+    def _sparsifier_of(self, model: nn.Module, example_input: Any) -> Sparsifier:
+        """A Sparsifier with the options of the callback, of the layers that a dictionary of sparsities names."""
+        return Sparsifier(model, **vars(self.options.only(self.sparsity, model)), example_input=example_input)
+
+    def _is_kept(self) -> bool:
+        """Whether the Sparsifier is of this Learner, and its zeros have been kept since the last fit."""
+        sparsifier = self.sparsifier
+        if sparsifier is None or sparsifier.model is not unwrapped(self.learn.model):
+            return False
+        return any(keeper.keeps(sparsifier.masks) for keeper in self.learn._grab_cbs(KeepSparsity))
 
     def _find_keeper(self) -> None:
-        """Have one KeepSparsity that stays on the Learner, with all zeros that were kept or are there already."""
-        learn = self.learn
-        keepers = learn._grab_cbs(KeepSparsity)
-        keeper = next((each for each in keepers if each.stays), None)
+        """Have a KeepSparsity that stays on the Learner, with all zeros that are kept or are there already."""
+        learn, fit, sparsifier = self.learn, self._fit, self.sparsifier
+        keepers = list(learn._grab_cbs(KeepSparsity))
+        for keeper in keepers:
+            if not keeper.left_by_fit:
+                keeper.recover()  # now, before the masks move
+        keeper = next((each for each in keepers if each.left_by_fit), None)
+        fit.brought = keeper is None
         if keeper is None:
-            keeper = self._brought = KeepSparsity()
-            keeper.stays = True
+            keeper = KeepSparsity()
+            keeper.left_by_fit = True
             learn.add_cb(keeper)
-            for other in keepers:
-                keeper.replace(other)
-            if not keepers:
-                self._recover(keeper)
-        if self.sparsifier is not None:
-            keeper.hold(self.sparsifier)
-            looks = self._advances and (self.regrow is not None or self.sparsifier.collected.at("backward"))
-            keeper.looks = self._look_at_gradients if looks else None
-            keeper.enforce()
+        fit.keeper = keeper
+        keeper.begin()
+        if not keepers:
+            self._recover(keeper)
+        held: dict[str, Tensor] = {}
+        for each in (*keepers, keeper):
+            held = merged(held, each.masks)
+        if sparsifier is None:
+            keeper.masks = held
+        else:
+            others = {
+                name: mask | ~sparsifier.masks[name] if name in sparsifier.masks else mask
+                for name, mask in held.items()
+            }
+            self._others = merged(self._others, {name: mask for name, mask in others.items() if not mask.all()})
+            sparsifier.ranking = replace(sparsifier.ranking, process_group=process_group_of(learn.model))
+            sparsifier.recover_masks(self._others)
+            if self.options.regrow is not None:
+                self._adopt(keepers)
+            self._hand_over()
+        keeper.enforce()
+
+    def _adopt(self, keepers: list[KeepSparsity]) -> None:
+        """Make zeros of earlier fits that the Sparsifier has in its masks its own, which it may regrow."""
+        masks = self.sparsifier.masks
+        adopted = [
+            name
+            for name, mask in self._others.items()
+            if name in masks and not (masks[name] & ~mask.to(masks[name].device)).any()
+        ]
+        for name in adopted:
+            del self._others[name]
+            for keeper in keepers:
+                keeper.masks.pop(name, None)
 
     def _recover(self, keeper: KeepSparsity) -> None:
         """Keep the zeros of a model that comes sparse, as from a checkpoint, unless no sparsity is asked for."""
-        keeper.begun = True
-        if not any(self.sparsity.values() if isinstance(self.sparsity, dict) else [self.sparsity]):
+        if not highest(self.sparsity):
             return
         start = self._start
         later = (self._level_at(start + (1 - start) * step / 1000) for step in range(1001))
-        if self._advances and min(later) < self._level_at(start):
-            self.sparsifier.recover_masks()  # the schedule has made them and will give them back
+        if self._fit.advances and min(later) < self._level_at(start):
+            self.sparsifier.recover_masks()  # the schedule has made these zeros and will revive them
             return
-        keeper.recover()
-        if self._advances and keeper.masks_something:
+        keeper.recover(force=True)
+        if self._fit.advances and keeper.masks_something:
             notify(self.learn, f"SparsifyCallback keeps the {percent(self._measured())} of zeros that the model has")
 
     def _end(self) -> None:
         """Leave the Learner as it was but for the zeros and what keeps them."""
-        if self._column is not None:
-            self._column.hide()
-        for keeper in self.learn._grab_cbs(KeepSparsity):
-            keeper.looks = None
-        if self._begun:
+        fit = self._fit
+        if fit is None:
+            return
+        if fit.begun:
             if self._is_short():
                 notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did")
             self._announce_keeper()
-        self._column, self._begun, self._advances = None, False, False
+        fit.undo()
+        self._fit = None
 
     def _announce_keeper(self) -> None:
         """Say what keeps the zeros in later fits, or take it off if there are none."""
-        for keeper in self.learn._grab_cbs(KeepSparsity):
+        learn, fit = self.learn, self._fit
+        for keeper in learn._grab_cbs(KeepSparsity):
             keeper.enforce()  # a fit can be interrupted between a step and what comes after it
-        keeper, self._brought = self._brought, None
-        if keeper is None or keeper.learn is None:  # said before, or taken off in the fit
+        if not fit.brought or fit.keeper.learn is None:  # said before, or taken off in the fit
             return
-        if keeper.masks_something:
+        if fit.keeper.masks_something:
             notify(
-                self.learn,
-                f"KeepSparsity holds the {percent(self._measured())} of zeros in later fits, too; "
-                "learn.remove_cb(KeepSparsity) lets them go",
+                learn,
+                f"KeepSparsity keeps the {percent(self._measured())} of zeros in later fits, too; "
+                "learn.remove_cb(KeepSparsity) takes it off",
             )
         else:
-            self.learn.remove_cb(keeper)
+            learn.remove_cb(fit.keeper)

@@ -1,4 +1,10 @@
-"""What a recipe says of an axis: a name, or a name with options, as the function that it means."""
+"""What a recipe says about an axis: a name, or a name with options, turned into the function that it means.
+
+A value that is added to a registry works in recipes by its name at once, and so do options that are keyword arguments
+of the registered function, such as `{one_cycle: {alpha: 14}}`. A function that *makes* values of an axis, such as
+`iterative(n)`, is in no registry: add it to `_MAKERS` below, and to `_MAKERS_FROM_ANOTHER` if its first argument is
+itself a value of the axis.
+"""
 
 from __future__ import annotations
 
@@ -14,69 +20,83 @@ from ..axes.n_of_m import blocks
 from ..axes.schedule import between, during, iterative, raised, schedules, stepped
 from ..support.registry import Registry, close_matches
 
-_REGISTRIES: dict[str, Registry] = {
-    "granularity": granularities, "context": contexts, "criteria": criteria, "schedule": schedules, "decay": schedules,
-}  # fmt: skip
+# Option of a step -> the registry of its axis.
+REGISTRIES: dict[str, Registry] = {
+    "granularity": granularities,
+    "context": contexts,
+    "criteria": criteria,
+    "schedule": schedules,
+    "decay": schedules,
+    "regrow": criteria,
+}
 
-
-# What makes a value of an axis when it is called.
+# Option of a step -> functions that return a value of its axis.
 _MAKERS: dict[str, dict[str, Callable]] = {
     "granularity": {"block": block},
     "context": {"blocks": blocks, "bounded": bounded},
-    "criteria": {},
-    "schedule": {
-        "iterative": iterative, "between": between, "during": during, "raised": raised, "stepped": stepped,
-    },
-}  # fmt: skip
-
-
-_OF_ANOTHER = {**dict.fromkeys(("between", "during", "raised", "stepped"), "schedule"), "bounded": "context"}
+    "schedule": {"iterative": iterative, "between": between, "during": during, "raised": raised, "stepped": stepped},
+}
 _MAKERS["decay"] = _MAKERS["schedule"]
+
+# Those of them whose first argument is another value of the axis -> its name.
+_MAKERS_FROM_ANOTHER = {
+    **dict.fromkeys(("between", "during", "raised", "stepped"), "schedule"),
+    "bounded": "context",
+}
 
 
 def axis_value(axis: str, value: Any) -> Callable:
-    """'agp' -> agp, {'iterative': 5} -> iterative(5), {'one_cycle': {'alpha': 14}} -> one_cycle with that option.
+    """Turn what a recipe says about an axis into a function.
 
-    axis: 'granularity', 'context', 'criteria', 'schedule' or 'decay'. Options are one value, a list, or by name.
-    ValueError that lists the close matches, for what is not known.
+    'agp' -> agp, {'iterative': 5} -> iterative(5), {'one_cycle': {'alpha': 14}} -> one_cycle with that option.
+
+    Args:
+        axis: 'granularity', 'context', 'criteria', 'schedule', 'decay' or 'regrow'.
+        value: A name, or a mapping of one name to its options: one value, a list, or a mapping by name. For
+            granularity also a list of axes.
+
+    Returns:
+        The function.
+
+    Raises:
+        ValueError: The name is unknown (the message lists close matches), or its options do not fit.
+
+    Example:
+        >>> axis_value('schedule', {'iterative': 5}).__name__
+        'iterative(5)'
     """
-    registry, makers = _REGISTRIES[axis], _MAKERS[axis]
+    registry, makers = REGISTRIES[axis], _MAKERS.get(axis, {})
     if isinstance(value, (list, tuple)) and axis == "granularity":
         return registry.resolve(tuple(value))
     if not isinstance(value, Mapping):
         if not isinstance(value, str):
-            raise ValueError(f"{axis} is a name, or a mapping of one name to its options, not {value!r}")
+            raise ValueError(f"{axis} must be a name, or a mapping of one name to its options, not {value!r}")
         return registry.resolve(value)
     if len(value) != 1:
-        raise ValueError(f"{axis}: one name with its options, such as {{iterative: 5}}; not {dict(value)!r}")
+        raise ValueError(f"{axis} must be one name with its options, such as {{iterative: 5}}, not {dict(value)!r}")
     ((name, options),) = value.items()
-    positional, named = _given(options)
+    positional, named = _arguments(options)
     if name in makers:
-        # The first argument of some is another value of the axis, by place or by name.
-        inner = _OF_ANOTHER.get(name)
-        if inner and positional:
+        another = _MAKERS_FROM_ANOTHER.get(name)
+        if another and positional:
             positional = (axis_value(axis, positional[0]), *positional[1:])
-        elif inner and inner in named:
-            named[inner] = axis_value(axis, named[inner])
-        return _called(makers[name], positional, named, axis, name)
+        elif another and another in named:
+            named[another] = axis_value(axis, named[another])
+        try:
+            return makers[name](*positional, **named)
+        except TypeError as error:
+            raise ValueError(f"{axis} {name}: {error}") from error
     if name not in registry:
         raise ValueError(f"unknown {axis} {name!r}; {close_matches(str(name), [*registry, *makers])}")
     if positional:
-        raise ValueError(f"{axis} {name}: options are given by name, not {options!r}")
-    made = partial(registry[name], **named)
-    return registry.resolve(made)
+        raise ValueError(f"{axis} {name}: give options by name, such as {{{name}: {{option: value}}}}, not {options!r}")
+    return registry.resolve(partial(registry[name], **named))
 
 
-def _given(options: Any) -> tuple[tuple, dict[str, Any]]:
+def _arguments(options: Any) -> tuple[tuple, dict[str, Any]]:
+    """Positional and keyword arguments that the options of a name stand for."""
     if options is None:
         return (), {}
     if isinstance(options, Mapping):
         return (), dict(options)
     return (tuple(options) if isinstance(options, list) else (options,)), {}
-
-
-def _called(maker: Callable, positional: tuple, named: dict[str, Any], axis: str, name: str) -> Callable:
-    try:
-        return maker(*positional, **named)
-    except TypeError as error:
-        raise ValueError(f"{axis} {name}: {error}") from error

@@ -1,4 +1,4 @@
-"""Arithmetic of recipes: expressions such as 'num_epochs * 0.5', computed without running any code."""
+"""Arithmetic in recipes: expressions such as 'num_epochs * 0.5', computed without running any code."""
 
 from __future__ import annotations
 
@@ -13,22 +13,13 @@ from ..support.registry import close_matches
 
 Number = int | float
 
-# What no recipe comes near, and what keeps any expression quick.
-LONGEST, DEEPEST, CHAIN = 500, 50, 50  # characters, levels of nesting, variables that depend on each other
-
-
-LARGEST, HIGHEST_EXPONENT, MOST_DIGITS = 10**100, 100, 100
-
-_OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
-}
+# Limits far beyond what a recipe needs, which keep every expression quick.
+LONGEST = 500  # characters
+DEEPEST = 50  # levels of nesting
+LONGEST_CHAIN = 50  # variables that depend on each other
+LARGEST = 10**100
+HIGHEST_EXPONENT = 100
+MOST_DIGITS = 100  # of round()
 
 
 def _power(base: Number, exponent: Number) -> Any:
@@ -39,13 +30,23 @@ def _power(base: Number, exponent: Number) -> Any:
 
 def _round(value: Number, digits: Number | None = None) -> Any:
     if digits is not None and abs(digits) > MOST_DIGITS:
-        raise ValueError(f"round to {digits!r} digits is beyond {MOST_DIGITS}")
+        raise ValueError(f"round() to {digits!r} digits is beyond {MOST_DIGITS}")
     return round(value, digits)  # type: ignore[arg-type]
 
 
-_OPERATORS[ast.Pow] = _power
+_OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: _power,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
 
-
+# The functions that an expression may call.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "abs": abs,
     "float": float,
@@ -57,48 +58,73 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def is_expression(value: Any) -> bool:
-    """Whether a value of a recipe is one to be computed: 'eval(...)'."""
+    """Whether a value has SparseML's form of an expression, 'eval(...)'.
+
+    Args:
+        value: Any value of a recipe.
+    """
     return isinstance(value, str) and value.strip().startswith("eval(") and value.strip().endswith(")")
 
 
-def inner(expression: str) -> str:
-    """What is to be computed: 'eval(a + b)' -> 'a + b'; others as they are."""
+def without_eval(expression: str) -> str:
+    """An expression without SparseML's 'eval(...)' around it: 'eval(a + b)' -> 'a + b'.
+
+    Args:
+        expression: With or without 'eval(...)'.
+    """
     return expression.strip()[len("eval(") : -1].strip() if is_expression(expression) else expression.strip()
 
 
 def evaluate(expression: str, variables: Mapping[str, Any]) -> float | int:
-    """The number that `expression` means: +, -, *, /, //, %, **, parentheses, names, and the functions of FUNCTIONS.
+    """Compute an arithmetic expression.
 
-    variables: name -> a number, or an expression of its own. ValueError for all else: other syntax, unknown names,
-    variables that depend on themselves, and what is no finite number below 10^100.
+    It may have numbers, names of variables, + - * / // % **, parentheses, and the functions abs, float, int, max, min
+    and round. 'eval(...)' around it is ignored.
 
-    >>> evaluate('max(epochs * 0.5, 3)', {'epochs': 'eval(2 * 10)'})
-    10.0
+    Args:
+        expression: The expression, up to 500 characters.
+        variables: Name -> a number, or an expression of its own.
+
+    Returns:
+        The value, a finite number of at most 10^100.
+
+    Raises:
+        ValueError: The expression has other syntax or unknown names, variables depend on themselves, or a value is not
+            a finite number of at most 10^100.
+
+    Example:
+        >>> evaluate('max(epochs * 0.5, 3)', {'epochs': 'eval(2 * 10)'})
+        10.0
     """
     return _Evaluation(variables).of(expression, ())
 
 
 class _Evaluation:
-    """One evaluation: each variable is computed once, however often it is named."""
+    """One evaluation, in which each variable is computed once, however often it is named."""
 
     def __init__(self, variables: Mapping[str, Any]):
         self.variables, self.known = variables, dict[str, Number]()
 
     def of(self, expression: Any, chain: tuple[str, ...]) -> Number:
-        """Value of an expression. chain: the variables that led to it, the first first."""
+        """The value of an expression.
+
+        Args:
+            expression: The expression.
+            chain: The variables whose values led to it, outermost first.
+        """
         try:
             return self._node(_parsed(expression), chain, 0)
         except (ValueError, TypeError, ArithmeticError) as error:
-            if isinstance(error, _RefusedError):
+            if isinstance(error, _LocatedError):
                 raise
             where = f" (the value of {chain[-1]!r})" if chain else ""
-            raise _RefusedError(f"expression {_shown(expression)}{where}: {error}") from None
+            raise _LocatedError(f"expression {_shown(expression)}{where}: {error}") from None
 
     def _node(self, node: ast.AST, chain: tuple[str, ...], depth: int) -> Number:
         if depth > DEEPEST:
-            raise ValueError(f"is nested deeper than {DEEPEST} levels")
+            raise ValueError(f"it is nested deeper than {DEEPEST} levels")
         if isinstance(node, ast.Constant):
-            return _finite(node.value)
+            return _checked(node.value)
         if isinstance(node, ast.Name):
             return self._variable(node.id, chain)
         if isinstance(node, ast.BinOp):
@@ -113,56 +139,59 @@ class _Evaluation:
             function, operands = None, []
         if function is None:
             raise ValueError(
-                "is not arithmetic; it may have numbers, names, + - * / // % **, parentheses and "
-                f"{', '.join(FUNCTIONS)}"
+                f"it is not arithmetic; use numbers, names, + - * / // % **, parentheses and {', '.join(FUNCTIONS)}"
             )
-        return _finite(function(*(self._node(operand, chain, depth + 1) for operand in operands)))
+        return _checked(function(*(self._node(operand, chain, depth + 1) for operand in operands)))
 
     def _variable(self, name: str, chain: tuple[str, ...]) -> Number:
         if name in chain:
             circle = [*chain[chain.index(name) :], name]
-            raise _RefusedError(f"variables that depend on themselves: {' -> '.join(circle)}")
-        if len(chain) == CHAIN:
-            raise _RefusedError(f"more than {CHAIN} variables that depend on each other, from {chain[0]!r} on")
+            raise _LocatedError(f"variables depend on themselves: {' -> '.join(circle)}")
+        if len(chain) == LONGEST_CHAIN:
+            raise _LocatedError(f"more than {LONGEST_CHAIN} variables depend on each other, starting with {chain[0]!r}")
         if name not in self.known:
             if name not in self.variables:
                 hint = close_matches(name, map(str, self.variables)) if self.variables else "no variable is defined"
                 raise ValueError(f"undefined name {name!r}; {hint}")
             value = self.variables[name]
-            is_text = isinstance(value, str)
-            self.known[name] = self.of(value, (*chain, name)) if is_text else _finite(value, f"{name!r} is ")
+            self.known[name] = self.of(value, (*chain, name)) if isinstance(value, str) else _checked(value, name)
         return self.known[name]
 
 
-class _RefusedError(ValueError):
-    """An error whose message says already where it is."""
+class _LocatedError(ValueError):
+    """An error whose message says already which expression or variable is wrong."""
 
 
 def _parsed(expression: Any) -> ast.AST:
     if not isinstance(expression, str):
-        raise TypeError("is no text")
-    text = inner(expression)
+        raise TypeError(f"it must be a str, not {type(expression).__name__}")
+    text = without_eval(expression)
     if len(text) > LONGEST:
-        raise ValueError(f"has {len(text)} characters, more than {LONGEST}")
+        raise ValueError(f"it has {len(text)} characters, more than {LONGEST}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # Python warns of what looks like a mistake: '1if'
             return ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError, Warning):
-        raise ValueError("is not arithmetic that can be read") from None
+        raise ValueError("it is not valid arithmetic") from None
 
 
-def _finite(value: Any, of_what: str = "") -> Number:
+def _checked(value: Any, name: str = "") -> Number:
+    """A value, if it is a finite number within the limits. name: of the variable that has it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{of_what}{_shown(value)}, which is no number")
+        raise ValueError(f"{_subject(value, name)} is not a number")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{of_what}{value!r}, which is no finite number")
-    if abs(value) > LARGEST:
-        raise ValueError(f"{of_what or 'has '}a number beyond 1e100")
+        raise ValueError(f"{_subject(value, name)} is not a finite number")
+    if abs(value) > LARGEST:  # its digits may be too many to show
+        raise ValueError(f"{repr(name) if name else 'a number'} is beyond 1e100")
     return value
 
 
+def _subject(value: Any, name: str) -> str:
+    return f"{name!r} is {_shown(value)}, which" if name else _shown(value)
+
+
 def _shown(value: Any) -> str:
-    """A value in a message, shortened."""
+    """A value as a message shows it, shortened."""
     text = repr(value[:80] if isinstance(value, str) else value)
     return text if len(text) <= 90 else f"{text[:80]}..."

@@ -1,6 +1,7 @@
-"""YAML that others have written: read as plain values with their lines, bounded, and never as objects.
+"""YAML from other people: read as plain values with their lines, within limits, and never as Python objects.
 
-Nothing is constructed by tags. Aliases may stand for single values only, so that a text cannot grow while it is read.
+No tag constructs anything. An alias may stand for a single value only, so that a short text cannot grow huge while it
+is read.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,19 +17,22 @@ import yaml
 from yaml.constructor import SafeConstructor
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-# A recipe of a large language model has a hundredth of these.
-LONGEST, DEEPEST, MOST_VALUES, LONGEST_NUMBER = 250_000, 20, 20_000, 40
+# Limits, about a hundred times what the recipe of a large language model has.
+LONGEST_TEXT = 250_000  # characters
+DEEPEST = 20  # levels of nesting
+MOST_VALUES = 20_000
+LONGEST_NUMBER = 40  # characters
 
 _TAG = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes within bounds, and constructs nothing."""
+    """Composes nodes within the limits, and constructs no objects."""
 
     depth = values = 0
 
     def compose_node(self, parent, index):
-        """As SafeLoader's; ComposerError for what is too deep, too much, or an alias of more than one value."""
+        """Like SafeLoader's; raises ComposerError beyond the limits, and for an alias of more than one value."""
         event = self.peek_event()
         self.values += 1
         problem = ""
@@ -36,7 +41,9 @@ class _Loader(yaml.SafeLoader):
         elif self.values > MOST_VALUES:
             problem = f"more than {MOST_VALUES} values"
         elif isinstance(event, yaml.AliasEvent) and not isinstance(self.anchors.get(event.anchor), ScalarNode):
-            problem = f"the alias *{event.anchor} stands for no single value that is defined before it; write it out"
+            problem = (
+                f"the alias *{event.anchor} must stand for a single value that is defined above it; write the value out"
+            )
         if problem:
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         self.depth += 1
@@ -45,11 +52,11 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-# YAML 1.1 takes 1e-5 for a text.
+# YAML 1.1 reads 1e-5 as text.
 _SCIENTIFIC = (
     f"{_TAG}float", re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+\Z"), list("-+.0123456789"),
 )  # fmt: skip
-# And 2:4 for 124, a number to the base of sixty.
+# It also reads 2:4 as 124, a number to the base of sixty.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in (f"{_TAG}int", f"{_TAG}float")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -65,104 +72,192 @@ _Loader.add_implicit_resolver(
 )
 
 
+# --- Nodes ------------------------------------------------------------------------------------------------------------
+
+
 def compose(text: str) -> Node:
-    """The nodes of one document. ValueError, with the line, if it is no YAML, empty, or beyond the bounds."""
+    """Parse a text into the nodes of one YAML document, without constructing values.
+
+    Args:
+        text: The YAML, up to 250,000 characters.
+
+    Returns:
+        The root node.
+
+    Raises:
+        TypeError: `text` is not a str.
+        ValueError: The text is not valid YAML, is empty, or is beyond a limit. The message begins with the line.
+    """
     if not isinstance(text, str):
-        raise TypeError(f"the text of a recipe is a str, not {type(text).__name__}")
-    if len(text) > LONGEST:
-        raise ValueError(f"line 1: the text has {len(text)} characters, more than {LONGEST}")
+        raise TypeError(f"the text of a recipe must be a str, not {type(text).__name__}")
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"line 1: the text has {len(text)} characters, more than the limit of {LONGEST_TEXT}")
     try:
         loader = _Loader(text)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ValueError(f"line {line}: the character {error.character!r} is not allowed") from None
+        raise ValueError(f"line {line}: the character {error.character!r} is not allowed in YAML; remove it") from None
     try:
         node = loader.get_single_node()
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         line = (mark or loader.get_mark()).line + 1
-        raise ValueError(f"line {line}: not YAML that can be read: {getattr(error, 'problem', error)}") from None
+        raise ValueError(f"line {line}: this YAML cannot be read: {getattr(error, 'problem', error)}") from None
     if node is None:
         raise ValueError("line 1: the recipe is empty")
     return node
 
 
 def line_of(node: Node) -> int:
-    """Where a value begins, counted from 1."""
+    """The line on which a node begins, counted from 1."""
     return node.start_mark.line + 1
 
 
 def pairs(node: MappingNode) -> Iterator[tuple[Any, int, Node]]:
-    """Keys, their lines, and values. ValueError, with the line, for a key that comes twice or is no single value."""
+    """Iterate over the entries of a mapping.
+
+    Args:
+        node: The mapping.
+
+    Returns:
+        An iterator of (key, line of the key, node of the value).
+
+    Raises:
+        ValueError: A key is given twice or is not a single value. The message begins with the line.
+    """
     seen: dict[Any, int] = {}
     for key_node, value in node.value:
         line = line_of(key_node)
         if not isinstance(key_node, ScalarNode):
-            raise ValueError(f"line {line}: a key is a single value, not a list or a mapping")
+            raise ValueError(f"line {line}: a key must be a single value, not a list or a mapping")
         key = plain(key_node)
         if key in seen:
-            raise ValueError(f"line {line}: the key {str(key)[:80]!r} comes a second time, after line {seen[key]}")
+            raise ValueError(f"line {line}: the key {str(key)[:80]!r} is given a second time, after line {seen[key]}")
         seen[key] = line
         yield key, line, value
 
 
 def plain(node: Node) -> Any:
-    """A node as numbers, texts, booleans, None, lists and dictionaries. ValueError, with the line, for other tags."""
+    """Convert a node to numbers, strings, booleans, None, lists and dictionaries.
+
+    Args:
+        node: The node, from `compose`.
+
+    Returns:
+        The plain value.
+
+    Raises:
+        ValueError: The node has any other tag, or is not what its tag says. The message begins with the line.
+    """
     if isinstance(node, SequenceNode) and node.tag == f"{_TAG}seq":
         return [plain(item) for item in node.value]
     if isinstance(node, MappingNode) and node.tag == f"{_TAG}map":
         return {key: plain(value) for key, _, value in pairs(node)}
     if isinstance(node, ScalarNode) and node.tag.startswith(_TAG):
         return _scalar(node, node.tag[len(_TAG) :])
-    raise _refused(node)
+    raise _unknown_tag(node)
 
 
 def _scalar(node: ScalarNode, kind: str) -> Any:
     if kind in ("str", "timestamp", "value"):
         return node.value
-    load_yaml = {
+    construct = {
         "int": SafeConstructor.construct_yaml_int,
         "float": SafeConstructor.construct_yaml_float,
         "bool": SafeConstructor.construct_yaml_bool,
         "null": SafeConstructor.construct_yaml_null,
     }.get(kind)
-    if load_yaml is None:
-        raise _refused(node)
+    if construct is None:
+        raise _unknown_tag(node)
     try:
-        value = load_yaml(SafeConstructor(), node) if len(node.value) <= LONGEST_NUMBER else math.inf
+        value = construct(SafeConstructor(), node) if len(node.value) <= LONGEST_NUMBER else math.inf
     except (ValueError, KeyError, IndexError, OverflowError):
-        raise ValueError(f"line {line_of(node)}: {node.value[:40]!r} is no {kind}") from None
+        raise ValueError(f"line {line_of(node)}: {node.value[:40]!r} is not a valid {kind}") from None
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"line {line_of(node)}: {node.value[:40]!r} is no finite number of up to 40 characters")
+        raise ValueError(
+            f"line {line_of(node)}: {node.value[:40]!r} is not a finite number of up to {LONGEST_NUMBER} characters"
+        )
     return value
 
 
-def _refused(node: Node) -> ValueError:
+def _unknown_tag(node: Node) -> ValueError:
     return ValueError(
-        f"line {line_of(node)}: the tag {node.tag[:80]!r} is not read here; a recipe has plain values, and "
-        "modifiers of SparseML in their lists"
+        f"line {line_of(node)}: the tag {node.tag[:80]!r} is not allowed; a recipe holds plain values, and a recipe of "
+        "SparseML also modifiers in its lists of modifiers"
     )
+
+
+# --- Plain values -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Located:
-    """Plain values that were read, and where each stands.
+    """Plain values together with the line of each.
 
-    lines: path of keys and positions, such as ('steps', 0, 'sparsify') -> line, from 1 on.
+    Args:
+        value: The plain values: numbers, strings, booleans, None, lists and dictionaries.
+        lines: Path of keys and positions, such as ('steps', 0, 'sparsify') -> line, counted from 1. Empty by default,
+            for values that were not read from a text.
     """
 
     value: Any
     lines: dict[tuple[Hashable, ...], int] = field(default_factory=dict)
 
     def line(self, *path: Hashable) -> int:
-        """Of what is at a path, or of the nearest that holds it."""
+        """The line of the value at a path, or of the nearest value that contains it; 1 if no line is known.
+
+        Args:
+            *path: Keys and positions that lead to the value.
+        """
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, 1)
 
+    def error(self, path: tuple[Hashable, ...], message: Any) -> ValueError:
+        """A ValueError whose message begins with the line and the path of a value.
+
+        Args:
+            path: Keys and positions that lead to the value.
+            message: What is wrong with it.
+        """
+        return ValueError(f"line {self.line(*path)}: {'.'.join(map(str, path))}: {message}")
+
+    @contextmanager
+    def at(self, *path: Hashable) -> Iterator[None]:
+        """Raise a TypeError or ValueError of the block again with the line and the path of a value.
+
+        Args:
+            *path: Keys and positions that lead to the value.
+
+        Raises:
+            ValueError: The block raised; an error that names its line already is raised unchanged.
+        """
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            if str(error).startswith("line "):
+                raise
+            raise self.error(path, error) from error
+
 
 def load_yaml(text: str) -> Located:
-    """Dictionaries, lists, numbers, texts, booleans and None. ValueError, with the line, for all else."""
+    """Read YAML as plain values.
+
+    Args:
+        text: The YAML, up to 250,000 characters.
+
+    Returns:
+        Dictionaries, lists, numbers, strings, booleans and None, with their lines.
+
+    Raises:
+        TypeError: `text` is not a str.
+        ValueError: The text is not valid YAML, holds other tags, or is beyond a limit. The message begins with the
+            line.
+
+    Example:
+        >>> load_yaml('epochs: 3').value
+        {'epochs': 3}
+    """
     node = compose(text)
     lines: dict[tuple[Hashable, ...], int] = {}
     _note_lines(node, (), lines)
@@ -177,17 +272,24 @@ def _note_lines(node: Node, path: tuple[Hashable, ...], lines: dict[tuple[Hashab
             lines[place] = line
             _note_lines(value, place, lines)
     elif isinstance(node, SequenceNode):
-        for number, each in enumerate(node.value):
-            _note_lines(each, (*path, number), lines)
+        for position, each in enumerate(node.value):
+            _note_lines(each, (*path, position), lines)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes in quotes what `_Loader` would take for a number."""
+    """Quotes strings that `_Loader` would read as numbers."""
 
 
 _Dumper.add_implicit_resolver(*_SCIENTIFIC)
 
 
 def dump_yaml(value: Any) -> str:
-    """Plain values as YAML, in their order, as `read` reads them."""
+    """Write plain values as YAML, in their order, so that `load_yaml` reads the same values.
+
+    Args:
+        value: Dictionaries, lists, numbers, strings, booleans and None.
+
+    Returns:
+        The YAML.
+    """
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

@@ -1,4 +1,4 @@
-"""The steps of a recipe: their words, and what each option has to be."""
+"""The steps of a recipe: the options that each has, and what each option must be."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 from ..axes.grouping import poolings
 from ..model.patterns import as_patterns
-from ..sparsifier.arguments import check_sparsity
+from ..sparsifier.options import check_sparsity
 from ..sparsifier.regrowth import check_drop
 from ..support.checks import check_count, check_fraction, check_number, check_round_to, check_seed
 
+# When a step begins and ends: epochs, or shares of training.
 TIMES = ("start", "end")
 
+# Options of `sparsify` that the Sparsifier has, beside the axes.
+SPARSIFIER_OPTIONS = ("layers", "exclude", "pool", "may_empty", "regrow", "round_to", "coupled", "seed")
 
-OF_SPARSIFIER = ("layers", "exclude", "pool", "may_empty", "regrow", "round_to", "coupled", "seed")
-
-
-# The words of each step: those of its callback, and when.
-WORDS: dict[str, tuple[str, ...]] = {
+# Kind of step -> its options: the arguments of its callback, and times.
+OPTIONS: dict[str, tuple[str, ...]] = {
     "sparsify": (
-        *("sparsity", "granularity", "context", "criteria", "schedule", *OF_SPARSIFIER, "drop", "decay", "every"),
+        *("sparsity", "granularity", "context", "criteria", "schedule", *SPARSIFIER_OPTIONS, "drop", "decay", "every"),
         *("initial_sparsity", *TIMES, "update_every"),
     ),
     "keep": (),
@@ -31,42 +31,48 @@ WORDS: dict[str, tuple[str, ...]] = {
     "freeze": ("layers", *TIMES),
 }
 
+# Kind of step -> the option that it must have.
+REQUIRED = {"sparsify": "sparsity", "regularize": "weight", "freeze": "layers"}
 
-NEEDED = {"sparsify": "sparsity", "regularize": "weight", "freeze": "layers"}
+# The axes of `sparsify` -> their defaults.
+AXES = {"granularity": "weight", "context": "global", "criteria": "large_final"}
 
 
 @dataclass(frozen=True)
 class Step:
-    """kind: 'sparsify', 'keep', ... options: its words, expressions worked out. position: among the steps."""
+    """One step of a recipe.
+
+    Args:
+        kind: 'sparsify', 'keep', 'regularize', 'distil' or 'freeze'.
+        options: Name -> value as in the recipe, with expressions replaced by their values.
+        position: Position among the steps, from 0 on.
+    """
 
     kind: str
     options: dict[str, Any]
     position: int
 
 
-AXES = {"granularity": "weight", "context": "global", "criteria": "large_final"}
-
-
 def _patterns(layers: Any) -> Any:
     names = [layers] if isinstance(layers, str) else layers
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"layers are names or globs of layers, in quotes if they are numbers, not {layers!r}")
+        raise ValueError(f"layers must be names or globs of layers, in quotes if they are numbers, not {layers!r}")
     return as_patterns(names)
 
 
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"it is true or false, not {value!r}")
+        raise ValueError(f"it must be true or false, not {value!r}")
     return value
 
 
 def _temperature(value: Any) -> float:
     if not (checked := check_number("temperature", value)):
-        raise ValueError("temperature is a number above 0, not 0")
+        raise ValueError("temperature must be above 0, not 0")
     return checked
 
 
-# What an option has to be, and is made into.
+# Option -> a function that checks its value and returns what the callback is given.
 CHECKS: dict[str, Callable[[Any], Any]] = {
     "sparsity": check_sparsity,
     "initial_sparsity": lambda value: check_fraction(value, "initial_sparsity"),

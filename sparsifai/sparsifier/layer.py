@@ -37,7 +37,7 @@ class Layer:
     def dense(cls, weight: NamedWeight, grouping: Any, why_dense: str) -> Layer:
         """A layer that keeps all its weights, because it stays dense or because nothing is pruned yet."""
         layer = cls(weight, grouping, why_dense, torch.ones([1] * weight.parameter.dim(), dtype=torch.bool))
-        if not why_dense:
+        if grouping is not None and not why_dense:
             layer.mask = layer.mask_of(grouping.all_kept())
         return layer
 

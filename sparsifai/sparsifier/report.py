@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from ..model.layers import find_weights
 from ..model.parallel import kind_of
 from ..model.zeros import Count, figures
 from ..support.table import Cells, Table, percent
@@ -36,6 +38,20 @@ class Report(Table):
     rows: tuple[Row, ...]
     selected: Count
     model: Count
+
+    @classmethod
+    def of(cls, model: nn.Module, masks: Container[str] | None = None) -> Report:
+        """Count the zeros of a model without a Sparsifier.
+
+        Args:
+            model: The model.
+            masks: Names of the parameters that count as selected layers. By default all weights with named axes.
+        """
+        layers = {
+            name: Layer.dense(weight, None, "" if masks is None or name in masks else "not kept sparse")
+            for name, weight in find_weights(model).items()
+        }
+        return cls.measure(model, layers, None)
 
     @classmethod
     def measure(cls, model: nn.Module, layers: Layers, context: Any, regrowth: Regrowth | None = None) -> Report:

@@ -24,6 +24,7 @@ from ..support.registry import name_of
 from .calibration import calibrate
 from .collection import CollectedQuantities, Source
 from .followers import rescaled_layers
+from .layer import level_of
 from .layer_selection import find_layers, scopes
 from .mask_building import NewMasks, Ranking, build_masks
 from .masked_model import MaskedModel
@@ -156,10 +157,10 @@ class Sparsifier(MaskedModel):
         _warn(self._sparsify(wanted, drop) if steps == 1 else self._sparsify_in_steps(wanted, steps))
 
     def update_masks(self, sparsity: Sparsity, optimizer: Any = None, *, drop: float = 0.0) -> None:
-        """Do what `sparsify` and `mask_moments` do, at less cost, where all masked weights are zero.
+        """Do what `sparsify` and `mask_moments` do, at less cost: only newly pruned weights are set to zero.
 
-        They are zero after `apply_masks`, and after a step that gradients and moments were masked for, of an optimizer
-        that works weight by weight. Only the newly pruned weights are set to zero.
+        Weights that were pruned before are zero after `apply_masks`. They stay zero in a step that gradients and
+        moments were masked for, of an optimizer that works weight by weight.
 
         Args:
             sparsity: As of `sparsify`.
@@ -170,9 +171,9 @@ class Sparsifier(MaskedModel):
             ValueError: As `sparsify`.
         """
         self._check_held("update_masks")
-        before = self.masks
         check_drop(drop, self._regrowth is not None)
-        new = self._build(check_sparsity(sparsity), drop)
+        before = self.masks
+        new = self._prepare(check_sparsity(sparsity), drop)
         self._take(new)
         earlier = {id(self.layers[name].parameter): mask for name, mask in before.items()}
         masked = [
@@ -192,20 +193,21 @@ class Sparsifier(MaskedModel):
             sparsity: As of `sparsify`.
         """
         self._check_held("check")
-        self._build(check_sparsity(sparsity))
+        asked = scopes(check_sparsity(sparsity), self.layers, self.model)
+        build_masks(self._selected, asked, self.ranking, self.collected)
 
-    def _build(self, sparsity: Sparsity, drop: float = 0.0) -> NewMasks:
-        asked = scopes(sparsity, self.layers, self.model)
-        return build_masks(self._selected, asked, self.ranking, self.collected, self._regrowth, drop)
-
-    def _sparsify(self, sparsity: Sparsity, drop: float = 0.0) -> list[str]:
-        """Build and apply the masks of one step; returns what the user should be warned of."""
+    def _prepare(self, sparsity: Sparsity, drop: float) -> NewMasks:
+        """Build masks of weights that may have been moved by a step since the masks were last applied."""
         asked = scopes(sparsity, self.layers, self.model)
         falling = any(fraction < self.layers[name].level for fraction, names in asked for name in names)
         if drop or falling or not is_elementwise(self.ranking.options.criteria):
             # What a step has made of pruned weights must not reach a score, nor be revived.
             self.apply_masks()
-        new = self._build(sparsity, drop)
+        return build_masks(self._selected, asked, self.ranking, self.collected, self._regrowth, drop)
+
+    def _sparsify(self, sparsity: Sparsity, drop: float = 0.0) -> list[str]:
+        """Build and apply the masks of one step; returns what the user should be warned of."""
+        new = self._prepare(sparsity, drop)
         self._take(new)
         self.apply_masks()
         self._take_quantities("update")
@@ -294,6 +296,11 @@ class Sparsifier(MaskedModel):
         super().mask_gradients()
 
     # --- What is measured ---------------------------------------------------------------------------------------
+
+    @property
+    def level(self) -> float:
+        """The sparsity that was last asked for, averaged over the weights of the selected layers."""
+        return level_of(self._selected.values())
 
     @property
     def explored(self) -> float:

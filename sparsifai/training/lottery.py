@@ -9,7 +9,7 @@ from typing import Any
 from fastai.learner import Learner
 from torch import nn
 
-from ..sparsifier.arguments import check_sparsity
+from ..sparsifier.options import check_sparsity
 from ..support.checks import check_count, check_seed
 from .lottery_run import LotteryRun
 from .saved_run import load_run

@@ -20,10 +20,10 @@ from ..callbacks.learner import first_batch, metric_names, show_data, unchanged
 from ..callbacks.sparsify import SparsifyCallback
 from ..model.parallel import unwrapped
 from ..model.patterns import as_patterns
-from ..sparsifier.arguments import Sparsity, mapped, resolve_axes
+from ..sparsifier.layer_selection import scopes
+from ..sparsifier.options import Sparsity, mapped, resolve_axes
 from ..sparsifier.sparsifier import Sparsifier
 from ..sparsifier.steps import exponential
-from ..sparsifier.taking_part import scopes
 from ..support.checks import check_count
 from ..support.registry import close_matches
 from ..support.table import percent
@@ -80,7 +80,7 @@ class LotteryRun:
         if len(learn.dls.loaders) < 2 or not len(learn.dls.valid) or not hasattr(learn, "recorder"):
             raise ValueError("lottery_ticket measures each ticket, so the Learner needs validation data and a Recorder")
         probe = self._make_sparsifier()
-        scopes(self.sparsity, probe.targets, probe.dense, probe.candidates, probe.model)
+        scopes(self.sparsity, probe.layers, probe.model)
         if not probe.collected.at("forward", "loss", "backward"):
             probe.check(self.sparsity)
 
@@ -190,8 +190,9 @@ class LotteryRun:
         """Masks with as many remaining groups in each layer, at random places."""
         shuffled = {}
         for name, mask in masks.items():
-            kept = self.sparsifier.groupings[name].gather(mask.cpu())
-            shuffled[name] = self.sparsifier._mask_of(name, kept[torch.randperm(len(kept), generator=generator)])
+            layer = self.sparsifier.layers[name]
+            kept = layer.grouping.gather(mask.cpu())
+            shuffled[name] = layer.mask_of(kept[torch.randperm(len(kept), generator=generator)])
         return shuffled
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from ..axes.schedule import progress, schedules
 from ..callbacks.base import TrainingCallback
 from ..model.parallel import unwrapped
 from ..model.patterns import as_patterns
-from ..sparsifier.arguments import resolve_axes
+from ..sparsifier.options import resolve_axes
 from ..support.checks import check_number
 from .regularizer import Regularizer, check_differentiable, check_proximal
 
@@ -118,7 +118,7 @@ class RegularizeCallback(TrainingCallback):
             self.regularizer.proximal_step(
                 {
                     name: self._factor * rates[id(weight.parameter)]
-                    for name, weight in self.regularizer.sparsifier.targets.items()
+                    for name, weight in self.regularizer.weights.items()
                     if id(weight.parameter) in rates
                 }
             )
@@ -151,7 +151,7 @@ class RegularizeCallback(TrainingCallback):
     def _check_optimizer(self) -> None:
         """Refuse an optimizer that trains copies of the weights: proximal steps need the rates of the weights."""
         rates = self._rates()
-        if not any(id(weight.parameter) in rates for weight in self.regularizer.sparsifier.targets.values()):
+        if not any(id(weight.parameter) in rates for weight in self.regularizer.weights.values()):
             raise ValueError(
                 "RegularizeCallback: the optimizer trains none of the regularized weights, so a proximal step has no "
                 "learning rate; leave out proximal=True"

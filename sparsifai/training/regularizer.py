@@ -6,7 +6,7 @@ is the lasso; with filters it is the group lasso.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -20,6 +20,8 @@ from ..axes.quantity import STORED, quantities
 from ..model.layers import NamedWeight, find_weights
 from ..model.parallel import own_shard, reshard, whole
 from ..model.tensors import cloned, widened
+from ..sparsifier.layer import Layer, selected
+from ..sparsifier.mask_building import checked_scores
 from ..sparsifier.sparsifier import Sparsifier
 from ..support.registry import close_matches, name_of
 
@@ -68,11 +70,11 @@ class Regularizer:
             model, granularity, "local", criteria, layers=layers, exclude=exclude, example_input=example_input
         )
         self._size_roots: dict[str, float | Tensor] = {}  # sqrt(|g|) of the groups g of each weight
-        check_differentiable(self.sparsifier.criteria)
-        for name, weight in self.sparsifier.targets.items():
-            size = self.sparsifier.groupings[name].size
+        check_differentiable(self.sparsifier.collected.criterion)
+        for name, layer in self._layers.items():
+            size = layer.grouping.size
             self._size_roots[name] = size**0.5 if isinstance(size, int) else size.sqrt()
-            self._check_scores(name, weight)
+            self._check_scores(layer)
 
     def penalty(self) -> Tensor:
         """The penalty: sum over groups g of sqrt(|g|) ||s_g||_2, with s the scores of the weights.
@@ -88,7 +90,7 @@ class Regularizer:
         Returns:
             A scalar to add to the loss, in float32 at least.
         """
-        parts = [self._penalty_of(name, weight) for name, weight in self._trainable()]
+        parts = [self._penalty_of(layer) for layer in self._trainable()]
         return torch.stack([part.to(parts[0]) for part in parts]).sum() if parts else torch.zeros(())
 
     @torch.no_grad()
@@ -110,39 +112,47 @@ class Regularizer:
             ValueError: The criterion is not large_final, a threshold is not a finite number of at least 0, or a name
                 is not that of a regularized weight.
         """
-        check_proximal(self.sparsifier.criteria)
+        check_proximal(self.sparsifier.collected.criterion)
         if not isinstance(threshold, Mapping):
-            threshold = dict.fromkeys(self.sparsifier.targets, threshold)
+            threshold = dict.fromkeys(self._layers, threshold)
         thresholds = {name: _check_threshold(name, value, self._size_roots) for name, value in threshold.items()}
         reshard(self.sparsifier.model)
-        for name, weight in self._trainable():
-            if thresholds.get(name):
-                grouping = self.sparsifier.groupings[name]
-                norms = _norms(grouping, widened(whole(weight.parameter.detach())))
-                bounds = thresholds[name] * self._size_root(name, norms)
+        for layer in self._trainable():
+            if thresholds.get(layer.name):
+                weight = layer.parameter.detach()
+                norms = _norms(layer.grouping, widened(whole(weight)))
+                bounds = thresholds[layer.name] * self._size_root(layer.name, norms)
                 factors = torch.where(norms > bounds, 1 - bounds / norms, 0)
-                values, factors = own_shard(weight.parameter.detach(), grouping.spread(factors))
+                values, factors = own_shard(weight, layer.grouping.spread(factors))
                 values.copy_(widened(values) * factors)
 
-    def _trainable(self) -> Iterator[tuple[str, NamedWeight]]:
-        return ((name, weight) for name, weight in self.sparsifier.targets.items() if not weight.is_frozen)
+    @property
+    def weights(self) -> dict[str, NamedWeight]:
+        """The regularized weights by parameter name."""
+        return {name: layer.weight for name, layer in self._layers.items()}
 
-    def _penalty_of(self, name: str, weight: NamedWeight) -> Tensor:
-        norms = _norms(self.sparsifier.groupings[name], self._scores(name, widened(whole(weight.parameter))))
-        return (
-            (norms * self._size_root(name, norms)).sum().to(torch.promote_types(weight.parameter.dtype, torch.float32))
-        )
+    @property
+    def _layers(self) -> dict[str, Layer]:
+        return selected(self.sparsifier.layers)
+
+    def _trainable(self) -> list[Layer]:
+        return [layer for layer in self._layers.values() if not layer.weight.is_frozen]
+
+    def _penalty_of(self, layer: Layer) -> Tensor:
+        weight = layer.parameter
+        norms = _norms(layer.grouping, self._scores(layer.name, widened(whole(weight))))
+        return (norms * self._size_root(layer.name, norms)).sum().to(torch.promote_types(weight.dtype, torch.float32))
 
     def _scores(self, name: str, weight: Tensor) -> Tensor:
         """The scores of a layer, with gradients to `weight`."""
-        collected, criterion = self.sparsifier.collected, self.sparsifier.criteria
+        collected = self.sparsifier.collected
         values = {
-            quantity: weight if quantity == "weight" else widened(collected.value(quantity, name, self.sparsifier))
+            quantity: weight if quantity == "weight" else widened(collected.value(quantity, name))
             for quantity in collected.named
         }
-        if not is_elementwise(criterion):  # a user's function may change its arguments in place
+        if not is_elementwise(collected.criterion):  # a user's function may change its arguments in place
             values = {quantity: cloned(value) for quantity, value in values.items()}
-        return criterion(**values)
+        return collected.criterion(**values)
 
     def _size_root(self, name: str, norms: Tensor) -> float | Tensor:
         """sqrt(|g|) of the groups of a layer, on the device of their norms."""
@@ -152,18 +162,12 @@ class Regularizer:
         return root
 
     @torch.enable_grad()
-    def _check_scores(self, name: str, weight: NamedWeight) -> None:
+    def _check_scores(self, layer: Layer) -> None:
         """Refuse a criterion that does not give one score per weight, or whose scores have no gradient."""
-        criterion = self.sparsifier.criteria
-        scores = self._scores(name, widened(whole(weight.parameter.detach())).requires_grad_())
-        if not isinstance(scores, Tensor) or scores.shape != weight.parameter.shape or scores.is_complex():
-            got = f"{tuple(scores.shape)}, {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
-            raise ValueError(
-                f"criterion {name_of(criterion)} must return one real score per weight: for {name} a tensor of shape "
-                f"{tuple(weight.parameter.shape)}, not {got}"
-            )
+        weight = widened(whole(layer.parameter.detach())).requires_grad_()
+        scores = checked_scores(self._scores(layer.name, weight), self.sparsifier.collected, layer)
         if not scores.requires_grad:
-            raise ValueError(_no_penalty(criterion, "returns scores without a gradient"))
+            raise ValueError(_no_penalty(self.sparsifier.collected.criterion, "returns scores without a gradient"))
 
 
 def check_differentiable(criterion: Criterion) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from ..axes.quantity import AVERAGED
 from ..callbacks.learner import calibrate_with, first_batch
-from ..callbacks.plan import compares_with_itself
 from ..model.running import as_it_was
-from ..sparsifier.arguments import Sparsity
+from ..sparsifier.layer import selected
+from ..sparsifier.mask_building import compares_with_itself
+from ..sparsifier.options import Sparsity
 from ..sparsifier.sparsifier import Sparsifier
 from ..support.checks import check_fraction, check_number
 from ..support.registry import name_of
@@ -182,11 +182,11 @@ class OneShot:
                 raise
             example_input = first_batch(measure.learn)[:-1]
             self.sparsifier = Sparsifier(measure.model, **{**options, "example_input": example_input})
-        if self.sparsifier.collected.at(*AVERAGED):
+        if self.sparsifier.collected.looks_at_data:
             _calibrate(self.sparsifier, measure, calibration, loss_func)
         _check_comparisons(self.sparsifier)
         self.dense = self.sparsifier.state_dict()
-        self.sizes = {name: weight.parameter.numel() for name, weight in self.sparsifier.targets.items()}
+        self.sizes = {name: layer.parameter.numel() for name, layer in selected(self.sparsifier.layers).items()}
 
     def can_reach(self, sparsity: Sparsity) -> bool:
         """Whether the context can prune to this sparsity."""
@@ -208,9 +208,10 @@ class OneShot:
 
 def _check_comparisons(sparsifier: Sparsifier) -> None:
     """Refuse a criterion that compares with an earlier value: nothing has been trained, so all scores are equal."""
-    if compares_with_itself(sparsifier):
+    criterion = sparsifier.collected.criterion
+    if compares_with_itself(selected(sparsifier.layers), sparsifier.ranking, sparsifier.collected):
         raise ValueError(
-            f"criterion {name_of(sparsifier.criteria)} compares the weights with earlier values, but nothing is "
+            f"criterion {name_of(criterion)} compares the weights with earlier values, but nothing is "
             "trained here; choose a criterion of the present weights, such as large_final, or of data, such as snip"
         )
 
@@ -219,9 +220,10 @@ def _calibrate(
     sparsifier: Sparsifier, measure: Metric, calibration: Iterable | None, loss_func: Callable | None
 ) -> None:
     """Show a criterion that looks at data the user's batches and loss, or those of the Learner."""
+    criterion = sparsifier.collected.criterion
     if calibration is None and measure.learn is None:
         raise TypeError(
-            f"criterion {name_of(sparsifier.criteria)} looks at data; pass calibration= a list of batches, and "
+            f"criterion {name_of(criterion)} looks at data; pass calibration= a list of batches, and "
             "loss_func= if it needs gradients"
         )
     if measure.learn is None or loss_func is not None:

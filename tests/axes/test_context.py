@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import layers_of
 from torch import nn
 
 from sparsifai import Sparsifier, blocks, bounded, contexts, criteria, is_nm
@@ -12,7 +13,7 @@ from sparsifai import Sparsifier, blocks, bounded, contexts, criteria, is_nm
 
 def densities(sparsifier):
     return {name: float(mask.expand_as(target.parameter).float().mean()) for (name, mask), target in
-            zip(sparsifier.masks.items(), sparsifier.targets.values(), strict=True)}  # fmt: skip
+            zip(sparsifier.masks.items(), layers_of(sparsifier).values(), strict=True)}  # fmt: skip
 
 
 def sparsified(model, context, sparsity, **options):
@@ -50,7 +51,7 @@ def test_erk_leaves_dense_what_would_be_more_than_dense():
 def test_erdos_renyi_against_a_search_for_the_scale(context, sparsity):
     model = conv_net()
     sparsifier = sparsified(model, context, sparsity)
-    shapes = {name: tuple(target.parameter.shape) for name, target in sparsifier.targets.items()}
+    shapes = {name: tuple(target.parameter.shape) for name, target in layers_of(sparsifier).items()}
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     relative = {
         name: sum(shape) / math.prod(shape) if context == "erk" else sum(shape[:2]) / math.prod(shape[:2])
@@ -74,7 +75,7 @@ def test_others_make_up_for_what_is_masked_beyond_a_budget(context):
     sparsifier = Sparsifier(model, context=context)
     adopted = {name: torch.ones_like(mask) for name, mask in sparsifier.masks.items()}
     adopted["1.weight"][:, :290] = False
-    sparsifier.adopt(adopted)
+    sparsifier.recover_masks(adopted)
     for level in (0.5, 0.6, 0.9):
         sparsifier.sparsify(level)
         assert sparsifier.sparsity == pytest.approx(level, abs=1e-4)
@@ -133,7 +134,7 @@ def test_per_output_ranks_every_row_alone(level, masked):
     if masked:
         sparsifier.sparsify(masked)
     before = {name: mask.clone() for name, mask in sparsifier.masks.items()}
-    weights = {name: target.parameter.detach().clone() for name, target in sparsifier.targets.items()}
+    weights = {name: target.parameter.detach().clone() for name, target in layers_of(sparsifier).items()}
     sparsifier.sparsify(max(level, masked))
     rows_of = {
         "0.weight": lambda value: value.flatten(1),
@@ -260,7 +261,7 @@ def test_what_is_masked_beyond_what_a_context_asks_for_stays(context):
     sparsifier = Sparsifier(model, context=context)
     adopted = {name: torch.ones_like(mask) for name, mask in sparsifier.masks.items()}
     adopted["1.weight"][:, :200] = False  # whole blocks, and more than any level below
-    sparsifier.adopt(adopted)
+    sparsifier.recover_masks(adopted)
     sparsifier.apply_masks()
     for level in (0.25, 0.5):
         sparsifier.sparsify(level)

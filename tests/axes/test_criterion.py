@@ -95,7 +95,7 @@ def test_own_criterion_by_name_and_as_function(mlp):
             Sparsifier(mlp, criteria="distance_from_one"),
             Sparsifier(mlp, criteria=distance_from_one),
         )
-        assert by_name.criteria is by_function.criteria
+        assert by_name.ranking.options.criteria is by_function.ranking.options.criteria
         weights = torch.cat([mlp[0].weight.detach().flatten(), mlp[2].weight.detach().flatten()])
         by_name.sparsify(0.5)
         masked = torch.cat([~mask.flatten() for mask in by_name.masks.values()])
@@ -113,7 +113,7 @@ def test_a_criterion_that_writes_in_place_changes_no_weight_and_no_statistic(mlp
     sparsifier = Sparsifier(mlp, criteria=greedy)
     sparsifier.sparsify(0.0)
     assert all(torch.equal(old, new) for old, new in zip(before, mlp.parameters(), strict=True))
-    assert torch.equal(sparsifier.statistics["init"]["0.weight"], before[0])
+    assert torch.equal(sparsifier.collected.stored["init"]["0.weight"], before[0])
 
 
 @pytest.mark.parametrize("wrong", [lambda weight: weight.sum(), lambda weight: 1.0, lambda weight: weight.T])
@@ -151,11 +151,11 @@ def test_own_quantity_is_one_function(mlp):
     @quantities.register
     @taken("update")
     def updates(sparsifier, name):
-        return sparsifier.statistics.get("updates", {}).get(name, torch.zeros(())) + 1
+        return sparsifier.collected.stored.get("updates", {}).get(name, torch.zeros(())) + 1
 
     try:
         sparsifier = Sparsifier(mlp, criteria=lambda weight, updates=None: weight.abs())
-        assert sparsifier.statistics == {}  # nobody named it
+        assert sparsifier.collected.stored == {}  # nobody named it
     finally:
         del quantities._functions["updates"]
     for wrong in (lambda: taken("often"), lambda: taken(print)):
@@ -170,10 +170,10 @@ def test_a_failed_update_does_not_advance_the_random_generator(mlp):
         return torch.rand(weight.shape, generator=rng) * float("nan")
 
     sparsifier = Sparsifier(mlp, criteria=fails)
-    before = sparsifier.rng.get_state()
+    before = sparsifier.collected.source.rng.get_state()
     with pytest.raises(ValueError, match="NaN scores for 0.weight"):
         sparsifier.sparsify(0.5)
-    assert torch.equal(sparsifier.rng.get_state(), before)
+    assert torch.equal(sparsifier.collected.source.rng.get_state(), before)
     drawn = Sparsifier(mlp, criteria="random")
     drawn.check(0.5)
-    assert torch.equal(drawn.rng.get_state(), before)
+    assert torch.equal(drawn.collected.source.rng.get_state(), before)

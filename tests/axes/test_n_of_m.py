@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import layers_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -136,7 +137,7 @@ def test_blocks_that_fall_come_back_best_first():
 def test_tiles_of_outputs_by_inputs(granularity):
     model = nn.Sequential(nn.Conv2d(6, 8, 3), nn.Linear(6, 8))
     sparsifier = Sparsifier(model, granularity, "local", layers=["0", "1"])
-    weights = {name: target.parameter.detach().clone() for name, target in sparsifier.targets.items()}
+    weights = {name: target.parameter.detach().clone() for name, target in layers_of(sparsifier).items()}
     sparsifier.sparsify(0.5)
     for name, weight in weights.items():
         tiles = weight.abs().double().unflatten(0, (2, 4)).unflatten(2, (3, 2)).mean((1, 3))

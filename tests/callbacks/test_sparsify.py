@@ -5,7 +5,7 @@ from torch import nn
 fastai = pytest.importorskip("fastai.vision.all", reason="the callbacks are fastai's")
 pytestmark = pytest.mark.fastai
 
-from conftest import small_net  # noqa: E402
+from conftest import dense_of, layers_of, small_net  # noqa: E402
 from fastai.callback.fp16 import MixedPrecision  # noqa: E402
 from fastai.callback.schedule import SchedCos  # noqa: E402
 from fastai.callback.training import GradientAccumulation, GradientClip  # noqa: E402
@@ -158,7 +158,7 @@ def test_a_model_that_cannot_be_traced_is_read_from_the_first_batch(make_learner
 
     callback = SparsifyCallback(0.5, "filter")
     make_learner(Branches(*small_net())).fit(1, cbs=callback)
-    assert callback.sparsifier.dense == {"12.weight": "yields the model's output"}
+    assert dense_of(callback.sparsifier) == {"12.weight": "yields the model's output"}
 
 
 def test_a_training_that_is_cancelled_before_it_begins_is_not_begun(make_learner):
@@ -221,12 +221,12 @@ def test_the_sparsifier_can_be_told_the_same_in_the_same_words(make_learner):
     direct = Sparsifier(
         small_net(), "filter", "local", "movement", layers=nn.Conv2d, exclude="5", pool="l2", round_to=2, seed=3
     )
-    assert callback.sparsifier.targets.keys() == direct.targets.keys()
-    assert callback.sparsifier.criteria is direct.criteria
-    assert callback.sparsifier.pool is direct.pool
-    assert callback.sparsifier.round_to == direct.round_to
+    assert layers_of(callback.sparsifier).keys() == layers_of(direct).keys()
+    assert callback.sparsifier.ranking.options.criteria is direct.ranking.options.criteria
+    assert callback.sparsifier.ranking.options.pool is direct.ranking.options.pool
+    assert callback.sparsifier.ranking.options.round_to == direct.ranking.options.round_to
     assert torch.equal(
-        torch.Generator().manual_seed(3).get_state(), callback.sparsifier.rng.get_state()
+        torch.Generator().manual_seed(3).get_state(), callback.sparsifier.collected.source.rng.get_state()
     )  # the criterion drew nothing
 
 
@@ -243,7 +243,7 @@ def test_what_a_falling_schedule_revives_comes_back_as_zero(make_learner):
             sparsifier = self.learn.sparsify.sparsifier
             mask = sparsifier.masks["3.weight"]
             if self.before is not None:
-                revived.append(sparsifier.targets["3.weight"].parameter.detach()[mask & ~self.before])
+                revived.append(sparsifier.layers["3.weight"].parameter.detach()[mask & ~self.before])
             self.before = mask
 
     make_learner(steps=8, opt_func=fastai.Adam).fit(1, 0.1, cbs=[SparsifyCallback(0.5, schedule="dsd"), Look()])
@@ -285,7 +285,7 @@ def test_clipping_sees_only_living_gradients(make_learner):
         def before_step(self):
             sparsifier = self.learn.sparsify.sparsifier
             for name, mask in sparsifier.masks.items():
-                gradient = sparsifier.targets[name].parameter.grad
+                gradient = sparsifier.layers[name].parameter.grad
                 norms.append(float(gradient[~mask.expand_as(gradient)].norm()))
 
     make_learner().fit(1, cbs=[SparsifyCallback(0.8, schedule="one_shot"), Norm(), GradientClip(1.0)])
@@ -415,7 +415,7 @@ def test_fine_tune_holds_while_layers_are_frozen_and_says_so(make_learner, capsy
     assert "some layers are frozen, so sparsity is held at 0.00% in this fit" in capsys.readouterr().out
     assert watch.forwards == [share(0.8 * step / 8) for step in range(8)]  # the unfrozen fit, from its start
     assert callback.sparsifier.sparsity == share(0.8)
-    assert callback.sparsifier.dense == {}
+    assert dense_of(callback.sparsifier) == {}
 
 
 def test_a_fit_that_starts_at_a_later_epoch_takes_up_the_schedule_there(make_learner):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import dense_of, followers_of
 from torch import nn
 
 from sparsifai import Sparsifier
@@ -64,8 +65,8 @@ def test_what_cannot_be_traced_needs_an_example_and_is_left_as_it_was():
     state = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
     sparsifier = Sparsifier(model, "filter", example_input=EXAMPLE)
-    assert sparsifier.dense == {"head.weight": "yields the model's output"}
-    assert sparsifier.followers == dict.fromkeys(["stem.bias", "norm.weight", "norm.bias"], ("stem.weight",))
+    assert dense_of(sparsifier) == {"head.weight": "yields the model's output"}
+    assert followers_of(sparsifier) == dict.fromkeys(["stem.bias", "norm.weight", "norm.bias"], ("stem.weight",))
     assert model.training
     assert model.dropout.training
     assert torch.equal(torch.get_rng_state(), random)
@@ -187,9 +188,9 @@ def test_a_layer_norm_behind_moved_channels():
     model = Forward(lambda model, x: x.permute(0, 2, 3, 1), nn.LayerNorm(6), (1, 2))
     for flow in flows(model, EXAMPLE):
         assert flow.norms_behind(model, ["conv.weight"]) == {("norm", True): {"conv.weight"}}
-    assert set(Sparsifier(model, "filter").followers) == {"conv.bias", "norm.weight", "norm.bias"}
+    assert set(followers_of(Sparsifier(model, "filter"))) == {"conv.bias", "norm.weight", "norm.bias"}
     unmoved = Forward(lambda model, x: x.permute(0, 1, 3, 2), nn.LayerNorm(4))
-    assert set(Sparsifier(unmoved, "filter").followers) == {"conv.bias"}
+    assert set(followers_of(Sparsifier(unmoved, "filter"))) == {"conv.bias"}
 
 
 def test_changing_the_type_is_not_reading_a_size():
@@ -210,10 +211,10 @@ def test_changing_the_type_is_not_reading_a_size():
 def test_containers_of_torch_are_looked_into():
     model = nn.Sequential(nn.Linear(6, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3))
     sparsifier = Sparsifier(model, "filter", example_input=torch.randn(2, 5, 6))
-    assert sparsifier.dense == {"2.weight": "yields the model's output"}
-    assert not any("norm" in name for name in sparsifier.followers)  # both stand behind sums
+    assert dense_of(sparsifier) == {"2.weight": "yields the model's output"}
+    assert not any("norm" in name for name in followers_of(sparsifier))  # both stand behind sums
     # Past the attention, the residual path carries the input on to the next layers.
-    assert set(Sparsifier(model[1:], "channel", example_input=torch.randn(2, 5, 8)).dense) == {
+    assert set(dense_of(Sparsifier(model[1:], "channel", example_input=torch.randn(2, 5, 8)))) == {
         "1.self_attn.in_proj_weight",
         "1.linear1.weight",
         "2.weight",
@@ -247,7 +248,9 @@ def test_the_output_is_found_in_what_models_return(wrap):
         def forward(self, x):
             return wrap(super().forward(x))
 
-    assert Sparsifier(Wraps(), "filter", example_input=EXAMPLE).dense == {"head.weight": "yields the model's output"}
+    assert dense_of(Sparsifier(Wraps(), "filter", example_input=EXAMPLE)) == {
+        "head.weight": "yields the model's output"
+    }
 
 
 def test_a_flow_that_does_not_show_the_output_is_an_error_not_a_guess():
@@ -298,7 +301,7 @@ def test_a_unet_of_fastai():
     vision = pytest.importorskip("fastai.vision.all", reason="it is fastai's")
     resnet = pytest.importorskip("torchvision").models.resnet18(weights=None)
     model = vision.DynamicUnet(nn.Sequential(*list(resnet.children())[:-2]), 2, (32, 32))
-    dense = Sparsifier(model, "filter", example_input=torch.randn(2, 3, 32, 32)).dense
+    dense = dense_of(Sparsifier(model, "filter", example_input=torch.randn(2, 3, 32, 32)))
     assert dense == {"layers.12.0.weight": "yields the model's output"}
 
 

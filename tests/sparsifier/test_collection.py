@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_net
+from conftest import layers_of, small_net
 from torch import nn
 
 from sparsifai import Sparsifier, criteria, quantities, taken
@@ -41,7 +41,7 @@ def net():
 def scores_of(sparsifier, name):
     """What the criterion scores, of the quantities as they are."""
     values = {each: sparsifier.collected.value(each, name, sparsifier) for each in sparsifier.collected.named}
-    return sparsifier.criteria(**values)
+    return sparsifier.ranking.options.criteria(**values)
 
 
 FORMULAS = {
@@ -57,7 +57,7 @@ def test_criteria_of_gradients_are_their_formulas(net, criterion):
     gradients = mean_gradients(copy.deepcopy(net), batches())
     sparsifier = Sparsifier(net, criteria=criterion)
     sparsifier.calibrate(batches(), F.cross_entropy)
-    for name, target in sparsifier.targets.items():
+    for name, target in layers_of(sparsifier).items():
         expected = FORMULAS[criterion](target.parameter.detach(), [each[name] for each in gradients])
         assert torch.allclose(scores_of(sparsifier, name), expected, rtol=1e-4, atol=1e-9)
         assert expected.abs().max() > 0
@@ -68,7 +68,7 @@ def test_grasp_is_the_weight_times_the_hessian_times_the_gradient():
     inputs, labels = torch.randn(5, 3), torch.randint(2, (5,))
     sparsifier = Sparsifier(model, criteria="grasp")
     sparsifier.calibrate([(inputs, labels)], F.cross_entropy)
-    names = list(sparsifier.targets)
+    names = list(layers_of(sparsifier))
     weights = [model.get_parameter(name) for name in names]
 
     def loss(*weights):
@@ -92,7 +92,7 @@ def test_synflow_conserves_the_flow_through_every_layer():
         nn.Flatten(), nn.Linear(96, 5, bias=False), nn.ReLU(), nn.Linear(5, 2, bias=False),
     )  # fmt: skip
     sparsifier = Sparsifier(model, criteria="synflow", example_input=torch.randn(7, 3, 8, 8))
-    sums = [float(scores_of(sparsifier, name).sum()) for name in sparsifier.targets]
+    sums = [float(scores_of(sparsifier, name).sum()) for name in layers_of(sparsifier)]
     positive = copy.deepcopy(model).double()
     with torch.no_grad():
         for parameter in positive.parameters():
@@ -177,12 +177,12 @@ def test_means_are_over_the_batches_since_the_last_update(net):
     sparsifier.calibrate([first], F.cross_entropy)
     sparsifier.calibrate([second], F.cross_entropy)
     assert torch.allclose(
-        sparsifier.statistics["grad"]["0.weight"], (one[0]["0.weight"] + one[1]["0.weight"]) / 2, atol=1e-7
+        sparsifier.collected.stored["grad"]["0.weight"], (one[0]["0.weight"] + one[1]["0.weight"]) / 2, atol=1e-7
     )
     sparsifier.sparsify(0.0)
     sparsifier.sparsify(0.0)  # what is there stays, until a batch comes
     sparsifier.calibrate([third], F.cross_entropy)
-    assert torch.allclose(sparsifier.statistics["grad"]["0.weight"], one[2]["0.weight"], atol=1e-7)
+    assert torch.allclose(sparsifier.collected.stored["grad"]["0.weight"], one[2]["0.weight"], atol=1e-7)
 
 
 def test_what_movement_pruning_sums_is_not_forgotten_at_an_update(net):
@@ -192,7 +192,7 @@ def test_what_movement_pruning_sums_is_not_forgotten_at_an_update(net):
         sparsifier.calibrate([batch], F.cross_entropy)
         sparsifier.sparsify(0.0)
     expected = sum(each["0.weight"] for each in gradients) / 2 * net[0].weight
-    assert torch.allclose(sparsifier.statistics["weight_grad"]["0.weight"], expected, atol=1e-7)
+    assert torch.allclose(sparsifier.collected.stored["weight_grad"]["0.weight"], expected, atol=1e-7)
 
 
 def test_in_a_plain_loop_gradients_are_seen_before_they_are_masked(net):
@@ -201,27 +201,27 @@ def test_in_a_plain_loop_gradients_are_seen_before_they_are_masked(net):
     inputs, labels = batches(1)[0]
     F.cross_entropy(net(inputs), labels).backward()
     sparsifier.mask_gradients()
-    assert torch.allclose(sparsifier.statistics["grad"]["0.weight"], gradients["0.weight"])
+    assert torch.allclose(sparsifier.collected.stored["grad"]["0.weight"], gradients["0.weight"])
 
 
 def test_nothing_is_collected_that_no_criterion_names(net):
     sparsifier = Sparsifier(net)
     sparsifier.calibrate(batches())
-    assert sparsifier.statistics == {}
+    assert sparsifier.collected.stored == {}
 
 
 def test_an_own_statistic_is_one_function(net):
     @quantities.register
     @taken("backward")
     def largest_gradient(sparsifier, name):
-        return sparsifier.targets[name].parameter.grad.abs().max()
+        return sparsifier.layers[name].parameter.grad.abs().max()
 
     try:
         sparsifier = Sparsifier(net, criteria=lambda weight, largest_gradient: weight.abs() * largest_gradient)
         sparsifier.calibrate(batches(2), F.cross_entropy)
         gradients = mean_gradients(copy.deepcopy(net), batches(2))
         expected = sum(each["0.weight"].abs().max() for each in gradients) / 2
-        assert torch.allclose(sparsifier.statistics["largest_gradient"]["0.weight"], expected)
+        assert torch.allclose(sparsifier.collected.stored["largest_gradient"]["0.weight"], expected)
         sparsifier.sparsify(0.5)
         assert sparsifier.sparsity == pytest.approx(0.5, abs=0.01)
     finally:
@@ -271,7 +271,8 @@ def test_a_batch_that_fails_behind_a_good_one_leaves_nothing_of_the_good_one(net
         sparsifier.calibrate([*batches(2)[1:], (torch.randn(4, 5, 8, 8), torch.zeros(4).long())], F.cross_entropy)
     assert sparsifier.collected.counts == before["counts"]
     assert all(
-        torch.equal(value, before["stored"]["grad"][name]) for name, value in sparsifier.statistics["grad"].items()
+        torch.equal(value, before["stored"]["grad"][name])
+        for name, value in sparsifier.collected.stored["grad"].items()
     )
 
 
@@ -340,7 +341,7 @@ def test_a_quantity_of_any_shape_is_kept_in_a_state(net):
     @quantities.register
     @taken("backward")
     def gradient_norms(sparsifier, name):
-        return sparsifier.targets[name].parameter.grad.flatten(1).norm(dim=1)
+        return sparsifier.layers[name].parameter.grad.flatten(1).norm(dim=1)
 
     try:
         by_norm = lambda weight, gradient_norms: weight.abs() * gradient_norms.view(-1, *[1] * (weight.dim() - 1))  # noqa: E731
@@ -380,7 +381,7 @@ def test_losses_that_are_linear_and_layers_that_are_frozen():
     model = nn.Sequential(nn.Linear(3, 2))
     sparsifier = Sparsifier(model, criteria="grasp", layers="0")
     sparsifier.calibrate([(torch.ones(1, 3), torch.zeros(1))], lambda output, target: output.sum())
-    assert (sparsifier.statistics["hessian_grad"]["0.weight"] == 0).all()
+    assert (sparsifier.collected.stored["hessian_grad"]["0.weight"] == 0).all()
     model[0].weight.requires_grad_(False)
     for criterion in ("grasp", "snip"):
         with pytest.raises(ValueError, match=r"no gradient .*0\.weight.* frozen"):
@@ -619,7 +620,7 @@ def test_in_a_learner_gradients_are_those_that_pass_unscaled_and_unmasked(make_l
         seen.append({name: parameter.grad.clone() for name, parameter in self.model.named_parameters()})
 
     learn.fit(1, 0.01, cbs=[callback, Callback(after_backward=look)])
-    stored = callback.sparsifier.statistics["grad"]
+    stored = callback.sparsifier.collected.stored["grad"]
     for name, mean in stored.items():
         assert torch.allclose(mean, torch.stack([each[name] for each in seen]).mean(0), atol=1e-7), name
     masked = ~callback.sparsifier.masks["0.weight"]

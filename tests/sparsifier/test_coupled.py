@@ -9,7 +9,7 @@ from torch import nn
 
 pytest.importorskip("torch_pruning", reason="what is coupled torch-pruning knows")
 
-from conftest import small_learner  # noqa: E402
+from conftest import dense_of, small_learner  # noqa: E402
 
 from sparsifai import Sparsifier, bounded, sensitivity, shrinkage  # noqa: E402
 
@@ -44,7 +44,7 @@ def test_filters_whose_outputs_are_added_fall_together():
     model = Residual()
     sparsifier = coupled(model)
     assert set(sparsifier.masks) == {"stem.weight", "first.weight", "branch.weight", "head.weight"}
-    assert sparsifier.dense == {"out.weight": "yields the model's output"}
+    assert dense_of(sparsifier) == {"out.weight": "yields the model's output"}
     for level, left in ((0.25, 6), (0.5, 4), (0.75, 2)):
         sparsifier.sparsify(level)
         assert alive(sparsifier.masks["stem.weight"]) == alive(sparsifier.masks["branch.weight"])
@@ -171,7 +171,7 @@ def test_what_cannot_be_removed_stays_dense_with_the_reason():
             x = self.groups(self.same(F.relu(self.free(x))))
             return self.out(self.gate(x).sigmoid())
 
-    assert coupled(Ends()).dense == {
+    assert dense_of(coupled(Ends())) == {
         "conv.weight": "coupled with the input of the model",
         "same.weight": "it goes through groups (GroupNorm), which takes channels together",
         "gate.weight": "0.5 where out pads its input with zeros",
@@ -181,8 +181,8 @@ def test_what_cannot_be_removed_stays_dense_with_the_reason():
 
 def test_what_is_coupled_with_a_layer_that_takes_no_part_stays_dense():
     sparsifier = coupled(Residual(), exclude="stem")
-    assert sparsifier.dense["stem.weight"] == "excluded"
-    assert sparsifier.dense["branch.weight"] == "coupled with stem.weight, which stays dense"
+    assert dense_of(sparsifier)["stem.weight"] == "excluded"
+    assert dense_of(sparsifier)["branch.weight"] == "coupled with stem.weight, which stays dense"
     assert set(sparsifier.masks) == {"first.weight", "head.weight"}
     assert "coupled with stem.weight" in str(sparsifier.report())
 
@@ -209,7 +209,7 @@ def test_contexts_and_criteria(context, criteria):
 
 
 def expanded(sparsifier):
-    return {name: mask.expand_as(sparsifier.targets[name].parameter) for name, mask in sparsifier.masks.items()}
+    return {name: mask.expand_as(sparsifier.layers[name].parameter) for name, mask in sparsifier.masks.items()}
 
 
 def zeros(sparsifier):

@@ -6,9 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import layers_of
 from torch import nn
 
-from sparsifai import Sparsifier, criteria, granularity, selection
+from sparsifai import Sparsifier, criteria
+from sparsifai.axes import granularity, grouping
+from sparsifai.axes.ranking import selection
 from sparsifai.axes.criterion import is_elementwise
 
 LAYOUTS = {
@@ -71,7 +74,7 @@ def test_the_masks_are_those_of_a_stable_sort(kind, dtype, context, on_device):
     names = list(sparsifier.masks)
     scopes = [names] if context == "global" else [[name] for name in names]
     for level in LEVELS:
-        before = {name: target.parameter.clone() for name, target in sparsifier.targets.items()}
+        before = {name: target.parameter.clone() for name, target in layers_of(sparsifier).items()}
         masked = {name: ~mask.numpy().ravel() for name, mask in sparsifier.masks.items()}
         sparsifier.sparsify(level)
         expected = sorted_masks(before, masked, scopes, level)

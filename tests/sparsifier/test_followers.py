@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import dense_of, followers_of
 from torch import nn
 
 from sparsifai import Sparsifier
@@ -40,18 +41,18 @@ def test_a_linear_layer_and_its_layer_norm():
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2))
     sparsifier = Sparsifier(model, "row")
     sparsifier.sparsify(0.5)
-    assert sparsifier.followers == dict.fromkeys(["0.bias", "1.weight", "1.bias"], ("0.weight",))
+    assert followers_of(sparsifier) == dict.fromkeys(["0.bias", "1.weight", "1.bias"], ("0.weight",))
     assert ((model[1].weight == 0) & (model[1].bias == 0)).sum() == 4
 
 
 def test_a_layer_norm_over_the_width_is_not_taken_for_one_over_channels():
     model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.LayerNorm(6), nn.Flatten(), nn.Linear(216, 2))
-    assert list(Sparsifier(model, "filter", layers="0").followers) == ["0.bias"]
+    assert list(followers_of(Sparsifier(model, "filter", layers="0"))) == ["0.bias"]
 
 
 def test_a_norm_layer_of_another_size_is_left_alone():
     model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.Flatten(), nn.BatchNorm1d(216), nn.Linear(216, 2))
-    assert list(Sparsifier(model, "filter", layers="0").followers) == ["0.bias"]
+    assert list(followers_of(Sparsifier(model, "filter", layers="0"))) == ["0.bias"]
 
 
 class Residual(nn.Module):
@@ -72,13 +73,13 @@ class Residual(nn.Module):
 
 
 def test_a_norm_behind_a_sum_is_left_alone():
-    assert set(Sparsifier(Residual(), "filter").followers) == {"conv.bias", "other.bias"}
+    assert set(followers_of(Sparsifier(Residual(), "filter"))) == {"conv.bias", "other.bias"}
 
 
 def test_a_shared_norm_dies_only_where_all_its_producers_do():
     model = Residual(shared=True)
     sparsifier = Sparsifier(model, "filter", "local")
-    assert sparsifier.followers["norm.weight"] == ("conv.weight", "other.weight")
+    assert followers_of(sparsifier)["norm.weight"] == ("conv.weight", "other.weight")
     with torch.no_grad():
         model.conv.weight.copy_(torch.tensor([1.0, 2, 3, 4]).view(4, 1, 1, 1).expand(4, 2, 1, 1))
         model.other.weight.copy_(torch.tensor([1.0, 4, 2, 3]).view(4, 1, 1, 1).expand(4, 2, 1, 1))
@@ -89,7 +90,7 @@ def test_a_shared_norm_dies_only_where_all_its_producers_do():
 
 def test_granularities_that_do_not_drop_outputs_have_no_followers(net):
     for granularity in ("weight", "kernel", "channel", "shared_weight"):
-        assert Sparsifier(net, granularity).followers == {}
+        assert followers_of(Sparsifier(net, granularity)) == {}
 
 
 class Reads(nn.Module):
@@ -109,8 +110,8 @@ def test_biases_of_attention_and_recurrent_weights():
     model = Reads()
     sparsifier = Sparsifier(model, "filter", "local")
     sparsifier.sparsify(0.5)
-    assert sparsifier.dense == {"head.weight": "yields the model's output"}
-    assert sparsifier.followers == {
+    assert dense_of(sparsifier) == {"head.weight": "yields the model's output"}
+    assert followers_of(sparsifier) == {
         "lstm.bias_ih_l0": ("lstm.weight_ih_l0",),
         "lstm.bias_hh_l0": ("lstm.weight_hh_l0",),
         "attention.in_proj_bias": ("attention.in_proj_weight",),
@@ -128,11 +129,12 @@ def test_the_bias_of_a_weight_of_another_name():
         def forward(self, x):
             return x @ self.kernel + self.bias
 
-    from sparsifai import register_layer, target
+    from sparsifai import register_layer
+    from sparsifai.model import layers as target
 
     register_layer(Kernel, kernel=("in", "out"))
     try:
         model = nn.Sequential(Kernel(), nn.ReLU(), nn.Linear(8, 2))
-        assert Sparsifier(model, "filter").followers == {"0.bias": ("0.kernel",)}
+        assert followers_of(Sparsifier(model, "filter")) == {"0.bias": ("0.kernel",)}
     finally:
         del target._AXES_OF_KIND[Kernel]

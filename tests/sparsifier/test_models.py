@@ -14,7 +14,7 @@ pytestmark = [
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
-from conftest import letter, picture, small_learner  # noqa: E402
+from conftest import dense_of, layers_of, letter, picture, small_learner  # noqa: E402
 from fastai.tabular import all as tabular  # noqa: E402
 from fastai.text import all as text  # noqa: E402
 
@@ -153,21 +153,21 @@ def test_a_model_is_made_sparse_and_stays_so(model, granularity):
         sparsifier = callback.sparsifier
         if granularity == "filter":
             dense, count = {*dense, *dense_with_filters}, count - len(dense_with_filters)
-        assert set(sparsifier.dense) == set(dense)
+        assert set(dense_of(sparsifier)) == set(dense)
         assert len(sparsifier.masks) == count
-        weights = sum(target.parameter.numel() for target in sparsifier.targets.values())
-        largest = max(target.parameter[0].numel() for target in sparsifier.targets.values())
-        zeros = sum(int((target.parameter == 0).sum()) for target in sparsifier.targets.values())
+        weights = sum(target.parameter.numel() for target in layers_of(sparsifier).values())
+        largest = max(target.parameter[0].numel() for target in layers_of(sparsifier).values())
+        zeros = sum(int((target.parameter == 0).sum()) for target in layers_of(sparsifier).values())
         assert zeros == sparsifier.report().selected.zeros
         assert abs(zeros - weights / 2) <= (0.5 if granularity == "weight" else largest / 2)
         seen = []
 
         def count_zeros(self):  # of what is masked: among millions of trained weights one is zero by chance
-            targets = sparsifier.targets.items()
+            targets = layers_of(sparsifier).items()
             seen.append(sum(int(((each.parameter == 0) & ~sparsifier.masks[name]).sum()) for name, each in targets))
 
         learn.fit(1, 0.1, cbs=fastai.Callback(after_pred=count_zeros, after_step=count_zeros))
-    masked = (~mask.expand_as(sparsifier.targets[name].parameter) for name, mask in sparsifier.masks.items())
+    masked = (~mask.expand_as(sparsifier.layers[name].parameter) for name, mask in sparsifier.masks.items())
     assert set(seen) == {sum(int(each.sum()) for each in masked)}
     assert list(learn.model.state_dict()) == keys
     assert {id(each) for each in learn.model.parameters()} == parameters

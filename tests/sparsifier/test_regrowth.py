@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import layers_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,14 +19,14 @@ from sparsifai.sparsifier.regrowth import Regrowth, sparsity_of_drop
 def show_gradients(sparsifier, seed=0):
     """Made-up gradients, seen as after a backward pass."""
     generator = torch.Generator().manual_seed(seed)
-    for target in sparsifier.targets.values():
+    for target in layers_of(sparsifier).values():
         target.parameter.grad = torch.randn(target.parameter.shape, generator=generator)
     sparsifier.collect_gradients()
 
 
 def alive(sparsifier):
     return torch.cat(
-        [mask.expand_as(sparsifier.targets[name].parameter).flatten() for name, mask in sparsifier.masks.items()]
+        [mask.expand_as(sparsifier.layers[name].parameter).flatten() for name, mask in sparsifier.masks.items()]
     )
 
 
@@ -120,13 +121,13 @@ def test_the_sparsity_is_constant_and_the_masks_move_with_every_granularity_and_
     sparsifier.sparsify(0.4)
     share, moved = float((~alive(sparsifier)).float().mean()), 0
     # Contexts with budgets round in every layer, to whole groups.
-    groups = [(sparsifier.targets[name].parameter.numel(), mask.numel()) for name, mask in sparsifier.masks.items()]
+    groups = [(sparsifier.layers[name].parameter.numel(), mask.numel()) for name, mask in sparsifier.masks.items()]
     slack = sum(weights / count for weights, count in groups) / sum(weights for weights, _ in groups)
     for step in range(5):
         before = alive(sparsifier)
         with torch.no_grad():  # as a step does
             for name, mask in sparsifier.masks.items():
-                weight = sparsifier.targets[name].parameter
+                weight = sparsifier.layers[name].parameter
                 weight += mask * torch.randn(weight.shape)
         show_gradients(sparsifier, step)
         sparsifier.sparsify(0.4, drop=0.4)
@@ -147,7 +148,7 @@ def test_what_comes_back_starts_at_zero_with_fresh_moments_and_is_moved_by_the_n
         sparsifier.sparsify(0.5, drop=0.5)
         sparsifier.mask_moments(optimizer)
         for name, mask in sparsifier.masks.items():
-            weight, back = sparsifier.targets[name].parameter, mask & ~before[name]
+            weight, back = sparsifier.layers[name].parameter, mask & ~before[name]
             assert (weight[back] == 0).all()
             assert (weight[~mask] == 0).all()
             for kept in optimizer.state[weight].values():
@@ -211,7 +212,7 @@ def test_saved_and_restored_it_goes_on_as_if_nothing_had_been(mlp):
             show_gradients(sparsifier, step)
             with torch.no_grad():
                 for name, mask in sparsifier.masks.items():
-                    sparsifier.targets[name].parameter.add_(mask * 0.1)
+                    sparsifier.layers[name].parameter.add_(mask * 0.1)
             sparsifier.sparsify(0.6, drop=0.3)
 
     def increase(weight, init, grad):
@@ -252,7 +253,7 @@ def counting(callback_of, masks, counts):
         def after_step(self):
             sparsifier = callback_of().sparsifier
             masks.append(alive(sparsifier))
-            counts.append(sum(int((target.parameter == 0).sum()) for target in sparsifier.targets.values()))
+            counts.append(sum(int((target.parameter == 0).sum()) for target in layers_of(sparsifier).values()))
 
     Watch.__module__ = "fastai.watching"  # known not to write
     return Watch()
@@ -338,7 +339,7 @@ def test_moments_of_what_comes_back_are_fresh_in_a_learner(make_learner):
 
         def before_step(self):
             for name, mask in self.learn.sparsify.sparsifier.masks.items():
-                parameter = self.learn.sparsify.sparsifier.targets[name].parameter
+                parameter = self.learn.sparsify.sparsifier.layers[name].parameter
                 back = mask & ~earlier.get(name, mask)
                 earlier[name] = mask
                 if back.any():
@@ -389,7 +390,7 @@ def test_limits_hold_whatever_the_gradients_are():
         sparsifier.sparsify(0.6, drop=0.3)
         with torch.no_grad():
             for name, mask in sparsifier.masks.items():
-                sparsifier.targets[name].parameter.add_(mask * torch.randn(40, 40))
+                sparsifier.layers[name].parameter.add_(mask * torch.randn(40, 40))
         assert float((~sparsifier.masks["0.weight"]).float().mean()) >= 0.5
         assert int((~alive(sparsifier)).sum()) == 1920
 

@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import EXAMPLE, show_data, small_net
+from conftest import EXAMPLE, dense_of, layers_of, show_data, small_net
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -28,17 +28,17 @@ def moved(model):
 def expected_masks(sparsifier, scores, masks, sparsity, context):
     """The masks by the slow oracle; scores and masks: full-size arrays by parameter name."""
     table = {}
-    pooled = oracle.squared_sums if sparsifier.criteria is criteria["taylor"] else oracle.pooled
-    for name, target in sparsifier.targets.items():
+    pooled = oracle.squared_sums if sparsifier.ranking.options.criteria is criteria["taylor"] else oracle.pooled
+    for name, target in layers_of(sparsifier).items():
         axes, shape = tuple(target.axes), tuple(target.parameter.shape)
         by_axes = oracle.MATRIX if len(axes) == 2 else oracle.CONVOLUTION
-        indexed = by_axes[sparsifier.granularity.__name__]
+        indexed = by_axes[sparsifier.ranking.options.granularity.__name__]
         groups = oracle.groups_of(shape, axes, indexed, target.convolution_groups)
         table[name] = (shape, groups, [
             (score, len(group), not masks[name][group[0]])
             for score, group in zip(pooled(scores[name], groups), groups, strict=True)
         ])  # fmt: skip
-    whole = sparsifier.granularity.__name__ == "layer"
+    whole = sparsifier.ranking.options.granularity.__name__ == "layer"
     scopes = [[name] for name in table] if context == "local" else [list(table)]
     result = {}
     for names in scopes:
@@ -60,11 +60,11 @@ def test_every_combination_meets_its_target_as_the_oracle_counts(granularity, co
         sparsifier.apply_masks()
         show_data(sparsifier)
         masks = {
-            name: mask.expand_as(sparsifier.targets[name].parameter).numpy() for name, mask in sparsifier.masks.items()
+            name: mask.expand_as(sparsifier.layers[name].parameter).numpy() for name, mask in sparsifier.masks.items()
         }
-        random = copy.deepcopy(sparsifier.rng)
+        random = copy.deepcopy(sparsifier.collected.source.rng)
         scores = {}
-        for name in sparsifier.targets:
+        for name in layers_of(sparsifier):
             function = criteria[criterion]
             known = {key: sparsifier.collected.value(key, name, sparsifier) for key in quantities_of(function)}
             if "rng" in known:
@@ -74,7 +74,7 @@ def test_every_combination_meets_its_target_as_the_oracle_counts(granularity, co
         expected = expected_masks(sparsifier, scores, masks, sparsity, context)
         with pytest.warns(UserWarning, match="no group can fall") if hopeless else nullcontext():
             sparsifier.sparsify(sparsity)
-        for name, target in sparsifier.targets.items():
+        for name, target in layers_of(sparsifier).items():
             mask = sparsifier.masks[name].expand_as(target.parameter).numpy()
             assert (mask == expected[name]).all(), name
             assert (target.parameter.detach().numpy()[~mask] == 0).all()
@@ -118,12 +118,12 @@ def test_random_shapes_dtypes_ties_layouts_and_levels(
     except ValueError as error:
         assert "has 1 group, of which 1 must stay" in str(error)  # noqa: PT017
         return
-    weights = {name: target.parameter.detach().clone() for name, target in sparsifier.targets.items()}
+    weights = {name: target.parameter.detach().clone() for name, target in layers_of(sparsifier).items()}
     scores = {name: weight.float().abs().numpy() for name, weight in weights.items()}
     masks = {name: torch.ones(weight.shape, dtype=torch.bool).numpy() for name, weight in weights.items()}
     expected = expected_masks(sparsifier, scores, masks, level, context)
     sparsifier.sparsify(level)
-    for name, target in sparsifier.targets.items():
+    for name, target in layers_of(sparsifier).items():
         mask = sparsifier.masks[name].expand_as(target.parameter).numpy()
         assert (mask == expected[name]).all()
         kept = torch.from_numpy(expected[name])
@@ -149,7 +149,7 @@ def test_half_of_the_weights_of_resnet18_by_filters():
     sparsifier = Sparsifier(resnet, "filter", "global")
     sparsifier.sparsify(0.5)
     selected = sparsifier.report().selected
-    largest = max(target.parameter[0].numel() for target in sparsifier.targets.values())
+    largest = max(target.parameter[0].numel() for target in layers_of(sparsifier).values())
     assert abs(selected.zeros - selected.weights / 2) <= largest / 2
     assert selected.weights == sum(p.numel() for p in resnet.parameters() if p.dim() == 4)
     with torch.no_grad():
@@ -221,7 +221,7 @@ def test_a_pattern_of_a_dictionary_that_means_no_sparse_layer_is_an_error(net):
 def test_round_to_keeps_multiples_in_every_layer(level, context, net):
     sparsifier = Sparsifier(net, "filter", context, round_to=4)
     sparsifier.sparsify(level)
-    assert sparsifier.dense["10.weight"] == "has 6 groups, of which 4 must stay"
+    assert dense_of(sparsifier)["10.weight"] == "has 6 groups, of which 4 must stay"
     assert all(int(mask.sum()) in (4, 8) for mask in sparsifier.masks.values())
     thirds = Sparsifier(small_net(), "filter", context, round_to=3)
     thirds.sparsify(level)
@@ -558,14 +558,14 @@ def test_loading_a_state_applies_its_masks_and_levels(mlp):
 def test_previous_is_the_value_at_the_last_update(mlp):
     sparsifier = Sparsifier(mlp, criteria="updating_movement", context="local")
     start = mlp[0].weight.detach().clone()
-    assert torch.equal(sparsifier.statistics["previous"]["0.weight"], start)
+    assert torch.equal(sparsifier.collected.stored["previous"]["0.weight"], start)
     with torch.no_grad():
         mlp[0].weight.add_(1)
     sparsifier.sparsify(0.25)
-    updated = sparsifier.statistics["previous"]["0.weight"]
+    updated = sparsifier.collected.stored["previous"]["0.weight"]
     assert torch.equal(updated, mlp[0].weight)
     assert not torch.equal(updated, start)
-    assert set(sparsifier.statistics) == {"previous"}
+    assert set(sparsifier.collected.stored) == {"previous"}
 
 
 def test_adopted_masks_are_masked_and_never_dropped_by_a_rising_level(net):
@@ -573,13 +573,13 @@ def test_adopted_masks_are_masked_and_never_dropped_by_a_rising_level(net):
     earlier.sparsify(0.3)
     for granularity in ("weight", "kernel"):
         later = Sparsifier(net, granularity)
-        later.adopt(earlier.masks)
+        later.recover_masks(earlier.masks)
         later.sparsify(0.1)
         for name, mask in earlier.masks.items():
-            assert torch.equal(later.masks[name].expand_as(later.targets[name].parameter),
-                               mask.expand_as(later.targets[name].parameter))  # fmt: skip
+            assert torch.equal(later.masks[name].expand_as(later.layers[name].parameter),
+                               mask.expand_as(later.layers[name].parameter))  # fmt: skip
     rows = Sparsifier(net, "filter")
-    rows.adopt(earlier.masks)
+    rows.recover_masks(earlier.masks)
     whole = (earlier.masks["3.weight"] == 0).flatten(1).all(1)
     assert torch.equal(~rows.masks["3.weight"].flatten(), whole)
 
@@ -686,7 +686,7 @@ def test_init_stays_what_it_was_when_the_sparsifier_was_made(mlp):
     for level in (0.2, 0.4):
         moved(mlp)
         sparsifier.sparsify(level)
-    assert torch.equal(sparsifier.statistics["init"]["0.weight"], start)
+    assert torch.equal(sparsifier.collected.stored["init"]["0.weight"], start)
 
 
 def test_a_comparison_with_an_earlier_value_before_any_training_is_told_of(mlp):

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import small_net
+from conftest import dense_of, layers_of, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -67,7 +67,7 @@ def test_the_penalty_is_summed_over_what_takes_part():
     assert float(Regularizer(model).penalty().detach()) == pytest.approx(expected, rel=1e-5)
     last = float(model[12].weight.detach().abs().sum())
     assert float(Regularizer(model, exclude="12").penalty().detach()) == pytest.approx(expected - last, rel=1e-5)
-    assert "12.weight" in Regularizer(model, "filter").sparsifier.dense
+    assert "12.weight" in dense_of(Regularizer(model, "filter").sparsifier)
 
 
 def test_the_gradient_of_the_group_lasso_is_the_weight_over_its_norm():
@@ -107,21 +107,21 @@ def test_gradients_are_those_of_finite_differences(granularity, criterion):
 def test_every_granularity_with_several_criteria(granularity, criterion):
     model = small_net()
     regularizer = Regularizer(model, granularity, criterion)
-    for target in regularizer.sparsifier.targets.values():
+    for target in layers_of(regularizer.sparsifier).values():
         target.parameter.data.add_(0.1 * torch.randn_like(target.parameter))
     regularizer.penalty().backward()
-    for target in regularizer.sparsifier.targets.values():
+    for target in layers_of(regularizer.sparsifier).values():
         assert target.parameter.grad.isfinite().all()
         assert target.parameter.grad.abs().sum() > 0
     expected = 0.0
-    for name, target in regularizer.sparsifier.targets.items():
+    for name, target in layers_of(regularizer.sparsifier).items():
         values = {
             "weight": target.parameter.detach(),
-            "init": regularizer.sparsifier.statistics.get("init", {}).get(name),
+            "init": regularizer.sparsifier.collected.stored.get("init", {}).get(name),
         }
         named = ("weight", "init") if criterion in ("movement", "movmag") else ("weight",)
         scores = criteria[criterion](**{each: values[each] for each in named})
-        groups = regularizer.sparsifier.groupings[name]
+        groups = regularizer.sparsifier.layers[name].grouping
         sizes = groups.members(torch.ones(target.parameter.shape)).sum(1)
         expected += float((groups.members(scores.square()).sum(1).sqrt() * sizes.sqrt()).sum())
     assert float(regularizer.penalty().detach()) == pytest.approx(expected, rel=1e-4)
@@ -137,7 +137,7 @@ def test_the_gradient_of_a_group_of_zeros_is_zero(granularity, criterion):
     penalty = regularizer.penalty()
     penalty.backward()
     assert penalty == 0
-    assert all(not each.parameter.grad.any() for each in regularizer.sparsifier.targets.values())
+    assert all(not each.parameter.grad.any() for each in layers_of(regularizer.sparsifier).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -203,10 +203,10 @@ def test_frozen_weights_are_left_alone_while_they_are():
 
 def test_embeddings_take_no_part_unless_they_are_named():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False), nn.Linear(5, 2))
-    assert list(Regularizer(model).sparsifier.targets) == ["1.weight", "2.weight"]
-    assert list(Regularizer(model, layers=nn.Embedding).sparsifier.targets) == ["0.weight"]
+    assert list(layers_of(Regularizer(model).sparsifier)) == ["1.weight", "2.weight"]
+    assert list(layers_of(Regularizer(model, layers=nn.Embedding).sparsifier)) == ["0.weight"]
     model[1].weight = model[0].weight  # tied
-    assert list(Regularizer(model).sparsifier.targets) == ["2.weight"]
+    assert list(layers_of(Regularizer(model).sparsifier)) == ["2.weight"]
 
 
 @pytest.mark.parametrize(
@@ -278,10 +278,12 @@ def test_the_proximal_step_minimizes_what_it_is_to_minimize(seed, granularity, t
 
     best = objective()
     for _ in range(5):
-        moves = {name: 1e-3 * torch.randn_like(each.parameter) for name, each in regularizer.sparsifier.targets.items()}
+        moves = {
+            name: 1e-3 * torch.randn_like(each.parameter) for name, each in layers_of(regularizer.sparsifier).items()
+        }
         for sign in (1, -2, 1):
             for name, move in moves.items():
-                regularizer.sparsifier.targets[name].parameter.data.add_(sign * move)
+                regularizer.sparsifier.layers[name].parameter.data.add_(sign * move)
             assert objective() >= best - 1e-9
 
 
@@ -482,7 +484,7 @@ def test_the_proximal_step_follows_the_step_with_the_rate_of_each_group(make_lea
     )
     charged.fit(1, [0.0, 0.1], cbs=callback)
     regularizer = Regularizer(plain.model, "filter")
-    rates = {name: 0.0 if name.startswith(("0", "3")) else 0.1 for name in regularizer.sparsifier.targets}
+    rates = {name: 0.0 if name.startswith(("0", "3")) else 0.1 for name in layers_of(regularizer.sparsifier)}
     assert set(rates.values()) == {0.0, 0.1}
     regularizer.proximal_step({name: 0.5 * rate for name, rate in rates.items()})
     for expected, found in zip(plain.model.parameters(), charged.model.parameters(), strict=True):

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLE, small_net
+from conftest import EXAMPLE, layers_of, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from soundness import counted
@@ -85,8 +85,8 @@ def test_every_level_is_measured_from_the_dense_weights():
 def test_every_granularity(net, granularity):
     sparsifier = Sparsifier(net, granularity)
     answer = measured(net, lambda model: float(model(EXAMPLE).sum()), granularity=granularity)
-    assert list(answer.layers) == list(sparsifier.targets)
-    assert set(answer.budget(0.4)) == set(sparsifier.targets)
+    assert list(answer.layers) == list(layers_of(sparsifier))
+    assert set(answer.budget(0.4)) == set(layers_of(sparsifier))
 
 
 def test_layers_and_exclude_are_those_of_the_sparsifier(mlp):
