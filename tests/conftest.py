@@ -99,8 +99,8 @@ def packages_of(file):
 
 
 def layers_of(sparsifier):
-    """The layers that are pruned."""
-    return {name: layer for name, layer in sparsifier.layers.items() if layer.is_selected}
+    """The named weights of the layers that are pruned."""
+    return {name: layer.weight for name, layer in sparsifier.layers.items() if layer.is_selected}
 
 
 def dense_of(sparsifier):
@@ -111,3 +111,8 @@ def dense_of(sparsifier):
 def followers_of(sparsifier):
     """Parameters that are masked with whole outputs -> the layers that have these outputs."""
     return {follower.name: tuple(follower.producers) for follower in sparsifier.followers}
+
+
+def levels_of(sparsifier):
+    """The sparsity that each layer was last pruned to."""
+    return {name: layer.level for name, layer in sparsifier.layers.items() if layer.is_selected}

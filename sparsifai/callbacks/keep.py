@@ -71,11 +71,17 @@ class KeepSparsity(TrainingCallback):
         self.held_model: Any = None  # the model of the masks
         self.recovers = sparsifier is None  # whether each fit begins with the zeros of the model
         self.left_by_fit = False  # whether SparsifyCallback has put it on the Learner
+        self.is_second = False  # whether SparsifyCallback has put another one on the Learner beside it
         self._recovered = False  # whether this fit has begun with the zeros of the model
         self._steps = 0
         self._gradients_zeroed = False  # in this step, for all masked weights
         if sparsifier is not None:
             self.masks, self.held_model = {**sparsifier.masks, **sparsifier.follower_masks}, sparsifier.model
+
+    @property
+    def name(self):
+        "The name under which the Learner has it. Beside another one it is a second name, which is removed with it."
+        return "second_keep_sparsity" if self.is_second else super().name
 
     def before_fit(self):
         "Zero the masked weights and their moments, which may have been loaded or changed since the last fit"

@@ -283,6 +283,9 @@ class SparsifyCallback(TrainingCallback):
 
     def _update(self, reached: float, drop: float = 0.0) -> None:
         self.sparsifier.update_masks(self._wanted(reached), self.learn.opt, drop=drop)
+        if self._fit.keeper.learn is None:  # the user has taken it off in the fit
+            self.sparsifier.apply_masks()
+            self.sparsifier.mask_moments(self.learn.opt)
         self._hand_over()
         if reached != self._reached:
             self._reached, self._fit.moved = reached, True
@@ -340,13 +343,14 @@ class SparsifyCallback(TrainingCallback):
         learn, fit, sparsifier = self.learn, self._fit, self.sparsifier
         keepers = list(learn._grab_cbs(KeepSparsity))
         for keeper in keepers:
-            if not keeper.left_by_fit:
-                keeper.recover()  # now, before the masks move
+            keeper.recover()  # the zeros of the model, before the masks move
         keeper = next((each for each in keepers if each.left_by_fit), None)
         fit.brought = keeper is None
         if keeper is None:
             keeper = KeepSparsity()
             keeper.left_by_fit = True
+            for other in keepers:
+                other.is_second = True
             learn.add_cb(keeper)
         fit.keeper = keeper
         keeper.begin()

@@ -91,15 +91,14 @@ class Coupling:
 
     def followers(self, model: nn.Module) -> list[Follower]:
         """The parameters of norm layers that the channels go through, also behind a sum or a concatenation."""
-        found = []
+        producers: dict[str, dict[str, Any]] = {}  # several parts can go through one norm layer, side by side
         for part in dict.fromkeys(self.part_of.values()):
             for norm, (entries, numbers) in part.norms.items():
-                producers = {}
                 for name, channels in part.channels.items():
                     outputs, places = np.nonzero(channels[:, None] == numbers[None, :])
-                    producers[name] = torch.from_numpy(outputs), torch.from_numpy(entries[places])
-                found.append(Follower(norm, model.get_parameter(norm).numel(), producers))
-        return found
+                    pairs = torch.from_numpy(outputs), torch.from_numpy(entries[places])
+                    producers.setdefault(norm, {})[name] = pairs
+        return [Follower(norm, model.get_parameter(norm).numel(), those) for norm, those in producers.items()]
 
 
 def couple(model: nn.Module, example_input: Any, layers: Layers) -> tuple[Coupling, dict[str, str]]:

@@ -5,7 +5,7 @@ from torch import nn
 fastai = pytest.importorskip("fastai.vision.all", reason="the callbacks are fastai's")
 pytestmark = pytest.mark.fastai
 
-from conftest import dense_of, layers_of, small_net  # noqa: E402
+from conftest import dense_of, layers_of, levels_of, small_net  # noqa: E402
 from fastai.callback.fp16 import MixedPrecision  # noqa: E402
 from fastai.callback.schedule import SchedCos  # noqa: E402
 from fastai.callback.training import GradientAccumulation, GradientClip  # noqa: E402
@@ -81,8 +81,9 @@ def test_the_callback_examples_of_the_article(make_learner):
     learn.fit_one_cycle(2, 1e-3, cbs=sp_cb)
     assert abs(sp_cb.sparsifier.sparsity - 0.5) < 0.1
     learn = make_learner(steps=3)
-    learn.fit(2, cbs=SparsifyCallback(0.5, "weight", "local", large_final, schedule=SchedCos(0, 1)))
-    assert learn.keep_sparsity.sparsifier.report().rows[0].count.sparsity == 0.5
+    sp_cb = SparsifyCallback(0.5, "weight", "local", large_final, schedule=SchedCos(0, 1))
+    learn.fit(2, cbs=sp_cb)
+    assert sp_cb.sparsifier.report().rows[0].count.sparsity == 0.5
 
 
 def test_compression_ratio_is_another_name_of_sparsity(make_learner):
@@ -146,9 +147,9 @@ def test_a_schedule_that_fails_between_the_points_that_were_tried_says_so(make_l
 def test_the_defaults_are_those_of_the_table_in_the_readme():
     callback = SparsifyCallback(0.5)
     assert callback.schedule == between("agp", 0, 0.75)
-    assert callback.criteria is large_final
-    assert callback.context is contexts["global"]
-    assert callback.granularity is granularities["weight"]
+    assert callback.options.criteria is large_final
+    assert callback.options.context is contexts["global"]
+    assert callback.options.granularity is granularities["weight"]
 
 
 def test_a_model_that_cannot_be_traced_is_read_from_the_first_batch(make_learner):
@@ -329,7 +330,7 @@ def test_a_cancelled_fit_stays_where_it_was(make_learner):
     learn, callback = make_learner(steps=4), SparsifyCallback(0.8, schedule="lin")
     learn.fit(1, cbs=[callback, Cancel()])
     assert callback.sparsifier.sparsity == share(0.4)
-    assert learn.keep_sparsity.sparsifier is callback.sparsifier
+    assert learn.keep_sparsity.keeps(callback.sparsifier.masks)
 
 
 # --- What else a Learner does: no harm ----------------------------------------------------------------------------
@@ -346,14 +347,14 @@ def test_lr_find_validate_and_get_preds_change_nothing(make_learner, when, given
     learn = make_learner(cbs=[callback] if given == "learner" else None, path=tmp_path)
     if when == "after":
         learn.fit(1, cbs=callback if given == "fit" else None)
-    before, level = state_of(learn), callback.sparsifier and callback.sparsifier.levels
+    before, level = state_of(learn), callback.sparsifier and levels_of(callback.sparsifier)
     capsys.readouterr()
     with learn.no_bar():
         learn.lr_find(num_it=6, show_plot=False)
         assert len(learn.validate()) == 1
         assert len(learn.get_preds()) == 2
     assert all(torch.equal(old, new) for old, new in zip(before, state_of(learn), strict=True))
-    assert (callback.sparsifier and callback.sparsifier.levels) == level
+    assert (callback.sparsifier and levels_of(callback.sparsifier)) == level
     assert "parsity" not in capsys.readouterr().out
     assert len(learn.metrics) == 0
 
@@ -361,7 +362,7 @@ def test_lr_find_validate_and_get_preds_change_nothing(make_learner, when, given
 def test_a_second_plain_fit_keeps_the_zeros_until_the_keeper_is_taken_off(make_learner, capsys):
     learn, watch = make_learner(), Watch()
     learn.fit(1, cbs=SparsifyCallback(0.9))
-    assert "KeepSparsity holds the 90.08% of zeros in later fits, too; learn.remove_cb" in capsys.readouterr().out
+    assert "KeepSparsity keeps the 90.08% of zeros in later fits, too; learn.remove_cb" in capsys.readouterr().out
     learn.fit(2, 0.1, cbs=watch)
     assert set(watch.forwards) == set(watch.steps) == {share(0.9)}
     learn.remove_cb(KeepSparsity)
@@ -379,20 +380,19 @@ def test_the_same_callback_in_a_second_fit_holds_what_it_reached(make_learner):
 @pytest.mark.parametrize("criteria", ["large_final", "small_final", "movement"])
 def test_a_second_callback_goes_on_from_the_zeros_of_the_first(make_learner, criteria):
     learn, watch = make_learner(), Watch()
-    learn.fit(1, cbs=SparsifyCallback(0.5, criteria=criteria))
-    first = learn.keep_sparsity.sparsifier
-    learn.fit(1, cbs=[SparsifyCallback(0.8, criteria=criteria, schedule="lin"), watch])
+    first, second = SparsifyCallback(0.5, criteria=criteria), SparsifyCallback(0.8, criteria=criteria, schedule="lin")
+    learn.fit(1, cbs=first)
+    learn.fit(1, cbs=[second, watch])
     assert min(watch.forwards) == share(0.5)
     assert watch.steps[-1] == share(0.8)
-    second = learn.keep_sparsity.sparsifier
-    assert second is not first
-    assert all((second.masks[name] <= mask).all() for name, mask in first.masks.items())
+    assert all((second.sparsifier.masks[name] <= mask).all() for name, mask in first.sparsifier.masks.items())
 
 
 def test_dead_filters_stay_dead_when_weights_are_sparsified_after_them(make_learner):
     learn = make_learner()
-    learn.fit(1, cbs=SparsifyCallback(0.5, granularity="filter"))
-    dead = {name: ~mask for name, mask in learn.keep_sparsity.sparsifier.follower_masks.items()}
+    filters = SparsifyCallback(0.5, granularity="filter")
+    learn.fit(1, cbs=filters)
+    dead = {name: ~mask for name, mask in filters.sparsifier.follower_masks.items()}
     assert any(mask.any() for mask in dead.values())
     learn.fit(1, cbs=SparsifyCallback(0.9))
     parameters = dict(learn.model.named_parameters())
@@ -612,9 +612,9 @@ def test_a_dictionary_of_targets_follows_the_schedule(make_learner):
 
 def test_what_is_no_sparsifier_of_this_model_is_refused_by_the_keeper(make_learner):
     for wrong in (0.5, SparsifyCallback(0.5)):
-        with pytest.raises(TypeError, match="KeepSparsity keeps the masks of a Sparsifier, not"):
+        with pytest.raises(TypeError, match="KeepSparsity: sparsifier is a Sparsifier whose masks are kept, not"):
             KeepSparsity(wrong)
-    with pytest.raises(ValueError, match="holds the zeros of another model than the Learner's"):
+    with pytest.raises(ValueError, match="keeps the zeros of another model than the Learner's"):
         make_learner(cbs=KeepSparsity(Sparsifier(small_net()))).fit(1)
     learn = make_learner()
     learn.fit(1, cbs=SparsifyCallback(0.5))

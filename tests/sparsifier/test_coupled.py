@@ -251,7 +251,7 @@ def test_round_to_keeps_multiples_of_what_is_joined():
 def test_falling_levels_revive_together():
     sparsifier = coupled(Residual())
     sparsifier.sparsify(0.5)
-    with pytest.warns(UserWarning, match="outputs that come back start at zero"):
+    with pytest.warns(UserWarning, match="revives whole outputs from zero"):
         sparsifier.sparsify(0.25)
     assert alive(sparsifier.masks["stem.weight"]) == alive(sparsifier.masks["branch.weight"])
     assert sum(alive(sparsifier.masks["stem.weight"])) == 6
@@ -259,7 +259,9 @@ def test_falling_levels_revive_together():
 
 def test_dictionaries_ask_for_all_that_is_coupled():
     sparsifier = coupled(Residual())
-    with pytest.raises(ValueError, match="filters of stem.weight and branch.weight are coupled, so one sparsity"):
+    with pytest.raises(
+        ValueError, match="filters of stem.weight and branch.weight are coupled, so both need the same sparsity"
+    ):
         sparsifier.sparsify({"stem": 0.5})
     assert sparsifier.sparsity == 0
     sparsifier.sparsify({lambda name, module: name in ("stem", "branch"): 0.5, "head": 0.25})
@@ -320,10 +322,12 @@ def test_what_was_zero_alone_does_not_come_back():
 
 
 def test_wrong_calls():
-    with pytest.raises(ValueError, match=r"coupled=True: what is coupled is seen in a forward; give example_input="):
+    with pytest.raises(
+        ValueError, match=r"coupled=True: coupled filters are found by running the model once; give example_input="
+    ):
         Sparsifier(Residual(), "filter", coupled=True)
     for granularity in ("weight", "channel", lambda axes: {"out": 2}):
-        with pytest.raises(ValueError, match="coupled=True joins whole filters; give granularity 'filter'"):
+        with pytest.raises(ValueError, match="coupled=True couples whole filters; give granularity 'filter'"):
             coupled(Residual(), granularity)
     with pytest.raises(ValueError, match="example_input does not run"):
         Sparsifier(Residual(), "filter", coupled=True, example_input=torch.randn(2, 4, 8, 8))
@@ -334,7 +338,10 @@ def test_wrong_calls():
 
 
 def test_layers_are_measured_one_at_a_time_uncoupled():
-    with pytest.raises(ValueError, match="sensitivity: coupled filters fall together, .*leave coupled=True out"):
+    with pytest.raises(
+        ValueError,
+        match="sensitivity prunes one layer at a time, but coupled filters are pruned together; leave out coupled=True",
+    ):
         sensitivity(Residual(), lambda model: 0.0, granularity="filter", coupled=True, example_input=EXAMPLE)
 
 
@@ -374,7 +381,7 @@ def test_a_recipe_and_a_plan(tmp_path):
         "      context: local\n      coupled: true\n"
     )
     (callback, *_) = Recipe.load(file).callbacks()
-    assert callback.coupled
+    assert callback.options.coupled
     sparsifier = Recipe.load(file).apply(Residual(), example_input=EXAMPLE)
     assert alive(sparsifier.masks["stem.weight"]) == alive(sparsifier.masks["branch.weight"])
     plan = SparsifyCallback(0.5, "filter", "local", coupled=True).plan(Residual(), 2, 4, EXAMPLE)

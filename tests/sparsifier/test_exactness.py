@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import layers_of
+from conftest import layers_of, levels_of
 from torch import nn
 
 from sparsifai import Sparsifier, criteria
-from sparsifai.axes import granularity, grouping
-from sparsifai.axes.ranking import selection
+from sparsifai.axes import grouping
 from sparsifai.axes.criterion import is_elementwise
+from sparsifai.axes.ranking import selection
 
 LAYOUTS = {
     "contiguous": lambda weight: weight,
@@ -102,9 +102,9 @@ def test_masks_do_not_depend_on_the_order_of_memory(kind, grouped, layout):
 @pytest.mark.parametrize("part", [7, 1000, 10**9])
 def test_masks_do_not_depend_on_the_parts_that_are_looked_at(part, grouped, monkeypatch):
     masks = []
-    for size in (selection.PART, part):
-        monkeypatch.setattr(selection, "PART", size)
-        monkeypatch.setattr(granularity, "PART", size)
+    for size in (selection.CHUNK, part):
+        monkeypatch.setattr(selection, "CHUNK", size)
+        monkeypatch.setattr(grouping, "CHUNK", size)
         sparsifier = Sparsifier(model_of("many ties", torch.float32, "contiguous"), grouped, layers=["0", "1"])
         sparsifier.sparsify(0.5)
         masks.append(sparsifier.masks)
@@ -138,11 +138,11 @@ def test_one_nan_among_many_weights_is_found_and_nothing_is_changed(dtype, group
         alive = sparsifier.masks["1.weight"].expand_as(model[1].weight)
         model[1].weight[tuple(alive.nonzero()[77])] = float("nan")
     before = [parameter.clone() for parameter in model.parameters()]
-    masks, levels = dict(sparsifier.masks), dict(sparsifier.levels)
+    masks, levels = dict(sparsifier.masks), dict(levels_of(sparsifier))
     with pytest.raises(ValueError, match="NaN scores for 1.weight"):
         sparsifier.sparsify(0.6)
     assert sparsifier.masks == masks
-    assert sparsifier.levels == levels
+    assert levels_of(sparsifier) == levels
     for old, new in zip(before, model.parameters(), strict=True):
         assert torch.equal(old.nan_to_num(), new.nan_to_num())
 

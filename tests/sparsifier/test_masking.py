@@ -154,7 +154,8 @@ def test_a_keeper_masks_after_the_step_of_an_optimizer_that_it_does_not_know(mak
         ranger,
     )
 
-    from sparsifai import KeepSparsity, keep
+    from sparsifai import KeepSparsity
+    from sparsifai.callbacks import keep
 
     class Mixing(torch.optim.SGD):
         @torch.no_grad()
@@ -264,7 +265,8 @@ def test_weights_and_moments_that_are_loaded_within_a_fit_are_masked_before_the_
 def test_a_keeper_keeps_means_of_squares_from_decaying(make_learner, monkeypatch):
     from fastai.optimizer import Adam
 
-    from sparsifai import KeepSparsity, keep
+    from sparsifai import KeepSparsity
+    from sparsifai.callbacks import keep
 
     monkeypatch.setattr(keep, "REFRESH", 8)
     model = small_net()

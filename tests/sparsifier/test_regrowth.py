@@ -167,7 +167,7 @@ def test_without_a_gradient_it_says_how_to_have_one_and_changes_nothing(mlp):
     sparsifier.sparsify(0.5)
     before = {name: parameter.clone() for name, parameter in mlp.named_parameters()}
     masks = dict(sparsifier.masks)
-    with pytest.raises(ValueError, match=r"no batch was seen; call collect_gradients\(\) after a backward, before"):
+    with pytest.raises(ValueError, match=r"has seen no batch; call collect_gradients\(\) after a backward, before"):
         sparsifier.sparsify(0.5, drop=0.3)
     assert all(torch.equal(before[name], parameter) for name, parameter in mlp.named_parameters())
     assert all(torch.equal(masks[name], mask) for name, mask in sparsifier.masks.items())
@@ -180,11 +180,13 @@ def test_without_a_gradient_it_says_how_to_have_one_and_changes_nothing(mlp):
 def test_clear_errors_in_the_constructor_and_in_the_call(mlp, net):
     with pytest.raises(ValueError, match="unknown criterion 'gradient'; did you mean 'grad'"):
         Sparsifier(mlp, regrow="gradient")
-    with pytest.raises(ValueError, match="regrow=wanda needs activation, which no backward pass gives; choose 'grad'"):
+    with pytest.raises(
+        ValueError, match="regrow=wanda needs activation, which a backward pass does not give; choose 'grad'"
+    ):
         Sparsifier(mlp, regrow="wanda")
-    with pytest.raises(ValueError, match=r"more than 2:4 allows for has to fall .* context=blocks\(4\)"):
+    with pytest.raises(ValueError, match=r"first prunes more than context 2:4 allows; use context=blocks\(4\)"):
         Sparsifier(mlp, context="2:4", regrow="grad")
-    with pytest.warns(UserWarning, match="whole outputs that come back start at zero"):
+    with pytest.warns(UserWarning, match="whole revives whole outputs from zero"):
         Sparsifier(net, "filter", regrow="grad")
     sparsifier = Sparsifier(mlp)
     with pytest.raises(ValueError, match="nothing says what comes back; make the Sparsifier with regrow="):
@@ -233,7 +235,7 @@ def test_saved_and_restored_it_goes_on_as_if_nothing_had_been(mlp):
         Sparsifier(mlp, context="local").load_state_dict(state)
     with pytest.raises(ValueError, match="use the same criterion"):
         Sparsifier(mlp, context="local", regrow="random").load_state_dict(state)
-    with pytest.raises(ValueError, match="does not tell what was ever used"):
+    with pytest.raises(ValueError, match="lacks the weights that were ever used"):
         second.load_state_dict({**state, "regrowth": {k: v for k, v in state["regrowth"].items() if k != "used"}})
     state["regrowth"]["used"] = {"0.weight": torch.ones(3)}
     with pytest.raises(ValueError, match=r"the used mask of 0\.weight is numbers of the shape \(3,\)"):
@@ -438,7 +440,6 @@ def test_zeros_of_an_earlier_fit_are_moved_too(make_learner):
     learn.fit(1)
     assert second.sparsifier.sparsity == pytest.approx(0.8, abs=1e-3)
     assert len(learn._grab_cbs(KeepSparsity)) == 1
-    assert not any(keeper.looks for keeper in learn._grab_cbs(KeepSparsity))
 
 
 @pytest.mark.fastai
@@ -474,7 +475,7 @@ def test_the_constructor_checks_what_it_is_given():
 
     for options, message in (
         ({"regrow": "grd"}, "unknown criterion 'grd'; did you mean 'grad'"),
-        ({"regrow": "wanda"}, "no backward pass gives"),
+        ({"regrow": "wanda"}, "a backward pass does not give"),
         ({"regrow": "grad", "context": "2:4"}, "has to fall before as much comes back"),
         ({"regrow": "grad", "drop": 1.5}, "drop is the share"),
         ({"drop": 0.5}, "drop=0.5: nothing says what comes back; give regrow="),
