@@ -28,7 +28,7 @@ def distill(**arguments):
 
 
 def distill_fit(teacher=None, model=small_net, loss_func=None, **arguments):
-    """A mistake that shows in the fit. teacher: a function of the Learner; model, loss_func: make those of the Learner."""
+    """A mistake that shows in the fit. teacher: a function of the Learner; model, loss_func: make the Learner's."""
 
     def mistake():
         learn = small_learner(model())
