@@ -319,7 +319,10 @@ LOTTERY = [
     ("more than 2:4 allows", lottery(sparsity=0.9, context="2:4"), ValueError, ["0.5"]),
     (
         "rewind_to after the end", rewind_after_the_end, ValueError,
-        ["lottery_ticket: rewind_to=3 is after the end of the fit, which had 8 batches, 4 in an epoch; pass a smaller rewind_to"],
+        [
+            "lottery_ticket: rewind_to=3 is after the end of the fit, which had 8 batches, 4 in an epoch; pass a "
+            "smaller rewind_to"
+        ],
     ),
     (
         "with SparsifyCallback", lottery(with_callback(lambda: sparsifai.SparsifyCallback(0.5))), ValueError,
