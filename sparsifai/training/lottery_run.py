@@ -152,7 +152,7 @@ class LotteryRun:
             if before_batch.waiting:
                 raise ValueError(
                     f"lottery_ticket: rewind_to={self.rewind_to:g} is after the end of the fit, which had "
-                    f"{before_batch.done} batches, {len(learn.dls.train)} in an epoch"
+                    f"{before_batch.done} batches, {len(learn.dls.train)} in an epoch; pass a smaller rewind_to"
                 )
             with unchanged(learn):  # trackers and loggers would take the validation for a part of training
                 values = learn.validate()

@@ -77,7 +77,7 @@ class SkipBatches(TrainingCallback):
             raise CancelEpochException
 
     def before_batch(self):
-        "Skip the batch if batches are left to skip"
+        "Skip the batch, while there are batches to skip"
         if self.left and self.learn.training and not is_search(self.learn):
             self.left -= 1
             self.learn.yb = ()  # without targets, the Recorder takes no loss of the batch

@@ -1,6 +1,7 @@
+"""A teacher in a fastai Learner."""
+
 import copy
 import gc
-import math
 import pickle
 import weakref
 from functools import partial
@@ -64,46 +65,6 @@ def hooks_of(model):
     return [hook for module in model.modules() for hook in module._forward_hooks.values()]
 
 
-# --- The loss -----------------------------------------------------------------------------------------------------
-
-
-def test_soft_targets_by_hand():
-    student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2 * math.log(3), 0.0]])
-    # At temperature 2 the teacher says 3/4 and 1/4, the student 1/2 and 1/2.
-    expected = 4 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
-    assert float(soft_targets(student, teacher, 2.0, 1)) == pytest.approx(expected, rel=1e-5)
-    assert float(soft_targets(teacher, teacher, 2.0, 1)) == 0
-
-
-def test_soft_targets_are_a_mean_over_all_but_the_classes():
-    student, teacher = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
-    each = [
-        soft_targets(student[i, :, y, x], teacher[i, :, y, x], 3.0, 0)
-        for i in range(2)
-        for y in range(3)
-        for x in range(4)
-    ]
-    torch.testing.assert_close(soft_targets(student, teacher, 3.0, 1), torch.stack(each).mean())
-    moved = soft_targets(student.movedim(1, -1), teacher.movedim(1, -1), 3.0, -1)
-    torch.testing.assert_close(moved, torch.stack(each).mean())
-
-
-def test_soft_targets_of_half_precision_are_of_float32():
-    student, teacher = torch.randn(4, 5).half(), torch.randn(4, 5).half()
-    torch.testing.assert_close(
-        soft_targets(student, teacher, 4.0, 1), soft_targets(student.float(), teacher.float(), 4.0, 1)
-    )
-
-
-@pytest.mark.parametrize(("shape", "axis"), [((4, 1), 1), ((4,), 1)])
-def test_soft_targets_need_classes(shape, axis):
-    with pytest.raises(ValueError, match="have none along axis 1; give DistillCallback another loss="):
-        soft_targets(torch.zeros(shape), torch.zeros(shape), 4.0, axis)
-
-
-# --- In a Learner -------------------------------------------------------------------------------------------------
-
-
 def test_gradients_are_those_of_the_combined_loss(make_learner, teacher):
     model, see = small_net(), See()
     learn = make_learner(copy.deepcopy(model))
@@ -119,7 +80,7 @@ def test_gradients_are_those_of_the_combined_loss(make_learner, teacher):
     assert_close(see.gradients, gradients_of(model, combined))
 
 
-def test_a_loss_of_ones_own_and_a_schedule(make_learner, teacher):
+def test_a_user_s_loss_and_a_schedule(make_learner, teacher):
     model, see = small_net(), See()
     learn = make_learner(copy.deepcopy(model))
     learn.fit(1, cbs=[DistillCallback(teacher, 0.8, loss=F.mse_loss, schedule=lambda t: 0.5), see])
@@ -133,7 +94,7 @@ def test_a_loss_of_ones_own_and_a_schedule(make_learner, teacher):
     assert_close(see.gradients, gradients_of(model, combined))
 
 
-def test_soft_targets_with_numbers_of_its_own(make_learner, teacher):
+def test_soft_targets_with_bound_options(make_learner, teacher):
     taken, model = [], small_net()
     for options in ({"temperature": 2.0}, {"loss": partial(soft_targets, temperature=2.0, axis=1)}):
         see = See()
@@ -162,7 +123,7 @@ def test_features_are_compared_pair_by_pair(make_learner, teacher):
     assert not hooks_of(learn.model) + hooks_of(teacher)
 
 
-def test_an_activation_in_place_does_not_change_what_a_layer_gave(make_learner, teacher):
+def test_an_activation_in_place_does_not_change_the_features(make_learner, teacher):
     model, see = small_net(), See()
     model[2] = nn.ReLU(inplace=True)
     seen = []
@@ -175,7 +136,7 @@ def test_an_activation_in_place_does_not_change_what_a_layer_gave(make_learner, 
     assert (seen[0] < 0).any()
 
 
-def test_the_shown_losses_know_nothing_of_the_teacher(make_learner, teacher):
+def test_the_shown_losses_are_without_the_teacher(make_learner, teacher):
     plain, distilled = make_learner(), make_learner()
     plain.fit(1, 0.0)
     distilled.fit(1, 0.0, cbs=DistillCallback(teacher, 0.9, features=["0"]))
@@ -183,21 +144,21 @@ def test_the_shown_losses_know_nothing_of_the_teacher(make_learner, teacher):
     assert distilled.recorder.losses == plain.recorder.losses
 
 
-def test_the_teacher_is_asked_in_training_only_and_while_it_has_a_say(make_learner, teacher):
-    asked = []
-    teacher.register_forward_pre_hook(lambda module, inputs: asked.append(torch.is_grad_enabled()))
+def test_the_teacher_runs_in_training_only_and_while_its_weight_is_above_zero(make_learner, teacher):
+    forwards = []
+    teacher.register_forward_pre_hook(lambda module, inputs: forwards.append(torch.is_grad_enabled()))
     learn = make_learner(steps=4, cbs=DistillCallback(teacher, schedule=lambda t: float(t >= 0.5)))
     learn.validate()
     learn.get_preds()
-    assert asked == []
+    assert forwards == []
     learn.fit(2)
-    assert asked == [False] * 4
+    assert forwards == [False] * 4
     learn.remove_cb(DistillCallback)
     learn.fit(1)
-    assert len(asked) == 4
+    assert len(forwards) == 4
 
 
-def test_the_teacher_is_as_it_was(make_learner):
+def test_the_teacher_is_not_changed(make_learner):
     torch.manual_seed(7)
     teacher = nn.Sequential(*small_net(), nn.Dropout(0.5))
     teacher.train()
@@ -230,8 +191,8 @@ def test_the_teacher_sees_the_batch_that_the_model_sees(make_learner, teacher):
     assert mixed  # not all: an example can be mixed with itself
 
 
-def test_gradient_accumulation_weighs_as_the_plain_loss_does(make_learner, teacher):
-    """Two batches of two, in accumulation, are one batch of four; without norm layers over the batch."""
+def test_gradient_accumulation_scales_the_combined_loss(make_learner, teacher):
+    """Two accumulated batches of two equal one batch of four, in a net without batch norm."""
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
     torch.manual_seed(8)
     sage, see = copy.deepcopy(model), See()
@@ -286,7 +247,7 @@ def test_with_a_penalty_and_a_sparsity_in_one_fit(make_learner, teacher):
     assert sparsify.sparsifier.sparsity >= masked / total
 
 
-def test_the_penalty_is_not_weighed_by_the_teacher(make_learner, teacher):
+def test_the_penalty_is_not_scaled_by_the_weight_of_the_teacher(make_learner, teacher):
     taken, model = [], small_net()
     for callbacks in ([], [RegularizeCallback(2.0)]):
         see = See()
@@ -296,7 +257,7 @@ def test_the_penalty_is_not_weighed_by_the_teacher(make_learner, teacher):
     assert float(taken[1] - taken[0]) == pytest.approx(2 * whole, rel=1e-4)
 
 
-def test_a_learner_as_teacher_and_outputs_of_several_parts(make_learner, teacher):
+def test_a_learner_as_teacher_and_outputs_with_several_parts(make_learner, teacher):
     class Several(nn.Module):
         def __init__(self, inner):
             super().__init__()
@@ -329,7 +290,7 @@ def test_a_language_model_learns_from_another():
     see = See()
     learn = fastai.Learner(dls, student, loss_func=fastai.CrossEntropyLossFlat(), cbs=[ModelResetter(), RNNCallback()])
     learn.create_mbar = False
-    sage.train()(torch.randint(20, (4, 10)))  # what it has read before is forgotten
+    sage.train()(torch.randint(20, (4, 10)))  # the hidden state after this text must be reset
     learn.fit(1, cbs=[DistillCallback(sage, weight=1.0), see])
     sage.reset()
     sage.eval()
@@ -339,7 +300,7 @@ def test_a_language_model_learns_from_another():
 
 
 def test_the_axis_of_the_classes_is_that_of_the_loss(make_learner):
-    """A net of pixels: fastai's flattened loss names axis 1, and so does torch's by default."""
+    """In segmentation fastai's flattened loss has axis 1, which is also the default for torch's loss."""
     taken = []
     for loss in (fastai.CrossEntropyLossFlat(axis=1), nn.CrossEntropyLoss()):
         model = nn.Conv2d(2, 3, 1)
@@ -356,7 +317,7 @@ def test_the_axis_of_the_classes_is_that_of_the_loss(make_learner):
         torch.testing.assert_close(found, expected)
 
 
-# --- No trace is left ---------------------------------------------------------------------------------------------
+# --- Nothing is left behind ---------------------------------------------------------------------------------------
 
 
 class Interrupt(nn.Module):
@@ -382,7 +343,7 @@ def test_an_interrupted_forward_leaves_no_hook(make_learner, teacher, stays):
     learn = make_learner(model, cbs=[callback] if stays else [])
     with pytest.raises(KeyboardInterrupt):
         learn.fit(1, cbs=[] if stays else [callback])
-    if stays:  # until the next event, of whatever it is
+    if stays:  # the hook stays until the next event
         copied = pickle.loads(pickle.dumps(learn.model))
         assert all(not hook.outputs for hook in hooks_of(copied))
         learn.validate()
@@ -391,7 +352,7 @@ def test_an_interrupted_forward_leaves_no_hook(make_learner, teacher, stays):
     assert not hooks_of(learn.model) + hooks_of(teacher)
 
 
-def test_a_teacher_that_fails_is_as_it_was(make_learner):
+def test_a_teacher_that_fails_is_not_changed(make_learner):
     class Broken(nn.Module):
         def forward(self, x):
             raise RuntimeError("no")
@@ -407,7 +368,7 @@ def test_a_teacher_that_fails_is_as_it_was(make_learner):
 @pytest.mark.parametrize(
     "error", [CancelBatchException, CancelTrainException, CancelEpochException, CancelFitException]
 )
-def test_a_batch_that_is_cancelled_leaves_no_hook(make_learner, teacher, error):
+def test_a_cancelled_batch_leaves_no_hook(make_learner, teacher, error):
     class Cancel(Callback):
         order = 20
 
@@ -420,7 +381,7 @@ def test_a_batch_that_is_cancelled_leaves_no_hook(make_learner, teacher, error):
     assert not hooks_of(learn.model) + hooks_of(teacher)
 
 
-def test_nothing_of_a_batch_is_held_after_it(make_learner, teacher):
+def test_outputs_of_a_batch_are_freed_after_it(make_learner, teacher):
     held = []
 
     def feature_loss(student, teacher):
@@ -458,7 +419,7 @@ def test_lr_find_changes_nothing_and_works(make_learner, teacher):
     learn.fit(1)
 
 
-def test_exported_pickled_and_saved_learners_carry_no_teacher(tmp_path):
+def test_exported_pickled_and_saved_learners_include_no_teacher(tmp_path):
     torch.manual_seed(7)
     teacher = nn.Sequential(nn.Conv2d(3, 2, 1), *small_net())
     teacher.register_buffer("mark", torch.arange(123_000_001.0, 123_000_201.0, dtype=torch.float64))
@@ -482,71 +443,25 @@ def test_exported_pickled_and_saved_learners_carry_no_teacher(tmp_path):
     assert learn.distill.teacher is teacher
     copied = pickle.loads(pickled)
     learn.remove_cb(DistillCallback)
-    with pytest.raises(ValueError, match="DistillCallback has no teacher, which does not go with a Learner"):
+    with pytest.raises(ValueError, match="has no teacher"):
         learn.fit(1, cbs=copied)
 
 
-# --- Errors -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"weight": 1.5}, ValueError, "weight is a number from 0 to 1, not 1.5"),
-        ({"weight": -0.1}, ValueError, "not -0.1"),
-        ({"weight": "a"}, ValueError, "not 'a'"),
-        ({"weight": True}, ValueError, "not True"),
-        ({"weight": math.nan}, ValueError, "not nan"),
-        ({"temperature": 0}, ValueError, "temperature is a number above 0, not 0"),
-        ({"temperature": math.inf}, ValueError, "not inf"),
-        ({"feature_weight": -1}, ValueError, "feature_weight is a number from 0 on, not -1"),
-        ({"loss": 3}, TypeError, "loss is a function of .student, teacher., not 3"),
-        ({"feature_loss": None}, TypeError, "feature_loss is a function"),
-        ({"features": {"0": 1}}, TypeError, "features are names of layers"),
-        ({"features": []}, TypeError, "features are names of layers"),
-        ({"features": 3}, TypeError, "features are names of layers"),
-        ({"features": {"0": "layer4"}}, ValueError, "the teacher has no layer 'layer4'; known are '0'"),
-        ({"schedule": "linear"}, ValueError, "did you mean 'lin'"),
-    ],
-)
-def test_wrong_arguments_are_refused_in_the_constructor(teacher, arguments, error, message):
-    with pytest.raises(error, match=message):
-        DistillCallback(teacher, **arguments)
-
-
-def test_what_is_no_teacher_is_refused():
-    with pytest.raises(TypeError, match=r"teacher is a torch.nn.Module or a Learner, not str"):
-        DistillCallback("resnet50")
-
-
-def test_a_teacher_that_is_the_model_or_shares_its_weights_is_refused(make_learner):
+def test_a_teacher_must_not_share_parameters_with_the_model(make_learner):
     learn = make_learner()
     for teacher in (learn.model, learn, nn.Sequential(learn.model[0], nn.ReLU())):
-        with pytest.raises(ValueError, match=r"shares parameters with the model .* copy.deepcopy"):
+        with pytest.raises(ValueError, match="shares parameters"):
             learn.fit(1, cbs=DistillCallback(teacher))
     learn.fit(1, cbs=DistillCallback(copy.deepcopy(learn.model)))
 
 
-def test_layers_that_the_model_has_not_are_named_before_the_fit(make_learner):
-    teacher = nn.Sequential()
-    teacher.add_module("body", small_net())
-    batches = []
-    teacher.register_forward_hook(lambda *_: batches.append(1))
-    with pytest.raises(ValueError, match="features: the model has no layer 'body.1'; known are '0', '1'"):
-        make_learner().fit(1, cbs=DistillCallback(teacher, features=["body.1"]))
-    assert not batches
-
-
-def test_outputs_and_features_that_do_not_fit_are_refused(make_learner):
+def test_outputs_and_features_of_different_shapes_need_a_user_s_loss(make_learner):
     wide = nn.Sequential(nn.Conv2d(2, 16, 3), nn.Flatten(), nn.Linear(16 * 36, 4))
     learn = make_learner()
-    with pytest.raises(
-        ValueError, match=r"outputs: the model gives \(2, 3\) and the teacher \(2, 4\), which soft_targets cannot"
-    ):
+    with pytest.raises(ValueError, match="soft_targets cannot"):
         learn.fit(1, cbs=DistillCallback(wide))
     wide[2] = nn.Linear(16 * 36, 3)
-    message = r"'0' of the model gives \(2, 8, 6, 6\) and '0' of the teacher \(2, 16, 6, 6\).*a feature_loss= of your"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="mse_loss cannot"):
         learn.fit(1, cbs=DistillCallback(wide, features=["0"]))
 
     def of_means(ours, theirs):
@@ -554,37 +469,13 @@ def test_outputs_and_features_that_do_not_fit_are_refused(make_learner):
 
     learn.fit(1, cbs=DistillCallback(wide, features=["0"], feature_loss=of_means))
     every = partial(F.mse_loss, reduction="none")
-    with pytest.raises(ValueError, match=r"feature_loss mse_loss\(reduction='none'\) must return one number"):
+    with pytest.raises(ValueError, match="one number"):
         learn.fit(1, cbs=DistillCallback(small_net(), features=["0"], feature_loss=every))
-
-
-def test_an_output_that_is_no_tensor_is_refused(make_learner):
-    class Named(nn.Module):
-        def forward(self, x):
-            return {"logits": x}
-
-    with pytest.raises(ValueError, match="the teacher gives dict, and tensors are compared"):
-        make_learner().fit(1, cbs=DistillCallback(nn.Sequential(nn.Linear(8, 3), Named())))
-
-
-def test_a_layer_that_computes_nothing_is_named(make_learner):
-    class Unused(nn.Sequential):
-        def __init__(self, *layers):
-            super().__init__(*layers)
-            self.add_module("extra", nn.Linear(2, 2))
-
-        def forward(self, x):
-            for layer in list(self)[:-1]:
-                x = layer(x)
-            return x
-
-    with pytest.raises(ValueError, match="features: 'extra' of the model computes nothing in this batch"):
-        make_learner(Unused(*small_net())).fit(1, cbs=DistillCallback(small_net(), features={"extra": "0"}))
 
 
 @pytest.mark.slow
 def test_a_teacher_helps_a_sparse_net_with_few_labels():
-    """100 digits at 80 %: in 60 epochs 0.87 right without and 0.92 with a teacher, better with each of six seeds."""
+    """Accuracy with 100 digits at 80 % sparsity, 60 epochs, 6 seeds: 0.87 without, 0.92 with; better for each seed."""
     pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
     from examples.digits import accuracy_of, conv_net, digits_loaders
 
@@ -610,8 +501,6 @@ def test_a_teacher_helps_a_sparse_net_with_few_labels():
 
 
 def test_a_copy_has_the_same_teacher(make_learner):
-    import copy
-
     teacher = small_net()
     learn = make_learner(cbs=DistillCallback(teacher))
     copied = copy.deepcopy(learn)
@@ -622,18 +511,18 @@ def test_a_copy_has_the_same_teacher(make_learner):
 
 
 @pytest.mark.parametrize("loss", ["MSELossFlat", "L1LossFlat", "BCEWithLogitsLossFlat", nn.MSELoss(), nn.HuberLoss()])
-def test_soft_targets_of_what_are_no_classes_are_refused(make_learner, loss):
+def test_soft_targets_are_refused_for_losses_that_are_not_of_classes(make_learner, loss):
     import fastai.losses
 
     learn = make_learner()
     learn.loss_func = getattr(fastai.losses, loss)() if isinstance(loss, str) else loss
     before = [parameter.clone() for parameter in learn.model.parameters()]
-    with pytest.raises(ValueError, match="soft_targets compares classes, and .* is of numbers; give another loss="):
+    with pytest.raises(ValueError, match="compares classes"):
         learn.fit(1, cbs=DistillCallback(small_net()))
     assert all(map(torch.equal, before, learn.model.parameters()))
 
 
-def test_a_feature_loss_that_would_have_to_be_trained_is_refused():
+def test_a_feature_loss_with_parameters_is_refused_unless_they_are_frozen():
     class Projected(nn.Module):
         def __init__(self):
             super().__init__()
@@ -642,6 +531,6 @@ def test_a_feature_loss_that_would_have_to_be_trained_is_refused():
         def forward(self, student, teacher):
             return (self.projection(student) - teacher).square().mean()
 
-    with pytest.raises(ValueError, match="feature_loss has parameters, which no optimizer trains; freeze them"):
+    with pytest.raises(ValueError, match="has parameters"):
         DistillCallback(small_net(), features="0", feature_loss=Projected())
     DistillCallback(small_net(), features="0", feature_loss=Projected().requires_grad_(False))

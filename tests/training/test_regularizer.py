@@ -1,3 +1,5 @@
+"""The penalty on groups of weights, and its proximal step."""
+
 import copy
 import math
 
@@ -16,7 +18,7 @@ WEIGHTS = torch.tensor([[3.0, -4.0, 0.0], [0.0, 0.0, 0.0], [1.0, 2.0, 2.0], [-6.
 
 
 def linear(weights=WEIGHTS):
-    """A layer with these weights, behind which another yields the output."""
+    """A layer with these weights, followed by the output layer."""
     model = nn.Sequential(nn.Linear(weights.shape[1], len(weights), bias=False), nn.Linear(len(weights), 2))
     model[0].weight.data.copy_(weights)
     return model
@@ -61,7 +63,7 @@ def test_kernels_and_filters_of_a_grouped_convolution():
         assert found == pytest.approx(by_hand(weight, groups), rel=1e-6), granularity
 
 
-def test_the_penalty_is_summed_over_what_takes_part():
+def test_the_penalty_is_the_sum_over_the_selected_layers():
     model = small_net()
     expected = sum(float(target.parameter.detach().abs().sum()) for target in find_weights(model).values())
     assert float(Regularizer(model).penalty().detach()) == pytest.approx(expected, rel=1e-5)
@@ -90,7 +92,7 @@ def test_gradients_are_those_of_finite_differences(granularity, criterion):
     model = linear(torch.randn(5, 4)).double()
     regularizer = Regularizer(model, granularity, criterion, layers="0")
     weight = model[0].weight
-    weight.data += 0.3 * torch.randn(5, 4)  # away from where it was made, and what is compared with stands
+    weight.data += 0.3 * torch.randn(5, 4)  # so that it differs from init and previous
     regularizer.penalty().backward()
     assert weight.grad.abs().sum() > 0
     for place in ((0, 0), (2, 1), (4, 3)):
@@ -144,7 +146,7 @@ def test_the_gradient_of_a_group_of_zeros_is_zero(granularity, criterion):
 def test_half_precision_is_summed_in_float32(dtype):
     model = nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 2)).to(dtype)
     model[0].weight.data.fill_(0.5)
-    for granularity in ("weight", "row", "layer"):  # 80,000 is more than float16 has
+    for granularity in ("weight", "row", "layer"):  # 80,000 is above the range of float16
         penalty = Regularizer(model, granularity, layers="0").penalty()
         assert penalty.dtype == torch.float32
         assert float(penalty.detach()) == pytest.approx(80_000, rel=1e-5)
@@ -153,24 +155,24 @@ def test_half_precision_is_summed_in_float32(dtype):
     torch.testing.assert_close(model[0].weight.grad, torch.full_like(model[0].weight, 1e-3))
 
 
-def test_previous_and_init_are_those_of_when_it_was_made():
+def test_previous_and_init_are_the_weights_when_the_regularizer_was_made():
     model = linear()
     regularizer = Regularizer(model, "weight", "updating_movement", layers="0")
     model[0].weight.data += 0.5
     assert float(regularizer.penalty().detach()) == pytest.approx(12 * 0.5)
 
 
-def test_scores_that_can_be_negative_are_pulled_to_zero():
+def test_negative_scores_are_driven_to_zero():
     model = linear()
     regularizer = Regularizer(model, "weight", magnitude_increase, layers="0")
-    model[0].weight.data[0] = torch.tensor([2.0, -5.0, 0.0])  # one is smaller than it was, one larger
+    model[0].weight.data[0] = torch.tensor([2.0, -5.0, 0.0])  # one magnitude is smaller than at init, one larger
     penalty = regularizer.penalty()
     assert float(penalty.detach()) == pytest.approx(2.0)
     penalty.backward()
     assert model[0].weight.grad[0].tolist() == [-1.0, -1.0, 0.0]
 
 
-def test_a_criterion_of_ones_own():
+def test_a_user_s_criterion():
     def capped(weight, cap=1.0):
         return weight.abs().clamp(max=cap)
 
@@ -178,15 +180,15 @@ def test_a_criterion_of_ones_own():
 
 
 def test_a_criterion_cannot_change_a_weight():
-    def rude(weight):
+    def in_place(weight):
         return weight.mul_(0).abs()
 
     model = linear()
-    Regularizer(model, "weight", rude, layers="0").penalty()
+    Regularizer(model, "weight", in_place, layers="0").penalty()
     assert torch.equal(model[0].weight, WEIGHTS)
 
 
-def test_frozen_weights_are_left_alone_while_they_are():
+def test_frozen_weights_get_no_penalty():
     model = linear()
     model[0].weight.requires_grad_(False)
     regularizer = Regularizer(model)
@@ -198,10 +200,10 @@ def test_frozen_weights_are_left_alone_while_they_are():
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     assert float(regularizer.penalty().detach()) == 0
-    assert float(Regularizer(model, "filter").penalty().detach()) == 0  # as in the first fit of fine_tune
+    assert float(Regularizer(model, "filter").penalty().detach()) == 0  # as in the frozen fit of fine_tune
 
 
-def test_embeddings_take_no_part_unless_they_are_named():
+def test_embeddings_are_not_regularized_unless_they_are_selected():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False), nn.Linear(5, 2))
     assert list(layers_of(Regularizer(model).sparsifier)) == ["1.weight", "2.weight"]
     assert list(layers_of(Regularizer(model, layers=nn.Embedding).sparsifier)) == ["0.weight"]
@@ -209,37 +211,14 @@ def test_embeddings_take_no_part_unless_they_are_named():
     assert list(layers_of(Regularizer(model).sparsifier)) == ["2.weight"]
 
 
-@pytest.mark.parametrize(
-    ("criterion", "message"),
-    [
-        ("random", "random asks for rng, through which no gradient"),
-        ("snip", "snip asks for grad"),
-        ("synflow", "synflow asks for flow"),
-        ("wanda", "wanda asks for activation"),
-        ("large_init", "large_init is not one of the weight as it is"),
-        (lambda weight: (weight > 0).float(), "cannot be differentiated by the weight"),
-        (lambda weight: weight.abs().sum(), "must return one real score per weight"),
-        ("large_finl", "did you mean 'large_final'"),
-    ],
-)
-def test_criteria_that_make_no_penalty_are_refused(criterion, message):
-    with pytest.raises(ValueError, match=message):
-        Regularizer(linear(), criteria=criterion)
-
-
-def test_every_built_in_criterion_is_refused_or_works():
+def test_every_built_in_criterion_works_or_is_refused():
     for name in criteria:
         try:
             regularizer = Regularizer(linear(), criteria=name)
         except ValueError as error:
-            assert "makes no penalty" in str(error)  # noqa: PT017
+            assert "cannot be a penalty" in str(error)  # noqa: PT017
         else:
             assert regularizer.penalty().requires_grad
-
-
-def test_what_is_no_model_is_refused():
-    with pytest.raises(TypeError, match=r"model is a torch.nn.Module, not list"):
-        Regularizer([])
 
 
 # --- The proximal step --------------------------------------------------------------------------------------------
@@ -263,7 +242,7 @@ def test_the_proximal_step_of_single_weights_is_soft_thresholding():
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from([*granularities, "3x2"]), st.floats(0.01, 0.3))
-def test_the_proximal_step_minimizes_what_it_is_to_minimize(seed, granularity, threshold):
+def test_the_proximal_step_minimizes_its_objective(seed, granularity, threshold):
     """||W - V||^2 / 2 + threshold * penalty(W): no small move from the result is better."""
     torch.manual_seed(seed)
     model = small_net().double()
@@ -278,9 +257,7 @@ def test_the_proximal_step_minimizes_what_it_is_to_minimize(seed, granularity, t
 
     best = objective()
     for _ in range(5):
-        moves = {
-            name: 1e-3 * torch.randn_like(each.parameter) for name, each in layers_of(regularizer.sparsifier).items()
-        }
+        moves = {name: 1e-3 * torch.randn_like(each.parameter) for name, each in layers_of(regularizer.sparsifier).items()}
         for sign in (1, -2, 1):
             for name, move in moves.items():
                 regularizer.sparsifier.layers[name].parameter.data.add_(sign * move)
@@ -328,402 +305,3 @@ def test_proximal_steps_train_a_torch_model_to_whole_rows_of_zeros():
         opt.step()
         regularizer.proximal_step(0.1 * 0.5)
     assert (model[0].weight[0] != 0).tolist() == [True, True, False, False, False, False]
-
-
-@pytest.mark.parametrize(
-    ("threshold", "message"),
-    [
-        (-1, "a threshold is a number from 0 on, not -1"),
-        ("a", "not 'a'"),
-        (math.nan, "not nan"),
-        ({"0.wieght": 1.0}, "no weight '0.wieght' is regularized; did you mean '0.weight'"),
-    ],
-)
-def test_wrong_thresholds_are_refused_before_anything_is_changed(threshold, message):
-    model = linear()
-    with pytest.raises(ValueError, match=message):
-        Regularizer(model).proximal_step(threshold)
-    assert torch.equal(model[0].weight, WEIGHTS)
-
-
-def test_a_proximal_step_needs_large_final():
-    with pytest.raises(ValueError, match="criterion large_final, not squared_final"):
-        Regularizer(linear(), criteria="squared_final").proximal_step(0.1)
-
-
-# --- In a Learner -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fastai():
-    return pytest.importorskip("fastai.vision.all", reason="RegularizeCallback is fastai's")
-
-
-def weights_of(model):
-    return {name: target.parameter for name, target in find_weights(model).items()}
-
-
-def gradients_of(learn, **options):
-    """Gradients of the weights at the first step of a fit with the callback; without it, if no weight is given."""
-    from fastai.learner import Callback, CancelFitException
-
-    from sparsifai.all import RegularizeCallback
-
-    seen = {}
-
-    class See(Callback):
-        order = 8
-
-        def before_step(self):
-            seen.update({name: each.grad.clone() for name, each in weights_of(self.learn.model).items()})
-            raise CancelFitException
-
-    callbacks = options.pop("callbacks", [])
-    regularize = [RegularizeCallback(**options)] if options else []
-    learn.fit(1, cbs=[*regularize, *callbacks, See()])
-    return seen
-
-
-@pytest.mark.fastai
-@pytest.mark.parametrize("granularity", ["weight", "filter"])
-def test_the_callback_adds_the_penalty_to_the_gradients(make_learner, granularity):
-    model = small_net()
-    plain = gradients_of(make_learner(copy.deepcopy(model)))
-    charged = gradients_of(make_learner(copy.deepcopy(model)), weight=0.3, granularity=granularity)
-    (0.3 * Regularizer(model, granularity).penalty()).backward()
-    for name, weight in weights_of(model).items():
-        added = weight.grad if weight.grad is not None else torch.zeros_like(weight)
-        torch.testing.assert_close(charged[name], plain[name] + added)
-
-
-@pytest.mark.fastai
-def test_gradient_accumulation_counts_the_penalty_once(make_learner):
-    from fastai.callback.training import GradientAccumulation
-
-    model = small_net()
-    plain = gradients_of(make_learner(copy.deepcopy(model)), callbacks=[GradientAccumulation(6)])
-    charged = gradients_of(make_learner(copy.deepcopy(model)), weight=0.3, callbacks=[GradientAccumulation(6)])
-    for name, weight in weights_of(model).items():
-        torch.testing.assert_close(charged[name], plain[name] + 0.3 * weight.detach().sign())
-
-
-def mixed_precision(dtype=torch.float16, **options):
-    """MixedPrecision on the CPU."""
-    from fastai.callback.fp16 import MixedPrecision
-
-    class OnTheCpu(MixedPrecision):
-        def before_fit(self):
-            self.autocast = torch.autocast("cpu", dtype=dtype)
-            self.learn.scaler, self.scales = torch.amp.GradScaler("cpu", **options), []
-
-    return OnTheCpu()
-
-
-@pytest.mark.fastai
-def test_mixed_precision_scales_the_penalty_with_the_loss(make_learner):
-    model = small_net()
-    options = {"init_scale": 1024.0}
-    plain = gradients_of(make_learner(copy.deepcopy(model)), callbacks=[mixed_precision(**options)])
-    charged = gradients_of(make_learner(copy.deepcopy(model)), weight=0.3, callbacks=[mixed_precision(**options)])
-    for name, weight in weights_of(model).items():
-        # See comes before MixedPrecision unscales.
-        difference = (charged[name] - plain[name]) / 1024
-        torch.testing.assert_close(difference, 0.3 * weight.detach().sign(), atol=1e-2, rtol=0)
-
-
-@pytest.mark.fastai
-def test_the_shown_losses_know_nothing_of_the_penalty(make_learner):
-    from sparsifai.all import RegularizeCallback
-
-    plain, charged, callback = make_learner(), make_learner(), RegularizeCallback(1e3, "filter")
-    plain.fit(1, 0.0)
-    charged.fit(1, 0.0, cbs=callback)
-    assert charged.recorder.values == plain.recorder.values
-    assert charged.recorder.losses == plain.recorder.losses
-    assert float(callback.penalty) == pytest.approx(
-        1e3 * float(Regularizer(charged.model, "filter").penalty().detach()), rel=1e-5
-    )
-    assert not callback.penalty.requires_grad
-    assert callback.regularizer is None
-
-
-@pytest.mark.fastai
-def test_the_schedule_is_followed_over_the_whole_fit(make_learner):
-    from fastai.learner import Callback
-
-    from sparsifai.all import RegularizeCallback
-
-    seen, callback = [], RegularizeCallback(1.0, schedule="lin")
-
-    class See(Callback):
-        def after_batch(self):
-            if self.training:
-                seen.append(float(callback.penalty))
-
-    learn = make_learner(steps=4)
-    learn.fit(2, 0.0, cbs=[callback, See()])
-    whole = float(Regularizer(learn.model).penalty().detach())
-    assert seen == pytest.approx([whole * step / 8 for step in range(8)])
-
-
-@pytest.mark.fastai
-def test_the_proximal_step_follows_the_step_with_the_rate_of_each_group(make_learner):
-    from sparsifai.all import RegularizeCallback
-
-    def halves(model):
-        layers = list(model)
-        return [[p for each in part for p in each.parameters()] for part in (layers[:4], layers[4:])]
-
-    torch.manual_seed(5)
-    model = small_net()
-    plain = make_learner(copy.deepcopy(model), steps=1, splitter=halves)
-    plain.fit(1, [0.0, 0.1])
-    charged, callback = (
-        make_learner(copy.deepcopy(model), steps=1, splitter=halves),
-        RegularizeCallback(0.5, "filter", proximal=True),
-    )
-    charged.fit(1, [0.0, 0.1], cbs=callback)
-    regularizer = Regularizer(plain.model, "filter")
-    rates = {name: 0.0 if name.startswith(("0", "3")) else 0.1 for name in layers_of(regularizer.sparsifier)}
-    assert set(rates.values()) == {0.0, 0.1}
-    regularizer.proximal_step({name: 0.5 * rate for name, rate in rates.items()})
-    for expected, found in zip(plain.model.parameters(), charged.model.parameters(), strict=True):
-        torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(callback.penalty, 0.5 * regularizer.penalty().detach())
-
-
-@pytest.mark.fastai
-def test_with_an_optimizer_of_torch(make_learner, fastai):
-    from functools import partial
-
-    from sparsifai.all import RegularizeCallback
-
-    learn = make_learner(opt_func=partial(fastai.OptimWrapper, opt=torch.optim.SGD))
-    learn.fit(1, 0.5, cbs=RegularizeCallback(10.0, proximal=True))
-    assert all(not weight.any() for weight in weights_of(learn.model).values())
-
-
-@pytest.mark.fastai
-def test_no_proximal_step_after_a_step_that_was_not_taken(make_learner):
-    from fastai.learner import Callback, CancelStepException
-
-    from sparsifai.all import RegularizeCallback
-
-    class Skip(Callback):
-        order = -5
-        steps = 0
-
-        def before_step(self):
-            self.steps += 1
-            if self.steps != 2:
-                raise CancelStepException
-
-    callback, taken = RegularizeCallback(0.01, proximal=True), []
-    learn = make_learner(steps=3)
-    step = Regularizer.proximal_step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Regularizer, "proximal_step", lambda self, each: (taken.append(1), step(self, each)))
-        learn.fit(1, 0.1, cbs=[callback, Skip()])
-    assert len(taken) == 1
-
-
-@pytest.mark.fastai
-@pytest.mark.parametrize("proximal", [False, True])
-@pytest.mark.parametrize("granularity", ["weight", "filter"])
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
-def test_beside_sparsify_callback_the_target_is_exact_and_zeros_stay(
-    make_learner, fastai, proximal, granularity, optimizer
-):
-    from sparsifai.all import RegularizeCallback, SparsifyCallback
-
-    seen = []
-
-    class Watch(fastai.Callback):
-        __module__ = "fastai.watch"  # a callback that is known, as the others are
-        order = 99
-
-        def after_step(self):
-            masks = self.learn.sparsify.sparsifier.masks
-            seen.append(all(not weights[name][~mask.expand_as(weights[name])].any() for name, mask in masks.items()))
-            alone.append(self.learn.keep_sparsity.is_alone())
-
-    learn, alone = make_learner(steps=5, opt_func=getattr(fastai, optimizer)), []
-    weights = weights_of(learn.model)
-    sparsify = SparsifyCallback(0.6, schedule="lin")
-    learn.fit(2, 1e-2, cbs=[RegularizeCallback(0.05, granularity, proximal=proximal), sparsify, Watch()])
-    total = sum(mask.numel() for mask in sparsify.sparsifier.masks.values())
-    masked = sum(int((~mask).sum()) for mask in sparsify.sparsifier.masks.values())
-    assert masked == int(0.6 * total + 0.5)
-    assert seen == [True] * 10
-    assert all(alone)
-    learn.fit(1, 1e-2, cbs=RegularizeCallback(0.05, granularity, proximal=proximal))
-    assert sparsify.sparsifier.sparsity >= masked / total
-
-
-@pytest.mark.fastai
-def test_two_in_one_fit_are_the_sparse_group_lasso(make_learner):
-    from sparsifai.all import RegularizeCallback
-
-    model = small_net()
-    first, second = RegularizeCallback(0.1), RegularizeCallback(0.2, "filter")
-    plain = gradients_of(make_learner(copy.deepcopy(model)))
-    learn = make_learner(copy.deepcopy(model))
-    both = gradients_of(learn, callbacks=[first, second])
-    (0.1 * Regularizer(model).penalty() + 0.2 * Regularizer(model, "filter").penalty()).backward()
-    for name, weight in weights_of(model).items():
-        torch.testing.assert_close(both[name], plain[name] + weight.grad)
-    assert not [each for each in learn.cbs if isinstance(each, RegularizeCallback)]
-
-
-@pytest.mark.fastai
-def test_validate_get_preds_and_lr_find_change_nothing(make_learner):
-    from sparsifai.all import RegularizeCallback
-
-    for proximal in (False, True):
-        learn = make_learner(cbs=RegularizeCallback(0.1, "filter", proximal=proximal), metrics=[])
-        before = [parameter.clone() for parameter in learn.model.parameters()]
-        learn.validate()
-        learn.get_preds()
-        learn.lr_find(num_it=20, show_plot=False)
-        assert all(torch.equal(old, new) for old, new in zip(before, learn.model.parameters(), strict=True))
-        assert learn.regularize.regularizer is None
-        learn.fit(1)
-        assert learn.regularize.penalty > 0
-
-
-@pytest.mark.fastai
-def test_a_validation_inside_the_fit_takes_nothing_away(make_learner, fastai):
-    from sparsifai.all import RegularizeCallback
-
-    class Look(fastai.Callback):
-        def after_batch(self):
-            if self.training:
-                self.learn.validate()
-                self.learn.model.train()
-                self.learn.training = True
-                seen.append(self.learn.regularize.regularizer)
-
-    seen = []
-    make_learner().fit(1, cbs=[RegularizeCallback(0.1), Look()])
-    assert seen[0] is not None
-    assert len(set(map(id, seen))) == 1
-
-
-@pytest.mark.fastai
-def test_an_interrupted_fit_and_another_model_after_it(make_learner, fastai):
-    from sparsifai.all import RegularizeCallback
-
-    class Stop(fastai.Callback):
-        def after_loss(self):
-            raise KeyboardInterrupt
-
-    learn = make_learner(cbs=RegularizeCallback(0.1, proximal=True))
-    with pytest.raises(KeyboardInterrupt):
-        learn.fit(1, cbs=Stop())
-    learn.model = nn.Sequential(nn.Flatten(), nn.Linear(128, 3))
-    learn.opt = None
-    learn.fit(1, 0.5)
-    assert float(learn.regularize.penalty) == pytest.approx(
-        0.1 * float(learn.model[1].weight.detach().abs().sum()), rel=1e-4
-    )
-
-
-@pytest.mark.fastai
-def test_fine_tune_with_a_head_that_has_no_such_groups(make_learner):
-    from sparsifai.all import RegularizeCallback
-
-    def splitter(model):
-        return [[p for each in list(model)[:12] for p in each.parameters()], list(model[12].parameters())]
-
-    learn = make_learner(splitter=splitter, cbs=RegularizeCallback(0.1, "filter"))
-    learn.freeze()
-    learn.fit(1)
-    assert learn.regularize.penalty == 0
-    learn.unfreeze()
-    learn.fit(1)
-    assert learn.regularize.penalty > 0
-
-
-@pytest.mark.fastai
-def test_exported_learners_and_state_dicts_know_nothing_of_it(tmp_path, fastai):
-    from conftest import packages_of, picture_learner
-
-    from sparsifai.all import RegularizeCallback
-
-    learn = picture_learner(RegularizeCallback(0.1, "filter"), path=tmp_path)
-    keys = set(learn.model.state_dict())
-    learn.fit(1)
-    learn.export()
-    packages = packages_of(tmp_path / "export.pkl")
-    assert "fastai" in packages
-    assert "sparsifai" not in packages
-    assert set(learn.model.state_dict()) == keys
-    assert not any(module._forward_hooks for module in learn.model.modules())
-
-
-@pytest.mark.fastai
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"weight": -1}, ValueError, "weight, that of the penalty, is a number from 0 on, not -1"),
-        ({"weight": math.inf}, ValueError, "not inf"),
-        ({"weight": "filter"}, ValueError, "not 'filter'"),
-        ({"weight": True}, ValueError, "not True"),
-        ({"weight": 1, "granularity": "filtr"}, ValueError, "did you mean 'filter'"),
-        ({"weight": 1, "criteria": "random"}, ValueError, "random asks for rng"),
-        ({"weight": 1, "criteria": "snip"}, ValueError, "snip asks for grad"),
-        ({"weight": 1, "criteria": "large_init"}, ValueError, "not one of the weight"),
-        ({"weight": 1, "criteria": "movement", "proximal": True}, ValueError, "large_final, not movement"),
-        ({"weight": 1, "schedule": "linear"}, ValueError, "did you mean 'lin'"),
-        ({"weight": 1, "layers": 3}, TypeError, "3 selects no layers"),
-    ],
-)
-def test_wrong_arguments_of_the_callback_are_refused_in_the_constructor(fastai, arguments, error, message):
-    from sparsifai.all import RegularizeCallback
-
-    with pytest.raises(error, match=message):
-        RegularizeCallback(**arguments)
-
-
-@pytest.mark.fastai
-def test_what_only_the_model_can_refute_is_refused_before_the_first_step(make_learner, fastai):
-    from sparsifai.all import RegularizeCallback
-
-    learn = make_learner()
-    before = [parameter.clone() for parameter in learn.model.parameters()]
-    for options, message in (
-        ({"exclude": "nothing.*"}, "matches 'nothing"),
-        ({"criteria": lambda weight: (weight > 0).float()}, "cannot be differentiated"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            learn.fit(1, cbs=RegularizeCallback(1.0, **options))
-    learn.create_opt()
-    learn.opt.param_lists = fastai.L(fastai.L([nn.Parameter(torch.zeros(2))]))
-    with pytest.raises(ValueError, match="the optimizer steps none of the weights"):
-        learn.fit(1, cbs=RegularizeCallback(1.0, proximal=True))
-    assert all(torch.equal(old, new) for old, new in zip(before, learn.model.parameters(), strict=True))
-
-
-@pytest.mark.fastai
-def test_the_group_lasso_of_filters_yields_whole_filters_of_zeros_and_the_lasso_does_not(fastai):
-    """Of equal weight, on the digits: 11 to 14 of 80 filters, and 0.96 to 0.98 right; the lasso none, at 65 % zeros."""
-    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
-    from examples.digits import accuracy_of, conv_net, digits_loaders
-    from sparsifai.all import RegularizeCallback
-
-    found = {}
-    for granularity in ("filter", "weight"):
-        fastai.set_seed(0, reproducible=True)
-        learn = fastai.Learner(
-            digits_loaders(), conv_net(), loss_func=fastai.CrossEntropyLossFlat(), metrics=fastai.accuracy
-        )
-        with learn.no_bar(), learn.no_logging():
-            learn.fit_one_cycle(8, 1e-2, cbs=RegularizeCallback(0.45, granularity, proximal=True))
-        weights = [weight for weight in weights_of(learn.model).values() if weight.dim() == 4]
-        filters = sum(int((weight == 0).flatten(1).all(1).sum()) for weight in weights)
-        zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
-        found[granularity] = filters, zeros
-        assert accuracy_of(learn) > 0.9
-    assert found["filter"][0] >= 6
-    assert found["weight"][0] == 0
-    assert found["weight"][1] > 0.5
