@@ -17,7 +17,7 @@ from .export.sparse_file import SparseFile
 from .export.sparse_format import is_safetensors
 from .model.zeros import Count, figures
 from .recipes.recipe import Recipe
-from .support.table import as_text
+from .support.table import Cells
 
 _PLAN = """Show what a recipe would do to a model, without data or training.
 
@@ -125,16 +125,20 @@ def _report(given: Any) -> None:
         reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items())
         raise ValueError(f"{given.checkpoint} has no tensors whose zeros can be counted ({reasons})")
     matrices = {name: value for name, value in counted.items() if value.dim() > 1}
-    rows: list[tuple[str, ...]] = [("weight", "shape", "weights", "zeros", "sparsity")]
-    rows += [_counted(name, _shape_of(value), value) for name, value in matrices.items()]
+    rows = [_counted(name, _shape_of(value), value) for name, value in matrices.items()]
     whole = "all that are counted" if skipped else "whole file"
-    rows += [_counted("all of these", "", *matrices.values()), _counted(whole, "", *counted.values())]
-    print(as_text(rows, left=(0, 1), totals=2))
+    totals = [_counted("all of these", "", *matrices.values()), _counted(whole, "", *counted.values())]
+    print(Cells(("weight", "shape", "weights", "zeros", "sparsity"), rows, totals, left=(0, 1)).text())
     if skipped:
-        rows = [("not counted", "shape", "weights", "why")]
-        rows += [(name, _shape_of(tensors[name]), f"{tensors[name].numel():,}", why) for name, why in skipped.items()]
-        rows += [("all of these", "", f"{sum(tensors[name].numel() for name in skipped):,}", "")]
-        print(f"\n{as_text(rows, left=(0, 1, 3), totals=1)}")
+        print(f"\n{_not_counted(tensors, skipped).text()}")
+
+
+def _not_counted(tensors: dict[str, Tensor], skipped: dict[str, str]) -> Cells:
+    """The table of the tensors that are not counted. skipped: name -> reason."""
+    rows = [(name, _shape_of(tensors[name]), f"{tensors[name].numel():,}", why) for name, why in skipped.items()]
+    total = sum(tensors[name].numel() for name in skipped)
+    header = ("not counted", "shape", "weights", "why")
+    return Cells(header, rows, [("all of these", "", f"{total:,}", "")], left=(0, 1, 3))
 
 
 def _tensors_of(checkpoint: Path) -> dict[str, Tensor]:
