@@ -22,7 +22,7 @@ from .support.table import Cells
 _PLAN = """Show what a recipe would do to a model, without data or training.
 
 The table has the remaining weights, bytes and FLOPs (with --input) of each layer, and why some layers stay dense. Above
-it stands the sparsity after each epoch.
+it is the sparsity after each epoch.
 
 example: sparsifai plan examples/recipes/training_aware.yaml --model torchvision:resnet50 --input 1,3,224,224
 """
