@@ -132,9 +132,10 @@ def test_report_says_which_tensors_it_skips_and_why_and_counts_the_others(kind, 
 
 
 def test_report_of_a_quantized_model_lists_its_packed_weights(checkpoint, capsys):
+    quantization = pytest.importorskip("torch.ao.quantization", reason="torch's own quantization")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 5)), {nn.Linear})
+        model = quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 5)), {nn.Linear})
         torch.save(model.state_dict(), checkpoint)
     assert main(["report", str(checkpoint)]) == 0
     out = capsys.readouterr().out
