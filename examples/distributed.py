@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/distributed.py [--epochs 20]
 
-Trains a small net on scikit-learn's digits and prunes 90 % of its weights meanwhile; on GPUs if there is one per process.
+Trains a small net on scikit-learn's digits and prunes 90 % of its weights meanwhile; on GPUs if every process has one.
 """
 
 import argparse

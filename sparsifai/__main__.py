@@ -22,7 +22,7 @@ from .support.table import Cells
 _PLAN = """Show what a recipe would do to a model, without data or training.
 
 The table has the remaining weights, bytes and FLOPs (with --input) of each layer, and why some layers stay dense. Above
-it stands the sparsity after each epoch.
+it is the sparsity after each epoch.
 
 example: sparsifai plan examples/recipes/training_aware.yaml --model torchvision:resnet50 --input 1,3,224,224
 """
@@ -130,9 +130,15 @@ def _report(given: Any) -> None:
     totals = [_counted("all of these", "", *matrices.values()), _counted(whole, "", *counted.values())]
     print(Cells(("weight", "shape", "weights", "zeros", "sparsity"), rows, totals, left=(0, 1)).text())
     if skipped:
-        rows = [(name, _shape_of(tensors[name]), f"{tensors[name].numel():,}", why) for name, why in skipped.items()]
-        totals = [("all of these", "", f"{sum(tensors[name].numel() for name in skipped):,}", "")]
-        print(f"\n{Cells(('not counted', 'shape', 'weights', 'why'), rows, totals, left=(0, 1, 3)).text()}")
+        print(f"\n{_not_counted(tensors, skipped).text()}")
+
+
+def _not_counted(tensors: dict[str, Tensor], skipped: dict[str, str]) -> Cells:
+    """The table of the tensors that are not counted. skipped: name -> reason."""
+    rows = [(name, _shape_of(tensors[name]), f"{tensors[name].numel():,}", why) for name, why in skipped.items()]
+    total = sum(tensors[name].numel() for name in skipped)
+    header = ("not counted", "shape", "weights", "why")
+    return Cells(header, rows, [("all of these", "", f"{total:,}", "")], left=(0, 1, 3))
 
 
 def _tensors_of(checkpoint: Path) -> dict[str, Tensor]:

