@@ -161,10 +161,10 @@ def normalized_final(weight: Tensor) -> Tensor:
 
 @criteria.register
 def lamp(weight: Tensor) -> Tensor:
-    """w^2 over the sum of v^2 for all weights v of the layer that rank no lower; of equal weights the later rank higher.
+    """w^2 over the sum of v^2, v being all weights of the layer that rank no lower.
 
-    For contexts that rank layers together. Lee et al., 2021, "Layer-Adaptive Sparsity for the Magnitude-based Pruning"
-    (arXiv:2010.07611).
+    Of equal weights the later ranks higher. For contexts that rank layers together. Lee et al., 2021, "Layer-Adaptive
+    Sparsity for the Magnitude-based Pruning" (arXiv:2010.07611).
     """
     squares = weight.double().square().flatten()
     order = squares.argsort(stable=True)

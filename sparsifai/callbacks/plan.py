@@ -16,12 +16,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from ..axes.changed_schedule import raised
 from ..axes.context import contexts
 from ..axes.criterion import large_final
 from ..axes.grouping import Grouping, poolings, squared_sum
 from ..axes.n_of_m import Blocks
 from ..axes.ranking.scored_layer import all_equal
-from ..axes.schedule import Schedule, progress, raised, schedules
+from ..axes.schedule import Schedule, progress, schedules
 from ..model.flops import count_flops
 from ..model.layers import NamedWeight, find_weights
 from ..model.linear import why_not_two_four

@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from ..axes.changed_schedule import between, raised
 from ..axes.criterion import criteria as criteria_registry
 from ..axes.n_of_m import Blocks
-from ..axes.schedule import between, falls, progress, raised, schedules
+from ..axes.schedule import falls, progress, schedules
 from ..model.layers import find_weights
 from ..model.parallel import process_group_of, unwrapped
 from ..model.patterns import as_patterns

@@ -27,7 +27,8 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from ..axes.schedule import Schedule, between, during, progress, stepped
+from ..axes.changed_schedule import between, during, stepped
+from ..axes.schedule import Schedule, progress
 from ..callbacks.learner import metric_names, unchanged
 from ..callbacks.plan import every_of, plan_of, sparsifier_for
 from ..callbacks.plan_table import Plan
