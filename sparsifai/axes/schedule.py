@@ -37,7 +37,7 @@ def progress(schedule: Schedule, t: float) -> float:
         t: Progress of training, from 0 to 1.
 
     Returns:
-        The share of the target sparsity, from 0 to 1. A value that rounding put up to 1e-6 outside is moved to the end.
+        The share of the target sparsity, from 0 to 1. Values up to 1e-6 outside are clipped, as rounding.
 
     Raises:
         ValueError: If the schedule fails, or returns anything but a number from 0 to 1.
