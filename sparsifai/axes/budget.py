@@ -59,7 +59,7 @@ def uniform_plus(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndar
         bounds[0] = (0.0, 0.0)
     if len(layers) > 1:
         bounds[len(layers) - 1] = (0.0, 0.8)
-    return _bounded(local, layers, sparsity, bounds)
+    return _bounded(local, layers, sparsity, bounds, "uniform_plus")
 
 
 @contexts.register
@@ -153,7 +153,7 @@ class _Bounded:
                 for number, layer in enumerate(layers)
                 if any(weight.name in matched for weight in layer.targets)
             }
-        return _bounded(self.context, layers, sparsity, bounds)
+        return _bounded(self.context, layers, sparsity, bounds, self.__name__)
 
     def note(self, grid: Mapping[str, int]) -> str:
         """Remark of the inner context on a layer, for the report."""
@@ -196,7 +196,11 @@ def _budgeted(layers: Sequence[ScoredLayer], sparsity: float, relative: Sequence
 
 
 def _bounded(
-    context: Context, layers: Sequence[ScoredLayer], sparsity: float, bounds: Mapping[int, tuple[float, float]]
+    context: Context,
+    layers: Sequence[ScoredLayer],
+    sparsity: float,
+    bounds: Mapping[int, tuple[float, float]],
+    name: str,
 ) -> list[np.ndarray]:
     """Call a context so that some layers, given by their number, keep (lowest, highest) limits of sparsity.
 
@@ -210,8 +214,8 @@ def _bounded(
     )
     if wanted > most + 0.5:
         raise ValueError(
-            f"context {name_of(context)}, bounded: sparsity {sparsity:g} cannot be reached, because the limits allow "
-            f"{most / sum(sizes):.4g} at most; widen them"
+            f"context {name}: sparsity {sparsity:g} cannot be reached, because its limits allow "
+            f"{most / sum(sizes):.4g} at most; ask for less, or widen the limits"
         )
     lower = min(1.0, wanted / least) if least else 1.0
     limits = {number: (low * lower, low * lower if low == high else high) for number, (low, high) in bounds.items()}

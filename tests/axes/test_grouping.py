@@ -1,13 +1,15 @@
+"""Groups of a weight against their definition, and the pooling of scores."""
+
 import math
 
 import pytest
 import torch
 from oracle import CONVOLUTION, MATRIX, groups_of
 
-from sparsifai.axes.granularity import along, granularities
-from sparsifai.axes.grouping import Grouping, UnavailableError, poolings
+from sparsifai import granularities
+from sparsifai.axes.grouping import Grouping, poolings
 
-# Layers by the axes of their weight, the first of them split over the groups of a grouped convolution.
+# Kind of layer -> axes of its weight, their sizes, and the number of convolution groups.
 LAYERS = {
     "convolution": (("out", "in", "h", "w"), (4, 3, 2, 3), 1),
     "grouped": (("out", "in", "h", "w"), (6, 2, 3, 2), 3),
@@ -43,17 +45,13 @@ def test_groups_are_those_of_the_definition(layer, name, indexed):
     assert [sorted(row) for row in members.tolist()] == [[float(numbers[i]) for i in group] for group in expected]
     assert grouping.size == len(expected[0])
 
-    for fallen in range(len(expected)):
+    for pruned in range(len(expected)):
         kept = torch.ones(len(expected), dtype=torch.bool)
-        kept[fallen] = False
+        kept[pruned] = False
         mask = grouping.spread(kept)
         assert mask.dim() == len(shape)
-        assert {tuple(index) for index in (~mask.expand(shape)).nonzero().tolist()} == set(expected[fallen])
+        assert {tuple(index) for index in (~mask.expand(shape)).nonzero().tolist()} == set(expected[pruned])
         assert torch.equal(grouping.gather(mask), kept)
-
-
-def test_every_registered_granularity_is_tested():
-    assert set(granularities) == set(CONVOLUTION)
 
 
 def test_masks_keep_the_grouped_shape():
@@ -72,14 +70,6 @@ def test_masks_keep_the_grouped_shape():
         assert grouping.spread(grouping.all_kept()).shape == shape
 
 
-def test_a_tuple_of_axes_is_a_granularity():
-    by_tuple, _ = grouping_of("convolution", ("out", "h"))
-    by_name, _ = grouping_of("convolution", "horizontal_slice")
-    by_function, _ = grouping_of("convolution", along("out", "h"))
-    by_own, _ = grouping_of("convolution", lambda axes: {"h", "out"})
-    assert by_tuple.grid == by_name.grid == by_function.grid == by_own.grid == (4, 1, 2, 1)
-
-
 @pytest.mark.parametrize(
     ("layer", "indexed", "sizes"),
     [
@@ -90,7 +80,7 @@ def test_a_tuple_of_axes_is_a_granularity():
         ("matrix", {"out": 100}, [20]),  # larger than the layer: the layer
     ],
 )
-def test_extents_make_blocks(layer, indexed, sizes):
+def test_extents_make_larger_groups(layer, indexed, sizes):
     axes, shape, convolution_groups = LAYERS[layer]
     grouping, _ = grouping_of(layer, lambda axes: indexed)
     expected = {}
@@ -134,23 +124,7 @@ def test_equal_groups_pool_to_equal_scores():
     assert len(grouping.pool(torch.full((50, 7, 3, 3), 0.1).__getitem__, poolings["mean"]).unique()) == 1
 
 
-def test_a_granularity_that_a_layer_cannot_have_says_what_is_missing():
-    with pytest.raises(UnavailableError, match=r"shared_channel needs axis 'h', has only \(out, in\)"):
-        grouping_of("matrix", "shared_channel")
-
-
-@pytest.mark.parametrize("extent", [0, -1, 1.5, True])
-def test_extents_are_whole_numbers(extent):
-    with pytest.raises(ValueError, match="the extent of a group along 'out' is a whole number from 1 on"):
-        grouping_of("matrix", lambda axes: {"out": extent})
-
-
-def test_a_tuple_of_anything_but_names_is_refused():
-    with pytest.raises(TypeError, match="a tuple of axes holds their names"):
-        granularities.resolve((0, 1))
-
-
-def test_whole_outputs_and_inputs():
+def test_which_groups_consist_of_whole_outputs_or_inputs():
     flags = {
         name: (grouping.drops_outputs, grouping.drops_inputs)
         for name in CONVOLUTION
@@ -164,16 +138,16 @@ def test_whole_outputs_and_inputs():
 
 @pytest.mark.parametrize("layer", ["convolution", "grouped", "transposed", "transposed grouped", "matrix"])
 @pytest.mark.parametrize("indexed", [{"out": 1}, {"out": 2}, {}])
-def test_outputs_of_whole_groups(layer, indexed):
+def test_outputs_that_groups_keep(layer, indexed):
     axes, shape, convolution_groups = LAYERS[layer]
     grouping, _ = grouping_of(layer, lambda axes: indexed)
     sizes = dict(zip(axes, shape, strict=True))
     out = sizes["out"] * (convolution_groups if axes[0] == "in" else 1)
     kept = torch.arange(math.prod(grouping.grid)) % 2 == 1
-    alive = grouping.outputs(kept, out)
+    kept_outputs = grouping.outputs(kept, out)
     mask = grouping.spread(kept).expand(shape)
     if axes[0] == "in" and convolution_groups > 1:
         mask = mask.unflatten(0, (convolution_groups, -1)).amax((1, 3, 4)).flatten()
     else:
         mask = mask.movedim(axes.index("out"), 0).flatten(1).amax(1)
-    assert torch.equal(alive, mask)
+    assert torch.equal(kept_outputs, mask)

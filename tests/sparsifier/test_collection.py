@@ -238,7 +238,7 @@ def test_an_own_statistic_is_one_function(net):
         ("snip", batches(1), lambda output, target: torch.ones(()), ValueError, "has no graph"),
         ("snip", batches(1), lambda output, target: output, ValueError, "must return one number"),
         ("snip", batches(1), lambda output, target: output.sum() * float("nan"), ValueError, "batch 1 is nan"),
-        ("wanda", [torch.randn(4, 5, 8, 8)], None, ValueError, "is not multiplied with what Conv2d is given"),
+        ("wanda", [torch.randn(4, 5, 8, 8)], None, ValueError, "is not multiplied with the input of Conv2d"),
         ("snip", None, F.cross_entropy, TypeError, "batches are a list or a data loader"),
         ("snip", torch.randn(4, 2, 8, 8), F.cross_entropy, TypeError, "batches are a list or a data loader"),
         ("grasp", batches(1), lambda output, target: output.detach().sum(), ValueError, "has no graph"),
@@ -393,7 +393,7 @@ def test_losses_that_are_linear_and_layers_that_are_frozen():
 
 def test_attention_is_named_where_its_inputs_cannot_be_had():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    with pytest.raises(ValueError, match=r"in_proj_weight is not multiplied with what MultiheadAttention is given"):
+    with pytest.raises(ValueError, match=r"in_proj_weight is not multiplied with the input of MultiheadAttention"):
         Sparsifier(layer, criteria="wanda").calibrate([torch.randn(2, 5, 8)])
     with pytest.raises(ValueError, match=r"self_attn.out_proj.weight: computes nothing by itself"):
         Sparsifier(layer, criteria="wanda", exclude="*in_proj*").calibrate([torch.randn(2, 5, 8)])
@@ -714,6 +714,6 @@ def test_in_a_learner_outputs_of_language_models_are_taken_apart(make_learner):
 def test_more_than_n_of_m_is_refused_in_the_constructor():
     from sparsifai import SparsifyCallback
 
-    with pytest.raises(ValueError, match="context 2:4 makes 0.5 of the weights zero at most"):
+    with pytest.raises(ValueError, match="context 2:4 prunes at most 0.5 of the weights"):
         SparsifyCallback(0.9, context="2:4")
     SparsifyCallback(0.67, context="1:3")

@@ -72,7 +72,7 @@ def test_every_combination_meets_its_target_as_the_oracle_counts(granularity, co
             scores[name] = function(**known).numpy()
         sparsifier.collected.forget()
         expected = expected_masks(sparsifier, scores, masks, sparsity, context)
-        with pytest.warns(UserWarning, match="no group can fall") if hopeless else nullcontext():
+        with pytest.warns(UserWarning, match="no group can be pruned") if hopeless else nullcontext():
             sparsifier.sparsify(sparsity)
         for name, target in sparsifier.targets.items():
             mask = sparsifier.masks[name].expand_as(target.parameter).numpy()
@@ -116,7 +116,7 @@ def test_random_shapes_dtypes_ties_layouts_and_levels(
     try:
         sparsifier = Sparsifier(model, granularity, context)
     except ValueError as error:
-        assert "has 1 group, of which 1 must stay" in str(error)  # noqa: PT017
+        assert "has 1 group, of which 1 must be kept" in str(error)  # noqa: PT017
         return
     weights = {name: target.parameter.detach().clone() for name, target in sparsifier.targets.items()}
     scores = {name: weight.float().abs().numpy() for name, weight in weights.items()}
@@ -221,12 +221,12 @@ def test_a_pattern_of_a_dictionary_that_means_no_sparse_layer_is_an_error(net):
 def test_round_to_keeps_multiples_in_every_layer(level, context, net):
     sparsifier = Sparsifier(net, "filter", context, round_to=4)
     sparsifier.sparsify(level)
-    assert sparsifier.dense["10.weight"] == "has 6 groups, of which 4 must stay"
+    assert sparsifier.dense["10.weight"] == "has 6 groups, of which 4 must be kept"
     assert all(int(mask.sum()) in (4, 8) for mask in sparsifier.masks.values())
     thirds = Sparsifier(small_net(), "filter", context, round_to=3)
     thirds.sparsify(level)
     assert all(int(mask.sum()) in (3, 6, mask.numel()) for mask in thirds.masks.values())  # or all 8
-    with pytest.raises(ValueError, match="has 8 groups, of which 5 must stay"):
+    with pytest.raises(ValueError, match="has 8 groups, of which 5 must be kept"):
         Sparsifier(small_net(), "filter", round_to=5)
 
 
@@ -450,7 +450,7 @@ def test_own_context_is_a_function(net):
 )
 def test_what_is_no_answer_of_a_context_is_an_error(net, wrong):
     with pytest.raises(
-        ValueError, match="must return a list with, for each layer, a bool array over its groups, True where one stays"
+        ValueError, match="must return a list with, for each layer, a bool array over its groups, True where a group is kept"
     ):
         Sparsifier(net, context=wrong).sparsify(0.5)
 
@@ -653,7 +653,7 @@ def test_warnings_point_at_the_line_that_calls():
     cases = {
         "outputs that come back": lambda: masked.sparsify(0.2),
         "train before the first update": lambda: Sparsifier(net, criteria="movement").sparsify(0.5),
-        "no group can fall": lambda: Sparsifier(net, "layer", "local", layers=["0"]).sparsify(0.5),
+        "no group can be pruned": lambda: Sparsifier(net, "layer", "local", layers=["0"]).sparsify(0.5),
     }
     for message, call in cases.items():
         with pytest.warns(UserWarning, match=message) as caught:
@@ -668,7 +668,7 @@ def test_a_context_that_empties_a_layer_is_an_error(net):
     def nothing(layers, sparsity):
         return [np.zeros(len(layer.score), bool) for layer in layers]
 
-    with pytest.raises(ValueError, match="context nothing empties 0.weight; a layer keeps its best group"):
+    with pytest.raises(ValueError, match="context nothing prunes all of 0.weight; every layer must keep at least one group"):
         Sparsifier(net, context=nothing).sparsify(0.5)
 
 

@@ -453,7 +453,7 @@ def test_table_html_parts_and_plot(make_learner):
         ),
         ({"criteria": "snip", "calibration": 3}, TypeError, "calibration is a list or a data loader of batches"),
         ({"regrow": "grad"}, TypeError, "masks of tickets do not move"),
-        ({"sparsity": 0.9, "context": "2:4"}, ValueError, "makes 0.5 of the weights zero at most"),
+        ({"sparsity": 0.9, "context": "2:4"}, ValueError, "prunes at most 0.5 of the weights"),
     ],
 )
 def test_bad_arguments_are_told_of_before_anything_is_trained(make_learner, options, error, message):

@@ -81,7 +81,7 @@ def test_every_level_is_measured_from_the_dense_weights():
 
 
 @pytest.mark.parametrize("granularity", granularities)
-@pytest.mark.filterwarnings("ignore:sparsity .* no group can fall")  # with 'layer', of which a model keeps one each
+@pytest.mark.filterwarnings("ignore:sparsity .* no group can be pruned")  # with 'layer', of which a model keeps one each
 def test_every_granularity(net, granularity):
     sparsifier = Sparsifier(net, granularity)
     answer = measured(net, lambda model: float(model(EXAMPLE).sum()), granularity=granularity)
@@ -425,7 +425,7 @@ def test_a_metric_of_predictions_is_told_where_to_go(mlp):
 
 def test_the_highest_level_is_checked_before_anything_is_measured(mlp):
     seen = []
-    with pytest.raises(ValueError, match=r"makes 0.5 of the weights zero at most"):
+    with pytest.raises(ValueError, match=r"prunes at most 0.5 of the weights"):
         measured(mlp, lambda model: seen.append(1) or 1.0, [0.3, 0.9], context="2:4")
     assert not seen
 

@@ -1,10 +1,9 @@
 """The lowest of many equal groups on a GPU, in five passes over the scores: Triton kernels for on_device.py.
 
-The bits of a float, inverted for negative ones, order like its value: as an integer they are the key of a score. The
-last key to be pruned is found in three passes, eleven, eleven and ten bits at a time. Each pass counts the keys that
-agree with the bits found so far, by their next bits. A fourth pass counts, in every block, the keys that equal the last
-one, and a fifth writes what is pruned. Counts are integers, so the order in which blocks add to them changes nothing.
-The host reads none of them.
+The bits of a float, with the negative ones turned round, order like its value. Three passes find the key at which the
+falling ends, eleven, eleven and ten bits at a time: each counts, by the next bits, the keys that agree with the bits
+found so far. A fourth counts its ties in every block, a fifth writes what falls. Counts are integers, so that the order
+in which blocks add to them changes nothing; the host reads none of them.
 """
 
 from __future__ import annotations
@@ -14,18 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Scores that one program of a kernel handles.
 BLOCK = 4096
-# For each pass: the number of bits below those that it counts by, and how many it counts by.
+
+
+# Bits that are left below those that a pass looks at, and how many it looks at.
 DIGITS = ((21, 11), (10, 11), (0, 10))
 
 
 @triton.jit
 def _keys(score, place, count):
-    """Whether there is a group at each place, and the key of its score, an integer of at least 0."""
+    """Whether there is a group, and its score as an integer from 0 on that orders alike."""
     there = place < count
     value = tl.load(score + place, mask=there, other=0.0)
-    value = tl.where(value == 0.0, 0.0, value)  # -0.0 and 0.0 are equal
+    value = tl.where(value == 0.0, 0.0, value)  # of -0.0 and 0.0 neither is lower
     bits = value.to(tl.int32, bitcast=True)
     return there, (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True).to(tl.int64)
 
@@ -39,7 +39,7 @@ def _count_digits(
     there, key = _keys(score, place, count)
     agrees = there & (tl.load(candidate + place, mask=there, other=0) != 0)
     agrees &= (key >> (below + digit)) == tl.load(found)
-    # A histogram of the block first, so that it adds to each count once, however many keys begin alike.
+    # Of all places where many keys begin alike, a block adds to each once.
     bins = tl.arange(0, 1 << digit)
     own = tl.histogram(tl.where(agrees, (key >> below) & ((1 << digit) - 1), 0).to(tl.int32), 1 << digit)
     own -= tl.where(bins == 0, block - tl.sum(agrees.to(tl.int32), 0), 0)
@@ -56,30 +56,22 @@ def _count_ties(score, candidate, last, ties, count, block: tl.constexpr):
 
 
 @triton.jit
-def _write(score, candidate, last, ahead, needed, pruned, count, block: tl.constexpr):
-    """Write which candidates are pruned: those below `last`, and of those equal to it the first `needed`.
-
-    ahead: for each block, how many candidates equal to `last` earlier blocks hold.
-    """
+def _write(score, candidate, last, ahead, needed, falls, count, block: tl.constexpr):
+    """Write whether a candidate falls: below `last`, or at it and among the first `needed`, of which `ahead` of the
+    block are in earlier ones."""
     place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     there, key = _keys(score, place, count)
     is_candidate = there & (tl.load(candidate + place, mask=there, other=0) != 0)
     tie = is_candidate & (key == tl.load(last))
     rank = tl.load(ahead + tl.program_id(0)) + tl.cumsum(tie.to(tl.int32), 0)
-    is_pruned = (is_candidate & (key < tl.load(last))) | (tie & (rank <= tl.load(needed)))
-    tl.store(pruned + place, is_pruned.to(tl.int8), mask=there)
+    fall = (is_candidate & (key < tl.load(last))) | (tie & (rank <= tl.load(needed)))
+    tl.store(falls + place, fall.to(tl.int8), mask=there)
 
 
 def lowest(score: Tensor, candidate: Tensor, number: Tensor) -> Tensor:
     """True at the `number` candidates of lowest score, ties in index order.
 
-    Args:
-        score: float32 on a GPU, of shape (groups,).
-        candidate: bool, of shape (groups,).
-        number: int64 with one value, at most the number of candidates.
-
-    Returns:
-        A bool tensor of shape (groups,).
+    score: float32, on a GPU. candidate: bool. number: int64, of at most all candidates; both shapes (groups).
     """
     count, blocks = len(score), triton.cdiv(len(score), BLOCK)
     candidate = candidate.view(torch.int8)
@@ -94,6 +86,6 @@ def lowest(score: Tensor, candidate: Tensor, number: Tensor) -> Tensor:
     ties = torch.empty(blocks, dtype=torch.int32, device=score.device)
     _count_ties[(blocks,)](score, candidate, found, ties, count, BLOCK)
     ahead = ties.cumsum(0) - ties
-    pruned = torch.empty(count, dtype=torch.int8, device=score.device)
-    _write[(blocks,)](score, candidate, found, ahead, needed, pruned, count, BLOCK)
-    return pruned.view(torch.bool)
+    falls = torch.empty(count, dtype=torch.int8, device=score.device)
+    _write[(blocks,)](score, candidate, found, ahead, needed, falls, count, BLOCK)
+    return falls.view(torch.bool)
