@@ -237,6 +237,8 @@ CRITERION = [
     ("no moment", lambda: taken(), ValueError, "taken: give one or more of 'score', 'start' and 'update', ... not ()"),
     ("a mean at two moments", lambda: taken("backward", "loss"), ValueError,
      "taken: give one or more of 'score', 'start' and 'update', ... not ('backward', 'loss')"),
+    ("a mean and a stored value", lambda: taken("backward", "start"), ValueError,
+     "taken: give one or more of 'score', 'start' and 'update', ... not ('backward', 'start')"),
     ("a running value", lambda: taken("start", running=True), ValueError,
      "taken: running= and finish= are for means over batches, at 'backward', 'forward' or 'loss'"),
     ("a finished value", lambda: taken("score", finish=torch.sqrt), ValueError,

@@ -512,13 +512,6 @@ def test_steps_that_fail_change_nothing(net):
     assert sparsifier.level == 0
 
 
-def test_taken_refuses_what_makes_no_sense():
-    with pytest.raises(ValueError, match="a mean over batches at one moment"):
-        taken("backward", "start")
-    with pytest.raises(ValueError, match="are for means over batches"):
-        taken("start", running=True)
-
-
 @pytest.mark.filterwarnings("ignore:taylor")
 def test_all_criteria_that_look_at_data_work_with_groups(net):
     for criterion in ("snip", "grasp", "synflow", "taylor", "fisher", "movement_pruning", "wanda", "lamp"):

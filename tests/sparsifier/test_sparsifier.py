@@ -449,9 +449,7 @@ def test_own_context_is_a_function(net):
     "wrong", [lambda layers, sparsity: [], lambda layers, sparsity: [layer.score for layer in layers]]
 )
 def test_what_is_no_answer_of_a_context_is_an_error(net, wrong):
-    with pytest.raises(
-        ValueError, match="must return a list with, for each layer, a bool array over its groups, True where a group is kept"
-    ):
+    with pytest.raises(ValueError, match="must return a list with"):
         Sparsifier(net, context=wrong).sparsify(0.5)
 
 
@@ -668,7 +666,7 @@ def test_a_context_that_empties_a_layer_is_an_error(net):
     def nothing(layers, sparsity):
         return [np.zeros(len(layer.score), bool) for layer in layers]
 
-    with pytest.raises(ValueError, match="context nothing prunes all of 0.weight; every layer must keep at least one group"):
+    with pytest.raises(ValueError, match="prunes all of 0.weight"):
         Sparsifier(net, context=nothing).sparsify(0.5)
 
 

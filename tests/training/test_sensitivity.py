@@ -81,7 +81,7 @@ def test_every_level_is_measured_from_the_dense_weights():
 
 
 @pytest.mark.parametrize("granularity", granularities)
-@pytest.mark.filterwarnings("ignore:sparsity .* no group can be pruned")  # with 'layer', of which a model keeps one each
+@pytest.mark.filterwarnings("ignore:sparsity .* no group can be pruned")  # with 'layer'
 def test_every_granularity(net, granularity):
     sparsifier = Sparsifier(net, granularity)
     answer = measured(net, lambda model: float(model(EXAMPLE).sum()), granularity=granularity)
