@@ -101,7 +101,7 @@ def during(schedule: str | Schedule, start: float, end: float) -> Schedule:
         ValueError: If the schedule is unknown, or not 0 <= start < end <= 1.
 
     Example:
-        >>> [during(one_shot, 0.25, 0.5)(t) for t in (0.2, 0.25, 0.5)]
+        >>> [during('one_shot', 0.25, 0.5)(t) for t in (0.2, 0.25, 0.5)]
         [0.0, 1.0, 0.0]
     """
     _check_part("during", start, end)
@@ -139,7 +139,7 @@ def raised(schedule: str | Schedule, share: float) -> Schedule:
         ValueError: If the schedule is unknown, or `share` is not from 0 to 1.
 
     Example:
-        >>> [raised(between(lin, 0.25, 0.75), 0.5)(t) for t in (0, 0.25, 0.5, 0.75)]
+        >>> [raised(between('lin', 0.25, 0.75), 0.5)(t) for t in (0, 0.25, 0.5, 0.75)]
         [0.0, 0.5, 0.75, 1.0]
     """
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
@@ -182,7 +182,7 @@ def stepped(schedule: str | Schedule, n: float) -> Schedule:
         ValueError: If the schedule is unknown, or `n` is not a finite number above 0.
 
     Example:
-        >>> [stepped(lin, 2)(t) for t in (0, 0.4, 0.5, 0.9, 1)]
+        >>> [stepped('lin', 2)(t) for t in (0, 0.4, 0.5, 0.9, 1)]
         [0.0, 0.0, 0.5, 0.5, 1.0]
     """
     if isinstance(n, bool) or not isinstance(n, (int, float)) or not 0 < n < math.inf:

@@ -123,7 +123,7 @@ def ask(context: Context, layers: Sequence[ScoredLayer], sparsity: float, granul
             f"{[(kept.dtype.name, kept.shape) for kept in all_kept] or type(answer).__name__}"
         )
     if not (isinstance(context, Blocks) or context in (local, global_)):
-        # Other contexts may change the returned array later, or regrow groups that must stay masked.
+        # Other contexts may change the returned array later, or revive groups that must stay masked.
         all_kept = [kept & (layer.alive | layer.revives) for layer, kept in zip(layers, all_kept, strict=True)]
     for layer, kept in zip(layers, all_kept, strict=True):
         if not kept.any() and not layer.whole and not layer.may_empty:

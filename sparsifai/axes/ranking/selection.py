@@ -31,7 +31,7 @@ from .scored_layer import ScoredLayer
 def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Rank the groups of some layers together, and prune those with the lowest scores.
 
-    Contexts are made of it: context 'global' is select_groups(layers, sparsity), and 'local' calls it once per layer.
+    Contexts call it: 'global' is select_groups(layers, sparsity), and 'local' calls it once per layer.
 
     The number of weights pruned is as near to sparsity x weights of all layers as the group sizes allow. Groups with
     equal scores are pruned in index order. Every layer keeps its best group, unless it has `may_empty`. Masked groups
