@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .axes.budget import bounded
+from .axes.changed_schedule import between, during, raised, stepped
 from .axes.context import contexts, global_, local
 from .axes.criterion import (
     criteria,
@@ -38,21 +39,7 @@ from .axes.granularity import along, block, granularities
 from .axes.n_of_m import blocks, is_nm
 from .axes.quantity import quantities, taken
 from .axes.ranking.selection import select_groups
-from .axes.schedule import (
-    ac_dc,
-    agp,
-    between,
-    cos,
-    dsd,
-    during,
-    iterative,
-    lin,
-    one_cycle,
-    one_shot,
-    raised,
-    schedules,
-    stepped,
-)
+from .axes.schedule import ac_dc, agp, cos, dsd, iterative, lin, one_cycle, one_shot, schedules
 from .callbacks.plan_table import Plan
 from .export.comparison import compare
 from .export.comparison_table import Comparison

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from conftest import small_net
 
-from sparsifai import Sparsifier, on_device, on_device_triton
+from sparsifai import Sparsifier
+from sparsifai.axes.ranking import on_device, on_device_triton
 
 
 def masks(context, on):

@@ -1,4 +1,4 @@
-"""What the library must compute, in slow and plain Python: one loop per sentence of the definition."""
+"""The definition of masks in slow and plain Python, one loop per sentence, to compare the library with."""
 
 import math
 from itertools import product
@@ -30,7 +30,7 @@ MATRIX = {"weight": ("out", "in"), "row": ("out",), "column": ("in",), "kernel":
 def groups_of(shape, axes, indexed, convolution_groups=1):
     """The groups of a weight, each a list of multi-indices, in the order in which they first appear.
 
-    A channel or filter of a grouped convolution is a real one: two weights are of one channel only within one group.
+    In a grouped convolution two weights belong to one channel or filter only if they are in one convolution group.
     """
     found = {}
     per_group = shape[0] // convolution_groups
@@ -55,11 +55,11 @@ def squared_sums(score, groups, dtype=np.float32):
 
 
 def fallen(layers, sparsity, whole=False):
-    """Which groups fall of layers that are ranked together; layers: lists of (score, size, masked) per group.
+    """Which groups are pruned of layers that are ranked together; layers: lists of (score, size, masked) per group.
 
-    The groups stand in one list by score, ties in index order; masked ones first. The best of every layer is no
-    candidate (of all layers, if a group is a whole layer). Of the sums of sizes from the head of the list, the one
-    nearest to sparsity x weights is taken, the larger of two equally near ones.
+    The groups are in one list by score, ties in index order; masked ones first. The best group of every layer is no
+    candidate (only the best of all layers, if a group is a whole layer). Of the sums of sizes from the head of the
+    list, the one nearest to sparsity x weights is taken, the larger of two equally near ones.
     """
     entries = [
         (masked, score, position, layer, size)
@@ -80,15 +80,15 @@ def fallen(layers, sparsity, whole=False):
     for entry in ranked:
         sums.append(sums[-1] + entry[5])
     count = min(range(len(sums)), key=lambda index: (abs(sums[index] - wanted), -sums[index]))
-    falls = {entry[2] for entry in ranked[:count]}
+    pruned = {entry[2] for entry in ranked[:count]}
     order = iter(range(len(entries)))
-    return [[next(order) in falls for _ in groups] for groups in layers]
+    return [[next(order) in pruned for _ in groups] for groups in layers]
 
 
-def mask_of(shape, groups, falls):
-    """A mask of the full shape of the weight: False where the group of a weight falls."""
+def mask_of(shape, groups, pruned):
+    """A mask of the full shape of the weight: False where the group of a weight is pruned."""
     mask = np.ones(shape, bool)
-    for group, fell in zip(groups, falls, strict=True):
+    for group, is_pruned in zip(groups, pruned, strict=True):
         for index in group:
-            mask[index] = not fell
+            mask[index] = not is_pruned
     return mask

@@ -1,1 +1,4 @@
-"""Four questions, each a registry of functions: how: granularity, where: context, what: criterion, when: schedule."""
+"""Four questions and a registry of functions for each.
+
+How: granularities. Where: contexts. What: criteria, computed from quantities. When: schedules.
+"""

@@ -1,7 +1,22 @@
-"""Where: contexts, which say over what scope scores are ranked, and what share of the zeros each layer bears.
+"""Where: contexts. A context says which scores are ranked together, and so how many zeros each layer gets.
 
-A context is a function of the scored layers and the sparsity asked for. It returns, for each layer, a bool array
-over the groups: True where a group stays. `select_groups` of selection.py ranks any set of layers jointly, exactly.
+A context is a function of the scored layers and the sparsity asked for. It returns, for each layer, a numpy array with
+one bool per group: True where the group is kept. `select_groups` ranks the groups of any layers together, so most
+contexts are a few calls of it.
+
+A context of your own is such a function. This one prunes the first layer half as much as the others:
+
+>>> from torch import nn
+>>> from sparsifai import Sparsifier
+>>> def spare_the_first(layers, sparsity):
+...     return [*select_groups(layers[:1], sparsity / 2), *select_groups(layers[1:], sparsity)]
+>>> sparsifier = Sparsifier(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 8)), context=spare_the_first)
+>>> sparsifier.sparsify(0.5)
+>>> [int((~mask).sum()) for mask in sparsifier.masks.values()]  # of 20 and 40 weights
+[5, 20]
+
+With `@contexts.register` above its `def`, context='spare_the_first' means the same. What a context can read of a layer
+is in the docstring of `ScoredLayer` (ranking/scored_layer.py).
 """
 
 from __future__ import annotations
@@ -22,14 +37,17 @@ Context = Callable[[Sequence[ScoredLayer], float], "list[np.ndarray]"]
 
 
 def _check(context: Context) -> None:
+    """Refuse functions that are not contexts: criteria, schedules, and `blocks` or `bounded` that were not called."""
     if name_of(context) in ("blocks", "bounded") and context.__module__.startswith("sparsifai."):
-        raise TypeError(f"context {name_of(context)} is to be called: blocks(4), bounded('global', {{'fc': 0.5}})")
+        raise TypeError(
+            f"context {name_of(context)}: call it first, as in blocks(4) or bounded('global', {{'fc': 0.5}})"
+        )
     try:
         inspect.signature(context).bind([], 0.5)
     except TypeError as error:
         raise ValueError(
-            f"context {name_of(context)} is not a function of (layers, sparsity): {error}; criteria and schedules have "
-            "arguments of their own"
+            f"context {name_of(context)} is not a function of (layers, sparsity): {error}; pass a criterion as "
+            "criteria=, and a schedule as schedule="
         ) from None
 
 
@@ -38,24 +56,24 @@ contexts = Registry("context", check=_check, parse=parse_blocks)
 
 @contexts.register
 def local(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
-    """Every layer is ranked alone and reaches the target."""
-    return [stays for layer in layers for stays in select_groups([layer], sparsity)]
+    """Rank each layer alone; each layer reaches the target sparsity."""
+    return [kept for layer in layers for kept in select_groups([layer], sparsity)]
 
 
 @contexts.register(name="global")
 def global_(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
-    """All layers are ranked together and reach the target together."""
+    """Rank the groups of all layers together; only all layers together reach the target sparsity."""
     return select_groups(layers, sparsity)
 
 
 # These rank what is on a GPU without reading it back.
 local.on_device = global_.on_device = True  # type: ignore[attr-defined]
-global_.__name__ = "global"  # as it is registered and shown; the keyword cannot be defined
+global_.__name__ = "global"  # its registered name, which is a keyword and so cannot name a function
 
 
 @contexts.register
 def per_output(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
-    """Every output of every layer is ranked alone, keeps its best group, and reaches the target.
+    """Rank the groups within each output of a layer alone; each output reaches the target and keeps its best group.
 
     Sun et al., 2023, "A Simple and Effective Pruning Approach for Large Language Models" (arXiv:2306.11695).
     """
@@ -63,13 +81,14 @@ def per_output(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarra
 
 
 def _per_output(layer: ScoredLayer, sparsity: float) -> np.ndarray:
+    """Which groups of one layer are kept."""
     axes = list(layer.grid)
     if not axes:
-        raise ValueError("context per_output does not go with round_to")
+        raise ValueError("context per_output cannot be combined with round_to=; leave one of them out")
     if "out" not in axes or layer.grid["out"] == len(layer) or layer.whole:
         raise ValueError(
-            f"context per_output: the groups of {layer.target.name} are not parts of outputs; choose another "
-            "granularity, such as 'weight', or leave the layer out with exclude="
+            f"context per_output ranks the groups within one output, and the groups of {layer.target.name} are not "
+            "parts of outputs; choose another granularity, such as 'weight', or leave the layer out with exclude="
         )
     shape = tuple(layer.grid.values())
     outer = [axes.index(axis) for axis in ("groups", "out") if axis in axes]
@@ -77,40 +96,57 @@ def _per_output(layer: ScoredLayer, sparsity: float) -> np.ndarray:
     keys = ranking_keys(layer).reshape(shape).transpose(order)
     rows = keys.reshape(math.prod(keys.shape[: len(outer)]), -1)
     count = min(math.floor(sparsity * rows.shape[1] + 0.5), rows.shape[1] - 1)
-    falls = lowest_of_rows(rows, count).reshape(keys.shape).transpose(np.argsort(order))
-    return np.logical_not(falls).reshape(-1)
+    pruned = lowest_of_rows(rows, count).reshape(keys.shape).transpose(np.argsort(order))
+    return np.logical_not(pruned).reshape(-1)
 
 
 def ask(
     context: Context, layers: Sequence[ScoredLayer], sparsity: float, granularity: str, notices: list[str]
 ) -> list[np.ndarray]:
-    """What `context` answers, checked. ValueError if it is not a bool array over the groups of each layer.
+    """Call a context and check what it returns.
 
-    Warns where a share is asked for of which nothing can fall. granularity: its name, for the warning.
+    Args:
+        context: A function of the layers and the sparsity.
+        layers: The layers to rank.
+        sparsity: Fraction of the weights of `layers` to prune, from 0 to 1.
+        granularity: Name of the granularity, for the notice.
+        notices: Is given a notice if nothing can be pruned although a sparsity was asked for.
+
+    Returns:
+        For each layer a bool array with one entry per group, True where the group is kept.
+
+    Raises:
+        ValueError: If the context returns anything else, or prunes a whole layer that may not be emptied.
     """
     answer = context(layers, sparsity)
-    stays = [np.asarray(kept) for kept in answer] if isinstance(answer, (list, tuple)) else []
-    if [(kept.dtype, kept.shape) for kept in stays] != [(np.dtype(bool), layer.alive.shape) for layer in layers]:
+    all_kept = [np.asarray(kept) for kept in answer] if isinstance(answer, (list, tuple)) else []
+    if [(kept.dtype, kept.shape) for kept in all_kept] != [(np.dtype(bool), layer.alive.shape) for layer in layers]:
         raise ValueError(
             f"context {name_of(context)} must return a list with, for each layer, a bool array over its groups, True "
-            f"where one stays; got {[(kept.dtype.name, kept.shape) for kept in stays] or type(answer).__name__}"
+            "where a group is kept; got "
+            f"{[(kept.dtype.name, kept.shape) for kept in all_kept] or type(answer).__name__}"
         )
     if not (isinstance(context, Blocks) or context in (local, global_)):
-        # A context may keep what it returns, and let come back what must not.
-        stays = [kept & (layer.alive | layer.revives) for layer, kept in zip(layers, stays, strict=True)]
-    for layer, kept in zip(layers, stays, strict=True):
+        # Other contexts may change the returned array later, or revive groups that must stay masked.
+        all_kept = [kept & (layer.alive | layer.revives) for layer, kept in zip(layers, all_kept, strict=True)]
+    for layer, kept in zip(layers, all_kept, strict=True):
         if not kept.any() and not layer.whole and not layer.may_empty:
-            raise ValueError(f"context {name_of(context)} empties {layer.target.name}; a layer keeps its best group")
-    if sparsity > 0 and all(kept.all() for kept in stays) and _nothing_can_fall(context, layers):
+            raise ValueError(
+                f"context {name_of(context)} prunes all of {layer.target.name}; every layer must keep at least one "
+                "group, unless may_empty=True is given"
+            )
+    if sparsity > 0 and all(kept.all() for kept in all_kept) and _nothing_can_be_pruned(context, layers):
         notices.append(
             f"sparsity {sparsity:g} was asked for, but with granularity {granularity} and context {name_of(context)} "
-            "no group can be pruned, because every scope keeps its best; choose smaller groups, or context 'global'"
+            "no group can be pruned, because the best group of each scope is kept; choose smaller groups, or context "
+            "'global'",
         )
-    return stays
+    return all_kept
 
 
-def _nothing_can_fall(context: Context, layers: Sequence[ScoredLayer]) -> bool:
+def _nothing_can_be_pruned(context: Context, layers: Sequence[ScoredLayer]) -> bool:
+    """Whether the context keeps every group even at sparsity 1."""
     try:
         return all(kept.all() for kept in context(layers, 1.0))
-    except ValueError:  # of one that refuses so much
+    except ValueError:  # some contexts refuse so high a sparsity
         return False

@@ -1,10 +1,26 @@
-"""What: criteria, functions that score every weight; the lowest scores fall.
+"""What: criteria. A criterion gives each weight a score; the weights with the lowest scores are pruned.
 
-A criterion is its formula. Its required parameters are quantities of `statistic.py`, asked for by name; its
-defaulted parameters are options, set with functools.partial. It returns one score per weight, of any sign.
+A criterion is its formula, written as a function. Each parameter without a default names a quantity, such as `weight`,
+`init` (the weight at the start) or `grad`; quantity.py defines them. Parameters with a default are options. The
+function returns a tensor of one score per weight, of any sign.
 
-Sources: w is the weight, w0 its initial and w' its previous value. The forms with w0 are those of Zhou et al., 2019,
-"Deconstructing Lottery Tickets" (arXiv:1905.01067); the updating forms compare with the last mask update instead.
+A criterion of your own is such a function. This one prunes the weights that are nearest to the mean of the layer:
+
+>>> from torch import nn
+>>> from sparsifai import Sparsifier
+>>> def distance_from_mean(weight, power=1):
+...     return (weight - weight.mean()).abs() ** power
+>>> sparsifier = Sparsifier(nn.Linear(4, 6), criteria=distance_from_mean)
+>>> sparsifier.sparsify(0.5)
+>>> sparsifier.sparsity
+0.5
+
+`functools.partial` sets an option: criteria=partial(distance_from_mean, power=2). With `@criteria.register` above its
+`def`, criteria='distance_from_mean' means the same function.
+
+In the formulas below, w is the weight, w0 its initial value, w' its value at the last mask update, and g its gradient.
+The criteria with w0 are those of Zhou et al., 2019, "Deconstructing Lottery Tickets" (arXiv:1905.01067). The updating_
+criteria use w' instead of w0.
 """
 
 from __future__ import annotations
@@ -23,28 +39,45 @@ Criterion = Callable[..., Tensor]
 
 
 def quantities_of(criterion: Criterion) -> tuple[str, ...]:
-    """Names of the quantities that a criterion asks for: its parameters without a default."""
+    """Names of the quantities that a criterion needs, which are its parameters without a default.
+
+    Args:
+        criterion: A criterion, or a partial of one.
+
+    Returns:
+        The names, in the order of the parameters.
+
+    Raises:
+        ValueError: If the parameters cannot be read, or one of them cannot be given by name.
+
+    Example:
+        >>> quantities_of(magnitude_increase)
+        ('weight', 'init')
+    """
     try:
         parameters = inspect.signature(criterion).parameters.values()
     except ValueError:
         raise ValueError(
-            f"criterion {name_of(criterion)} does not show its parameters; write it out: "
+            f"criterion {name_of(criterion)} hides its parameters, so the quantities it needs are not known; wrap it: "
             f"lambda weight: {name_of(criterion)}(weight)"
         ) from None
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     required = [each for each in parameters if each.default is each.empty and each.kind not in optional]
     if any(each.kind is each.POSITIONAL_ONLY for each in required):
-        raise ValueError(f"criterion {name_of(criterion)}: quantities are given by name, so leave out the '/'")
+        raise ValueError(
+            f"criterion {name_of(criterion)}: quantities are given by name; remove the '/' from its parameters"
+        )
     return tuple(each.name for each in required)
 
 
 def _check(criterion: Criterion) -> None:
+    """Refuse a criterion that needs a quantity that is not registered."""
     unknown = [name for name in quantities_of(criterion) if name not in quantities]
     if unknown:
         raise ValueError(
-            f"criterion {name_of(criterion)} asks for the unknown quantity {unknown[0]!r}; known are "
-            f"{', '.join(quantities)}. Give an option a default value, or register the quantity with "
-            "@quantities.register"
+            f"criterion {name_of(criterion)} needs the unknown quantity {unknown[0]!r}; {', '.join(quantities)} are "
+            f"known. If {unknown[0]!r} is an option, give it a default value; if it is a quantity of your own, first "
+            "register it with @quantities.register"
         )
 
 
@@ -52,26 +85,32 @@ criteria = Registry("criterion", check=_check)
 
 
 def elementwise(criterion: Criterion) -> Criterion:
-    """Mark a criterion whose score of a weight is of the quantities of this weight alone, and which changes no tensor.
+    """Mark a criterion whose score of a weight depends on the quantities of this weight alone. Not for your own.
 
-    It is called of parts of a layer, of any shape, with the weights themselves instead of copies, and what it returns
-    is not checked: a mark for those of this file, not for users'.
+    A marked criterion is called for parts of a layer, of any shape. It is given the weights themselves instead of
+    copies, so it must not change them, and its result is not checked.
     """
     criterion.elementwise = criterion  # type: ignore[attr-defined]
     return criterion
 
 
 def is_elementwise(criterion: Criterion) -> bool:
-    """Whether a criterion, or the one that a partial with other numbers is made of, is marked as elementwise."""
+    """Whether a criterion is marked as elementwise, or is a partial of a marked one that sets no tensor."""
     if isinstance(criterion, partial):
         given = (*criterion.args, *criterion.keywords.values())
         return is_elementwise(criterion.func) and not any(isinstance(value, Tensor) for value in given)
-    # One that wraps a marked criterion has its attributes, but is another function.
+    # functools.wraps copies the attribute to a wrapper, which is another function; so it holds the function it marks.
     return getattr(criterion, "elementwise", None) is criterion
 
 
 def pooled_by(pooling: str) -> Callable[[Criterion], Criterion]:
-    """Mark a criterion with the pooling of its definition: used if no other is asked for, and of single weights too."""
+    """Mark a criterion with the pooling of its definition.
+
+    This pooling is the default for the criterion. It is also applied to single weights.
+
+    Args:
+        pooling: Name of a pooling, such as 'squared_sum'.
+    """
 
     def mark(criterion: Criterion) -> Criterion:
         criterion.pooling = pooling  # type: ignore[attr-defined]
@@ -82,49 +121,50 @@ def pooled_by(pooling: str) -> Callable[[Criterion], Criterion]:
 
 @criteria.register
 def random(weight: Tensor, rng: torch.Generator) -> Tensor:
-    """Uniform in [0, 1), the same on every device."""
+    """Uniform in [0, 1), from the Sparsifier's own generator: the same scores on every device."""
     return torch.rand(weight.shape, generator=rng)
 
 
 @criteria.register
 @elementwise
 def large_final(weight: Tensor) -> Tensor:
-    """|w|: large weights survive."""
+    """|w|: large weights are kept."""
     return weight.abs()
 
 
 @criteria.register
 @elementwise
 def small_final(weight: Tensor) -> Tensor:
-    """-|w|: small weights survive."""
+    """-|w|: small weights are kept."""
     return -weight.abs()
 
 
 @criteria.register
 @elementwise
 def squared_final(weight: Tensor) -> Tensor:
-    """w^2."""
+    """w^2: the order of large_final; the scores of groups differ."""
     return weight.square()
 
 
 @criteria.register(name="grad")
 def large_gradient(grad: Tensor) -> Tensor:
-    """|g|: what comes back in RigL. Evci et al., 2020, "Rigging the Lottery" (arXiv:1911.11134)."""
+    """|g|: RigL regrows weights by it. Evci et al., 2020, "Rigging the Lottery" (arXiv:1911.11134)."""
     return grad.abs()
 
 
 @criteria.register
 def normalized_final(weight: Tensor) -> Tensor:
-    """|w| / ||W||, with the l2 norm of the layer's weights: layers of different scale can be ranked together."""
+    """|w| / ||W||, ||W|| being the l2 norm of the layer: for ranking layers of different scale together."""
     weight = weight.double()
     return weight.abs() / weight.norm().clamp(min=1e-300)
 
 
 @criteria.register
 def lamp(weight: Tensor) -> Tensor:
-    """w^2 over the sum of v^2 of all weights v of the layer that rank no lower; of equals the later rank higher.
+    """w^2 over the sum of v^2, v being all weights of the layer that rank no lower.
 
-    For a context that ranks layers together. Lee et al., 2021 (arXiv:2010.07611).
+    Of equal weights the later ranks higher. For contexts that rank layers together. Lee et al., 2021, "Layer-Adaptive
+    Sparsity for the Magnitude-based Pruning" (arXiv:2010.07611).
     """
     squares = weight.double().square().flatten()
     order = squares.argsort(stable=True)
@@ -136,42 +176,42 @@ def lamp(weight: Tensor) -> Tensor:
 @criteria.register
 @elementwise
 def large_init(init: Tensor) -> Tensor:
-    """|w0|."""
+    """|w0|: weights with a large initial value are kept."""
     return init.abs()
 
 
 @criteria.register
 @elementwise
 def small_init(init: Tensor) -> Tensor:
-    """-|w0|."""
+    """-|w0|: weights with a small initial value are kept."""
     return -init.abs()
 
 
 @criteria.register
 @elementwise
 def large_init_large_final(weight: Tensor, init: Tensor, alpha: float = 1.0) -> Tensor:
-    """min(alpha |w|, |w0|): large at both ends survive."""
+    """min(alpha |w|, |w0|): weights that are large at both times are kept."""
     return torch.minimum(alpha * weight.abs(), init.abs())
 
 
 @criteria.register
 @elementwise
 def small_init_small_final(weight: Tensor, init: Tensor, alpha: float = 1.0) -> Tensor:
-    """-max(alpha |w|, |w0|): small at both ends survive."""
+    """-max(alpha |w|, |w0|): weights that are small at both times are kept."""
     return -torch.maximum(alpha * weight.abs(), init.abs())
 
 
 @criteria.register
 @elementwise
 def magnitude_increase(weight: Tensor, init: Tensor, alpha: float = 1.0) -> Tensor:
-    """alpha |w| - |w0|."""
+    """alpha |w| - |w0|: weights whose magnitude has grown are kept."""
     return alpha * weight.abs() - init.abs()
 
 
 @criteria.register
 @elementwise
 def movement(weight: Tensor, init: Tensor) -> Tensor:
-    """|w - w0|."""
+    """|w - w0|: weights that have moved far are kept."""
     return (weight - init).abs()
 
 
@@ -185,40 +225,41 @@ def movmag(weight: Tensor, init: Tensor) -> Tensor:
 @criteria.register
 @elementwise
 def updating_magnitude_increase(weight: Tensor, previous: Tensor) -> Tensor:
-    """|w| - |w'|."""
+    """|w| - |w'|: magnitude_increase since the last mask update."""
     return weight.abs() - previous.abs()
 
 
 @criteria.register
 @elementwise
 def updating_movement(weight: Tensor, previous: Tensor) -> Tensor:
-    """|w - w'|."""
+    """|w - w'|: movement since the last mask update."""
     return (weight - previous).abs()
 
 
 @criteria.register
 @elementwise
 def updating_movmag(weight: Tensor, previous: Tensor) -> Tensor:
-    """|w (w - w')|."""
+    """|w (w - w')|: movmag since the last mask update."""
     return (weight * (weight - previous)).abs()
 
 
-# --- Criteria that look at data ----------------------------------------------------------------------------------
+# --- Criteria that need data ----------------------------------------------------------------------------------
 
 
 @criteria.register
 @elementwise
 def snip(weight: Tensor, grad: Tensor) -> Tensor:
-    """|w g|. Lee et al., 2019, "SNIP" (arXiv:1810.02340)."""
+    """|w g|: weights whose removal changes the loss little are pruned. Lee et al., 2019, "SNIP" (arXiv:1810.02340)."""
     return (weight * grad).abs()
 
 
 @criteria.register
 @elementwise
 def grasp(weight: Tensor, hessian_grad: Tensor) -> Tensor:
-    """w Hg. Published as -w Hg, what the gradient's norm gains when a weight goes, of which the highest go.
+    """w Hg, H being the Hessian of the loss. The paper's score is -w Hg, and the weights with the highest are pruned.
 
-    Wang et al., 2020, "Picking Winning Tickets Before Training" (arXiv:2002.07376).
+    -w Hg estimates how much the norm of the gradient grows when the weight is pruned. Wang et al., 2020, "Picking
+    Winning Tickets Before Training by Preserving Gradient Flow" (arXiv:2002.07376).
     """
     return weight * hessian_grad
 
@@ -226,9 +267,10 @@ def grasp(weight: Tensor, hessian_grad: Tensor) -> Tensor:
 @criteria.register
 @elementwise
 def synflow(weight: Tensor, flow: Tensor) -> Tensor:
-    """|w| dR/d|w|, R being the sum of outputs for an input of ones and weights |w|; to be used in many steps.
+    """|w| dR/d|w|, R being the sum of the outputs for an input of ones and weights |w|.
 
-    `sparsify(0.99, steps=100)`. Tanaka et al., 2020 (arXiv:2006.05467).
+    Published for many steps, as in `sparsify(0.99, steps=100)`. Tanaka et al., 2020, "Pruning Neural Networks without
+    Any Data by Iteratively Conserving Synaptic Flow" (arXiv:2006.05467).
     """
     return weight.abs() * flow
 
@@ -237,10 +279,10 @@ def synflow(weight: Tensor, flow: Tensor) -> Tensor:
 @pooled_by("squared_sum")
 @elementwise
 def taylor(weight: Tensor, grad: Tensor) -> Tensor:
-    """w g, of which a group scores (sum of w g)^2: what the loss changes by when the group goes, squared.
+    """w g; the score of a group is (sum of w g)^2, the square of the change in loss when the group is pruned.
 
-    Of a whole filter before a batch norm the sum is zero, for the norm undoes its scale. Molchanov et al., 2019,
-    "Importance Estimation for Neural Network Pruning" (arXiv:1906.10771).
+    For a whole filter before a batch norm the sum is zero, because the norm undoes the filter's scale. Molchanov et
+    al., 2019, "Importance Estimation for Neural Network Pruning" (arXiv:1906.10771).
     """
     return weight * grad
 
@@ -248,20 +290,26 @@ def taylor(weight: Tensor, grad: Tensor) -> Tensor:
 @criteria.register
 @elementwise
 def fisher(weight: Tensor, grad_sq: Tensor) -> Tensor:
-    """w^2 F / 2, F being the diagonal of the empirical Fisher matrix. Theis et al., 2018 (arXiv:1801.05787)."""
+    """w^2 F / 2, F being the diagonal of the empirical Fisher matrix.
+
+    Theis et al., 2018, "Faster gaze prediction with dense networks and Fisher pruning" (arXiv:1801.05787).
+    """
     return weight.square() * grad_sq / 2
 
 
 @criteria.register
 @elementwise
 def movement_pruning(weight_grad: Tensor) -> Tensor:
-    """-w g, over all batches: weights that move away from zero survive. Sanh et al., 2020 (arXiv:2005.07683)."""
+    """-w g, averaged over all batches: weights that move away from zero are kept.
+
+    Sanh et al., 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning" (arXiv:2005.07683).
+    """
     return -weight_grad
 
 
 @criteria.register
 def wanda(weight: Tensor, activation: Tensor) -> Tensor:
-    """|w| ||x||, x being the input that the weight is multiplied with; published with context 'per_output'.
+    """|w| ||x||, x being the input that the weight is multiplied with. Published with context 'per_output'.
 
     Sun et al., 2023, "A Simple and Effective Pruning Approach for Large Language Models" (arXiv:2306.11695).
     """

@@ -1,10 +1,26 @@
-"""How: granularities, which say what weights share one mask value.
+"""How: granularities. A granularity says which weights share one mask value, for example all weights of a filter.
 
-A granularity is a function from the axes of a weight (name -> size) to the axes that index its mask. A group of
-weights spans every other axis. `filter` names ('out',): one mask value per output filter. A granularity may give the
-extent of a group along an axis that it names, too: {'out': 64} makes groups of 64 filters, {'out': 4, 'in': 4} tiles.
+A granularity is a function. It is given the axes of a layer's weight, a dictionary from name to size such as
+{'out': 64, 'in': 3, 'h': 7, 'w': 7}, and returns the names of the axes that index the mask. The weights that share one
+mask value are a group; a group spans all other axes. `filter` returns ('out',): one mask value per output filter.
 
-`Grouping` is what a granularity makes of one weight: it pools scores into groups and spreads masks over weights.
+A granularity may also return a dictionary from axis to the extent of a group, which is the number of places that a
+group covers along this axis. {'out': 64} makes groups of 64 filters, and {'out': 4, 'in': 4} makes tiles of 4 x 4.
+
+A granularity of your own is such a function. Pass the function itself:
+
+>>> from torch import nn
+>>> from sparsifai import Sparsifier
+>>> def filter_pairs(axes):
+...     return {'out': 2}
+>>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+>>> sparsifier = Sparsifier(model, granularity=filter_pairs, layers='0')
+>>> sparsifier.sparsify(0.5)
+>>> int((~sparsifier.masks['0.weight']).sum())  # 2 of the 4 pairs are pruned
+4
+
+With `@granularities.register` above its `def`, granularity='filter_pairs' means the same. `Grouping` in grouping.py is
+the result for one weight: it pools scores into groups and turns one bool per group into a mask.
 """
 
 from __future__ import annotations
@@ -16,28 +32,41 @@ from typing import Any
 
 from ..support.registry import Registry
 
+# Axis name -> size, in the order of the weight's shape.
 Axes = Mapping[str, int]
-
 
 Granularity = Callable[[Axes], Iterable[str] | Mapping[str, int]]
 
 
 def along(*axes: str) -> Granularity:
-    """The granularity whose mask is indexed by `axes`; a group spans all others.
+    """Make the granularity whose mask is indexed by `axes`; a group of weights spans all other axes.
 
-    >>> along('out', 'h')({'out': 8, 'in': 4, 'h': 3, 'w': 3})
-    ('out', 'h')
+    A tuple means the same: granularity=('out', 'h') is granularity=along('out', 'h').
+
+    Args:
+        *axes: Names of axes of a weight: 'out', 'in', 'd', 'h', 'w', or those that `register_layer` was given. No axis
+            at all makes each layer one group.
+
+    Returns:
+        The granularity, a function of the axes of a weight.
+
+    Raises:
+        TypeError: If the name of an axis is not a string.
+
+    Example:
+        >>> along('out', 'h')({'out': 8, 'in': 4, 'h': 3, 'w': 3})
+        ('out', 'h')
     """
     if not all(isinstance(axis, str) for axis in axes):
-        raise TypeError(f"granularity {axes!r}: a tuple of axes holds their names, such as ('out', 'h')")
+        raise TypeError(f"granularity {axes!r}: name the axes, as in ('out', 'h')")
     return _Along(axes, f"({', '.join(axes)})")
 
 
 @dataclass(frozen=True)
 class _Along:
-    """Groups that are indexed by some axes and span all others."""
+    """The granularity whose mask is indexed by some axes; a group spans all others."""
 
-    # A class, because a function made within another cannot be pickled.
+    # A class, because a function that is defined within another cannot be pickled.
     indexed: tuple[str, ...]
     __name__: str
 
@@ -46,18 +75,35 @@ class _Along:
 
 
 def block(rows: int, columns: int) -> Granularity:
-    """Tiles of `rows` outputs by `columns` inputs; of a kernel each place by itself. Also written '4x4'.
+    """Make the granularity of tiles: a group is `rows` outputs by `columns` inputs.
 
-    At the end of an axis a tile may be smaller.
+    The name '4x4' means block(4, 4). In a convolution every place of the kernel has tiles of its own. At the end of an
+    axis that the tile does not divide, a tile is smaller.
+
+    Args:
+        rows: Number of outputs in a tile, 1 or more.
+        columns: Number of inputs in a tile, 1 or more.
+
+    Returns:
+        The granularity, a function of the axes of a weight.
+
+    Raises:
+        ValueError: If `rows` or `columns` is not a whole number of at least 1.
+
+    Example:
+        >>> block(4, 2)({'out': 8, 'in': 6})
+        {'out': 4, 'in': 2}
     """
     for extent in (rows, columns):
         if isinstance(extent, bool) or not isinstance(extent, int) or extent < 1:
-            raise ValueError(f"block: the sides of a tile are whole numbers from 1 on, not {extent!r}")
+            raise ValueError(f"block: rows and columns must be whole numbers of at least 1, not {extent!r}")
     return _Block(rows, columns, f"{rows}x{columns}")
 
 
 @dataclass(frozen=True)
 class _Block:
+    """The granularity of tiles; a class, so that it can be pickled."""
+
     rows: int
     columns: int
     __name__: str
@@ -67,6 +113,7 @@ class _Block:
 
 
 def _parse(value: Any) -> Granularity | None:
+    """The granularity that '4x4' or a tuple of axes means; None for everything else."""
     if isinstance(value, str) and (tile := re.fullmatch(r"(\d+)x(\d+)", value)):
         return block(int(tile[1]), int(tile[2]))
     return along(*value) if isinstance(value, (tuple, list)) else None
@@ -77,23 +124,23 @@ granularities = Registry("granularity", parse=_parse)
 
 @granularities.register
 def weight(axes: Axes) -> Iterable[str]:
-    """Every weight alone."""
+    """Every weight is a group of its own. The mask is indexed by all axes."""
     return tuple(axes)
 
 
 @granularities.register
 def row(axes: Axes) -> Iterable[str]:
-    """A row of a kernel: (out, in, h). In a matrix, the row of one output neuron: (out)."""
+    """A row of a kernel, indexed by (out, in, h). In a matrix, all weights of one output, indexed by (out)."""
     return ("out",) if set(axes) == {"out", "in"} else ("out", "in", "h")
 
 
 @granularities.register
 def column(axes: Axes) -> Iterable[str]:
-    """A column of a kernel: (out, in, w). In a matrix, the column of one input feature: (in)."""
+    """A column of a kernel, indexed by (out, in, w). In a matrix, all weights of one input, indexed by (in)."""
     return ("in",) if set(axes) == {"out", "in"} else ("out", "in", "w")
 
 
-# Those that name the same axes on every layer. 'shared_' ones are the same for all output filters.
+# Granularities whose mask has the same axes in every layer. With a 'shared_' one, all filters have the same mask.
 _ALONG = {
     "kernel": ("out", "in"),
     "channel": ("in",),

@@ -1,4 +1,14 @@
-"""What a granularity makes of one weight: groups, scores pooled over them, masks spread over weights."""
+"""The groups of one weight, as a granularity defines them: their scores are pooled, and their mask is built.
+
+A pooling turns the scores of the weights of a group into one score. Your own pooling is a function of the grouping and
+the scores of a layer, which returns one score per group. Pass it as pool=:
+
+>>> def smallest(grouping, scores):
+...     return grouping.members(scores, fill=math.inf).amin(1)
+>>> grouping = Grouping.of(lambda axes: ('out',), {'out': 2, 'in': 3})
+>>> smallest(grouping, torch.tensor([[3., 1., 2.], [6., 5., 4.]]))
+tensor([1., 4.])
+"""
 
 from __future__ import annotations
 
@@ -22,13 +32,15 @@ class UnavailableError(ValueError):
 
 @dataclass(frozen=True)
 class Grouping:
-    """How the weights of one layer fall into groups.
+    """How the weights of one layer are divided into groups, each of which has one mask value.
 
-    indexed: axis -> extent of a group along it, of the axes that index the mask.
-    shape: of the weight; the first axis of a grouped convolution is split into (groups, rest), so that channel and
-        filter mean real ones.
-    extents: of a group along every axis of `shape`. At the end of an axis a group may be smaller.
-    names: of the axes of `shape`; that of the convolution groups is 'groups'.
+    Attributes:
+        indexed: Axis -> extent of a group along it, in places, for the axes that index the mask.
+        shape: Shape of the weight. In a grouped convolution the first axis is split into (convolution groups, rest), so
+            that channels and filters are counted within one convolution group.
+        extents: Extent of a group along every axis of `shape`. At the end of an axis a group may be smaller.
+        split: Whether the first axis is split.
+        names: Names of the axes of `shape`; the axis of the convolution groups is called 'groups'.
     """
 
     indexed: Mapping[str, int]
@@ -39,37 +51,51 @@ class Grouping:
 
     @classmethod
     def of(cls, granularity: Granularity, axes: Axes, convolution_groups: int = 1) -> Grouping:
-        """Apply `granularity` to a weight with `axes`.
+        """Apply a granularity to a weight.
 
-        sizes of `axes`: within one convolution group. UnavailableError if the layer lacks an axis.
+        Args:
+            granularity: A function of the axes.
+            axes: Axis name -> size, in the order of the weight's shape. In a grouped convolution the sizes are those
+                within one convolution group.
+            convolution_groups: `groups` of the convolution.
+
+        Returns:
+            The grouping of the weight.
+
+        Raises:
+            UnavailableError: If the granularity names an axis that the weight does not have.
+            TypeError: If the granularity returns neither axis names nor a dictionary of extents.
+            ValueError: If the granularity fails, or an extent is not a whole number of at least 1.
         """
         try:
             answer = granularity(dict(axes))
         except Exception as error:
             raise ValueError(
                 f"granularity {name_of(granularity)} fails on the axes {dict(axes)} ({error}); a granularity is a "
-                "function of a layer's axes, which returns those that index the mask"
+                "function of a layer's axes that returns those that index the mask, such as ('out',)"
             ) from error
         if isinstance(answer, str) or not isinstance(answer, Iterable):
             raise TypeError(
                 f"granularity {name_of(granularity)} must return the names of the axes that index the mask, such as "
-                f"('out',), or a dictionary of extents; got {answer!r}"
+                f"('out',), or the extents of a group, such as {{'out': 2}}; got {answer!r}"
             )
         indexed = dict(answer) if isinstance(answer, Mapping) else dict.fromkeys(answer, 1)
         missing = [axis for axis in indexed if axis not in axes]
         if missing:
-            raise UnavailableError(f"{name_of(granularity)} needs axis {missing[0]!r}, has only ({', '.join(axes)})")
+            raise UnavailableError(
+                f"{name_of(granularity)} needs axis {missing[0]!r}, but the layer has only ({', '.join(axes)})"
+            )
         for axis, extent in indexed.items():
             if isinstance(extent, bool) or not isinstance(extent, int) or extent < 1:
                 raise ValueError(
-                    f"granularity {name_of(granularity)}: the extent of a group along {axis!r} is a whole number "
-                    f"from 1 on, not {extent!r}"
+                    f"granularity {name_of(granularity)}: the extent of a group along {axis!r} must be a whole number "
+                    f"of at least 1, not {extent!r}"
                 )
         shape = list(axes.values())
         extents = [min(indexed.get(axis, size), size) for axis, size in axes.items()]
         split = convolution_groups > 1
         if split:
-            # Real channels and filters belong to one convolution group; what names neither is shared by all of them.
+            # A channel or filter belongs to one convolution group. A group without 'out' and 'in' spans all of them.
             shape.insert(0, convolution_groups)
             extents.insert(0, 1 if {"out", "in"} & indexed.keys() else convolution_groups)
         return cls(indexed, tuple(shape), tuple(extents), split, ("groups",) * split + tuple(axes))
@@ -85,20 +111,28 @@ class Grouping:
         return dict(zip(self.names, self.grid, strict=True))
 
     def members(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """(weights of the layer) -> (groups, weights of a group); short groups are filled up with `fill`."""
+        """Put the values of each group in a row of its own.
+
+        Args:
+            values: One value per weight, in the shape of the weight.
+            fill: Value that fills up groups that are smaller than the others.
+
+        Returns:
+            The values in the shape (groups, weights of a group), groups in index order.
+        """
         padding = [
             (0, cells * extent - size) for size, extent, cells in zip(self.shape, self.extents, self.grid, strict=True)
         ]
         values = values.reshape(self.shape)
         if any(after for _, after in padding):
             values = F.pad(values, [edge for pair in reversed(padding) for edge in pair], value=fill)
-        cells = [side for pair in zip(self.grid, self.extents, strict=True) for side in pair]
-        axes = range(len(cells))
-        return values.reshape(cells).permute(*axes[::2], *axes[1::2]).reshape(math.prod(self.grid), -1)
+        sides = [side for pair in zip(self.grid, self.extents, strict=True) for side in pair]
+        axes = range(len(sides))
+        return values.reshape(sides).permute(*axes[::2], *axes[1::2]).reshape(math.prod(self.grid), -1)
 
     @cached_property
     def size(self) -> int | Tensor:
-        """Weights in a group; one number where all groups are equal."""
+        """Number of weights in a group: one number if all groups are equal, else one per group."""
         if all(size % extent == 0 for size, extent in zip(self.shape, self.extents, strict=True)):
             return math.prod(self.extents)
         return self.members(torch.ones(self.shape)).sum(1).long()
@@ -109,14 +143,22 @@ class Grouping:
         return math.prod(self.extents) == 1
 
     def pool(self, part: Callable[[slice], Tensor], how: Callable[[Grouping, Tensor], Tensor]) -> Tensor:
-        """Scores of weights -> scores of groups, in index order.
+        """Pool the scores of the weights of each group into one score.
 
-        part: the scores of a slice of the weight's first axis. Where no group spans it, one slice after the other is
-            pooled, each so short that its scores stay in the cache.
+        Args:
+            part: Gives the scores of a slice of the weight's first axis. Where no group spans this axis, one slice
+                after the other is pooled, each so short that its scores stay in the cache.
+            how: The pooling, a function of the grouping and the scores.
+
+        Returns:
+            One score per group, in index order.
+
+        Raises:
+            ValueError: If the pooling does not return one score per group.
         """
         length, extent = self.shape[0], self.extents[0]
         spanned = extent == length
-        # An own pooling may look at the layer as a whole.
+        # A pooling of the user's own may need the whole layer.
         if self.split or how not in (mean, total, largest, l2, squared_sum) or (spanned and how not in (mean, total)):
             return self._pool(part(slice(None)), how)
         rows = max(1, CHUNK // math.prod(self.shape[1:]))
@@ -136,33 +178,44 @@ class Grouping:
         return (joined / self._size_on(scores) if how is mean else joined).to(scores.dtype)
 
     def _size_on(self, scores: Tensor) -> int | Tensor:
+        """`size`, on the device of the scores."""
         return self.size if isinstance(self.size, int) else self.size.to(scores.device)
 
     def _pool(self, scores: Tensor, how: Callable[[Grouping, Tensor], Tensor]) -> Tensor:
+        """Pool the scores of a whole layer, and check the result."""
         pooled = how(self, scores)
         if not isinstance(pooled, Tensor) or pooled.shape != (math.prod(self.grid),):
             raise ValueError(
-                f"pooling {name_of(how)} must return one score per group, {math.prod(self.grid)} here; "
-                f"got {tuple(pooled.shape) if isinstance(pooled, Tensor) else pooled!r}"
+                f"pooling {name_of(how)} must return one score per group, a tensor of shape {(math.prod(self.grid),)}; "
+                f"got {f'shape {tuple(pooled.shape)}' if isinstance(pooled, Tensor) else repr(pooled)}"
             )
         return pooled.to(scores.dtype)
 
     def sum(self, scores: Tensor) -> Tensor:
-        """Sums over groups, in float64: rounded once, they are the same in whatever order, but for rare last bits."""
+        """Sum the scores over each group, in float64.
+
+        A float64 sum is rounded once to the dtype of the scores, so the order of summation changes only rare last bits.
+
+        Args:
+            scores: One score per weight, in the shape of the weight.
+
+        Returns:
+            One sum per group, float64, in index order.
+        """
         if any(size % extent for size, extent in zip(self.shape, self.extents, strict=True)):
             return self.members(scores).sum(1, dtype=torch.float64)
-        # Neighbouring axes that are all indexed, or all spanned, are one: a sum over fewer axes is faster.
-        cells: list[int] = []  # of a grid and of its groups in turn
-        for cell, extent in zip(self.grid, self.extents, strict=True):
-            if cells and cells[-1] == 1:
-                cells[-2:] = [cells[-2] * cell, extent]
-            elif cells and cell == 1:
-                cells[-1] *= extent
+        # Neighbouring axes that are all indexed, or all spanned, are merged: a sum over fewer axes is faster.
+        sides: list[int] = []  # number of groups and extent of a group, in turn
+        for cells, extent in zip(self.grid, self.extents, strict=True):
+            if sides and sides[-1] == 1:
+                sides[-2:] = [sides[-2] * cells, extent]
+            elif sides and cells == 1:
+                sides[-1] *= extent
             else:
-                cells += [cell, extent]
-        spanned = tuple(axis for axis in range(1, len(cells), 2) if cells[axis] > 1)
-        # The outermost axis first and alone: torch sums over axes that are apart much more slowly.
-        sums = scores.reshape(cells)
+                sides += [cells, extent]
+        spanned = tuple(axis for axis in range(1, len(sides), 2) if sides[axis] > 1)
+        # One axis at a time, the outermost first: torch sums over axes that are not neighbours much more slowly.
+        sums = scores.reshape(sides)
         for axis in spanned:
             sums = sums.sum(axis, dtype=torch.float64, keepdim=True)
         return sums.flatten().to(torch.float64)
@@ -172,7 +225,7 @@ class Grouping:
         return self.members(values.float()).amax(1) > 0
 
     def all_kept(self) -> Tensor:
-        """The bools per group of a dense layer."""
+        """True for every group: a dense layer."""
         return torch.ones(math.prod(self.grid), dtype=torch.bool)
 
     def _on_axes(self, kept: Tensor) -> Tensor:
@@ -184,7 +237,7 @@ class Grouping:
         return mask
 
     def spread(self, kept: Tensor) -> Tensor:
-        """Bool per group -> mask that broadcasts to the weight; axes that a group spans have size 1."""
+        """Bool per group -> mask that broadcasts to the weight; an axis that a group spans has size 1."""
         mask = self._on_axes(kept)
         if not self.split:
             return mask
@@ -193,36 +246,46 @@ class Grouping:
         return mask.flatten(0, 1)
 
     def gather(self, mask: Tensor) -> Tensor:
-        """The inverse of spread: mask -> bool per group."""
+        """Mask -> bool per group, the inverse of `spread`."""
         if self.split:
             mask = mask.unflatten(0, self.shape[:2] if mask.shape[0] > 1 else (1, 1))
         return mask[tuple(slice(None, None, extent) for extent in self.extents)].flatten()
 
     def outputs(self, kept: Tensor, out: int) -> Tensor:
-        """Bool per group -> bool per output of the layer; for groups that are made of whole outputs."""
-        alive = self._on_axes(kept).flatten()
-        return alive.repeat_interleave(out // len(alive))
+        """Bool per group -> bool per output of the layer, of which there are `out`; for groups of whole outputs."""
+        kept_outputs = self._on_axes(kept).flatten()
+        return kept_outputs.repeat_interleave(out // len(kept_outputs))
 
     @property
     def drops_outputs(self) -> bool:
-        """Whether a group is made of whole outputs (filters) of the layer."""
+        """Whether a group consists of whole outputs (filters) of the layer."""
         return set(self.indexed) <= {"out"}
 
     @property
     def drops_inputs(self) -> bool:
-        """Whether a group is made of whole inputs (channels) of the layer."""
+        """Whether a group consists of whole inputs (channels) of the layer."""
         return set(self.indexed) <= {"in"}
 
 
 def grouping_of(granularity: Granularity, axes: Axes, convolution_groups: int, fewest: int) -> Grouping | str:
-    """How the granularity groups the weights of a layer, or why it cannot. fewest: groups of it that have to stay."""
+    """Group the weights of a layer, or say why the layer has to stay dense.
+
+    Args:
+        granularity: A function of the axes.
+        axes: Axis name -> size, within one convolution group.
+        convolution_groups: `groups` of the convolution.
+        fewest: Number of groups that have to be kept.
+
+    Returns:
+        The grouping; or the reason, a text for the report.
+    """
     try:
         grouping = Grouping.of(granularity, axes, convolution_groups)
     except UnavailableError as error:
         return str(error)
     groups = math.prod(grouping.grid)
     if grouping.indexed and groups < 2 * fewest:
-        return f"has {groups} group{'s' * (groups > 1)}, of which {fewest} must stay"
+        return f"has {groups} group{'s' * (groups > 1)}, of which {fewest} must be kept"
     return grouping
 
 
@@ -249,11 +312,11 @@ def largest(grouping: Grouping, scores: Tensor) -> Tensor:
 
 @poolings.register
 def l2(grouping: Grouping, scores: Tensor) -> Tensor:
-    """Root of the sum of squares over the group."""
+    """Square root of the sum of squares over the group."""
     return grouping.sum(scores.double().square()).sqrt()
 
 
 @poolings.register
 def squared_sum(grouping: Grouping, scores: Tensor) -> Tensor:
-    """Square of the sum over the group; of single weights, too."""
+    """Square of the sum over the group. It also squares the scores of single weights."""
     return grouping.sum(scores).square()

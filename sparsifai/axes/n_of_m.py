@@ -1,7 +1,7 @@
-"""Blocks of N:M: of every M consecutive weights along an axis, N stay.
+"""N:M sparsity: of every M consecutive weights along an axis, N are kept. The context '2:4' is the best known form.
 
-Exactly N in every block, ties included, where M divides the axis. Where it does not, the last block is filled up with
-zeros that count as fallen, as hardware pads it: of its r weights min(r, N) stay.
+Exactly N are kept in every block, also among equal scores, where M divides the length of the axis. Otherwise the last
+block of r weights keeps min(r, N): hardware pads it with zeros, and these count as pruned.
 """
 
 from __future__ import annotations
@@ -22,90 +22,149 @@ from .ranking.within_rows import ranking_keys, write_kept
 
 @dataclass(frozen=True)
 class Blocks:
-    """The context in which every `size` consecutive weights along `axis` are ranked alone.
+    """The context that ranks every `size` consecutive groups along `axis` alone; `blocks` and the name '2:4' make it.
 
-    fall: of a block at most. exact: whether more than that is an error.
+    Attributes:
+        size: Number of groups in a block; with granularity 'weight', number of weights.
+        axis: Name of the axis along which the blocks run.
+        most_pruned: Number of groups that are pruned in a block at most.
+        exact: Whether a sparsity above most_pruned / size is an error.
     """
 
     size: int
     axis: str
-    fall: int
+    most_pruned: int
     exact: bool
     __name__: str
 
     def __call__(self, layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
         self.check(sparsity)
         count = math.floor(sparsity * self.size + 0.5)
-        return [self._of_layer(layer, min(count, self.fall)) for layer in layers]
+        return [self._of_layer(layer, min(count, self.most_pruned)) for layer in layers]
 
     def check(self, sparsity: float) -> None:
-        """ValueError for more than N:M has; 0.67 is as good as 2/3."""
-        most = self.fall / self.size
+        """Refuse a sparsity above that of N:M, with a tolerance of 0.005: for 1:3, 0.67 is as good as 2/3.
+
+        Args:
+            sparsity: The sparsity asked for, a fraction from 0 to 1.
+
+        Raises:
+            ValueError: If the blocks cannot reach it.
+        """
+        most = self.most_pruned / self.size
         if self.exact and sparsity > most + 0.005:
             raise ValueError(
-                f"context {self.__name__} makes {most:g} of the weights zero at most; sparsity {sparsity:g} was asked "
-                "for"
+                f"context {self.__name__} prunes at most {most:g} of the weights, and sparsity {sparsity:g} was asked "
+                f"for; ask for {most:g} or less, or use blocks({self.size})"
             )
 
     def note(self, grid: Mapping[str, int]) -> str:
-        """What the report says of a layer whose groups the blocks do not divide."""
+        """Remark for the report on a layer that is not divided into whole blocks; empty for other layers.
+
+        Args:
+            grid: Axis name -> number of groups along it.
+        """
         length = grid.get(self.axis, 0)
-        left = length % self.size
-        return f"blocks of {self.size} leave {left} of {length} along '{self.axis}'" if left else ""
+        rest = length % self.size
+        return f"{length} along '{self.axis}' is no multiple of {self.size}: the last block has {rest}" if rest else ""
 
     def _of_layer(self, layer: ScoredLayer, count: int) -> np.ndarray:
+        """Which groups of a layer are kept, when `count` of every block are pruned."""
         if not layer.grid:
-            raise ValueError(f"context {self.__name__} does not go with round_to")
+            raise ValueError(f"context {self.__name__} cannot be combined with round_to=; leave one of them out")
         if layer.whole or (layer.grid.get(self.axis, 1) == 1 and layer.target.axes.get(self.axis, 2) > 1):
             raise ValueError(
-                f"context {self.__name__}: {layer.target.name} has no groups along {self.axis!r} to make blocks of; "
-                "choose another granularity or axis, or leave the layer out with exclude="
+                f"context {self.__name__}: {layer.target.name} has no groups along {self.axis!r} that could form "
+                "blocks; choose another granularity or axis, or leave the layer out with exclude="
             )
         shape, place = tuple(layer.grid.values()), list(layer.grid).index(self.axis)
-        stays = np.empty(len(layer), bool)
-        # In whole rows of the first axis, unless the blocks run along it.
+        kept = np.empty(len(layer), bool)
+        # Whole rows of the first axis at a time, unless the blocks run along it.
         row = math.prod(shape[1:])
         rows = shape[0] if place == 0 else max(1, CHUNK // row)
         for start in range(0, shape[0], rows):
             part = slice(start * row, min(start + rows, shape[0]) * row)
             form = (-1, *shape[1:])
             keys = ranking_keys(layer, part).reshape(form)
-            write_kept(stays[part].reshape(form), keys, place, self.size, count)
+            write_kept(kept[part].reshape(form), keys, place, self.size, count)
             if not layer.revives:
-                stays[part] &= layer.alive[part]
-        return stays
+                kept[part] &= layer.alive[part]
+        return kept
 
 
 def blocks(size: int, axis: str = "in") -> Blocks:
-    """Rank every `size` consecutive weights along `axis` alone: blocks(4) at sparsity 0.5 is 2:4.
+    """Make the context that ranks every `size` consecutive weights along an axis alone.
 
-    Levels between are reached in whole steps, the nearest; half a step is rounded up. Also written '2:4', which
-    refuses more than 0.5.
+    At sparsity 0.5, blocks(4) is 2:4. A sparsity in between is reached in whole steps, to the nearest number of weights
+    per block; half a weight is rounded up. The name '2:4' does the same, but refuses more than 0.5.
+
+    Args:
+        size: Number of weights in a block, 2 or more. With a larger granularity, number of groups.
+        axis: Name of the axis along which the blocks run; default 'in', along which hardware expects 2:4.
+
+    Returns:
+        The context, for `context=`.
+
+    Raises:
+        ValueError: If `size` is not a whole number of at least 2.
+        TypeError: If `axis` is not a name.
+
+    Example:
+        >>> from torch import nn
+        >>> from sparsifai import Sparsifier
+        >>> layer = nn.Linear(8, 3)
+        >>> Sparsifier(layer, context=blocks(4)).sparsify(0.75)
+        >>> is_nm(layer.weight, 1, 4)
+        True
     """
     if isinstance(size, bool) or not isinstance(size, int) or size < 2:
-        raise ValueError(f"blocks: a block has a whole number of weights from 2 on, not {size!r}")
+        raise ValueError(f"blocks: size must be a whole number of at least 2, not {size!r}")
     if not isinstance(axis, str):
-        raise TypeError(f"blocks: axis is the name of one, such as 'in' or 'out', not {axis!r}")
+        raise TypeError(f"blocks: axis must be the name of an axis, such as 'in' or 'out', not {axis!r}")
     return Blocks(size, axis, size - 1, False, f"blocks({size})" if axis == "in" else f"blocks({size}, axis={axis!r})")
 
 
 def parse_blocks(value: Any) -> Blocks | None:
-    """'2:4' -> the context in which two of every four stay."""
+    """The context that '2:4' means, which keeps two of every four weights. None for what is not of this form.
+
+    Raises:
+        ValueError: If N of N:M is not from 1 to M - 1.
+    """
     pattern = re.fullmatch(r"(\d+):(\d+)", value) if isinstance(value, str) else None
     if pattern is None:
         return None
-    stay, size = int(pattern[1]), int(pattern[2])
-    if not 0 < stay < size:
-        raise ValueError(f"context {value!r}: of N:M, N are kept of every M, so N is from 1 to M - 1")
-    return Blocks(size, "in", size - stay, True, value)
+    kept, size = int(pattern[1]), int(pattern[2])
+    if not 0 < kept < size:
+        raise ValueError(f"context {value!r}: N:M keeps N of every M weights, so N must be from 1 to M - 1")
+    return Blocks(size, "in", size - kept, True, value)
 
 
 def is_nm(weight: Tensor, n: int, m: int, axis: int = 1) -> bool:
-    """Whether of every `m` consecutive weights along an axis at most `n` are not zero; a last, shorter block too.
+    """Whether at most `n` of every `m` consecutive weights along an axis are not zero.
 
-    axis: by default the inputs of a Linear or a convolution, whose weights are (out, in, ...).
+    A last block with fewer than `m` weights is checked too.
+
+    Args:
+        weight: The weight, of any shape.
+        n: Number of weights in a block that may be nonzero, from 1 to m - 1.
+        m: Number of weights in a block.
+        axis: Axis of the tensor along which the blocks run. The default 1 is the inputs of a Linear or a convolution,
+            whose weights are (out, in, ...).
+
+    Returns:
+        True if every block has at most `n` nonzero weights.
+
+    Raises:
+        ValueError: If n is not from 1 to m - 1, or the weight does not have the axis.
+
+    Example:
+        >>> import torch
+        >>> is_nm(torch.tensor([[1., 0., 0., 2.], [0., 0., 0., 3.]]), 2, 4)
+        True
     """
     if not 0 < n < m or not -weight.dim() <= axis < weight.dim():
-        raise ValueError(f"is_nm: 0 < n < m and an axis of the weight, not {n}:{m} along {axis} of {weight.dim()} axes")
+        raise ValueError(
+            f"is_nm: needs 0 < n < m and an axis of the weight, got {n}:{m} along axis {axis} of {weight.dim()} axes"
+        )
     counts = [(piece != 0).sum(axis) for piece in weight.detach().split(m, axis)]
     return all(bool((count <= n).all()) for count in counts)

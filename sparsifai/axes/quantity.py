@@ -1,20 +1,32 @@
-"""The quantities that a criterion may name, each one function, collected only when a criterion names it.
+"""Quantities: what a criterion may name as a parameter, such as `weight`, `init` or `grad`.
 
-A quantity is a function of the Sparsifier and the name of a parameter. `taken` says at which moments it is called:
+A quantity is a function of the Sparsifier and the name of a parameter. It returns a tensor that broadcasts to the
+weight. It is only computed if a criterion names it. `taken` marks the function with the moments at which it is called:
 
-- 'score': each time that scores are computed; nothing is stored.
-- 'start': when the Sparsifier is made; a copy of what it returns is stored.
-- 'update': after each mask update; a copy of what it returns is stored.
-- 'backward': after a backward, with gradients there: in training those that pass anyway, else those of `calibrate`.
-- 'forward': when a layer computes in a batch of `calibrate`, with its input in `inputs[name]`.
-- 'loss': in a batch of `calibrate`, with its `loss` there, through which gradients can be taken.
+- 'score': whenever scores are computed. Nothing is stored.
+- 'start': when the Sparsifier is made. A copy of the result is stored.
+- 'update': after each mask update. A copy of the result is stored.
+- 'backward': after a backward pass, when `.grad` is there: in training, or in a batch of `calibrate`.
+- 'forward': in a batch of `calibrate`, when a layer computes; its input is `inputs[name]`.
+- 'loss': in a batch of `calibrate`, when its `loss` is there, for quantities that need more than the gradient.
 
-Of the last three the mean over the batches since the last update is stored.
+For the last three, the mean over all batches since the last mask update is stored.
+
+A quantity of your own is such a function. Criteria can then name it:
+
+    @quantities.register
+    @taken('backward')
+    def grad_size(sparsifier, name):
+        return sparsifier.layers[name].parameter.grad.abs()
+
+    @criteria.register
+    def large_grad_size(weight, grad_size):
+        return weight.abs() * grad_size
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -27,51 +39,80 @@ from ..model.layers import CONVOLUTIONS, NamedWeight
 from ..model.parallel import whole
 from ..model.running import evaluating, run
 from ..model.tensors import widened
-from ..support.registry import Registry
+from ..support.registry import Registry, name_of
 
 
 class QuantitySource(Protocol):
-    """What a quantity may read of the Sparsifier."""
+    """What a quantity may read of the Sparsifier.
+
+    Attributes:
+        model: The model.
+        layers: Parameter name -> the weight of a selected layer; its tensor is `layers[name].parameter`.
+        rng: The Sparsifier's random generator, on the CPU.
+        example_input: A batch, or None.
+        inputs: Parameter name -> the input of its layer, at the moment 'forward'.
+        loss: The loss of the batch, a tensor, at the moment 'loss'.
+    """
 
     model: nn.Module
-    layers: Mapping[str, NamedWeight]  # of all that are pruned, by parameter name
+    layers: Mapping[str, NamedWeight]
     rng: torch.Generator
-    example_input: Any  # a batch, or None
-    inputs: dict[str, Tensor]  # of the layer that computes, at the moment 'forward'
-    loss: Any  # a tensor, at the moment 'loss'
+    example_input: Any
+    inputs: dict[str, Tensor]
+    loss: Any
 
     def once(self, compute: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What `compute` gives of the Sparsifier, computed at the first layer of a moment only."""
+        """Compute something for all layers, once at each moment.
+
+        Args:
+            compute: A function of the Sparsifier that returns parameter name -> tensor.
+
+        Returns:
+            The result of `compute`; for all but the first layer of a moment, the stored one.
+        """
         ...
 
 
 class UnsuitableLayerError(ValueError):
-    """A quantity cannot be had of a layer."""
+    """A quantity cannot be computed for a layer."""
 
 
+# Moments at which a copy is stored, and those at which a mean over batches is.
 STORED = ("start", "update")
-
-
 AVERAGED = ("backward", "forward", "loss")
-
-
 MOMENTS = ("score", *STORED, *AVERAGED)
 
 
 def taken(*moments: str, running: bool = False, finish: Callable[[Tensor], Tensor] | None = None) -> Callable:
-    """Mark a quantity with the moments at which it is taken: 'score', 'start', 'update', 'backward', ...
+    """Mark a quantity with the moments at which it is computed.
 
-    running: the mean is over all batches, not over those since the last update. finish: applied to the mean when it is
-    asked for, as the root to a mean of squares.
+    Args:
+        *moments: One or more of 'score', 'start' and 'update'; or one of 'backward', 'forward' and 'loss', for a mean
+            over batches.
+        running: Whether the mean is over all batches, and not only over those since the last mask update.
+        finish: Function of the mean, applied when a criterion needs it; for example torch.sqrt for a mean of squares.
+
+    Returns:
+        A decorator, to be put below `@quantities.register`.
+
+    Raises:
+        ValueError: If a moment is unknown, if a mean has several, or if `running` or `finish` is given without a mean.
+
+    Example:
+        >>> @taken('backward')
+        ... def grad_size(sparsifier, name):
+        ...     return sparsifier.layers[name].parameter.grad.abs()
+        >>> grad_size.moments
+        ('backward',)
     """
     averaged = set(moments) & set(AVERAGED)
     if not moments or not set(moments) <= set(MOMENTS) or (averaged and len(moments) > 1):
         raise ValueError(
-            f"taken: a quantity is taken at one or more of {', '.join(MOMENTS)}, a mean over batches at one moment; "
+            "taken: give one or more of 'score', 'start' and 'update', or one of 'backward', 'forward' and 'loss'; "
             f"not {moments!r}"
         )
     if (running or finish) and not averaged:
-        raise ValueError(f"taken: running= and finish= are for means over batches, taken at {', '.join(AVERAGED)}")
+        raise ValueError("taken: running= and finish= are for means over batches, at 'backward', 'forward' or 'loss'")
 
     def mark(quantity: Callable) -> Callable:
         quantity.moments, quantity.running, quantity.finish = moments, running, finish  # type: ignore[attr-defined]
@@ -81,9 +122,11 @@ def taken(*moments: str, running: bool = False, finish: Callable[[Tensor], Tenso
 
 
 def _check(quantity: Callable) -> None:
+    """Refuse a quantity without moments."""
     if not getattr(quantity, "moments", ()):
         raise ValueError(
-            f"quantity {quantity.__name__}: mark it with @taken(...) and one or more of {', '.join(MOMENTS)}"
+            f"quantity {name_of(quantity)} does not say when it is computed; mark it with @taken(...) below the "
+            f"registration, and with one or more of {', '.join(MOMENTS)}"
         )
 
 
@@ -93,42 +136,45 @@ quantities = Registry("quantity", check=_check)
 @quantities.register
 @taken("score")
 def weight(sparsifier: QuantitySource, name: str) -> Tensor:
-    """The weight as it is."""
+    """The weight now."""
     return whole(sparsifier.layers[name].parameter.detach())
 
 
 @quantities.register
 @taken("start")
 def init(sparsifier: QuantitySource, name: str) -> Tensor:
-    """The weight as it was when the Sparsifier was made."""
+    """The weight when the Sparsifier was made."""
     return whole(sparsifier.layers[name].parameter.detach())
 
 
 @quantities.register
 @taken("start", "update")
 def previous(sparsifier: QuantitySource, name: str) -> Tensor:
-    """The weight as it was at the last mask update."""
+    """The weight at the last mask update, or when the Sparsifier was made."""
     return whole(sparsifier.layers[name].parameter.detach())
 
 
 @quantities.register
 @taken("score")
 def rng(sparsifier: QuantitySource, name: str) -> torch.Generator:
-    """The Sparsifier's own random generator, on the CPU; torch's global one is left alone."""
+    """The Sparsifier's own random generator, on the CPU; torch's global generator is not used."""
     return sparsifier.rng
 
 
 @quantities.register
 @taken("backward")
 def grad(sparsifier: QuantitySource, name: str) -> Tensor:
-    """g = dL/dw, the mean over the batches since the last update; of masked weights too."""
+    """g = dL/dw, the mean over the batches since the last mask update. Masked weights have a gradient, too."""
     return _gradient(sparsifier.layers[name])
 
 
 @quantities.register
 @taken("backward")
 def grad_sq(sparsifier: QuantitySource, name: str) -> Tensor:
-    """g^2, the mean over the batches since the last update: the diagonal of the empirical Fisher matrix, by batches."""
+    """g^2, the mean over the batches since the last mask update.
+
+    It estimates the diagonal of the empirical Fisher matrix; g is the gradient of a batch, not of one example.
+    """
     return _gradient(sparsifier.layers[name]).square()
 
 
@@ -136,21 +182,21 @@ def grad_sq(sparsifier: QuantitySource, name: str) -> Tensor:
 @taken("backward", running=True)
 def weight_grad(sparsifier: QuantitySource, name: str) -> Tensor:
     """w g, the mean over all batches."""
-    target = sparsifier.layers[name]
-    return whole(target.parameter.detach()) * _gradient(target)
+    layer = sparsifier.layers[name]
+    return whole(layer.parameter.detach()) * _gradient(layer)
 
 
 @quantities.register
 @taken("forward", finish=torch.sqrt)
 def activation(sparsifier: QuantitySource, name: str) -> Tensor:
-    """Root of the mean square of the layer's input, per input channel; in a shape that broadcasts to the weight."""
-    target = sparsifier.layers[name]
-    squares = _by_channel(target, sparsifier.inputs[name]).square().mean(1)
-    axes = list(target.axes)
-    if target.convolution_groups > 1:
-        # Of a grouped convolution each group of outputs reads inputs of its own; its first axis runs over the groups.
-        squares = squares.view(target.convolution_groups, -1)
-        groups = squares.repeat_interleave(target.axes["out"], 0) if axes[0] == "out" else squares.view(-1, 1)
+    """Root mean square of the layer's input, per input channel, in a shape that broadcasts to the weight."""
+    layer = sparsifier.layers[name]
+    squares = _by_channel(layer, sparsifier.inputs[name]).square().mean(1)
+    axes = list(layer.axes)
+    if layer.convolution_groups > 1:
+        # In a grouped convolution each group of outputs reads other inputs; the first axis runs over these groups.
+        squares = squares.view(layer.convolution_groups, -1)
+        groups = squares.repeat_interleave(layer.axes["out"], 0) if axes[0] == "out" else squares.view(-1, 1)
         return groups.reshape(groups.shape + (1,) * (len(axes) - 2))
     return squares.view([-1 if axis == "in" else 1 for axis in axes])
 
@@ -158,37 +204,39 @@ def activation(sparsifier: QuantitySource, name: str) -> Tensor:
 @quantities.register
 @taken("loss")
 def hessian_grad(sparsifier: QuantitySource, name: str) -> Tensor:
-    """H g, the Hessian of the loss times its gradient, over all layers that take part."""
+    """H g, the Hessian of the loss times its gradient, both over the weights of all selected layers."""
     return sparsifier.once(_hessian_gradients)[name]
 
 
 @quantities.register
 @taken("score")
 def flow(sparsifier: QuantitySource, name: str) -> Tensor:
-    """dR/d|w|, where R is the sum of the outputs for an input of ones, all weights being |w|; needs no data.
+    """dR/d|w|, where R is the sum of the outputs for an input of ones, with |w| for each weight w. It needs no data.
 
-    In float64: over many layers R leaves the range of float32. Tanaka et al., 2020 (arXiv:2006.05467).
+    Computed in float64, because over many layers R leaves the range of float32. Tanaka et al., 2020 (arXiv:2006.05467).
     """
     return sparsifier.once(_synaptic_flow)[name]
 
 
-def _gradient(target: NamedWeight) -> Tensor:
-    gradient = target.parameter.grad
+def _gradient(layer: NamedWeight) -> Tensor:
+    """The gradient of a weight, dense and whole."""
+    gradient = layer.parameter.grad
     if gradient is None:
         raise ValueError(
-            f"no gradient has reached {target.name}, which has no part in the loss or is frozen; exclude= leaves it out"
+            f"no gradient has reached {layer.name}: it is frozen, or the loss does not depend on it; leave it out with "
+            "exclude="
         )
     return widened(whole(gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()))
 
 
-def _by_channel(target: NamedWeight, value: Tensor) -> Tensor:
-    """The input of a layer -> (channels, all else)."""
-    channels = target.axes["in"] * target.convolution_groups
-    # A convolution has its channels in the second axis, all else in the last one.
-    axis = -1 if not isinstance(target.module, CONVOLUTIONS) else 1 if value.dim() == len(target.axes) else 0
-    if target.attribute != "weight" or not value.is_floating_point() or value.shape[axis] != channels:
+def _by_channel(layer: NamedWeight, value: Tensor) -> Tensor:
+    """Reshape the input of a layer to (channels, everything else)."""
+    channels = layer.axes["in"] * layer.convolution_groups
+    # Channels are the second axis in a convolution (the first without a batch), and the last axis in other layers.
+    axis = -1 if not isinstance(layer.module, CONVOLUTIONS) else 1 if value.dim() == len(layer.axes) else 0
+    if layer.attribute != "weight" or not value.is_floating_point() or value.shape[axis] != channels:
         raise UnsuitableLayerError(
-            f"activation: {target.name} is not multiplied with what {target.kind} is given, of the shape "
+            f"activation: {layer.name} is not multiplied with the input of {layer.kind}, of shape "
             f"{tuple(value.shape)}; leave it out with exclude="
         )
     return widened(value.detach()).movedim(axis, 0).reshape(channels, -1)
@@ -196,19 +244,22 @@ def _by_channel(target: NamedWeight, value: Tensor) -> Tensor:
 
 @torch.enable_grad()
 def _hessian_gradients(sparsifier: QuantitySource) -> dict[str, Tensor]:
-    parameters = {name: target.parameter for name, target in sparsifier.layers.items()}
+    """H g of all layers: the gradient of g * stop_gradient(g)."""
+    parameters = {name: layer.parameter for name, layer in sparsifier.layers.items()}
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
     if frozen:
         raise UnsuitableLayerError(f"no gradient reaches {frozen[0]}, which is frozen; leave it out with exclude=")
     gradients = torch.autograd.grad(sparsifier.loss, list(parameters.values()), create_graph=True, allow_unused=True)
     unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
     if unused:
-        raise ValueError(f"no gradient has reached {unused[0]}: it has no part in the loss; leave it out with exclude=")
+        raise ValueError(
+            f"no gradient has reached {unused[0]}: the loss does not depend on it; leave it out with exclude="
+        )
     squares = torch.stack([(gradient * gradient.detach()).sum() for gradient in gradients]).sum()
-    if not squares.requires_grad:  # of a loss that is linear in all weights
+    if not squares.requires_grad:  # the loss is linear in all weights
         return {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     products = torch.autograd.grad(squares, list(parameters.values()), retain_graph=True, allow_unused=True)
-    # The gradient of a weight that enters the loss linearly does not change with it.
+    # None: no gradient depends on this weight, as where the loss is linear in it.
     return {
         name: torch.zeros_like(parameter) if product is None else widened(product.detach())
         for (name, parameter), product in zip(parameters.items(), products, strict=True)
@@ -216,11 +267,12 @@ def _hessian_gradients(sparsifier: QuantitySource) -> dict[str, Tensor]:
 
 
 def _synaptic_flow(sparsifier: QuantitySource) -> dict[str, Tensor]:
+    """dR/d|w| of all layers."""
     if sparsifier.example_input is None:
         raise ValueError("synflow needs the shape of an input: give the Sparsifier an example_input=")
     model = sparsifier.model
     values = {
-        # A mask of minus infinities, as attention has, stays one.
+        # An attention mask holds -inf, which must stay so.
         name: torch.where(value.isinf(), value, value.abs()).detach().double() if value.is_floating_point() else value
         for name, value in (*model.named_parameters(), *model.named_buffers())
     }
@@ -230,7 +282,7 @@ def _synaptic_flow(sparsifier: QuantitySource) -> dict[str, Tensor]:
             output = run(partial(functional_call, model, values), tree_map(_ones, sparsifier.example_input))
         except Exception as error:
             raise ValueError(
-                f"synflow: the model does not run on ones in float64 of the shape of example_input ({error}); pass an "
+                f"synflow: the model fails on ones in float64 in the shape of example_input ({error}); pass an "
                 "example_input= that fits, and cast nothing to another type in forward"
             ) from error
         total = torch.stack([each.sum() for each in tree_leaves(output) if isinstance(each, Tensor)]).sum()
@@ -242,7 +294,7 @@ def _synaptic_flow(sparsifier: QuantitySource) -> dict[str, Tensor]:
 
 
 def _ones(value: Any) -> Any:
-    """The first example of a batch, with ones for its numbers; tokens and the like stay as they are."""
+    """The first example of a batch, with ones for its floats; tokens and other integers are kept."""
     if not isinstance(value, Tensor):
         return value
     return torch.ones_like(value[:1], dtype=torch.float64) if value.is_floating_point() else value[:1]

@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..axes.changed_schedule import raised
 from ..axes.context import contexts
 from ..axes.criterion import large_final
 from ..axes.n_of_m import Blocks
-from ..axes.schedule import Schedule, progress, raised, schedules
+from ..axes.schedule import Schedule, progress, schedules
 from ..model.flops import count_flops
 from ..model.linear import why_not_two_four
 from ..model.zeros import Count

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..axes.changed_schedule import between, raised
 from ..axes.n_of_m import Blocks
-from ..axes.schedule import between, falls, progress, raised, schedules
+from ..axes.schedule import falls, progress, schedules
 from ..model.parallel import process_group_of, unwrapped
 from ..sparsifier.options import Options, check_sparsity, highest, mapped, share_of_initial
 from ..sparsifier.regrowth import check_drop, sparsity_of_drop

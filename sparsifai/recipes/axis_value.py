@@ -13,11 +13,12 @@ from functools import partial
 from typing import Any
 
 from ..axes.budget import bounded
+from ..axes.changed_schedule import between, during, raised, stepped
 from ..axes.context import contexts
 from ..axes.criterion import criteria
 from ..axes.granularity import block, granularities
 from ..axes.n_of_m import blocks
-from ..axes.schedule import between, during, iterative, raised, schedules, stepped
+from ..axes.schedule import iterative, schedules
 from ..support.registry import Registry, close_matches
 
 # Option of a step -> the registry of its axis.

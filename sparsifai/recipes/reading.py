@@ -10,7 +10,8 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
-from ..axes.schedule import Schedule, between, during, stepped
+from ..axes.changed_schedule import between, during, stepped
+from ..axes.schedule import Schedule
 from ..sparsifier.options import resolve_axes, share_of_initial
 from ..support.checks import check_count, check_number
 from ..support.registry import close_matches

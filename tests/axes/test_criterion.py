@@ -1,3 +1,5 @@
+"""Scores of every criterion by hand, and criteria of your own."""
+
 from functools import partial
 
 import pytest
@@ -74,38 +76,32 @@ def test_options_have_defaults_and_are_set_with_partial():
     assert criteria.resolve(doubled) is doubled
 
 
-def test_an_unknown_quantity_is_refused_at_registration_with_the_vocabulary():
-    with pytest.raises(ValueError, match="criterion strange asks for the unknown quantity 'colour'; known are weight"):
+def test_an_unknown_quantity_is_refused_at_registration_and_in_the_constructor():
+    with pytest.raises(ValueError, match="unknown quantity"):
 
         @criteria.register
         def strange(weight, colour):
             return weight
 
     assert "strange" not in criteria
-    with pytest.raises(ValueError, match="unknown quantity 'x'"):
+    with pytest.raises(ValueError, match="unknown quantity"):
         Sparsifier(torch.nn.Linear(4, 4), criteria=lambda x: x)
 
 
-def test_own_criterion_by_name_and_as_function(mlp):
+def test_a_criterion_of_your_own_by_name_and_as_a_function(mlp, registering):
     @criteria.register
     def distance_from_one(weight):
         return (weight - 1).abs()
 
-    try:
-        by_name, by_function = (
-            Sparsifier(mlp, criteria="distance_from_one"),
-            Sparsifier(mlp, criteria=distance_from_one),
-        )
-        assert by_name.ranking.options.criteria is by_function.ranking.options.criteria
-        weights = torch.cat([mlp[0].weight.detach().flatten(), mlp[2].weight.detach().flatten()])
-        by_name.sparsify(0.5)
-        masked = torch.cat([~mask.flatten() for mask in by_name.masks.values()])
-        assert weights[masked].min() > weights[~masked].max()  # the nearest to one fall
-    finally:
-        del criteria._functions["distance_from_one"]
+    by_name, by_function = (Sparsifier(mlp, criteria=given) for given in ("distance_from_one", distance_from_one))
+    assert by_name.ranking.options.criteria is by_function.ranking.options.criteria
+    weights = torch.cat([mlp[0].weight.detach().flatten(), mlp[2].weight.detach().flatten()])
+    by_name.sparsify(0.5)
+    masked = torch.cat([~mask.flatten() for mask in by_name.masks.values()])
+    assert weights[masked].min() > weights[~masked].max()  # the nearest to one are pruned
 
 
-def test_a_criterion_that_writes_in_place_changes_no_weight_and_no_statistic(mlp):
+def test_a_criterion_that_writes_in_place_changes_no_weight_and_no_quantity(mlp):
     def greedy(weight, init):
         init.zero_()
         return weight.abs_().add_(1)
@@ -119,9 +115,7 @@ def test_a_criterion_that_writes_in_place_changes_no_weight_and_no_statistic(mlp
 
 @pytest.mark.parametrize("wrong", [lambda weight: weight.sum(), lambda weight: 1.0, lambda weight: weight.T])
 def test_scores_of_another_shape_are_refused(mlp, wrong):
-    with pytest.raises(
-        ValueError, match=r"must return one real score per weight: for 0.weight a tensor of the shape \(8, 4\)"
-    ):
+    with pytest.raises(ValueError, match="one real score per weight"):
         Sparsifier(mlp, criteria=wrong).sparsify(0.5)
 
 
@@ -130,40 +124,11 @@ def test_nan_scores_name_the_layer_and_change_nothing(mlp):
         mlp[2].weight[0, 0] = float("nan")
     sparsifier = Sparsifier(mlp)
     before = mlp[0].weight.clone()
-    with pytest.raises(ValueError, match="NaN scores for 2.weight: look for NaN or inf"):
+    with pytest.raises(ValueError, match="NaN scores"):
         sparsifier.sparsify(0.5)
     assert torch.equal(mlp[0].weight, before)
     assert all(mask.all() for mask in sparsifier.masks.values())
     assert levels_of(sparsifier) == {"0.weight": 0, "2.weight": 0}
-
-
-def test_functions_that_do_not_show_their_parameters_are_refused():
-    with pytest.raises(
-        ValueError, match=r"criterion abs does not show its parameters; write it out: lambda weight: abs"
-    ):
-        criteria.resolve(torch.abs)
-    with pytest.raises(ValueError, match="quantities are given by name, so leave out the '/'"):
-        criteria.resolve(lambda weight, /: weight)
-
-
-def test_own_quantity_is_one_function(mlp):
-    from sparsifai import quantities, taken
-
-    @quantities.register
-    @taken("update")
-    def updates(sparsifier, name):
-        return sparsifier.collected.stored.get("updates", {}).get(name, torch.zeros(())) + 1
-
-    try:
-        sparsifier = Sparsifier(mlp, criteria=lambda weight, updates=None: weight.abs())
-        assert sparsifier.collected.stored == {}  # nobody named it
-    finally:
-        del quantities._functions["updates"]
-    for wrong in (lambda: taken("often"), lambda: taken(print)):
-        with pytest.raises(ValueError, match="taken: a quantity is taken at one or more of score, start, update"):
-            wrong()
-    with pytest.raises(ValueError, match="mark it with @taken"):
-        quantities.register(print)
 
 
 def test_a_failed_update_does_not_advance_the_random_generator(mlp):
@@ -172,7 +137,7 @@ def test_a_failed_update_does_not_advance_the_random_generator(mlp):
 
     sparsifier = Sparsifier(mlp, criteria=fails)
     before = sparsifier.collected.source.rng.get_state()
-    with pytest.raises(ValueError, match="NaN scores for 0.weight"):
+    with pytest.raises(ValueError, match="NaN scores"):
         sparsifier.sparsify(0.5)
     assert torch.equal(sparsifier.collected.source.rng.get_state(), before)
     drawn = Sparsifier(mlp, criteria="random")

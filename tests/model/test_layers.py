@@ -202,8 +202,8 @@ def test_naming_a_layer_exactly_lifts_the_rule(net):
 def test_a_granularity_that_some_layers_cannot_have_leaves_them_dense_and_says_why(net):
     dense = dense_of(Sparsifier(net, "shared_channel"))
     assert dense == {
-        "10.weight": "shared_channel needs axis 'h', has only (out, in)",
-        "12.weight": "shared_channel needs axis 'h', has only (out, in)",
+        "10.weight": "shared_channel needs axis 'h', but the layer has only (out, in)",
+        "12.weight": "shared_channel needs axis 'h', but the layer has only (out, in)",
     }
 
 
@@ -241,7 +241,7 @@ def test_a_module_itself_names_a_layer_exactly(net):
 def test_a_layer_of_one_group_stays_dense_and_says_so():
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1), nn.Linear(1, 3))
     assert dense_of(Sparsifier(model, "filter")) == {
-        "1.weight": "has 1 group, of which 1 must stay",
+        "1.weight": "has 1 group, of which 1 must be kept",
         "2.weight": "yields the model's output",
     }
 

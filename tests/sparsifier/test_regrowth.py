@@ -463,7 +463,7 @@ def test_limits_that_leave_no_room_for_what_falls_are_told_of_before_the_first_s
     learn = make_learner()
     before = [parameter.clone() for parameter in learn.model.parameters()]
     callback = SparsifyCallback(0.5, context=bounded("global", {"*": (0, 0.6)}), schedule="one_shot", regrow="grad")
-    with pytest.raises(ValueError, match="sparsity 0.65 cannot be had: the limits allow 0.6 at most"):
+    with pytest.raises(ValueError, match="sparsity 0.65 cannot be reached, because its limits allow 0.6 at most"):
         learn.fit(1, cbs=callback)
     assert all(map(torch.equal, before, learn.model.parameters()))
 

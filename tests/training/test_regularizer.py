@@ -257,7 +257,9 @@ def test_the_proximal_step_minimizes_its_objective(seed, granularity, threshold)
 
     best = objective()
     for _ in range(5):
-        moves = {name: 1e-3 * torch.randn_like(each.parameter) for name, each in layers_of(regularizer.sparsifier).items()}
+        moves = {
+            name: 1e-3 * torch.randn_like(each.parameter) for name, each in layers_of(regularizer.sparsifier).items()
+        }
         for sign in (1, -2, 1):
             for name, move in moves.items():
                 regularizer.sparsifier.layers[name].parameter.data.add_(sign * move)

@@ -1,4 +1,4 @@
-"""A layer whose groups have scores: what a context ranks."""
+"""A layer whose groups have scores, as a context sees it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class ScoredLayer:
-    """One layer as a context sees it; arrays have one entry per group, in index order.
+    """One layer as a context sees it. Arrays have one entry per group, in index order.
 
-    part: the scores of a slice of the groups, floats; called for one slice after the other, so that scores that are
-    computed there need not be kept. alive: not zero already. size: weights in a group, one number where all groups
-    are equal. whole: a group is the whole layer; then the scope, not every layer, keeps its best group. revives:
-    whether groups that are zero may come back, for a lower sparsity than before was asked for. may_empty: whether the
-    best group may fall, too. grid: number of groups along each axis, in whose order they stand. others: further layers
-    whose groups are joined with those of `target`.
+    A context ranks layers with `select_groups`, or reads `score`, `alive`, `size` and `grid` itself.
+
+    Attributes:
+        target: The weight: its name, axes and parameter.
+        part: Function that gives the scores of a slice of the groups, as floats. It is called for one slice after the
+            other, so that scores that are computed in it need not be stored.
+        alive: False where a group is masked already.
+        size: Weights in a group: one number if all groups are equal, else one per group.
+        whole: Whether the only group is the whole layer. Then one of the layers that are ranked together is kept, not
+            one group of every layer.
+        revives: Whether masked groups may be revived, because the sparsity is lower than before.
+        may_empty: Whether the best group of the layer may be pruned too.
+        grid: Axis name -> number of groups along it, in the order of the groups' index.
+        others: Further weights, whose groups are coupled with those of `target`.
     """
 
     target: NamedWeight
@@ -47,7 +55,7 @@ class ScoredLayer:
 
     @property
     def targets(self) -> tuple[NamedWeight, ...]:
-        """The layer, and those that are joined with it."""
+        """The weight, and those that are coupled with it."""
         return (self.target, *self.others)
 
     @property
@@ -57,32 +65,52 @@ class ScoredLayer:
 
     @property
     def masked(self) -> np.ndarray:
-        """Groups that are zero already."""
+        """True where a group is masked already."""
         return ~self.alive
 
     def weights(self, chosen: np.ndarray, part: slice = slice(None)) -> int:
-        """Number of weights in the chosen groups, of all or of those in a part."""
+        """Number of weights in the chosen groups.
+
+        Args:
+            chosen: Bool per group of `part`.
+            part: Slice of the groups; by default all of them.
+        """
         if isinstance(self.size, int):
             return self.size * int(np.count_nonzero(chosen))
         return int(self.size[part][chosen].sum())
 
     def check(self, score: np.ndarray, where: np.ndarray | bool = True) -> None:
-        """ValueError if there is NaN among scores of this layer. where: of all, those that matter."""
+        """Check scores of this layer for NaN.
+
+        Args:
+            score: The scores.
+            where: Bool per score, False where NaN does not matter; by default NaN matters everywhere.
+
+        Raises:
+            ValueError: If there is NaN. The message names the layer.
+        """
         nan = np.isnan(score)
         if nan.any() and (nan & where).any():
             raise ValueError(nan_message(self.target.name))
 
 
 def nan_message(name: str) -> str:
-    """What is wrong with scores of a layer that are NaN."""
-    return f"NaN scores for {name}: look for NaN or inf in its weights, or in what the criterion makes of them"
+    """The error message for a layer whose scores are NaN."""
+    return f"NaN scores for {name}: look for NaN or inf in its weights, or in what the criterion computes from them"
 
 
 def bundle(layer: ScoredLayer, count: int) -> tuple[ScoredLayer, np.ndarray]:
-    """Join groups that follow each other in rank into bundles of `count`, the lowest taking the remainder.
+    """Join groups that follow each other in rank into bundles of `count`; the lowest bundle takes the remainder.
 
-    Whole bundles fall, so the number of groups kept is a multiple of `count`, or all. A bundle ranks by the score in
-    its middle. Also returns the bundle of every group.
+    Whole bundles are pruned, so the number of groups kept is a multiple of `count`, or all of them. The score of a
+    bundle is the score in its middle.
+
+    Args:
+        layer: The layer whose groups are joined.
+        count: Number of groups in a bundle.
+
+    Returns:
+        The layer with bundles for groups, and the number of the bundle of every group.
     """
     order = np.lexsort((layer.score, ~layer.masked))
     remainder = len(order) % count
@@ -105,5 +133,5 @@ def bundle(layer: ScoredLayer, count: int) -> tuple[ScoredLayer, np.ndarray]:
 
 
 def all_equal(layers: Sequence[ScoredLayer]) -> bool:
-    """Whether all groups of all layers have one score."""
+    """Whether all groups of all layers have the same score."""
     return len({float(edge) for layer in layers for edge in (layer.score.min(), layer.score.max())}) == 1

@@ -1,17 +1,18 @@
-"""Exact ranking over a scope: which groups stay when a given share of the weights is to be zero.
+"""Exact ranking over a scope: which groups are kept when a given fraction of the weights is pruned.
 
-The definition, which the tests check against a slow plain oracle:
+The definition, which the tests check against a slow and plain implementation:
 
-1. The groups of all layers in the scope stand in one list, by score, ties in index order.
-2. The best group of every layer is taken out: a layer is never emptied, unless it may be.
-3. Groups that are masked already come first, so that a rising target only adds zeros.
-4. The groups at the head of the list fall, as many as bring the sum of their weights nearest to
-   sparsity x weights of the scope; of two equally near sums the larger (round half up).
+1. The groups of all layers in the scope are put in one list, by score, equal scores in index order.
+2. The best group of every layer is taken out of the list: a layer is never emptied, unless `may_empty` allows it.
+3. Groups that are masked already are moved to the head of the list, so that a rising sparsity only adds zeros.
+4. Groups are pruned from the head of the list, as many as bring the sum of their weights nearest to
+   sparsity x weights of the scope; of two sums that are equally near, the larger (round half up).
 
-No threshold decides: of equal scores exactly as many fall as are needed.
+There is no threshold: of groups with equal scores exactly as many are pruned as are needed.
 
-How it is reached in about one pass over the scores: the order statistics of a sample bracket the score at which the
-falling ends. All groups are divided by the bracket, and only the few within it are ranked among themselves.
+The fast implementation needs about one pass over the scores. It looks for the last score to be pruned. A sample of the
+scores gives a bracket, which is two scores between which the last one lies. All groups are compared with the bracket,
+and only the few groups within it are ranked.
 """
 
 from __future__ import annotations
@@ -28,10 +29,37 @@ from .scored_layer import ScoredLayer
 
 
 def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
-    """Rank the groups of `layers` in one list; for each layer a bool array, True where a group stays.
+    """Rank the groups of some layers together, and prune those with the lowest scores.
 
-    Of layers on a GPU, which the host does not look into, on_device.py does the same.
+    Contexts call it: 'global' is select_groups(layers, sparsity), and 'local' calls it once per layer.
+
+    The number of weights pruned is as near to sparsity x weights of all layers as the group sizes allow. Groups with
+    equal scores are pruned in index order. Every layer keeps its best group, unless it has `may_empty`. Masked groups
+    stay masked, unless the sparsity is lower than that of the masks: then the best masked groups of the layers
+    with `revives` are revived.
+
+    Args:
+        layers: The layers to rank together, as a context is given them.
+        sparsity: Fraction of the weights of all these layers to prune, from 0 to 1.
+
+    Returns:
+        For each layer a bool array with one entry per group, in index order: True where the group is kept.
+
+    Raises:
+        ValueError: If a score that matters is NaN; the message names the layer.
+
+    Example:
+        >>> score = np.array([3., 1., 2., 4.])
+        >>> layer = ScoredLayer(None, score.__getitem__, alive=np.ones(4, bool))
+        >>> select_groups([layer], 0.5)
+        [array([ True, False, False,  True])]
+
+        A context that prunes the first layer half as much as the others:
+
+        >>> def spare_the_first(layers, sparsity):
+        ...     return [*select_groups(layers[:1], sparsity / 2), *select_groups(layers[1:], sparsity)]
     """
+    # Layers on a GPU are `DeviceLayer`s and their arrays tensors. The host does not read them.
     if not layers:
         return []
     if isinstance(layers[0], DeviceLayer):
@@ -45,70 +73,79 @@ def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.nda
     if wanted < masked:
         return _revive(layers, wanted)
     candidates = [layer.alive for layer in layers]
-    stays, far = _all_but_lowest(layers, candidates, alive, wanted - masked)
-    # The best group of a layer is the last of it to fall: while it is not near, it need not be looked for. With groups
-    # of one size, only that of a layer that would be emptied counts; without, that of every layer may.
+    all_kept, far = _all_but_lowest(layers, candidates, alive, wanted - masked)
+    # The best group of a layer is the last of it to be pruned, so it is searched for only where pruning comes near it.
+    # With groups of one size it matters only in a layer that would be emptied, with unequal sizes in every layer.
     at_once = size is None or all(layer.whole for layer in layers)
-    if far or layers[0].may_empty or (size is not None and not _empties(layers, stays)):
-        return stays
+    if far or layers[0].may_empty or (size is not None and not _empties(layers, all_kept)):
+        return all_kept
     best: dict[int, np.ndarray] = {}
-    while emptied := [n for n, kept in enumerate(stays) if n not in best and (at_once or not kept.any())]:
+    while emptied := [n for n, kept in enumerate(all_kept) if n not in best and (at_once or not kept.any())]:
         best.update(zip(emptied, _best([layers[number] for number in emptied]), strict=True))
         for number in emptied:
             candidates[number] = layers[number].alive.copy()
             candidates[number][best[number]] = False
         available = sum(map(ScoredLayer.weights, layers, candidates))
-        stays, _ = _all_but_lowest(layers, candidates, available, wanted - masked)
+        all_kept, _ = _all_but_lowest(layers, candidates, available, wanted - masked)
         for number, index in best.items():
-            stays[number][index] = True
-    return stays
+            all_kept[number][index] = True
+    return all_kept
 
 
 def _revive(layers: Sequence[ScoredLayer], wanted: float) -> list[np.ndarray]:
-    """A falling target: the best of the masked groups that may come back do so, until `wanted` weights are masked."""
-    back = [layer for layer in layers if layer.revives]
-    for layer in back:
-        layer.check(layer.score, layer.alive)  # which are not ranked
+    """Lower the sparsity: revive the best masked groups that may be revived, until `wanted` weights are masked."""
+    reviving = [layer for layer in layers if layer.revives]
+    for layer in reviving:
+        layer.check(layer.score, layer.alive)  # groups that are not masked are not ranked, so NaN would not be found
     others = sum(layer.weights(layer.masked) for layer in layers if not layer.revives)
-    candidates = [layer.masked for layer in back]
-    available = sum(map(ScoredLayer.weights, back, candidates))
-    stays, _ = _all_but_lowest(back, candidates, available, max(wanted - others, 0.0)) if back else ([], False)
-    of_layer = iter(stays)
+    candidates = [layer.masked for layer in reviving]
+    available = sum(map(ScoredLayer.weights, reviving, candidates))
+    revived: list[np.ndarray] = []
+    if reviving:
+        revived, _ = _all_but_lowest(reviving, candidates, available, max(wanted - others, 0.0))
+    of_layer = iter(revived)
     return [layer.alive | next(of_layer) if layer.revives else layer.alive for layer in layers]
 
 
 def _all_but_lowest(
     layers: Sequence[ScoredLayer], candidates: list[np.ndarray], available: int, amount: float
 ) -> tuple[list[np.ndarray], bool]:
-    """Which candidates stay: all but those of lowest score whose sizes add up to the nearest of `amount`.
+    """Keep all candidates but those of lowest score, whose sizes add up to the value nearest to `amount`.
 
-    available: weights of all candidates. Also returns whether every layer has candidates far above where the falling
-    ends. A bracket that misses, or holds heavy ties, costs time and nothing else.
+    Args:
+        layers: The layers to rank together.
+        candidates: For each layer, True where a group may be pruned.
+        available: Number of weights in all candidates.
+        amount: Number of weights to prune.
+
+    Returns:
+        For each layer, True at the candidates that are kept; and whether every layer has candidates far above the last
+        score that is pruned. A bracket that misses this score, or holds many equal scores, only costs time.
     """
     low, high = _bracket(layers, candidates, min(amount / max(available, 1), 1.0))
-    stays, within, weights, far = _divide(layers, candidates, low, high)
+    all_kept, within, weights, far = _divide(layers, candidates, low, high)
     below = available - weights
     ahead = below + sum(each.weights for each in within)
     if amount < below or (amount >= ahead and high < np.inf):
         low, high = (-np.inf, low) if amount < below else (high, np.inf)
-        stays, within, weights, far = _divide(layers, candidates, low, high)
+        all_kept, within, weights, far = _divide(layers, candidates, low, high)
         below = available - weights
-    falls = _first(within, amount - below, _equal_size(layers))
+    pruned = _first(within, amount - below, _equal_size(layers))
     ends = np.cumsum([len(each.places) for each in within])
-    for each, fallen in zip(within, np.split(falls, ends[:-1]), strict=True):
-        stays[each.layer][each.places[fallen]] = False
-    return stays, far
+    for each, of_part in zip(within, np.split(pruned, ends[:-1]), strict=True):
+        all_kept[each.layer][each.places[of_part]] = False
+    return all_kept, far
 
 
 def _bracket(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], share: float) -> tuple[float, float]:
-    """Two scores, between which the falling ends with near certainty; infinities, if the groups are few.
+    """Two scores between which the last score to be pruned lies, with near certainty; infinities if the groups are few.
 
-    share: of the candidates' weights that fall.
+    share: Fraction of the candidates' weights to prune.
     """
     count = sum(map(len, layers))
     if count < 10_000:
         return -np.inf, np.inf
-    # The sample's groups are far apart in memory, each read costs as much as ranking eight of those within the bracket.
+    # Groups of the sample are far apart in memory: to read one costs as much as to rank eight within the bracket.
     step = slice(None, None, round(2.5 * count ** (1 / 3)))
     drawn = [layer.part(step)[candidate[step]] for layer, candidate in zip(layers, candidates, strict=True)]
     sample = np.concatenate(drawn)
@@ -136,7 +173,7 @@ def _bracket(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], share:
 
 @dataclass
 class _Within:
-    """What lies within the bracket in a part of a layer: number of the layer, places of groups, scores and sizes."""
+    """The groups of one part of a layer that lie within the bracket. layer: its number. places: index of each group."""
 
     layer: int
     places: np.ndarray
@@ -145,79 +182,84 @@ class _Within:
 
     @property
     def weights(self) -> int:
-        """Weights in these groups."""
+        """Number of weights in these groups."""
         return int(np.sum(self.size) if isinstance(self.size, np.ndarray) else self.size * len(self.places))
 
 
 def _divide(
     layers: Sequence[ScoredLayer], candidates: list[np.ndarray], low: float, high: float
 ) -> tuple[list[np.ndarray], list[_Within], int, bool]:
-    """For each layer, True at the candidates that do not score below `low`, and the weights of all these; what of them
-    lies no higher than `high`; and whether every layer has candidates above."""
-    all_stay, within, weights, far = [], [], 0, True
+    """Compare all groups with the bracket.
+
+    Returns:
+        For each layer, True at the candidates that do not score below `low`; the groups among them within the bracket,
+        which do not score above `high` either; the number of weights in all candidates not below `low`; and whether
+        every layer has candidates above `high`.
+    """
+    all_kept, within, weights, far = [], [], 0, True
     scratch = np.empty(CHUNK, bool)
     with np.errstate(over="ignore"):  # a bracket of float64 scores may be infinite as a float32
         for number, (layer, candidate) in enumerate(zip(layers, candidates, strict=True)):
-            stays, has_above = np.empty(len(layer), bool), False
+            of_layer, has_above = np.empty(len(layer), bool), False
             for start in range(0, len(layer), CHUNK):
                 part = slice(start, start + CHUNK)
-                score, stay = layer.part(part), stays[part]
+                score, kept = layer.part(part), of_layer[part]
                 flag = scratch[: len(score)]
                 np.less(score, low, out=flag)
-                np.greater(candidate[part], flag, out=stay)
-                weights += layer.weights(stay, part)
+                np.greater(candidate[part], flag, out=kept)
+                weights += layer.weights(kept, part)
                 np.greater(score, high, out=flag)
-                has_above = has_above or bool((stay & flag).any())
-                np.greater(stay, flag, out=flag)
-                # NaN, neither below nor above, is among these, and so is found at no cost.
+                has_above = has_above or bool((kept & flag).any())
+                np.greater(kept, flag, out=flag)
+                # NaN is neither below nor above the bracket, so it is among these and found at no extra cost.
                 places = np.flatnonzero(flag)
                 layer.check(score[places])
                 size = layer.size if isinstance(layer.size, int) else layer.size[part][places]
                 within.append(_Within(number, start + places, score[places], size))
-            all_stay.append(stays)
+            all_kept.append(of_layer)
             far = far and has_above
-    return all_stay, within, weights, far
+    return all_kept, within, weights, far
 
 
 def _first(within: list[_Within], amount: float, size: int | None) -> np.ndarray:
-    """Which of the groups in the bracket fall: the lowest, ties in index order, with sizes that add up to `amount`.
+    """Which groups within the bracket are pruned: the lowest, ties in index order, whose sizes add up to `amount`.
 
-    size: of all groups, if it is one. Then they need no order, only the score at which the falling ends.
+    size: Size of all groups, if they have the same. Then no order is needed, only the last score to be pruned.
     """
     score = np.concatenate([each.score for each in within])
     if size is None:
         sizes = np.concatenate([np.broadcast_to(each.size, each.score.shape) for each in within])
         order = np.argsort(score, kind="stable")
-        # Group i falls if the sum with it is at least as near to the amount as the sum without it.
+        # Group i is pruned if the sum with it is at least as near to the amount as the sum without it.
         count = int(np.searchsorted(np.cumsum(sizes[order]) - sizes[order] / 2, amount, side="right"))
-        falls = np.zeros(len(score), bool)
-        falls[order[:count]] = True
-        return falls
+        pruned = np.zeros(len(score), bool)
+        pruned[order[:count]] = True
+        return pruned
     count = min(max(math.floor(amount / size + 0.5), 0), len(score))
     if count == 0:
         return np.zeros(len(score), bool)
     last = np.partition(score, count - 1)[count - 1]
-    falls = score < last
-    falls[np.flatnonzero(score == last)[: count - np.count_nonzero(falls)]] = True
-    return falls
+    pruned = score < last
+    pruned[np.flatnonzero(score == last)[: count - np.count_nonzero(pruned)]] = True
+    return pruned
 
 
 def _equal_size(layers: Sequence[ScoredLayer]) -> int | None:
-    """The size of all groups, if it is the same in all layers."""
+    """The size of all groups, if all groups of all layers have the same; else None."""
     sizes = {layer.size if isinstance(layer.size, int) else None for layer in layers}
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _empties(layers: Sequence[ScoredLayer], stays: list[np.ndarray]) -> bool:
-    """Whether a layer has no group left; if groups are whole layers, whether none of the layers is left."""
-    empty = [not kept.any() for kept in stays]
+def _empties(layers: Sequence[ScoredLayer], all_kept: list[np.ndarray]) -> bool:
+    """Whether a layer keeps no group; if groups are whole layers, whether no layer is kept."""
+    empty = [not kept.any() for kept in all_kept]
     return all(empty) if all(layer.whole for layer in layers) else any(empty)
 
 
 def _best(layers: Sequence[ScoredLayer]) -> list[np.ndarray]:
-    """The place of the best group of every layer: its highest score, the last of equals.
+    """Index of the best group of every layer: the highest score, the last of equal ones. Empty if all are masked.
 
-    If groups are whole layers, of the best of them all.
+    If groups are whole layers, only the best of all layers has an index.
     """
     best = []
     for layer in layers:

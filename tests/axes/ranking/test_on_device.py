@@ -135,7 +135,7 @@ def test_the_triton_kernels_compile_for_an_h100():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sparsifai import on_device_triton as kernels
+    from sparsifai.axes.ranking import on_device_triton as kernels
 
     shared = {"score": "*fp32", "candidate": "*i8", "count": "i32"}
     cases = {
