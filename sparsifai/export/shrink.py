@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..model.channels.constants import reading
+from ..model.channels.connections import zero_outputs
 from ..model.channels.removal import Removal, named_tensors
 from ..model.layers import outputs_of
 from ..model.parallel import unwrapped
@@ -56,7 +56,7 @@ def _shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]
     check_is_module("shrink", "model", model)
     model = unwrapped(model)
     dtypes = {name: value.dtype for name, value in named_tensors(model)}
-    work = Removal(model, example_input).done()
+    work = Removal(model, example_input).remove_all()
     small = work.model
     for (_, part), (_, given) in zip(small.named_modules(), model.named_modules(), strict=True):
         part.training = given.training
@@ -155,12 +155,12 @@ def _measured(work: Removal, given: nn.Module) -> Shrinkage:
     """What has become of the outputs of the model that was given."""
     layers = []
     for name, module in given.named_modules():
-        if name not in work.numbers:
+        if name not in work.remaining:
             continue
-        zero = {place for place, alive in enumerate(reading(module).any(2).flatten().tolist()) if not alive}
-        left = zero.intersection(work.numbers[name])
+        zero = {index for index, is_zero in enumerate(zero_outputs(module)) if is_zero}
+        left = zero.intersection(work.remaining[name])
         reasons = Counter(
-            work.kept.get((name, number), "it is not called, or not as a layer") for number in sorted(left)
+            work.why_kept.get((name, number), "it is not called, or not as a layer") for number in sorted(left)
         )
         layers.append(
             ShrinkableLayer(
@@ -168,7 +168,7 @@ def _measured(work: Removal, given: nn.Module) -> Shrinkage:
                 type(module).__name__,
                 outputs_of(module),
                 len(zero),
-                outputs_of(module) - len(work.numbers[name]),
+                outputs_of(module) - len(work.remaining[name]),
                 len(left),
                 "; ".join(f"{count} {reason}" for reason, count in reasons.items()),
             )

@@ -14,7 +14,8 @@ pytest.importorskip("torch_pruning", reason="shrink asks torch-pruning which cha
 from random_nets import RandomNet, kill  # noqa: E402
 
 from sparsifai import Sparsifier, shrink, shrinkage  # noqa: E402
-from sparsifai.model.channels.constants import constant_inputs, pads_alike  # noqa: E402
+from sparsifai.model.channels.connections import keeps_constants
+from sparsifai.model.channels.constants import constant_inputs  # noqa: E402
 from sparsifai.model.channels.coupling import find_channels  # noqa: E402
 
 
@@ -564,7 +565,7 @@ def test_what_is_looked_up_is_of_the_input():
 def test_a_constant_input_adds_the_same_everywhere_but_where_padding_differs(layer):
     with torch.no_grad():
         output = layer(torch.ones(1, 3, 9, 9))
-    assert pads_alike(layer) == bool((output - output[..., :1, :1]).abs().max() < 1e-5 or isinstance(layer, nn.Linear))
+    assert keeps_constants(layer) == bool((output - output[..., :1, :1]).abs().max() < 1e-5 or isinstance(layer, nn.Linear))
 
 
 def test_zeros_annihilate_what_they_are_multiplied_with():
