@@ -9,7 +9,7 @@ The input is replaced by NaN. A value that becomes NaN depends on the input, a v
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..hooks import hooked
 from ..layers import CONVOLUTIONS
 from ..tensors import is_float
 from .connections import channel_axis, nonzero_connections
@@ -43,8 +44,9 @@ def with_nan(example_input: Any) -> Any:
     return tree_map(lambda value: torch.full_like(value, NAN) if is_float(value) else value, example_input)
 
 
-@contextmanager
-def replaced_at_layers(model: nn.Module, replace_input: Replace, replace_output: Replace) -> Iterator[None]:
+def replaced_at_layers(
+    model: nn.Module, replace_input: Replace, replace_output: Replace
+) -> AbstractContextManager[None]:
     """Replace the inputs and outputs of the layers of a model inside a `with` block."""
 
     def before(name: str) -> Callable:
@@ -56,18 +58,13 @@ def replaced_at_layers(model: nn.Module, replace_input: Replace, replace_output:
         return hook
 
     def after(name: str) -> Callable:
-        return lambda layer, positional, output: replace_output(name, layer, output)
+        return lambda layer, positional, named, output: replace_output(name, layer, output)
 
-    handles = []
-    try:
-        for name, layer in model.named_modules():
-            if isinstance(layer, _LAYERS):
-                handles.append(layer.register_forward_pre_hook(before(name), with_kwargs=True))
-                handles.append(layer.register_forward_hook(after(name)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, _LAYERS)]
+    return hooked(
+        after=[(layer, after(name)) for name, layer in layers],
+        before=[(layer, before(name)) for name, layer in layers],
+    )
 
 
 class NanPropagation(TorchFunctionMode):
