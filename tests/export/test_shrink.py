@@ -14,9 +14,6 @@ pytest.importorskip("torch_pruning", reason="shrink asks torch-pruning which cha
 from random_nets import RandomNet, kill  # noqa: E402
 
 from sparsifai import Sparsifier, shrink, shrinkage  # noqa: E402
-from sparsifai.model.channels.connections import keeps_constants
-from sparsifai.model.channels.constants import constant_inputs  # noqa: E402
-from sparsifai.model.channels.coupling import find_channels  # noqa: E402
 
 
 def same(model, smaller, *inputs):
@@ -480,100 +477,6 @@ def test_transposed_convolutions_and_any_number_of_axes(count):
     assert small[5].groups == 3
 
 
-# --- What is constant -------------------------------------------------------------------------------------------------
-
-
-def constants_of(model, example):
-    return {name: value.tolist() for name, value in constant_inputs(model.eval(), example).items()}
-
-
-def test_constants_are_those_that_do_not_depend_on_the_input():
-    model = nn.Sequential(nn.Linear(3, 4), nn.Softplus(), nn.Linear(4, 2))
-    with torch.no_grad():
-        model[0].weight[1], model[0].bias[1] = 0, 2.0
-    found = constants_of(model, torch.randn(5, 3))
-    assert all(map(math.isnan, found["0"]))
-    assert [math.isnan(value) for value in found["2"]] == [True, False, True, True]
-    assert found["2"][1] == pytest.approx(math.log1p(math.exp(2)))
-
-
-class Dropping(nn.Module):
-    """A function of the input between two layers, of which NaN could be lost."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function, self.last = function, nn.Linear(3, 2)
-
-    def forward(self, x):
-        return self.last(self.function(x))
-
-
-def written_in_place(x):
-    y = torch.zeros(4, 3)
-    y[x > 0] = 5.0
-    return y
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        written_in_place,
-        lambda x: torch.where(x > 0, 1.0, 2.0).expand_as(x),
-        lambda x: (x > 10).float(),
-        lambda x: torch.nan_to_num(x),
-        lambda x: x.clone().nan_to_num_(),
-        lambda x: torch.fmax(x, torch.zeros(())),
-        lambda x: x.clone().masked_fill_(x.isnan(), 0.0),
-        lambda x: torch.zeros_like(x).index_add_(0, torch.arange(4), x),
-        lambda x: torch.heaviside(x, torch.zeros(())),
-        lambda x: x**0 + x.sign(),
-        lambda x: F.one_hot(x.argmax(1), 3).float(),
-        lambda x: x.clamp(0, 1),
-        lambda x: F.hardswish(x) * 2,
-    ],
-)
-def test_what_would_drop_nan_is_still_of_the_input(function):
-    torch.manual_seed(0)
-    # On this example all are constant: that they are of the input can be seen by NaN alone.
-    found = constants_of(Dropping(function), torch.zeros(4, 3))
-    assert all(map(math.isnan, found["last"]))
-
-
-def test_what_is_looked_up_is_of_the_input():
-    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 2))
-    assert all(map(math.isnan, constants_of(model, torch.zeros(2, 5, dtype=torch.long))["1"]))
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(3, 4, 3),
-        nn.Conv2d(3, 4, 3, padding="valid"),
-        nn.Conv2d(3, 4, 3, padding="same"),
-        nn.Conv2d(3, 4, 1, padding="same"),
-        nn.Conv2d(3, 4, 3, padding=1),
-        nn.Conv2d(3, 4, 1, padding=1),
-        nn.Conv2d(3, 4, (1, 3), padding=(0, 1), stride=2),
-        nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
-        nn.Conv2d(3, 4, 3, padding="same", padding_mode="circular"),
-        nn.ConvTranspose2d(3, 4, 3),
-        nn.ConvTranspose2d(3, 4, 2, stride=2),
-        nn.Linear(9, 4),
-    ],
-    ids=str,
-)
-def test_a_constant_input_adds_the_same_everywhere_but_where_padding_differs(layer):
-    with torch.no_grad():
-        output = layer(torch.ones(1, 3, 9, 9))
-    assert keeps_constants(layer) == bool((output - output[..., :1, :1]).abs().max() < 1e-5 or isinstance(layer, nn.Linear))
-
-
-def test_zeros_annihilate_what_they_are_multiplied_with():
-    found = constants_of(Dropping(lambda x: x * torch.tensor([0.0, 1.0, 0.0])), torch.randn(4, 3))
-    assert found["last"][0] == found["last"][2] == 0
-    assert math.isnan(found["last"][1])
-
-
 # --- Wrong calls ------------------------------------------------------------------------------------------------------
 
 
@@ -609,8 +512,6 @@ def test_a_constant_that_depends_on_the_size_of_the_input_is_none():
         model[0].weight[1] = 0  # constant, but zero in the padding of the next layer
         model[1].weight[2] = 0
         model[1].weight[2, 1] = 1.0  # which reads it alone, so that the mean is that of edges and middle
-    found = constants_of(model, torch.randn(2, 3, 8, 8))
-    assert all(map(math.isnan, found["4"]))
     small, _ = shrunk(model, torch.randn(2, 3, 8, 8))
     assert same(model, small, torch.randn(2, 3, 5, 5))
 
@@ -695,33 +596,6 @@ def test_layers_whose_outputs_nobody_uses(pictures):
 def test_a_learner_is_no_model(pictures):
     with pytest.raises(TypeError, match=r"shrink: model is a torch.nn.Module, not SimpleNamespace; of a Learner"):
         shrink(__import__("types").SimpleNamespace(model=with_norm()), pictures)
-
-
-def test_a_value_that_the_example_does_not_have_is_none():
-    """What a model makes of NaN itself is no constant."""
-    found = constants_of(
-        Dropping(lambda x: torch.full((4, 3), 7.0 if bool(x.isnan().any()) else 5.0)), torch.ones(4, 3)
-    )
-    assert all(map(math.isnan, found["last"]))
-
-
-def test_channels_behind_a_shuffle_are_coupled_with_those_they_are_added_to(pictures):
-    class Added(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.fine, self.shuffle, self.coarse = nn.Conv2d(3, 16, 1), nn.PixelShuffle(2), nn.Conv2d(3, 4, 1)
-            self.out = nn.Conv2d(4, 2, 1)
-
-        def forward(self, x):
-            return self.out(self.shuffle(self.fine(x)) + self.coarse(F.interpolate(x, scale_factor=2)))
-
-    found = find_channels(Added().eval(), pictures)
-    fine = [[place for name, place in channel.outputs if name == "fine"] for channel in found]
-    coarse = [[place for name, place in channel.outputs if name == "coarse"] for channel in found]
-    assert fine[:4] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
-    assert coarse[:4] == [[0], [1], [2], [3]]
-    assert [channel.inputs for channel in found[:4]] == [(("out", place),) for place in range(4)]
 
 
 SIZED = {
