@@ -232,6 +232,7 @@ def test_a_dense_model_is_unchanged(pictures):
 # --- Any net ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(random=st.randoms(use_true_random=False), share=st.sampled_from([0.2, 0.5, 0.8]))
 def test_any_net_keeps_its_outputs(random, share):
@@ -251,6 +252,7 @@ def test_any_net_keeps_its_outputs(random, share):
     assert report.parameters_left == sum(parameter.numel() for parameter in small.parameters())
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(random=st.randoms(use_true_random=False), sparsity=st.sampled_from([0.3, 0.6]))
 def test_in_any_net_all_filters_that_were_pruned_together_can_be_removed(random, sparsity):
@@ -648,6 +650,7 @@ def test_weights_that_hooks_compute_are_kept(pictures):
     assert report.layers[1].why == "1: coupled with 1, whose weight is computed from other parameters"
 
 
+@pytest.mark.slow
 def test_reshapes_that_torch_pruning_misreads_end():
     models = pytest.importorskip("torchvision.models", reason="a Swin transformer")
     torch.manual_seed(0)
