@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import struct
 import zlib
 
@@ -247,4 +248,17 @@ MISFITS = {
     "another dtype": lambda: Holder(weight=torch.ones(3).half(), bias=torch.zeros(2)),
     "expanded": lambda: Holder(weight=torch.ones(1).expand(3), bias=torch.zeros(2)),
     "inference": inference_model,
+}
+
+
+# Name of a file that save_sparse has not written -> its bytes.
+OTHER_FILES = {
+    "empty": b"",
+    "text": b"text\n",
+    "pickle": pickle.dumps({"a": torch.zeros(3)}),
+    "zip": b"PK\x03\x04 broken",
+    "no JSON": struct.pack("<Q", 100) + b"{" * 100,
+    "deep JSON": struct.pack("<Q", 10_000) + b'{"a":' * 2000,
+    "large header": struct.pack("<Q", 2**62) + b"{}",
+    "safetensors": save({"a": torch.zeros(3)}),
 }

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 from sparse_files import (
     CHANGES,
+    OTHER_FILES,
     bits,
     check_refused,
     edit,
@@ -58,6 +59,12 @@ def test_metadata_without_a_table_is_refused(stored, text):
         metadata = file.metadata()
     stored.write_bytes(save(load_file(stored), {**metadata, "tensors": text}))
     check_refused(stored, other_model(), "its metadata ")
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_other_files_are_refused(tmp_path, name):
+    (tmp_path / "file").write_bytes(OTHER_FILES[name])
+    check_refused(tmp_path / "file", other_model())
 
 
 def test_a_huge_header_is_not_read(tmp_path):
