@@ -186,8 +186,7 @@ def _measured(removal: Removal, model: nn.Module) -> Shrinkage:
         zeros = {output for output, is_zero in enumerate(zero_outputs(module)) if is_zero}
         left = zeros.intersection(removal.remaining[name])
         reasons = Counter(
-            removal.why_kept.get((name, output), "the layer is never called, or not as a module")
-            for output in sorted(left)
+            removal.why_kept.get((name, output), "layer never called, or not as a module") for output in sorted(left)
         )
         layers.append(
             ShrinkableLayer(

@@ -428,11 +428,11 @@ def shrink_many():
 
 WARNINGS = [
     ("shrink", shrink_padded,
-     ["shrink: 1 of 2 zero filters cannot be removed: 0 (1: its constant value is 0.25, but 2 pads its input with "
+     ["shrink: 1 of 2 zero filters cannot be removed: 0 (1: constant 0.25, but 2 pads its input with "
       "zeros). shrinkage(model, example_input) lists all of them; to prune only filters that can be removed, use "
       "granularity 'filter' with coupled=True"]),
     ("shrink many layers", shrink_many,
-     ["zero filters cannot be removed: 0 (1: it is the last output of a layer); 2 (1: it is", "; and 3 more layers. "]),
+     ["zero filters cannot be removed: 0 (1: last output of a layer); 2 (1: last", "; and 3 more layers. "]),
     ("2:4", lambda: with_kernels(torch.clone)(None),
      ["to_semi_structured: these layers are 2:4, but cannot be converted: 4.weight (sides not "]),
 ]  # fmt: skip

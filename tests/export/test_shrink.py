@@ -131,7 +131,7 @@ def test_a_constant_that_is_padded_with_zeros_is_kept(pictures):
         model[0].weight[2] = 0
         model[0].bias[2] = -1.0
     small, report = shrunk(model, pictures)
-    assert report.layers[0].why == "1: its constant value is 0.25, but 2 pads its input with zeros"
+    assert report.layers[0].why == "1: constant 0.25, but 2 pads its input with zeros"
     assert small[0].out_channels == 3
     assert same(model, small, pictures)
     model[2].padding_mode = "replicate"
@@ -217,8 +217,8 @@ def test_a_layer_keeps_its_last_output(pictures):
         model[0].weight.zero_()
     report = shrinkage(model, pictures)
     assert (report.removed, report.zeros_left) == (3, 1)
-    assert report.layers[0].why == "1: it is the last output of a layer"
-    with pytest.warns(UserWarning, match="the last output of a layer"):
+    assert report.layers[0].why == "1: last output of a layer"
+    with pytest.warns(UserWarning, match="last output of a layer"):
         assert same(model, shrink(model, pictures), pictures)
 
 
@@ -320,7 +320,7 @@ def test_a_small_change_of_the_outputs_is_noticed(pictures):
         model.second.weight.mul_(1e-3)  # so that a wrong input changes little beside the bias
     small, report = shrunk(model, pictures)
     assert same(model, small, pictures)
-    assert "2: removing it would change the outputs of the model" in report.layers[0].why
+    assert "2: its removal would change the model's outputs" in report.layers[0].why
 
 
 class Flattened(nn.Module):
@@ -354,7 +354,7 @@ def test_layers_that_mix_channels_are_named(pictures):
     with torch.no_grad():
         model[0].weight[1] = 0
         grouped[0].weight[1] = 0
-    assert shrinkage(model, pictures).layers[0].why == "1: it goes through 1 (GroupNorm), which mixes channels"
+    assert shrinkage(model, pictures).layers[0].why == "1: goes through 1 (GroupNorm), which mixes channels"
     assert shrinkage(grouped, pictures).layers[0].why == "1: coupled with 2, whose 2 groups must keep equal sizes"
 
 
@@ -381,8 +381,8 @@ def test_outputs_and_inputs_of_the_model_keep_their_channels(pictures):
         model.conv.weight[1], model.out.weight[0] = 0, 0
     report = shrinkage(model, pictures)
     assert [layer.why for layer in report.layers] == [
-        "1: coupled with the input of the model",
-        "1: it produces the output of the model",
+        "1: coupled with the model's input",
+        "1: yields the model's output",
     ]
 
 
@@ -568,8 +568,8 @@ def test_layers_whose_outputs_are_not_used(pictures):
     assert same(model, small, pictures)
     assert small.aside.in_channels == 5
     assert [layer.why for layer in report.layers if layer.zeros_left] == [
-        "1: it produces the output of the model",
-        "1: the layer is never called, or not as a module",
+        "1: yields the model's output",
+        "1: layer never called, or not as a module",
     ]
 
 
@@ -661,7 +661,7 @@ def test_reshapes_that_torch_pruning_misreads_end():
     small, report = shrunk(model, torch.randn(2, 3, 16, 16))
     assert same(model, small, torch.randn(2, 3, 16, 16))
     assert small.features[1][1].mlp[0].out_features == 32 - 3
-    assert {layer.why for layer in report.layers if layer.zeros_left} == {"3: its path through the model is unknown"}
+    assert {layer.why for layer in report.layers if layer.zeros_left} == {"3: path through the model unknown"}
 
 
 def test_a_layer_keeps_its_inputs_if_all_would_be_removed(pictures):
@@ -672,7 +672,7 @@ def test_a_layer_keeps_its_inputs_if_all_would_be_removed(pictures):
         model[0].bias.zero_()
     small, report = shrunk(model, pictures)
     assert same(model, small, pictures)
-    assert "4: removing it would change the outputs of the model" in report.layers[0].why
+    assert "4: its removal would change the model's outputs" in report.layers[0].why
 
 
 def test_float64_beside_float16_is_unchanged(pictures):

@@ -31,7 +31,7 @@ _MARKS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: n
 
 
 # The reason for keeping a channel that the graph loses track of.
-UNKNOWN_PATH = "its path through the model is unknown"
+UNKNOWN_PATH = "path through the model unknown"
 
 
 Member = tuple[str, str, Any]  # name of a layer; 'outputs', 'through' or 'inputs'; index
@@ -120,11 +120,11 @@ def _groups(graph: Any, names: Mapping[Any, str], why_kept: dict[str, str], type
             module = item.dep.target.module
             side, reason = "through", ""
             if item.dep.target.type == types.OUTPUT:
-                reason = "it produces the output of the model"
+                reason = "yields the model's output"
             elif module not in names or getattr(module, "num_parameters", 0) == 1:
                 continue  # a PReLU with one parameter for all channels has none to remove
             elif names[module].startswith("marks."):
-                reason = "coupled with the input of the model"
+                reason = "coupled with the model's input"
             elif isinstance(module, nn.Parameter):
                 reason = f"coupled with {names[module]}, a parameter that belongs to no layer"
             elif isinstance(module, CHANNEL_LAYERS):
@@ -134,7 +134,7 @@ def _groups(graph: Any, names: Mapping[Any, str], why_kept: dict[str, str], type
                 # The graph keeps only the first of the channels that become one. This group couples them.
                 yield [((names[module], side, index), index // module.upscale_factor**2) for index in item.idxs]
             elif not isinstance(module, _BY_CHANNEL):
-                reason = f"it goes through {names[module]} ({type(module).__name__}), which mixes channels"
+                reason = f"goes through {names[module]} ({type(module).__name__}), which mixes channels"
             name, size = names.get(module, "output"), size_of(module, side)
             if reason:
                 why_kept.setdefault(name, reason)

@@ -123,7 +123,7 @@ class Removal:
         )
         for number, channel in enumerate(channels):
             if not all(kept[name] for name, _ in channel.outputs):
-                reasons[number] = "it is the last output of a layer"
+                reasons[number] = "last output of a layer"
                 kept.update(name for name, _ in channel.outputs)
         why_kept = {
             (name, self.remaining[name][index]): why
@@ -144,7 +144,7 @@ class Removal:
             if channel.kept:
                 return channel.kept
             if any((name, self.remaining[name][index]) in self._needed for name, index in channel.outputs):
-                return "removing it would change the outputs of the model"
+                return "its removal would change the model's outputs"
             for name, index in channel.inputs:
                 value = values[name][index] if name in values else math.nan
                 if not reads[name][index] or value == 0:
@@ -155,7 +155,7 @@ class Removal:
                         return f"coupled in {', '.join(coupled)}, but not zero in all of them"
                     return f"not constant where {name} reads it"
                 if not keeps_constants(modules[name]):
-                    return f"its constant value is {value:.3g}, but {name} pads its input with zeros"
+                    return f"constant {value:.3g}, but {name} pads its input with zeros"
             return ""
 
         return [why_kept(channel) for channel in channels]
