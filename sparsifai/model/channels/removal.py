@@ -43,7 +43,7 @@ def why_stuck(model: nn.Module, example_input: Any, channels: Iterable[ChannelSe
     """
     channels, trial = list(channels), copy_of(unwrapped(model))
     with torch.no_grad():
-        for name, index in dict.fromkeys(place for each in channels for place in (*each.outputs, *each.through)):
+        for name, index in dict.fromkeys(pair for each in channels for pair in (*each.outputs, *each.through)):
             module: Any = trial.get_submodule(name)
             if isinstance(getattr(module, "weight", None), Tensor):
                 out_axis = 1 if getattr(module, "transposed", False) and not is_depthwise(module) else 0
