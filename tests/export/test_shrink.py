@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-pytest.importorskip("torch_pruning", reason="shrink asks torch-pruning which channels go together")
+pytest.importorskip("torch_pruning", reason="shrink needs it")
 
 from random_nets import RandomNet, kill  # noqa: E402
 
