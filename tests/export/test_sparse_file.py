@@ -22,7 +22,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from sparsifai import SparseFile, Sparsifier, load_sparse, save_sparse
-from sparsifai.__main__ import main
 
 
 @pytest.mark.slow
@@ -210,15 +209,3 @@ def test_the_table(stored):
     html = SparseFile.read(stored)._repr_html_()
     assert html.count("<tr>") == 8
     assert "same as mask" in html
-
-
-def test_the_command_line_prints_the_table(stored, capsys):
-    assert main(["report", str(stored)]) == 0
-    assert capsys.readouterr().out == f"{SparseFile.read(stored)}\n"
-    stored.write_bytes(stored.read_bytes()[:-1])
-    assert main(["report", str(stored)]) == 2
-    assert "sparsifai report: " in (error := capsys.readouterr().err)
-    assert "is damaged" in error
-    with pytest.raises(SystemExit):
-        main(["report", "--help"])
-    assert "sparsifai report sparse.safetensors" in capsys.readouterr().out
