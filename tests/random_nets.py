@@ -5,13 +5,13 @@ import torch.nn.functional as F
 from torch import nn
 
 _ACTIVATIONS = (F.relu, F.silu, F.hardswish, F.leaky_relu, torch.tanh, F.gelu)
-_CONSTANT_ACTIVATIONS = (torch.sigmoid, F.softplus)  # what is zero is another constant behind them
+_CONSTANT_ACTIVATIONS = (torch.sigmoid, F.softplus)  # they turn a zero into another constant
 
 
 class RandomNet(nn.Module):
     """Operations on a growing list of feature maps of one size, then a classifier.
 
-    constants: whether zeros may become other constants, before padding.
+    constants: whether zeros may become other constants, which the next layer may pad with zeros.
     """
 
     def __init__(self, random, constants=True):

@@ -26,7 +26,7 @@ A quantity of your own is such a function. Criteria can then name it:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 

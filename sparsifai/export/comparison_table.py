@@ -1,4 +1,4 @@
-"""The table of a comparison: the forms of a model, their sizes and times."""
+"""The table of `compare`: the forms of a model with their sizes and times."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from ..support.table import Cells, Table
 
-# Columns -> attributes of a Form.
+# Title of a column of the table -> attribute of a Form.
 _COLUMNS = {
     "file bytes": "bytes",
     "parameters": "parameters",
@@ -21,7 +21,7 @@ _COLUMNS = {
 }
 
 
-# Those that a plot shows.
+# Label in the plot -> attribute of a Form.
 _DRAWN = {
     "file bytes": "bytes",
     "parameters": "parameters",
@@ -33,11 +33,17 @@ _DRAWN = {
 
 @dataclass(frozen=True)
 class Form:
-    """One form of a model. None stands for what could not be had; the note says why, and what else is to be said.
+    """One form of a model. A number that is not available is None, and the note says why.
 
-    bytes: of its file. parameters, nonzeros: that it stores. flops: 2 x multiply-adds with weights that it executes
-    for the example. milliseconds: that it takes for it, in the median. is_noise: whether that differs from the dense
-    one's by no more than the noise.
+    Attributes:
+        name: 'dense', 'masked', 'shrunk', 'semi-structured' or 'CSR'.
+        bytes: Size of its file.
+        parameters: Number of parameters that it stores.
+        nonzeros: Number of these that are not zero.
+        flops: FLOPs with weights that it executes for the example, two for each multiply-add.
+        milliseconds: Median time of a forward pass of the example.
+        note: Remarks, and why something is not available.
+        is_noise: Whether its time differs from that of the dense model by no more than the noise.
     """
 
     name: str
@@ -52,9 +58,11 @@ class Form:
 
 @dataclass(frozen=True, repr=False)
 class Comparison(Table):
-    """Forms of a model beside the dense one: printed, a table; in a notebook, HTML; `.plot()` draws it.
+    """The forms of a model beside the dense model. Prints as a table; in a notebook it is HTML. `.plot()` draws it.
 
-    forms: the dense one first. caption: how times were taken.
+    Attributes:
+        forms: The forms, the dense model first.
+        caption: How the times were measured.
     """
 
     forms: tuple[Form, ...]
@@ -64,12 +72,20 @@ class Comparison(Table):
         for form in self.forms:
             if form.name == name:
                 return form
-        raise KeyError(f"no form is called {name!r}; there are {', '.join(form.name for form in self.forms)}")
+        raise KeyError(f"no form is named {name!r}; choose from {', '.join(form.name for form in self.forms)}")
 
     def relative(self, name: str, quantity: str) -> float | None:
-        """A quantity of a form over that of the dense model, None if one of them could not be had.
+        """A number of a form divided by that of the dense model.
 
-        quantity: 'bytes', 'parameters', 'nonzeros', 'flops' or 'milliseconds'.
+        Args:
+            name: Name of the form.
+            quantity: 'bytes', 'parameters', 'nonzeros', 'flops' or 'milliseconds'.
+
+        Returns:
+            The ratio, None if one of the numbers is not available.
+
+        Raises:
+            KeyError: No form has this name.
         """
         value, dense = getattr(self[name], quantity), getattr(self.forms[0], quantity)
         return None if value is None or not dense else value / dense
@@ -88,12 +104,21 @@ class Comparison(Table):
         return Cells(header, rows, caption=self.caption, notes=[form.note for form in self.forms])
 
     def _ratio(self, form: Form, quantity: str) -> str:
-        """A cell with what is relative to the dense model; of a time within the noise it is no more than about so."""
+        """A cell with the ratio to the dense model, with `~` before a time whose difference is within the noise."""
         about = "~" if quantity == "milliseconds" and form.is_noise else ""
         return about + _cell(self.relative(form.name, quantity))
 
     def plot(self, ax: Any = None) -> Any:
-        """The figures of each form over those of the dense one, `~` within the noise, as bars; the matplotlib axes."""
+        """Draw the numbers of each form relative to the dense model as bars.
+
+        Times that differ from the dense model by no more than the noise are marked with `~`.
+
+        Args:
+            ax: The matplotlib axes to draw into; new ones by default.
+
+        Returns:
+            The matplotlib axes.
+        """
         import matplotlib.pyplot as plt
 
         if ax is None:
@@ -110,7 +135,7 @@ class Comparison(Table):
             ax.bar_label(bars, labels, padding=2, fontsize="x-small")
         for place, form in enumerate(self.forms):
             if form.milliseconds is None:
-                ax.text(0.01, place, "not to be had: the note says why", va="center", fontsize="small", color="0.4")
+                ax.text(0.01, place, "not available: see the note", va="center", fontsize="small", color="0.4")
         ax.axvline(1, color="black", linewidth=0.8)
         ax.set(xlabel="relative to the dense model")
         ax.set_yticks(range(len(self.forms)), [form.name for form in self.forms])
@@ -121,7 +146,12 @@ class Comparison(Table):
 
 
 def caption(seconds: Mapping[str, Sequence[float]], dense: nn.Module) -> str:
-    """How the times were measured, in a line."""
+    """How the times were measured, in one line.
+
+    Args:
+        seconds: Name of a form -> the times of its runs.
+        dense: The dense model, whose device is named.
+    """
     device = next((parameter.device for parameter in dense.parameters()), torch.device("cpu"))
     threads = torch.get_num_threads()
     where = f"cpu with {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else str(device)

@@ -1,4 +1,4 @@
-"""What shrinking takes from each layer, and what of its zeros it leaves, as a table."""
+"""`shrink` removes the channels of a model that its zeros make unnecessary; `shrinkage` is the table of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..model.channels.constants import reading
+from ..model.channels.connections import zero_outputs
 from ..model.channels.removal import Removal, named_tensors
 from ..model.layers import outputs_of
 from ..model.parallel import unwrapped
@@ -19,35 +19,68 @@ from ..support.table import Cells, Table, percent
 
 
 def shrink(model: nn.Module, example_input: Any) -> nn.Module:
-    """A copy of a model without its dead channels: dense, smaller, with the same outputs in evaluation mode.
+    """Remove the filters of a model that are zero: returns a smaller dense copy with the same outputs.
 
-    Filters of zeros go with all that only they feed: entries of norm layers, inputs of the next layers. A constant that
-    they leave behind is folded into biases. Channels that no layer reads go, too. Outputs are the same within 1e-5 of
-    the largest, in float32, as is checked on the example, on random inputs like it and on one of another size. A model
-    that takes other ways by the values of its input is known only in the ways that these take.
+    A filter is removed with all that belongs to its channel: its bias, its entries in norm layers, and the weights of
+    the next layers that read it. If a zero filter leaves a constant channel, the constant is added to the biases of the
+    next layers. Channels that no layer reads are removed too. The copy trains like any other model, in a new Learner.
 
-    model: any torch model, which stays as it is; of a wrapper (compiled, data parallel), what is in it.
-    example_input: a batch that it accepts, a tuple for several positional arguments, a dictionary for keywords.
-    What is left trains like any other model, in a Learner of its own.
-    Warns of filters of zeros that have to stay; `shrinkage` tells why. Needs torch-pruning, whose dependency graph says
-    which channels go together (Fang et al., 2023, "DepGraph", arXiv:2301.12900): pip install 'sparsifai[shrink]'.
-    ImportError without it; ValueError if the model does not run, or cannot be followed.
+    The outputs in evaluation mode are checked: on the example, on random inputs like it, and on an input of another
+    size, they differ by at most 1e-5 of the largest output (in float32). Branches of the forward that these inputs do
+    not take are not checked.
+
+    torch-pruning's dependency graph shows which channels belong together (Fang et al., 2023, "DepGraph",
+    arXiv:2301.12900). Install it with `pip install 'sparsifai[shrink]'`.
+
+    Args:
+        model: Any torch model, which is not changed. Of a wrapper (compiled, data parallel) the model inside is copied.
+        example_input: A batch that the model accepts, a tuple of several positional inputs, or a dictionary of named
+            ones.
+
+    Returns:
+        The smaller copy, in the same mode and dtype as the model. A UserWarning says how many zero filters could not be
+        removed; `shrinkage` lists why.
+
+    Raises:
+        ImportError: torch-pruning is not installed.
+        TypeError: `model` is not a torch.nn.Module.
+        ValueError: The model does not run on the example, has different outputs for the same input, or cannot be
+            followed.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from sparsifai import Sparsifier, shrink
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+        >>> _ = Sparsifier(model, 'filter', coupled=True, example_input=torch.rand(2, 3, 16, 16)).sparsify(0.5)
+        >>> shrink(model, torch.rand(2, 3, 16, 16))[0]
+        Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
     """
     small, report = _shrunk(model, example_input)
     if report.zeros_left:
         warnings.warn(
-            f"shrink: {report.zeros_left} of {report.zeros} filters of zeros stay: {report.reasons}. "
-            "shrinkage(model, example_input) lists all; with coupled=True and granularity 'filter', a Sparsifier makes "
-            "only such zeros as can go",
+            f"shrink: {report.zeros_left} of {report.zeros} zero filters cannot be removed: {report.reasons}. "
+            "shrinkage(model, example_input) lists all of them; to prune only filters that can be removed, use "
+            "granularity 'filter' with coupled=True",
             stacklevel=2,
         )
     return small
 
 
 def shrinkage(model: nn.Module, example_input: Any) -> Shrinkage:
-    """What `shrink` would remove of each layer, and why the rest of its zeros stays; nothing is changed.
+    """What `shrink` would remove from each layer, and why other zero filters cannot be removed. Nothing is changed.
 
-    Arguments and errors are those of `shrink`.
+    Args:
+        model: As for `shrink`.
+        example_input: As for `shrink`.
+
+    Returns:
+        The table, one row per layer.
+
+    Raises:
+        ImportError: torch-pruning is not installed.
+        TypeError: `model` is not a torch.nn.Module.
+        ValueError: As for `shrink`.
     """
     return _shrunk(model, example_input)[1]
 
@@ -56,21 +89,28 @@ def _shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]
     check_is_module("shrink", "model", model)
     model = unwrapped(model)
     dtypes = {name: value.dtype for name, value in named_tensors(model)}
-    work = Removal(model, example_input).done()
-    small = work.model
-    for (_, part), (_, given) in zip(small.named_modules(), model.named_modules(), strict=True):
-        part.training = given.training
+    removal = Removal(model, example_input).remove_all()
+    small = removal.model
+    for (_, part), (_, original) in zip(small.named_modules(), model.named_modules(), strict=True):
+        part.training = original.training
     for name, value in named_tensors(small):
-        # A bias that is new is as its weight.
+        # A bias that the model did not have gets the dtype of the weight beside it.
         value.data = value.data.to(dtypes.get(name, dtypes.get(f"{name.rpartition('.')[0]}.weight", value.dtype)))
-    return small, _measured(work, model)
+    return small, _measured(removal, model)
 
 
 @dataclass(frozen=True)
 class ShrinkableLayer:
-    """One layer. zeros: outputs whose weights are all zero. removed: outputs that go, not only such of zeros.
+    """What `shrink` removes from one layer.
 
-    why: of the zeros that are left, how many for what reason.
+    Attributes:
+        name: Name of the layer.
+        kind: Class name of the layer.
+        outputs: Number of outputs in the given model.
+        zeros: Outputs whose weights are all zero.
+        removed: Outputs that are removed, whether their weights are zero or not.
+        zeros_left: Outputs whose weights are all zero, but that cannot be removed.
+        why: How many of these for which reason, such as '2: not constant where conv2 reads it'.
     """
 
     name: str
@@ -84,9 +124,12 @@ class ShrinkableLayer:
 
 @dataclass(frozen=True, repr=False)
 class Shrinkage(Table):
-    """What shrink removes: printed, a table; in a notebook, HTML.
+    """What `shrink` removes from a model. Prints as a table; in a notebook it is HTML.
 
-    parameters, parameters_left: of the whole model, before and after.
+    Attributes:
+        layers: One row per convolution or Linear layer, in the order of the model.
+        parameters: Number of parameters of the whole model before.
+        parameters_left: Number of parameters of the whole model after.
     """
 
     layers: tuple[ShrinkableLayer, ...]
@@ -95,23 +138,23 @@ class Shrinkage(Table):
 
     @property
     def zeros(self) -> int:
-        """Outputs whose weights are all zero."""
+        """Outputs of all layers whose weights are all zero."""
         return sum(layer.zeros for layer in self.layers)
 
     @property
     def removed(self) -> int:
-        """Outputs that go."""
+        """Outputs of all layers that are removed."""
         return sum(layer.removed for layer in self.layers)
 
     @property
     def zeros_left(self) -> int:
-        """Outputs whose weights are all zero, but that have to stay."""
+        """Outputs of all layers whose weights are all zero, but that cannot be removed."""
         return sum(layer.zeros_left for layer in self.layers)
 
     @property
     def reasons(self) -> str:
-        """The layers of which zeros stay, with why; the first three."""
-        left = [f"{layer.name}: {layer.why}" for layer in self.layers if layer.zeros_left]
+        """The first three layers with zero outputs that cannot be removed, each with the reasons."""
+        left = [f"{layer.name} ({layer.why})" for layer in self.layers if layer.zeros_left]
         return "; ".join(left[:3]) + (f"; and {len(left) - 3} more layers" if len(left) > 3 else "")
 
     def _cells(self) -> Cells:
@@ -134,27 +177,27 @@ def _figures(*numbers: int) -> tuple[str, ...]:
     return tuple(f"{number:,}" for number in numbers)
 
 
-def _measured(work: Removal, given: nn.Module) -> Shrinkage:
-    """What has become of the outputs of the model that was given."""
+def _measured(removal: Removal, model: nn.Module) -> Shrinkage:
+    """The table of what has been removed from a model."""
     layers = []
-    for name, module in given.named_modules():
-        if name not in work.numbers:
+    for name, module in model.named_modules():
+        if name not in removal.remaining:
             continue
-        zero = {place for place, alive in enumerate(reading(module).any(2).flatten().tolist()) if not alive}
-        left = zero.intersection(work.numbers[name])
+        zeros = {output for output, is_zero in enumerate(zero_outputs(module)) if is_zero}
+        left = zeros.intersection(removal.remaining[name])
         reasons = Counter(
-            work.kept.get((name, number), "it is not called, or not as a layer") for number in sorted(left)
+            removal.why_kept.get((name, output), "layer never called, or not as a module") for output in sorted(left)
         )
         layers.append(
             ShrinkableLayer(
                 name,
                 type(module).__name__,
                 outputs_of(module),
-                len(zero),
-                outputs_of(module) - len(work.numbers[name]),
+                len(zeros),
+                outputs_of(module) - len(removal.remaining[name]),
                 len(left),
-                "; ".join(f"{count} {reason}" for reason, count in reasons.items()),
+                "; ".join(f"{count}: {reason}" for reason, count in reasons.items()),
             )
         )
-    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (given, work.model)]
+    sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (model, removal.model)]
     return Shrinkage(tuple(layers), *sizes)

@@ -1,4 +1,4 @@
-"""Models to files without their zeros, and back, bit for bit; and what such a file holds, as a table."""
+"""Saving a model to a file without its zeros and loading it bit for bit; the table of what such a file stores."""
 
 from __future__ import annotations
 
@@ -25,7 +25,17 @@ from .sparse_tensor import DTYPES, NAMES, StoredTensor, bits_of
 
 @dataclass(frozen=True)
 class SparseRow:
-    """One tensor of a sparse file. bytes: those of its data, none if it is the same as another."""
+    """One tensor of a sparse file.
+
+    Attributes:
+        name: Its name in the state_dict.
+        shape: Its shape.
+        dtype: Its dtype, as torch names it.
+        count: Its elements and zeros.
+        form: How it is stored: 'dense', 'bitmask', 'index', or 'same as NAME' if it shares memory with that tensor.
+        bytes: Bytes of its data in the file, 0 if it is the same as another.
+        dense_bytes: Bytes of all its elements, 0 if it is the same as another.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -38,10 +48,13 @@ class SparseRow:
 
 @dataclass(frozen=True, repr=False)
 class SparseFile(Table):
-    """What a sparse file has of each tensor, and its size: printed, a table; in a notebook, HTML.
+    """What a sparse file stores of each tensor, and its size. Prints as a table; in a notebook it is HTML.
 
-    bytes: of the whole file. dense_bytes: of a safetensors file of the same tensors, dense, those that share their
-    memory once.
+    Attributes:
+        path: The file.
+        rows: One row per tensor.
+        bytes: Size of the whole file.
+        dense_bytes: Size of a safetensors file with the same tensors, all dense. Tensors that share memory count once.
     """
 
     path: Path
@@ -51,9 +64,14 @@ class SparseFile(Table):
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> SparseFile:
-        """Of a file that `save_sparse` has written, all of which is checked, and nothing of which is expanded.
+        """Read what a file of `save_sparse` stores. The whole file is checked; no tensor is expanded.
 
-        ValueError if it is no such file or is damaged, OSError if it cannot be read.
+        Args:
+            path: The file.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: The file was not written by `save_sparse`, or is damaged.
         """
         return cls._of(Path(path), read_tensors(Path(path)))
 
@@ -61,19 +79,21 @@ class SparseFile(Table):
     def _of(cls, path: Path, tensors: Tensors) -> SparseFile:
         rows = []
         for name, stored in tensors.items():
-            own = stored.name == name
-            form, *sizes = (stored.form, stored.bytes, stored.dense_bytes) if own else (f"same as {stored.name}", 0, 0)
-            rows.append(SparseRow(name, stored.shape, _plain(stored.dtype), stored.count, form, *sizes))
+            is_own = stored.name == name
+            form, *sizes = (
+                (stored.form, stored.bytes, stored.dense_bytes) if is_own else (f"same as {stored.name}", 0, 0)
+            )
+            rows.append(SparseRow(name, stored.shape, _torch_name(stored.dtype), stored.count, form, *sizes))
         return cls(path, tuple(rows), path.stat().st_size, dense_bytes(tensors))
 
     @property
     def ratio(self) -> float:
-        """bytes / dense_bytes."""
+        """`bytes / dense_bytes`."""
         return self.bytes / self.dense_bytes
 
     @property
     def count(self) -> Count:
-        """Of all tensors, those that share their memory once."""
+        """Elements and zeros of all tensors. Tensors that share memory count once."""
         counts = [row.count for row in self.rows if not row.form.startswith("same as ")]
         return Count(sum(count.weights for count in counts), sum(count.zeros for count in counts))
 
@@ -91,23 +111,47 @@ class SparseFile(Table):
                 ("file with its header", *[""] * 6, f"{self.bytes:,}", f"{self.dense_bytes:,}"),
             ],
             left=(0, 1, 2, 6),
-            caption=f"{self.path.name}: {100 * self.ratio:.2f}% of the bytes that it takes dense",
+            caption=f"{self.path.name}: {100 * self.ratio:.2f}% of the bytes of the dense file",
         )  # fmt: skip
 
 
 def save_sparse(model: nn.Module, path: str | os.PathLike) -> SparseFile:
-    """Write the state_dict of a model to a file without its zeros, and return what that holds; of a wrapper of torch,
-    that of the model within.
+    """Save the state_dict of a model to a file without its zeros.
 
-    A file that is there is replaced at once, or, on an error, left as it is. ValueError if something in the state_dict
-    is no tensor that safetensors can hold, OSError if the file cannot be written.
+    It is a safetensors file, without pickle. Each tensor is stored dense, or as its nonzero values and where they are,
+    whichever is smaller. An existing file is replaced at once; after an error it is unchanged.
+
+    Args:
+        model: Any torch model. Of a wrapper (compiled, data parallel) the model inside is saved.
+        path: The file to write.
+
+    Returns:
+        What the file stores of each tensor.
+
+    Raises:
+        OSError: The file cannot be written.
+        TypeError: `model` is not a torch.nn.Module.
+        ValueError: The state_dict has something that a safetensors file cannot store.
+
+    Example:
+        >>> import tempfile
+        >>> from sparsifai import Sparsifier, load_sparse, save_sparse
+        >>> model = nn.Linear(100, 100)
+        >>> _ = Sparsifier(nn.Sequential(model), layers='0').sparsify(0.9)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = save_sparse(model, f'{folder}/model.safetensors')
+        ...     loaded = load_sparse(f'{folder}/model.safetensors', nn.Linear(100, 100))
+        >>> saved.ratio < 0.2, torch.equal(loaded.weight, model.weight)
+        (True, True)
     """
     check_is_module("save_sparse", "model", model)
     path = Path(path)
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "save_sparse: is a folder; give the name of a file", str(path))
+        raise IsADirectoryError(errno.EISDIR, "save_sparse: path is a folder; pass the name of a file", str(path))
     if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "save_sparse: there is no such folder; make it first", str(path.parent))
+        raise FileNotFoundError(
+            errno.ENOENT, "save_sparse: the folder does not exist; create it first", str(path.parent)
+        )
     state = _state("save_sparse", model)
     ties = _ties(state)
     tensors: dict[str, StoredTensor] = {}
@@ -119,108 +163,129 @@ def save_sparse(model: nn.Module, path: str | os.PathLike) -> SparseFile:
 
 @torch.no_grad()
 def load_sparse(path: str | os.PathLike, model: nn.Module) -> nn.Module:
-    """Give the parameters and buffers of a model, or of the model in a wrapper of torch, the values that `save_sparse`
-    has written, bit for bit, and return it. Parameters stay the same objects, on their devices.
+    """Load a file of `save_sparse` into a model, bit for bit.
 
-    ValueError, and nothing changed, if the file is none of `save_sparse`, is damaged, or is of another model: names,
-    shapes and dtypes are the same, and what the model ties is equal. OSError if it cannot be read.
+    Parameters stay the same objects on the same devices. After an error the model is unchanged.
+
+    Args:
+        path: The file.
+        model: A model with the same names, shapes and dtypes as the saved one. Of a wrapper (compiled, data parallel)
+            the model inside is loaded into.
+
+    Returns:
+        The model.
+
+    Raises:
+        OSError: The file cannot be read.
+        TypeError: `model` is not a torch.nn.Module.
+        ValueError: The file was not written by `save_sparse`, is damaged, or does not fit the model.
     """
     check_is_module("load_sparse", "model", model)
     path, state = Path(path), _state("load_sparse", model)
     tensors = read_tensors(path)
     _check_names(path, model, state, tensors)
     for name, tensor in state.items():
-        stored = tensors[name]
-        dtype, own = _plain(stored.dtype), _plain(NAMES[tensor.dtype])
-        if stored.shape != tensor.shape:
-            raise ValueError(
-                f"load_sparse: {name} has the shape {stored.shape} in {path} and {tuple(tensor.shape)} in the model; "
-                "make the model as when it was saved"
-            )
-        if dtype != own:
-            raise ValueError(
-                f"load_sparse: {name} is {dtype} in {path} and {own} in the model, and casts lose bits; load into a "
-                f"model of that dtype, as by model.to(torch.{dtype}), and cast it then"
-            )
-        if _is_fixed(tensor):
-            raise ValueError(
-                f"load_sparse: {name} of the model cannot take values from {path}, made in inference mode, or "
-                "with elements that share their memory; make it a copy, as by clone()"
-            )
+        _check_fits(path, name, tensor, tensors[name])
     expanded = {name: stored.expand() for name, stored in tensors.items() if stored.name == name}
     values = {name: expanded[tensors[name].name] for name in state}
     for name, first in _ties(state).items():
         if not np.array_equal(bits_of(values[name]), bits_of(values[first])):
             raise ValueError(
-                f"load_sparse: {first} and {name} are one tensor in the model, and differ in {path}; untie them first"
+                f"load_sparse: {first} and {name} are one tensor in the model, but differ in {path}; untie them first"
             )
     unwrapped(model).load_state_dict(values)
     return model
 
 
 def _state(operation: str, model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of a model. ValueError if a file cannot hold something in it."""
+    """The state_dict of a model, checked for what a file cannot store."""
     state = dict(unwrapped(model).state_dict())
     for name, value in state.items():
-        why = _why_not(value)
+        why = _why_not_storable(value)
         if why:
             raise ValueError(f"{operation}: {name} of {type(unwrapped(model)).__name__} is {why}")
     return state
 
 
-def _why_not(value: Any) -> str:
-    """Why a file cannot hold something of a state_dict, and what to do; '' if it can."""
+def _why_not_storable(value: Any) -> str:
+    """Why a file cannot store an entry of a state_dict, and what to do; empty if it can."""
     if not isinstance(value, Tensor):
-        return f"no tensor but {type(value).__name__}; keep it in a file of its own, and out of the state_dict"
+        return f"of type {type(value).__name__}, not a tensor; keep it out of the state_dict, in a file of its own"
     if is_lazy(value):
         return "not initialized yet; run the model on a batch first"
     if is_sharded(value):
         return (
-            "a shard; give a plain model what torch.distributed.checkpoint.state_dict.get_model_state_dict gathers, "
-            "with StateDictOptions(full_state_dict=True)"
+            "a shard; gather the tensors with torch.distributed.checkpoint.state_dict.get_model_state_dict and "
+            "StateDictOptions(full_state_dict=True), load them into a plain model, and pass that"
         )
     if value.is_meta:
-        return "on the device meta, without values; use model.to_empty(device='cpu') and initialize it"
+        return "on the meta device, without values; call model.to_empty(device='cpu') and initialize it first"
     if value.is_quantized:
-        return "quantized; dequantize it"
+        return "quantized; dequantize it first"
     if value.layout != torch.strided or value.is_nested or hasattr(value, "__tensor_flatten__"):
-        return f"a {type(value).__name__} of the layout {value.layout}; make it a plain tensor, as by to_dense()"
+        return (
+            f"a {type(value).__name__} of layout {value.layout}; convert it to a plain tensor, for example with "
+            "to_dense()"
+        )
     if value.dtype not in NAMES:
-        return f"{str(value.dtype).removeprefix('torch.')}, which safetensors files have not; store it as another dtype"
+        return f"{str(value.dtype).removeprefix('torch.')}, which safetensors cannot store; convert it to another dtype"
     return ""
 
 
 def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Tensors that are an earlier one by another name, in the same memory with the same layout -> that one's name."""
+    """Name of a tensor -> name of an earlier one in the same memory with the same layout."""
     first: dict[tuple, str] = {}
     ties = {}
     for name, tensor in state.items():
         if tensor.numel():
             memory = (tensor.device, tensor.data_ptr(), tensor.is_conj(), tensor.is_neg())
-            place = (*memory, tensor.dtype, tensor.shape, tensor.stride())
-            if first.setdefault(place, name) != name:
-                ties[name] = first[place]
+            layout = (*memory, tensor.dtype, tensor.shape, tensor.stride())
+            if first.setdefault(layout, name) != name:
+                ties[name] = first[layout]
     return ties
 
 
-def _is_fixed(tensor: Tensor) -> bool:
-    """Whether a tensor cannot be written to: made in inference mode, or with elements that share their memory."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.is_inference() or any(size > 1 and step == 0 for size, step in steps)
-
-
 def _check_names(path: Path, model: nn.Module, state: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """Check that the file has the names of the model, and no others."""
     missing = [name for name in state if name not in tensors]
     unexpected = [name for name in tensors if name not in state]
     if not missing and not unexpected:
         return
     found = [f"lacks {some_of(missing)}"] if missing else []
-    found += [f"has {some_of(unexpected)}, which the model has not"] if unexpected else []
+    found += [f"has {some_of(unexpected)}, which the model does not have"] if unexpected else []
     hint = f"; {close_matches(unexpected[0][:200], list(state))}" if unexpected and state else ""
-    raise ValueError(f"load_sparse: {path} is of another model than {type(unwrapped(model)).__name__}: it "
-                     f"{' and '.join(found)}{hint}")  # fmt: skip
+    raise ValueError(
+        f"load_sparse: {path} was saved from another model than {type(unwrapped(model)).__name__}: it "
+        f"{' and '.join(found)}{hint}"
+    )
 
 
-def _plain(dtype: str) -> str:
-    """What torch calls a dtype of safetensors."""
+def _check_fits(path: Path, name: str, tensor: Tensor, stored: StoredTensor) -> None:
+    """Check that a tensor of the model can take the stored values."""
+    dtype, own = _torch_name(stored.dtype), _torch_name(NAMES[tensor.dtype])
+    if stored.shape != tensor.shape:
+        raise ValueError(
+            f"load_sparse: {name} has the shape {stored.shape} in {path}, but {tuple(tensor.shape)} in the model; "
+            "build the model as it was when it was saved"
+        )
+    if dtype != own:
+        raise ValueError(
+            f"load_sparse: {name} is {dtype} in {path}, but {own} in the model, and a cast would lose bits; load into "
+            f"a model of that dtype, as model.to(torch.{dtype}) gives, and cast it afterwards"
+        )
+    if _is_fixed(tensor):
+        raise ValueError(
+            f"load_sparse: the values in {path} cannot be written to {name} of the model, which was made in inference "
+            "mode or has elements that share memory; replace it with a copy, such as clone() gives"
+        )
+
+
+def _is_fixed(tensor: Tensor) -> bool:
+    """Whether a tensor cannot be written to: made in inference mode, or with elements that share memory."""
+    axes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.is_inference() or any(size > 1 and stride == 0 for size, stride in axes)
+
+
+def _torch_name(dtype: str) -> str:
+    """torch's name of a dtype of safetensors."""
     return str(DTYPES[dtype]).removeprefix("torch.")

@@ -1,16 +1,18 @@
-"""Files that hold the non-zero weights of a model and where they are: safetensors files, lossless, read without pickle.
+"""The format of sparse files: safetensors files with the nonzero weights of a model and where they are.
 
-The format, version 1. The metadata of the safetensors file have `sparsifai_format`, `sparsifai` and `torch`, versions,
-and `tensors`: JSON that maps each name of the model's state_dict to its form, shape, weights, zeros, sparsity and
-crc32, or, of a tensor that shares its memory with an earlier one, to {"same_as": that one's name}. By form the file has
+They are lossless and read without pickle. This is version 1 of the format.
+
+The metadata of the safetensors file has the versions `sparsifai_format`, `sparsifai` and `torch`, and `tensors`, which
+is JSON. It maps each name of the state_dict to its form, shape, weights, zeros, sparsity and crc32. A tensor that
+shares its memory with an earlier one has {"same_as": NAME} instead. Depending on the form, the file has these tensors:
 
     dense    dense/NAME: the tensor
     bitmask  values/NAME: the elements that are not zero, in row-major order
-             bitmask/NAME: bytes, a bit for each element, the lowest first, set if it is among the values
+             bitmask/NAME: bytes with one bit per element, the lowest bit first, set if the element is not zero
     index    values/NAME: as above
-             index/NAME: the places of these in row-major order, in the smallest of uint8, int16, int32 and int64
+             index/NAME: the indices of these elements in row-major order, in the smallest of uint8, int16, int32, int64
 
-Zero is an element whose bits are all zero. To read one with numpy:
+An element is zero if all its bits are zero. To read one tensor with numpy:
 
     with safetensors.safe_open(path, "np") as file:
         entry = json.loads(file.metadata()["tensors"])[name]
@@ -39,17 +41,27 @@ import torch
 from ..support.version import __version__
 from .sparse_tensor import DTYPES, StoredTensor
 
-# What is stored by name; a tensor that is the same as another is that one, whose name it has.
+# Name in the state_dict -> what is stored. A tensor that is the same as another maps to that one, under its name.
 Tensors = Mapping[str, StoredTensor]
 
-_FORMAT = "1"
+FORMAT = "1"
 
-# Bytes of a header: of larger ones hostile JSON takes seconds and gigabytes. Enough for some twenty thousand tensors.
-_LARGEST_HEADER = 2**24
+# Largest header in bytes, enough for some twenty thousand tensors. Malicious JSON in a larger one could take seconds
+# and gigabytes to read.
+LARGEST_HEADER = 2**24
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
-    """Write tensors to a file at once: on an error an earlier one is still there. ValueError if they cannot be held."""
+    """Write tensors to a file at once, so that an error leaves an earlier file unchanged.
+
+    Args:
+        path: The file.
+        tensors: What to store.
+
+    Raises:
+        OSError: The file cannot be written.
+        ValueError: safetensors does not know a dtype, or there are too many tensors.
+    """
     from safetensors import __version__ as version
     from safetensors.torch import save
 
@@ -58,16 +70,16 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
     }
     pieces = {key: piece for stored in tensors.values() for key, piece in stored.pieces().items()}
     metadata = {
-        "sparsifai_format": _FORMAT, "sparsifai": __version__, "torch": torch.__version__,
+        "sparsifai_format": FORMAT, "sparsifai": __version__, "torch": torch.__version__,
         "tensors": json.dumps(entries, separators=(",", ":")),
     }  # fmt: skip
     try:
         written = save(pieces, metadata)
     except KeyError as error:
-        raise ValueError(f"{path}: safetensors {version} cannot hold {error}; update it") from None
-    if _header(written) > _LARGEST_HEADER:
+        raise ValueError(f"{path}: safetensors {version} cannot store {error}; update safetensors") from None
+    if _header_size(written) > LARGEST_HEADER:
         raise ValueError(f"{path}: {len(tensors):,} tensors are too many for one file; save the model in parts")
-    # Of its own name, as other processes may write the same file, and others' files may be called anything.
+    # A random name, as other processes may write the same file, and other files may have any name.
     part = path.with_name(f".{uuid4().hex}.part")
     try:
         part.write_bytes(written)
@@ -77,38 +89,53 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
 
 
 def read_tensors(path: Path) -> Tensors:
-    """The tensors of a file, all of them checked and none expanded. ValueError if it is not as `write` makes it,
-    OSError if it cannot be read."""
+    """Read the tensors of a file. All of them are checked and none is expanded.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The file was not written by `write_tensors`, or is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not is_safetensors(path):
-        raise ValueError(f"{path} is no file of save_sparse, nor of safetensors; torch.load reads those of torch.save")
+        raise ValueError(
+            f"{path} was not written by save_sparse and is not a safetensors file; read files of torch.save with "
+            "torch.load"
+        )
     try:
         with open(path, "rb") as file:
-            header = _header(file.read(8))
-        if header > min(_LARGEST_HEADER, path.stat().st_size):
-            raise ValueError(f"a header of {header:,} bytes")
+            header = _header_size(file.read(8))
+        if header > min(LARGEST_HEADER, path.stat().st_size):
+            raise ValueError(f"its header has {header:,} bytes")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             version = metadata.get("sparsifai_format")
-            if version == _FORMAT:
+            if version == FORMAT:
                 return _tensors(file, metadata)
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged, or no file of save_sparse ({error}); get it anew") from None
+        raise ValueError(
+            f"{path} is damaged, or was not written by save_sparse ({error}); get a new copy of the file"
+        ) from None
     if version is None:
         raise ValueError(
-            f"{path} is a dense safetensors file, none of save_sparse; load it with safetensors.torch.load_file"
+            f"{path} is a dense safetensors file that was not written by save_sparse; load it with "
+            "safetensors.torch.load_file"
         )
-    raise ValueError(f"{path} has version {version[:20]!r} of the format, known is {_FORMAT!r}; update sparsifai")
+    raise ValueError(
+        f"{path} has version {version[:20]!r} of the format, but only version {FORMAT!r} is known; update sparsifai"
+    )
 
 
 def is_safetensors(path: str | os.PathLike) -> bool:
-    """Whether a file begins as those of safetensors do, and no pickle nor zip does: a length, and JSON."""
+    """Whether a file begins as safetensors files do, with a length and JSON. Pickle and zip files do not."""
     with open(path, "rb") as file:
         return file.read(9)[8:] == b"{"
 
 
-def _header(beginning: bytes) -> int:
+def _header_size(beginning: bytes) -> int:
     """Size of the header of a safetensors file in bytes."""
     return int.from_bytes(beginning[:8], "little")
 
@@ -118,9 +145,9 @@ def _tensors(file: Any, metadata: Mapping[str, str]) -> Tensors:
     try:
         entries = json.loads(metadata.get("tensors", ""))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"its metadata are no JSON: {type(error).__name__}") from None
+        raise ValueError(f"its metadata is not JSON: {type(error).__name__}") from None
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        raise ValueError("its metadata do not map names to forms")
+        raise ValueError("its metadata does not map names to forms")
 
     def piece(key: str) -> Any:
         if key not in pieces:
@@ -136,16 +163,14 @@ def _tensors(file: Any, metadata: Mapping[str, str]) -> Tensors:
         elif isinstance(entry["same_as"], str) and entry["same_as"] in tensors:
             tensors[name] = tensors[entry["same_as"]]
         else:
-            raise ValueError(
-                f"{name} is said to be the same as {str(entry['same_as'])[:100]!r}, which does not come before it"
-            )
+            raise ValueError(f"{name} is the same as {str(entry['same_as'])[:100]!r}, which does not come before it")
     if pieces:
-        raise ValueError(f"it has {some_of(pieces)}, of which its metadata do not tell")
+        raise ValueError(f"it has {some_of(pieces)}, which its metadata does not mention")
     return tensors
 
 
 def dense_bytes(tensors: Tensors) -> int:
-    """Size of the safetensors file of tensors, dense, header and all, without writing it."""
+    """Size of the safetensors file, header included, that would hold the tensors dense."""
     order = {dtype: position for position, dtype in enumerate(DTYPES)}
     header, end = {}, 0
     distinct = [stored for name, stored in tensors.items() if stored.name == name]
@@ -157,6 +182,6 @@ def dense_bytes(tensors: Tensors) -> int:
 
 
 def some_of(names: Iterable[str]) -> str:
-    """The first of several names, for a message."""
+    """The first three of several names, for a message."""
     shown = [repr(name[:200]) for name in islice(names, 4)]
     return ", ".join([*shown[:3], *(["..."] if len(shown) > 3 else [])])

@@ -1,7 +1,7 @@
-"""One tensor as a sparse file has it: dense, or its non-zero values and where they are, whichever is smallest.
+"""One tensor of a sparse file: dense, or its nonzero values and where they are, whichever is smallest.
 
-Tensors are looked at as integers as wide as their elements, so that every bit comes back. Zero is what has no bit set:
--0.0 is a value, as NaN is.
+Elements are handled as integers of the same width, so that every bit is kept. An element is zero if none of its bits is
+set: -0.0 and NaN are stored as values.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..model.zeros import Count
 
-# safetensors' names of torch's dtypes, in the order in which it lays tensors out.
+# safetensors' names of torch's dtypes, in the order in which it writes tensors to a file.
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, dtype)
     for name, dtype in (
@@ -34,13 +34,13 @@ DTYPES: dict[str, torch.dtype] = {
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# A piece of a file: its dtype, its shape, and the function that reads it.
+# A tensor of the file: its dtype, its shape, and a function that reads it.
 Piece = tuple[str, list[int], Callable[[], Tensor]]
 
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-# Of places: those that safetensors 0.4 has, too.
+# Integers for indices: those that safetensors 0.4 knows too.
 _PLACES: dict[np.dtype[Any], str] = {
     np.dtype(name): kind for name, kind in (("u1", "U8"), ("i2", "I16"), ("i4", "I32"), ("i8", "I64"))
 }
@@ -48,16 +48,24 @@ _PLACES: dict[np.dtype[Any], str] = {
 
 _BITS_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
 
-# What one more piece takes in the header of a file, about: a sparse form, which has two, must save more than this.
+# Bytes of the header that one more tensor of the file takes, about. A sparse form has one more than the dense form, so
+# it must save more than this.
 _PIECE = 100
 
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor in one of three forms. dtype: as safetensors calls it. values: as integers, in one dimension.
+    """A tensor in one of three forms.
 
-    dense: all elements in the order of the axes. bitmask: a bit per element, the lowest of a byte first, which is set
-    where the element is among the values. index: for each value the place of its element, ascending.
+    Attributes:
+        name: Its name in the state_dict.
+        shape: Its shape.
+        dtype: Its dtype, as safetensors names it.
+        form: 'dense', 'bitmask' or 'index'.
+        values: The elements that are stored, as integers in one dimension, in row-major order: all of them if dense,
+            else those that are not zero.
+        places: Where the values are. bitmask: one bit per element, the lowest bit of a byte first, set for values.
+            index: the index of each value, ascending. None if dense.
     """
 
     name: str
@@ -69,40 +77,49 @@ class StoredTensor:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> StoredTensor:
-        """A copy of a tensor, in the form that takes the fewest bytes."""
-        # The copy of a view that is conjugate or negative is so in its bits.
+        """Store a copy of a tensor in the form that takes the fewest bytes.
+
+        Args:
+            name: Its name in the state_dict.
+            tensor: A tensor of any shape, whose dtype safetensors knows.
+        """
+        # Cloned, because a conjugate or negative view has its values only in a copy.
         values = bits_of(tensor.detach().cpu().clone(memory_format=torch.contiguous_format))
-        set_ = values != 0
+        is_set = values != 0
         width = _width(values.size)
-        sparse = np.count_nonzero(set_) * values.itemsize + _PIECE
+        sparse = np.count_nonzero(is_set) * values.itemsize + _PIECE
         sizes = {
             "dense": values.nbytes,
             "bitmask": sparse + math.ceil(values.size / 8),
-            "index": sparse + np.count_nonzero(set_) * width.itemsize,
+            "index": sparse + np.count_nonzero(is_set) * width.itemsize,
         }
         form = min(sizes, key=sizes.__getitem__)
         stored = (name, tuple(tensor.shape), NAMES[tensor.dtype], form)
         if form == "dense":
             return cls(*stored, values)
-        places = np.packbits(set_, bitorder="little") if form == "bitmask" else np.flatnonzero(set_).astype(width)
-        return cls(*stored, values[set_], places)
+        places = np.packbits(is_set, bitorder="little") if form == "bitmask" else np.flatnonzero(is_set).astype(width)
+        return cls(*stored, values[is_set], places)
 
     @classmethod
     def read(cls, name: str, entry: Any, piece: Callable[[str], Piece]) -> StoredTensor:
-        """The tensor that an entry of the metadata tells of. ValueError if it is not as `of` makes it.
+        """Read a tensor from a file. Only as much memory is allocated as the file itself has bytes.
 
-        piece: gives a piece of the file by its name. Nothing is allocated but for what is in the file.
+        Args:
+            name: Its name in the state_dict.
+            entry: Its entry in the metadata.
+            piece: Gives a tensor of the file by its name.
+
+        Raises:
+            ValueError: The entry and the file are not as `of` makes them.
         """
         shape = entry.get("shape")
         if not _is_shape(shape):
-            raise ValueError(f"the shape of {name} is {str(shape)[:100]}")
+            raise ValueError(f"the shape of {name} is {str(shape)[:100]}, which is not a shape")
         form, weights = entry.get("form"), math.prod(shape)
         if form == "dense":
             dtype, found, read = piece(f"dense/{name}")
             if found != shape:
-                raise ValueError(
-                    f"{name} is of the shape {shape} in the metadata, and of {str(found)[:100]} in the data"
-                )
+                raise ValueError(f"{name} has the shape {shape} in the metadata, but {str(found)[:100]} in the data")
             stored = cls(name, tuple(shape), dtype, form, _values(name, dtype, read))
         elif form in ("bitmask", "index"):
             dtype, found, read = piece(f"values/{name}")
@@ -112,33 +129,31 @@ class StoredTensor:
             kind, there, read_places = piece(f"{form}/{name}")
             if (kind, there) != (of_places, expected) or len(found) != 1:
                 raise ValueError(
-                    f"the {form} of {name} has the dtype {kind} and the shape {str(there)[:100]}, of "
-                    f"{str(found)[:100]} values; expected are {of_places} and {expected}"
+                    f"the {form} of {name} has the dtype {kind} and the shape {str(there)[:100]}, for values of shape "
+                    f"{str(found)[:100]}; expected are {of_places} and {expected}"
                 )
             stored = cls(name, tuple(shape), dtype, form, _values(name, dtype, read), read_places().numpy())
             stored._check_places(weights)
         else:
-            raise ValueError(f"{name} is stored as {str(form)[:100]!r}, which is none of dense, bitmask and index")
+            raise ValueError(f"{name} is stored as {str(form)[:100]!r}, not as dense, bitmask or index")
         for key, value in stored.entry().items():
             if entry.get(key) != value:
-                raise ValueError(
-                    f"the {key} of {name} is {value} and not {str(entry.get(key))[:100]}, as the metadata has it"
-                )
+                raise ValueError(f"the {key} of {name} is {value}, but {str(entry.get(key))[:100]} in the metadata")
         return stored
 
     def _check_places(self, weights: int) -> None:
         assert self.places is not None
         places, values = self.places, self.values.size
         if not self.values.all():
-            raise ValueError(f"there are zeros among the values of {self.name}")
+            raise ValueError(f"the values of {self.name} have zeros among them")
         if self.form == "bitmask":
             bits = int(_BITS_SET[places].sum(dtype=np.int64))
             if bits != values:
-                raise ValueError(f"the bitmask of {self.name} has {bits} bits set, for {values} values")
+                raise ValueError(f"the bitmask of {self.name} has {bits} bits set, but there are {values} values")
             if weights % 8 and places[-1] >> weights % 8:
                 raise ValueError(f"the bitmask of {self.name} has bits set beyond its {weights} elements")
         elif values and not (places[0] >= 0 and places[-1] < weights and (places[1:] > places[:-1]).all()):
-            raise ValueError(f"the places of {self.name} are not ascending, or not all from 0 to {weights - 1}")
+            raise ValueError(f"the indices of {self.name} are not ascending from 0 to at most {weights - 1}")
 
     @property
     def count(self) -> Count:
@@ -148,16 +163,16 @@ class StoredTensor:
 
     @property
     def bytes(self) -> int:
-        """Of the values and their places."""
+        """Bytes of the values and of where they are."""
         return self.values.nbytes + (0 if self.places is None else self.places.nbytes)
 
     @property
     def dense_bytes(self) -> int:
-        """Of all elements."""
+        """Bytes of all elements."""
         return math.prod(self.shape) * self.values.itemsize
 
     def entry(self) -> dict[str, Any]:
-        """What the metadata tell of it. crc32: of the bytes of the places, if it has them, and of the values."""
+        """Its entry in the metadata. The crc32 is over the bytes of `places`, if there are any, and of `values`."""
         count, checksum = self.count, 0 if self.places is None else zlib.crc32(self.places.data)
         return {
             "form": self.form, "shape": list(self.shape), "weights": count.weights, "zeros": count.zeros,
@@ -165,14 +180,14 @@ class StoredTensor:
         }  # fmt: skip
 
     def pieces(self) -> dict[str, Tensor]:
-        """What a file has of it, by name. As each begins with its form, it is no other tensor's."""
+        """The tensors of the file that store it, by name. The names begin with the form, so they are unique."""
         values = torch.from_numpy(self.values).view(DTYPES[self.dtype])
         if self.places is None:
             return {f"dense/{self.name}": values.reshape(self.shape)}
         return {f"{self.form}/{self.name}": torch.from_numpy(self.places), f"values/{self.name}": values}
 
     def expand(self) -> Tensor:
-        """The tensor, with its zeros."""
+        """The tensor with its zeros."""
         flat = self.values
         if self.places is not None:
             flat = np.zeros(math.prod(self.shape), self.values.dtype)
@@ -188,17 +203,17 @@ def bits_of(tensor: Tensor) -> np.ndarray:
 
 
 def _width(weights: int) -> np.dtype:
-    """The smallest integers that can tell the places of so many elements."""
+    """The smallest integers that can number so many elements."""
     return next(width for width in _PLACES if weights <= np.iinfo(width).max + 1)
 
 
 def _is_shape(shape: Any) -> bool:
-    """Whether what the metadata say is a shape that torch can have, zeros in it counted as ones."""
+    """Whether this is a shape that torch can have. Axes of length 0 count as 1, as their strides can overflow too."""
     whole = isinstance(shape, list) and len(shape) <= 64 and all(type(size) is int and size >= 0 for size in shape)
     return whole and math.prod(max(size, 1) for size in shape) < 2**63
 
 
 def _values(name: str, dtype: str, read: Callable[[], Tensor]) -> np.ndarray:
     if dtype not in DTYPES:
-        raise ValueError(f"{name} is of the dtype {dtype}, which this torch {torch.__version__} has not")
+        raise ValueError(f"{name} has the dtype {dtype}, which torch {torch.__version__} does not have")
     return bits_of(read())

@@ -1,9 +1,10 @@
-"""2:4 on a GPU: Linear weights with two zeros in every four inputs, in the form of which tensor cores skip half."""
+"""Linear layers on a GPU with 2:4 weights: two zeros in every four inputs, of which tensor cores skip the products."""
 
 from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +17,28 @@ from ..model.linear import why_not_two_four
 from ..model.parallel import is_sharded, kind_of, unwrapped
 from ..support.checks import check_is_module
 from ..support.table import Cells, Table, percent
-from .conversion import check_alike, check_converts, dtype_name, listed
+from .conversion import check_for_inference, check_same_outputs, dtype_name, list_reasons
 
+# The dtypes that torch's 2:4 kernels multiply floats in.
 DTYPES = (torch.float16, torch.bfloat16)
 
 
+# The oldest compute capability that has 2:4 kernels.
 CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
 class SemiStructuredLayer:
-    """One weight: is_two_four, whether of every four inputs at most two have a weight; why_not: empty if it can be
-    converted."""
+    """One weight, and whether `to_semi_structured` converts it.
+
+    Attributes:
+        name: Name of the weight.
+        kind: Class name of the layer.
+        shape: Shape of the weight.
+        dtype: Dtype of the weight.
+        is_two_four: Whether at most two of every four inputs have nonzero weights.
+        why_not: Why the weight is not converted, empty if it is.
+    """
 
     name: str
     kind: str
@@ -39,9 +50,10 @@ class SemiStructuredLayer:
 
 @dataclass(frozen=True, repr=False)
 class SemiStructured(Table):
-    """Which weights of a model `to_semi_structured` converts, and why it does not convert the others.
+    """Which weights `to_semi_structured` converts. Prints as a table; in a notebook it is HTML.
 
-    Printed, it is a table; in a notebook, HTML.
+    Attributes:
+        layers: One row per matrix of the model.
     """
 
     layers: tuple[SemiStructuredLayer, ...]
@@ -63,16 +75,32 @@ class SemiStructured(Table):
 
 
 def semi_structured_layers(model: nn.Module) -> SemiStructured:
-    """Which weights of a model `to_semi_structured` converts, and why it does not convert the others.
+    """List which weights of a model `to_semi_structured` converts, and why it does not convert the others.
 
-    The weights are looked at as they are, on any device; no GPU is needed to ask.
+    This needs no GPU: the weights are looked at in their present dtype, on any device.
+
+    Args:
+        model: Any torch model, also in a wrapper (compiled, data parallel).
+
+    Returns:
+        The table, one row per matrix.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+
+    Example:
+        >>> from sparsifai import Sparsifier, semi_structured_layers
+        >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> _ = Sparsifier(model, context='2:4').sparsify(0.5)
+        >>> semi_structured_layers(model.half()).convertible
+        ('0.weight',)
     """
     check_is_module("semi_structured_layers", "model", model)
     inner = unwrapped(model)
-    targets = find_weights(inner)
-    layers = [_layer(inner, name, target) for name, target in targets.items()]
-    # Matrices that no kind of layer names the axes of are told of too.
-    known = {name for target in targets.values() for name in target.names}
+    weights = find_weights(inner)
+    layers = [_layer(inner, name, weight) for name, weight in weights.items()]
+    # Matrices of layers whose axes have no names are listed too.
+    known = {name for weight in weights.values() for name in weight.names}
     layers += [
         SemiStructuredLayer(
             name, kind_of(inner.get_submodule(name.rpartition(".")[0])), tuple(parameter.shape), parameter.dtype, False,
@@ -85,51 +113,62 @@ def semi_structured_layers(model: nn.Module) -> SemiStructured:
 
 
 def to_semi_structured(model: nn.Module) -> nn.Module:
-    """A copy whose 2:4 Linear weights are in torch's semi-structured form, which tensor cores multiply at up to twice
-    the speed; only for inference, and in torch a prototype.
+    """Copy a model for inference on a GPU, with its 2:4 Linear weights in torch's semi-structured form.
 
-    The model is in evaluation mode on a CUDA GPU of compute capability 8.0 or newer, its weights in float16 or
-    bfloat16; of a wrapper (compiled, data parallel) what is in it is copied. `semi_structured_layers` tells which
-    layers are converted; of those that are 2:4 and cannot be, a UserWarning tells. Every converted layer is run on a
-    random input beside the dense one; code of a model that reads a weight itself, otherwise than by F.linear, is not.
-    ValueError in training mode and if no layer can be converted, RuntimeError without such a GPU and if a converted
-    layer gives something else.
+    Tensor cores skip half of the products with these weights, which is at most twice as fast. The form is a prototype
+    in torch. `semi_structured_layers` lists which layers are converted. Every converted layer is checked on a random
+    input. Code of the model that reads a weight without calling its layer is not checked.
+
+    Args:
+        model: A model in evaluation mode, on a CUDA GPU of compute capability 8.0 or newer, with weights in float16 or
+            bfloat16. It is not changed. Of a wrapper (compiled, data parallel) the model inside is copied.
+
+    Returns:
+        The copy. It cannot be trained. A UserWarning lists the layers that are 2:4 but cannot be converted.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+        ValueError: The model is in training mode, or no layer can be converted.
+        RuntimeError: The model is not on such a GPU, or a converted layer has other outputs.
     """
-    check_converts("to_semi_structured", model)
+    check_for_inference("to_semi_structured", model)
     inner, found = unwrapped(model), semi_structured_layers(model)
     _check_convertible(inner, found)
     if missed := [layer for layer in found.layers if layer.is_two_four and layer.why_not]:
-        warnings.warn(f"to_semi_structured: 2:4, but not converted: {_reasons(missed)}", stacklevel=2)
+        warnings.warn(
+            f"to_semi_structured: these layers are 2:4, but cannot be converted: {_reasons(missed)}", stacklevel=2
+        )
     converted = copy.deepcopy(inner).requires_grad_(False)
     converted.zero_grad()
     for name in found.convertible:
-        place = name.rpartition(".")[0]
-        _convert(name, inner.get_submodule(place), converted.get_submodule(place))
+        layer_name = name.rpartition(".")[0]
+        _convert(name, inner.get_submodule(layer_name), converted.get_submodule(layer_name))
     return converted
 
 
-def _layer(model: nn.Module, name: str, target: NamedWeight) -> SemiStructuredLayer:
-    weight = target.parameter.detach()
+def _layer(model: nn.Module, name: str, named: NamedWeight) -> SemiStructuredLayer:
+    weight = named.parameter.detach()
     if isinstance(weight, torch.sparse.SparseSemiStructuredTensor):
-        return SemiStructuredLayer(name, target.kind, tuple(weight.shape), weight.dtype, True, "converted already")
-    # Of fewer than four inputs, nothing would have to fall.
-    blocks = not is_sharded(weight) and target.axes.get("in", 0) >= 4
-    axis = list(target.axes).index("in") if blocks else 0
-    is_two_four = blocks and is_nm(weight, 2, 4, axis)
-    reason = why_not_two_four(model, target)
+        return SemiStructuredLayer(name, named.kind, tuple(weight.shape), weight.dtype, True, "already converted")
+    # With fewer than four inputs every weight would count as 2:4.
+    has_blocks = not is_sharded(weight) and named.axes.get("in", 0) >= 4
+    axis = list(named.axes).index("in") if has_blocks else 0
+    is_two_four = has_blocks and is_nm(weight, 2, 4, axis)
+    reason = why_not_two_four(model, named)
     if not reason:
         dtype = "" if weight.dtype in DTYPES else f"{dtype_name(weight.dtype)}: half precision is needed"
-        reason = "; ".join(filter(None, (dtype, "" if is_two_four else _why_not_two_of_four(weight))))
-    return SemiStructuredLayer(name, target.kind, tuple(weight.shape), weight.dtype, is_two_four, reason)
+        reason = "; ".join(filter(None, (dtype, "" if is_two_four else _share_of_other_blocks(weight))))
+    return SemiStructuredLayer(name, named.kind, tuple(weight.shape), weight.dtype, is_two_four, reason)
 
 
-def _why_not_two_of_four(weight: torch.Tensor) -> str:
-    broken = (weight.unflatten(1, (-1, 4)) != 0).sum(2) > 2
-    return f"not 2:4: {percent(broken.double().mean().item())} of the blocks hold more than two"
+def _share_of_other_blocks(weight: torch.Tensor) -> str:
+    """The share of blocks that are not 2:4, as a reason."""
+    has_more = (weight.unflatten(1, (-1, 4)) != 0).sum(2) > 2
+    return f"not 2:4: {percent(has_more.double().mean().item())} of the blocks have more than two nonzero weights"
 
 
 def _check_convertible(model: nn.Module, found: SemiStructured) -> None:
-    """ValueError if no layer can be converted, RuntimeError if it cannot be where the weights are."""
+    """Check that there is a layer to convert, and that the GPU has kernels for it."""
     if not found.convertible:
         raise ValueError(
             f"to_semi_structured: no layer of {type(model).__name__} can be converted: {_reasons(found.layers)}"
@@ -137,9 +176,9 @@ def _check_convertible(model: nn.Module, found: SemiStructured) -> None:
     for name in found.convertible:
         if reason := why_no_kernels(model.get_parameter(name).device):
             raise RuntimeError(
-                f"to_semi_structured: {reason}; torch multiplies 2:4 weights on CUDA GPUs of compute capability 8.0 or "
-                f"newer, so move the model to one; {len(found.convertible)} of its {len(found.layers)} layers could be "
-                "converted there"
+                f"to_semi_structured: {reason}, but torch multiplies 2:4 weights only on CUDA GPUs of compute "
+                f"capability 8.0 or newer; move the model to one, where {len(found.convertible)} of its "
+                f"{len(found.layers)} layers can be converted"
             )
 
 
@@ -152,18 +191,18 @@ def why_no_kernels(device: torch.device) -> str:
 
 
 def _convert(name: str, dense: Any, layer: Any) -> None:
-    """Put a Linear of the copy into the 2:4 form, and compare it with the dense one."""
+    """Convert a Linear layer of the copy, and check it against the dense one."""
     weight = dense.weight.detach()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor is in prototype")
         try:
             converted = torch.sparse.to_sparse_semi_structured(weight.contiguous())
         except RuntimeError as error:
-            raise RuntimeError(f"to_semi_structured: torch does not convert {name}: {error}") from error
+            raise RuntimeError(f"to_semi_structured: torch cannot convert {name}: {error}") from error
         layer.weight = nn.Parameter(converted, requires_grad=False)
-        # Not called, so that no hook of the model sees this.
-        check_alike("to_semi_structured", name, weight, dense.bias, layer.forward)
+        # `forward` is used instead of a call, so that no hook of the model runs.
+        check_same_outputs("to_semi_structured", name, weight, dense.bias, layer.forward)
 
 
-def _reasons(layers: tuple[SemiStructuredLayer, ...] | list[SemiStructuredLayer]) -> str:
-    return listed({layer.name: layer.why_not for layer in layers})
+def _reasons(layers: Iterable[SemiStructuredLayer]) -> str:
+    return list_reasons({layer.name: layer.why_not for layer in layers})

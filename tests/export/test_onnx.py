@@ -1,4 +1,4 @@
-"""Sparse and shrunk models leave torch by its own ONNX exporter, and give the same in onnxruntime."""
+"""Sparse and shrunk models are exported with torch's ONNX exporter, and have the same outputs in onnxruntime."""
 
 import warnings
 from functools import partial
@@ -11,15 +11,15 @@ from torch.nn import functional as F
 
 from sparsifai import Sparsifier, shrink
 
-onnx = pytest.importorskip("onnx", reason="exported models are read with it")
-pytest.importorskip("onnxscript", reason="torch's exporter is made with it")
-onnxruntime = pytest.importorskip("onnxruntime", reason="exported models run in it")
+onnx = pytest.importorskip("onnx", reason="it reads exported models")
+pytest.importorskip("onnxscript", reason="torch's exporter needs it")
+onnxruntime = pytest.importorskip("onnxruntime", reason="it runs exported models")
 
 TOLERANCE = 1e-5  # of outputs, relative to the largest of them
 
 
 class Block(nn.Module):
-    """Two convolutions with norm layers, and what comes in beside them."""
+    """Two convolutions with norm layers, whose input is added to their output."""
 
     def __init__(self, channels):
         super().__init__()
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 def residual_net():
-    """With running statistics that are not the first ones."""
+    """A net whose running statistics are not the initial ones."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), Block(16), Block(16),
@@ -49,9 +49,9 @@ def images(batch=3, side=16):
 
 
 def export(model, example, path):
-    """By torch's exporter, with a batch of any size; the tensors that the file has, by name."""
+    """Export a model with torch's exporter, for batches of any size; returns the tensors of the file by name."""
     with warnings.catch_warnings():
-        # What torch and onnxscript say of their own insides.
+        # Warnings of torch and onnxscript about their own code.
         for category in (DeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category, module=r"(torch|onnxscript|onnx_ir|copyreg)\b")
         torch.onnx.export(
@@ -64,10 +64,10 @@ def export(model, example, path):
 
 
 def check_export(model, path, images):
-    """A model gives the same in onnxruntime, for batches of several sizes, and its zeros are zeros there.
+    """Check that a model has the same outputs in onnxruntime, for batches of several sizes, and the same zeros.
 
-    Where the exporter folds norm layers into the convolutions before them, weights are scaled output by output, which
-    leaves their zeros as they are; biases change, and norm layers go. So only weights are counted.
+    The exporter may fold norm layers into the convolutions before them. This scales weights output by output, so their
+    zeros are kept, but it changes biases and removes norm layers. So only weights are compared.
     """
     tensors = export(model, images(), path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -85,7 +85,7 @@ def check_export(model, path, images):
 
 
 def trained(model, sparsifier, sparsity, steps=3):
-    """Made sparse and trained for some steps."""
+    """The model, pruned and trained for some steps."""
     sparsifier.sparsify(sparsity)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for step in range(steps):
@@ -105,9 +105,9 @@ def test_a_sparse_model(tmp_path):
 
 
 def test_a_shrunk_model(tmp_path):
-    pytest.importorskip("torch_pruning", reason="shrink asks it which channels go together")
+    pytest.importorskip("torch_pruning", reason="shrink needs it")
     model = residual_net()
-    # LayerNorm reads all that it is given, also what is zero.
+    # LayerNorm mixes channels, so those before it cannot be removed.
     sparsifier = Sparsifier(model, "filter", "local", coupled=True, example_input=images(), exclude="7")
     small = shrink(trained(model, sparsifier, 0.5), images())
     assert small[3].conv1.out_channels == small[4].conv2.out_channels == 8
@@ -115,14 +115,14 @@ def test_a_shrunk_model(tmp_path):
     check_export(small, tmp_path / "shrunk.onnx", images)
     parameters, left = (sum(each.numel() for each in of.parameters()) for of in (model, small))
     saved = (tmp_path / "masked.onnx").stat().st_size - (tmp_path / "shrunk.onnx").stat().st_size
-    # Of float32, but for norm layers, where the exporter folds them.
+    # Four bytes per parameter, except for norm layers that the exporter folds.
     assert saved > 0.8 * 4 * (parameters - left) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
 def test_models_of_torchvision_shrunk_and_sparse(tmp_path, name):
-    pytest.importorskip("torch_pruning", reason="shrink asks it which channels go together")
+    pytest.importorskip("torch_pruning", reason="shrink needs it")
     models = pytest.importorskip("torchvision.models", reason="the models are torchvision's")
     torch.manual_seed(0)
     model, pictures = models.get_model(name, weights=None, num_classes=10).eval(), partial(images, side=64)
@@ -130,5 +130,5 @@ def test_models_of_torchvision_shrunk_and_sparse(tmp_path, name):
     small = shrink(model, pictures())
     Sparsifier(small).sparsify(0.8)
     check_export(small, tmp_path / "shrunk.onnx", pictures)
-    # The graph itself takes some bytes, too.
+    # The graph itself takes some bytes.
     assert (tmp_path / "shrunk.onnx").stat().st_size < 0.6 * sum(each.nbytes for each in model.parameters())

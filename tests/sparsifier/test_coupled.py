@@ -172,9 +172,9 @@ def test_what_cannot_be_removed_stays_dense_with_the_reason():
             return self.out(self.gate(x).sigmoid())
 
     assert dense_of(coupled(Ends())) == {
-        "conv.weight": "coupled with the input of the model",
-        "same.weight": "it goes through groups (GroupNorm), which takes channels together",
-        "gate.weight": "0.5 where out pads its input with zeros",
+        "conv.weight": "coupled with the model's input",
+        "same.weight": "goes through groups (GroupNorm), which mixes channels",
+        "gate.weight": "constant 0.5, but out pads its input with zeros",
         "out.weight": "yields the model's output",
     }
 
@@ -333,7 +333,7 @@ def test_wrong_calls():
         Sparsifier(Residual(), "filter", coupled=True, example_input=torch.randn(2, 4, 8, 8))
     model = nn.Sequential()
     model.stem, model.norm, model.out = nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1)
-    with pytest.raises(ValueError, match=r"coupled=True: no layer is left .*stem\.weight: it goes through norm"):
+    with pytest.raises(ValueError, match=r"coupled=True: no layer is left .*stem\.weight: goes through norm"):
         coupled(model)
 
 

@@ -1,1 +1,1 @@
-"""Channels across layers: which go together, which are constant, and how they are cut out."""
+"""Channels across layers: which are coupled, which are constant, and how they are cut out of a model."""

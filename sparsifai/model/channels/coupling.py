@@ -1,8 +1,8 @@
-"""Coupled channels: which outputs of which layers can only be removed together, and what reads them.
+"""Coupled channels: outputs of layers that can only be removed together, and the inputs that read them.
 
-A sum couples channel i of all that it adds; a norm layer, a depthwise convolution and a product pass channel i on; a
-concatenation and a split move it. torch-pruning's dependency graph knows all this from one forward. Here its groups are
-made into sets: one for each channel, of all outputs that yield it and all inputs that read it.
+A sum couples channel i of all its terms. Norm layers, depthwise convolutions and products pass channel i on;
+concatenations and splits give it another index. torch-pruning's dependency graph finds all this in one forward pass.
+Its groups become sets here, one for each channel: all outputs that produce it and all inputs that read it.
 """
 
 from __future__ import annotations
@@ -16,55 +16,64 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..layers import CHANNEL_LAYERS, CONVOLUTIONS, is_depthwise
 from ..parallel import unwrapped
-from .dependency_graph import LOST, Group, coupled_groups
+from .dependency_graph import UNKNOWN_PATH, Group, Member, coupled_groups
 
-Place = tuple[str, int]  # name of a layer, number of an output or input
+LayerIndex = tuple[str, int]  # name of a layer, index of one of its outputs or inputs
 
 
 @dataclass(frozen=True)
 class ChannelSet:
-    """A channel: all that has to go if it goes.
+    """A channel, with all outputs and inputs that have to be removed together with it.
 
-    outputs: of the layers that yield it; a depthwise convolution yields it, too. through: places in norm layers and
-    the like, which treat it by itself. inputs: of the layers that read it. kept: why it cannot go, '' if it can.
+    Attributes:
+        outputs: Outputs of the layers that produce the channel; depthwise convolutions are among them.
+        through: Indices in norm layers and the like, which handle the channel by itself.
+        inputs: Inputs of the layers that read the channel.
+        kept: Why the channel cannot be removed, empty if it can.
     """
 
-    outputs: tuple[Place, ...]
-    through: tuple[Place, ...]
-    inputs: tuple[Place, ...]
+    outputs: tuple[LayerIndex, ...]
+    through: tuple[LayerIndex, ...]
+    inputs: tuple[LayerIndex, ...]
     kept: str
 
 
 def find_channels(model: nn.Module, example_input: Any) -> list[ChannelSet]:
     """The channels of all convolutions and Linear layers of a model, in the order of the model's layers.
 
-    ValueError if the model does not run on the example, or torch-pruning cannot follow it.
+    Args:
+        model: Any torch model, also in a wrapper.
+        example_input: A batch, a tuple of positional inputs or a dictionary of named ones.
+
+    Raises:
+        ImportError: torch-pruning is not installed.
+        ValueError: The model does not run on the example, or torch-pruning cannot follow its computation.
     """
-    kept = _obstacles(unwrapped(model))
-    groups, order = coupled_groups(model, example_input, kept)
-    return _merged(groups, kept, order)
+    why_kept = _layers_to_keep(unwrapped(model))
+    groups, order = coupled_groups(model, example_input, why_kept)
+    return _channels(groups, why_kept, order)
 
 
-def _obstacles(model: nn.Module) -> dict[str, str]:
+def _layers_to_keep(model: nn.Module) -> dict[str, str]:
     """Layers of which no channel can be removed, and why."""
     owners: dict[int, list[str]] = {}
-    obstacles = {LOST: LOST}
+    why_kept = {UNKNOWN_PATH: UNKNOWN_PATH}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name)
         if isinstance(module, CONVOLUTIONS) and module.groups > 1 and not is_depthwise(module):
-            obstacles[name] = f"coupled with {name}, whose {module.groups} groups have to stay equal"
+            why_kept[name] = f"coupled with {name}, whose {module.groups} groups must keep equal sizes"
         elif is_parametrized(module) or isinstance(module, CHANNEL_LAYERS) and "weight" not in module._parameters:
-            obstacles[name] = f"coupled with {name}, whose weights are computed from others"
+            why_kept[name] = f"coupled with {name}, whose weight is computed from other parameters"
     for sharing in owners.values():
         if len(sharing) > 1:
-            obstacles |= dict.fromkeys(sharing, f"coupled with {' and '.join(sharing)}, which share a parameter")
-    return obstacles
+            why_kept |= dict.fromkeys(sharing, f"coupled with {' and '.join(sharing)}, which share a parameter")
+    return why_kept
 
 
-def _merged(groups: Iterable[Group], kept: Mapping[str, str], order: Mapping[str, int]) -> list[ChannelSet]:
-    """Sets of all places that are coupled in any group, which is to say, of the same channel of its layer."""
+def _channels(groups: Iterable[Group], why_kept: Mapping[str, str], order: Mapping[str, int]) -> list[ChannelSet]:
+    """One set for all members that are coupled in any of the groups: a union-find over them."""
     parent: dict[Any, Any] = {}
 
     def root(key: Any) -> Any:
@@ -73,22 +82,22 @@ def _merged(groups: Iterable[Group], kept: Mapping[str, str], order: Mapping[str
             parent[key] = key = parent[parent[key]]
         return key
 
-    places = set()
+    members = set()
     for number, group in enumerate(groups):
-        for place, channel in group:
-            places.add(place)
-            parent[root(place)] = root((number, channel))
-    members: dict[Any, list[tuple[str, str, int]]] = {}
-    for place in sorted(places, key=lambda place: (order.get(place[0], len(order)), place)):
-        members.setdefault(root(place), []).append(place)
+        for member, channel in group:
+            members.add(member)
+            parent[root(member)] = root((number, channel))
+    sets: dict[Any, list[Member]] = {}
+    for member in sorted(members, key=lambda member: (order.get(member[0], len(order)), member)):
+        sets.setdefault(root(member), []).append(member)
     return [
         ChannelSet(
             _on("outputs", each), _on("through", each), _on("inputs", each),
-            next((kept[name] for name, _, _ in each if name in kept), ""),
+            next((why_kept[name] for name, _, _ in each if name in why_kept), ""),
         )
-        for each in members.values()
+        for each in sets.values()
     ]  # fmt: skip
 
 
-def _on(side: str, places: list[tuple[str, str, int]]) -> tuple[Place, ...]:
-    return tuple((name, place) for name, of, place in places if of == side)
+def _on(side: str, members: list[Member]) -> tuple[LayerIndex, ...]:
+    return tuple((name, index) for name, of, index in members if of == side)

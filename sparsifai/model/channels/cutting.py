@@ -1,4 +1,4 @@
-"""Cutting channels out of layers: their entries in weights, biases and statistics, and constants put into biases."""
+"""Cutting channels out of layers: out of weights, biases and statistics. Constants are added to biases first."""
 
 from __future__ import annotations
 
@@ -12,34 +12,51 @@ from torch import Tensor, nn
 from ..layers import CHANNEL_LAYERS, is_depthwise, outputs_of
 from .coupling import ChannelSet
 
+# The attributes in which layers store how many outputs and inputs they have.
+_SIZES = {
+    **dict.fromkeys(("out_channels", "out_features", "num_features", "num_parameters"), "outputs"),
+    **dict.fromkeys(("in_channels", "in_features"), "inputs"),
+}
+
 
 @torch.no_grad()
 def cut(model: nn.Module, channels: Iterable[ChannelSet], constants: Mapping[str, Tensor]) -> None:
-    """Remove channels from the layers of a model. constants: of the inputs of layers, what they always are."""
+    """Remove channels from the layers of a model, in place.
+
+    Args:
+        model: The model to change.
+        channels: The channels to remove.
+        constants: Layer name -> the constant value of each of its inputs, NaN where there is none.
+    """
     channels = list(channels)
-    removed = {side: places_of(channels, side) for side in ("outputs", "through", "inputs")}
+    removed = {side: indices_of(channels, side) for side in ("outputs", "through", "inputs")}
     for name, module in model.named_modules():
         inputs = removed["inputs"].get(name, set())
-        values = {place: float(constants[name][place]) for place in inputs if name in constants}
-        # What depends on the input, and is removed all the same, is not read.
-        if constant := {place: value for place, value in values.items() if value and not math.isnan(value)}:
-            _fold(module, constant)
-        _keep(module, removed["outputs"].get(name, set()) | removed["through"].get(name, set()), inputs)
+        values = {index: float(constants[name][index]) for index in inputs if name in constants}
+        # An input that is removed without being constant is read by zeros only and adds nothing.
+        if constant := {index: value for index, value in values.items() if value and not math.isnan(value)}:
+            _add_to_bias(module, constant)
+        _cut_layer(module, removed["outputs"].get(name, set()) | removed["through"].get(name, set()), inputs)
 
 
-def places_of(channels: Iterable[ChannelSet], side: str) -> dict[str, set[int]]:
-    """Layer -> places of the channels on a side of it: 'outputs', 'through' or 'inputs'."""
-    places: dict[str, set[int]] = {}
+def indices_of(channels: Iterable[ChannelSet], side: str) -> dict[str, set[int]]:
+    """Layer name -> indices of the channels on one side of it.
+
+    Args:
+        channels: The channels.
+        side: 'outputs', 'through' or 'inputs', as in `ChannelSet`.
+    """
+    indices: dict[str, set[int]] = {}
     for channel in channels:
-        for name, place in getattr(channel, side):
-            places.setdefault(name, set()).add(place)
-    return places
+        for name, index in getattr(channel, side):
+            indices.setdefault(name, set()).add(index)
+    return indices
 
 
-def _fold(module: Any, constant: Mapping[int, float]) -> None:
-    """Put into the bias of a layer what constant inputs add to its outputs."""
-    places = torch.tensor(list(constant), device=module.weight.device)
-    weight = module.weight.index_select(1, places).double()
+def _add_to_bias(module: Any, constant: Mapping[int, float]) -> None:
+    """Add to the bias of a layer what its constant inputs add to its outputs."""
+    indices = torch.tensor(list(constant), device=module.weight.device)
+    weight = module.weight.index_select(1, indices).double()
     values = torch.tensor(list(constant.values()), dtype=torch.float64, device=weight.device)
     added = weight.flatten(2).sum(2) @ values if weight.dim() > 2 else weight @ values
     if module.bias is None:
@@ -47,36 +64,29 @@ def _fold(module: Any, constant: Mapping[int, float]) -> None:
     module.bias.copy_(module.bias + added)
 
 
-def _keep(module: Any, outputs: set[int], inputs: set[int]) -> None:
-    """Cut outputs and inputs out of the parameters of a layer."""
+def _cut_layer(module: Any, outputs: set[int], inputs: set[int]) -> None:
+    """Cut outputs and inputs out of the parameters and buffers of a layer."""
     if not (outputs or inputs):
         return
 
-    def narrow(name: str, axis: int, gone: set[int]) -> None:
+    def narrow(name: str, axis: int, removed: set[int]) -> None:
         tensor = getattr(module, name, None)
-        if tensor is None or not gone:
+        if tensor is None or not removed:
             return
-        left = [place for place in range(tensor.shape[axis]) if place not in gone]
-        narrower = tensor.detach().index_select(axis, torch.tensor(left, dtype=torch.long, device=tensor.device))
+        kept = [index for index in range(tensor.shape[axis]) if index not in removed]
+        narrower = tensor.detach().index_select(axis, torch.tensor(kept, dtype=torch.long, device=tensor.device))
         is_parameter = isinstance(tensor, nn.Parameter)
         setattr(module, name, nn.Parameter(narrower, tensor.requires_grad) if is_parameter else narrower)
 
-    into = 0 if getattr(module, "transposed", False) else 1
-    out = 0 if is_depthwise(module) or not isinstance(module, CHANNEL_LAYERS) else 1 - into
-    narrow("weight", out, outputs)
-    narrow("weight", into, inputs)
+    in_axis = 0 if getattr(module, "transposed", False) else 1
+    out_axis = 0 if is_depthwise(module) or not isinstance(module, CHANNEL_LAYERS) else 1 - in_axis
+    narrow("weight", out_axis, outputs)
+    narrow("weight", in_axis, inputs)
     for name in ("bias", "running_mean", "running_var"):
         narrow(name, 0, outputs)
     if is_depthwise(module):
         module.groups -= len(outputs)
         inputs = outputs
-    for size, gone in _SIZES.items():
+    for size, side in _SIZES.items():
         if hasattr(module, size):
-            setattr(module, size, getattr(module, size) - len(outputs if gone == "outputs" else inputs))
-
-
-# The attributes in which layers say how many outputs and inputs they have.
-_SIZES = {
-    **dict.fromkeys(("out_channels", "out_features", "num_features", "num_parameters"), "outputs"),
-    **dict.fromkeys(("in_channels", "in_features"), "inputs"),
-}
+            setattr(module, size, getattr(module, size) - len(outputs if side == "outputs" else inputs))

@@ -1,0 +1,70 @@
+"""The table of a comparison: text, HTML, ratios and the plot."""
+
+import pytest
+from torch import nn
+
+from sparsifai import Comparison
+from sparsifai.export.comparison_table import Form, caption
+
+
+@pytest.fixture
+def comparison():
+    return Comparison(
+        (
+            Form("dense", 4000, 1000, 1000, 2000, 2.0),
+            Form("masked", 1000, 1000, 100, 2000, 2.2, "as many <FLOPs>", is_noise=True),
+            Form("shrunk", note="nothing to remove"),
+        ),
+        "Median times",
+    )
+
+
+def test_text_and_html(comparison):
+    lines = str(comparison).splitlines()
+    assert lines[0] == "Median times"
+    assert lines[1].split("  ")[0] == "form"
+    assert lines[3].split() == ["dense", "4,000", "1", "1,000", "1", "1,000", "1", "2,000", "1", "2", "1"]
+    assert lines[4].split() == ["masked", "1,000", "0.25", "1,000", "1", "100", "0.1", "2,000", "1", "2.2", "~1.1"]
+    assert lines[5].split() == ["shrunk"] + ["-"] * 10
+    assert lines[6:] == ["masked: as many <FLOPs>", "shrunk: nothing to remove"]
+    assert repr(comparison) == str(comparison)
+    html = comparison._repr_html_()
+    assert html.count("<tr>") == 4
+    assert "as many &lt;FLOPs&gt;" in html
+    assert "<caption>Median times</caption>" in html
+
+
+def test_lines_of_large_models_fit():
+    sizes = (1_340_000_000, 335_000_000, 335_000_000, 9_876_543_210_123, 12345.6)  # of a large BERT
+    forms = Form("dense", *sizes), Form("semi-structured", *sizes, note="a reason, " * 50, is_noise=True)
+    lines = str(Comparison(forms, caption({"dense": [1.0] * 200}, nn.Linear(4, 4)))).splitlines()
+    assert max(map(len, lines)) <= 120
+    assert len(lines) > 9
+    assert lines[3].split()[-2:] == ["12,346", "1"]
+    assert all(line.startswith("  ") for line in lines[6:])
+
+
+def test_forms_are_looked_up_by_name(comparison):
+    assert comparison["masked"].nonzeros == 100
+    assert comparison.relative("masked", "bytes") == 0.25
+    assert comparison.relative("shrunk", "bytes") is None
+    with pytest.raises(KeyError, match="smaller"):
+        comparison["smaller"]
+
+
+def test_plot(comparison):
+    matplotlib = pytest.importorskip("matplotlib", reason="the plot is drawn with it")
+    matplotlib.use("Agg")
+    ax = comparison.plot()
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx(
+        [1, 0.25, 0, 1, 1, 0, 1, 0.1, 0, 1, 1, 0, 1, 1.1, 0]
+    )
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["dense", "masked", "shrunk"]
+    assert [text.get_text() for text in ax.texts[:3]] == ["1", "0.25", ""]
+    assert (ax.texts[-1].get_text(), ax.texts[-1].get_position()[1]) == ("not available: see the note", 2)
+    assert [text.get_text() for text in ax.texts[-4:-1]] == ["1", "~1.1", ""]
+    assert len(ax.texts) == 5 * 3 + 1
+    titles = ["file bytes", "parameters", "non-zeros", "FLOPs", "latency"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == titles
+    assert comparison.plot(ax) is ax
+    matplotlib.pyplot.close("all")
