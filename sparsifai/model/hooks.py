@@ -26,9 +26,9 @@ def hooked(after: Hooks = (), before: Hooks = ()) -> Iterator[None]:
     Example:
         >>> layer, seen = nn.Linear(4, 2), []
         >>> with hooked([(layer, lambda layer, inputs, named, output: seen.append(output.shape))]):
-        ...     _ = layer(torch.ones(3, 4))
+        ...     _ = layer(Tensor([[1, 2, 3, 4]]))
         >>> seen, len(layer._forward_hooks)
-        ([torch.Size([3, 2])], 0)
+        ([torch.Size([1, 2])], 0)
     """
     with ExitStack() as stack:
         for layer, hook in before:

@@ -144,8 +144,9 @@ def test_two_four_kernels_take_what_torch_says():
     model.append(nn.MultiheadAttention(16, 2))
     reasons = {name: why_not_two_four(model, target) for name, target in find_weights(model).items()}
     assert reasons == {
-        "0.weight": "", "1.weight": "sides not in 16s", "2.weight": "sides not in 16s", "3.weight": "not of a Linear",
-        "4.in_proj_weight": "not of a Linear", "4.out_proj.weight": "not of a Linear",
+        "0.weight": "", "1.weight": "sides not multiples of 16", "2.weight": "sides not multiples of 16",
+        "3.weight": "not a Linear weight",
+        "4.in_proj_weight": "not a Linear weight", "4.out_proj.weight": "not a Linear weight",
     }  # fmt: skip
 
 
@@ -477,8 +478,8 @@ def test_text(mlp):
     ]
     assert "only sparse kernels keep" in lines[2]
     assert [" ".join(line.split()) for line in (*lines[-5:-3], *lines[-2:])] == [
-        "0.weight Linear 8x4 32 16 50.00% 128 68 64 32 no: sides not in 16s",
-        "2.weight Linear 2x8 16 16 0.00% 64 64 32 32 no: sides not in 16s excluded",
+        "0.weight Linear 8x4 32 16 50.00% 128 68 64 32 no: sides not multiples of 16",
+        "2.weight Linear 2x8 16 16 0.00% 64 64 32 32 no: sides not multiples of 16 excluded",
         "selected layers 32 16 50.00% 128 68 64 32",
         "whole model 58 42 27.59% 232 172 96 64",
     ]
@@ -516,9 +517,9 @@ def test_plots(mlp):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0.5, "lin", 0, 4), "n_epoch is a whole number from 1 on, not 0"),
-        ((0.5, "lin", 2, 1.5), "n_iter is a whole number from 1 on, not 1.5"),
-        ((0.5, "lin", 2, 4, 0), "every is a whole number from 1 on, not 0"),
+        ((0.5, "lin", 0, 4), "n_epoch must be a whole number of at least 1, not 0"),
+        ((0.5, "lin", 2, 1.5), "n_iter must be a whole number of at least 1, not 1.5"),
+        ((0.5, "lin", 2, 4, 0), "every must be a whole number of at least 1, not 0"),
         ((50, "lin", 2, 4), "pass 0.5 for 50 %"),
         ((0.5, "linear", 2, 4), "unknown schedule 'linear'"),
         ((0.5, lambda t: 2 * t, 2, 4), "must return the share of the target"),
@@ -548,7 +549,7 @@ def test_errors_of_the_callback(make_learner):
         callback.plan(learn, 2, 4)
     with pytest.raises(TypeError, match="n_epoch"):
         callback.plan(learn.model)
-    with pytest.raises(ValueError, match="n_epoch is a whole number from 1 on, not 0"):
+    with pytest.raises(ValueError, match="n_epoch must be a whole number of at least 1, not 0"):
         callback.plan(learn.model, 0, 4)
 
 

@@ -137,7 +137,7 @@ def test_two_four(monkeypatch):
     assert found["masked"].parameters - found["semi-structured"].parameters == 16 * 32 // 2
     assert found["masked"].flops - found["semi-structured"].flops == 4 * 16 * 32
     assert found["semi-structured"].nonzeros == found["masked"].nonzeros
-    assert "2:4, but not converted: 2.weight (sides not in 16s)" in found["semi-structured"].note
+    assert "2:4, but not converted: 2.weight (sides not multiples of 16)" in found["semi-structured"].note
     assert found["semi-structured"].milliseconds > 0
 
 
@@ -422,11 +422,13 @@ def test_errors():
     with pytest.raises(ValueError, match="compare: sparse: the model does not run"):
         compare(dense, mlp(3), EXAMPLE)
     assert dense.training
-    with pytest.raises(TypeError, match="compare: sparse is a torch.nn.Module, not str; of a Learner, learn.model"):
+    with pytest.raises(
+        TypeError, match="compare: sparse must be a torch.nn.Module, not str; for a Learner, pass learn.model"
+    ):
         compare(dense, "sparse", EXAMPLE)
     with pytest.raises(ValueError, match="repeats is at least 3, not 2"):
         compare(dense, dense, EXAMPLE, repeats=2)
-    with pytest.raises(ValueError, match="repeats is a whole number from 1 on, not 1.5"):
+    with pytest.raises(ValueError, match="repeats must be a whole number of at least 1, not 1.5"):
         compare(dense, dense, EXAMPLE, repeats=1.5)
 
 

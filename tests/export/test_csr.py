@@ -118,7 +118,8 @@ def test_why_layers_stay_dense():
     model["hooked"].register_forward_hook(lambda *_: None)
     reasons = (
         r"small.weight \(fewer than 1,048,576 weights\); full.weight \(50.00% zeros\); "
-        r"precise.weight \(float64: float32 is needed\); hooked.weight \(has hooks\); conv.weight \(not of a Linear\)"
+        r"precise.weight \(float64: float32 is needed\); hooked.weight \(has hooks\); "
+        r"conv.weight \(not a Linear weight\)"
     )
     with pytest.raises(ValueError, match=f"no layer of ModuleDict can be converted: {reasons}$"):
         to_sparse_layout(model)
@@ -130,7 +131,7 @@ def test_errors(monkeypatch):
         to_sparse_layout(nn.ReLU().eval())
     with pytest.raises(ValueError, match=r"in training mode, .* call model.eval()"):
         to_sparse_layout(net().train())
-    with pytest.raises(TypeError, match="model is a torch.nn.Module, not int; of a Learner, learn.model"):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, not int; for a Learner, pass learn.model"):
         to_sparse_layout(3)
     with pytest.raises(ValueError, match="sparsity 90 is a percentage"):
         to_sparse_layout(net(), 90)

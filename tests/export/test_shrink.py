@@ -692,7 +692,7 @@ def test_layers_whose_outputs_nobody_uses(pictures):
 
 
 def test_a_learner_is_no_model(pictures):
-    with pytest.raises(TypeError, match=r"shrink: model is a torch.nn.Module, not SimpleNamespace; of a Learner"):
+    with pytest.raises(TypeError, match=r"shrink: model must be a torch.nn.Module, not SimpleNamespace; for a Learner"):
         shrink(__import__("types").SimpleNamespace(model=with_norm()), pictures)
 
 

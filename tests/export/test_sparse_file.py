@@ -332,12 +332,14 @@ def test_what_a_file_cannot_hold_is_named(tmp_path, make, message):
 
 
 def test_what_is_no_model_is_refused(tmp_path):
-    with pytest.raises(TypeError, match="save_sparse: model is a torch.nn.Module, not dict; of a Learner, learn.model"):
+    with pytest.raises(
+        TypeError, match="save_sparse: model must be a torch.nn.Module, not dict; for a Learner, pass learn.model"
+    ):
         save_sparse({}, tmp_path / "file")
     # The order of torch.save, and that of safetensors.
-    with pytest.raises(TypeError, match="save_sparse: model is a torch.nn.Module, not str"):
+    with pytest.raises(TypeError, match="save_sparse: model must be a torch.nn.Module, not str"):
         save_sparse("file", nn.ReLU())
-    with pytest.raises(TypeError, match="load_sparse: model is a torch.nn.Module, not str"):
+    with pytest.raises(TypeError, match="load_sparse: model must be a torch.nn.Module, not str"):
         load_sparse(nn.ReLU(), "file")
 
 

@@ -71,18 +71,18 @@ def test_layers_and_why_not():
         "fits.weight": "",
         "bf16.weight": "",
         "single.weight": "float32: half precision is needed",
-        "sides.weight": "sides not in 16s",
-        "few.weight": "sides not in 16s",
-        "conv.weight": "not of a Linear",
-        "own.weight": "not of a Linear",
-        "attention.in_proj_weight": "not of a Linear",
-        "attention.out_proj.weight": "not of a Linear",
+        "sides.weight": "sides not multiples of 16",
+        "few.weight": "sides not multiples of 16",
+        "conv.weight": "not a Linear weight",
+        "own.weight": "not a Linear weight",
+        "attention.in_proj_weight": "not a Linear weight",
+        "attention.out_proj.weight": "not a Linear weight",
         "normed.parametrizations.weight.original0": "computed in each forward",
-        "block.linear1.weight": "read by TransformerEncoderLayer itself",
-        "block.linear2.weight": "read by TransformerEncoderLayer itself",
-        "table.weight": "not of a Linear",
+        "block.linear1.weight": "used directly by TransformerEncoderLayer",
+        "block.linear2.weight": "used directly by TransformerEncoderLayer",
+        "table.weight": "not a Linear weight",
         "tied.weight": "tied",
-        "own_matrix.matrix": "not of a Linear",
+        "own_matrix.matrix": "not a Linear weight",
     }
     assert {name for name, layer in found.items() if layer.is_two_four} == set(own)
     assert (found["bf16.weight"].kind, found["bf16.weight"].shape) == ("Linear", (16, 16))
@@ -128,7 +128,7 @@ def test_a_plan_says_the_same_of_kinds_and_shapes():
     model[2].weight = model[1].weight
     plan = plan_of(Sparsifier(model, context="2:4"), 0.5, "agp", 1, 1)
     planned = {layer.name: layer.why_not_two_four for layer in plan.layers}
-    assert planned == {"0.weight": "", "1.weight": "tied", "3.weight": "sides not in 16s"}
+    assert planned == {"0.weight": "", "1.weight": "tied", "3.weight": "sides not multiples of 16"}
     assert reasons(two_four(model)) == planned
 
 
@@ -198,7 +198,7 @@ def test_rounding_is_no_difference(kernels, monkeypatch):
 
 
 def test_layers_that_are_two_four_but_cannot_be_converted_are_warned_of(kernels):
-    with pytest.warns(UserWarning, match=r"2:4, but not converted: 4.weight \(sides not in 16s\)$") as caught:
+    with pytest.warns(UserWarning, match=r"2:4, but not converted: 4.weight \(sides not multiples of 16\)$") as caught:
         to_semi_structured(two_four(net(), layers=["0", "2", "4"]))
     assert len(caught) == 1
     with warnings.catch_warnings():
@@ -239,7 +239,9 @@ def test_nothing_to_convert(kernels):
     )
     with pytest.raises(ValueError, match=f"no layer of Sequential can be converted: {reasons}"):
         to_semi_structured(net().eval())
-    with pytest.raises(ValueError, match=r"converted: 0.weight, 1.weight, 2.weight and 9 more \(sides not in 16s\)$"):
+    with pytest.raises(
+        ValueError, match=r"converted: 0.weight, 1.weight, 2.weight and 9 more \(sides not multiples of 16\)$"
+    ):
         to_semi_structured(nn.Sequential(*(nn.Linear(4, 4) for _ in range(12))).eval())
     with pytest.raises(ValueError, match="no layer of ReLU can be converted: it has no weights with named axes"):
         to_semi_structured(nn.ReLU().eval())
@@ -249,9 +251,9 @@ def test_nothing_to_convert(kernels):
 def test_what_is_no_model_for_inference(kernels):
     with pytest.raises(ValueError, match="in training mode, .* call model.eval()"):
         to_semi_structured(two_four(net()).train())
-    with pytest.raises(TypeError, match="model is a torch.nn.Module, not str"):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, not str"):
         to_semi_structured("model")
-    with pytest.raises(TypeError, match="model is a torch.nn.Module, not str"):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, not str"):
         semi_structured_layers("model")
     assert not kernels
 

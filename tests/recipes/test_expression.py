@@ -100,7 +100,7 @@ def test_agrees_with_python(expression):
         ("(a := 3)", "is not arithmetic"),
         ("[x for x in range(9)]", "is not arithmetic"),
         ("__import__('os').system('true')", "is not arithmetic"),
-        ("open('/tmp/x')", r"unknown function 'open'; known are 'abs', .*'round'"),
+        ("open('/tmp/x')", r"unknown function 'open'; choose from 'abs', .*'round'"),
         ("roud(1.5)", "did you mean 'round'"),
         ("max(*a)", "is not arithmetic"),
         ("max(1)", "not iterable"),

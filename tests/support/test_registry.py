@@ -42,7 +42,7 @@ def test_a_decorated_function_stays_itself(colours):
 def test_unknown_names_are_answered_with_close_matches(colours):
     with pytest.raises(ValueError, match=re.escape("unknown colour 'rad'; did you mean 'red'?")):
         colours.resolve("rad")
-    with pytest.raises(ValueError, match=re.escape("unknown colour 'xyz'; known are 'red', 'sky blue'")):
+    with pytest.raises(ValueError, match=re.escape("unknown colour 'xyz'; choose from 'red', 'sky blue'")):
         colours.resolve("xyz")
     with pytest.raises(KeyError, match="did you mean 'red'"):
         colours["rad"]
@@ -57,7 +57,7 @@ def test_duplicates_are_refused_unless_replaced(colours):
     def red():
         return "cc0000"
 
-    with pytest.raises(ValueError, match="colour 'red' is registered already; choose another name, or pass replace"):
+    with pytest.raises(ValueError, match="colour 'red' is already registered; choose another name, or pass replace"):
         colours.register(red)
     assert colours["red"]() == "ff0000"
     colours.register(red, replace=True)
@@ -69,7 +69,7 @@ def test_what_has_no_name_or_is_no_function_is_refused(colours):
         colours.register(lambda: 1)
     with pytest.raises(TypeError, match="'blue' is not a function"):
         colours.register("blue")
-    with pytest.raises(TypeError, match="a colour is a registered name or a function, not 3"):
+    with pytest.raises(TypeError, match="a colour must be a registered name or a function, not 3"):
         colours.resolve(3)
 
 

@@ -492,20 +492,20 @@ def test_exported_pickled_and_saved_learners_carry_no_teacher(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"weight": 1.5}, ValueError, "weight is a number from 0 to 1, not 1.5"),
+        ({"weight": 1.5}, ValueError, "weight must be a number from 0 to 1, not 1.5"),
         ({"weight": -0.1}, ValueError, "not -0.1"),
         ({"weight": "a"}, ValueError, "not 'a'"),
         ({"weight": True}, ValueError, "not True"),
         ({"weight": math.nan}, ValueError, "not nan"),
         ({"temperature": 0}, ValueError, "temperature is a number above 0, not 0"),
         ({"temperature": math.inf}, ValueError, "not inf"),
-        ({"feature_weight": -1}, ValueError, "feature_weight is a number from 0 on, not -1"),
+        ({"feature_weight": -1}, ValueError, "feature_weight must be a number of at least 0, not -1"),
         ({"loss": 3}, TypeError, "loss is a function of .student, teacher., not 3"),
         ({"feature_loss": None}, TypeError, "feature_loss is a function"),
         ({"features": {"0": 1}}, TypeError, "features are names of layers"),
         ({"features": []}, TypeError, "features are names of layers"),
         ({"features": 3}, TypeError, "features are names of layers"),
-        ({"features": {"0": "layer4"}}, ValueError, "the teacher has no layer 'layer4'; known are '0'"),
+        ({"features": {"0": "layer4"}}, ValueError, "the teacher has no layer 'layer4'; choose from '0'"),
         ({"schedule": "linear"}, ValueError, "did you mean 'lin'"),
     ],
 )
@@ -532,7 +532,7 @@ def test_layers_that_the_model_has_not_are_named_before_the_fit(make_learner):
     teacher.add_module("body", small_net())
     batches = []
     teacher.register_forward_hook(lambda *_: batches.append(1))
-    with pytest.raises(ValueError, match="features: the model has no layer 'body.1'; known are '0', '1'"):
+    with pytest.raises(ValueError, match="features: the model has no layer 'body.1'; choose from '0', '1'"):
         make_learner().fit(1, cbs=DistillCallback(teacher, features=["body.1"]))
     assert not batches
 
@@ -563,7 +563,7 @@ def test_an_output_that_is_no_tensor_is_refused(make_learner):
         def forward(self, x):
             return {"logits": x}
 
-    with pytest.raises(ValueError, match="the teacher gives dict, and tensors are compared"):
+    with pytest.raises(ValueError, match="the teacher returns dict, but only tensors can be compared"):
         make_learner().fit(1, cbs=DistillCallback(nn.Sequential(nn.Linear(8, 3), Named())))
 
 

@@ -663,7 +663,7 @@ def test_exported_learners_and_state_dicts_know_nothing_of_it(tmp_path, fastai):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"weight": -1}, ValueError, "weight, that of the penalty, is a number from 0 on, not -1"),
+        ({"weight": -1}, ValueError, "weight, that of the penalty, must be a number of at least 0, not -1"),
         ({"weight": math.inf}, ValueError, "not inf"),
         ({"weight": "filter"}, ValueError, "not 'filter'"),
         ({"weight": True}, ValueError, "not True"),
@@ -673,7 +673,7 @@ def test_exported_learners_and_state_dicts_know_nothing_of_it(tmp_path, fastai):
         ({"weight": 1, "criteria": "large_init"}, ValueError, "not one of the weight"),
         ({"weight": 1, "criteria": "movement", "proximal": True}, ValueError, "large_final, not movement"),
         ({"weight": 1, "schedule": "linear"}, ValueError, "did you mean 'lin'"),
-        ({"weight": 1, "layers": 3}, TypeError, "3 selects no layers"),
+        ({"weight": 1, "layers": 3}, TypeError, "3 cannot select layers"),
     ],
 )
 def test_wrong_arguments_of_the_callback_are_refused_in_the_constructor(fastai, arguments, error, message):

@@ -195,7 +195,7 @@ def test_criteria_that_look_at_data_are_given_some(mlp):
         ({"levels": [0, 0.5]}, ValueError, "levels are fractions between 0 and 1"),
         ({"levels": [50]}, ValueError, "pass 0.5 for 50 %"),
         ({"levels": 0.5}, TypeError, "levels are several fractions"),
-        ({"levels": [{"0": 0.5}]}, TypeError, "a level is a number from 0 to 1"),
+        ({"levels": [{"0": 0.5}]}, TypeError, "a level must be a number from 0 to 1"),
         ({"granularity": "filtre"}, ValueError, "did you mean 'filter'"),
         ({"granularty": "filter"}, TypeError, "unexpected keyword argument 'granularty'"),
         ({"exclude": "nothing"}, ValueError, "no layer with a weight to sparsify matches"),
@@ -296,7 +296,7 @@ def test_what_is_not_finite_is_the_worst():
     [
         (0.95, ValueError, "a sparsity of 0.95 is above 0.9, the highest that was measured; measure higher levels"),
         (95, ValueError, "pass 0.95 for 95 %"),
-        ({"0": 0.5}, TypeError, "sparsity is a number from 0 to 1"),
+        ({"0": 0.5}, TypeError, "sparsity must be a number from 0 to 1"),
     ],
 )
 def test_a_budget_that_cannot_be_had(sparsity, error, message):
@@ -446,11 +446,11 @@ def test_a_tolerance_is_not_missed_by_rounding():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tolerance": -1}, "tolerance is a number from 0 on, not -1"),
-        ({"tolerance": float("nan")}, "tolerance is a number from 0 on, not nan"),
-        ({"tolerance": "a"}, "tolerance is a number from 0 on, not 'a'"),
+        ({"tolerance": -1}, "tolerance must be a number of at least 0, not -1"),
+        ({"tolerance": float("nan")}, "tolerance must be a number of at least 0, not nan"),
+        ({"tolerance": "a"}, "tolerance must be a number of at least 0, not 'a'"),
         ({"precision": 0}, "precision is 0"),
-        ({"precision": 2}, "precision is a number from 0 to 1, not 2"),
+        ({"precision": 2}, "precision must be a number from 0 to 1, not 2"),
     ],
 )
 def test_wrong_numbers(mlp, arguments, message):
