@@ -5,7 +5,7 @@ from torch import nn
 
 from sparsifai import Sparsifier
 from sparsifai.model.layers import find_weights
-from sparsifai.model.tracing import _recorded, _traced, find_flow
+from sparsifai.model.tracing import find_flow, recorded_flow, traced_flow
 
 
 class Reversed(nn.Module):
@@ -50,14 +50,14 @@ EXAMPLE = torch.randn(2, 2, 6, 6)
 @pytest.mark.parametrize("how", ["traced", "recorded"])
 def test_first_last_and_norms_by_data_flow_not_by_file_order(how):
     model = Reversed()
-    flow = _traced(model) if how == "traced" else _recorded(model, EXAMPLE)
+    flow = traced_flow(model) if how == "traced" else recorded_flow(model, EXAMPLE)
     targets = find_weights(model)
     assert flow.first(targets) == {"early.weight"}
     assert flow.last(targets) == {"first_head.weight", "second_head.weight"}
     assert flow.norms_behind(model, targets) == {("norm", False): {"early.weight"}}
 
 
-def test_what_cannot_be_traced_needs_an_example_and_is_left_as_it_was():
+def test_what_cannot_betraced_flow_needs_an_example_and_is_left_as_it_was():
     model = Branching().train()
     with pytest.raises(ValueError, match=r"the data flow of Branching cannot be traced .* pass example_input="):
         Sparsifier(model, "filter")
@@ -106,7 +106,7 @@ def test_weights_that_are_turned_before_use():
             return (x @ self.stem.weight.t()).relu() @ self.head.weight.t()
 
     model = Turned()
-    for flow in (find_flow(model), _recorded(model, torch.randn(2, 3))):
+    for flow in (find_flow(model), recorded_flow(model, torch.randn(2, 3))):
         assert flow.first(find_weights(model)) == {"stem.weight"}
         assert flow.last(find_weights(model)) == {"head.weight"}
 
@@ -133,7 +133,7 @@ def test_torchvision_models(model, first, last, norms):
 
 
 def flows(model, example):
-    return find_flow(model, example), _recorded(model, example)
+    return find_flow(model, example), recorded_flow(model, example)
 
 
 class Forward(nn.Module):
