@@ -1,0 +1,58 @@
+"""Which layers are pruned, and why the others stay dense."""
+
+import pytest
+from torch import nn
+
+from sparsifai import Sparsifier
+
+
+def test_by_default_frozen_layers_and_embeddings_stay_dense():
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    model[1].requires_grad_(False)
+    sparsifier = Sparsifier(model)
+    assert list(sparsifier.masks) == ["2.weight"]
+    assert sparsifier.dense == {"0.weight": "embedding", "1.weight": "frozen"}
+    assert list(Sparsifier(model, layers=["0", nn.Linear]).masks) == ["0.weight", "1.weight", "2.weight"]
+
+
+def test_output_layer_stays_dense_where_whole_outputs_go_and_input_layer_where_whole_inputs_go(net):
+    reason = {"12.weight": "yields the model's output"}
+    assert Sparsifier(net, "filter").dense == reason
+    assert Sparsifier(net, "channel").dense == {"0.weight": "reads the model's input"}
+    assert Sparsifier(net, "layer").dense == {"0.weight": "reads the model's input", **reason}
+    assert Sparsifier(net, "kernel").dense == {}
+    assert Sparsifier(net, "row").dense == reason  # of a matrix, a row is an output
+
+
+def test_naming_a_layer_exactly_lifts_the_rule(net):
+    assert list(Sparsifier(net, "filter", layers=["12", "0.weight"]).masks) == ["0.weight", "12.weight"]
+    assert list(Sparsifier(net, "filter", layers=[nn.Linear]).masks) == ["10.weight"]
+
+
+def test_a_granularity_that_some_layers_cannot_have_leaves_them_dense_and_says_why(net):
+    dense = Sparsifier(net, "shared_channel").dense
+    assert dense == {
+        "10.weight": "shared_channel needs axis 'h', has only (out, in)",
+        "12.weight": "shared_channel needs axis 'h', has only (out, in)",
+    }
+
+
+def test_a_granularity_that_no_layer_can_have_is_an_error(mlp):
+    with pytest.raises(
+        ValueError, match="no layer of Sequential is left to sparsify; 0.weight: shared_channel needs axis"
+    ):
+        Sparsifier(mlp, "shared_channel")
+    with pytest.raises(ValueError, match="weight: yields the model's output"):
+        Sparsifier(nn.Linear(4, 2), "filter")
+
+
+def test_a_module_itself_names_a_layer_exactly(net):
+    assert list(Sparsifier(net, "filter", layers=net[12]).masks) == ["12.weight"]
+
+
+def test_a_layer_of_one_group_stays_dense_and_says_so():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1), nn.Linear(1, 3))
+    assert Sparsifier(model, "filter").dense == {
+        "1.weight": "has 1 group, of which 1 must stay",
+        "2.weight": "yields the model's output",
+    }
