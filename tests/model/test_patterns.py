@@ -1,4 +1,3 @@
-
 import pytest
 from torch import nn
 
