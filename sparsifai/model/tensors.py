@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 
@@ -35,7 +35,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor):
             tensors.append(leaf)
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)) and not callable(leaf):
+        elif hasattr(leaf, "__dict__") and not callable(leaf):  # modules, classes and functions are callable
             tensors += [held for held in tree_leaves(vars(leaf)) if isinstance(held, Tensor)]
     return tensors
 
