@@ -39,7 +39,7 @@ def hooked(after: Hooks = (), before: Hooks = ()) -> Iterator[None]:
 
 
 class RecordedOutputs:
-    """Records what layers put out: `outputs` maps the name of a layer to a copy of its latest output.
+    """Records the outputs of layers: `outputs` maps the name of a layer to a copy of its latest output.
 
     The layers are hooked at once, until `remove` is called or a `with` block ends.
 

@@ -44,7 +44,7 @@ def test_exclude_wins_over_layers():
     assert list(Sparsifier(body_and_head(), layers=nn.Conv2d, exclude="body.1").masks) == EVERYTHING[:1]
 
 
-def test_a_module_of_several_names_is_meant_by_any_of_them():
+def test_a_module_with_several_names_is_selected_by_any_of_them():
     model = body_and_head()
     model["box"] = nn.Sequential(model["head"])
     assert list(Sparsifier(model, layers="box").masks) == EVERYTHING[3:]
@@ -70,7 +70,7 @@ def test_keys_of_a_dictionary_are_checked_before_the_model_is_known(key):
         ("re:(body|head).*", EVERYTHING),
     ],
 )
-def test_a_regular_expression_means_the_names_that_it_fits_as_a_whole(pattern, names):
+def test_a_regular_expression_matches_whole_names(pattern, names):
     assert list(Sparsifier(body_and_head(), layers=pattern).masks) == names
 
 

@@ -15,16 +15,16 @@ def test_by_default_frozen_layers_and_embeddings_stay_dense():
     assert list(Sparsifier(model, layers=["0", nn.Linear]).masks) == ["0.weight", "1.weight", "2.weight"]
 
 
-def test_output_layer_stays_dense_where_whole_outputs_go_and_input_layer_where_whole_inputs_go(net):
+def test_the_last_layer_stays_dense_if_outputs_are_pruned_and_the_first_if_inputs_are(net):
     reason = {"12.weight": "yields the model's output"}
     assert Sparsifier(net, "filter").dense == reason
     assert Sparsifier(net, "channel").dense == {"0.weight": "reads the model's input"}
     assert Sparsifier(net, "layer").dense == {"0.weight": "reads the model's input", **reason}
     assert Sparsifier(net, "kernel").dense == {}
-    assert Sparsifier(net, "row").dense == reason  # of a matrix, a row is an output
+    assert Sparsifier(net, "row").dense == reason  # a row of a matrix is an output
 
 
-def test_naming_a_layer_exactly_lifts_the_rule(net):
+def test_a_first_or_last_layer_is_pruned_if_it_is_named_exactly(net):
     assert list(Sparsifier(net, "filter", layers=["12", "0.weight"]).masks) == ["0.weight", "12.weight"]
     assert list(Sparsifier(net, "filter", layers=[nn.Linear]).masks) == ["10.weight"]
 
@@ -46,7 +46,7 @@ def test_a_granularity_that_no_layer_can_have_is_an_error(mlp):
         Sparsifier(nn.Linear(4, 2), "filter")
 
 
-def test_a_module_itself_names_a_layer_exactly(net):
+def test_a_module_given_as_pattern_names_a_layer_exactly(net):
     assert list(Sparsifier(net, "filter", layers=net[12]).masks) == ["12.weight"]
 
 
