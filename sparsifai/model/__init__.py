@@ -1,1 +1,1 @@
-"""What is known of a torch model: its layers and the axes of their weights, its data flow, its wrappers."""
+"""Knowledge of torch models: their layers and the axes of their weights, data flow, wrappers, and how to run them."""

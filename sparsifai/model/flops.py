@@ -1,7 +1,7 @@
-"""FLOPs of the products with the weights of a model, counted by running it once on an example.
+"""FLOPs of the products with each weight of a model, counted by running the model once on an example.
 
-torch's own counter gives none for recurrent layers and for attention in evaluation mode, and cannot tell which of the
-weights of attention they are of; here they go by the weight.
+torch's own counter finds none in recurrent layers and in attention in evaluation mode, and it cannot tell the FLOPs of
+the several weights of an attention layer apart. Here every weight has its own count.
 """
 
 from __future__ import annotations
@@ -24,72 +24,93 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LOOK_UPS = (nn.Embedding, nn.EmbeddingBag)
 
 
-_OF_ATTENTION = {"q_proj_weight": ("query",), "k_proj_weight": ("key",), "v_proj_weight": ("value",)}
+# Weight of nn.MultiheadAttention -> the inputs that it multiplies.
+_INPUTS_OF_ATTENTION = {
+    "in_proj_weight": ("query", "key", "value"),
+    "q_proj_weight": ("query",),
+    "k_proj_weight": ("key",),
+    "v_proj_weight": ("value",),
+}
 
 
 def count_flops(model: nn.Module, targets: Mapping[str, NamedWeight], example: Any) -> dict[str, int]:
-    """2 x multiply-adds with each weight: 2 x weights x places that the weight is applied at, padding among them.
+    """Count the FLOPs of each weight: 2 x multiply-adds = 2 x (number of weights) x (positions that it is applied at).
 
-    Places are the output positions of a convolution, the input positions of a transposed one and of all other layers;
-    a look-up has none. Products of activations with each other, as in attention, are of no weight. A weight whose layer
-    is not called in the forward, or whose use of its input is not known, has no entry.
-    The model runs in evaluation mode; modes, buffers, gradients and random generators are afterwards as before.
-    ValueError if it does not run.
+    The positions are the output positions of a convolution, counting padding, and the input positions of a transposed
+    convolution and of all other layers. An embedding has none. Products of two activations, as in attention, belong to
+    no weight and are not counted. The model runs in evaluation mode; its modes, buffers, gradients and the random
+    generators are restored.
+
+    Args:
+        model: The model.
+        targets: The weights by name, from `find_weights`.
+        example: A batch of inputs on the device of the model: one input, a tuple of positional inputs, or a dictionary
+            of named ones.
+
+    Returns:
+        Name of a weight -> FLOPs for the whole batch. There is no entry for a weight whose layer is not called, or
+        whose kind of layer is not known to use it as a matrix.
+
+    Raises:
+        ValueError: If the model fails on the example.
     """
     counted: dict[str, int] = {}
 
-    def hook(target: NamedWeight) -> Callable:
-        def count(module: nn.Module, inputs: tuple, named: dict[str, Any], output: Any) -> None:
-            products = _multiply_adds(target, module, inputs, named, output)
-            if products is not None:
-                counted[target.name] = counted.get(target.name, 0) + 2 * products
+    def counter_of(weight: NamedWeight) -> Callable:
+        def count(layer: nn.Module, inputs: tuple, named: dict[str, Any], output: Any) -> None:
+            multiply_adds = _multiply_adds(weight, layer, inputs, named, output)
+            if multiply_adds is not None:
+                counted[weight.name] = counted.get(weight.name, 0) + 2 * multiply_adds
 
         return count
 
     hooks = [
-        (_caller(model, name, owner), hook(target)) for target in targets.values() for name, owner in target.owners
+        (_called_layer(model, name, owner), counter_of(weight))
+        for weight in targets.values()
+        for name, owner in weight.owners
     ]
     with hooked(hooks), untraced(model), evaluating(model), torch.no_grad():
         try:
             run(model, example)
         except Exception as error:
             raise ValueError(
-                f"the model does not run on example_input ({error}); give a batch of inputs on the device of the "
-                "model, a tuple for several positional ones, a dictionary for named ones"
+                f"the model does not run on example_input ({error}); pass a batch of inputs on the device of the "
+                "model: a tuple for several positional inputs, a dictionary for named ones"
             ) from error
     return counted
 
 
-def _caller(model: nn.Module, name: str, owner: nn.Module) -> nn.Module:
-    """The module that is called when a weight is used: attention reads the weight of its projection out itself."""
+def _called_layer(model: nn.Module, name: str, owner: nn.Module) -> nn.Module:
+    """The module whose forward uses a weight: for the output projection of attention, the attention itself."""
     if isinstance(owner, NonDynamicallyQuantizableLinear):
         outer = model.get_submodule(name.rpartition(".")[0])
         return outer if isinstance(outer, nn.MultiheadAttention) else owner
     return owner
 
 
-def _multiply_adds(target: NamedWeight, module: nn.Module, inputs: tuple, named: Mapping[str, Any], output: Any) -> Any:
-    """Of one call of a module, None if they are not known."""
-    weights = target.parameter.numel()
-    if isinstance(module, _LOOK_UPS):
+def _multiply_adds(weight: NamedWeight, layer: nn.Module, inputs: tuple, named: Mapping[str, Any], output: Any) -> Any:
+    """Multiply-adds with a weight in one call of its layer, None if they are not known."""
+    size = weight.parameter.numel()
+    if isinstance(layer, _LOOK_UPS):
         return 0
-    if isinstance(module, nn.MultiheadAttention):
+    if isinstance(layer, nn.MultiheadAttention):
         given = {**dict(zip(("query", "key", "value"), inputs, strict=False)), **named}
-        three = target.attribute == "in_proj_weight"
-        read = ("query", "key", "value") if three else _OF_ATTENTION.get(target.attribute, ("query",))
-        return weights // len(read) * sum(_places(given[each]) for each in read)
+        multiplied = _INPUTS_OF_ATTENTION.get(weight.attribute, ("query",))
+        return size // len(multiplied) * sum(_positions(given[name]) for name in multiplied)
     value = inputs[0] if inputs else next(iter(named.values()), None)
     value = value.data if isinstance(value, PackedSequence) else value
     if not isinstance(value, Tensor) or not value.numel():
         return None
-    if isinstance(module, _TRANSPOSED):
-        return weights * (value.numel() // module.in_channels)
-    if isinstance(module, CONVOLUTIONS):
-        return weights * (output.numel() // module.out_channels)
-    # Weights of recurrent layers have more in their names; tied to a look-up, a Linear has the axes of that.
-    known = isinstance(module, nn.Linear) or target.attribute.startswith("weight_")
-    return weights * _places(value) if known or value.shape[-1] == target.axes.get("in") else None
+    if isinstance(layer, _TRANSPOSED):
+        return size * (value.numel() // layer.in_channels)
+    if isinstance(layer, CONVOLUTIONS):
+        return size * (output.numel() // layer.out_channels)
+    # The weights of recurrent layers are called weight_ih_l0 and so on. A Linear is recognized by its class: if it is
+    # tied to an embedding, the axes of its weight are those of the embedding.
+    known = isinstance(layer, nn.Linear) or weight.attribute.startswith("weight_")
+    return size * _positions(value) if known or value.shape[-1] == weight.axes.get("in") else None
 
 
-def _places(value: Tensor) -> int:
+def _positions(value: Tensor) -> int:
+    """Number of vectors in an input whose last axis holds the features."""
     return value.numel() // value.shape[-1]

@@ -1,12 +1,8 @@
-"""Data flow of a model: which layers read its input, which yield its output, and what norm layers stand behind which.
+"""The data flow of a model: its first and last layers, and which norm layer follows which layer.
 
-The flow is a list of steps in the order of computation. It comes from torch.fx, which needs no data; where a model
-cannot be traced symbolically, one forward of an example input is recorded instead. Both see what calls what, never the
-order in which a file defines things. Both run on a shell of the model, which shares its parameters but neither its
-modules nor its buffers; hooks that a user has put on it do run.
-
-Followed from a layer to a norm layer are operations that keep channels apart and zero channels zero. What joins,
-splits or adds channels ends the search, so a norm layer behind a sum or a concatenation is left alone.
+A flow is the list of operations of a forward, in the order of computation; `tracing` finds it. From a layer to its norm
+layer the search passes operations that keep channels separate and keep channels of zeros zero, such as relu. It ends at
+operations that mix channels, so a norm layer after a sum or a concatenation follows no layer.
 """
 
 from __future__ import annotations
@@ -24,9 +20,14 @@ NORMS_OVER_LAST_AXIS = (nn.LayerNorm, nn.RMSNorm)
 
 @dataclass
 class Operation:
-    """A computation: the steps whose results it reads, the parameters it uses, if a zero channel stays zero in it.
+    """One operation of a forward.
 
-    moved: the order of axes that it puts, where it permutes them.
+    Args:
+        reads: Indices of the operations whose results it reads.
+        parameters: Names of the parameters that it uses.
+        keeps_zeros: Whether each channel of its result depends on the same channel of its input alone, and is zero if
+            that is. Default False.
+        moved: The new order of the axes if it permutes them, else None.
     """
 
     reads: list[int]
@@ -37,14 +38,27 @@ class Operation:
 
 @dataclass
 class Flow:
-    """The steps of a model in order; sources are those that give its input, results those that give its output."""
+    """The operations of a forward.
+
+    Args:
+        steps: The operations in the order of computation.
+        sources: Indices of the operations that stand for the inputs of the model.
+        results: Indices of the operations whose results are the outputs of the model.
+    """
 
     steps: list[Operation]
     sources: set[int]
     results: set[int]
 
     def first(self, layers: Iterable[str]) -> set[str]:
-        """Names of the parameters in `layers` that read the input of the model, no other layer between."""
+        """Find the layers that read the input of the model, with no other of the layers before them.
+
+        Args:
+            layers: Names of the weights to look at, such as 'conv1.weight'.
+
+        Returns:
+            The names of those whose layers come first.
+        """
         names = set(layers)
         reached, found = set(self.sources), set()
         for index, step in enumerate(self.steps):
@@ -56,7 +70,14 @@ class Flow:
         return found
 
     def last(self, layers: Iterable[str]) -> set[str]:
-        """Names of the parameters in `layers` that yield the output of the model, no other layer between."""
+        """Find the layers that compute the output of the model, with no other of the layers after them.
+
+        Args:
+            layers: Names of the weights to look at.
+
+        Returns:
+            The names of those whose layers come last.
+        """
         names = set(layers)
         reached, found = set(self.results), set()
         for index in reversed(range(len(self.steps))):
@@ -68,9 +89,18 @@ class Flow:
         return found
 
     def norms_behind(self, model: nn.Module, layers: Iterable[str]) -> dict[tuple[str, bool], set[str]]:
-        """(Norm layer, whether channels are moved last before it) -> the parameters in `layers` that it reads.
+        """Find the norm layers that normalize the outputs of layers and nothing else.
 
-        A norm layer that reads anything else besides is left out: its channels are not dead with those layers.
+        A norm layer that also reads another value is left out: its channels are not always zero when those of the
+        layers are.
+
+        Args:
+            model: The model.
+            layers: Names of the weights to look at.
+
+        Returns:
+            (name of the norm layer, whether channels are moved to the last axis before it) -> the names of the weights
+            whose outputs it normalizes.
         """
         names = set(layers)
         producers: dict[tuple[str, bool], set[str]] = {}
@@ -85,7 +115,7 @@ class Flow:
         return {key: made for key, made in producers.items() if key[0] not in others}
 
     def _producers(self, index: int, names: set[str]) -> tuple[set[str], bool]:
-        """The parameters of `names` whose zero outputs arrive at a step as zeros; whether as the last axis."""
+        """The parameters of `names` whose zero channels reach an operation as zeros, and whether as the last axis."""
         step, moved = self.steps[index], False
         while len(step.reads) == 1 and not step.parameters & names:
             if step.moved is not None and not moved and _moves_channels_last(step.moved):
@@ -97,11 +127,12 @@ class Flow:
 
 
 def _moves_channels_last(order: Sequence[int]) -> bool:
-    """Whether axes are put from (batch, channels, ...) to (batch, ..., channels)."""
+    """Whether a permutation takes (batch, channels, ...) to (batch, ..., channels)."""
     return len(order) > 2 and list(order) == [0, *range(2, len(order)), 1]
 
 
 def _norms_of(model: nn.Module, step: Operation) -> set[str]:
+    """Names of the norm layers whose parameters an operation uses."""
     holders = {name.rpartition(".")[0] for name in step.parameters}
     return {
         name for name in holders if isinstance(model.get_submodule(name), NORMS_OVER_CHANNELS + NORMS_OVER_LAST_AXIS)

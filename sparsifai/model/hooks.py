@@ -26,9 +26,9 @@ def hooked(after: Hooks = (), before: Hooks = ()) -> Iterator[None]:
     Example:
         >>> layer, seen = nn.Linear(4, 2), []
         >>> with hooked([(layer, lambda layer, inputs, named, output: seen.append(output.shape))]):
-        ...     _ = layer(torch.ones(3, 4))
+        ...     _ = layer(Tensor([[1, 2, 3, 4]]))
         >>> seen, len(layer._forward_hooks)
-        ([torch.Size([3, 2])], 0)
+        ([torch.Size([1, 2])], 0)
     """
     with ExitStack() as stack:
         for layer, hook in before:
@@ -39,7 +39,7 @@ def hooked(after: Hooks = (), before: Hooks = ()) -> Iterator[None]:
 
 
 class RecordedOutputs:
-    """Records what layers put out: `outputs` maps the name of a layer to a copy of its latest output.
+    """Records the outputs of layers: `outputs` maps the name of a layer to a copy of its latest output.
 
     The layers are hooked at once, until `remove` is called or a `with` block ends.
 

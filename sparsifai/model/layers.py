@@ -1,7 +1,7 @@
-"""Which parameters of a model take part, and the names of their axes.
+"""The weights of a model that can be pruned, and the names of their axes.
 
-Every kind of layer names the axes of its weights once. A new kind is one line: register_layer(Conv1D,
-weight=('in', 'out')).
+Each kind of layer is registered once with the names of the axes of its weights. A new kind takes one line:
+register_layer(Conv1D, weight=('in', 'out')).
 """
 
 from __future__ import annotations
@@ -23,28 +23,44 @@ _AXES_OF_KIND: dict[type[nn.Module] | str, dict[str, tuple[str, ...]]] = {}
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# Those that mix channels: every output is computed of all inputs.
+# Layers that mix channels: every output is computed from all inputs.
 CHANNEL_LAYERS = (nn.Linear, *CONVOLUTIONS)
 
 
 def register_layer(
     kind: type[nn.Module] | str, axes: Mapping[str, Sequence[str]] | None = None, /, **named: Sequence[str]
 ) -> None:
-    """Name the axes of the weights of a kind of layer, in the order in which the tensor has them.
+    """Name the axes of the weights of a kind of layer, in the order of the axes of the tensor.
 
-    kind: a module class, or its full name where it is not to be imported; subclasses are meant too. named: parameter
-    name -> axes; `axes` the same as a dictionary, whose keys may be globs. 'out' and 'in' are the outputs and inputs of
-    the layer, 'd', 'h', 'w' those of a kernel.
+    The names are 'out' and 'in' for the outputs and inputs of the layer, 'd', 'h' and 'w' for the depth, height and
+    width of a kernel, or any other names.
 
-    >>> class Conv1D(nn.Module): ...
-    >>> register_layer(Conv1D, weight=('in', 'out'))
+    Args:
+        kind: A module class, or its full name, such as 'package.module.Class', for a class that is not to be imported.
+            Subclasses have the same axes.
+        axes: Parameter name -> axis names; the keys may be globs, such as 'weight_*'.
+        named: The same as keyword arguments.
+
+    Raises:
+        TypeError: If `kind` is not a module class.
+        ValueError: If the axes of a parameter are not a tuple of different names.
+
+    Example:
+        >>> class Conv1D(nn.Module): ...
+        >>> register_layer(Conv1D, weight=('in', 'out'))
     """
     if not (isinstance(kind, str) and "." in kind or (isinstance(kind, type) and issubclass(kind, nn.Module))):
-        raise TypeError(f"register_layer: {kind!r} is not a module class")
+        raise TypeError(
+            f"register_layer: {kind!r} is not a module class; pass a class, or its full name such as "
+            "'package.module.Class'"
+        )
     patterns = {**(axes or {}), **named}
     for pattern, names in patterns.items():
         if isinstance(names, str) or len(set(names)) != len(names):
-            raise ValueError(f"register_layer: {pattern}={names!r}: give a tuple of different axis names")
+            raise ValueError(
+                f"register_layer: {pattern}={names!r} does not name the axes; give a tuple of different axis names, "
+                "such as ('out', 'in')"
+            )
     _AXES_OF_KIND[kind] = {pattern: tuple(names) for pattern, names in patterns.items()}
 
 
@@ -55,26 +71,31 @@ register_layer(nn.Conv3d, weight=("out", "in", "d", "h", "w"))
 register_layer(nn.ConvTranspose1d, weight=("in", "out", "w"))
 register_layer(nn.ConvTranspose2d, weight=("in", "out", "h", "w"))
 register_layer(nn.ConvTranspose3d, weight=("in", "out", "d", "h", "w"))
-# A look-up is the product with a one-hot vector: its entries are the inputs.
+# An embedding multiplies a one-hot vector with its weight, so the entries of its table are the inputs.
 register_layer(nn.Embedding, weight=("in", "out"))
 register_layer(nn.EmbeddingBag, weight=("in", "out"))
 register_layer(nn.MultiheadAttention, {"in_proj_weight": ("out", "in"), "[qkv]_proj_weight": ("out", "in")})
 register_layer(nn.RNNBase, {"weight_*": ("out", "in")})
 register_layer(nn.RNNCellBase, {"weight_*": ("out", "in")})
 register_layer(nn.Bilinear, weight=("out", "in", "second"))
-# Layers of other libraries, which need not be installed.
+# Layers of other libraries, by name: the libraries need not be installed.
 register_layer("fastai.text.models.awdlstm.WeightDropout", {"weight_*_raw": ("out", "in")})
 register_layer("transformers.pytorch_utils.Conv1D", weight=("in", "out"))
 
 
 @dataclass(frozen=True, eq=False)
 class NamedWeight:
-    """A parameter with named axes: where it is, and under what names.
+    """A weight with named axes, and where it is in the model.
 
-    name: of the parameter, such as 'layer1.0.conv1.weight'. owners: all (module name, module) that hold it, more than
-    one if it is tied; the first gives it its kind. axes: name -> size, within one convolution group. sources: if it is
-    no parameter, but computed in each forward, as with weight_norm, the parameters of the layer that it is computed
-    from; it then has the name of the first.
+    Args:
+        name: Name of the parameter, such as 'layer1.0.conv1.weight'.
+        attribute: Its name in its layer, such as 'weight'.
+        owners: All (name, module) that hold it; more than one if it is tied. The first determines its kind.
+        axes: Axis name -> size, within one group of a grouped convolution.
+        convolution_groups: Number of groups of the convolution; 1 for other layers.
+        names: All names of the parameter in the model.
+        sources: For a weight that is computed in each forward, as by weight_norm, the parameters of the layer that it
+            is computed from; `name` is then the name of the first of them. Empty for a parameter.
     """
 
     name: str
@@ -87,17 +108,17 @@ class NamedWeight:
 
     @property
     def module(self) -> nn.Module:
-        """The layer that holds the parameter."""
+        """The layer that holds the weight; the first one if it is tied."""
         return self.owners[0][1]
 
     @property
     def parameter(self) -> nn.Parameter:
-        """Looked up at each use: `load_state_dict(assign=True)` puts another one in its place."""
+        """The weight itself. It is looked up at each use, since `load_state_dict(assign=True)` replaces it."""
         return _read(self.module, self.attribute)
 
     @property
     def is_frozen(self) -> bool:
-        """Whether nothing that it is made of is trained."""
+        """Whether neither the weight nor anything that it is computed from is trained."""
         return not any(attrgetter(source)(self.module).requires_grad for source in self.sources or (self.attribute,))
 
     @property
@@ -107,17 +128,25 @@ class NamedWeight:
 
     @property
     def out(self) -> int:
-        """Number of outputs of the whole layer, 0 if it has no such axis."""
+        """Number of outputs of the whole layer, over all convolution groups; 0 if there is no axis 'out'."""
         return self.axes.get("out", 0) * self.convolution_groups
 
     @property
     def is_embedding(self) -> bool:
-        """Whether an embedding looks the parameter up, alone or tied with a decoder."""
+        """Whether the weight is the table of an embedding, also if it is tied to a decoder."""
         return any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for _, module in self.owners)
 
 
 def axes_of(module: nn.Module, attribute: str) -> tuple[str, ...] | None:
-    """Axis names of a parameter of a layer, None if its kind names none."""
+    """Look up the axis names of a parameter.
+
+    Args:
+        module: The layer.
+        attribute: Name of the parameter in the layer, such as 'weight'.
+
+    Returns:
+        The names in the order of the axes; None if no kind of this layer is registered with them.
+    """
     for kind in type(module).__mro__:
         for key in (kind, f"{kind.__module__}.{kind.__qualname__}"):
             for pattern, axes in _AXES_OF_KIND.get(key, {}).items():
@@ -127,13 +156,22 @@ def axes_of(module: nn.Module, attribute: str) -> tuple[str, ...] | None:
 
 
 def find_weights(model: nn.Module) -> dict[str, NamedWeight]:
-    """All parameters of `model` with named axes by name; tied ones once, under their first name.
+    """Find all weights of a model whose axes have names.
 
-    Weights that are computed from others are among them, under the name of the first that they are computed from.
+    Args:
+        model: The model.
+
+    Returns:
+        Name -> weight, in the order of the modules. A tied weight occurs once, under its first name. A weight that is
+        computed from parameters, as by weight_norm, occurs under the name of the first of these parameters.
+
+    Raises:
+        ValueError: If a layer is lazy and has no shape yet, or a parameter has another number of axes than its kind of
+            layer was registered with.
     """
     found: dict[int, list[tuple[str, nn.Module, str]]] = {}
     computed = {}
-    # A module can have several names, and be meant by any of them.
+    # A module can have several names, and the user may select it by any of them.
     for module_name, module in model.named_modules(remove_duplicate=False):
         sources_of = _computed_weights(module)
         for attribute, sources in sources_of.items():
@@ -142,13 +180,13 @@ def find_weights(model: nn.Module) -> dict[str, NamedWeight]:
         for attribute, parameter in module.named_parameters(recurse=False):
             if attribute not in known and _has_axes(module_name, module, attribute, parameter):
                 found.setdefault(id(parameter), []).append((module_name, module, attribute))
-    targets = [_named_weight(places) for places in found.values()]
-    targets += [_named_weight([place], sources) for place, sources in computed.values()]
-    return {target.name: target for target in targets}
+    weights = [_named_weight(places) for places in found.values()]
+    weights += [_named_weight([place], sources) for place, sources in computed.values()]
+    return {weight.name: weight for weight in weights}
 
 
 def _has_axes(module_name: str, module: nn.Module, attribute: str, parameter: nn.Parameter) -> bool:
-    """Whether the kind of layer names the axes of a parameter. ValueError if it has others or no shape yet."""
+    """Whether a kind of layer names the axes of a parameter; ValueError if their number differs or is not known yet."""
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise ValueError(
             f"Sparsifier: {module_name or type(module).__name__} is lazy and has no shape yet; "
@@ -166,7 +204,7 @@ def _has_axes(module_name: str, module: nn.Module, attribute: str, parameter: nn
 
 
 def _named_weight(places: Sequence[tuple[str, nn.Module, str]], sources: Sequence[str] = ()) -> NamedWeight:
-    """The target that is at one or several places: (name of the module, module, attribute)."""
+    """The weight that is at one or several places: (name of the module, module, attribute)."""
     _, module, attribute = places[0]
     axes = axes_of(module, attribute) or ()
     sizes = dict(zip(axes, _read(module, attribute).shape, strict=True))
@@ -179,17 +217,18 @@ def _named_weight(places: Sequence[tuple[str, nn.Module, str]], sources: Sequenc
 
 
 def _read(module: nn.Module, attribute: str) -> nn.Parameter:
-    """A weight of a layer. One that is computed is so in evaluation mode: in training, spectral_norm takes a step."""
+    """A weight of a layer."""
     if not is_parametrized(module, attribute):
         return getattr(module, attribute)
+    # In training mode, computing the weight would make spectral_norm take a step.
     with evaluating(module):
         return getattr(module, attribute)
 
 
 def _computed_weights(module: nn.Module) -> dict[str, list[str]]:
-    """Weights that a module computes anew in each forward -> the parameters that it computes them from.
+    """Weights that a module computes in each forward -> the parameters that it computes them from.
 
-    By torch's parametrizations, or by the older weight_norm, spectral_norm and prune.
+    They are computed by torch's parametrizations, or by the older weight_norm, spectral_norm and torch.nn.utils.prune.
     """
     computed = {}
     if is_parametrized(module):
@@ -205,30 +244,42 @@ def _computed_weights(module: nn.Module) -> dict[str, list[str]]:
 
 
 def parameter_name(module_name: str, attribute: str) -> str:
-    """Name of a parameter of a model from those of its module and its attribute."""
+    """Join the name of a module ('' for the model itself) and that of its parameter."""
     return f"{module_name}.{attribute}" if module_name else attribute
 
 
 def parameter_of(model: nn.Module, name: str, mask: Tensor) -> nn.Parameter:
-    """The parameter of a name, in any wrapper of torch. ValueError if it is not there or the mask does not fit it."""
+    """Find the parameter that a mask belongs to.
+
+    Args:
+        model: The model, or a wrapper of torch around it.
+        name: Name of the parameter.
+        mask: A tensor that must broadcast to the shape of the parameter.
+
+    Raises:
+        ValueError: If there is no such parameter, or the mask does not fit its shape.
+    """
     try:
         parameter = attrgetter(name)(unwrapped(model))
         if parameter.shape != mask.shape:
             torch.broadcast_shapes(parameter.shape, mask.shape)
     except (AttributeError, RuntimeError) as error:
-        raise ValueError(
-            f"{type(model).__name__} is no copy of the model that was masked, in {name}: {error}"
-        ) from error
+        raise ValueError(f"{type(model).__name__} is not a copy of the masked model; {name}: {error}") from error
     return parameter
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Whether output i of a layer is of input i alone."""
+    """Tell whether a layer is a depthwise convolution: output channel i is computed from input channel i alone."""
     return isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.in_channels == module.out_channels
 
 
 def size_of(module: Any, side: str) -> int | None:
-    """Number of places on a side of a layer, None if it is not known."""
+    """Return the number of channels or features on one side of a layer, None if it is not known.
+
+    Args:
+        module: The layer.
+        side: 'inputs', or anything else for the outputs.
+    """
     if isinstance(module, nn.Linear):
         return module.in_features if side == "inputs" else module.out_features
     if isinstance(module, CONVOLUTIONS):
@@ -237,5 +288,5 @@ def size_of(module: Any, side: str) -> int | None:
 
 
 def outputs_of(module: Any) -> int:
-    """Number of outputs of a Linear layer or a convolution."""
+    """Return the number of outputs of a Linear layer or a convolution."""
     return module.out_features if isinstance(module, nn.Linear) else module.out_channels

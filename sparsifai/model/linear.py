@@ -1,4 +1,4 @@
-"""Weights that belong to one Linear layer alone, so that another form of the matrix can replace them."""
+"""Which weights are the matrix of exactly one Linear layer, so that a sparse form of the matrix can replace them."""
 
 from __future__ import annotations
 
@@ -10,37 +10,46 @@ from .parallel import is_sharded
 
 
 def why_not_linear(model: nn.Module, target: NamedWeight | None) -> str:
-    """Why a weight of `model` is not only that of one Linear layer, which multiplies with it; empty if it is.
+    """Return why a weight is not the matrix of exactly one Linear layer.
 
-    target: None for a matrix without named axes.
+    Args:
+        model: The model.
+        target: The weight; None for a matrix without named axes.
+
+    Returns:
+        The reason, empty if the weight is the matrix of one Linear layer.
     """
     if target is None:
-        return "not of a Linear"
+        return "not a Linear weight"
     name, module = target.owners[0]
-    # Attention reads the weight of its projection out itself.
-    own = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    if not own or isinstance(module, NonDynamicallyQuantizableLinear):
-        return "not of a Linear"
+    is_plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    # MultiheadAttention uses the weight of its output projection without calling that layer.
+    if not is_plain or isinstance(module, NonDynamicallyQuantizableLinear):
+        return "not a Linear weight"
     if len({id(owner) for _, owner in target.owners}) > 1:
         return "tied"
     if target.sources:
         return "computed in each forward"
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
-        return "read by TransformerEncoderLayer itself"
+        return "used directly by TransformerEncoderLayer"
     return "sharded" if is_sharded(target.parameter) else ""
 
 
-# What torch.sparse.to_sparse_semi_structured takes with cuSPARSELt, its default on GPUs, from torch 2.6 to 2.15: both
-# sides of the matrix must be multiples of 16 in these types. CUTLASS, its other way, asks for 32 x 64; int8 is of no
-# use for the weight of a Linear.
+# torch.sparse.to_sparse_semi_structured uses cuSPARSELt by default on GPUs. From torch 2.6 to 2.15 it requires that
+# both sides of a matrix in half precision are multiples of 16. The alternative, CUTLASS, requires 32 x 64.
 SIDE = 16
 
 
 def why_not_two_four(model: nn.Module, target: NamedWeight | None) -> str:
-    """Why torch's 2:4 form takes no weight of this kind and shape in half precision, empty if it does.
+    """Return why a weight cannot have torch's 2:4 form in half precision, judged by its kind and shape.
 
-    target: None for a matrix without named axes.
+    Args:
+        model: The model.
+        target: The weight; None for a matrix without named axes.
+
+    Returns:
+        The reason, empty if it can have that form.
     """
     if reason := why_not_linear(model, target):
         return reason
-    return f"sides not in {SIDE}s" if target and any(side % SIDE for side in target.parameter.shape) else ""
+    return f"sides not multiples of {SIDE}" if target and any(side % SIDE for side in target.parameter.shape) else ""

@@ -1,4 +1,4 @@
-"""Running a model without leaving a trace on it: modes, buffers, gradients, random generators."""
+"""Running a model on inputs, and restoring its modes, buffers, gradients and the random generators afterwards."""
 
 from __future__ import annotations
 
@@ -18,24 +18,42 @@ from .tensors import cloned
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Have a module and all within it in evaluation mode for a while."""
-    parts = {part: part.training for part in module.modules()}
+    """Put a module and all its submodules into evaluation mode; their modes are restored at the end of the block.
+
+    Args:
+        module: The module, or a whole model.
+    """
+    modes = {part: part.training for part in module.modules()}
     try:
         module.eval()
         yield
     finally:
-        for part, training in parts.items():
+        for part, training in modes.items():
             part.training = training
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A copy, of models too that hold tensors computed in a forward, as with torch.nn.utils.spectral_norm."""
+    """Copy a model, also one that holds tensors computed in a forward, as `torch.nn.utils.spectral_norm` leaves them.
+
+    `copy.deepcopy` refuses such tensors; the copy holds them without their graph.
+    """
     held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in held if not value.is_leaf})
 
 
 def check_runs(model: nn.Module, example_input: Any) -> Any:
-    """The output for an example. ValueError if there is none."""
+    """Run a model on the example that the user passed.
+
+    Args:
+        model: The model.
+        example_input: The `inputs` of `run`.
+
+    Returns:
+        The output.
+
+    Raises:
+        ValueError: If the model fails on the example.
+    """
     try:
         return run(model, example_input)
     except Exception as error:
@@ -46,7 +64,15 @@ def check_runs(model: nn.Module, example_input: Any) -> Any:
 
 
 def run(model: Callable, inputs: Any) -> Any:
-    """The output for inputs: one, a tuple of positional ones, or a dictionary of named ones."""
+    """Call a model.
+
+    Args:
+        model: The model.
+        inputs: One input, a tuple or list of positional inputs, or a dictionary of named inputs.
+
+    Returns:
+        The output.
+    """
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*(inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
@@ -54,7 +80,11 @@ def run(model: Callable, inputs: Any) -> Any:
 
 @contextmanager
 def untraced(model: nn.Module) -> Iterator[None]:
-    """Leave gradients, buffers and random generators as they were; gradients are absent meanwhile."""
+    """Restore gradients, buffers and random generators at the end of the block; within it the gradients are None.
+
+    Args:
+        model: The model. Its parameters and modes are not restored; see `as_it_was` and `evaluating`.
+    """
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [
         (module, dict(module._buffers), [cloned(buffer) for buffer in module._buffers.values()])
@@ -63,7 +93,7 @@ def untraced(model: nn.Module) -> Iterator[None]:
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=list(devices)):
-        # What autocast has cast of weights is not that of weights that are masked since.
+        # Autocast caches casts of weights; they would be out of date once the weights are masked.
         torch.clear_autocast_cache()
         try:
             model.zero_grad(set_to_none=True)
@@ -85,12 +115,17 @@ def untraced(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def not_drawn_from(batches: Any) -> Iterator[None]:
-    """Leave the random generators of a data loader, torch's or fastai's, as they were."""
+    """Restore the random generators of a data loader at the end of the block.
+
+    Args:
+        batches: A data loader of torch or fastai, or a `Split` of one. Other iterables have no generators.
+    """
     loader: Any = batches.batches if isinstance(batches, Split) else batches
     rng: Any = getattr(loader, "rng", None)
     state = rng.getstate() if isinstance(rng, random.Random) else None
-    generators = [getattr(each, "generator", None) for each in (loader, getattr(loader, "sampler", None))]
-    states = [(each, each.get_state()) for each in generators if isinstance(each, torch.Generator)]
+    holders = loader, getattr(loader, "sampler", None)
+    generators = [getattr(holder, "generator", None) for holder in holders]
+    states = [(generator, generator.get_state()) for generator in generators if isinstance(generator, torch.Generator)]
     try:
         yield
     finally:
@@ -102,7 +137,12 @@ def not_drawn_from(batches: Any) -> Iterator[None]:
 
 
 class Split:
-    """Batches whose first `inputs` parts, or all but the last, are inputs, and whose others, together, the target."""
+    """Batches as (*inputs, targets), where targets is a tuple.
+
+    Args:
+        batches: The batches, each a tuple or list of parts, or a single part.
+        inputs: How many parts of a batch are inputs; the others are targets. None: all but the last.
+    """
 
     def __init__(self, batches: Iterable, inputs: int | None):
         self.batches, self.inputs = batches, inputs
@@ -116,29 +156,33 @@ class Split:
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Leave a model as it was, bit by bit: parameters, buffers, gradients, modes, and also the random generators.
+    """Restore parameters, buffers, gradients, modes and the random generators, bit by bit, at the end of the block.
 
-    Parameters stay the same objects, whatever is done to them meanwhile and however it ends.
+    Parameters stay the same objects, also if the block ends with an error.
+
+    Args:
+        model: The model.
     """
     reshard(model)
     parameters = {each: (each.data, each.detach().clone(), each.requires_grad) for each in model.parameters()}
-    parts = [(part, part.training, dict(part._parameters)) for part in model.modules()]
+    modules = [(module, module.training, dict(module._parameters)) for module in model.modules()]
     with untraced(model):
         try:
             yield
         finally:
             reshard(model)
-            for part, training, named in parts:
-                part.training = training
-                part._parameters.clear()
-                part._parameters.update(named)
+            for module, training, named in modules:
+                module.training = training
+                module._parameters.clear()
+                module._parameters.update(named)
             for parameter, saved in parameters.items():
-                _put_back(parameter, *saved)
+                _restore(parameter, *saved)
 
 
 @torch.no_grad()
-def _put_back(parameter: nn.Parameter, data: Tensor, copy: Tensor, requires_grad: bool) -> None:
-    if (parameter.device, parameter.dtype, parameter.shape) != (data.device, data.dtype, data.shape):  # model.half()
+def _restore(parameter: nn.Parameter, data: Tensor, copy: Tensor, requires_grad: bool) -> None:
+    # model.half() and the like give a parameter other memory.
+    if (parameter.device, parameter.dtype, parameter.shape) != (data.device, data.dtype, data.shape):
         parameter.data = data
     parameter.copy_(copy)
     parameter.requires_grad_(requires_grad)

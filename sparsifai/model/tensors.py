@@ -1,46 +1,56 @@
-"""Tensors in trees of values, and copies and casts of single ones."""
+"""Finding tensors in the outputs of models, and copying and casting single tensors."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 
 def first_tensor(output: Any, whose: str) -> Tensor:
-    """The output of a model or a layer, of several the first; ValueError if that is no tensor."""
+    """Return the output of a model or a layer, or the first one of several.
+
+    Args:
+        output: What the model or layer returned.
+        whose: Its name, for the message.
+
+    Raises:
+        ValueError: If that is not a tensor.
+    """
     while isinstance(output, (tuple, list)) and output:
         output = output[0]
     if not isinstance(output, Tensor):
         raise ValueError(
-            f"{whose} gives {type(output).__name__}, and tensors are compared; wrap it in a module that gives one"
+            f"{whose} returns {type(output).__name__}, but only tensors can be compared; wrap it in a module that "
+            "returns a tensor"
         )
-    return output.as_subclass(Tensor)  # fastai's do not mix
+    # fastai's subclasses of Tensor cannot be combined with each other.
+    return output.as_subclass(Tensor)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """All tensors in containers, and in plain objects, as some models return them."""
+    """List all tensors in nested containers, and in the attributes of plain objects, which some models return."""
     tensors = []
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor):
             tensors.append(leaf)
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)) and not callable(leaf):
+        elif hasattr(leaf, "__dict__") and not callable(leaf):  # modules, classes and functions are callable
             tensors += [held for held in tree_leaves(vars(leaf)) if isinstance(held, Tensor)]
     return tensors
 
 
 def is_float(value: Any) -> bool:
-    """Whether something is a tensor of floats."""
+    """Tell whether a value is a floating-point tensor."""
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def widened(value: Tensor) -> Tensor:
-    """Half precision as float32, which loses nothing."""
+    """Cast a tensor in half precision to float32, which loses nothing; return others unchanged."""
     half = value.is_floating_point() and value.element_size() < 4
     return value.float() if half else value
 
 
 def cloned(value: Any) -> Any:
-    """A copy of a tensor; all else as it is."""
+    """Copy a tensor; return other values unchanged."""
     return value.clone() if isinstance(value, Tensor) else value

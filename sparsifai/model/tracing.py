@@ -1,4 +1,9 @@
-"""Finding the data flow of a model: by torch.fx, or by recording the tensor operations of one forward."""
+"""Finding the data flow of a model, by torch.fx or by recording the tensor operations of one forward.
+
+torch.fx needs no data. If it cannot trace the model, a forward of an example input is recorded. Both see the order of
+computation, never the order in which a class defines its layers. Both run on a shell of the model, which copies its
+modules and buffers and shares its parameters. Hooks that the user has put on the model run.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +19,12 @@ from torch.overrides import TorchFunctionMode
 
 from .flow import Flow, Operation
 from .parallel import is_fully_sharded, kind_of, unwrapped
-from .running import run
+from .running import check_runs
 from .tensors import tensors_in
 
 _ONE_STEP = (nn.MultiheadAttention, nn.RNNBase)
 
-# What keeps channels apart and a channel of zeros zero: classes of torch.nn, names of functions and methods.
+# Operations that keep channels separate and a channel of zeros zero: classes of torch.nn, functions and methods.
 _ZERO_KEEPING = {
     *("ReLU", "ReLU6", "LeakyReLU", "PReLU", "ELU", "SELU", "CELU", "GELU", "SiLU", "Mish", "Hardswish", "Tanh"),
     *("relu", "relu_", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish"),
@@ -32,57 +37,73 @@ _ZERO_KEEPING = {
 
 
 def find_flow(model: nn.Module, example_input: Any = None) -> Flow:
-    """The data flow of `model`. ValueError if it cannot be traced and no `example_input` is given."""
+    """Find the data flow of a model.
+
+    Args:
+        model: The model, which is not changed.
+        example_input: A batch that the model accepts, a tuple for several positional arguments, a dictionary for named
+            ones. It is only used if torch.fx cannot trace the model.
+
+    Returns:
+        The flow.
+
+    Raises:
+        ValueError: If the model cannot be traced and there is no example, or the model fails on it; if the model was
+            sharded by fully_shard or prepared for quantization.
+    """
     if is_fully_sharded(model):
         raise ValueError(
             f"the data flow of {kind_of(model)} cannot be traced after fully_shard, and this granularity needs "
-            "it to know the first and the last layer; make the Sparsifier before fully_shard is called on the model"
+            "it to know the first and the last layer; create the Sparsifier before calling fully_shard on the model"
         )
     if any(type(module).__module__.startswith("torch.ao.nn") for module in model.modules()):
         raise ValueError(
-            f"the data flow of {kind_of(model)}, which is prepared for quantization, is not followed, and this "
-            "granularity needs it; sparsify whole outputs or inputs before the model is prepared"
+            f"the data flow of {kind_of(model)} cannot be traced after the model was prepared for quantization, and "
+            "this granularity needs it to know the first and the last layer; sparsify the model before preparing it"
         )
     try:
-        return _traced(model)
-    except Exception as error:  # fx raises whatever the model's own code makes of a proxy
+        return traced_flow(model)
+    except Exception as error:  # the code of the model can raise anything when it is given fx's proxies
         if example_input is None:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"the data flow of {type(model).__name__} cannot be traced ({reason}), and this granularity needs it "
                 "to know the first and the last layer; pass example_input=, a batch that the model accepts"
             ) from error
-    return _recorded(model, example_input)
+    return recorded_flow(model, example_input)
 
 
 def _shell(model: nn.Module) -> nn.Module:
-    """A copy of the modules of a model around the same parameters, in evaluation mode, without torch's wrappers."""
-    # Activations that a model has kept cannot be copied; like the parameters, they are shared.
+    """A copy of the modules and buffers of a model with the same parameters, in evaluation mode, unwrapped."""
+    # Activations that a forward has stored on a module cannot be copied; they are shared like the parameters.
     kept = [tensor for module in model.modules() for tensor in tensors_in(vars(module)) if not tensor.is_leaf]
     shell = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *kept)}).eval()
     for part in list(shell.modules()):
         for name, child in part.named_children():
-            setattr(part, name, unwrapped(child))  # neither way can look into a compiled one
+            setattr(part, name, unwrapped(child))  # neither tracing nor recording sees into compiled modules
     return shell
 
 
 def _names(model: nn.Module) -> dict[int, str]:
-    """Names of the parameters of a model by their ids; those of its shell may lack the names of wrappers."""
+    """id -> name of each parameter of a model; the names in its shell lack those of wrappers."""
     return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
 def _add_operation(flow: Flow, step: Operation) -> int:
-    """Add a step; attention, which is called as one, as two: its projections out read what its projections in make."""
-    out = {name for name in step.parameters if name.rpartition(".")[0].endswith("out_proj")}
-    if out and out != step.parameters:
-        flow.steps.append(dataclasses.replace(step, parameters=step.parameters - out))
-        step = Operation([len(flow.steps) - 1], out)
+    """Add an operation to a flow and return its index.
+
+    Attention is one call but two operations: its output projection reads the results of its input projections.
+    """
+    out_projection = {name for name in step.parameters if name.rpartition(".")[0].endswith("out_proj")}
+    if out_projection and out_projection != step.parameters:
+        flow.steps.append(dataclasses.replace(step, parameters=step.parameters - out_projection))
+        step = Operation([len(flow.steps) - 1], out_projection)
     flow.steps.append(step)
     return len(flow.steps) - 1
 
 
 class _Tracer(torch.fx.Tracer):
-    """Looks into every module that has others in it, so that a step is never more than a layer."""
+    """Traces into every module that has submodules, so that an operation is never more than one layer."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         if isinstance(module, _ONE_STEP):
@@ -90,13 +111,20 @@ class _Tracer(torch.fx.Tracer):
         return super().is_leaf_module(module, name) and not any(module.children())
 
 
-def _traced(model: nn.Module) -> Flow:
-    """Flow from torch.fx: a leaf module is one step, which uses all its parameters."""
+def traced_flow(model: nn.Module) -> Flow:
+    """Find the flow by torch.fx; a module without submodules is one operation, which uses all its parameters.
+
+    Args:
+        model: The model.
+
+    Raises:
+        Exception: Anything that the code of the model or torch.fx raises, if it cannot be traced.
+    """
     shell, names = _shell(model), _names(model)
     flow = Flow([], set(), set())
     index: dict[torch.fx.Node, int] = {}
-    carried: dict[torch.fx.Node, set[str]] = {}  # nodes that hold a parameter or a view of it, and nothing else
-    sizes: set[torch.fx.Node] = set()  # of tensors: whoever reads x.shape does not read x
+    carried: dict[torch.fx.Node, set[str]] = {}  # nodes that hold only parameters or views of them
+    sizes: set[torch.fx.Node] = set()  # shapes and the like: an operation that reads x.shape does not read x
     for node in _Tracer().trace(shell).nodes:
         if _is_size(node) or (node.all_input_nodes and sizes.issuperset(node.all_input_nodes)):
             sizes.add(node)
@@ -119,7 +147,7 @@ def _traced(model: nn.Module) -> Flow:
             step = Operation(reads, parameters, _keeps_zeros(kind), _order_of_axes(kind, node.args))
             index[node] = _add_operation(flow, step)
             if _writes_in_place(kind) and node.args[0] in index:
-                index[node.args[0]] = index[node]  # whoever reads it later reads what was written
+                index[node.args[0]] = index[node]  # later operations read what was written
             if node.op == "placeholder":
                 flow.sources.add(index[node])
     return flow
@@ -152,25 +180,26 @@ def _order_of_axes(kind: Any, arguments: Sequence[Any]) -> tuple[int, ...] | Non
 
 
 class _Recorder(TorchFunctionMode):
-    """Records every torch function that is called, by the tensors that it reads and makes."""
+    """Records every torch function that is called, with the tensors that it reads and returns."""
 
     def __init__(self, names: Mapping[int, str]):
         self.flow = Flow([], set(), set())
         self.made_by: dict[int, int] = {}
         self.carried = {identity: {name} for identity, name in names.items()}
-        self.alive: list[Any] = []  # an id is good only while its tensor lives
+        self.alive: list[Any] = []  # keeps the tensors, so that their ids are not used again
 
     def record(self, made: Any, step: Operation) -> int:
+        """Add an operation and note which tensors it returned."""
         index = _add_operation(self.flow, step)
         for tensor in tensors_in(made):
             self.made_by[id(tensor)] = index
-            # Some wrappers make a tensor unseen around the same memory.
+            # Some wrappers create another tensor around the same memory without a torch function.
             self.made_by[-tensor.untyped_storage().data_ptr()] = index
         self.alive.append(made)
         return index
 
     def steps_of(self, tree: Any) -> list[int]:
-        """The steps that made the tensors of a tree."""
+        """Indices of the operations that returned the tensors of a tree."""
         steps = []
         for tensor in tensors_in(tree):
             if id(tensor) not in self.carried:
@@ -191,18 +220,20 @@ class _Recorder(TorchFunctionMode):
         return made
 
 
-def _recorded(model: nn.Module, example_input: Any) -> Flow:
-    """Flow from one forward in evaluation mode; the global random state is left as it was."""
+def recorded_flow(model: nn.Module, example_input: Any) -> Flow:
+    """Find the flow by recording one forward in evaluation mode; the random generators of torch are restored.
+
+    Args:
+        model: The model.
+        example_input: A batch that the model accepts, a tuple for several positional arguments, a dictionary for named
+            ones. A list is one argument, as detection models take it.
+
+    Raises:
+        ValueError: If the model fails on the example.
+    """
     shell, recorder = _shell(model), _Recorder(_names(model))
     recorder.flow.sources.add(recorder.record(example_input, Operation([], set())))
-    try:
-        with torch.random.fork_rng(), torch.no_grad(), recorder:
-            # A list is one input here, as detection models take it.
-            output = run(shell, (example_input,) if isinstance(example_input, list) else example_input)
-    except Exception as error:
-        raise ValueError(
-            f"example_input does not run through {type(model).__name__} ({error}); pass a batch that the model "
-            "accepts, a tuple for several positional arguments, a dictionary for keywords"
-        ) from error
+    with torch.random.fork_rng(), torch.no_grad(), recorder:
+        output = check_runs(shell, (example_input,) if isinstance(example_input, list) else example_input)
     recorder.flow.results.update(recorder.steps_of(output))
     return recorder.flow

@@ -1,4 +1,4 @@
-"""Counting zeros: measured in the weights as they are, never what a schedule says."""
+"""Counting zeros in weights. Reports use these counts, never the sparsity that a schedule asked for."""
 
 from __future__ import annotations
 
@@ -13,28 +13,37 @@ from .parallel import whole
 
 @dataclass(frozen=True)
 class Count:
-    """Zeros of some weights. sparsity: zeros / weights."""
+    """The number of zeros among some weights.
+
+    Args:
+        weights: Number of weights.
+        zeros: How many of them are zero.
+
+    Example:
+        >>> Count.of(torch.tensor([0.0, 1.0, 0.0, 2.0])).sparsity
+        0.5
+    """
 
     weights: int
     zeros: int
 
     @property
     def sparsity(self) -> float:
-        """Zeros over weights, 0 if there are none."""
+        """zeros / weights, from 0 to 1; 0 if there are no weights."""
         return self.zeros / self.weights if self.weights else 0.0
 
     @property
     def density(self) -> float:
-        """1 - sparsity."""
+        """The remaining fraction, 1 - sparsity."""
         return 1 - self.sparsity
 
     @classmethod
     def of(cls, *tensors: Tensor) -> Count:
-        """Count the zeros of tensors."""
+        """Count the zeros of tensors; sharded ones are gathered, so every process of the mesh must call this."""
         weights = sum(tensor.numel() for tensor in tensors)
         return cls(weights, weights - sum(int(torch.count_nonzero(whole(tensor.detach()))) for tensor in tensors))
 
 
 def figures(count: Count) -> tuple[str, str, str]:
-    """Cells of a table: weights, zeros and sparsity."""
+    """Return the cells of a table for a count: weights, zeros and sparsity in percent."""
     return f"{count.weights:,}", f"{count.zeros:,}", percent(count.sparsity)

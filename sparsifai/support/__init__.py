@@ -1,1 +1,1 @@
-"""What everything else uses and that knows nothing of models: the registry, tables, checks of arguments."""
+"""Helpers that know nothing of models: registries of functions, tables, checks of arguments."""

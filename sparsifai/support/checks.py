@@ -1,4 +1,4 @@
-"""What users give, checked: clear errors before anything is changed."""
+"""Checks of arguments: each returns the checked value, or raises an error that says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,28 @@ from torch import Tensor, nn
 
 
 def check_fraction(value: Any, name: str = "sparsity", instead: str = "") -> float:
-    """A fraction from 0 to 1. TypeError and ValueError for anything else.
+    """Check a fraction from 0 to 1.
 
-    name: of what it is, for the message. instead: what else it may be.
+    Args:
+        value: What the user passed: a number, or an array or tensor with one number and no axes.
+        name: Name of the argument, for the message.
+        instead: What else the argument may be, for the message, such as ', or a dictionary'.
+
+    Returns:
+        The fraction as a float.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is not from 0 to 1. For a number from 1 to 100 the message suggests the fraction.
+
+    Example:
+        >>> check_fraction(50)
+        Traceback (most recent call last):
+        ValueError: sparsity 50 is a percentage, not a fraction; pass 0.5 for 50 %
     """
-    if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0:
-        value = value.item()
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
-        raise TypeError(f"{name} is a number from 0 to 1{instead}, not {value!r}")
+    value = _without_axes(value)
+    if not _is_number(value):
+        raise TypeError(f"{name} must be a number from 0 to 1{instead}, not {value!r}")
     value = float(value)
     if 1 < value <= 100:
         raise ValueError(f"{name} {value:g} is a percentage, not a fraction; pass {value / 100:g} for {value:g} %")
@@ -28,39 +42,92 @@ def check_fraction(value: Any, name: str = "sparsity", instead: str = "") -> flo
 
 
 def check_is_module(caller: str, name: str, model: nn.Module) -> None:
-    """TypeError for what is no module."""
+    """Check that an argument is a `torch.nn.Module`.
+
+    Args:
+        caller: Name of the function that was called, for the message.
+        name: Name of the argument.
+        model: What the user passed.
+
+    Raises:
+        TypeError: If it is not a module.
+    """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: {name} is a torch.nn.Module, not {type(model).__name__}; of a Learner, learn.model")
+        raise TypeError(
+            f"{caller}: {name} must be a torch.nn.Module, not {type(model).__name__}; for a Learner, pass learn.model"
+        )
 
 
 def check_number(name: str, value: Any, low: float = 0.0, high: float = inf) -> float:
-    """A finite number from `low` to `high`."""
-    if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0:
-        value = value.item()
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real) or not low <= float(value) <= high:
-        upto = "on" if high == inf else f"to {high:g}"
-        raise ValueError(f"{name} is a number from {low:g} {upto}, not {value!r}")
+    """Check a finite number.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the user passed: a number, or an array or tensor with one number and no axes.
+        low: The smallest number that is allowed.
+        high: The largest number that is allowed.
+
+    Returns:
+        The number as a float.
+
+    Raises:
+        ValueError: If it is not a finite number from `low` to `high`.
+    """
+    value = _without_axes(value)
+    if not _is_number(value) or not low <= float(value) <= high:
+        allowed = f"of at least {low:g}" if high == inf else f"from {low:g} to {high:g}"
+        raise ValueError(f"{name} must be a number {allowed}, not {value!r}")
     if float(value) == inf:
-        raise ValueError(f"{name} is a finite number, not {value!r}")
+        raise ValueError(f"{name} must be a finite number, not {value!r}")
     return float(value)
 
 
 def check_seed(seed: Any) -> int:
-    """A whole number."""
+    """Check a seed, which is a whole number.
+
+    Raises:
+        TypeError: If it is not an int.
+    """
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed is a whole number, not {seed!r}")
+        raise TypeError(f"seed must be a whole number, not {seed!r}")
     return seed
 
 
 def check_count(name: str, value: Any) -> int:
-    """A whole number from 1 on."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is a whole number from 1 on, not {value!r}")
+    """Check a whole number of at least 1.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the user passed.
+
+    Raises:
+        ValueError: If it is not an int of at least 1.
+    """
+    if not _is_count(value):
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
     return value
 
 
 def check_round_to(round_to: Any) -> int | None:
-    """A whole number from 1 on, or None."""
-    if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
-        raise ValueError(f"round_to is a whole number of groups from 1 on, not {round_to!r}")
+    """Check `round_to`: None, or the whole number of groups of which the kept groups are to be a multiple.
+
+    Raises:
+        ValueError: If it is neither None nor an int of at least 1.
+    """
+    if round_to is not None and not _is_count(round_to):
+        raise ValueError(f"round_to must be a whole number of groups, at least 1, not {round_to!r}")
     return round_to
+
+
+def _without_axes(value: Any) -> Any:
+    """The Python number in an array or tensor without axes; other values unchanged."""
+    return value.item() if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0 else value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a real number; True and False are none here."""
+    return isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

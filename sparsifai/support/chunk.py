@@ -1,6 +1,6 @@
-"""How much is looked at in one go."""
+"""The size of the chunks in which long tensors are processed."""
 
 from __future__ import annotations
 
-# Weights or groups in a part: what is computed of so many stays in the cache.
+# Number of weights or groups in a chunk, few enough for what is computed of them to stay in the cache of a CPU.
 CHUNK = 131072

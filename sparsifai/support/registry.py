@@ -1,4 +1,4 @@
-"""A mapping from names to functions: the form that each of the four axes takes."""
+"""The registry of functions by name, of which each of the four axes has one."""
 
 from __future__ import annotations
 
@@ -9,16 +9,36 @@ from typing import Any
 
 
 def close_matches(name: str, known: Iterable[str]) -> str:
-    """End of an error message: the known names most like `name`, or all of them if none is."""
+    """Write the end of an error message on an unknown name: the most similar names, or else all of them.
+
+    Args:
+        name: The name that the user gave.
+        known: The names that exist.
+
+    Example:
+        >>> close_matches('wieght', ['weight', 'filter'])
+        "did you mean 'weight'?"
+        >>> close_matches('x', ['weight', 'filter'])
+        "choose from 'filter', 'weight'"
+    """
     known = sorted(known)
     likely = get_close_matches(name, known, n=3, cutoff=0.5)
     if likely:
         return f"did you mean {' or '.join(repr(match) for match in likely)}?"
-    return f"known are {', '.join(repr(match) for match in known)}"
+    return f"choose from {', '.join(repr(match) for match in known)}"
 
 
 def name_of(function: Any) -> str:
-    """How a message calls a function: its name, that of a partial with its options, or what it prints as."""
+    """Return the name of a function for messages and tables.
+
+    Args:
+        function: A function, a `functools.partial`, which is shown with its options, or an object without a name, which
+            is shown by its repr.
+
+    Example:
+        >>> name_of(partial(int, base=2))
+        'int(base=2)'
+    """
     if isinstance(function, partial):
         options = ", ".join(f"{name}={value!r}" for name, value in function.keywords.items())
         return f"{name_of(function.func)}({options})"
@@ -26,18 +46,23 @@ def name_of(function: Any) -> str:
 
 
 class Registry(Mapping[str, Callable]):
-    """The functions of one axis by name; `resolve` turns what a user gives into one of them.
+    """The functions of one axis by name. `resolve` turns the argument of a user into one of them.
 
-    check: raises on a function that the axis cannot use; called on registration and on resolving.
-    parse: turns other values (a tuple, '2:4') into a function, or returns None.
+    Args:
+        kind: What the functions are, for messages, such as 'criterion'.
+        check: A function that raises an error if the axis cannot use the function that it is given. It is called when a
+            function is registered, and when one is resolved that is not registered.
+        parse: A function that turns other values, such as a tuple or '2:4', into a function. It returns None for values
+            that it does not know.
 
-    >>> colours = Registry('colour')
-    >>> @colours.register
-    ... def red(): return 'ff0000'
-    >>> colours.resolve('red') is colours.resolve(red) is red
-    True
-    >>> list(colours)
-    ['red']
+    Example:
+        >>> colours = Registry('colour')
+        >>> @colours.register
+        ... def red(): return 'ff0000'
+        >>> colours.resolve('red') is colours.resolve(red) is red
+        True
+        >>> list(colours)
+        ['red']
     """
 
     def __init__(
@@ -51,9 +76,19 @@ class Registry(Mapping[str, Callable]):
         self._functions: dict[str, Callable] = {}
 
     def register(self, function: Callable | None = None, *, name: str | None = None, replace: bool = False) -> Callable:
-        """Add a function under its own name or `name`; a decorator with or without arguments.
+        """Add a function; also a decorator, with or without arguments.
 
-        ValueError if the name is taken, unless `replace` is true.
+        Args:
+            function: The function to add.
+            name: Its name in the registry; by default its own.
+            replace: Whether it may replace a function of the same name. Default False.
+
+        Returns:
+            The function itself, or a decorator if no function was given.
+
+        Raises:
+            TypeError: If it is not a function.
+            ValueError: If the name is already registered and `replace` is false, or the function has no name.
         """
         if function is None:
             return lambda later: self.register(later, name=name, replace=replace)
@@ -64,7 +99,7 @@ class Registry(Mapping[str, Callable]):
             raise ValueError(f"{self.kind} registry: {function!r} has no name of its own; pass name=")
         if name in self._functions and not replace:
             raise ValueError(
-                f"{self.kind} {name!r} is registered already; choose another name, or pass replace=True to replace it"
+                f"{self.kind} {name!r} is already registered; choose another name, or pass replace=True to replace it"
             )
         if self._check:
             self._check(function)
@@ -72,7 +107,18 @@ class Registry(Mapping[str, Callable]):
         return function
 
     def resolve(self, value: Any) -> Callable:
-        """The function that `value` means: a registered name, a function, or what `parse` understands."""
+        """Find the function that the user means.
+
+        Args:
+            value: A registered name, a function, or another value that the axis knows, such as a tuple of axis names.
+
+        Returns:
+            The function.
+
+        Raises:
+            ValueError: If no function has that name.
+            TypeError: If it is neither a name nor a function.
+        """
         if isinstance(value, str) and value in self._functions:
             return self._functions[value]
         parsed = self._parse(value) if self._parse else None
@@ -81,7 +127,7 @@ class Registry(Mapping[str, Callable]):
         if isinstance(value, str):
             raise ValueError(f"unknown {self.kind} {value!r}; {close_matches(value, self)}")
         if not callable(value):
-            raise TypeError(f"a {self.kind} is a registered name or a function, not {value!r}")
+            raise TypeError(f"a {self.kind} must be a registered name or a function, not {value!r}")
         if self._check:
             self._check(value)
         return value

@@ -1,3 +1,3 @@
-"""The version of this library, here so that files can name it without importing the whole."""
+"""The version of this library, in a module of its own so that files can name it without importing everything."""
 
 __version__ = "0.1.0"

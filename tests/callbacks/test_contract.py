@@ -466,7 +466,7 @@ def test_an_average_of_the_model_can_be_kept_sparse(make_learner):
     averaged = AveragedModel(small_net())
     callback.sparsifier.apply_masks(averaged)
     assert counted(averaged.module) == share(0.8, learn.model)
-    with pytest.raises(ValueError, match="Linear is no copy of the model that was masked"):
+    with pytest.raises(ValueError, match="Linear is not a copy of the masked model"):
         callback.sparsifier.apply_masks(nn.Linear(2, 2))
 
 

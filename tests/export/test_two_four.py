@@ -71,18 +71,18 @@ def test_layers_and_why_not():
         "fits.weight": "",
         "bf16.weight": "",
         "single.weight": "float32: half precision is needed",
-        "sides.weight": "sides not in 16s",
-        "few.weight": "sides not in 16s",
-        "conv.weight": "not of a Linear",
-        "own.weight": "not of a Linear",
-        "attention.in_proj_weight": "not of a Linear",
-        "attention.out_proj.weight": "not of a Linear",
+        "sides.weight": "sides not multiples of 16",
+        "few.weight": "sides not multiples of 16",
+        "conv.weight": "not a Linear weight",
+        "own.weight": "not a Linear weight",
+        "attention.in_proj_weight": "not a Linear weight",
+        "attention.out_proj.weight": "not a Linear weight",
         "normed.parametrizations.weight.original0": "computed in each forward",
-        "block.linear1.weight": "read by TransformerEncoderLayer itself",
-        "block.linear2.weight": "read by TransformerEncoderLayer itself",
-        "table.weight": "not of a Linear",
+        "block.linear1.weight": "used directly by TransformerEncoderLayer",
+        "block.linear2.weight": "used directly by TransformerEncoderLayer",
+        "table.weight": "not a Linear weight",
         "tied.weight": "tied",
-        "own_matrix.matrix": "not of a Linear",
+        "own_matrix.matrix": "not a Linear weight",
     }
     assert {name for name, layer in found.items() if layer.is_two_four} == set(own)
     assert (found["bf16.weight"].kind, found["bf16.weight"].shape) == ("Linear", (16, 16))
@@ -117,7 +117,7 @@ def test_the_table():
     lines = [line.split() for line in str(table).splitlines()]
     assert lines[0] == ["layer", "kind", "shape", "dtype", "2:4", "form"]
     assert lines[2] == ["0.weight", "Linear", "64x32", "float16", "yes"]
-    assert lines[4] == ["4.weight", "Linear", "10x48", "float16", "no:", "sides", "not", "in", "16s"]
+    assert lines[4] == ["4.weight", "Linear", "10x48", "float16", "no:", "sides", "not", "multiples", "of", "16"]
     assert lines[-1] == ["convertible", "2", "of", "3", "layers"]
     assert repr(table) == str(table)
     assert table._repr_html_().count("<tr>") == 5
@@ -128,7 +128,7 @@ def test_a_plan_gives_the_same_reasons():
     model[2].weight = model[1].weight
     plan = plan_of(Sparsifier(model, context="2:4"), 0.5, "agp", 1, 1)
     planned = {layer.name: layer.why_not_two_four for layer in plan.layers}
-    assert planned == {"0.weight": "", "1.weight": "tied", "3.weight": "sides not in 16s"}
+    assert planned == {"0.weight": "", "1.weight": "tied", "3.weight": "sides not multiples of 16"}
     assert reasons(two_four(model)) == planned
 
 

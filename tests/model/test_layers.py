@@ -1,5 +1,4 @@
 import copy
-import re
 
 import pytest
 import torch
@@ -8,7 +7,6 @@ from torch import nn
 
 from sparsifai import Sparsifier, register_layer
 from sparsifai.model.layers import find_weights
-from sparsifai.model.patterns import as_patterns
 
 
 def test_axes_of_every_kind():
@@ -79,33 +77,6 @@ def test_an_unregistered_kind_is_an_error_that_names_the_remedy():
         Sparsifier(nn.Sequential(make_conv1d()(4, 6)))
 
 
-def test_register_layer_refuses_nonsense():
-    conv1d = make_conv1d()
-    with pytest.raises(TypeError, match="is not a module class"):
-        register_layer("Conv1D", weight=("in", "out"))
-    with pytest.raises(ValueError, match="give a tuple of different axis names"):
-        register_layer(conv1d, weight=("in", "in"))
-    with pytest.raises(ValueError, match="give a tuple of different axis names"):
-        register_layer(conv1d, weight="in")
-    register_layer(conv1d, weight=("in", "out", "h"))
-    with pytest.raises(ValueError, match=r"registered with the axes .* but has the shape \(4, 6\)"):
-        find_weights(conv1d(4, 6))
-
-
-def test_lazy_layers_are_refused_until_they_have_a_shape():
-    with pytest.raises(ValueError, match="is lazy and has no shape yet; run one batch through the model first"):
-        Sparsifier(nn.Sequential(nn.LazyLinear(3)))
-
-
-def test_by_default_frozen_layers_and_embeddings_stay_dense():
-    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4))
-    model[1].requires_grad_(False)
-    sparsifier = Sparsifier(model)
-    assert list(sparsifier.masks) == ["2.weight"]
-    assert dense_of(sparsifier) == {"0.weight": "embedding", "1.weight": "frozen"}
-    assert list(Sparsifier(model, layers=["0", nn.Linear]).masks) == ["0.weight", "1.weight", "2.weight"]
-
-
 def test_tied_weights_are_counted_once_and_masked_in_both_places():
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False))
     model[2].weight = model[0].weight
@@ -126,96 +97,6 @@ def test_an_embedding_tied_with_a_decoder_is_an_embedding():
     assert (model["encoder"].weight == 0).sum() == 20
 
 
-def body_and_head():
-    return nn.ModuleDict({
-        "body": nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1))),
-        "head": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)),
-    })  # fmt: skip
-
-
-EVERYTHING = ["body.0.weight", "body.1.0.weight", "body.1.1.weight", "head.0.weight", "head.1.weight"]
-
-
-@pytest.mark.parametrize(
-    ("layers", "expected"),
-    [
-        (nn.Conv2d, EVERYTHING[:3]),
-        ([nn.Linear, "body.0"], [EVERYTHING[0], *EVERYTHING[3:]]),
-        ("head", EVERYTHING[3:]),
-        ("body.1", EVERYTHING[1:3]),
-        ("body.*.0", [EVERYTHING[1]]),
-        ("*.0", [EVERYTHING[0], EVERYTHING[1], EVERYTHING[3]]),
-        ("head.1.weight", EVERYTHING[4:]),
-        (lambda name, module: getattr(module, "kernel_size", 0) == (1, 1), [EVERYTHING[2]]),
-        (lambda name, module: name.endswith("1"), [EVERYTHING[2], EVERYTHING[4]]),
-    ],
-)
-def test_layers_and_exclude_take_the_same_patterns(layers, expected):
-    model = body_and_head()
-    assert list(Sparsifier(model, layers=layers).masks) == expected
-    assert list(Sparsifier(model, exclude=layers).masks) == [name for name in EVERYTHING if name not in expected]
-
-
-def test_a_module_itself_is_a_pattern():
-    model = body_and_head()
-    assert list(Sparsifier(model, layers=model["body"]).masks) == EVERYTHING[:3]
-    assert list(Sparsifier(model, exclude=[model["body"][1], model["head"][0]]).masks) == [EVERYTHING[0], EVERYTHING[4]]
-
-
-def test_exclude_wins_over_layers():
-    assert list(Sparsifier(body_and_head(), layers=nn.Conv2d, exclude="body.1").masks) == EVERYTHING[:1]
-
-
-@pytest.mark.parametrize("argument", ["layers", "exclude"])
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("heed.*", "no layer with a weight to sparsify matches 'heed.*'; did you mean 'head"),
-        (nn.Conv3d, "no layer with a weight to sparsify matches Conv3d"),
-        (lambda name, module: False, "no layer with a weight to sparsify matches <lambda>"),
-    ],
-)
-def test_a_pattern_that_matches_nothing_is_an_error(argument, pattern, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Sparsifier(body_and_head(), **{argument: pattern})
-
-
-def test_what_is_no_pattern_is_an_error():
-    with pytest.raises(TypeError, match="3 selects no layers: give a module class, a module, a name or glob"):
-        Sparsifier(body_and_head(), layers=3)
-
-
-def test_output_layer_stays_dense_where_whole_outputs_go_and_input_layer_where_whole_inputs_go(net):
-    reason = {"12.weight": "yields the model's output"}
-    assert dense_of(Sparsifier(net, "filter")) == reason
-    assert dense_of(Sparsifier(net, "channel")) == {"0.weight": "reads the model's input"}
-    assert dense_of(Sparsifier(net, "layer")) == {"0.weight": "reads the model's input", **reason}
-    assert dense_of(Sparsifier(net, "kernel")) == {}
-    assert dense_of(Sparsifier(net, "row")) == reason  # of a matrix, a row is an output
-
-
-def test_naming_a_layer_exactly_lifts_the_rule(net):
-    assert list(Sparsifier(net, "filter", layers=["12", "0.weight"]).masks) == ["0.weight", "12.weight"]
-    assert list(Sparsifier(net, "filter", layers=[nn.Linear]).masks) == ["10.weight"]
-
-
-def test_a_granularity_that_some_layers_cannot_have_leaves_them_dense_and_says_why(net):
-    dense = dense_of(Sparsifier(net, "shared_channel"))
-    assert dense == {
-        "10.weight": "shared_channel needs axis 'h', but the layer has only (out, in)",
-        "12.weight": "shared_channel needs axis 'h', but the layer has only (out, in)",
-    }
-
-
-def test_a_granularity_that_no_layer_can_have_is_an_error(mlp):
-    with pytest.raises(
-        ValueError, match="no layer of Sequential is left to sparsify; 0.weight: shared_channel needs axis"
-    ):
-        Sparsifier(mlp, "shared_channel")
-    with pytest.raises(ValueError, match="weight: yields the model's output"):
-        Sparsifier(nn.Linear(4, 2), "filter")
-
-
 def test_a_parameter_is_looked_up_anew_so_that_assigned_ones_are_masked(mlp):
     sparsifier = Sparsifier(mlp)
     sparsifier.sparsify(0.5)
@@ -224,69 +105,3 @@ def test_a_parameter_is_looked_up_anew_so_that_assigned_ones_are_masked(mlp):
     mlp.load_state_dict(fresh, assign=True)
     sparsifier.apply_masks()
     assert torch.equal(mlp[0].weight != 0, sparsifier.masks["0.weight"])
-
-
-def test_a_module_of_several_names_is_meant_by_any_of_them():
-    model = body_and_head()
-    model["box"] = nn.Sequential(model["head"])
-    assert list(Sparsifier(model, layers="box").masks) == EVERYTHING[3:]
-    assert list(Sparsifier(model, layers=model["box"]).masks) == EVERYTHING[3:]
-    assert list(Sparsifier(model).masks) == EVERYTHING
-
-
-def test_a_module_itself_names_a_layer_exactly(net):
-    assert list(Sparsifier(net, "filter", layers=net[12]).masks) == ["12.weight"]
-
-
-def test_a_layer_of_one_group_stays_dense_and_says_so():
-    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1), nn.Linear(1, 3))
-    assert dense_of(Sparsifier(model, "filter")) == {
-        "1.weight": "has 1 group, of which 1 must be kept",
-        "2.weight": "yields the model's output",
-    }
-
-
-def test_a_dictionary_is_no_list_of_patterns(mlp):
-    with pytest.raises(TypeError, match="a dictionary of sparsities is the first argument"):
-        Sparsifier(mlp, layers={"0": 1})
-
-
-@pytest.mark.parametrize("key", [3, ("a", "b")])
-def test_keys_of_a_dictionary_are_checked_before_the_model_is_known(key):
-    pytest.importorskip("fastai", reason="the callback needs fastai")
-    from sparsifai import SparsifyCallback
-
-    with pytest.raises(TypeError, match="selects no layers"):
-        SparsifyCallback({key: 0.5})
-
-
-@pytest.mark.parametrize(
-    ("pattern", "names"),
-    [
-        ("re:.*weight", EVERYTHING),
-        ("re:head", EVERYTHING[3:]),
-        (r"re:body\..*", EVERYTHING[:3]),
-        ("re:(body|head).*", EVERYTHING),
-    ],
-)
-def test_a_regular_expression_means_the_names_that_it_fits_as_a_whole(pattern, names):
-    assert list(Sparsifier(body_and_head(), layers=pattern).masks) == names
-
-
-def test_a_regular_expression_that_fits_a_part_of_a_name_means_nothing():
-    with pytest.raises(ValueError, match="no layer with a weight to sparsify matches 're:bod'; did you mean 'body'"):
-        Sparsifier(body_and_head(), layers="re:bod")
-
-
-@pytest.mark.parametrize("argument", [{"layers": "re:(head"}, {"exclude": ["head", "re:*"]}])
-def test_no_regular_expression_is_an_error(argument):
-    with pytest.raises(ValueError, match=r"'re:.*' is no regular expression: .*; after 're:' comes one of Python's"):
-        Sparsifier(body_and_head(), **argument)
-    with pytest.raises(ValueError, match="is no regular expression"):  # before the model is known
-        as_patterns(["head", "re:("])
-
-
-def test_fractions_by_regular_expression():
-    sparsifier = Sparsifier(body_and_head())
-    sparsifier.sparsify({"re:body.*": 0.5, "re:head.*": 0.25})
-    assert sparsifier.masks[EVERYTHING[-1]].float().mean() == pytest.approx(0.75, abs=0.05)

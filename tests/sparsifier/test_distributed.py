@@ -209,7 +209,7 @@ def test_scores_that_differ_by_process_are_those_of_the_first_on_every_mesh(shar
 def test_whole_outputs_of_a_sharded_model_are_refused(sharded, sizes):
     for seen in sharded:
         for key in ("filters", "filters with an example"):
-            assert "make the Sparsifier before fully_shard" in seen["meshes"][sizes][key]
+            assert "create the Sparsifier before calling fully_shard" in seen["meshes"][sizes][key]
 
 
 @shards_on_the_cpu

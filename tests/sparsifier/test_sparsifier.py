@@ -232,7 +232,7 @@ def test_round_to_keeps_multiples_in_every_layer(level, context, net):
 
 @pytest.mark.parametrize("round_to", [0, -2, 1.5, True])
 def test_round_to_is_a_whole_number(mlp, round_to):
-    with pytest.raises(ValueError, match="round_to is a whole number of groups from 1 on"):
+    with pytest.raises(ValueError, match="round_to must be a whole number of groups, at least 1"):
         Sparsifier(mlp, round_to=round_to)
 
 
@@ -495,7 +495,7 @@ def test_compression_ratio_is_another_name_of_sparsity(mlp):
         ({"granularity": "filters"}, "unknown granularity 'filters'; did you mean 'filter'"),
         ({"context": "globl"}, "unknown context 'globl'; did you mean 'global'"),
         ({"criteria": "larg_final"}, "unknown criterion 'larg_final'; did you mean 'large_final'"),
-        ({"pool": "average"}, "unknown pooling 'average'; known are 'l2', 'max', 'mean', 'squared_sum', 'sum'"),
+        ({"pool": "average"}, "unknown pooling 'average'; choose from 'l2', 'max', 'mean', 'squared_sum', 'sum'"),
     ],
 )
 def test_unknown_names_are_answered_with_close_matches(mlp, axes, message):
@@ -538,7 +538,7 @@ def test_the_seed_decides_what_random_takes():
 
 @pytest.mark.parametrize("seed", ["a", 1.5, True, None])
 def test_a_seed_is_a_whole_number(mlp, seed):
-    with pytest.raises(TypeError, match="seed is a whole number"):
+    with pytest.raises(TypeError, match="seed must be a whole number"):
         Sparsifier(mlp, seed=seed)
 
 

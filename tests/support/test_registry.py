@@ -1,4 +1,3 @@
-import re
 from functools import partial
 
 import pytest
@@ -39,16 +38,7 @@ def test_a_decorated_function_stays_itself(colours):
     assert colours.register(green) is green
 
 
-def test_unknown_names_are_answered_with_close_matches(colours):
-    with pytest.raises(ValueError, match=re.escape("unknown colour 'rad'; did you mean 'red'?")):
-        colours.resolve("rad")
-    with pytest.raises(ValueError, match=re.escape("unknown colour 'xyz'; known are 'red', 'sky blue'")):
-        colours.resolve("xyz")
-    with pytest.raises(KeyError, match="did you mean 'red'"):
-        colours["rad"]
-
-
-def test_what_a_message_calls_a_function():
+def test_the_name_of_a_function_in_messages():
     assert name_of(int) == "int"
     assert name_of(partial(int, base=2)) == "int(base=2)"
 
@@ -57,20 +47,11 @@ def test_duplicates_are_refused_unless_replaced(colours):
     def red():
         return "cc0000"
 
-    with pytest.raises(ValueError, match="colour 'red' is registered already; choose another name, or pass replace"):
+    with pytest.raises(ValueError, match="already registered"):
         colours.register(red)
     assert colours["red"]() == "ff0000"
     colours.register(red, replace=True)
     assert colours["red"]() == "cc0000"
-
-
-def test_what_has_no_name_or_is_no_function_is_refused(colours):
-    with pytest.raises(ValueError, match="has no name of its own; pass name="):
-        colours.register(lambda: 1)
-    with pytest.raises(TypeError, match="'blue' is not a function"):
-        colours.register("blue")
-    with pytest.raises(TypeError, match="a colour is a registered name or a function, not 3"):
-        colours.resolve(3)
 
 
 def test_check_and_parse():

@@ -124,7 +124,7 @@ DISTILL = [
     ("features as number", distill(features=3), TypeError, [FEATURES + "3"]),
     (
         "unknown layer of the teacher", distill(features={"0": "layer4"}), ValueError,
-        ["DistillCallback: features names 'layer4', which is not a layer of the teacher; known are '0'"],
+        ["DistillCallback: features names 'layer4', which is not a layer of the teacher; choose from '0'"],
     ),
     ("unknown schedule", distill(schedule="linear"), ValueError, ["'linear'", "did you mean 'lin'"]),
     (
@@ -151,7 +151,7 @@ DISTILL = [
     (
         "unknown layer of the model",
         distill_fit(lambda learn: nn.ModuleDict({"body": small_net()}), features=["body.1"]), ValueError,
-        ["DistillCallback: features names 'body.1', which is not a layer of the model; known are '0', '1'"],
+        ["DistillCallback: features names 'body.1', which is not a layer of the model; choose from '0', '1'"],
     ),
     (
         "outputs of different shapes", distill_fit(wide(4)), ValueError,

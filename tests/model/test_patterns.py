@@ -1,0 +1,80 @@
+import pytest
+from torch import nn
+
+from sparsifai import Sparsifier
+
+
+def body_and_head():
+    return nn.ModuleDict({
+        "body": nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1))),
+        "head": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)),
+    })  # fmt: skip
+
+
+EVERYTHING = ["body.0.weight", "body.1.0.weight", "body.1.1.weight", "head.0.weight", "head.1.weight"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (nn.Conv2d, EVERYTHING[:3]),
+        ([nn.Linear, "body.0"], [EVERYTHING[0], *EVERYTHING[3:]]),
+        ("head", EVERYTHING[3:]),
+        ("body.1", EVERYTHING[1:3]),
+        ("body.*.0", [EVERYTHING[1]]),
+        ("*.0", [EVERYTHING[0], EVERYTHING[1], EVERYTHING[3]]),
+        ("head.1.weight", EVERYTHING[4:]),
+        (lambda name, module: getattr(module, "kernel_size", 0) == (1, 1), [EVERYTHING[2]]),
+        (lambda name, module: name.endswith("1"), [EVERYTHING[2], EVERYTHING[4]]),
+    ],
+)
+def test_layers_and_exclude_take_the_same_patterns(layers, expected):
+    model = body_and_head()
+    assert list(Sparsifier(model, layers=layers).masks) == expected
+    assert list(Sparsifier(model, exclude=layers).masks) == [name for name in EVERYTHING if name not in expected]
+
+
+def test_a_module_itself_is_a_pattern():
+    model = body_and_head()
+    assert list(Sparsifier(model, layers=model["body"]).masks) == EVERYTHING[:3]
+    assert list(Sparsifier(model, exclude=[model["body"][1], model["head"][0]]).masks) == [EVERYTHING[0], EVERYTHING[4]]
+
+
+def test_exclude_wins_over_layers():
+    assert list(Sparsifier(body_and_head(), layers=nn.Conv2d, exclude="body.1").masks) == EVERYTHING[:1]
+
+
+def test_a_module_with_several_names_is_selected_by_any_of_them():
+    model = body_and_head()
+    model["box"] = nn.Sequential(model["head"])
+    assert list(Sparsifier(model, layers="box").masks) == EVERYTHING[3:]
+    assert list(Sparsifier(model, layers=model["box"]).masks) == EVERYTHING[3:]
+    assert list(Sparsifier(model).masks) == EVERYTHING
+
+
+@pytest.mark.parametrize("key", [3, ("a", "b")])
+def test_keys_of_a_dictionary_are_checked_before_the_model_is_known(key):
+    pytest.importorskip("fastai", reason="the callback needs fastai")
+    from sparsifai import SparsifyCallback
+
+    with pytest.raises(TypeError, match="cannot select layers"):
+        SparsifyCallback({key: 0.5})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("re:.*weight", EVERYTHING),
+        ("re:head", EVERYTHING[3:]),
+        (r"re:body\..*", EVERYTHING[:3]),
+        ("re:(body|head).*", EVERYTHING),
+    ],
+)
+def test_a_regular_expression_matches_whole_names(pattern, names):
+    assert list(Sparsifier(body_and_head(), layers=pattern).masks) == names
+
+
+def test_fractions_by_regular_expression():
+    sparsifier = Sparsifier(body_and_head())
+    sparsifier.sparsify({"re:body.*": 0.5, "re:head.*": 0.25})
+    assert sparsifier.masks[EVERYTHING[-1]].float().mean() == pytest.approx(0.75, abs=0.05)
