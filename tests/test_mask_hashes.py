@@ -16,6 +16,7 @@ import json
 import math
 import warnings
 from functools import cache
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -89,6 +90,20 @@ def computing():
         nn.Conv2d(2, 6, 2), nn.ReLU(), nn.Conv2d(6, 4, 2, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 7),
         nn.ReLU(), nn.Linear(7, 3),
     )  # fmt: skip
+
+
+class Residual(nn.Module):
+    """Layers whose outputs are added."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.second, self.third = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.last = nn.Conv2d(8, 6, 2)
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        return self.last((x + self.second(x.relu()) + self.third(x)).relu())
 
 
 class Tied(nn.Module):
@@ -308,6 +323,9 @@ def cases():
     for number, how, where in product((2, 3), ("filter", "channel", "column"), both):
         axes = {"granularity": how, "context": where, "round_to": number}
         yield ("round_to", number, how, where), (matrices,), sparsified(0.3, 0.6, 0.2), axes
+    for where, number in product((*both, "erk"), (None, 2)) if find_spec("torch_pruning") else ():
+        axes = {"context": where, "coupled": True, "round_to": number, "example_input": torch.ones(1, 3, 6, 6)}
+        yield ("coupled", where, number), (Residual,), sparsified(0.3, 0.7), {"granularity": "filter", **axes}
     for how, where in product(("weight", "filter", "layer"), both):
         axes = {"granularity": how, "context": where, "may_empty": True}
         yield ("may_empty", how, where), (matrices,), sparsified(0.5, 0.95, 1.0), axes
@@ -390,6 +408,8 @@ def hashes():
 
 def test_masks_are_bit_for_bit_those_that_are_stored():
     found, stored = hashes(), json.loads(FILE.read_text())
+    if find_spec("torch_pruning") is None:
+        stored = {name: value for name, value in stored.items() if not name.startswith("coupled")}
     assert list(found) == list(stored)
     changed = [name for name in found if found[name] != stored[name]]
     assert not changed, f"{len(changed)} of {len(stored)} cases have other masks"
