@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SLOW_TO_IMPORT = ("torch", "torch.distributed.fsdp", "torchvision", "matplotlib.pyplot", "sklearn.datasets", "fastai.vision.all")
+SLOW_TO_IMPORT = ("torch", "torchvision", "matplotlib.pyplot", "sklearn.datasets", "fastai.vision.all")
 
 
 def run(script, *arguments, folder, **environment):
@@ -27,8 +27,10 @@ def run(script, *arguments, folder, **environment):
 
 
 def run_together(script, *arguments, folder, environments):
-    """Run a script in several processes at the same time, which have an environment each; if one fails, none goes on."""
-    outputs = [[str(folder / f"process {number} {stream}") for stream in ("out", "err")] for number in range(len(environments))]
+    """Run a script in several processes at once, which have an environment each; if one fails, the others are ended."""
+    outputs = [
+        [str(folder / f"process {number} {stream}") for stream in ("out", "err")] for number in range(len(environments))
+    ]
     shared = {"MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT), "HOME": str(folder)}
     request = {
         "arguments": [str(script), *map(str, arguments)],

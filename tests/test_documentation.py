@@ -1,19 +1,26 @@
-"""What the documentation says runs: README, docstrings, examples and notebooks."""
+"""What the documentation says runs: README, docstrings, examples and notebooks.
 
+Notebooks are stored as they run with the settings of their first cell, and are tested with smaller ones. After a change
+of a notebook, or of what it shows: jupyter execute --inplace nbs/01_quickstart.ipynb
+"""
+
+import ast
 import doctest
-import os
+import json
 import re
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from forked import run
 
 from test_package import OF_THE_CORE  # isort: skip
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("nbs/*.ipynb"))
+DOCUMENTS = [
+    path for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]) if "```python" in path.read_text()
+]
 
 
 @pytest.mark.parametrize("module", OF_THE_CORE)
@@ -21,26 +28,36 @@ def test_docstring_examples(module):
     assert doctest.testmod(import_module(module)).failed == 0
 
 
-def run(path, *arguments, folder):
-    environment = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT), "HOME": str(folder)}
-    return subprocess.run(
-        [sys.executable, str(path), *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
-
-
 def blocks_of(document):
     """The Python blocks of a Markdown file, joined into one script."""
-    return "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL))
+    return "\n".join(re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL))
+
+
+# Put before the blocks of a document: fewer pictures to train on.
+FEWER_DIGITS = """\
+import sklearn.datasets
+
+def fewer(load=sklearn.datasets.load_digits):
+    digits = load()
+    digits.update({name: digits[name][:600] for name in ("data", "images", "target")})
+    return digits
+
+sklearn.datasets.load_digits = fewer
+"""
+
+
+def test_there_are_documents():
+    assert {"README.md", "CONTRIBUTING.md"} <= {document.name for document in DOCUMENTS}
 
 
 @pytest.mark.fastai
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
-def test_the_blocks_of_the_documents_run_in_order(document, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_the_blocks_of_a_document_run_in_order(document, tmp_path):
     pytest.importorskip("fastai", reason="the documents use fastai")
-    code = blocks_of(document)
-    assert code
+    pytest.importorskip("sklearn", reason="the documents train on scikit-learn's digits")
     script = tmp_path / "script.py"
-    script.write_text(code)
+    script.write_text(FEWER_DIGITS + blocks_of(document))
     result = run(script, folder=tmp_path)
     assert result.returncode == 0, result.stderr
 
@@ -70,45 +87,76 @@ def test_the_plain_torch_loop(tmp_path):
 def test_the_pets_example_says_clearly_when_the_data_cannot_be_had(tmp_path):
     pytest.importorskip("fastai", reason="the example trains with fastai")
     # A proxy that nobody answers at stands for a machine without internet.
-    os.environ["https_proxy"] = "http://127.0.0.1:9"
-    try:
-        result = run(ROOT / "examples/pets.py", folder=tmp_path)
-    finally:
-        del os.environ["https_proxy"]
+    result = run(ROOT / "examples/pets.py", folder=tmp_path, https_proxy="http://127.0.0.1:9")
     assert result.returncode == 1
     assert "The PETS data could not be downloaded" in result.stderr
     assert "Traceback" not in result.stderr
 
 
+# What stands in the place of the settings of a notebook's first cell, so that it does not take long.
+SMALL = {
+    "01_quickstart": {"digits": 520, "epochs": 2, "steps": 20},
+    "02_granularity": {"digits": 520, "epochs": 1, "seeds": 1},
+    "03_criteria_and_schedules": {"digits": 520, "epochs": 1, "seeds": 1},
+    "04_in_a_fastai_project": {"digits": 500},
+    "05_pruning_at_initialization": {"digits": 520, "epochs": 1, "seeds": 1, "many_steps": 3},
+    "06_nm_and_blocks": {"digits": 520, "epochs": 1, "seeds": 1},
+    "07_lottery_ticket": {"digits": 520, "epochs": 1, "seeds": 2},
+    "08_compound": {"examples": 128, "epochs": 3, "epochs_of_few": 2, "seeds": 1},
+    "09_recipes": {"digits": 520},
+    "10_from_zeros_to_speed": {"digits": 520, "epochs": 2, "inner": 1024},
+}
+
+
 def test_there_are_notebooks():
-    assert [path.name for path in NOTEBOOKS] == [
-        "01_quickstart.ipynb",
-        "02_granularity.ipynb",
-        "03_criteria_and_schedules.ipynb",
-        "04_in_a_fastai_project.ipynb",
-        "05_pruning_at_initialization.ipynb",
-        "06_nm_and_blocks.ipynb",
-        "07_lottery_ticket.ipynb",
-        "08_compound.ipynb",
-        "09_recipes.ipynb",
-        "10_from_zeros_to_speed.ipynb",
-    ]
+    assert [path.stem for path in NOTEBOOKS] == list(SMALL)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_stored_with_its_outputs(path):
+    notebook = json.loads(path.read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not any(output["output_type"] == "error" for output in outputs)
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert path.stat().st_size < 600_000
+    settings = ast.parse("".join(code[0]["source"])).body
+    assert code[0]["metadata"]["tags"] == ["parameters"]
+    # Whole numbers, none of which is smaller in the notebook than here.
+    stored = {each.targets[0].id: ast.literal_eval(each.value) for each in settings}
+    assert stored.keys() == SMALL[path.stem].keys()
+    assert all(stored[name] > small for name, small in SMALL[path.stem].items())
 
 
 @pytest.mark.fastai
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_run_and_are_stored_with_their_outputs(path):
+def test_a_notebook_runs(path, tmp_path):
+    pytest.importorskip("fastai", reason="the notebooks train with fastai")
+    pytest.importorskip("IPython", reason="comes with ipykernel")
+    result = run(ROOT / "tests/notebook.py", path, json.dumps(SMALL[path.stem]), folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.fastai
+@pytest.mark.slow
+def test_a_notebook_runs_in_a_kernel_of_jupyter():
     pytest.importorskip("fastai", reason="the notebooks train with fastai")
     nbformat = pytest.importorskip("nbformat", reason="comes with nbclient")
     from nbclient import NotebookClient
 
+    path = NOTEBOOKS[0]
     notebook = nbformat.read(path, as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert any(output.get("data", {}).get("image/png") for cell in code for output in cell.outputs)
-    assert all(cell.execution_count for cell in code)
-    assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
-    assert path.stat().st_size < 600_000
+    settings = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    settings.source = "\n".join(f"{name} = {value}" for name, value in SMALL[path.stem].items())
     NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": path.parent}}
     ).execute()
+    html = [
+        output.data["text/html"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if "text/html" in output.get("data", {})
+    ]
+    assert any("sparsity" in each for each in html)
