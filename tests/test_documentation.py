@@ -1,4 +1,4 @@
-"""What the documentation says runs: README, docstrings, examples and notebooks.
+"""What the documentation says runs: README, pages, docstrings, examples and notebooks.
 
 Notebooks are stored as they run with the settings of their first cell, and are tested with smaller ones. After a change
 of a notebook, or of what it shows: jupyter execute --inplace nbs/01_quickstart.ipynb
@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 from forked import run
+from page import python_of
+
+from sparsifai import Recipe
 
 from test_package import OF_THE_CORE  # isort: skip
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("nbs/*.ipynb"))
-DOCUMENTS = [
-    path for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]) if "```python" in path.read_text()
-]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 
 
 @pytest.mark.parametrize("module", OF_THE_CORE)
@@ -28,38 +29,100 @@ def test_docstring_examples(module):
     assert doctest.testmod(import_module(module)).failed == 0
 
 
-def blocks_of(document):
-    """The Python blocks of a Markdown file, joined into one script."""
-    return "\n".join(re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL))
+def links_of(markdown):
+    """Targets of the links and pictures of a page, without those in code."""
+    prose = re.sub(r"^```.*?^```$|^    .*?$|`[^`]*`", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"\]\(([^)\s]+)\)", prose)
 
 
-# Put before the blocks of a document: fewer pictures to train on.
-FEWER_DIGITS = """\
-import sklearn.datasets
-
-def fewer(load=sklearn.datasets.load_digits):
-    digits = load()
-    digits.update({name: digits[name][:600] for name in ("data", "images", "target")})
-    return digits
-
-sklearn.datasets.load_digits = fewer
-"""
+def anchors_of(markdown):
+    """What a link to a heading of a page may end with, as GitHub makes it."""
+    headings = re.findall(r"^#+ (.*)$", markdown, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_there_are_documents():
-    assert {"README.md", "CONTRIBUTING.md"} <= {document.name for document in DOCUMENTS}
+def broken_links(page, markdown):
+    """Links of a page to files that are not there, or to headings that a page has not."""
+    broken = []
+    for link in links_of(markdown):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        if link.startswith(("https://", "http://")):
+            continue
+        if not target.exists() or (anchor and anchor not in anchors_of(target.read_text())):
+            broken.append(link)
+    return broken
+
+
+def test_there_are_pages():
+    assert [Path(page).name for page in PAGES] == [
+        "README.md",
+        "CONTRIBUTING.md",
+        "cost.md",
+        "defaults.md",
+        "distributed.md",
+        "export.md",
+        "fastai.md",
+        "four_questions.md",
+        "from_fasterai.md",
+        "from_sparseml.md",
+        "index.md",
+        "recipes.md",
+        "torch.md",
+        "training.md",
+    ]
+    without_code = {"docs/cost.md", "docs/defaults.md", "docs/index.md"}
+    assert {page for page in PAGES if not python_of((ROOT / page).read_text()).strip()} == without_code
 
 
 @pytest.mark.fastai
 @pytest.mark.slow
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
-def test_the_blocks_of_a_document_run_in_order(document, tmp_path):
-    pytest.importorskip("fastai", reason="the documents use fastai")
-    pytest.importorskip("sklearn", reason="the documents train on scikit-learn's digits")
-    script = tmp_path / "script.py"
-    script.write_text(FEWER_DIGITS + blocks_of(document))
-    result = run(script, folder=tmp_path)
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_of_a_page_run_in_order(page, tmp_path):
+    pytest.importorskip("fastai", reason="the pages use fastai")
+    pytest.importorskip("sklearn", reason="the pages train on scikit-learn's digits")
+    result = run(ROOT / "tests/page.py", ROOT / page, folder=tmp_path)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_block_that_fails_is_told_with_its_page_and_line(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A page\n\n```python\none = 1\n```\n\n```yaml\nan error\n```\n\n```python\nassert one == 2\n```\n"
+    )
+    result = run(ROOT / "tests/page.py", page, folder=tmp_path)
+    assert result.returncode == 1
+    assert f'File "{page}", line 12' in result.stderr
+
+
+def test_the_readme_hides_nothing_and_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert "<!--" not in text
+    assert 6_000 <= len(text.encode()) <= 8_000
+
+
+def test_recipes_of_the_pages_can_be_read():
+    markdown = "".join((ROOT / page).read_text() for page in PAGES)
+    recipes = re.findall(r"```yaml\n(.*?)```", markdown, re.DOTALL)
+    assert recipes
+    for text in recipes:
+        assert Recipe.loads(text).steps
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    assert broken_links(page, (ROOT / page).read_text()) == []
+
+
+def test_a_broken_link_is_found():
+    text = "[a](four_questions.md#the-four-questions) [b](none.md) [c](torch.md#none) [d](https://none.ai) [e](#none)"
+    assert broken_links("docs/fastai.md", text) == ["none.md", "torch.md#none", "#none"]
+
+
+def test_the_readme_and_the_index_lead_to_all_pages():
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert pages == {Path(link).name for link in links_of((ROOT / "README.md").read_text()) if link.startswith("docs/")}
+    assert pages - {"index.md"} <= set(links_of((ROOT / "docs/index.md").read_text()))
 
 
 @pytest.mark.fastai
