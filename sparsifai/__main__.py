@@ -16,7 +16,7 @@ from .export.sparse_file import SparseFile
 from .export.sparse_format import is_safetensors
 from .model.zeros import Count, figures
 from .recipes.recipe import Recipe
-from .support.table import as_text
+from .support.table import Cells
 
 _PLAN = """What a recipe would do to a model, without data or training.
 
@@ -119,10 +119,9 @@ def _report(given: Any) -> None:
     if not tensors:
         raise ValueError(f"{given.checkpoint} has no tensors by name; give a state_dict that torch.save has written")
     matrices = {name: value for name, value in tensors.items() if value.dim() > 1}
-    rows: list[tuple[str, ...]] = [("weight", "shape", "weights", "zeros", "sparsity")]
-    rows += [_counted(name, "x".join(map(str, value.shape)), value) for name, value in matrices.items()]
-    rows += [_counted("all of these", "", *matrices.values()), _counted("whole file", "", *tensors.values())]
-    print(as_text(rows, left=(0, 1), totals=2))
+    rows = [_counted(name, "x".join(map(str, value.shape)), value) for name, value in matrices.items()]
+    totals = [_counted("all of these", "", *matrices.values()), _counted("whole file", "", *tensors.values())]
+    print(Cells(("weight", "shape", "weights", "zeros", "sparsity"), rows, totals, left=(0, 1)).text())
 
 
 def _convert(given: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..model.zeros import Count
 from ..sparsifier.report import Report, Row
-from ..support.table import as_html, as_text, percent
+from ..support.table import Cells, Table, percent
 
 _COLUMNS = ("layer", "kind", "shape", "weights", "left", "sparsity", "bytes", "bytes left")
 
@@ -79,8 +79,8 @@ class PlannedLayer:
     near_collapse: bool = False
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Table):
     """What a fit would do: printed, a table; in a notebook, HTML; `.plot()` and `.plot_schedule()` draw it.
 
     layers: at the target sparsity. selected, model: totals of the layers that take part and of all parameters.
@@ -104,35 +104,23 @@ class Plan:
         """Names of the layers that are near collapse."""
         return tuple(layer.name for layer in self.layers if layer.near_collapse)
 
-    @property
-    def _lines(self) -> list[tuple[str, ...]]:
-        """Rows of text: the header first, the two totals last."""
+    def _cells(self) -> Cells:
         counted = self.model.flops is not None
-        header = (*_COLUMNS, *(("FLOPs", "FLOPs left") if counted else ()), "2:4 in fp16", "note")
-        cells = [
+        rows = [
             (layer.name, layer.kind, "x".join(map(str, layer.shape)), *_figures(layer.size, counted),
              f"no: {layer.why_not_two_four}" if layer.why_not_two_four else "yes", _note(layer))
             for layer in self.layers
         ]  # fmt: skip
-        return [
-            header,
-            *cells,
-            ("selected layers", "", "", *_figures(self.selected, counted), "", ""),
-            ("whole model", "", "", *_figures(self.model, counted), "", ""),
-        ]
-
-    @property
-    def _left(self) -> tuple[int, ...]:
-        columns = len(self._lines[0])
-        return (0, 1, 2, columns - 2, columns - 1)
-
-    def __str__(self) -> str:
-        return as_text(self._lines, left=self._left, totals=2, caption="\n".join(self.notes))
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return as_html(self._lines, left=self._left, totals=2, caption=" ".join(self.notes))
+        return Cells(
+            (*_COLUMNS, *(("FLOPs", "FLOPs left") if counted else ()), "2:4 in fp16", "note"),
+            rows,
+            totals=[
+                ("selected layers", "", "", *_figures(self.selected, counted), "", ""),
+                ("whole model", "", "", *_figures(self.model, counted), "", ""),
+            ],
+            left=(0, 1, 2, -2, -1),
+            caption="\n".join(self.notes),
+        )
 
     def plot(self, ax: Any = None) -> Any:
         """Sparsity of each layer as bars, dense layers in grey, those near collapse in red; the matplotlib axes."""

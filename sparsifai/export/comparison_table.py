@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from textwrap import fill
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..support.table import as_html, as_text
+from ..support.table import Cells, Table
 
 # Columns -> attributes of a Form.
 _COLUMNS = {
@@ -32,10 +31,6 @@ _DRAWN = {
 }
 
 
-# Of a line of notes.
-_WIDTH = 120
-
-
 @dataclass(frozen=True)
 class Form:
     """One form of a model. None stands for what could not be had; the note says why, and what else is to be said.
@@ -55,8 +50,8 @@ class Form:
     is_noise: bool = False
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Table):
     """Forms of a model beside the dense one: printed, a table; in a notebook, HTML; `.plot()` draws it.
 
     forms: the dense one first. caption: how times were taken.
@@ -79,11 +74,9 @@ class Comparison:
         value, dense = getattr(self[name], quantity), getattr(self.forms[0], quantity)
         return None if value is None or not dense else value / dense
 
-    @property
-    def _lines(self) -> list[tuple[str, ...]]:
-        """Rows of text, the header first."""
+    def _cells(self) -> Cells:
         header = ["form"] + [title for column in _COLUMNS for title in (column, "ratio")]
-        cells = [
+        rows = [
             [form.name]
             + [
                 cell
@@ -92,23 +85,12 @@ class Comparison:
             ]
             for form in self.forms
         ]
-        return [tuple(line) for line in (header, *cells)]
+        return Cells(header, rows, caption=self.caption, notes=[form.note for form in self.forms])
 
     def _ratio(self, form: Form, quantity: str) -> str:
         """A cell with what is relative to the dense model; of a time within the noise it is no more than about so."""
         about = "~" if quantity == "milliseconds" and form.is_noise else ""
         return about + _cell(self.relative(form.name, quantity))
-
-    def __str__(self) -> str:
-        notes = [fill(f"{form.name}: {form.note}", _WIDTH, subsequent_indent="  ") for form in self.forms if form.note]
-        return "\n".join([as_text(self._lines, caption=self.caption), *notes])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        notes = ["note", *(form.note for form in self.forms)]
-        lines = [(*line, note) for line, note in zip(self._lines, notes, strict=True)]
-        return as_html(lines, left=(0, len(lines[0]) - 1), caption=self.caption)
 
     def plot(self, ax: Any = None) -> Any:
         """The figures of each form over those of the dense one, `~` within the noise, as bars; the matplotlib axes."""

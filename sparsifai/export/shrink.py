@@ -15,7 +15,7 @@ from ..model.layers import outputs_of
 from ..model.parallel import unwrapped
 from ..model.zeros import Count
 from ..support.checks import check_is_module
-from ..support.table import as_html, as_text, percent
+from ..support.table import Cells, Table, percent
 
 
 def shrink(model: nn.Module, example_input: Any) -> nn.Module:
@@ -66,12 +66,6 @@ def _shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]
     return small, _measured(work, model)
 
 
-_HEADER = ("layer", "kind", "outputs", "zero filters", "removed", "zero filters left", "why")
-
-
-_LEFT = (0, 1, 6)
-
-
 @dataclass(frozen=True)
 class ShrinkableLayer:
     """One layer. zeros: outputs whose weights are all zero. removed: outputs that go, not only such of zeros.
@@ -88,8 +82,8 @@ class ShrinkableLayer:
     why: str = ""
 
 
-@dataclass(frozen=True)
-class Shrinkage:
+@dataclass(frozen=True, repr=False)
+class Shrinkage(Table):
     """What shrink removes: printed, a table; in a notebook, HTML.
 
     parameters, parameters_left: of the whole model, before and after.
@@ -120,31 +114,20 @@ class Shrinkage:
         left = [f"{layer.name}: {layer.why}" for layer in self.layers if layer.zeros_left]
         return "; ".join(left[:3]) + (f"; and {len(left) - 3} more layers" if len(left) > 3 else "")
 
-    @property
-    def _lines(self) -> list[tuple[str, ...]]:
-        cells = [
-            (layer.name, layer.kind, *_figures(layer.outputs, layer.zeros, layer.removed, layer.zeros_left), layer.why)
-            for layer in self.layers
-        ]
+    def _cells(self) -> Cells:
         outputs = sum(layer.outputs for layer in self.layers)
-        return [
-            _HEADER,
-            *cells,
-            ("all layers", "", *_figures(outputs, self.zeros, self.removed, self.zeros_left), ""),
-        ]
-
-    @property
-    def _caption(self) -> str:
         share = Count(self.parameters, self.parameters - self.parameters_left).sparsity
-        return f"{self.parameters:,} parameters, {self.parameters_left:,} after: {percent(share)} removed"
-
-    def __str__(self) -> str:
-        return as_text(self._lines, left=_LEFT, totals=1, caption=self._caption)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return as_html(self._lines, left=_LEFT, totals=1, caption=self._caption)
+        return Cells(
+            ("layer", "kind", "outputs", "zero filters", "removed", "zero filters left", "why"),
+            [
+                (layer.name, layer.kind,
+                 *_figures(layer.outputs, layer.zeros, layer.removed, layer.zeros_left), layer.why)
+                for layer in self.layers
+            ],
+            totals=[("all layers", "", *_figures(outputs, self.zeros, self.removed, self.zeros_left), "")],
+            left=(0, 1, 6),
+            caption=f"{self.parameters:,} parameters, {self.parameters_left:,} after: {percent(share)} removed",
+        )  # fmt: skip
 
 
 def _figures(*numbers: int) -> tuple[str, ...]:

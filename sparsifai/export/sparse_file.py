@@ -18,14 +18,9 @@ from ..model.parallel import is_sharded, unwrapped
 from ..model.zeros import Count, figures
 from ..support.checks import check_is_module
 from ..support.registry import close_matches
-from ..support.table import as_html, as_text
+from ..support.table import Cells, Table
 from .sparse_format import Tensors, dense_bytes, read_tensors, some_of, write_tensors
 from .sparse_tensor import DTYPES, NAMES, StoredTensor, bits_of
-
-_COLUMNS = ("tensor", "shape", "dtype", "weights", "zeros", "sparsity", "form", "bytes", "dense bytes")
-
-
-_LEFT = (0, 1, 2, 6)
 
 
 @dataclass(frozen=True)
@@ -41,8 +36,8 @@ class SparseRow:
     dense_bytes: int
 
 
-@dataclass(frozen=True)
-class SparseFile:
+@dataclass(frozen=True, repr=False)
+class SparseFile(Table):
     """What a sparse file has of each tensor, and its size: printed, a table; in a notebook, HTML.
 
     bytes: of the whole file. dense_bytes: of a safetensors file of the same tensors, dense, those that share their
@@ -82,33 +77,22 @@ class SparseFile:
         counts = [row.count for row in self.rows if not row.form.startswith("same as ")]
         return Count(sum(count.weights for count in counts), sum(count.zeros for count in counts))
 
-    @property
-    def _lines(self) -> list[tuple[str, ...]]:
-        """Rows of text: the header first, the two totals last."""
-        cells = [
-            (row.name, "x".join(map(str, row.shape)), row.dtype, *figures(row.count), row.form, f"{row.bytes:,}",
-             f"{row.dense_bytes:,}")
-            for row in self.rows
-        ]  # fmt: skip
+    def _cells(self) -> Cells:
         stored, dense = sum(row.bytes for row in self.rows), sum(row.dense_bytes for row in self.rows)
-        return [
-            _COLUMNS,
-            *cells,
-            ("all tensors", "", "", *figures(self.count), "", f"{stored:,}", f"{dense:,}"),
-            ("file with its header", *[""] * 6, f"{self.bytes:,}", f"{self.dense_bytes:,}"),
-        ]
-
-    @property
-    def _caption(self) -> str:
-        return f"{self.path.name}: {100 * self.ratio:.2f}% of the bytes that it takes dense"
-
-    def __str__(self) -> str:
-        return as_text(self._lines, left=_LEFT, totals=2, caption=self._caption)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return as_html(self._lines, left=_LEFT, totals=2, caption=self._caption)
+        return Cells(
+            ("tensor", "shape", "dtype", "weights", "zeros", "sparsity", "form", "bytes", "dense bytes"),
+            [
+                (row.name, "x".join(map(str, row.shape)), row.dtype, *figures(row.count), row.form, f"{row.bytes:,}",
+                 f"{row.dense_bytes:,}")
+                for row in self.rows
+            ],
+            totals=[
+                ("all tensors", "", "", *figures(self.count), "", f"{stored:,}", f"{dense:,}"),
+                ("file with its header", *[""] * 6, f"{self.bytes:,}", f"{self.dense_bytes:,}"),
+            ],
+            left=(0, 1, 2, 6),
+            caption=f"{self.path.name}: {100 * self.ratio:.2f}% of the bytes that it takes dense",
+        )  # fmt: skip
 
 
 def save_sparse(model: nn.Module, path: str | os.PathLike) -> SparseFile:

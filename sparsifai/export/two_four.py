@@ -15,19 +15,13 @@ from ..model.layers import NamedWeight, find_weights
 from ..model.linear import why_not_two_four
 from ..model.parallel import is_sharded, kind_of, unwrapped
 from ..support.checks import check_is_module
-from ..support.table import as_html, as_text, percent
+from ..support.table import Cells, Table, percent
 from .conversion import check_alike, check_converts, dtype_name, listed
 
 DTYPES = (torch.float16, torch.bfloat16)
 
 
 CAPABILITY = (8, 0)
-
-
-_HEADER = ("layer", "kind", "shape", "dtype", "2:4 form")
-
-
-_LEFT = (0, 1, 2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -43,8 +37,8 @@ class SemiStructuredLayer:
     why_not: str = ""
 
 
-@dataclass(frozen=True)
-class SemiStructured:
+@dataclass(frozen=True, repr=False)
+class SemiStructured(Table):
     """Which weights of a model `to_semi_structured` converts, and why it does not convert the others.
 
     Printed, it is a table; in a notebook, HTML.
@@ -57,23 +51,15 @@ class SemiStructured:
         """Names of the weights that can be converted on a GPU."""
         return tuple(layer.name for layer in self.layers if not layer.why_not)
 
-    @property
-    def _lines(self) -> list[tuple[str, ...]]:
-        """Rows of text: the header first, the total last."""
-        cells = [
+    def _cells(self) -> Cells:
+        header = ("layer", "kind", "shape", "dtype", "2:4 form")
+        rows = [
             (layer.name, layer.kind, "x".join(map(str, layer.shape)), dtype_name(layer.dtype),
              f"no: {layer.why_not}" if layer.why_not else "yes")
             for layer in self.layers
         ]  # fmt: skip
-        return [_HEADER, *cells, ("convertible", "", "", "", f"{len(self.convertible)} of {len(self.layers)} layers")]
-
-    def __str__(self) -> str:
-        return as_text(self._lines, left=_LEFT, totals=1)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return as_html(self._lines, left=_LEFT, totals=1)
+        total = ("convertible", "", "", "", f"{len(self.convertible)} of {len(self.layers)} layers")
+        return Cells(header, rows, totals=[total], left=range(len(header)))
 
 
 def semi_structured_layers(model: nn.Module) -> SemiStructured:

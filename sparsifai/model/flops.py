@@ -7,7 +7,6 @@ weights of attention they are of; here they go by the weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.rnn import PackedSequence
 
+from .hooks import hooked
 from .layers import CONVOLUTIONS, NamedWeight
 from .running import evaluating, run, untraced
 
@@ -46,14 +46,10 @@ def count_flops(model: nn.Module, targets: Mapping[str, NamedWeight], example: A
 
         return count
 
-    with ExitStack() as stack:
-        for target in targets.values():
-            for name, owner in target.owners:
-                handle = _caller(model, name, owner).register_forward_hook(hook(target), with_kwargs=True)
-                stack.callback(handle.remove)
-        stack.enter_context(untraced(model))
-        stack.enter_context(evaluating(model))
-        stack.enter_context(torch.no_grad())
+    hooks = [
+        (_caller(model, name, owner), hook(target)) for target in targets.values() for name, owner in target.owners
+    ]
+    with hooked(hooks), untraced(model), evaluating(model), torch.no_grad():
         try:
             run(model, example)
         except Exception as error:

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from .flow import Flow, Operation
 from .parallel import is_fully_sharded, kind_of, unwrapped
+from .running import run
 from .tensors import tensors_in
 
 _ONE_STEP = (nn.MultiheadAttention, nn.RNNBase)
@@ -196,10 +197,8 @@ def _recorded(model: nn.Module, example_input: Any) -> Flow:
     recorder.flow.sources.add(recorder.record(example_input, Operation([], set())))
     try:
         with torch.random.fork_rng(), torch.no_grad(), recorder:
-            if isinstance(example_input, Mapping):
-                output = shell(**example_input)
-            else:
-                output = shell(*(example_input if isinstance(example_input, tuple) else (example_input,)))
+            # A list is one input here, as detection models take it.
+            output = run(shell, (example_input,) if isinstance(example_input, list) else example_input)
     except Exception as error:
         raise ValueError(
             f"example_input does not run through {type(model).__name__} ({error}); pass a batch that the model "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..axes.quantity import UnsuitableLayerError
+from ..model.hooks import hooked
 from ..model.parallel import is_sharded
 from ..model.running import not_drawn_from, run, untraced
 from ..support.registry import name_of
@@ -114,22 +115,18 @@ def _shown(value: Any) -> str:
 @contextmanager
 def _inputs_seen(source: Any, statistics: CollectedQuantities) -> Iterator[None]:
     """Have every layer's input taken when it computes, if a quantity is taken then."""
-    handles = []
 
     def hook(name: str) -> Callable:
-        def see(module: nn.Module, inputs: tuple) -> None:
+        def see(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
             if inputs and isinstance(inputs[0], Tensor):
                 source.inputs[name] = inputs[0]
                 statistics.add("forward", source, [name], count=inputs[0].numel())
 
         return see
 
+    targets = source.targets.items() if statistics.at("forward") else ()
     try:
-        if statistics.at("forward"):
-            for name, target in source.targets.items():
-                handles += [owner.register_forward_pre_hook(hook(name)) for _, owner in target.owners]
-        yield
+        with hooked(before=[(owner, hook(name)) for name, target in targets for _, owner in target.owners]):
+            yield
     finally:
         source.inputs.clear()
-        for handle in handles:
-            handle.remove()

@@ -12,12 +12,7 @@ from torch import nn
 from ..model.layers import NamedWeight
 from ..model.parallel import kind_of
 from ..model.zeros import Count, figures
-from ..support.table import as_html, as_text, percent
-
-_HEADER = ("layer", "kind", "shape", "weights", "zeros", "sparsity")
-
-
-_LEFT = (0, 1, 2, 6)
+from ..support.table import Cells, Table, percent
 
 
 @dataclass(frozen=True)
@@ -32,8 +27,8 @@ class Row:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Table):
     """Zeros per layer, of the selected layers, and of the whole model with its biases and norm layers.
 
     Printed, it is a table; in a notebook, HTML; `.plot()` draws it.
@@ -69,30 +64,20 @@ class Report:
         selected = Count.of(*(target.parameter for name, target in candidates.items() if name not in dense))
         return cls(rows, selected, Count.of(*model.parameters()))
 
-    @property
-    def _header(self) -> tuple[str, ...]:
-        return (*_HEADER, "note" if any(row.note for row in self.rows) else "why dense")
-
-    def _lines(self) -> list[tuple[str, ...]]:
-        """Rows of text: the header first, the two totals last."""
-        cells = [
-            (row.name, row.kind, "x".join(map(str, row.shape)), *figures(row.count), row.why_dense or row.note)
-            for row in self.rows
-        ]
-        return [
-            self._header,
-            *cells,
-            ("selected layers", "", "", *figures(self.selected), ""),
-            ("whole model", "", "", *figures(self.model), ""),
-        ]
-
-    def __str__(self) -> str:
-        return as_text(self._lines(), left=_LEFT, totals=2)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return as_html(self._lines(), left=_LEFT, totals=2)
+    def _cells(self) -> Cells:
+        last = "note" if any(row.note for row in self.rows) else "why dense"
+        return Cells(
+            ("layer", "kind", "shape", "weights", "zeros", "sparsity", last),
+            [
+                (row.name, row.kind, "x".join(map(str, row.shape)), *figures(row.count), row.why_dense or row.note)
+                for row in self.rows
+            ],
+            totals=[
+                ("selected layers", "", "", *figures(self.selected), ""),
+                ("whole model", "", "", *figures(self.model), ""),
+            ],
+            left=(0, 1, 2, -1),
+        )
 
     def plot(self, ax: Any = None) -> Any:
         """Sparsity of each layer as bars, layers that stay dense in grey; returns the matplotlib axes."""

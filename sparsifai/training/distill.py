@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..axes.schedule import progress, schedules
 from ..callbacks.base import TrainingCallback
-from ..model.hooks import Taps
+from ..model.hooks import RecordedOutputs
 from ..model.parallel import unwrapped
 from ..model.running import evaluating
 from ..model.tensors import first_tensor, widened
@@ -51,7 +51,7 @@ class DistillCallback(TrainingCallback):
 
     _stateattrs = ("teacher", "_taps")  # go nowhere with a pickled Learner
     teacher: Any = None
-    _taps: Any = None  # Taps on the model, while it computes; kept until the loss is
+    _taps: Any = None  # RecordedOutputs of the model, from its forward until the loss is computed
     _axis = 1  # of the classes
 
     def __init__(
@@ -123,7 +123,7 @@ class DistillCallback(TrainingCallback):
     def before_batch(self):
         "See what layers of the model give"
         self._untap()
-        self._taps = Taps(unwrapped(self.learn.model), self.features)
+        self._taps = RecordedOutputs(unwrapped(self.learn.model), self.features)
 
     def after_pred(self):
         "Leave no hook on the model"
@@ -168,7 +168,8 @@ class DistillCallback(TrainingCallback):
 
     def _ask(self) -> tuple[Tensor, dict[str, Tensor]]:
         """What the teacher, and layers of it, give for the batch; in autocast if the model's forward was."""
-        with torch.no_grad(), evaluating(self.teacher), Taps(self.teacher, self.features.values()) as theirs:
+        recorded = RecordedOutputs(self.teacher, self.features.values())
+        with torch.no_grad(), evaluating(self.teacher), recorded as theirs:
             return first_tensor(self.teacher(*self.learn.xb), "the teacher"), theirs
 
     def _loss_of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -179,10 +180,10 @@ class DistillCallback(TrainingCallback):
     def _loss_of_features(self, theirs: dict[str, Tensor]) -> Tensor:
         losses = []
         for our, their in self.features.items():
-            for name, seen, whose in ((our, self._taps.seen, "model"), (their, theirs, "teacher")):
+            for name, seen, whose in ((our, self._taps.outputs, "model"), (their, theirs, "teacher")):
                 if name not in seen:
                     raise ValueError(f"features: {name!r} of the {whose} computes nothing in this batch; leave it out")
-            student, teacher = self._taps.seen[our], theirs[their]
+            student, teacher = self._taps.outputs[our], theirs[their]
             shapes = f"{our!r} of the model gives {tuple(student.shape)} and {their!r} of the teacher "
             shapes += f"{tuple(teacher.shape)}"
             losses.append(_compared(self.feature_loss, student, teacher, f"features: {shapes}", "feature_loss", {}))

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from ..support.checks import check_fraction
-from ..support.table import as_html, as_text
+from ..support.table import Cells, Table
 
 
-@dataclass(frozen=True)
-class Sensitivity:
+@dataclass(frozen=True, repr=False)
+class Sensitivity(Table):
     """A metric with one layer sparse at a time: printed, a table; in a notebook, HTML; `.plot()` draws it.
 
     layers, sizes: names of the weights, and how many each has. levels: sparsities, rising. values: for each layer, the
@@ -76,25 +76,17 @@ class Sensitivity:
         loss = np.where(finite, loss, worst if worst > 0 else 1.0)
         return np.maximum.accumulate(np.pad(loss, ((0, 0), (1, 0))), axis=1)
 
-    @property
-    def _lines(self) -> list[tuple[str, ...]]:
-        """Rows of text, the header first."""
-        header = ("layer", "weights", *(f"{100 * level:g}%" for level in self.levels))
-        rows = zip(self.layers, self.sizes, self.values, strict=True)
-        return [header, *((name, f"{size:,}", *(f"{value:.4g}" for value in row)) for name, size, row in rows)]
-
-    @property
-    def _caption(self) -> str:
+    def _cells(self) -> Cells:
         better = "lower" if self.lower_is_better else "higher"
-        return f"{self.metric} is {self.baseline:.4g} as it is, {better} is better; with one layer sparse at a time:"
-
-    def __str__(self) -> str:
-        return as_text(self._lines, caption=self._caption)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return as_html(self._lines, caption=self._caption)
+        return Cells(
+            ("layer", "weights", *(f"{100 * level:g}%" for level in self.levels)),
+            [
+                (name, f"{size:,}", *(f"{value:.4g}" for value in values))
+                for name, size, values in zip(self.layers, self.sizes, self.values, strict=True)
+            ],
+            caption=f"{self.metric} is {self.baseline:.4g} as it is, {better} is better; with one layer sparse at a "
+            "time:",
+        )
 
     def plot(self, ax: Any = None) -> Any:
         """The metric of each layer against the level, the baseline dashed; returns the matplotlib axes."""

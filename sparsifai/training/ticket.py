@@ -16,7 +16,7 @@ from ..model.layers import parameter_of
 from ..model.parallel import unwrapped
 from ..sparsifier.masking import zero_weights
 from ..support.registry import close_matches
-from ..support.table import as_html, as_text, percent
+from ..support.table import Cells, Table, percent
 
 Metrics = dict[str, float]
 
@@ -52,7 +52,7 @@ class Ticket:
         return model
 
 
-class LotteryTickets(Sequence[Ticket]):
+class LotteryTickets(Table, Sequence[Ticket]):
     """The tickets of a run, the dense net first; printed a table, in a notebook HTML; `.plot()` draws them.
 
     metric: what is shown, by default the first that is no loss.
@@ -86,22 +86,14 @@ class LotteryTickets(Sequence[Ticket]):
         of_rounds = [ticket.metrics if kind == "ticket" else ticket.controls.get(kind, {}) for ticket in self]
         return [metrics.get(self.metric, float("nan")) for metrics in of_rounds]
 
-    def _lines(self) -> list[tuple[str, ...]]:
-        """Rows of text, the header first."""
-        lines = [("round", "sparsity", *(kind if kind != "ticket" else self.metric for kind in self.kinds))]
+    def _cells(self) -> Cells:
+        header = ("round", "sparsity", *(kind if kind != "ticket" else self.metric for kind in self.kinds))
+        rows = []
         for number, ticket in enumerate(self):
             values = (self.values(kind)[number] for kind in self.kinds)
             shown = ("" if np.isnan(value) else f"{value:.4f}" for value in values)
-            lines.append((str(number), percent(ticket.sparsity), *shown))
-        return lines
-
-    def __str__(self) -> str:
-        return as_text(self._lines(), left=())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return as_html(self._lines(), left=())
+            rows.append((str(number), percent(ticket.sparsity), *shown))
+        return Cells(header, rows, left=())
 
     def plot(self, *others: LotteryTickets, ax: Any = None) -> Any:
         """The metric against the share of weights that is left, of tickets and controls; returns the matplotlib axes.

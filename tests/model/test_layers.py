@@ -46,31 +46,25 @@ def test_axes_of_every_kind():
     assert not any("bias" in name or "norm" in name for name in axes)
 
 
-class Conv1D(nn.Module):
-    """As in transformers' GPT-2: a linear layer whose weight is (in, out)."""
+def make_conv1d():
+    """A new class each time, since a kind stays registered: as GPT-2's in transformers, a weight of (in, out)."""
 
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(inputs, outputs))
-        self.bias = nn.Parameter(torch.zeros(outputs))
+    class Conv1D(nn.Module):
+        def __init__(self, inputs, outputs):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(inputs, outputs))
+            self.bias = nn.Parameter(torch.zeros(outputs))
 
-    def forward(self, x):
-        return torch.addmm(self.bias, x, self.weight)
+        def forward(self, x):
+            return torch.addmm(self.bias, x, self.weight)
 
-
-@pytest.fixture
-def conv1d_registered():
-    from sparsifai import target
-
-    before = dict(target._AXES_OF_KIND)
-    register_layer(Conv1D, weight=("in", "out"))
-    yield
-    target._AXES_OF_KIND.clear()
-    target._AXES_OF_KIND.update(before)
+    return Conv1D
 
 
-def test_a_kind_of_layer_is_registered_in_one_line(conv1d_registered):
-    model = nn.Sequential(Conv1D(4, 6), nn.ReLU(), Conv1D(6, 3))
+def test_a_kind_of_layer_is_registered_in_one_line():
+    conv1d = make_conv1d()
+    register_layer(conv1d, weight=("in", "out"))
+    model = nn.Sequential(conv1d(4, 6), nn.ReLU(), conv1d(6, 3))
     sparsifier = Sparsifier(model, "filter")
     sparsifier.sparsify(0.5)
     assert sparsifier.masks["0.weight"].shape == (1, 6)
@@ -81,19 +75,20 @@ def test_a_kind_of_layer_is_registered_in_one_line(conv1d_registered):
 
 def test_an_unregistered_kind_is_an_error_that_names_the_remedy():
     with pytest.raises(ValueError, match=r"no weights with named axes; name those of its layers: register_layer.kind"):
-        Sparsifier(nn.Sequential(Conv1D(4, 6)))
+        Sparsifier(nn.Sequential(make_conv1d()(4, 6)))
 
 
-def test_register_layer_refuses_nonsense(conv1d_registered):
+def test_register_layer_refuses_nonsense():
+    conv1d = make_conv1d()
     with pytest.raises(TypeError, match="is not a module class"):
         register_layer("Conv1D", weight=("in", "out"))
     with pytest.raises(ValueError, match="give a tuple of different axis names"):
-        register_layer(Conv1D, weight=("in", "in"))
+        register_layer(conv1d, weight=("in", "in"))
     with pytest.raises(ValueError, match="give a tuple of different axis names"):
-        register_layer(Conv1D, weight="in")
-    register_layer(Conv1D, weight=("in", "out", "h"))
+        register_layer(conv1d, weight="in")
+    register_layer(conv1d, weight=("in", "out", "h"))
     with pytest.raises(ValueError, match=r"registered with the axes .* but has the shape \(4, 6\)"):
-        find_weights(Conv1D(4, 6))
+        find_weights(conv1d(4, 6))
 
 
 def test_lazy_layers_are_refused_until_they_have_a_shape():

@@ -384,7 +384,7 @@ def test_an_interrupted_forward_leaves_no_hook(make_learner, teacher, stays):
         learn.fit(1, cbs=[] if stays else [callback])
     if stays:  # until the next event, of whatever it is
         copied = pickle.loads(pickle.dumps(learn.model))
-        assert all(not hook.seen for hook in hooks_of(copied))
+        assert all(not hook.outputs for hook in hooks_of(copied))
         learn.validate()
     assert not hooks_of(learn.model) + hooks_of(teacher)
     learn.fit(1, cbs=[] if stays else [callback])

@@ -8,7 +8,7 @@ it; in all else it spreads as IEEE arithmetic has it, and where that would drop 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..hooks import hooked
 from ..layers import CONVOLUTIONS
 from ..parallel import kind_of
 from ..running import run
@@ -116,8 +117,7 @@ def escapes(
     return any(bool(value.isnan().any()) for value in tensors_in(output) if value.is_floating_point())
 
 
-@contextmanager
-def _hooked(model: nn.Module, enter: _Change, leave: _Change) -> Iterator[None]:
+def _hooked(model: nn.Module, enter: _Change, leave: _Change) -> AbstractContextManager[None]:
     """Have `enter` change what layers are given meanwhile, and `leave` what they put out."""
 
     def before(name: str) -> Callable:
@@ -129,18 +129,13 @@ def _hooked(model: nn.Module, enter: _Change, leave: _Change) -> Iterator[None]:
         return hook
 
     def after(name: str) -> Callable:
-        return lambda module, positional, output: leave(name, module, output)
+        return lambda module, positional, named, output: leave(name, module, output)
 
-    handles = []
-    try:
-        for name, module in model.named_modules():
-            if isinstance(module, _LAYERS):
-                handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-                handles.append(module.register_forward_hook(after(name)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _LAYERS)]
+    return hooked(
+        after=[(module, after(name)) for name, module in layers],
+        before=[(module, before(name)) for name, module in layers],
+    )
 
 
 def channel_axis(module: nn.Module, value: Tensor) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..hooks import hooked
 from ..layers import CHANNEL_LAYERS, is_depthwise, size_of
 from ..parallel import kind_of, unwrapped
 from ..running import check_runs, copy_of, run
@@ -100,15 +101,14 @@ class _Shuffled:
 
 def _channels_of_shuffles(model: nn.Module, example_input: Any) -> dict[nn.Module, int]:
     channels: dict[nn.Module, int] = {}
-    handles = [
-        module.register_forward_hook(lambda module, inputs, output: channels.update({module: output.shape[-3]}))
-        for module in model.modules()
-        if isinstance(module, nn.PixelShuffle)
-    ]
-    if handles:
-        run(model, example_input)
-    for handle in handles:
-        handle.remove()
+
+    def count(module: nn.Module, inputs: Any, named: Any, output: Tensor) -> None:
+        channels[module] = output.shape[-3]
+
+    shuffles = [module for module in model.modules() if isinstance(module, nn.PixelShuffle)]
+    if shuffles:
+        with hooked([(module, count) for module in shuffles]):
+            run(model, example_input)
     return channels
 
 
