@@ -7,6 +7,7 @@ script of a test process, and waited for when the tests end. A script has its ow
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -99,6 +100,7 @@ def _serve():
     for module in SLOW_TO_IMPORT:
         with contextlib.suppress(ImportError):
             import_module(module)
+    gc.freeze()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     while line := sys.stdin.readline():

@@ -26,8 +26,8 @@ from fastai.learner import Callback  # noqa: E402
 from soundness import assert_sound, counted, share  # noqa: E402
 from torch.optim.swa_utils import AveragedModel  # noqa: E402
 
-from sparsifai import masking  # noqa: E402
 from sparsifai.all import KeepSparsity, Sparsifier, SparsifyCallback, between, criteria, schedules  # noqa: E402
+from sparsifai.sparsifier import masking  # noqa: E402
 
 EVENTS = [event for event in core._events if event != "after_create" and "cancel" not in event]
 IN_STEP = EVENTS.index("before_batch"), EVENTS.index("after_batch") + 1
