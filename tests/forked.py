@@ -100,7 +100,7 @@ def _serve():
     for module in SLOW_TO_IMPORT:
         with contextlib.suppress(ImportError):
             import_module(module)
-    gc.freeze()
+    gc.freeze()  # else most of a short script's time goes by taking apart, at its end, what was imported here
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     while line := sys.stdin.readline():

@@ -1,6 +1,9 @@
-"""Run a notebook: python notebook.py NOTEBOOK SETTINGS, the settings in place of those of its first cell, as JSON.
+"""Run a notebook, with IPython and other settings, or with Jupyter to store its outputs.
 
-Every cell is run by IPython, which makes all forms of what is displayed, and every figure is drawn.
+`python notebook.py NOTEBOOK SETTINGS`, SETTINGS being JSON, puts these in the place of the values of the first cell.
+Every cell is run, all forms of what is displayed are made, every figure is drawn, and nothing is stored.
+`python notebook.py NOTEBOOK` runs it as it is and stores its outputs: after a change of the notebook, or of what it
+shows.
 """
 
 import json
@@ -8,11 +11,11 @@ import os
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-from IPython.core.interactiveshell import InteractiveShell
 
+def check(path, settings):
+    import matplotlib.pyplot as plt
+    from IPython.core.interactiveshell import InteractiveShell
 
-def main(path, settings):
     os.chdir(path.parent)
     shell = InteractiveShell.instance()
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
@@ -25,5 +28,19 @@ def main(path, settings):
         plt.close("all")
 
 
+def store(path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    os.environ["PYTHONWARNINGS"] = "ignore"  # of what is imported, which name folders of this machine
+    notebook = nbformat.read(path, as_version=4)
+    resources = {"metadata": {"path": path.parent}}
+    NotebookClient(notebook, timeout=None, record_timing=False, kernel_name="python3", resources=resources).execute()
+    nbformat.write(notebook, path)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    if len(sys.argv) > 2:
+        check(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    else:
+        store(Path(sys.argv[1]))
