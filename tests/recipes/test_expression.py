@@ -1,10 +1,10 @@
 import re
-import time
 from contextlib import suppress
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from work import at_most_calls
 
 from sparsifai.recipes.expression import evaluate
 
@@ -117,10 +117,8 @@ def test_agrees_with_python(expression):
 def test_what_is_refused_at_once(expression, message):
     variables = {"a": 1, "epochs": 30, "flag": True, "nothing": None, "word": "linear", "itself": "itself + 1"}
     variables |= {"one": "eval(two)", "two": "three", "three": "one * 2"}
-    begun = time.perf_counter()
-    with pytest.raises(ValueError, match=message):
+    with at_most_calls(10_000), pytest.raises(ValueError, match=message):
         evaluate(expression, variables)
-    assert time.perf_counter() - begun < 1
 
 
 def test_variables_that_grow_are_computed_once_and_bounded():

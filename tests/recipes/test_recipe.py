@@ -3,7 +3,6 @@
 import inspect
 import re
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from work import at_most_calls
 
 from sparsifai import Recipe, Sparsifier, between, iterative, raised
 from sparsifai.__main__ import main
@@ -251,10 +251,8 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_are_refused_quickly_and_run_no_code(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    began = time.process_time()
-    with pytest.raises(ValueError, match=r"\w"):
+    with at_most_calls(1_000_000), pytest.raises(ValueError, match=r"\w"):
         Recipe.loads(HOSTILE[name])
-    assert time.process_time() - began < 10
     assert not list(tmp_path.iterdir())
 
 

@@ -2,12 +2,12 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from work import at_most_calls
 
 from sparsifai.axes.schedule import schedules
 from sparsifai.recipes.sparseml.convert import Notice, convert
@@ -482,10 +482,8 @@ REFUSED = [
 
 @pytest.mark.parametrize(("text", "line", "message"), REFUSED, ids=[message[:40] for _, _, message in REFUSED])
 def test_what_is_refused_at_once_and_by_its_line(text, line, message):
-    begun = time.perf_counter()
-    with pytest.raises(ValueError, match=f"line {line}: .*{message}"):
+    with at_most_calls(10_000_000), pytest.raises(ValueError, match=f"line {line}: .*{message}"):
         convert(text)
-    assert time.perf_counter() - begun < 10
 
 
 def test_a_text_is_a_text():
@@ -541,7 +539,7 @@ WORDS = [
 ]
 
 
-@settings(max_examples=300, deadline=2000)
+@settings(max_examples=300, deadline=None)
 @given(
     st.one_of(
         st.text(max_size=60),
@@ -578,6 +576,6 @@ def test_any_text_is_a_recipe_or_an_error_with_its_line(text):
 
 
 def test_it_needs_no_fastai():
-    code = "import sys; import sparsifai.sparseml; assert 'fastai' not in sys.modules"
+    code = "import sys; import sparsifai.recipes.sparseml.convert; assert 'fastai' not in sys.modules"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
