@@ -1,6 +1,7 @@
 """Regrowth: as much comes back as has fallen, where the criterion says, at zero and with fresh moments."""
 
 import math
+from functools import partial
 from statistics import mean
 
 import numpy as np
