@@ -85,6 +85,7 @@ def test_the_blocks_of_a_page_run_in_order(page, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_a_block_that_fails_is_told_with_its_page_and_line(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
@@ -139,6 +140,7 @@ def test_the_main_job(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_plain_torch_loop(tmp_path):
     pytest.importorskip("sklearn", reason="the loop trains on scikit-learn's digits")
     result = run(ROOT / "examples/torch_loop.py", "--epochs", "2", folder=tmp_path)
@@ -146,6 +148,7 @@ def test_the_plain_torch_loop(tmp_path):
     assert "90.00%" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.fastai
 def test_the_pets_example_says_clearly_when_the_data_cannot_be_had(tmp_path):
     pytest.importorskip("fastai", reason="the example trains with fastai")

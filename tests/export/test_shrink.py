@@ -234,6 +234,7 @@ def test_a_dense_model_stays_as_it_is(pictures):
 # --- Any net ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(random=st.randoms(use_true_random=False), share=st.sampled_from([0.2, 0.5, 0.8]))
 def test_of_any_net_the_outputs_stay(random, share):
@@ -252,6 +253,7 @@ def test_of_any_net_the_outputs_stay(random, share):
     assert report.parameters_left == sum(parameter.numel() for parameter in small.parameters())
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(random=st.randoms(use_true_random=False), sparsity=st.sampled_from([0.3, 0.6]))
 def test_of_any_net_all_that_falls_together_can_go(random, sparsity):
@@ -810,6 +812,7 @@ def test_weights_that_hooks_compute_stay_by_name(pictures):
     assert report.layers[1].why == "1 coupled with 1, whose weights are computed from others"
 
 
+@pytest.mark.slow
 def test_reshapes_that_are_misread_do_not_go_on_for_ever():
     models = pytest.importorskip("torchvision.models", reason="a Swin transformer")
     torch.manual_seed(0)

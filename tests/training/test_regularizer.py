@@ -702,6 +702,7 @@ def test_what_only_the_model_can_refute_is_refused_before_the_first_step(make_le
     assert all(torch.equal(old, new) for old, new in zip(before, learn.model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.fastai
 def test_the_group_lasso_of_filters_yields_whole_filters_of_zeros_and_the_lasso_does_not(fastai):
     """Of equal weight, on the digits: 11 to 14 of 80 filters, and 0.96 to 0.98 right; the lasso none, at 65 % zeros."""
