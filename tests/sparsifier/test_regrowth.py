@@ -532,7 +532,7 @@ def test_on_the_digits_growing_by_gradient_beats_growing_at_random_and_both_beat
         callback = SparsifyCallback(0.98, context="erk", schedule="one_shot", regrow=regrow)
         with learn.no_bar(), learn.no_logging():
             learn.fit(10, 3e-3, cbs=callback)
-            assert callback.sparsifier.sparsity == pytest.approx(0.98, abs=1e-4)
+            assert callback.sparsifier.sparsity == pytest.approx(0.98, abs=1e-3)  # what came back last may be zero yet
             return learn.validate()[1]
 
     static, at_random, by_gradient = (
