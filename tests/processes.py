@@ -1,4 +1,4 @@
-"""What the tests of several processes run in each: torchrun --nproc-per-node 2 tests/processes.py SCENARIO FOLDER.
+"""What the tests of several processes run in each: python tests/processes.py SCENARIO FOLDER, with RANK 0 and 1.
 
 A scenario returns what its process has seen, in plain tensors, for the tests to compare; it is saved as FOLDER/RANK.pt.
 Every process seeds its model and its data differently.
@@ -10,7 +10,6 @@ import io
 import os
 import pickle
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -329,7 +328,8 @@ def learner():
 
 if __name__ == "__main__":
     scenario, FOLDER = sys.argv[1], Path(sys.argv[2])
-    # Processes that wait for each other forever fail soon.
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    # Nobody has to find a port that is free.
+    meeting = (FOLDER / "meeting").as_uri()
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=RANK, world_size=2)
     torch.save({"replicated": replicated, "sharded": sharded, "learner": learner}[scenario](), FOLDER / f"{RANK}.pt")
     torch.distributed.destroy_process_group()

@@ -1,14 +1,19 @@
-"""What the documentation says runs: README, pages, docstrings, examples and notebooks."""
+"""What the documentation says runs: README, pages, docstrings, examples and notebooks.
 
+Notebooks are stored as they run with the settings of their first cell, and are tested with smaller ones; after a change
+of a notebook, or of what it shows, `python tests/notebook.py nbs/01_quickstart.ipynb` stores its outputs.
+"""
+
+import ast
 import doctest
-import os
+import json
 import re
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from forked import run
+from page import python_of
 
 from sparsifai import Recipe
 
@@ -22,59 +27,6 @@ PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in
 @pytest.mark.parametrize("module", OF_THE_CORE)
 def test_docstring_examples(module):
     assert doctest.testmod(import_module(module)).failed == 0
-
-
-def run(path, *arguments, folder):
-    environment = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT), "HOME": str(folder)}
-    return subprocess.run(
-        [sys.executable, str(path), *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
-
-
-def blocks_of(page):
-    """The Python blocks of a Markdown file, each on its own lines, so that an error names the line of the file."""
-    return python_of((ROOT / page).read_text())
-
-
-def python_of(markdown):
-    lines, within = [], False
-    for line in markdown.splitlines():
-        if line.startswith("```"):
-            within = line == "```python"
-            lines.append("")
-        else:
-            lines.append(line if within else "")
-    return "\n".join(lines)
-
-
-# Run in one process, as importing fastai takes longer than most pages. Each page has a namespace and a folder of its
-# own; what it adds to the registries is named differently on every page.
-RUN_PAGES = """
-import os, sys, traceback
-from pathlib import Path
-
-failed = []
-for number, source in enumerate(sorted(Path.cwd().glob("*.py"))):
-    folder = Path(f"{source.name}.folder")
-    folder.mkdir()
-    os.chdir(folder)
-    try:
-        exec(compile(source.read_text(), source.stem, "exec"), {"__name__": "__main__"})
-    except Exception:
-        traceback.print_exc()
-        failed.append(source.stem)
-    os.chdir(source.parent)
-sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
-"""
-
-
-def run_pages(codes, folder):
-    """Run what the pages say, each with its blocks in order. codes: name -> Python."""
-    for name, code in codes.items():
-        (folder / f"{name.replace('/', '-')}.py").write_text(code)
-    runner = folder / "run_pages"
-    runner.write_text(RUN_PAGES)
-    return run(runner, folder=folder)
 
 
 def links_of(markdown):
@@ -120,24 +72,28 @@ def test_there_are_pages():
         "training.md",
     ]
     without_code = {"docs/cost.md", "docs/defaults.md", "docs/index.md"}
-    assert {page for page in PAGES if not blocks_of(page).strip()} == without_code
+    assert {page for page in PAGES if not python_of((ROOT / page).read_text()).strip()} == without_code
 
 
 @pytest.mark.fastai
 @pytest.mark.slow
-def test_the_blocks_of_the_pages_run_in_order(tmp_path):
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_of_a_page_run_in_order(page, tmp_path):
     pytest.importorskip("fastai", reason="the pages use fastai")
-    result = run_pages({page: blocks_of(page) for page in PAGES}, tmp_path)
+    pytest.importorskip("sklearn", reason="the pages train on scikit-learn's digits")
+    result = run(ROOT / "tests/page.py", ROOT / page, folder=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert len(list(tmp_path.glob("*.folder"))) == len(PAGES)
 
 
+@pytest.mark.slow
 def test_a_block_that_fails_is_told_with_its_page_and_line(tmp_path):
-    page = "# A page\n\n```python\none = 1\n```\n\n```yaml\nan error\n```\n\n```python\nassert one == 2\n```\n"
-    result = run_pages({"docs/good.md": "pass", "docs/page.md": python_of(page)}, tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A page\n\n```python\none = 1\n```\n\n```yaml\nan error\n```\n\n```python\nassert one == 2\n```\n"
+    )
+    result = run(ROOT / "tests/page.py", page, folder=tmp_path)
     assert result.returncode == 1
-    assert 'File "docs-page.md", line 12' in result.stderr
-    assert result.stderr.endswith("failed: docs-page.md\n")
+    assert f'File "{page}", line 12' in result.stderr
 
 
 def test_the_readme_hides_nothing_and_is_short():
@@ -184,6 +140,7 @@ def test_the_main_job(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_plain_torch_loop(tmp_path):
     pytest.importorskip("sklearn", reason="the loop trains on scikit-learn's digits")
     result = run(ROOT / "examples/torch_loop.py", "--epochs", "2", folder=tmp_path)
@@ -191,49 +148,81 @@ def test_the_plain_torch_loop(tmp_path):
     assert "90.00%" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.fastai
 def test_the_pets_example_says_clearly_when_the_data_cannot_be_had(tmp_path):
     pytest.importorskip("fastai", reason="the example trains with fastai")
     # A proxy that nobody answers at stands for a machine without internet.
-    os.environ["https_proxy"] = "http://127.0.0.1:9"
-    try:
-        result = run(ROOT / "examples/pets.py", folder=tmp_path)
-    finally:
-        del os.environ["https_proxy"]
+    result = run(ROOT / "examples/pets.py", folder=tmp_path, https_proxy="http://127.0.0.1:9")
     assert result.returncode == 1
     assert "The PETS data could not be downloaded" in result.stderr
     assert "Traceback" not in result.stderr
 
 
+# What stands in the place of the settings of a notebook's first cell, so that it does not take long.
+SMALL = {
+    "01_quickstart": {"digits": 520, "epochs": 2, "steps": 20},
+    "02_granularity": {"digits": 520, "epochs": 1, "seeds": 1},
+    "03_criteria_and_schedules": {"digits": 520, "epochs": 1, "seeds": 1},
+    "04_in_a_fastai_project": {"digits": 500},
+    "05_pruning_at_initialization": {"digits": 520, "epochs": 1, "seeds": 1, "many_steps": 3},
+    "06_nm_and_blocks": {"digits": 520, "epochs": 1, "seeds": 1},
+    "07_lottery_ticket": {"digits": 520, "epochs": 1, "seeds": 2},
+    "08_compound": {"examples": 128, "epochs": 3, "epochs_of_few": 2, "seeds": 1},
+    "09_recipes": {"digits": 520},
+    "10_from_zeros_to_speed": {"digits": 520, "epochs": 2, "inner": 1024},
+}
+
+
 def test_there_are_notebooks():
-    assert [path.name for path in NOTEBOOKS] == [
-        "01_quickstart.ipynb",
-        "02_granularity.ipynb",
-        "03_criteria_and_schedules.ipynb",
-        "04_in_a_fastai_project.ipynb",
-        "05_pruning_at_initialization.ipynb",
-        "06_nm_and_blocks.ipynb",
-        "07_lottery_ticket.ipynb",
-        "08_compound.ipynb",
-        "09_recipes.ipynb",
-        "10_from_zeros_to_speed.ipynb",
-    ]
+    assert [path.stem for path in NOTEBOOKS] == list(SMALL)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_stored_with_its_outputs(path):
+    notebook = json.loads(path.read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert path.stat().st_size < 600_000
+    settings = ast.parse("".join(code[0]["source"])).body
+    assert code[0]["metadata"]["tags"] == ["parameters"]
+    # Whole numbers, none of which is smaller in the notebook than here.
+    stored = {each.targets[0].id: ast.literal_eval(each.value) for each in settings}
+    assert stored.keys() == SMALL[path.stem].keys()
+    assert all(stored[name] > small for name, small in SMALL[path.stem].items())
 
 
 @pytest.mark.fastai
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_run_and_are_stored_with_their_outputs(path):
+def test_a_notebook_runs(path, tmp_path):
+    pytest.importorskip("fastai", reason="the notebooks train with fastai")
+    pytest.importorskip("IPython", reason="comes with ipykernel")
+    result = run(ROOT / "tests/notebook.py", path, json.dumps(SMALL[path.stem]), folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.fastai
+@pytest.mark.slow
+def test_a_notebook_runs_in_a_kernel_of_jupyter():
     pytest.importorskip("fastai", reason="the notebooks train with fastai")
     nbformat = pytest.importorskip("nbformat", reason="comes with nbclient")
     from nbclient import NotebookClient
 
+    path = NOTEBOOKS[0]
     notebook = nbformat.read(path, as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert any(output.get("data", {}).get("image/png") for cell in code for output in cell.outputs)
-    assert all(cell.execution_count for cell in code)
-    assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
-    assert path.stat().st_size < 600_000
+    settings = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    settings.source = "\n".join(f"{name} = {value}" for name, value in SMALL[path.stem].items())
     NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": path.parent}}
     ).execute()
+    html = [
+        output.data["text/html"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if "text/html" in output.get("data", {})
+    ]
+    assert any("sparsity" in each for each in html)

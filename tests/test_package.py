@@ -44,6 +44,7 @@ def test_the_core_works_without_importing_fastai_or_anything_slow():
     assert "sparsifai.model.flow" in loaded
 
 
+@pytest.mark.slow
 def test_importing_adds_nothing_heavy_to_torch():
     heavy = {name.partition(".")[0] for name in loaded_after("import sparsifai") - loaded_after("import torch")}
     assert {name for name in heavy if not name.startswith("_")} <= {"sparsifai", *sys.stdlib_module_names, "torch"}

@@ -3,11 +3,8 @@
 import copy
 import pickle
 import pickletools
-import subprocess
-import sys
 import zipfile
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +14,7 @@ from torch import nn
 fastai = pytest.importorskip("fastai.vision.all", reason="the callbacks are fastai's")
 pytestmark = pytest.mark.fastai
 
+import forked  # noqa: E402
 import new_process  # noqa: E402
 from conftest import picture, picture_learner, small_net  # noqa: E402
 from fastai.callback import core  # noqa: E402
@@ -508,9 +506,7 @@ def test_loggers_see_the_column(make_learner, tmp_path):
 
 
 def in_new_process(task, folder):
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parents[1] / "new_process.py", task, folder], capture_output=True, text=True
-    )
+    done = forked.run(new_process.__file__, task, folder, folder=folder)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,12 +1,12 @@
 """Arithmetic in recipes."""
 
 import re
-import time
 from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from work import at_most_calls
 
 from sparsifai.recipes.expression import evaluate
 
@@ -77,10 +77,8 @@ def test_the_value_is_that_of_python(expression):
     ["9**9**9", "9**9**9**9**9**9", "(10**50)**3", "1 + " * 2000 + "1", "-" * 400 + "1", "1 << 9999999999"],
 )
 def test_hostile_expressions_are_refused_at_once(expression):
-    begun = time.process_time()
-    with pytest.raises(ValueError, match="^expression "):
+    with at_most_calls(10_000), pytest.raises(ValueError, match="^expression "):
         evaluate(expression, {})
-    assert time.process_time() - begun < 10
 
 
 def test_growing_variables_are_computed_once_and_limited():

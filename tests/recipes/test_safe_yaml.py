@@ -1,8 +1,7 @@
 """YAML from other people: what is read, and that nothing else happens."""
 
-import time
-
 import pytest
+from work import at_most_calls
 
 from sparsifai import Recipe
 from sparsifai.recipes.safe_yaml import Located, dump_yaml, load_yaml
@@ -82,8 +81,6 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_are_refused_quickly_and_run_no_code(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    began = time.process_time()
-    with pytest.raises(ValueError, match=r"\w"):
+    with at_most_calls(1_000_000), pytest.raises(ValueError, match=r"\w"):
         Recipe.loads(HOSTILE[name])
-    assert time.process_time() - began < 10
     assert not list(tmp_path.iterdir())

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import processes
 import pytest
 import torch
 from conftest import EXAMPLE, small_net
+from filelock import FileLock
 
 from sparsifai import Sparsifier, criteria
 
@@ -24,45 +26,35 @@ pytestmark = [
 shards_on_the_cpu = pytest.mark.skipif(not processes.CAN_SHARD_ON_CPU, reason="this torch shards on GPUs only")
 
 
-def launch(script, *arguments, folder):
-    """Run a script in two processes and return what they print; processes that wait forever are ended."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HOME": str(folder)}
-    process = subprocess.Popen(
-        [*torchrun, str(ROOT / script), *arguments],
-        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    try:
-        printed, _ = process.communicate(timeout=180)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun ends its processes with it
-        printed, _ = process.communicate()
-        pytest.fail(f"{script} was not done after 180 seconds:\n{printed}")
-    assert process.returncode == 0, printed
-    return printed
-
-
-def run_scenario(name, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(name)
-    launch("tests/processes.py", name, str(folder), folder=folder)
+def seen_in(scenario, tmp_path_factory):
+    """What both processes of a scenario of tests/processes.py have seen, run once for all processes of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / scenario
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+            environments = [{"RANK": rank, "LOCAL_RANK": rank, **sizes} for rank in "01"]
+            done = forked.run_together(processes.__file__, scenario, folder, folder=folder, environments=environments)
+            assert not any(each.returncode for each in done), [each.stderr for each in done]
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
 def replicated(tmp_path_factory):
-    return run_scenario("replicated", tmp_path_factory)
+    return seen_in("replicated", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    return run_scenario("sharded", tmp_path_factory)
+    return seen_in("sharded", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def learner(tmp_path_factory):
     pytest.importorskip("fastai", reason="a Learner is fastai's")
     pytest.importorskip("accelerate", reason="distrib_ctx needs accelerate")
-    return run_scenario("learner", tmp_path_factory)
+    return seen_in("learner", tmp_path_factory)
 
 
 def same(*dictionaries):
@@ -273,7 +265,14 @@ def test_a_learner_in_two_processes_speaks_once(learner):
 def test_the_example_trains_in_two_processes(tmp_path):
     pytest.importorskip("sklearn", reason="the example trains on scikit-learn's digits")
     assert "    torchrun --nproc-per-node 2 examples/distributed.py\n" in (ROOT / "README.md").read_text()
-    printed = launch("examples/distributed.py", "--epochs", "5", folder=tmp_path)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [*torchrun, str(ROOT / "examples/distributed.py"), "--epochs", "5"],
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    printed = done.stdout
+    assert done.returncode == 0, printed
     assert "2 processes, the same masks" in printed
     assert "90.00% zeros" in printed
     assert printed.count("selected layers") == 1

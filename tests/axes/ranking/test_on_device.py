@@ -122,6 +122,7 @@ def test_no_value_is_read_in_a_step(granularity, context, criterion):
         sparsifier.sparsity  # noqa: B018
 
 
+@pytest.mark.slow
 def test_the_triton_kernels_in_their_interpreter_give_the_same_masks():
     pytest.importorskip("triton", reason="torch brings Triton on some platforms only")
     script = Path(__file__).parents[2] / "interpreted.py"

@@ -1,9 +1,8 @@
 """From the text of a SparseML recipe to its modifiers: YAML, Markdown, stages and variables."""
 
-import time
-
 import pytest
 from sparseml_texts import MARKDOWN, RECIPE, STAGES, modifiers
+from work import at_most_calls
 
 from sparsifai.recipes.sparseml.convert import convert
 
@@ -67,7 +66,5 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ids=lambda text: text[:12],
 )
 def test_hostile_texts_are_refused_at_once(text):
-    begun = time.process_time()
-    with pytest.raises(ValueError, match="^line "):
+    with at_most_calls(10_000_000), pytest.raises(ValueError, match="^line "):
         convert(text)
-    assert time.process_time() - begun < 10
