@@ -175,7 +175,7 @@ def sparsified(*levels, **options):
 @torch.no_grad()
 def moved(sparsifier, seed):
     """Change all weights by whole numbers, as an optimizer may, masked ones too."""
-    for number, target in enumerate(sparsifier.targets.values()):
+    for number, target in enumerate(each for each in sparsifier.layers.values() if each.is_selected):
         parameter = target.parameter
         parameter.add_((numbers(100 * seed + number, parameter.shape, -40, 40) / 32).to(parameter.dtype))
 
@@ -215,7 +215,7 @@ def calibrated(*levels, **options):
 
 
 def shown_gradients(sparsifier, seed):
-    for number, target in enumerate(sparsifier.targets.values()):
+    for number, target in enumerate(each for each in sparsifier.layers.values() if each.is_selected):
         parameter = target.parameter
         parameter.grad = (numbers(1000 * seed + number, parameter.shape, -50, 50) / 16).to(parameter.dtype)
     sparsifier.collect_gradients()

@@ -22,6 +22,7 @@ from ..sparsifier.masking import (
     zero_moments,
     zero_weights,
 )
+from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
 from .base import TrainingCallback
 
@@ -145,6 +146,10 @@ class KeepSparsity(TrainingCallback):
     ):
         "Zero the masked weights of a copy of the model"
         zero_weights(self._masked(model))
+
+    def report(self):
+        "Measured zeros of the layers that have masks, and of the whole model: a `Report`"
+        return Report.of(unwrapped(self.learn.model), self.masks)
 
     def enforce(self) -> None:
         "Zero the masked weights, and what the optimizer keeps of them"

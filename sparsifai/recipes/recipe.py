@@ -242,8 +242,8 @@ class Recipe:
         Returns:
             A new recipe.
         """
-        kept = getattr(getattr(learn, "keep_sparsity", None), "masks", None)
-        report = Report.of(unwrapped(learn.model), kept) if sparsifier is None else sparsifier.report()
+        holder = sparsifier or getattr(learn, "keep_sparsity", None)
+        report = Report.of(unwrapped(learn.model)) if holder is None else holder.report()
         with unchanged(learn):
             values = learn.validate() or []
         metrics = dict(zip(metric_names(learn), values, strict=False))

@@ -358,7 +358,7 @@ def test_a_sparse_learner_keeps_its_sparsity(make_learner, granularity):
     highest_sparsity(learn, 0.1)
     assert state_of(learn.model) == before
     learn.fit(1)
-    assert learn.keep_sparsity.sparsifier.sparsity == pytest.approx(0.5, abs=0.1)
+    assert learn.keep_sparsity.report().selected.sparsity == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.fastai

@@ -100,7 +100,7 @@ def test_the_callback_reaches_a_budget(make_learner):
     learn = make_learner()
     budget = sensitivity(learn, progress=False).budget(0.9)
     learn.fit(1, cbs=SparsifyCallback(budget, context="local"))
-    report = learn.keep_sparsity.sparsifier.report()
+    report = learn.keep_sparsity.report()
     assert report.selected.sparsity == pytest.approx(0.9, abs=0.01)
     for row in report.rows:
         assert row.count.sparsity == pytest.approx(budget[row.name], abs=0.5 / row.count.weights + 1e-9)
