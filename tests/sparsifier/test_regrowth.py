@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from updates import alive, rounded, show_gradients
 
-from sparsifai import Sparsifier, granularities
+from sparsifai import Sparsifier, contexts, granularities
 from sparsifai.sparsifier.regrowth import sparsity_of_drop
 
 
@@ -90,6 +90,7 @@ APART = {"layer", "filter", "row", *(name for name in granularities if "slice" i
 
 
 CASES = [(granularity, "local") for granularity in granularities if granularity not in APART]
+CASES += [("weight", context) for context in contexts] + [("kernel", "erk"), ("4x4", "global"), ("weight", "blocks")]
 
 
 @pytest.mark.parametrize(("granularity", "context"), CASES)
