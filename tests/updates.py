@@ -71,3 +71,23 @@ def counting(callback_of, masks, counts):
 
     Watch.__module__ = "fastai.watching"  # known not to write
     return Watch()
+
+
+def no_gradient(output, target):
+    return output.detach().sum()
+
+
+# What cannot be calibrated with: criterion, batches, loss.
+BAD_CALIBRATIONS = {
+    "no loss": ("snip", batches(1), None),
+    "no batches": ("snip", [], F.cross_entropy),
+    "no labels": ("snip", [torch.randn(4, 2, 8, 8)], F.cross_entropy),
+    "another number of channels": ("snip", [(torch.randn(4, 5, 8, 8), torch.zeros(4).long())], F.cross_entropy),
+    "a constant loss": ("snip", batches(1), lambda output, target: torch.ones(())),
+    "a loss per class": ("snip", batches(1), lambda output, target: output),
+    "a loss that is NaN": ("snip", batches(1), lambda output, target: output.sum() * float("nan")),
+    "inputs of another size": ("wanda", [torch.randn(4, 5, 8, 8)], None),
+    "None for batches": ("snip", None, F.cross_entropy),
+    "one batch for batches": ("snip", torch.randn(4, 2, 8, 8), F.cross_entropy),
+    "a loss that is detached": ("grasp", batches(1), no_gradient),
+}

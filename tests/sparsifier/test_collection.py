@@ -198,34 +198,6 @@ def test_an_own_statistic_is_one_function(net):
         del quantities._functions["largest_gradient"]
 
 
-def test_without_data_it_says_what_to_do(net):
-    for criterion, quantity in (("snip", "grad"), ("wanda", "activation"), ("grasp", "hessian_grad")):
-        with pytest.raises(ValueError, match=f"criterion {criterion} needs {quantity}, but has seen no batch"):
-            Sparsifier(net, criteria=criterion).sparsify(0.5)
-    with pytest.raises(ValueError, match="give the Sparsifier an example_input="):
-        Sparsifier(net, criteria="synflow").sparsify(0.5)
-
-
-def test_synflow_says_what_it_needs():
-    class Casts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 3)
-
-        def forward(self, x):
-            return self.layer(x.float())
-
-    with pytest.raises(ValueError, match="cast nothing to another type in forward"):
-        Sparsifier(Casts(), criteria="synflow", example_input=torch.ones(1, 4)).sparsify(0.5)
-
-
-def test_taken_refuses_what_makes_no_sense():
-    with pytest.raises(ValueError, match="a mean over batches at one moment"):
-        taken("backward", "start")
-    with pytest.raises(ValueError, match="are for means over batches"):
-        taken("start", running=True)
-
-
 @pytest.mark.filterwarnings("ignore:taylor")
 def test_all_criteria_that_look_at_data_work_with_groups(net):
     for criterion in ("snip", "grasp", "synflow", "taylor", "fisher", "movement_pruning", "wanda", "lamp"):

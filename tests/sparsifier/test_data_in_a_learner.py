@@ -149,6 +149,6 @@ def test_in_a_learner_outputs_of_language_models_are_taken_apart(make_learner):
 def test_more_than_n_of_m_is_refused_in_the_constructor():
     from sparsifai import SparsifyCallback
 
-    with pytest.raises(ValueError, match="context 2:4 makes 0.5 of the weights zero at most"):
+    with pytest.raises(ValueError, match="2:4"):
         SparsifyCallback(0.9, context="2:4")
     SparsifyCallback(0.67, context="1:3")

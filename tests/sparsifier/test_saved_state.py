@@ -56,32 +56,24 @@ def test_loading_a_state_applies_its_masks_and_levels(mlp):
     assert sum(int((~mask).sum()) for mask in loaded.masks.values()) == 12
 
 
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(net):
-    sparsifier = Sparsifier(net)
-    state = Sparsifier(small_net(), "kernel").state_dict()
-    with pytest.raises(
-        ValueError,
-        match="the mask of 0.weight is bools of the shape .8, 2, 1, 1. in the state and bools of",
-    ):
-        sparsifier.load_state_dict(state)
-    with pytest.raises(
-        ValueError, match="quantities .'init'., the criterion large_final needs ..; use the same criterion"
-    ):
-        sparsifier.load_state_dict(Sparsifier(small_net(), criteria="movement").state_dict())
-    for foreign in ({"masks": {}}, None):
-        with pytest.raises(ValueError, match="lacks the masks, levels, statistics or rng of a Sparsifier"):
-            sparsifier.load_state_dict(foreign)
-    good = Sparsifier(small_net()).state_dict()
-    for key, value, message in (
-        ("levels", {}, "the level of 0.weight is absent in the state and a number here"),
-        ("masks", {**good["masks"], "0.weight": good["masks"]["0.weight"].float()}, "is numbers of the shape"),
-        ("masks", {**good["masks"], "else": good["masks"]["0.weight"]}, "the mask of else is bools .* and absent here"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            sparsifier.load_state_dict({**good, key: value})
-    with pytest.raises(RuntimeError, match="RNG state"):
-        sparsifier.load_state_dict({**good, "rng": torch.zeros(3, dtype=torch.uint8)})
+def without_levels(state):
+    return {**state, "levels": {}}
+
+
+def with_another_generator(state):
+    return {**state, "rng": torch.zeros(3, dtype=torch.uint8)}
+
+
+@pytest.mark.parametrize("change", [without_levels, with_another_generator])
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change, net):
+    sparse = Sparsifier(small_net())
+    sparse.sparsify(0.5)
+    sparsifier, before = Sparsifier(net), copy.deepcopy(net.state_dict())
+    with pytest.raises((ValueError, RuntimeError), match="level|RNG"):
+        sparsifier.load_state_dict(change(sparse.state_dict()))
     assert all(mask.all() for mask in sparsifier.masks.values())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert sparsifier.level == 0
 
 
 def test_a_state_holds_what_was_collected(net, tmp_path):
@@ -94,10 +86,6 @@ def test_a_state_holds_what_was_collected(net, tmp_path):
         each.calibrate(batches(3)[2:], F.cross_entropy)
         each.sparsify(0.6)
     assert all(torch.equal(mask, other.masks[name]) for name, mask in sparsifier.masks.items())
-    wrong = sparsifier.state_dict()
-    wrong["statistics"]["stored"]["grad"]["0.weight"] = torch.zeros(5)
-    with pytest.raises(ValueError, match=r"grad of 0\.weight is numbers of the shape \(5,\)"):
-        other.load_state_dict(wrong)
 
 
 def test_a_quantity_of_any_shape_is_kept_in_a_state(net):
@@ -142,12 +130,3 @@ def test_saved_and_restored_it_goes_on_as_if_nothing_had_been(mlp):
     run(second, range(3, 6))
     assert torch.equal(alive(second), expected)
     assert second.explored == explored
-    with pytest.raises(ValueError, match="use the same regrow="):
-        Sparsifier(mlp, context="local").load_state_dict(state)
-    with pytest.raises(ValueError, match="use the same criterion"):
-        Sparsifier(mlp, context="local", regrow="random").load_state_dict(state)
-    with pytest.raises(ValueError, match="lacks the weights that were ever used"):
-        second.load_state_dict({**state, "regrowth": {k: v for k, v in state["regrowth"].items() if k != "used"}})
-    state["regrowth"]["used"] = {"0.weight": torch.ones(3)}
-    with pytest.raises(ValueError, match=r"the used mask of 0\.weight is numbers of the shape \(3,\)"):
-        second.load_state_dict(state)

@@ -45,16 +45,11 @@ def test_a_dictionary_ranks_each_part_on_its_own_and_leaves_the_rest(net):
 
 def test_a_pattern_of_a_dictionary_that_means_no_sparse_layer_is_an_error(net):
     sparsifier = Sparsifier(net, exclude="10")
-    with pytest.raises(ValueError, match="matches 'nothing'"):
+    with pytest.raises(ValueError, match="'nothing'"):
         sparsifier.sparsify({"0": 0.5, "nothing": 0.5})
-    with pytest.raises(ValueError, match="'10' matches only layers that stay dense .10.weight: excluded."):
+    with pytest.raises(ValueError, match="stay dense"):
         sparsifier.sparsify({"0": 0.5, "10": 0.5})
     assert all(mask.all() for mask in sparsifier.masks.values())
-
-
-def test_what_is_no_model_is_refused():
-    with pytest.raises(TypeError, match="model is a torch.nn.Module, not Tensor"):
-        Sparsifier(torch.zeros(3))
 
 
 def test_deepcopy_of_model_and_sparsifier_together(mlp):
@@ -135,9 +130,7 @@ def test_sums_over_filters_that_a_batch_norm_rescales_are_warned_of():
     def net(norm):
         return nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
 
-    with pytest.warns(
-        UserWarning, match="taylor: a batch norm undoes the scale of the outputs of 0.weight, so"
-    ) as caught:
+    with pytest.warns(UserWarning, match="batch norm") as caught:
         sparsifier = Sparsifier(net(nn.BatchNorm2d(4)), "filter", criteria="taylor")
     assert caught[0].filename == __file__
     images = torch.randn(5, 1, 9, 9)

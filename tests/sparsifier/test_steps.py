@@ -74,12 +74,12 @@ def nan_when_sparse(weight):
 def test_steps_that_fail_change_nothing(net):
     sparsifier = Sparsifier(net, criteria=nan_when_sparse)
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(ValueError, match="NaN scores"):
+    with pytest.raises(ValueError, match="NaN"):
         sparsifier.sparsify(0.9, steps=10)
     assert sparsifier.level == 0
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     sparsifier = Sparsifier(net, criteria="snip")
     sparsifier.calibrate(iter(batches()), F.cross_entropy)
-    with pytest.raises(ValueError, match="batches that can be iterated over again"):
+    with pytest.raises(ValueError, match="iterated over again"):
         sparsifier.sparsify(0.9, steps=10)
     assert sparsifier.level == 0
