@@ -19,7 +19,7 @@ def net():
     return small_net().eval()
 
 
-def test_calibrating_leaves_no_trace():
+def test_calibration_leaves_no_trace():
     model = small_net().train()
     model.insert(3, nn.Dropout(0.5))
     gradient = torch.randn_like(model[0].weight)
@@ -66,7 +66,7 @@ class Forgetful(nn.Module):
         return self.layer(x)
 
 
-def test_calibrating_steps_nothing_and_makes_nothing():
+def test_calibration_makes_no_optimizer_step_and_adds_no_buffer():
     model = Forgetful()
     weight, stepped = model.layer.weight, []
     weight.register_post_accumulate_grad_hook(lambda parameter: stepped.append(parameter))
@@ -79,7 +79,7 @@ def test_calibrating_steps_nothing_and_makes_nothing():
     assert "made" not in model._buffers
 
 
-def test_generators_of_data_loaders_are_as_they_were():
+def test_the_generators_of_data_loaders_are_restored():
     data = torch.utils.data.TensorDataset(torch.randn(8, 2, 8, 8), torch.randint(3, (8,)))
     generator = torch.Generator().manual_seed(1)
     loader = torch.utils.data.DataLoader(data, 4, shuffle=True, generator=generator)
@@ -92,7 +92,7 @@ def test_generators_of_data_loaders_are_as_they_were():
     assert torch.equal(torch.get_rng_state(), outside)
 
 
-def test_no_forward_after_calibrating_uses_what_autocast_has_cast_before(net):
+def test_after_calibration_autocast_reuses_no_earlier_weights(net):
     with torch.autocast("cpu", torch.bfloat16):
         sparsifier = Sparsifier(net, criteria="snip")
         sparsifier.calibrate(batches(1), F.cross_entropy)
@@ -121,7 +121,7 @@ def test_a_calibration_that_fails_changes_nothing(mistake, net):
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-def test_a_batch_that_fails_behind_a_good_one_leaves_nothing_of_the_good_one(net):
+def test_a_batch_that_fails_drops_the_batches_before_it(net):
     sparsifier = Sparsifier(net, criteria="snip")
     sparsifier.calibrate(batches(1), F.cross_entropy)
     before = sparsifier.collected.state()
@@ -134,7 +134,7 @@ def test_a_batch_that_fails_behind_a_good_one_leaves_nothing_of_the_good_one(net
     )
 
 
-def test_losses_that_are_linear_and_layers_that_are_frozen():
+def test_a_linear_loss_has_no_hessian_and_a_frozen_layer_no_gradient():
     model = nn.Sequential(nn.Linear(3, 2))
     sparsifier = Sparsifier(model, criteria="grasp", layers="0")
     sparsifier.calibrate([(torch.ones(1, 3), torch.zeros(1))], lambda output, target: output.sum())
@@ -149,7 +149,7 @@ def test_losses_that_are_linear_and_layers_that_are_frozen():
     sparsifier.mask_gradients()  # there is none to see
 
 
-def test_attention_is_named_where_its_inputs_cannot_be_had():
+def test_wanda_names_attention_whose_inputs_it_cannot_see():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     with pytest.raises(ValueError, match="in_proj_weight"):
         Sparsifier(layer, criteria="wanda").calibrate([torch.randn(2, 5, 8)])
@@ -171,7 +171,7 @@ class WithDeadLayer(nn.Module):
 
 
 @pytest.mark.parametrize("criterion", ["snip", "grasp", "wanda", "synflow"])
-def test_a_layer_that_computes_nothing_is_named(criterion):
+def test_a_layer_that_is_not_used_is_named(criterion):
     batch = (torch.randn(5, 4), torch.randint(3, (5,)))
     sparsifier = Sparsifier(WithDeadLayer(), criteria=criterion, example_input=batch[0])
 

@@ -89,7 +89,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_activations_are_those_that_a_weight_is_multiplied_with(kind):
+def test_an_activation_is_the_input_that_a_weight_is_multiplied_with(kind):
     layer, inputs = LAYERS[kind]
     model = nn.Sequential(layer)
     sparsifier = Sparsifier(model, criteria="wanda", layers=[layer])
@@ -133,7 +133,7 @@ def test_means_are_over_the_batches_since_the_last_update(net):
     assert torch.allclose(sparsifier.collected.stored["grad"]["0.weight"], one[2]["0.weight"], atol=1e-7)
 
 
-def test_what_movement_pruning_sums_is_not_forgotten_at_an_update(net):
+def test_the_sum_of_movement_pruning_continues_over_updates(net):
     sparsifier = Sparsifier(net, criteria="movement_pruning")
     gradients = mean_gradients(copy.deepcopy(net), batches(2))
     for batch in batches(2):
@@ -143,7 +143,7 @@ def test_what_movement_pruning_sums_is_not_forgotten_at_an_update(net):
     assert torch.allclose(sparsifier.collected.stored["weight_grad"]["0.weight"], expected, atol=1e-7)
 
 
-def test_in_a_plain_loop_gradients_are_seen_before_they_are_masked(net):
+def test_mask_gradients_collects_gradients_before_it_masks_them(net):
     sparsifier = Sparsifier(net, criteria="snip")
     (gradients,) = mean_gradients(copy.deepcopy(net), batches(1))
     inputs, labels = batches(1)[0]
@@ -152,7 +152,7 @@ def test_in_a_plain_loop_gradients_are_seen_before_they_are_masked(net):
     assert torch.allclose(sparsifier.collected.stored["grad"]["0.weight"], gradients["0.weight"])
 
 
-def test_nothing_is_collected_that_no_criterion_names(net):
+def test_only_named_quantities_are_collected(net):
     sparsifier = Sparsifier(net)
     sparsifier.calibrate(batches())
     assert sparsifier.collected.stored == {}
@@ -171,7 +171,7 @@ def test_previous_is_the_value_at_the_last_update(mlp):
     assert set(sparsifier.collected.stored) == {"previous"}
 
 
-def test_init_stays_what_it_was_when_the_sparsifier_was_made(mlp):
+def test_init_is_the_value_when_the_sparsifier_was_made(mlp):
     start = mlp[0].weight.detach().clone()
     sparsifier = Sparsifier(mlp, criteria="movement")
     for level in (0.2, 0.4):
@@ -180,7 +180,7 @@ def test_init_stays_what_it_was_when_the_sparsifier_was_made(mlp):
     assert torch.equal(sparsifier.collected.stored["init"]["0.weight"], start)
 
 
-def test_an_own_statistic_is_one_function(net):
+def test_a_quantity_of_your_own_is_one_function(net):
     @quantities.register
     @taken("backward")
     def largest_gradient(sparsifier, name):
@@ -199,7 +199,7 @@ def test_an_own_statistic_is_one_function(net):
 
 
 @pytest.mark.filterwarnings("ignore:taylor")
-def test_all_criteria_that_look_at_data_work_with_groups(net):
+def test_all_criteria_that_need_data_work_with_groups(net):
     for criterion in ("snip", "grasp", "synflow", "taylor", "fisher", "movement_pruning", "wanda", "lamp"):
         for granularity in ("filter", "kernel", "weight"):
             model = copy.deepcopy(net)

@@ -17,7 +17,7 @@ OF_DATA = ("snip", "grasp", "synflow", "taylor", "fisher", "movement_pruning", "
 
 @pytest.mark.parametrize("criterion", OF_DATA)
 @pytest.mark.parametrize("schedule", ["one_shot", "lin"])
-def test_in_a_learner_criteria_of_data_reach_their_target(make_learner, criterion, schedule):
+def test_criteria_that_need_data_reach_the_target_sparsity(make_learner, criterion, schedule):
     from sparsifai import SparsifyCallback
 
     learn = make_learner()
@@ -30,7 +30,7 @@ def test_in_a_learner_criteria_of_data_reach_their_target(make_learner, criterio
 
 
 @pytest.mark.parametrize("criterion", OF_DATA)
-def test_in_a_learner_looking_at_data_changes_nothing_else(make_learner, criterion):
+def test_collecting_changes_nothing_else(make_learner, criterion):
     from sparsifai import SparsifyCallback, schedules
 
     ends = []
@@ -48,7 +48,7 @@ def test_in_a_learner_looking_at_data_changes_nothing_else(make_learner, criteri
     assert [row[:2] for row in ends[1][2]] == [row[:2] for row in ends[3][2]]
 
 
-def test_in_a_learner_gradients_are_those_that_pass_unscaled_and_unmasked(make_learner):
+def test_collected_gradients_are_unscaled_and_unmasked(make_learner):
     from fastai.callback.core import Callback
 
     from sparsifai import SparsifyCallback
@@ -68,7 +68,7 @@ def test_in_a_learner_gradients_are_those_that_pass_unscaled_and_unmasked(make_l
     assert len(seen) == 4
 
 
-def test_in_a_learner_other_batches_can_be_given(make_learner):
+def test_calibration_takes_other_batches(make_learner):
     from sparsifai import SparsifyCallback
 
     learn = make_learner()
@@ -87,7 +87,7 @@ def test_in_a_learner_other_batches_can_be_given(make_learner):
     assert callback.sparsifier.collected.counts["activation"]["0.weight"] == 2 * 4 * 2 * 8 * 8
 
 
-def test_in_a_fit_of_frozen_layers_no_gradient_is_asked_for(make_learner):
+def test_a_fit_with_frozen_layers_needs_no_gradients_of_them(make_learner):
     from sparsifai import SparsifyCallback
 
     learn = make_learner()
@@ -101,7 +101,7 @@ def test_in_a_fit_of_frozen_layers_no_gradient_is_asked_for(make_learner):
     assert callback.sparsifier.sparsity == pytest.approx(0.5, abs=0.005)
 
 
-def test_in_a_learner_the_training_data_can_be_looked_at_without_a_trace(make_learner):
+def test_calibration_with_the_training_data_leaves_no_trace(make_learner):
     from sparsifai import SparsifyCallback
 
     ends = []
@@ -115,7 +115,7 @@ def test_in_a_learner_the_training_data_can_be_looked_at_without_a_trace(make_le
     assert all(map(torch.equal, *ends))
 
 
-def test_in_a_learner_no_batch_counts_twice(make_learner):
+def test_no_batch_is_counted_twice(make_learner):
     from sparsifai import SparsifyCallback
 
     learn = make_learner()
@@ -124,7 +124,7 @@ def test_in_a_learner_no_batch_counts_twice(make_learner):
     assert set(callback.sparsifier.collected.counts["weight_grad"].values()) == {8}
 
 
-def test_in_a_learner_outputs_of_language_models_are_taken_apart(make_learner):
+def test_a_model_may_return_more_than_its_prediction(make_learner):
     from fastai.callback.core import Callback
 
     from sparsifai import SparsifyCallback

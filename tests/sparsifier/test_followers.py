@@ -23,7 +23,7 @@ def dead_outputs(model, x):
         (nn.Conv2d(2, 8, 3), nn.Identity()),
     ],
 )
-def test_a_zeroed_filter_puts_out_zeros_behind_its_norm_layer(layer, norm, granularity):
+def test_a_pruned_filter_gives_zeros_behind_its_norm_layer(layer, norm, granularity):
     model = nn.Sequential(layer, norm, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 2))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -37,7 +37,7 @@ def test_a_zeroed_filter_puts_out_zeros_behind_its_norm_layer(layer, norm, granu
     assert torch.equal(dead_outputs(model[:2], torch.randn(4, 2, 6, 6)), ~mask)
 
 
-def test_a_linear_layer_and_its_layer_norm():
+def test_the_layer_norm_of_a_linear_layer_is_masked_with_it():
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2))
     sparsifier = Sparsifier(model, "row")
     sparsifier.sparsify(0.5)
@@ -45,12 +45,12 @@ def test_a_linear_layer_and_its_layer_norm():
     assert ((model[1].weight == 0) & (model[1].bias == 0)).sum() == 4
 
 
-def test_a_layer_norm_over_the_width_is_not_taken_for_one_over_channels():
+def test_a_layer_norm_over_the_width_is_no_follower():
     model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.LayerNorm(6), nn.Flatten(), nn.Linear(216, 2))
     assert list(followers_of(Sparsifier(model, "filter", layers="0"))) == ["0.bias"]
 
 
-def test_a_norm_layer_of_another_size_is_left_alone():
+def test_a_norm_layer_of_another_size_is_no_follower():
     model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.Flatten(), nn.BatchNorm1d(216), nn.Linear(216, 2))
     assert list(followers_of(Sparsifier(model, "filter", layers="0"))) == ["0.bias"]
 
@@ -72,11 +72,11 @@ class Residual(nn.Module):
         return self.head(x.amax((2, 3)))
 
 
-def test_a_norm_behind_a_sum_is_left_alone():
+def test_a_norm_layer_behind_a_sum_is_no_follower():
     assert set(followers_of(Sparsifier(Residual(), "filter"))) == {"conv.bias", "other.bias"}
 
 
-def test_a_shared_norm_dies_only_where_all_its_producers_do():
+def test_a_shared_norm_layer_is_masked_where_all_its_producers_are_pruned():
     model = Residual(shared=True)
     sparsifier = Sparsifier(model, "filter", "local")
     assert followers_of(sparsifier)["norm.weight"] == ("conv.weight", "other.weight")
@@ -106,7 +106,7 @@ class Reads(nn.Module):
         return self.head(x)
 
 
-def test_biases_of_attention_and_recurrent_weights():
+def test_biases_of_attention_and_recurrent_weights_are_followers():
     model = Reads()
     sparsifier = Sparsifier(model, "filter", "local")
     sparsifier.sparsify(0.5)
@@ -120,7 +120,7 @@ def test_biases_of_attention_and_recurrent_weights():
     assert torch.equal(model.lstm.bias_hh_l0 == 0, (model.lstm.weight_hh_l0 == 0).all(1))
 
 
-def test_the_bias_of_a_weight_of_another_name():
+def test_the_bias_of_a_registered_layer_is_a_follower():
     class Kernel(nn.Module):
         def __init__(self):
             super().__init__()

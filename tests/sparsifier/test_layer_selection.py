@@ -30,7 +30,7 @@ def test_a_first_or_last_layer_is_pruned_if_it_is_named_exactly(net):
     assert list(Sparsifier(net, "filter", layers=[nn.Linear]).masks) == ["10.weight"]
 
 
-def test_a_granularity_that_some_layers_cannot_have_leaves_them_dense_and_says_why(net):
+def test_layers_that_cannot_have_a_granularity_stay_dense_with_the_reason(net):
     dense = dense_of(Sparsifier(net, "shared_channel"))
     assert dense == {
         "10.weight": "shared_channel needs axis 'h', but the layer has only (out, in)",
@@ -49,7 +49,7 @@ def test_a_module_given_as_pattern_names_a_layer_exactly(net):
     assert list(Sparsifier(net, "filter", layers=net[12]).masks) == ["12.weight"]
 
 
-def test_a_layer_of_one_group_stays_dense_and_says_so():
+def test_a_layer_of_one_group_stays_dense_with_the_reason():
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1), nn.Linear(1, 3))
     assert dense_of(Sparsifier(model, "filter")) == {
         "1.weight": "has 1 group, of which 1 must be kept",

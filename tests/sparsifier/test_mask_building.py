@@ -45,7 +45,7 @@ def expected_masks(sparsifier, scores, masks, sparsity, context):
 @pytest.mark.parametrize("criterion", criteria)
 @pytest.mark.parametrize("context", ["local", "global"])
 @pytest.mark.parametrize("granularity", granularities)
-def test_every_combination_meets_its_target_as_the_oracle_counts(granularity, context, criterion):
+def test_every_combination_prunes_what_the_oracle_prunes(granularity, context, criterion):
     model = small_net()
     sparsifier = Sparsifier(model, granularity, context, criterion, example_input=EXAMPLE)
     hopeless = (granularity, context) == ("layer", "local")  # each layer is its own best group
@@ -159,7 +159,7 @@ GENERAL = [name for name in contexts if name not in ("per_output", "uniform_plus
 @pytest.mark.filterwarnings("ignore:a falling sparsity revives whole outputs")
 @pytest.mark.parametrize("granularity", ["weight", "filter", "kernel"])
 @pytest.mark.parametrize("context", GENERAL)
-def test_rising_only_adds_zeros_and_falling_revives(granularity, context):
+def test_a_rising_sparsity_only_prunes_and_a_falling_one_revives(granularity, context):
     model = small_net()
     sparsifier = Sparsifier(model, granularity, context)
     before = {name: torch.ones_like(mask) for name, mask in sparsifier.masks.items()}
@@ -191,7 +191,7 @@ def test_round_to_keeps_multiples_in_every_layer(level, context, net):
         Sparsifier(small_net(), "filter", round_to=5)
 
 
-def test_rounded_groups_nest_while_scores_change():
+def test_with_round_to_pruned_groups_stay_pruned_while_scores_change():
     model = small_net()
     sparsifier = Sparsifier(model, "filter", round_to=2)
     before = dict(sparsifier.masks)
@@ -203,7 +203,7 @@ def test_rounded_groups_nest_while_scores_change():
         before = dict(sparsifier.masks)
 
 
-def test_pool_changes_what_a_group_scores():
+def test_the_pooling_decides_the_score_of_a_group():
     model = nn.Linear(2, 2, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[3.0, 0], [2, 2]]))
@@ -214,7 +214,7 @@ def test_pool_changes_what_a_group_scores():
         assert (layer.weight[1 - fallen] != 0).any(), pool
 
 
-def test_the_seed_decides_what_random_takes():
+def test_the_seed_decides_which_weights_random_prunes():
     masks = []
     for seed in (0, 0, 1):
         torch.manual_seed(0)
@@ -226,7 +226,7 @@ def test_the_seed_decides_what_random_takes():
     assert not torch.equal(masks[0], masks[2])
 
 
-def test_half_precision_is_scored_in_single():
+def test_weights_in_half_precision_are_scored_in_float32():
     model = nn.Linear(4, 4).to(torch.bfloat16)
     seen = []
     Sparsifier(model, criteria=lambda weight, init: seen.append((weight.dtype, init.dtype)) or weight.abs()).sparsify(
@@ -235,7 +235,7 @@ def test_half_precision_is_scored_in_single():
     assert seen == [(torch.float32, torch.float32)]
 
 
-def test_double_precision_is_ranked_in_double():
+def test_weights_in_float64_are_ranked_in_float64():
     model = nn.Linear(4, 1, bias=False).double()
     with torch.no_grad():
         model.weight.copy_(1 + torch.tensor([[3.0, 1, 2, 0]], dtype=torch.float64) * 1e-12)
@@ -243,7 +243,7 @@ def test_double_precision_is_ranked_in_double():
     assert (model.weight == 0).tolist() == [[False, True, False, True]]
 
 
-def test_own_context_is_a_function(net):
+def test_a_context_of_your_own_is_a_function(net):
     def only_the_first(layers, sparsity):
         import numpy as np
 
@@ -257,7 +257,7 @@ def test_own_context_is_a_function(net):
     assert [row.count.sparsity for row in sparsifier.report().rows] == [0.5, 0, 0, 0, 0]
 
 
-def test_under_a_rising_level_no_context_lets_anything_come_back(net):
+def test_no_context_revives_weights_while_the_sparsity_rises(net):
     def always_the_last(layers, sparsity):
         kept = [np.zeros(len(layer.score), bool) for layer in layers]
         for each in kept:
@@ -280,7 +280,7 @@ def masked_share(sparsifier):
 
 
 @pytest.mark.parametrize("on_device", [False, True])
-def test_a_joint_target_that_falls_is_exact_where_some_layers_were_below_it(on_device):
+def test_a_falling_global_sparsity_is_exact_if_some_layers_were_below_it(on_device):
     for levels, lower in (((0.9, 0.3), 0.4), ((0.9, 0.1), 0.3)):
         sparsifier = Sparsifier(nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 40)))
         if on_device:
@@ -298,7 +298,7 @@ def test_a_joint_target_that_falls_is_exact_where_some_layers_were_below_it(on_d
     assert masked_share(sparsifier) == pytest.approx(0.4)
 
 
-def test_a_failure_half_way_changes_nothing(net):
+def test_a_criterion_that_fails_late_changes_nothing(net):
     calls = []
 
     def fails_late(weight):
@@ -317,7 +317,7 @@ def test_a_failure_half_way_changes_nothing(net):
     assert levels_of(sparsifier) == levels
 
 
-def test_masked_weights_that_a_step_made_nan_do_not_matter(mlp):
+def test_nan_in_pruned_weights_does_not_matter(mlp):
     sparsifier = Sparsifier(mlp)
     sparsifier.sparsify(0.5)
     with torch.no_grad():
@@ -326,14 +326,14 @@ def test_masked_weights_that_a_step_made_nan_do_not_matter(mlp):
     assert sparsifier.report().selected.zeros == 29  # 28.8 of 48
 
 
-def test_a_comparison_with_an_earlier_value_before_any_training_is_told_of(mlp):
+def test_a_criterion_that_compares_warns_before_any_training(mlp):
     sparsifier = Sparsifier(mlp, criteria="movement")
     sparsifier.check(0.5)
     with pytest.warns(UserWarning, match="compares"):
         sparsifier.sparsify(0.5)
 
 
-def test_outputs_that_come_back_are_warned_of_and_weights_are_not():
+def test_revived_outputs_give_a_warning_and_revived_weights_do_not():
     model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
     sparsifier = Sparsifier(model, "filter")
     sparsifier.sparsify(0.5)

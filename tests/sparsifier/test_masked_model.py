@@ -26,7 +26,7 @@ def test_gradients_of_masked_weights_are_zero_even_when_not_finite(mlp):
     assert torch.equal(mlp[0].weight.grad[mask].nan_to_num(7), before[mask].nan_to_num(7))
 
 
-def test_masks_are_applied_to_what_is_not_finite(mlp):
+def test_masks_are_applied_to_weights_that_are_not_finite(mlp):
     sparsifier = Sparsifier(mlp)
     sparsifier.sparsify(0.5)
     with torch.no_grad():
@@ -36,7 +36,7 @@ def test_masks_are_applied_to_what_is_not_finite(mlp):
     assert sparsifier.sparsity == 0.5
 
 
-def test_a_sparse_gradient_of_an_embedding_does_not_break_masking():
+def test_an_embedding_with_sparse_gradients_is_masked():
     model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(8, 2))
     sparsifier = Sparsifier(model, layers=["0", "2"])
     sparsifier.sparsify(0.5)
@@ -84,7 +84,7 @@ def test_nothing_is_left_on_the_model(net):
     pickle.loads(pickle.dumps(net)).load_state_dict(net.state_dict(), strict=True)
 
 
-def test_autograd_sees_that_a_weight_was_written(mlp):
+def test_autograd_notices_that_masks_were_applied(mlp):
     sparsifier = Sparsifier(mlp)
     output = mlp(torch.randn(2, 4)).square().sum()
     sparsifier.sparsify(0.5)
@@ -110,14 +110,14 @@ def test_masks_are_recovered_from_the_zeros_of_a_checkpoint(granularity):
     )
 
 
-def test_a_layer_of_nothing_but_zeros_is_not_taken_for_a_masked_one(mlp):
+def test_a_layer_of_zeros_is_recovered_as_dense(mlp):
     nn.init.zeros_(mlp[2].weight)
     sparsifier = Sparsifier(mlp)
     sparsifier.recover_masks()
     assert sparsifier.masks["2.weight"].all()
 
 
-def test_a_partly_zero_group_is_not_recovered_as_masked(net):
+def test_a_group_with_some_zeros_is_recovered_as_kept(net):
     with torch.no_grad():
         net[3].weight[0, 0] = 0
     sparsifier = Sparsifier(net, "filter")
@@ -138,7 +138,7 @@ def test_sparsifying_recovered_masks_at_the_same_level_revives_nothing():
         assert all((mask <= before[name]).all() for name, mask in recovered.masks.items())
 
 
-def test_adopted_masks_are_masked_and_never_dropped_by_a_rising_level(net):
+def test_given_masks_are_taken_and_stay_pruned_while_the_sparsity_rises(net):
     earlier = Sparsifier(net, "kernel", criteria="small_final")
     earlier.sparsify(0.3)
     for granularity in ("weight", "kernel"):
@@ -155,7 +155,7 @@ def test_adopted_masks_are_masked_and_never_dropped_by_a_rising_level(net):
 
 
 @pytest.mark.parametrize("granularity", ["weight", "filter"])  # the latter with what stands behind whole outputs
-def test_release_gives_the_model_back_and_ends_all_calls(mlp, granularity):
+def test_release_returns_the_model_and_ends_all_calls(mlp, granularity):
     sparsifier = Sparsifier(mlp, granularity)
     sparsifier.sparsify(0.5)
     assert sparsifier.release() is mlp

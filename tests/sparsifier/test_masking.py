@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("places", [False, True])
 @pytest.mark.parametrize("part", [16, 131072])
-def test_masked_values_are_zero_and_others_as_they_were(dtype, memory, places, part, monkeypatch):
+def test_masked_values_become_zero_and_others_do_not_change(dtype, memory, places, part, monkeypatch):
     monkeypatch.setattr("sparsifai.sparsifier.masking.CHUNK", part)
     torch.manual_seed(0)
     before = torch.randn(4, 3, 5, 5, dtype=dtype).to(memory_format=memory)
@@ -37,7 +37,7 @@ def test_masked_values_are_zero_and_others_as_they_were(dtype, memory, places, p
     assert tensor._version > version  # autograd sees it
 
 
-def test_newly_masked_are_places_if_few_and_the_mask_otherwise():
+def test_newly_masked_gives_indices_if_they_are_few_and_the_mask_otherwise():
     weight, before = nn.Parameter(torch.ones(10, 10)), torch.ones(10, 10, dtype=torch.bool)
     before[0, 0] = False
     mask = before.clone()
@@ -49,7 +49,7 @@ def test_newly_masked_are_places_if_few_and_the_mask_otherwise():
     assert newly_masked(weight, torch.ones(10, 1, dtype=torch.bool), few) is few
 
 
-def test_newly_masked_are_found_in_all_parts(monkeypatch):
+def test_newly_masked_finds_weights_in_all_chunks(monkeypatch):
     monkeypatch.setattr("sparsifai.sparsifier.masking.CHUNK", 7)
     weight, before = nn.Parameter(torch.ones(20, 20)), torch.rand(20, 20) < 0.9
     mask = before.clone()
@@ -67,13 +67,13 @@ KNOWN = {
 
 
 @pytest.mark.parametrize(("kind", "holds"), [("Adam", True), ("SGD", True), ("a subclass", False), ("LBFGS", False)])
-def test_only_optimizers_that_are_known_to_are_trusted_to_hold_zeros(kind, holds):
+def test_only_known_optimizers_hold_zeros(kind, holds):
     optimizer = KNOWN[kind](nn.Linear(2, 2).parameters())
     assert holds_zeros(optimizer) is holds
     assert holds_zeros(type("Wrapper", (), {"__init__": lambda self: setattr(self, "optimizer", optimizer)})()) is False
 
 
-def test_a_sparse_gradient_is_left_and_told():
+def test_a_sparse_gradient_is_not_changed_and_reported():
     model = nn.Sequential(nn.Embedding(8, 4, sparse=True), nn.Linear(4, 2))
     sparsifier = Sparsifier(model, layers=["0", "1"])
     sparsifier.sparsify(0.5)
@@ -84,7 +84,7 @@ def test_a_sparse_gradient_is_left_and_told():
     assert zero_gradients(sparsifier.masked_parameters()) is True
 
 
-def test_means_of_squares_are_next_to_zero_where_asked_for_and_move_nothing():
+def test_mean_squares_next_to_zero_move_no_weight():
     torch.manual_seed(0)
     model = small_net()
     optimizer = torch.optim.AdamW(model.parameters(), 0.1)
@@ -110,7 +110,7 @@ def test_means_of_squares_are_next_to_zero_where_asked_for_and_move_nothing():
 
 
 @pytest.mark.parametrize("register", ["register_step_pre_hook", "register_step_post_hook"])
-def test_an_optimizer_with_hooks_is_not_trusted(register):
+def test_an_optimizer_with_hooks_is_not_known_to_hold_zeros(register):
     optimizer = torch.optim.Adam(nn.Linear(2, 2).parameters())
     handle = getattr(optimizer, register)(lambda *_: None)
     assert holds_zeros(optimizer) is False

@@ -142,7 +142,7 @@ MODELS = {
 
 @pytest.mark.parametrize("granularity", ["weight", "filter"])
 @pytest.mark.parametrize("model", MODELS)
-def test_a_model_is_made_sparse_and_stays_so(model, granularity):
+def test_a_model_becomes_sparse_and_stays_sparse(model, granularity):
     make, count, dense, dense_with_filters = MODELS[model]
     torch.manual_seed(0)
     learn = make()

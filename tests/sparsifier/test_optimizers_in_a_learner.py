@@ -14,7 +14,7 @@ from sparsifai.sparsifier.masking import (
 pytestmark = pytest.mark.fastai
 
 
-def test_a_keeper_masks_after_the_step_of_an_optimizer_that_it_does_not_know(make_learner, monkeypatch):
+def test_keep_sparsity_masks_after_the_step_of_an_unknown_optimizer(make_learner, monkeypatch):
     from fastai.callback.core import Callback
     from fastai.optimizer import (
         SGD,
@@ -72,7 +72,7 @@ def test_a_keeper_masks_after_the_step_of_an_optimizer_that_it_does_not_know(mak
 @pytest.mark.parametrize(
     ("event", "order"), [("after_step", 0), ("after_step", 99), ("before_step", 20), ("after_batch", 99)]
 )
-def test_callbacks_that_change_weights_or_gradients_around_the_step_revive_nothing(make_learner, event, order, given):
+def test_callbacks_that_change_weights_or_gradients_revive_nothing(make_learner, event, order, given):
     from fastai.callback.core import Callback
 
     from sparsifai import SparsifyCallback
@@ -101,7 +101,7 @@ def test_callbacks_that_change_weights_or_gradients_around_the_step_revive_nothi
     assert all(seen)
 
 
-def test_weights_and_moments_that_are_loaded_within_a_fit_are_masked_before_the_first_forward(make_learner, tmp_path):
+def test_weights_and_moments_loaded_within_a_fit_are_masked_before_the_next_forward(make_learner, tmp_path):
     from fastai.callback.core import Callback
     from fastai.optimizer import Adam
 
@@ -126,7 +126,7 @@ def test_weights_and_moments_that_are_loaded_within_a_fit_are_masked_before_the_
     assert all(seen)
 
 
-def test_a_keeper_keeps_means_of_squares_from_decaying(make_learner, monkeypatch):
+def test_keep_sparsity_keeps_mean_squares_from_decaying(make_learner, monkeypatch):
     from fastai.optimizer import Adam
 
     from sparsifai import KeepSparsity

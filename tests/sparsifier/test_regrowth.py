@@ -24,7 +24,7 @@ def lowest(scores, count):
     sparsity=st.floats(0.1, 0.9),
     drop=st.floats(0.05, 0.9),
 )
-def test_what_falls_and_comes_back_is_that_of_a_plain_computation(weights, gradients, sparsity, drop):
+def test_pruned_and_regrown_weights_are_those_of_a_plain_computation(weights, gradients, sparsity, drop):
     count = len(weights)
     model = nn.Linear(count, 1, bias=False)
     sparsifier = Sparsifier(model, regrow="grad", may_empty=True)
@@ -68,7 +68,7 @@ def test_a_case_by_hand():
 
 
 @pytest.mark.parametrize(("context", "axis"), [("blocks", "in"), ("per_output", "in"), ("blocks", "out")])
-def test_within_a_block_the_highest_come_back(context, axis):
+def test_the_highest_gradients_of_a_block_regrow(context, axis):
     from sparsifai import blocks
 
     model = nn.Linear(4, 4, bias=False)
@@ -94,7 +94,7 @@ CASES += [("weight", context) for context in contexts] + [("kernel", "erk"), ("4
 
 
 @pytest.mark.parametrize(("granularity", "context"), CASES)
-def test_the_sparsity_is_constant_and_the_masks_move_with_every_granularity_and_context(net, granularity, context):
+def test_the_sparsity_is_constant_while_masks_move_in_any_granularity_and_context(net, granularity, context):
     from sparsifai import blocks
 
     context = blocks(4) if context == "blocks" else context
@@ -117,7 +117,7 @@ def test_the_sparsity_is_constant_and_the_masks_move_with_every_granularity_and_
     assert moved > 0
 
 
-def test_what_comes_back_starts_at_zero_with_fresh_moments_and_is_moved_by_the_next_step(mlp):
+def test_regrown_weights_start_at_zero_with_fresh_moments(mlp):
     optimizer = torch.optim.Adam(mlp.parameters(), 0.1)
     sparsifier = Sparsifier(mlp, context="local", regrow="random")
     sparsifier.sparsify(0.5)
@@ -143,7 +143,7 @@ def test_what_comes_back_starts_at_zero_with_fresh_moments_and_is_moved_by_the_n
         assert (~alive(sparsifier)).sum() == 24
 
 
-def test_without_a_gradient_it_says_how_to_have_one_and_changes_nothing(mlp):
+def test_regrowth_without_gradients_changes_nothing(mlp):
     sparsifier = Sparsifier(mlp, regrow="grad")
     sparsifier.sparsify(0.5)
     before = {name: parameter.clone() for name, parameter in mlp.named_parameters()}
@@ -158,14 +158,14 @@ def test_without_a_gradient_it_says_how_to_have_one_and_changes_nothing(mlp):
         sparsifier.sparsify(0.5, drop=0.3)
 
 
-def test_a_target_that_rises_meanwhile_is_reached_exactly(mlp):
+def test_a_rising_sparsity_is_reached_exactly_while_weights_regrow(mlp):
     sparsifier = Sparsifier(mlp, regrow="random")
     for step in range(1, 10):
         sparsifier.sparsify(step / 12, drop=0.3)
         assert (~alive(sparsifier)).sum() == rounded(step / 12 * 48)
 
 
-def test_limits_hold_whatever_the_gradients_are():
+def test_limits_hold_for_any_gradients():
     from sparsifai import bounded
 
     net = nn.Sequential(nn.Linear(40, 40, bias=False), nn.Linear(40, 40, bias=False))

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.fastai
 
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
-def test_in_a_learner_the_zeros_are_constant_at_every_step_and_move(make_learner, optimizer, known):
+def test_the_number_of_zeros_is_constant_while_masks_move(make_learner, optimizer, known):
     import fastai.optimizer
 
     from sparsifai import SparsifyCallback
@@ -40,7 +40,7 @@ def test_in_a_learner_the_zeros_are_constant_at_every_step_and_move(make_learner
 
 
 @pytest.mark.parametrize("criteria", ["large_final", "snip"])
-def test_dense_gradients_are_looked_at_in_steps_that_update_the_masks_only(make_learner, monkeypatch, criteria):
+def test_dense_gradients_are_collected_only_before_mask_updates(make_learner, monkeypatch, criteria):
     from sparsifai import SparsifyCallback
 
     steps, add = [], Regrowth.add
@@ -50,7 +50,7 @@ def test_dense_gradients_are_looked_at_in_steps_that_update_the_masks_only(make_
     assert steps == [2, 5, 8]
 
 
-def test_criteria_of_activations_see_the_batch_of_every_update(make_learner, monkeypatch):
+def test_criteria_of_activations_collect_the_batch_of_every_update(make_learner, monkeypatch):
     from sparsifai import SparsifyCallback
 
     steps, calibrate = [], Sparsifier.calibrate
@@ -63,7 +63,7 @@ def test_criteria_of_activations_see_the_batch_of_every_update(make_learner, mon
 
 
 @pytest.mark.parametrize("schedule", ["lin", "agp"])
-def test_while_sparsity_rises_what_comes_back_outlives_the_step(make_learner, schedule):
+def test_regrown_weights_survive_the_step_while_the_sparsity_rises(make_learner, schedule):
     from sparsifai import SparsifyCallback
 
     net = nn.Sequential(nn.Flatten(), nn.Linear(128, 32), nn.Tanh(), nn.Linear(32, 3))
@@ -76,7 +76,7 @@ def test_while_sparsity_rises_what_comes_back_outlives_the_step(make_learner, sc
     assert [int((~mask).sum()) for mask in masks] == wanted
 
 
-def test_moments_of_what_comes_back_are_fresh_in_a_learner(make_learner):
+def test_moments_of_regrown_weights_are_fresh(make_learner):
     from fastai.callback.core import Callback
     from fastai.optimizer import Adam
 
@@ -104,7 +104,7 @@ def test_moments_of_what_comes_back_are_fresh_in_a_learner(make_learner):
     assert max(seen) <= 1e-16
 
 
-def test_an_interrupted_fit_leaves_nothing_that_moves_masks_in_lr_find(make_learner, tmp_path):
+def test_masks_do_not_move_in_lr_find_after_an_interrupted_fit(make_learner, tmp_path):
     from fastai.callback.core import Callback
 
     from sparsifai import SparsifyCallback
@@ -149,7 +149,7 @@ def test_by_default_masks_move_a_hundred_times_in_a_fit(make_learner):
     assert moved == list(range(2, 201, 2))
 
 
-def test_zeros_of_an_earlier_fit_are_moved_too(make_learner):
+def test_zeros_of_an_earlier_fit_move_too(make_learner):
     from sparsifai import KeepSparsity, SparsifyCallback
 
     net = nn.Sequential(nn.Flatten(), nn.Linear(128, 32), nn.Tanh(), nn.Linear(32, 3))
@@ -167,7 +167,7 @@ def test_zeros_of_an_earlier_fit_are_moved_too(make_learner):
     assert len(learn._grab_cbs(KeepSparsity)) == 1
 
 
-def test_with_accumulated_and_with_clipped_gradients(make_learner):
+def test_masks_move_with_accumulated_and_clipped_gradients(make_learner):
     from fastai.callback.training import GradientAccumulation, GradientClip
 
     from sparsifai import SparsifyCallback
@@ -180,7 +180,7 @@ def test_with_accumulated_and_with_clipped_gradients(make_learner):
     assert any(not torch.equal(masks[step], masks[step - 1]) for step in range(1, 12))
 
 
-def test_limits_that_leave_no_room_for_what_falls_are_told_of_before_the_first_step(make_learner):
+def test_limits_without_room_for_regrowth_are_an_error_before_the_first_step(make_learner):
     from sparsifai import SparsifyCallback, bounded
 
     learn = make_learner()
@@ -191,7 +191,7 @@ def test_limits_that_leave_no_room_for_what_falls_are_told_of_before_the_first_s
     assert all(map(torch.equal, before, learn.model.parameters()))
 
 
-def test_alternating_phases_end_sparse_and_bring_weights_back_on_the_way(make_learner):
+def test_alternating_phases_revive_weights_and_end_sparse(make_learner):
     from sparsifai import SparsifyCallback
 
     net = nn.Sequential(nn.Flatten(), nn.Linear(128, 32), nn.Tanh(), nn.Linear(32, 3))
@@ -208,7 +208,7 @@ def test_alternating_phases_end_sparse_and_bring_weights_back_on_the_way(make_le
 
 
 @pytest.mark.slow
-def test_on_the_digits_growing_by_gradient_beats_growing_at_random_and_both_beat_masks_that_stay():
+def test_on_digits_regrowth_by_gradient_beats_random_regrowth_and_static_masks():
     pytest.importorskip("fastai", reason="trains a Learner")
     pytest.importorskip("sklearn", reason="on scikit-learn's digits")
     from fastai.vision.all import DataLoader, DataLoaders, Learner, OptimWrapper, accuracy, set_seed

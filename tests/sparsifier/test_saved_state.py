@@ -76,7 +76,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change, net):
     assert sparsifier.level == 0
 
 
-def test_a_state_holds_what_was_collected(net, tmp_path):
+def test_a_state_holds_collected_quantities(net, tmp_path):
     sparsifier = Sparsifier(net, criteria="snip")
     sparsifier.calibrate(batches(2), F.cross_entropy)
     torch.save(sparsifier.state_dict(), tmp_path / "state.pth")
@@ -88,7 +88,7 @@ def test_a_state_holds_what_was_collected(net, tmp_path):
     assert all(torch.equal(mask, other.masks[name]) for name, mask in sparsifier.masks.items())
 
 
-def test_a_quantity_of_any_shape_is_kept_in_a_state(net):
+def test_a_state_holds_quantities_of_any_shape(net):
     @quantities.register
     @taken("backward")
     def gradient_norms(sparsifier, name):
@@ -107,7 +107,7 @@ def test_a_quantity_of_any_shape_is_kept_in_a_state(net):
         del quantities._functions["gradient_norms"]
 
 
-def test_saved_and_restored_it_goes_on_as_if_nothing_had_been(mlp):
+def test_regrowth_continues_from_a_saved_state(mlp):
     def run(sparsifier, steps):
         for step in steps:
             show_gradients(sparsifier, step)

@@ -18,14 +18,14 @@ from sparsifai.sparsifier.masking import (
 
 
 @pytest.mark.parametrize("schedule", [name for name in schedules if name != "dsd"])
-def test_a_loop_over_every_schedule_ends_at_the_target(schedule, mlp):
+def test_a_loop_over_any_schedule_ends_at_the_target_sparsity(schedule, mlp):
     sparsifier = Sparsifier(mlp)
     for step in range(1, 8):
         sparsifier.sparsify(0.9 * schedules[schedule](step / 7))
     assert sparsifier.report().selected.zeros == 43  # 43.2 of 48
 
 
-def test_a_dictionary_ranks_each_part_on_its_own_and_leaves_the_rest(net):
+def test_a_dictionary_ranks_the_layers_of_each_pattern_alone_and_leaves_the_others(net):
     sparsifier = Sparsifier(net, context="local")
     untouched = net[10].weight.clone()
     sparsifier.sparsify({"[0-5]": 0.5, "5": 0.25, nn.Linear: 0.9, "10": 0.0})
@@ -43,7 +43,7 @@ def test_a_dictionary_ranks_each_part_on_its_own_and_leaves_the_rest(net):
     assert sum(count.zeros for count in joint) == math.floor(sum(count.weights for count in joint) / 2 + 0.5)
 
 
-def test_a_pattern_of_a_dictionary_that_means_no_sparse_layer_is_an_error(net):
+def test_a_pattern_that_matches_no_selected_layer_is_an_error(net):
     sparsifier = Sparsifier(net, exclude="10")
     with pytest.raises(ValueError, match="'nothing'"):
         sparsifier.sparsify({"0": 0.5, "nothing": 0.5})
@@ -52,7 +52,7 @@ def test_a_pattern_of_a_dictionary_that_means_no_sparse_layer_is_an_error(net):
     assert all(mask.all() for mask in sparsifier.masks.values())
 
 
-def test_deepcopy_of_model_and_sparsifier_together(mlp):
+def test_model_and_sparsifier_are_copied_together(mlp):
     sparsifier = Sparsifier(mlp)
     sparsifier.sparsify(0.5)
     model, copied = copy.deepcopy((mlp, sparsifier))
@@ -68,7 +68,7 @@ def test_deepcopy_of_model_and_sparsifier_together(mlp):
         assert torch.equal(restored.masks["0.weight"] | sparsifier.masks["0.weight"], sparsifier.masks["0.weight"])
 
 
-def test_what_momentum_has_moved_is_zero_again_when_a_falling_level_revives_it(mlp):
+def test_weights_that_momentum_moved_are_revived_at_zero(mlp):
     sparsifier = Sparsifier(mlp)
     sparsifier.sparsify(0.8)
     before = dict(sparsifier.masks)
@@ -99,7 +99,7 @@ def test_warnings_point_at_the_line_that_calls():
 
 
 @pytest.mark.parametrize(("granularity", "level_before"), [("weight", 0.7), ("filter", 0.3)])
-def test_update_masks_does_for_less_what_sparsify_and_mask_moments_do(granularity, level_before):
+def test_update_masks_does_the_same_as_sparsify_and_mask_moments(granularity, level_before):
     made = []
     for cheaply in (False, True):
         torch.manual_seed(0)
@@ -126,7 +126,7 @@ def test_update_masks_does_for_less_what_sparsify_and_mask_moments_do(granularit
         assert torch.allclose(one["exp_avg_sq"], other["exp_avg_sq"], rtol=1e-2, atol=0)  # of masked ones, decayed
 
 
-def test_sums_over_filters_that_a_batch_norm_rescales_are_warned_of():
+def test_taylor_warns_of_filters_before_a_batch_norm():
     def net(norm):
         return nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
 

@@ -19,7 +19,7 @@ def net():
 
 
 @pytest.mark.parametrize("criterion", ["snip", "synflow", "large_final"])
-def test_in_steps_scores_are_taken_anew_and_density_falls_exponentially(net, criterion, monkeypatch):
+def test_each_step_scores_anew_and_the_density_falls_exponentially(net, criterion, monkeypatch):
     levels, moments = [], []
     take, add = CollectedQuantities.take, CollectedQuantities.add
 
@@ -46,7 +46,7 @@ def test_in_steps_scores_are_taken_anew_and_density_falls_exponentially(net, cri
     assert levels == [pytest.approx(1 - 0.1**0.5 * 0.05**0.5), 0.95]
 
 
-def test_in_steps_no_layer_is_sparser_on_the_way_than_at_the_end():
+def test_no_layer_is_sparser_between_steps_than_at_the_end():
     model = nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 30))
     sparsifier = Sparsifier(model, context="local")
     sparsifier.sparsify({"0": 0.9, "1": 0.1})
@@ -54,7 +54,7 @@ def test_in_steps_no_layer_is_sparser_on_the_way_than_at_the_end():
     assert int((model[1].weight == 0).sum()) == 450
 
 
-def test_in_steps_data_are_looked_at_anew_after_an_update(net, monkeypatch):
+def test_the_first_step_calibrates_again_only_after_an_update(net, monkeypatch):
     sparsifier, calls = Sparsifier(net, criteria="snip"), []
     monkeypatch.setattr(
         CollectedQuantities,
