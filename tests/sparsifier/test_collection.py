@@ -128,7 +128,7 @@ def test_means_are_over_the_batches_since_the_last_update(net):
         sparsifier.collected.stored["grad"]["0.weight"], (one[0]["0.weight"] + one[1]["0.weight"]) / 2, atol=1e-7
     )
     sparsifier.sparsify(0.0)
-    sparsifier.sparsify(0.0)  # what is there stays, until a batch comes
+    sparsifier.sparsify(0.0)  # the means stay until the next batch
     sparsifier.calibrate([third], F.cross_entropy)
     assert torch.allclose(sparsifier.collected.stored["grad"]["0.weight"], one[2]["0.weight"], atol=1e-7)
 

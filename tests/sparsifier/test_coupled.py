@@ -63,7 +63,7 @@ def test_the_score_is_the_mean_over_the_weights_of_all_coupled_filters():
         model.stem.weight[7] = 50.0
     sparsifier = coupled(model)
     sparsifier.sparsify(0.5)
-    # The sums are 0.3 (n + 1) + 1.08 (8 - n), but for that of channel 7: they fall with n.
+    # The sums are 0.3 (n + 1) + 1.08 (8 - n), except that of channel 7: they decrease with n.
     assert alive(sparsifier.masks["stem.weight"]) == [True, True, True, False, False, False, False, True]
 
 
@@ -226,8 +226,8 @@ def test_erk_uses_the_mean_shape_of_coupled_layers():
     full, kept = {"first"}, 0.5 * sum(weights.values())
     scale = (kept - weights["first"]) / sum(weights[name] * relative[name] for name in weights if name not in full)
     density = 1 - scale * relative["sum"]
-    fallen = 32 - sum(alive(sparsifier.masks["stem.weight"]))
-    assert fallen == pytest.approx(32 * density, abs=0.5)
+    pruned = 32 - sum(alive(sparsifier.masks["stem.weight"]))
+    assert pruned == pytest.approx(32 * density, abs=0.5)
 
 
 def test_limits_of_one_layer_hold_for_all_that_are_coupled_with_it():

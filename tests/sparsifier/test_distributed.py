@@ -94,7 +94,7 @@ def check_against_one_process(run, model, axes):
         assert stage["measured"] == sparsifier.sparsity
         assert stage["report"] == str(sparsifier.report())
     assert same(run["followers"], sparsifier.follower_masks)
-    # A bias and a norm layer of two parameters at least have a zero of their own where filters are dead.
+    # Pruned filters mask a bias and the two parameters of a norm layer at least.
     assert (axes[0] == "filter") == (sum(not mask.all() for mask in run["followers"].values()) >= 3)
 
 

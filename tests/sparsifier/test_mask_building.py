@@ -36,8 +36,8 @@ def expected_masks(sparsifier, scores, masks, sparsity, context):
     scopes = [[name] for name in table] if context == "local" else [list(table)]
     result = {}
     for names in scopes:
-        falls = oracle.fallen([table[name][2] for name in names], sparsity, whole)
-        result.update({name: oracle.mask_of(*table[name][:2], fell) for name, fell in zip(names, falls, strict=True)})
+        pruned = oracle.fallen([table[name][2] for name in names], sparsity, whole)
+        result.update({name: oracle.mask_of(*table[name][:2], each) for name, each in zip(names, pruned, strict=True)})
     return result
 
 
@@ -207,11 +207,11 @@ def test_the_pooling_decides_the_score_of_a_group():
     model = nn.Linear(2, 2, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[3.0, 0], [2, 2]]))
-    for pool, fallen in (("mean", 0), ("max", 1), ("sum", 0), ("l2", 1)):
+    for pool, pruned in (("mean", 0), ("max", 1), ("sum", 0), ("l2", 1)):
         layer = copy.deepcopy(model)
         Sparsifier(layer, "row", layers="weight", pool=pool).sparsify(0.5)
-        assert (layer.weight[fallen] == 0).all(), pool
-        assert (layer.weight[1 - fallen] != 0).any(), pool
+        assert (layer.weight[pruned] == 0).all(), pool
+        assert (layer.weight[1 - pruned] != 0).any(), pool
 
 
 def test_the_seed_decides_which_weights_random_prunes():
@@ -274,7 +274,7 @@ def test_no_context_revives_weights_while_the_sparsity_rises(net):
 
 
 def masked_share(sparsifier):
-    """Of masks: what has come back is zero until it is trained."""
+    """The sparsity of the masks; revived weights are zero until they are trained."""
     masks = [mask.float().mean() * mask.numel() for mask in sparsifier.masks.values()]
     return 1 - float(sum(masks)) / sum(mask.numel() for mask in sparsifier.masks.values())
 

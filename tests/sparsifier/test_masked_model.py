@@ -154,7 +154,7 @@ def test_given_masks_are_taken_and_stay_pruned_while_the_sparsity_rises(net):
     assert torch.equal(~rows.masks["3.weight"].flatten(), whole)
 
 
-@pytest.mark.parametrize("granularity", ["weight", "filter"])  # the latter with what stands behind whole outputs
+@pytest.mark.parametrize("granularity", ["weight", "filter"])  # filters have followers, weights have none
 def test_release_returns_the_model_and_ends_all_calls(mlp, granularity):
     sparsifier = Sparsifier(mlp, granularity)
     sparsifier.sparsify(0.5)

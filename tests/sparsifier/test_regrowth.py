@@ -37,12 +37,12 @@ def test_pruned_and_regrown_weights_are_those_of_a_plain_computation(weights, gr
     sparsifier.sparsify(sparsity, drop=drop)
 
     magnitude, gradient = np.abs(np.array(weights, float)), np.abs(np.array(gradients[:count], float))
-    magnitude[~before] = -1  # what is masked falls first
-    fallen = lowest(magnitude, max(rounded(sparsity_of_drop(sparsity, drop) * count), (~before).sum()))
+    magnitude[~before] = -1  # pruned weights come first
+    pruned = lowest(magnitude, max(rounded(sparsity_of_drop(sparsity, drop) * count), (~before).sum()))
     stays = np.ones(count, bool)
-    stays[fallen] = False
-    # Of what has fallen the highest come back: all but the lowest.
-    remain = np.sort(fallen)[lowest(gradient[np.sort(fallen)], rounded(sparsity * count))]
+    stays[pruned] = False
+    # Of the pruned weights those with the highest gradients regrow, all but the lowest.
+    remain = np.sort(pruned)[lowest(gradient[np.sort(pruned)], rounded(sparsity * count))]
     expected = np.ones(count, bool)
     expected[remain] = False
     assert np.array_equal(alive(sparsifier).numpy(), expected)
@@ -59,8 +59,8 @@ def test_a_case_by_hand():
     model.weight.grad = torch.tensor([[9.0, 9, 9, 0.1, 0.2, 5, -6, 0.3]])
     sparsifier.collect_gradients()
     with torch.no_grad():
-        model.weight[:, 4:] = 0.5  # what a step has made of masked weights
-    sparsifier.sparsify(0.5, drop=0.5)  # 6 and 5 fall; the highest gradients of zeros are those of 6, again, and -6
+        model.weight[:, 4:] = 0.5  # as a step may move pruned weights
+    sparsifier.sparsify(0.5, drop=0.5)  # 6 and 5 are pruned; the highest gradients of zeros are those of 6 and -6
     assert model.weight.tolist() == [[8, 7, 6, 0, 0, 0, 0, 0]]
     assert sparsifier.masks["weight"].tolist() == [[True, True, True, False, False, False, True, False]]
     assert sparsifier.explored == 5 / 8
@@ -80,12 +80,12 @@ def test_the_highest_gradients_of_a_block_regrow(context, axis):
     sparsifier.sparsify(0.5)
     model.weight.grad = gradients if axis == "in" else gradients.T.contiguous()
     sparsifier.collect_gradients()
-    sparsifier.sparsify(0.5, drop=0.5)  # of each row the lower of two falls, and the highest gradient comes back
+    sparsifier.sparsify(0.5, drop=0.5)  # the lower of two per row is pruned, the highest gradient regrows
     mask = sparsifier.masks["weight"]
     assert (mask if axis == "in" else mask.T).int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 1], [0, 1, 0, 1], [1, 1, 0, 0]]
 
 
-# Those with a few groups in a layer, of which none would move, and those of whole outputs apart.
+# Left out: granularities of so few groups per layer that none would move, and those of whole outputs.
 APART = {"layer", "filter", "row", *(name for name in granularities if "slice" in name)}
 
 
@@ -154,7 +154,7 @@ def test_regrowth_without_gradients_changes_nothing(mlp):
     assert all(torch.equal(masks[name], mask) for name, mask in sparsifier.masks.items())
     show_gradients(sparsifier)
     sparsifier.sparsify(0.5, drop=0.3)
-    with pytest.raises(ValueError, match="collect_gradients"):  # those before the update were of other masks
+    with pytest.raises(ValueError, match="collect_gradients"):  # earlier gradients were of other masks
         sparsifier.sparsify(0.5, drop=0.3)
 
 
@@ -172,7 +172,7 @@ def test_limits_hold_for_any_gradients():
     sparsifier = Sparsifier(net, context=bounded("global", {"0": (0.5, 0.9)}), regrow="grad")
     sparsifier.sparsify(0.6)
     for _ in range(3):
-        # Zeros of the first layer would all come back.
+        # Without limits all zeros of the first layer would regrow.
         first, drawn = sparsifier.masks["0.weight"], torch.rand(40, 40)
         net[0].weight.grad, net[1].weight.grad = torch.where(first, drawn * 1e-3, drawn + 5), torch.rand(40, 40)
         sparsifier.collect_gradients()

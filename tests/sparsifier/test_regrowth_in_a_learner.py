@@ -33,7 +33,7 @@ def test_the_number_of_zeros_is_constant_while_masks_move(make_learner, optimize
     assert all(abs(int((~mask).sum()) - wanted) <= 1 for mask in masks)
     assert all(abs(count - wanted) <= 1 for count in counts)
     moved = [step for step in range(1, 40) if not torch.equal(masks[step], masks[step - 1])]
-    # Every fourth step in the first three quarters of training, after which the share that falls is none.
+    # Every fourth step in the first three quarters of training, after which no weight is pruned and regrown.
     assert moved == [step for step in range(3, 30, 4) if step in moved]
     assert len(moved) >= 6
     assert 0.1 < callback.sparsifier.explored < 0.5
@@ -204,7 +204,7 @@ def test_alternating_phases_revive_weights_and_end_sparse(make_learner):
     assert dense == [1, 2, 3, *(6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27), *range(30, 34)]
     assert all(share == pytest.approx(0.75, abs=0.005) for share in shares if share)
     assert callback.sparsifier.sparsity == pytest.approx(0.75, abs=0.005)
-    assert counts[31] == 0  # what came back is trained; inputs of a unit without outputs a step later
+    assert counts[31] == 0  # revived weights are trained; inputs of a unit without outputs one step later
 
 
 @pytest.mark.slow
@@ -236,7 +236,9 @@ def test_on_digits_regrowth_by_gradient_beats_random_regrowth_and_static_masks()
         callback = SparsifyCallback(0.98, context="erk", schedule="one_shot", regrow=regrow)
         with learn.no_bar(), learn.no_logging():
             learn.fit(10, 3e-3, cbs=callback)
-            assert callback.sparsifier.sparsity == pytest.approx(0.98, abs=1e-3)  # what came back last may be zero yet
+            assert callback.sparsifier.sparsity == pytest.approx(
+                0.98, abs=1e-3
+            )  # weights that regrew last may still be zero
             return learn.validate()[1]
 
     static, at_random, by_gradient = (

@@ -136,7 +136,7 @@ def test_taylor_warns_of_filters_before_a_batch_norm():
     images = torch.randn(5, 1, 9, 9)
     sparsifier.calibrate([(images, images)], lambda output, target: output.square().mean())
     scores = {name: scores_of(sparsifier, name).flatten(1).sum(1).abs().max() for name in ("0.weight", "3.weight")}
-    assert scores["0.weight"] < 1e-4 * scores["3.weight"]  # as it says
+    assert scores["0.weight"] < 1e-4 * scores["3.weight"]  # as the warning says
     Sparsifier(net(nn.GroupNorm(1, 4)), "filter", criteria="taylor")
     Sparsifier(net(nn.BatchNorm2d(4)), "kernel", criteria="taylor")
     Sparsifier(net(nn.BatchNorm2d(4)), "filter", criteria="taylor", pool="mean")
