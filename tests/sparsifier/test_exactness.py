@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import layers_of, levels_of
+from conftest import as_on_device, layers_of, levels_of
 from torch import nn
 
 from sparsifai import Sparsifier, criteria
@@ -70,7 +70,7 @@ def test_the_masks_are_those_of_a_stable_sort(kind, dtype, context, on_device):
     model = model_of(kind, dtype, "contiguous")
     sparsifier = Sparsifier(model, context=context)
     if on_device:
-        sparsifier.__class__ = type("OnDevice", (Sparsifier,), {"_on_device": True})
+        as_on_device(sparsifier)
     names = list(sparsifier.masks)
     scopes = [names] if context == "global" else [[name] for name in names]
     for level in LEVELS:

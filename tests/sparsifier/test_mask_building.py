@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import EXAMPLE, dense_of, layers_of, levels_of, show_data, small_net
+from conftest import EXAMPLE, as_on_device, dense_of, layers_of, levels_of, show_data, small_net
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -284,7 +284,7 @@ def test_a_falling_global_sparsity_is_exact_if_some_layers_were_below_it(on_devi
     for levels, lower in (((0.9, 0.3), 0.4), ((0.9, 0.1), 0.3)):
         sparsifier = Sparsifier(nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 40)))
         if on_device:
-            sparsifier.__class__ = type("OnDevice", (Sparsifier,), {"_on_device": True})
+            as_on_device(sparsifier)
         sparsifier.sparsify({"0": levels[0], "1": levels[1]})
         before = sparsifier.masks
         sparsifier.sparsify(lower)
