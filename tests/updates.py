@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from conftest import layers_of
+from torch.utils._pytree import tree_flatten
 
 
 def moved(model):
@@ -12,6 +13,13 @@ def moved(model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+def same_state(one, other):
+    """Whether two states, nested as they may be, have the same entries."""
+    (leaves, form), (others, other_form) = tree_flatten(one), tree_flatten(other)
+    pairs = zip(leaves, others, strict=True) if form == other_form else [(0, 1)]
+    return all(torch.equal(*pair) if isinstance(pair[0], torch.Tensor) else pair[0] == pair[1] for pair in pairs)
 
 
 def batches(count=3):

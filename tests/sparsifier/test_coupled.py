@@ -1,3 +1,5 @@
+"""Coupled filters are pruned together, so that all zero filters can be removed."""
+
 import copy
 import pickle
 import warnings

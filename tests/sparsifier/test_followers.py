@@ -1,9 +1,12 @@
+"""Followers: biases and norm parameters that are masked with whole outputs."""
+
 import pytest
 import torch
 from conftest import dense_of, followers_of
 from torch import nn
 
 from sparsifai import Sparsifier
+from sparsifai.sparsifier.followers import Follower
 
 
 def dead_outputs(model, x):
@@ -138,3 +141,35 @@ def test_the_bias_of_a_registered_layer_is_a_follower():
         assert followers_of(Sparsifier(model, "filter")) == {"0.bias": ("0.kernel",)}
     finally:
         del target._AXES_OF_KIND[Kernel]
+
+
+def bools(text):
+    return torch.tensor([letter == "1" for letter in text])
+
+
+def pairs(outputs, entries):
+    return torch.tensor(outputs), torch.tensor(entries)
+
+
+@pytest.mark.parametrize(
+    ("producers", "kept", "expected"),
+    [
+        ({"left": None}, {"left": "101"}, "101"),
+        ({"left": None, "right": None}, {"left": "100", "right": "001"}, "101"),
+        # The outputs of two layers side by side; no output acts on the last entry.
+        (
+            {"left": pairs([0, 1], [0, 1]), "right": pairs([0, 1], [2, 3])},
+            {"left": "10", "right": "01"},
+            "10011",
+        ),
+        # One output acts on two entries, as behind an upsampling, and in another order.
+        ({"left": pairs([1, 1, 0, 0], [0, 1, 2, 3])}, {"left": "01"}, "1100"),
+        # An entry is kept if any of its outputs is.
+        ({"left": pairs([0, 1], [0, 1]), "right": None}, {"left": "10", "right": "001"}, "101"),
+    ],
+)
+def test_the_mask_of_a_follower_by_hand(producers, kept, expected):
+    follower = Follower("norm.weight", len(expected), producers)
+    mask = follower.mask({name: bools(text) for name, text in kept.items()})
+    assert mask.dtype == torch.bool
+    assert torch.equal(mask, bools(expected))

@@ -13,10 +13,13 @@ from conftest import EXAMPLE, as_on_device, dense_of, layers_of, levels_of, show
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from updates import moved
+from updates import moved, same_state
 
 from sparsifai import Sparsifier, contexts, criteria, granularities
 from sparsifai.axes.criterion import quantities_of
+from sparsifai.sparsifier.layer import selected
+from sparsifai.sparsifier.mask_building import build_masks
+from sparsifai.sparsifier.regrowth import Regrowth
 
 
 def expected_masks(sparsifier, scores, masks, sparsity, context):
@@ -344,3 +347,61 @@ def test_revived_outputs_give_a_warning_and_revived_weights_do_not():
         sparsifier.sparsify(0.5)
         for level in (0.5, 0.2):
             Sparsifier(model).sparsify(level)
+
+
+def snapshot(sparsifier):
+    """All that a Sparsifier and its model hold, copied; and the masks and weights themselves."""
+    held = [*sparsifier.masks.values(), *sparsifier.model.parameters()]
+    return copy.deepcopy((sparsifier.state_dict(), sparsifier.model.state_dict())), held
+
+
+def assert_unchanged(sparsifier, before):
+    (state, weights), held = before
+    assert all(one is other for one, other in zip(held, snapshot(sparsifier)[1], strict=True))
+    assert same_state(sparsifier.state_dict(), state)
+    assert same_state(sparsifier.model.state_dict(), weights)
+
+
+def centred(weight):
+    """Works on the whole layer, and in place."""
+    return weight.sub_(weight.mean()).abs_()
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.3])
+@pytest.mark.parametrize("criterion", ["large_final", "random", "movement", "snip", "synflow", centred])
+@pytest.mark.parametrize("granularity", ["weight", "kernel"])
+def test_build_masks_returns_new_masks_and_changes_nothing(granularity, criterion, drop, net):
+    sparsifier = Sparsifier(net, granularity, criteria=criterion, regrow="random", example_input=EXAMPLE)
+    moved(net)
+    show_data(sparsifier)
+    sparsifier.sparsify(0.3)
+    moved(net)  # pruned weights included, as by a step
+    before = snapshot(sparsifier)
+    layers = selected(sparsifier.layers)
+    regrowth = Regrowth(criteria["random"], sparsifier.collected.source)
+    asked = [(0.6, list(layers))]
+    new, again = (
+        build_masks(layers, asked, sparsifier.ranking, sparsifier.collected, regrowth, drop) for _ in range(2)
+    )
+    assert_unchanged(sparsifier, before)
+    assert new.levels == dict.fromkeys(layers, 0.6)
+    share = 1 - sum(int(mask.expand_as(layers[name].parameter).sum()) for name, mask in new.masks.items()) / sum(
+        layer.parameter.numel() for layer in layers.values()
+    )
+    assert share == pytest.approx(0.6, abs=0.01)
+    assert all(torch.equal(mask, again.masks[name]) for name, mask in new.masks.items())
+    draws = criterion == "random" or drop > 0
+    assert torch.equal(new.random, sparsifier.collected.source.rng.get_state()) is not draws
+
+
+def test_build_masks_restores_the_generator_if_it_fails(net):
+    def draws_and_fails(weight, rng):
+        torch.rand(3, generator=rng)
+        raise ZeroDivisionError("drawn")
+
+    sparsifier = Sparsifier(net, criteria=draws_and_fails)
+    before = snapshot(sparsifier)
+    layers = selected(sparsifier.layers)
+    with pytest.raises(ZeroDivisionError, match="drawn"):
+        build_masks(layers, [(0.5, list(layers))], sparsifier.ranking, sparsifier.collected)
+    assert_unchanged(sparsifier, before)

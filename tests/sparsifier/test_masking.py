@@ -9,6 +9,7 @@ from sparsifai import Sparsifier
 from sparsifai.sparsifier.masking import (
     NEXT_TO_ZERO,
     holds_zeros,
+    is_masked_zero,
     newly_masked,
     zero_gradients,
     zero_masked,
@@ -116,3 +117,14 @@ def test_an_optimizer_with_hooks_is_not_known_to_hold_zeros(register):
     assert holds_zeros(optimizer) is False
     handle.remove()
     assert holds_zeros(optimizer) is True
+
+
+def test_masked_values_are_looked_at_and_others_are_not():
+    weight, mask = nn.Parameter(torch.tensor([[1.0, 2.0], [0.0, 3.0]])), torch.tensor([[True, False]])
+    assert not is_masked_zero([(weight, mask)])
+    with torch.no_grad():
+        weight[:, 1] = 0
+    assert is_masked_zero([(weight, mask)])
+    with torch.no_grad():
+        weight[1, 1] = float("nan")
+    assert not is_masked_zero([(weight, mask)])

@@ -1,3 +1,5 @@
+"""Reports: measured sparsity as text, HTML and plot."""
+
 import pytest
 import torch
 from torch import nn

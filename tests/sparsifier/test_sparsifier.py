@@ -3,12 +3,13 @@
 import copy
 import math
 import pickle
+import sys
 
 import pytest
 import torch
 from conftest import small_net
 from torch import nn
-from updates import moved, scores_of
+from updates import moved, same_state, scores_of
 
 from sparsifai import Sparsifier, schedules
 from sparsifai.sparsifier.masking import (
@@ -80,22 +81,61 @@ def test_weights_that_momentum_moved_are_revived_at_zero(mlp):
     assert (mlp[0].weight[revived] == 0).all()
 
 
-def test_warnings_point_at_the_line_that_calls():
-    masked = Sparsifier(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), "filter")
-    masked.sparsify(0.5)
-    net = nn.Sequential(nn.Linear(4, 4))
-    cases = {
-        "revives whole outputs": lambda: masked.sparsify(0.2),
-        "train before the first update": lambda: Sparsifier(net, criteria="movement").sparsify(0.5),
-        "no group can be pruned": lambda: Sparsifier(net, "layer", "local", layers=["0"]).sparsify(0.5),
-    }
-    for message, call in cases.items():
-        with pytest.warns(UserWarning, match=message) as caught:
-            call()
-        assert caught[0].filename == __file__
-    with pytest.warns(UserWarning, match="revives whole outputs") as caught:
-        masked.update_masks(0.1)
-    assert caught[0].filename == __file__
+def here():
+    """The line that calls this function."""
+    return sys._getframe(1).f_lineno
+
+
+def sparse_filters():
+    sparsifier = Sparsifier(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), "filter")
+    sparsifier.sparsify(0.75)
+    return sparsifier
+
+
+def sparse_layer(*axes, criteria="large_final"):
+    return Sparsifier(nn.Linear(4, 4), *axes, criteria=criteria, layers="weight")
+
+
+# Warning, and a function that makes the mistake and returns its line.
+WARNING_CALLS = {
+    "sparsify": ("revives", lambda: (sparse_filters().sparsify(0.25), here())[1]),
+    "sparsify in steps": ("revives", lambda: (sparse_filters().sparsify(0.25, steps=3), here())[1]),
+    "update_masks": ("revives", lambda: (sparse_filters().update_masks(0.25), here())[1]),
+    "scores that are equal": (
+        "compares",
+        lambda: (sparse_layer(criteria="movement").sparsify(0.5), here())[1],
+    ),
+    "no group to prune": (
+        "no group",
+        lambda: (sparse_layer("layer", "local").sparsify(0.5), here())[1],
+    ),
+    "the constructor": ("regrow", lambda: (Sparsifier(small_net(), "filter", regrow="grad"), here())[1]),
+}
+
+
+@pytest.mark.parametrize("call", WARNING_CALLS)
+def test_a_warning_points_at_the_line_that_calls(call):
+    message, mistake = WARNING_CALLS[call]
+    with pytest.warns(UserWarning, match=message) as caught:
+        line = mistake()
+    assert [(each.filename, each.lineno) for each in caught] == [(__file__, line)]
+
+
+def test_check_raises_what_sparsify_raises_and_warns_of_nothing():
+    sparsifier = sparse_filters()
+    before = copy.deepcopy((sparsifier.state_dict(), sparsifier.model.state_dict()))
+    for sparsity in (0.25, 0.5, 0.9, {"0": 0.25}):
+        sparsifier.check(sparsity)  # of which sparsify would warn, and warnings are errors
+    with pytest.raises(ValueError, match="'nothing'"):
+        sparsifier.check({"nothing": 0.5})
+    with torch.no_grad():
+        weight = sparsifier.model[0].weight
+        kept, weight[:] = weight.clone(), float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        sparsifier.check(0.9)
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert same_state((sparsifier.state_dict(), sparsifier.model.state_dict()), before)
 
 
 @pytest.mark.parametrize(("granularity", "level_before"), [("weight", 0.7), ("filter", 0.3)])
