@@ -125,8 +125,7 @@ class Recipe:
 
         Raises:
             OSError: The file cannot be read.
-            ValueError: It is not a recipe of SparseML, none of its steps can be converted, or with `strict` a part that
-                changes the model has no counterpart.
+            ValueError: It is not a recipe of SparseML, nothing in it can be converted, or `strict` forbids a loss.
         """
         content, notices = convert(Path(path).read_text(encoding="utf-8"))
         lost = [notice for notice in notices if notice.lost]
@@ -199,8 +198,7 @@ class Recipe:
             model: Any torch model; its weights are changed.
             calibration: Batches for criteria that need data, as in `Sparsifier.calibrate`. Default None.
             loss_func: A loss for criteria that need gradients, as in `Sparsifier.calibrate`. Default None.
-            example_input: A batch, as in Sparsifier, for models that torch.fx cannot trace and for `coupled: true`.
-                Default None.
+            example_input: A batch, for models that torch.fx cannot trace and for `coupled: true`. Default None.
 
         Returns:
             The Sparsifier of the model.
@@ -246,8 +244,8 @@ class Recipe:
 
         Args:
             learn: A Learner after its fit. Metrics are computed on its validation data.
-            sparsifier: The Sparsifier of the fit, whose selected layers are listed. By default the layers are listed
-                that a KeepSparsity of the Learner keeps sparse. Without one, all weights with named axes are listed.
+            sparsifier: The Sparsifier of the fit, whose selected layers are listed. Default: the layers that a
+                KeepSparsity of the Learner keeps sparse; without one, all weights with named axes.
 
         Returns:
             A new recipe, with the key `results`.
@@ -267,13 +265,13 @@ class Recipe:
         return Recipe({**self.content, "results": results}, self.notices)
 
     def sparsifying(self) -> Step:
-        """The sparsify step.
+        """Return the sparsify step.
 
         Returns:
             The step.
 
         Raises:
-            ValueError: There is none.
+            ValueError: The recipe has none.
         """
         for step in self.steps:
             if step.kind == "sparsify":

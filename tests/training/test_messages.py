@@ -453,7 +453,7 @@ REGULARIZER = [
     (
         "one score", regularizer(total), ValueError,
         [
-            "criterion total must return one real score per weight: for 0.weight a tensor of shape (4, 3), not (), "
+            "criterion total must return one real score per weight: for 0.weight a tensor of the shape (4, 3), not (), "
             "torch.float32"
         ],
     ),
