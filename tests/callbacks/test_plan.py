@@ -162,7 +162,7 @@ def test_every_criterion(net, criterion):
     axes = ("weight", "local", criterion)
     plan = planned(net, 0.5, *axes)
     assert left(plan) == {"0.weight": 72, "3.weight": 96, "5.weight": 36, "10.weight": 24, "12.weight": 9}
-    assert ("how many weights of each layer fall is known" in str(plan)) == (criterion not in KNOWN_NOW)
+    assert ("how many weights of each layer are pruned is known" in str(plan)) == (criterion not in KNOWN_NOW)
     plan = planned(net, 0.5, "weight", "global", criterion)
     assert plan.selected.left == 237
     assert ("Estimate: " in str(plan)) == (criterion not in KNOWN_NOW)
@@ -189,7 +189,7 @@ def test_what_a_sparsifier_has_seen_is_no_estimate(net):
 
 
 def test_a_scope_of_one_layer_is_fixed_by_its_shape(net):
-    assert "how many weights of each layer fall is known" in str(planned(net[0], 0.5, "weight", "global", "snip"))
+    assert "how many weights of each layer are pruned is known" in str(planned(net[0], 0.5, "weight", "global", "snip"))
 
 
 def test_a_bounded_context_is_fixed_by_shapes_if_the_one_within_is(net):
@@ -276,7 +276,7 @@ def test_a_schedule_that_ends_elsewhere_is_warned_of(mlp):
 
 def plan_by(callback, *arguments, **options):
     """What callback.plan gives, with the warning of dsd."""
-    if callback.schedule is schedules["dsd"]:
+    if callback.ramp.schedule is schedules["dsd"]:
         with pytest.warns(UserWarning, match="ends at"):
             return callback.plan(*arguments, **options)
     return callback.plan(*arguments, **options)
@@ -291,7 +291,7 @@ def test_the_timeline_is_that_of_a_fit(make_learner, schedule, options):
     before = plan_by(callback, learn.model, 2, 5)
     learn.fit(2, 0.01, cbs=callback)
     assert learn.recorder.hps["sparsity"] == pytest.approx([level for _, level in before.timeline[1:]], abs=1e-12)
-    if callback.schedule(1.0) == 1:
+    if callback.ramp.schedule(1.0) == 1:
         assert left(before) == {name: int(mask.sum()) for name, mask in callback.sparsifier.masks.items()}
 
 
