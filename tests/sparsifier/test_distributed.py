@@ -88,7 +88,7 @@ def check_against_one_process(run, model, axes):
         for name, buffer in model.named_buffers():
             buffer.copy_(stage["buffers"][name])
         if sparsifier.collected.at("backward", "forward", "loss"):  # copy the collected quantities
-            sparsifier.collected.restore(stage["collected"], sparsifier)
+            sparsifier.collected.restore(stage["collected"])
         sparsifier.sparsify(stage["sparsity"])
         assert same(stage["masks"], sparsifier.masks)
         assert stage["measured"] == sparsifier.sparsity
@@ -254,7 +254,7 @@ def test_a_learner_in_two_processes(learner):
 @pytest.mark.fastai
 def test_a_learner_in_two_processes_prints_once(learner):
     first, second = (seen["printed"] for seen in learner)
-    assert first.count("KeepSparsity holds") == 1
+    assert first.count("KeepSparsity keeps") == 1
     assert "valid_loss  sparsity" in first
     assert "parsity" not in second
 

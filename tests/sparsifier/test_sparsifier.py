@@ -163,7 +163,7 @@ def test_update_masks_does_the_same_as_sparsify_and_mask_moments(granularity, le
     assert all(map(torch.equal, weights, others[1]))
     for one, other in zip(moments, others[2], strict=True):
         assert torch.equal(one["exp_avg"], other["exp_avg"])
-        assert torch.allclose(one["exp_avg_sq"], other["exp_avg_sq"], rtol=1e-2, atol=0)  # those of pruned weights have decayed
+        assert torch.allclose(one["exp_avg_sq"], other["exp_avg_sq"], rtol=1e-2, atol=0)  # those of pruned ones decay
 
 
 def test_taylor_warns_of_filters_before_a_batch_norm():
