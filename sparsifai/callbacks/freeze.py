@@ -12,9 +12,22 @@ from .sparsify import SparsifyCallback
 
 
 class FreezeCallback(TrainingCallback):
-    "Do not train some layers from `start` to `end`"
+    """Freeze some layers in a part of training: their parameters are not trained from `start` to `end`.
 
-    # After SparsifyCallback, so that what is frozen for a while takes part in its masks.
+    Args:
+        layers: Names or globs of layers or parameters, or a list of them. A container means all layers in it.
+        start: Share of training, from 0 to 1, after which the layers are frozen. Default 0.
+        end: Share of training after which they are trained again; greater than `start`. Default 1.
+
+    Raises:
+        TypeError: `layers` is neither a name nor a list of names.
+        ValueError: Not 0 <= start < end <= 1. When a fit begins: a name or glob matches no layer.
+
+    Example:
+        learn.fit_one_cycle(5, cbs=FreezeCallback("0.*", end=0.5))
+    """
+
+    # After SparsifyCallback, which by default prunes no frozen layers: those that this callback freezes are pruned.
     order = SparsifyCallback.order + 0.1
 
     name = "freeze_layers"  # `freeze` is a method of the Learner

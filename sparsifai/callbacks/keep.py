@@ -144,11 +144,19 @@ class KeepSparsity(TrainingCallback):
         self,
         model,  # A copy of the model, such as its torch.optim.swa_utils.AveragedModel
     ):
-        "Zero the masked weights of a copy of the model"
+        """Set the masked weights of a copy of the model to zero.
+
+        Args:
+            model: The copy, such as a torch.optim.swa_utils.AveragedModel of the model.
+        """
         zero_weights(self._masked(model))
 
     def report(self):
-        "Measured zeros of the layers that have masks, and of the whole model: a `Report`"
+        """Count the zeros of the model.
+
+        Returns:
+            A `Report`. The layers that have masks are the selected ones.
+        """
         return Report.of(unwrapped(self.learn.model), self.masks)
 
     def enforce(self) -> None:
@@ -163,7 +171,14 @@ class KeepSparsity(TrainingCallback):
         self._recovered, self.held_model = True, unwrapped(self.learn.model)
 
     def recover(self, force: bool = False) -> bool:
-        "Take the masks from the zeros of the model, once in a fit; whether it did. With `force`, in any case."
+        """Take the masks from the zeros of the model, once in a fit, unless masks were given.
+
+        Args:
+            force: Whether to take them in any case. Default False.
+
+        Returns:
+            Whether the masks were taken.
+        """
         if not force and (self._recovered or not self.recovers):
             return False
         self.begin()

@@ -16,11 +16,16 @@ _COLUMNS = ("layer", "kind", "shape", "weights", "left", "sparsity", "bytes", "b
 
 @dataclass(frozen=True)
 class Size:
-    """What a layer or a model has, dense and of what is left.
+    """The size of a layer or a model, dense and with its pruned weights left out.
 
-    left: weights that are not masked. bytes_left: one bit per weight, and the element size per weight that is left, or
-    as dense if that is less. flops: 2 x multiply-adds with the weights per example, None if they are not known.
-    flops_left: flops x density.
+    Attributes:
+        weights: Number of weights.
+        left: Number of weights that are not pruned.
+        bytes: Bytes of all weights.
+        bytes_left: Bytes of the remaining weights, with one bit per weight that tells where they are; `bytes` if that
+            is less.
+        flops: FLOPs with the weights for one example, 2 x multiply-adds. None if they are not known.
+        flops_left: flops x density.
     """
 
     weights: int
@@ -62,11 +67,19 @@ class Size:
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One layer of a plan. why_dense: empty if it takes part; note: what is special about it then.
+    """One layer of a plan.
 
-    why_not_two_four: empty if torch's kernels for 2:4 take a weight of this shape in half precision, on a GPU.
-    near_collapse: whether less than 1 % of the weights is left, or fewer weights than the layer has outputs or inputs,
-    so that some of these must be without any; of groups of whole outputs or inputs, the former only.
+    Attributes:
+        name: Name of the parameter, such as 'layer1.0.conv1.weight'.
+        kind: Class name of the layer.
+        shape: Shape of the weight.
+        size: Its size, at the target sparsity.
+        why_dense: Why the layer stays dense. Empty if it is pruned.
+        note: A remark on a layer that is pruned. Often empty.
+        why_not_two_four: Why torch's 2:4 kernels cannot multiply with a weight of this shape in half precision. Empty
+            if they can.
+        near_collapse: Whether less than 1 % of the weights remain, or fewer weights than the layer has outputs or
+            inputs. The latter is not looked at where whole filters or channels are pruned.
     """
 
     name: str
@@ -81,11 +94,17 @@ class PlannedLayer:
 
 @dataclass(frozen=True, repr=False)
 class Plan(Table):
-    """What a fit would do: printed, a table; in a notebook, HTML; `.plot()` and `.plot_schedule()` draw it.
+    """What a fit would do to a model, by layer and epoch.
 
-    layers: at the target sparsity. selected, model: totals of the layers that take part and of all parameters.
-    timeline: (epochs that are over, level asked for), from before the first batch to the end, at the ends of all epochs
-    and at points between. notes: what holds of these numbers.
+    Printed it is a table, in a notebook HTML; `plot` and `plot_schedule` draw it.
+
+    Attributes:
+        layers: The layers at the target sparsity, in the order of the model.
+        selected: The size of all layers that are pruned.
+        model: The size of all parameters.
+        timeline: Pairs of the number of epochs that are over and the sparsity that is asked for then: before the first
+            batch, after each epoch, and at points between.
+        notes: How these numbers are meant, in one sentence each. They are printed above the table.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -96,7 +115,7 @@ class Plan(Table):
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """The level after each epoch."""
+        """The sparsity that is asked for after each epoch."""
         return tuple(level for epoch, level in self.timeline if epoch and epoch == int(epoch))
 
     @property
@@ -123,7 +142,14 @@ class Plan(Table):
         )
 
     def plot(self, ax: Any = None) -> Any:
-        """Sparsity of each layer as bars, dense layers in grey, those near collapse in red; the matplotlib axes."""
+        """Draw the sparsity of each layer as a bar, of layers that stay dense in grey, of those near collapse in red.
+
+        Args:
+            ax: The matplotlib axes to draw on; by default new ones.
+
+        Returns:
+            The matplotlib axes.
+        """
         rows = tuple(
             Row(layer.name, layer.kind, layer.shape, _count(layer.size), layer.why_dense) for layer in self.layers
         )
@@ -134,7 +160,14 @@ class Plan(Table):
         return ax
 
     def plot_schedule(self, ax: Any = None) -> Any:
-        """The level over the epochs; returns the matplotlib axes."""
+        """Draw the sparsity that is asked for over the epochs.
+
+        Args:
+            ax: The matplotlib axes to draw on; by default new ones.
+
+        Returns:
+            The matplotlib axes.
+        """
         import matplotlib.pyplot as plt
 
         if ax is None:

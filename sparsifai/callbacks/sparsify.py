@@ -36,30 +36,48 @@ class SparsifyCallback(TrainingCallback):
 
     The training table gets a column `sparsity` of measured zeros. After the fit a KeepSparsity callback stays on the
     Learner and keeps the zeros in later fits; `learn.remove_cb(KeepSparsity)` takes it off. While layers are frozen,
-    the sparsity is held. SaveModelCallback, EarlyStoppingCallback and ReduceLROnPlateau ignore epochs before the target
-    sparsity is reached.
+    the sparsity does not change. SaveModelCallback, EarlyStoppingCallback and ReduceLROnPlateau ignore epochs before
+    the target sparsity is reached.
 
     Attributes:
         sparsifier: The Sparsifier of the model, from the first batch on; None before.
 
     Args:
         sparsity: Fraction of the weights to be zero at the end, 0.5 for 50 %; or {pattern: fraction} by layer.
-        granularity, context, criteria, layers, exclude, pool, may_empty, regrow, round_to, coupled, seed: As of
-            `Sparsifier`.
+        granularity: How weights are grouped: a name of `granularities`, a tuple of axes such as ('out', 'h'), or a
+            function. Default 'weight', every weight by itself.
+        context: Where scores are ranked: a name of `contexts` or a function. Default 'global', all layers together.
+        criteria: How weights are scored: a name of `criteria` or a function of named quantities. Default 'large_final',
+            the magnitude.
         schedule: How sparsity grows in the fit: a name of `schedules`, a function from [0, 1] to [0, 1], or a fastai
             annealer. Default: agp over the first three quarters of the fit.
-        initial_sparsity: Sparsity of all layers at which the schedule begins. Default 0.
-        compression_ratio: Another name of `sparsity`, the same number.
-        drop: Initial fraction of the remaining weights that is pruned per update and regrown elsewhere; default 0.3.
-            Needs regrow=.
-        decay: Schedule by which that fraction goes to 0. Default: cos over the first three quarters of the fit.
-        calibration: Batches for criteria that look at data. Default: the batch that is being trained on.
-        every: Batches from one mask update to the next; the last batch of a fit always has an update. Default 1, and
-            with regrow= a hundredth of the fit.
+        initial_sparsity: Sparsity of all layers at which the schedule begins, a fraction. Default 0.
+        compression_ratio: Another name for `sparsity`. Pass only one of them.
+        layers: Which layers are pruned: module classes, modules, names, globs, functions of (name, module), or a list
+            of these. Default: all weights with named axes, except frozen ones and embeddings.
+        exclude: Which layers stay dense, in the same form. Default none.
+        pool: How the scores of a group become one: 'mean', 'sum', 'max', 'l2', or a function. Default: 'mean', and for
+            taylor the square of the sum.
+        may_empty: Whether a layer may lose all its groups. Default False: it keeps its best one.
+        regrow: The criterion by which pruned weights regrow at an update, highest scores first: 'grad' as in RigL,
+            'random' as in SET, or another one. Default: none regrow.
+        drop: With regrow=, the initial fraction of the remaining weights that is pruned per update and regrown
+            elsewhere. Default 0.3.
+        decay: Schedule by which `drop` goes to 0. Default: cos over the first three quarters of the fit.
+        calibration: Batches for criteria that need inputs or a loss. Default: the batch that is being trained on.
+        round_to: Keep a multiple of this many groups in every layer, or all of them. Default: any number.
+        coupled: Whether filters that can only be removed together are pruned together, for `shrink`. Default False.
+        seed: Seed of the generator that random criteria draw from. Default 0.
+        every: Number of batches from one mask update to the next. The last batch of a fit always has an update.
+            Default 1; with regrow=, a hundredth of the batches of the fit.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An argument cannot work. What depends on the model is raised at the first batch of a fit.
+        ValueError: An argument is unknown or out of range, or arguments exclude each other. At the first batch of a
+            fit: the arguments do not fit the model.
+
+    Example:
+        learn.fit_one_cycle(5, cbs=SparsifyCallback(0.9, context="erk"))
     """
 
     # After MixedPrecision (10), which unscales gradients, and before KeepSparsity (10.5), which zeroes those of masked
@@ -221,18 +239,18 @@ class SparsifyCallback(TrainingCallback):
         The plan is that of a first fit, from the model's present weights.
 
         Args:
-            model: The model.
-            n_epoch: Epochs of the fit.
-            n_iter: Batches in an epoch, `len(learn.dls.train)`.
+            model: The model, which is not changed.
+            n_epoch: Number of epochs of the fit.
+            n_iter: Number of batches in an epoch, `len(learn.dls.train)`.
             example_input: A batch, to count FLOPs with, and for models that torch.fx cannot trace. A tuple holds
-                positional arguments.
+                positional arguments. Default None.
 
         Returns:
-            A `Plan`: a table of what would remain of each layer, with plots.
+            A `Plan`: a table of the remaining weights of each layer, with plots.
 
         Raises:
             TypeError: `model` is no torch.nn.Module.
-            ValueError: The arguments cannot work on this model.
+            ValueError: The arguments of the callback do not fit the model.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"plan: model is a torch.nn.Module, such as learn.model, not {type(model).__name__}")
