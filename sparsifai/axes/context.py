@@ -116,7 +116,7 @@ def ask(
         For each layer a bool array with one entry per group, True where the group is kept.
 
     Raises:
-        ValueError: If the context returns anything else, or prunes a whole layer that may not be emptied.
+        ValueError: The context returns anything else, or prunes a whole layer that may not be emptied.
     """
     answer = context(layers, sparsity)
     all_kept = [np.asarray(kept) for kept in answer] if isinstance(answer, (list, tuple)) else []

@@ -63,9 +63,9 @@ class Grouping:
             The grouping of the weight.
 
         Raises:
-            UnavailableError: If the granularity names an axis that the weight does not have.
-            TypeError: If the granularity returns neither axis names nor a dictionary of extents.
-            ValueError: If the granularity fails, or an extent is not a whole number of at least 1.
+            UnavailableError: The granularity names an axis that the weight does not have.
+            TypeError: The granularity returns neither axis names nor a dictionary of extents.
+            ValueError: The granularity fails, or an extent is not a whole number of at least 1.
         """
         try:
             answer = granularity(dict(axes))
@@ -154,7 +154,7 @@ class Grouping:
             One score per group, in index order.
 
         Raises:
-            ValueError: If the pooling does not return one score per group.
+            ValueError: The pooling does not return one score per group.
         """
         length, extent = self.shape[0], self.extents[0]
         spanned = extent == length

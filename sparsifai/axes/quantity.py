@@ -101,7 +101,7 @@ def taken(*moments: str, running: bool = False, finish: Callable[[Tensor], Tenso
         A decorator, to be put below `@quantities.register`.
 
     Raises:
-        ValueError: If a moment is unknown, if there are several moments for a mean, or if `running` or `finish` is
+        ValueError: A moment is unknown, there are several moments for a mean, or `running` or `finish` is
             given without a mean.
 
     Example:

@@ -46,7 +46,7 @@ def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.nda
         For each layer a bool array with one entry per group, in index order: True where the group is kept.
 
     Raises:
-        ValueError: If the score of a group that is ranked is NaN. The message names the layer.
+        ValueError: The score of a group that is ranked is NaN. The message names the layer.
 
     Example:
         >>> score = np.array([3., 1., 2., 4.])
