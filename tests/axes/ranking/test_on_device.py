@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLE, show_data, small_net
+from conftest import EXAMPLE, as_on_device, show_data, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -57,13 +57,7 @@ def test_the_same_groups_stay_as_on_the_host(layers, sparsity, equal, whole, rev
     assert [stays.tolist() for stays in select_on_device(device, sparsity)] == expected
 
 
-def as_on_device(sparsifier):
-    """Have a Sparsifier on the CPU do what it does on a GPU."""
-    sparsifier.__class__ = type("OnDevice", (Sparsifier,), {"_on_device": True})
-    return sparsifier
-
-
-@pytest.mark.filterwarnings("ignore:outputs that come back")
+@pytest.mark.filterwarnings("ignore:a falling sparsity revives whole outputs")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("granularity", ["weight", "kernel", "filter", "channel", "layer", "row"])
 @pytest.mark.parametrize("context", ["local", "global"])
@@ -198,9 +192,10 @@ def test_groups_of_unequal_sizes_read_nothing():
 def test_own_contexts_are_given_arrays_of_the_host():
     with torch.device("meta"):
         model = small_net()
-    assert not Sparsifier(model, context=lambda layers, sparsity: [])._on_device
-    assert Sparsifier(model)._on_device
-    assert not Sparsifier(small_net())._on_device
+    own = Sparsifier(model, context=lambda layers, sparsity: [])
+    on_host = Sparsifier(small_net())
+    for sparsifier, expected in ((own, False), (Sparsifier(model), True), (on_host, False)):
+        assert sparsifier.ranking.stays_on_device(sparsifier.layers) is expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
