@@ -14,7 +14,9 @@ class TrainingCallback(Callback):
     def __call__(self, event_name):
         "Call the event, unless it comes from `validate`, `get_preds` and the like, which hold the Learner's lock"
         learn = self.learn
-        if learn is None or not learn.lock.locked():
+        if learn is None:  # taken off in this event, by a callback before it
+            return None
+        if not learn.lock.locked():
             return super().__call__(event_name)
         if event_name == "before_fit":
             self._before_question()

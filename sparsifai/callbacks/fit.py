@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fastai.learner import Learner
@@ -62,8 +62,6 @@ class Fit:
         if keeper is None:
             keeper = KeepSparsity()
             keeper.left_by_fit = True
-            for each in keepers:
-                each.is_second = True
             self.learn.add_cb(keeper)
         self.keeper = keeper
         keeper.begin()
@@ -76,11 +74,11 @@ class Fit:
             masks = merged(masks, keeper.masks)
         return masks
 
-    def let_go(self, names: Iterable[str]) -> None:
-        """Have nothing keep these parameters at zero, until the keeper gets new masks."""
-        for keeper in self.learn._grab_cbs(KeepSparsity):
-            for name in names:
-                keeper.masks.pop(name, None)
+    def take_over(self) -> None:
+        """Have the keeper alone keep zeros: another one would also keep those that regrow or that a schedule revives."""
+        for each in self.learn._grab_cbs(KeepSparsity):
+            if each is not self.keeper:
+                each.masks = {}
 
     def keep(self, sparsifier: Sparsifier, others: dict[str, Tensor]) -> None:
         """Give the keeper the masks of a Sparsifier as they are now. others: masks of zeros that are not its own."""
@@ -95,16 +93,16 @@ class Fit:
         """Say what keeps the zeros in later fits, or take it off if there are none."""
         for keeper in self.learn._grab_cbs(KeepSparsity):
             keeper.enforce()  # a fit can be interrupted between a step and what comes after it
-        if self.keeper is None or not self.brought or self.keeper.learn is None:  # said before, or taken off
+        if self.keeper is None or self.keeper.learn is None:  # before the first batch, or taken off in the fit
             return
-        if self.keeper.masks_something:
+        if not self.keeper.masks_something:
+            self.learn.remove_cb(self.keeper)
+        elif self.brought:
             notify(
                 self.learn,
                 f"KeepSparsity keeps the {percent(self.measure())} of zeros in later fits, too; "
                 "learn.remove_cb(KeepSparsity) takes it off",
             )
-        else:
-            self.learn.remove_cb(self.keeper)
 
     # --- What is shown ------------------------------------------------------------------------------------------
 

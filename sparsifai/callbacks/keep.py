@@ -68,21 +68,37 @@ class KeepSparsity(TrainingCallback):
         super().__init__()
         if sparsifier is not None and not isinstance(sparsifier, Sparsifier):
             raise TypeError(f"KeepSparsity: sparsifier is a Sparsifier whose masks are kept, not {sparsifier!r}")
-        self.masks: dict[str, Tensor] = {}
-        self.held_model: Any = None  # the model of the masks
+        self.masks = {}
+        self._sparsifier: Any = sparsifier  # whose masks are kept, unless others were given
+        self.held_model: Any = None if sparsifier is None else sparsifier.model  # the model of the masks
         self.recovers = sparsifier is None  # whether each fit begins with the zeros of the model
         self.left_by_fit = False  # whether SparsifyCallback has put it on the Learner
-        self.is_second = False  # whether SparsifyCallback has put another one on the Learner beside it
         self._recovered = False  # whether this fit has begun with the zeros of the model
         self._steps = 0
         self._gradients_zeroed = False  # in this step, for all masked weights
-        if sparsifier is not None:
-            self.masks, self.held_model = {**sparsifier.masks, **sparsifier.follower_masks}, sparsifier.model
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        "Parameter name -> mask; of a Sparsifier that was given, as its masks are at present"
+        sparsifier = self._sparsifier
+        return self._masks if sparsifier is None else {**sparsifier.masks, **sparsifier.follower_masks}
+
+    @masks.setter
+    def masks(self, masks: dict[str, Tensor]) -> None:
+        self._masks, self._sparsifier = masks, None
 
     @property
     def name(self):
-        "The name under which the Learner has it. Beside another one it is a second name, which is removed with it."
-        return "second_keep_sparsity" if self.is_second else super().name
+        "The name under which the Learner has it"
+        # When fastai has taken a callback off, it deletes the attribute of this name, which may be another keeper's.
+        return "removed_keep_sparsity" if self.learn is None else super().name
+
+    def _taken_off(self) -> None:
+        others = [each for each in self.learn._grab_cbs(KeepSparsity) if each is not self]
+        if others:
+            self.learn.keep_sparsity = others[-1]
+        else:
+            vars(self.learn).pop(self.name, None)
 
     def before_fit(self):
         "Zero the masked weights and their moments, which may have been loaded or changed since the last fit"
@@ -200,9 +216,7 @@ class KeepSparsity(TrainingCallback):
 
     def keeps(self, masks: Mapping[str, Tensor]) -> bool:
         "Whether all that these masks prune is kept at zero"
-        return all(
-            name in self.masks and not (self.masks[name].to(mask.device) & ~mask).any() for name, mask in masks.items()
-        )
+        return prunes(self.masks, masks)
 
     @property
     def masks_something(self) -> bool:
@@ -210,13 +224,15 @@ class KeepSparsity(TrainingCallback):
         return not all(mask.all() for mask in self.masks.values())
 
     def _masked(self, model: nn.Module | None = None) -> list[tuple[nn.Parameter, Tensor]]:
+        if self._sparsifier is not None:
+            return self._sparsifier.masked_parameters(model)
         masked = []
-        for name, mask in self.masks.items():
+        for name, mask in self._masks.items():
             parameter = parameter_of(self.learn.model if model is None else model, name, mask)
             if mask.device != parameter.device:
                 mask = mask.to(parameter.device)
                 if model is None:
-                    self.masks[name] = mask
+                    self._masks[name] = mask
             masked.append((parameter, mask))
         return masked
 
@@ -225,6 +241,11 @@ def merged(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[st
     """Masks that prune what either prunes: {name: mask & other}."""
     both = {name: masks[name] & mask.to(masks[name].device) for name, mask in others.items() if name in masks}
     return {**masks, **others, **both}
+
+
+def prunes(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether masks prune all that others prune."""
+    return all(name in masks and not (masks[name].to(mask.device) & ~mask).any() for name, mask in others.items())
 
 
 def _is_known(kind: type) -> bool:

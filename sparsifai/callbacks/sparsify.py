@@ -25,7 +25,7 @@ from ..support.table import percent
 from .base import TrainingCallback
 from .display import notify
 from .fit import Fit
-from .keep import KeepSparsity, merged
+from .keep import KeepSparsity, merged, prunes
 from .learner import is_search, show_data
 from .plan import every_of, plan_of
 from .ramp import Ramp
@@ -275,8 +275,9 @@ class SparsifyCallback(TrainingCallback):
     def _update(self, reached: float, drop: float = 0.0) -> None:
         self.sparsifier.update_masks(self.ramp.sparsity_at(reached), self.learn.opt, drop=drop)
         self._fit.keep(self.sparsifier, self._others)
-        if reached != self._reached:
-            self._reached, self._fit.moved = reached, True
+        # An epoch with other masks is no rival, either: if it were loaded, its zeros would not be those that are kept.
+        self._fit.moved |= bool(drop) or reached != self._reached
+        self._reached = reached
 
     def _is_short(self) -> bool:
         """Whether the level is another than the one that the fit shall end at."""
@@ -321,26 +322,27 @@ class SparsifyCallback(TrainingCallback):
         if sparsifier is None:
             fit.keeper.masks = fit.kept_masks()
         else:
-            own = sparsifier.masks
-            others = {name: mask | ~own[name] if name in own else mask for name, mask in fit.kept_masks().items()}
+            own = {**sparsifier.masks, **sparsifier.follower_masks}
+            others = {
+                name: mask | ~own[name].to(mask.device) if name in own else mask
+                for name, mask in fit.kept_masks().items()
+            }
             self._others = merged(self._others, {name: mask for name, mask in others.items() if not mask.all()})
             sparsifier.ranking = replace(sparsifier.ranking, process_group=process_group_of(self.learn.model))
             sparsifier.recover_masks(self._others)
             if self.options.regrow is not None:
                 self._adopt()
             fit.keep(sparsifier, self._others)
+        fit.take_over()
         fit.keeper.enforce()
 
     def _adopt(self) -> None:
         """Regrowth may move zeros of earlier fits: those that the Sparsifier has in its masks become its own."""
-        masks, others = self.sparsifier.masks, self._others
-        adopted = [
-            name
-            for name in others.keys() & masks.keys()
-            if not (masks[name] & ~others[name].to(masks[name].device)).any()
-        ]
+        masks, followers, others = self.sparsifier.masks, self.sparsifier.follower_masks, self._others
+        adopted = [name for name in others.keys() & masks.keys() if prunes(masks, {name: others[name]})]
+        if others.keys() & masks.keys() <= set(adopted):  # all filters can regrow, and so can their biases
+            adopted += [name for name in others.keys() & followers.keys() if prunes(followers, {name: others[name]})]
         self._others = {name: mask for name, mask in others.items() if name not in adopted}
-        self._fit.let_go(adopted)
 
     def _recover(self) -> None:
         """Keep the zeros of a model that comes sparse, as from a checkpoint, unless no sparsity is asked for."""
