@@ -118,7 +118,7 @@ class KeepSparsity(TrainingCallback):
 
     def before_batch(self):
         "When the fit begins, take the masks from the zeros of the model; later, zero what a callback may have moved"
-        if not self.recover() and not self._is_alone():
+        if not self.recover() and not self.is_alone():
             zero_weights(self._masked())
 
     def before_step(self):
@@ -128,7 +128,7 @@ class KeepSparsity(TrainingCallback):
     def after_step(self):
         "Zero the masked weights, if the optimizer may have moved them"
         masked = self._masked()
-        if not (self._gradients_zeroed and self._is_alone() and self._steps_hold(masked)):
+        if not (self._gradients_zeroed and self.is_alone() and self._steps_hold(masked)):
             zero_weights(masked)
         self._gradients_zeroed = False
         self._steps += 1
@@ -140,8 +140,8 @@ class KeepSparsity(TrainingCallback):
         stepped = {id(parameter) for parameter in parameters_of(self.learn.opt)}
         return holds_zeros(self.learn.opt) and all(id(parameter) in stepped for parameter, _ in masked)
 
-    def _is_alone(self) -> bool:
-        """Whether all callbacks that see training are fastai's or sparsifai's own, which change no weights."""
+    def is_alone(self) -> bool:
+        "Whether all callbacks that see training are fastai's or sparsifai's own, which change no weights"
         return not any(
             event in vars(callback) or (hasattr(type(callback), event) and not _is_known(type(callback)))
             for callback in self.learn.cbs

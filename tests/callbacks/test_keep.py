@@ -30,8 +30,10 @@ class At(Callback):
 
     def act(self):
         learn, (epoch, batch) = self.learn, self.place
-        of_batch = "batch" in self.event or "step" in self.event
-        if not learn.lock.locked() and learn.epoch == epoch and (not of_batch or learn.training and learn.iter == batch):
+        is_here = not learn.lock.locked() and learn.epoch == epoch
+        if "batch" in self.event or "step" in self.event:
+            is_here = is_here and learn.training and learn.iter == batch
+        if is_here:
             self.action(learn)
 
     def __reduce__(self):  # what it calls cannot be pickled
@@ -156,7 +158,9 @@ def test_a_schedule_that_falls_revives_its_own_zeros_beside_any_keeper(make_lear
     learn, callback = make_learner(steps=8), SparsifyCallback(0.8, schedule="dsd")
     learn.fit(1, 0.1, cbs=first)
     with pytest.raises(KeyboardInterrupt):
-        learn.fit(2, 0.1, cbs=[callback, KeepSparsity(), At("after_batch", raises(KeyboardInterrupt), epoch=0, batch=7)])
+        learn.fit(
+            2, 0.1, cbs=[callback, KeepSparsity(), At("after_batch", raises(KeyboardInterrupt), epoch=0, batch=7)]
+        )
     assert counted(learn.model) == share(0.8, learn.model)
     learn.fit(2, 0.1, cbs=[KeepSparsity(), callback])
     assert all(mask.all() for mask in callback.sparsifier.masks.values())
