@@ -1,4 +1,4 @@
-"""What SparsifyCallback shows in a Learner: a column of the training table, curves, notices; and how it pauses trackers."""
+"""What SparsifyCallback shows in a Learner: a column of the training table, curves, notices. And pausing of trackers."""
 
 from __future__ import annotations
 

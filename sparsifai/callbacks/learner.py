@@ -109,8 +109,10 @@ def calibrate_with(learn: Any, sparsifier: Sparsifier, batches: Iterable | None)
 
 
 def loss_of(learn: Any) -> Callable:
-    """The loss of a Learner as a function of (output, targets). Of a tuple of outputs, as language models have, it takes
-    the first, as fastai's own callbacks do."""
+    """The loss of a Learner as a function of (output, targets).
+
+    If the output is a tuple, as that of language models, the loss is that of its first element.
+    """
 
     def loss_func(output: Any, targets: tuple) -> Tensor:
         output = output[0] if isinstance(output, tuple) else output

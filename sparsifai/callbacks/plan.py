@@ -249,7 +249,7 @@ def _note_of_followers(masks: Mapping[str, Tensor]) -> str:
 
 def _note_of_flops(layers: Sequence[PlannedLayer]) -> str:
     unknown = [layer.name for layer in layers if layer.size.flops is None]
-    note = "FLOPs: 2 x multiply-adds with weights, per example; FLOPs left: x density, which only sparse kernels reach"
+    note = "FLOPs: 2 x multiply-adds with weights, per example; left is x density, which only sparse kernels keep"
     return f"{note}; not known of {_some(unknown)}." if unknown else f"{note}."
 
 
