@@ -1,4 +1,4 @@
-"""What SparsifyCallback shows in a Learner: a column of the training table, curves, notices. And pausing of trackers."""
+"""What SparsifyCallback shows in a Learner: a column of the training table, curves, notices; and pausing trackers."""
 
 from __future__ import annotations
 

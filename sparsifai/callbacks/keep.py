@@ -1,4 +1,4 @@
-"""KeepSparsity: the fastai callback that keeps pruned weights at zero, in the fit that prunes them and in later ones."""
+"""KeepSparsity: the fastai callback that keeps pruned weights at zero, in the fit that prunes them and later."""
 
 from __future__ import annotations
 
