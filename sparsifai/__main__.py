@@ -90,7 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert = command("convert", _convert, _CONVERT)
     convert.add_argument("recipe", type=Path, help="a recipe of SparseML, YAML or Markdown that begins with YAML")
     convert.add_argument("--to", type=Path, help="the file to write; by default the recipe is printed")
-    convert.add_argument("--strict", action="store_true", help="fail if a part that would change the model has no counterpart")
+    convert.add_argument(
+        "--strict", action="store_true", help="fail if a part that would change the model has no counterpart"
+    )
     convert.add_argument("--epochs", type=int, help="the number of epochs, for a recipe that does not give it")
 
     given = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""What a plan is: layers with the sizes that they would have, and levels over the epochs, as tables and plots."""
+"""The result of planning a fit: sizes of the layers after pruning and levels over the epochs, as a table and plots."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _COLUMNS = ("layer", "kind", "shape", "weights", "left", "sparsity", "bytes", "b
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a layer or a model, dense and with its pruned weights left out.
+    """The size of a layer or of a model, when dense and when pruned.
 
     Attributes:
         weights: Number of weights.
-        left: Number of weights that are not pruned.
-        bytes: Bytes of all weights.
-        bytes_left: Bytes of the remaining weights, with one bit per weight that tells where they are; `bytes` if that
-            is less.
-        flops: FLOPs with the weights for one example, 2 x multiply-adds. None if they are not known.
+        left: Number of remaining weights.
+        bytes: Bytes of the dense weights.
+        bytes_left: Bytes of the pruned weights: one bit per weight and the element size per remaining weight; or those
+            of the dense weights, if that is less.
+        flops: 2 x multiply-adds with the weights, per example. None if they are not known.
         flops_left: flops x density.
     """
 
@@ -42,14 +42,21 @@ class Size:
 
     @classmethod
     def of(cls, weights: int, left: int, element: int, flops: int | None) -> Size:
-        """Of one layer. element: bytes of a weight."""
+        """The size of one layer.
+
+        Args:
+            weights: Number of weights.
+            left: Number of remaining weights.
+            element: Bytes of one weight.
+            flops: FLOPs of the dense layer, or None.
+        """
         bitmap = math.ceil(weights / 8) + left * element
         flops_left = None if flops is None else flops * left // weights
         return cls(weights, left, weights * element, min(bitmap, weights * element), flops, flops_left)
 
     @classmethod
     def total(cls, sizes: Sequence[Size]) -> Size:
-        """Of several layers; of FLOPs those that are known."""
+        """The size of several layers together. FLOPs that are not known are left out."""
 
         def known(values: list[int | None]) -> int | None:
             counted = [value for value in values if value is not None]
@@ -70,16 +77,17 @@ class PlannedLayer:
     """One layer of a plan.
 
     Attributes:
-        name: Name of the parameter, such as 'layer1.0.conv1.weight'.
-        kind: Class name of the layer.
+        name: Name of the weight.
+        kind: Class of the module.
         shape: Shape of the weight.
-        size: Its size, at the target sparsity.
-        why_dense: Why the layer stays dense. Empty if it is pruned.
-        note: A remark on a layer that is pruned. Often empty.
-        why_not_two_four: Why torch's 2:4 kernels cannot multiply with a weight of this shape in half precision. Empty
-            if they can.
+        size: Its size, when dense and when pruned.
+        why_dense: Why it stays dense; empty if it is pruned.
+        note: A remark on a pruned layer, such as the length of its last block.
+        why_not_two_four: Why torch's kernels for 2:4 do not take a weight of this shape in half precision on a GPU;
+            empty if they do.
         near_collapse: Whether less than 1 % of the weights remain, or fewer weights than the layer has outputs or
-            inputs. The latter is not looked at where whole filters or channels are pruned.
+            inputs, so that some of these have no weight. The latter does not count with groups of whole outputs or
+            inputs.
     """
 
     name: str
@@ -94,17 +102,15 @@ class PlannedLayer:
 
 @dataclass(frozen=True, repr=False)
 class Plan(Table):
-    """What a fit would do to a model, by layer and epoch.
-
-    Printed it is a table, in a notebook HTML; `plot` and `plot_schedule` draw it.
+    """What a fit would do to a model: a table when printed, HTML in a notebook.
 
     Attributes:
-        layers: The layers at the target sparsity, in the order of the model.
-        selected: The size of all layers that are pruned.
-        model: The size of all parameters.
-        timeline: Pairs of the number of epochs that are over and the sparsity that is asked for then: before the first
-            batch, after each epoch, and at points between.
-        notes: How these numbers are meant, in one sentence each. They are printed above the table.
+        layers: The layers at the target sparsity.
+        selected: Total of the layers that are pruned.
+        model: Total of all parameters.
+        timeline: (epochs that are done, level that is asked for) from before the first batch to the end of the fit: at
+            the ends of all epochs and at points between.
+        notes: Remarks on these numbers.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -115,7 +121,7 @@ class Plan(Table):
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """The sparsity that is asked for after each epoch."""
+        """The level that is asked for after each epoch."""
         return tuple(level for epoch, level in self.timeline if epoch and epoch == int(epoch))
 
     @property
@@ -142,10 +148,10 @@ class Plan(Table):
         )
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw the sparsity of each layer as a bar, of layers that stay dense in grey, of those near collapse in red.
+        """Draw the sparsity of each layer as a bar: layers that stay dense in grey, layers near collapse in red.
 
         Args:
-            ax: The matplotlib axes to draw on; by default new ones.
+            ax: Matplotlib axes to draw on. Default: new ones.
 
         Returns:
             The matplotlib axes.
@@ -160,10 +166,10 @@ class Plan(Table):
         return ax
 
     def plot_schedule(self, ax: Any = None) -> Any:
-        """Draw the sparsity that is asked for over the epochs.
+        """Draw the level that is asked for over the epochs.
 
         Args:
-            ax: The matplotlib axes to draw on; by default new ones.
+            ax: Matplotlib axes to draw on. Default: new ones.
 
         Returns:
             The matplotlib axes.

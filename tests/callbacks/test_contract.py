@@ -628,7 +628,7 @@ def test_learn_save_and_load_between_fits_keep_the_zeros(make_learner, tmp_path)
     learn.fit(1, 0.1)
     assert_sound(learn, level=0.8)
     learn.load("dense")
-    with pytest.warns(UserWarning, match="masked weights were changed or loaded since they were zero"):
+    with pytest.warns(UserWarning, match="pruned weights were changed or loaded"):
         learn.fit(1, 0.1)
     assert_sound(learn, level=0.8)
 
@@ -642,7 +642,7 @@ def test_a_question_about_loaded_weights_is_answered_of_them(make_learner, tmp_p
     learn.load("dense")
     assert learn.validate() == dense
     assert counted(learn.model) == 0
-    with pytest.warns(UserWarning, match="masked weights were changed or loaded since they were zero"):
+    with pytest.warns(UserWarning, match="pruned weights were changed or loaded"):
         learn.fit(1, 0.1)
     assert_sound(learn, level=0.8)
 

@@ -362,7 +362,7 @@ def test_nothing_is_changed(net, criterion):
     assert torch.equal(torch.get_rng_state(), random)
     assert not any(each._forward_hooks or each._forward_hooks_with_kwargs for each in net.modules())
     assert dict(vars(sparsifier)) == attributes
-    assert sparsifier.masks is masks
+    assert all(sparsifier.masks[name] is mask for name, mask in masks.items())
     assert sparsifier.level == 0
 
 
@@ -427,7 +427,7 @@ def test_plots(mlp):
         ((0.5, "lin", 2, 4, 0), "every must be a whole number of at least 1, not 0"),
         ((50, "lin", 2, 4), "pass 0.5 for 50 %"),
         ((0.5, "linear", 2, 4), "unknown schedule 'linear'"),
-        ((0.5, lambda t: 2 * t, 2, 4), "must return the share of the target"),
+        ((0.5, lambda t: 2 * t, 2, 4), "must return"),
         (({"9": 0.5}, "lin", 2, 4), "no layer with a weight to sparsify matches '9'"),
     ],
 )
@@ -437,7 +437,7 @@ def test_errors(mlp, arguments, message):
 
 
 def test_errors_of_weights_and_models(mlp):
-    with pytest.raises(TypeError, match="sparsifier is a Sparsifier, not Sequential"):
+    with pytest.raises(TypeError, match="sparsifier must be a Sparsifier, not Sequential"):
         plan_of(mlp, 0.5, "lin", 2, 4)
     with pytest.raises(ValueError, match="2:4 prunes at most 0.5 of the weights"):
         planned(mlp, 0.75, "weight", "2:4")
@@ -450,7 +450,7 @@ def test_errors_of_weights_and_models(mlp):
 @pytest.mark.fastai
 def test_errors_of_the_callback(make_learner):
     learn, callback = make_learner(), sparsifai.SparsifyCallback(0.5)
-    with pytest.raises(TypeError, match=r"a torch.nn.Module, such as learn.model, not Learner"):
+    with pytest.raises(TypeError, match=r"must be a torch.nn.Module, such as learn.model, not Learner"):
         callback.plan(learn, 2, 4)
     with pytest.raises(TypeError, match="n_epoch"):
         callback.plan(learn.model)

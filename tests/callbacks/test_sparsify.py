@@ -176,9 +176,7 @@ def test_a_training_that_is_cancelled_before_it_begins_is_not_begun(make_learner
 
 def test_two_callbacks_in_one_fit_are_refused(make_learner):
     learn = make_learner(cbs=SparsifyCallback(0.5))
-    with pytest.raises(
-        ValueError, match="two SparsifyCallbacks in one fit would undo each other; give one of them a dict"
-    ):
+    with pytest.raises(ValueError, match="two SparsifyCallbacks in one fit would undo each other; use one with a dict"):
         learn.fit(1, cbs=SparsifyCallback(0.8))
     assert len(learn.metrics) == 0
 
@@ -612,14 +610,14 @@ def test_a_dictionary_of_targets_follows_the_schedule(make_learner):
 
 def test_what_is_no_sparsifier_of_this_model_is_refused_by_the_keeper(make_learner):
     for wrong in (0.5, SparsifyCallback(0.5)):
-        with pytest.raises(TypeError, match="KeepSparsity: sparsifier is a Sparsifier whose masks are kept, not"):
+        with pytest.raises(TypeError, match="KeepSparsity: sparsifier must be a Sparsifier, whose masks are kept, not"):
             KeepSparsity(wrong)
     with pytest.raises(ValueError, match="keeps the zeros of another model than the Learner's"):
         make_learner(cbs=KeepSparsity(Sparsifier(small_net()))).fit(1)
     learn = make_learner()
     learn.fit(1, cbs=SparsifyCallback(0.5))
     learn.model = small_net()
-    with pytest.raises(ValueError, match="take it off with learn.remove_cb"):
+    with pytest.raises(ValueError, match="remove it with learn.remove_cb"):
         learn.fit(1)
 
 
@@ -638,7 +636,7 @@ def test_weights_that_were_disturbed_between_fits_are_zero_at_the_first_forward(
     with torch.no_grad():
         for parameter in learn.model.parameters():
             parameter.add_(0.01)
-    with pytest.warns(UserWarning, match="masked weights were changed or loaded since they were zero"):
+    with pytest.warns(UserWarning, match="pruned weights were changed or loaded"):
         learn.fit(1, cbs=watch)
     assert watch.forwards[0] == share(0.7)
 
