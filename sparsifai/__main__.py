@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument(
         "--input",
         type=_shape,
-        help="shape of a batch, such as 1,3,224,224: counts FLOPs, and is needed for models that torch.fx cannot trace",
+        help="shape of a batch, such as 1,3,224,224: for FLOPs, and for models that torch.fx cannot trace",
     )
     plan.add_argument("--batches", type=int, default=100, help="number of batches in an epoch (default 100)")
     plan.add_argument("--picture", type=Path, help="a file for a picture of the sparsity over time and of the layers")

@@ -147,7 +147,11 @@ class KeepSparsity(TrainingCallback):
         return holds_zeros(self.learn.opt) and all(id(parameter) in stepped for parameter, _ in masked)
 
     def is_alone(self) -> bool:
-        "Whether all callbacks with events of training are fastai's or sparsifai's own, which change no weights"
+        """Tell whether all callbacks with events of training are fastai's or sparsifai's own.
+
+        Returns:
+            True if they are: these callbacks change no weights.
+        """
         return not any(
             event in vars(callback) or (hasattr(type(callback), event) and not _is_known(type(callback)))
             for callback in self.learn.cbs
@@ -236,7 +240,14 @@ class KeepSparsity(TrainingCallback):
             self.masks = merged(self.masks, {name: kept})
 
     def keeps(self, masks: Mapping[str, Tensor]) -> bool:
-        "Whether all weights that these masks prune are kept at zero"
+        """Tell whether all weights that some masks prune are kept at zero.
+
+        Args:
+            masks: Parameter name -> mask, True where a weight is kept.
+
+        Returns:
+            True if they are.
+        """
         return prunes(self.masks, masks)
 
     @property
