@@ -35,7 +35,7 @@ def calibrate(criterion, given, loss=None):
 
 FRACTION = "sparsity must be a number from 0 to 1, or a dictionary of them by layer, not "
 SEED = "seed must be a whole number, not "
-ROUND_TO = "round_to must be a whole number of groups, at least 1, not "
+ROUND_TO = "round_to must be a whole number of at least 1, a number of groups, not "
 DROP = "drop is the fraction of the remaining weights that is pruned and regrown, from 0 to less than 1, not "
 
 OPTIONS = [
@@ -291,7 +291,7 @@ DATA = [
                                                        example_input=torch.ones(1, 4)), ValueError,
      "...cast nothing to another type in forward"),
     ("synflow without an input", lambda: sparsify(0.5, criteria="synflow"), ValueError,
-     "synflow needs the shape of an input: give the Sparsifier an example_input="),
+     "synflow needs the shape of an input: give the Sparsifier a batch, example_input="),
     *((f"{criterion} without data", lambda criterion=criterion: sparsify(0.5, criteria=criterion), ValueError,
        f"criterion {criterion} needs {quantity}, but has seen no batch; call calibrate(batches, loss_func)...before "
        "sparsify") for criterion, quantity in (("snip", "grad"), ("wanda", "activation"), ("grasp", "hessian_grad"))),
@@ -344,7 +344,7 @@ CALLBACK = [
      lambda: callback(regrow="grad", context=bounded("2:4", {"0": 0.25})), ValueError, FIRST_PRUNES),
     ("drop of a callback", lambda: callback(regrow="grad", drop=1.5), ValueError, f"{DROP}1.5"),
     ("drop without regrow in a callback", lambda: callback(drop=0.5), ValueError,
-     "drop=0.5: nothing says what ...regrow=..."),
+     "drop=0.5 needs regrow=: pass regrow='grad', 'random' or another criterion"),
     ("unknown decay of a callback", lambda: callback(regrow="grad", decay="cosine"), ValueError,
      "unknown schedule 'cosine'; did you mean 'cos'...?"),
     ("more than 2:4 in a callback", lambda: callback(sparsity=0.9, context="2:4"), ValueError,
