@@ -87,7 +87,7 @@ def _step_variants(rounds):
     """
     from sparsifai.callbacks.sparsify import SparsifyCallback
 
-    # One callback for all fits goes on where it was, as in one long fit.
+    # One callback for all fits continues its schedule, as in one long fit.
     moving, fixed = SparsifyCallback(0.9, schedule="lin"), SparsifyCallback(0.9, schedule="one_shot")
 
     def moved(number):
