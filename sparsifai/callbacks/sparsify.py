@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..axes.changed_schedule import between, raised
+from ..axes.changed_schedule import between
 from ..axes.n_of_m import Blocks
-from ..axes.schedule import falls, progress, schedules
+from ..axes.schedule import progress, schedules
 from ..model.parallel import process_group_of, unwrapped
-from ..sparsifier.options import Options, check_sparsity, highest, mapped, share_of_initial
+from ..sparsifier.options import Options, check_sparsity, highest, mapped
 from ..sparsifier.regrowth import check_drop, sparsity_of_drop
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier, first_example
@@ -28,6 +28,7 @@ from .fit import Fit
 from .keep import KeepSparsity, merged
 from .learner import is_search, show_data
 from .plan import every_of, plan_of
+from .ramp import Ramp
 
 
 class SparsifyCallback(TrainingCallback):
@@ -104,11 +105,10 @@ class SparsifyCallback(TrainingCallback):
         )  # fmt: skip
         if isinstance(self.options.context, Blocks):
             self.options.context.check(highest(self.sparsity))
-        self.schedule = self._given_schedule = schedules.resolve(schedule)
-        self.initial_sparsity = check_fraction(initial_sparsity, "initial_sparsity")
-        if self.initial_sparsity:
-            self.schedule = raised(self.schedule, share_of_initial(self.initial_sparsity, self.sparsity))
-        self._falls = falls(self.schedule)
+        self.ramp = Ramp(
+            self.sparsity, schedules.resolve(schedule), check_fraction(initial_sparsity, "initial_sparsity")
+        )
+        _ = self.ramp.end  # raises now if the schedule or the initial sparsity cannot work
         self.every = None if every is None else check_count("every", every)
         self.drop, self.decay = check_drop(0.3 if drop is None else drop), schedules.resolve(decay)
         if drop is not None and self.options.regrow is None:
@@ -160,7 +160,7 @@ class SparsifyCallback(TrainingCallback):
             return
         if fit.advances and self.sparsifier is None:
             self._make_sparsifier()
-        self._find_keeper()
+        self._keep_zeros()
         if fit.advances:
             fit.updated = self._batches(0)
             self._go_to(self._start)
@@ -211,14 +211,8 @@ class SparsifyCallback(TrainingCallback):
 
     def after_fit(self):
         "Take the column off the table; say what keeps the zeros"
-        fit = self._fit
-        if fit is not None:
-            fit.trackers.resume()
-            if fit.begun:
-                fit.curves.hand_over(self.learn)
-                if fit.advances:
-                    fit.trackers.pause_loading(self.learn, short=self._is_short())
-                    fit.trackers.paused = []  # fastai switches callbacks on again at the end of a fit
+        if self._fit is not None:
+            self._fit.end(self._is_short())
         self._end()
 
     def plan(self, model, n_epoch, n_iter, example_input=None):
@@ -245,8 +239,8 @@ class SparsifyCallback(TrainingCallback):
         n_epoch, n_iter = check_count("n_epoch", n_epoch), check_count("n_iter", n_iter)
         every, inner = self._every_of(n_epoch * n_iter), unwrapped(model)
         return plan_of(
-            self._sparsifier_of(inner, example_input), self.sparsity, self._given_schedule, n_epoch, n_iter, every,
-            example_input, self.initial_sparsity, stacklevel=3,
+            self._sparsifier_of(inner, example_input), self.sparsity, self.ramp.schedule, n_epoch, n_iter, every,
+            example_input, self.ramp.initial, stacklevel=3,
         )  # fmt: skip
 
     # --- Moving the sparsity ------------------------------------------------------------------------------------
@@ -267,12 +261,8 @@ class SparsifyCallback(TrainingCallback):
         return every_of(self.every, self.options.regrow is not None, batches)
 
     def _level_at(self, t: float) -> float:
-        """Where the schedule is at t, as a fraction of the target sparsity, but not below what earlier fits reached.
-
-        A schedule that falls by itself, such as dsd and ac_dc, is followed down.
-        """
-        level = progress(self.schedule, t)
-        return level if self._falls else max(level, min(self._fit.floor, progress(self.schedule, 1.0)))
+        """Where the schedule is at t, as a fraction of the target sparsity."""
+        return self.ramp.at(t, self._fit.floor)
 
     def _go_to(self, t: float) -> None:
         reached = self._level_at(t)
@@ -283,26 +273,10 @@ class SparsifyCallback(TrainingCallback):
             self._update(reached)
 
     def _update(self, reached: float, drop: float = 0.0) -> None:
-        self.sparsifier.update_masks(self._wanted(reached), self.learn.opt, drop=drop)
-        if self._fit.keeper.learn is None:  # the user has taken it off in the fit
-            self.sparsifier.apply_masks()
-            self.sparsifier.mask_moments(self.learn.opt)
-        self._hand_over()
+        self.sparsifier.update_masks(self.ramp.sparsity_at(reached), self.learn.opt, drop=drop)
+        self._fit.keep(self.sparsifier, self._others)
         if reached != self._reached:
             self._reached, self._fit.moved = reached, True
-
-    def _hand_over(self) -> None:
-        """Give the keeper the masks as they are now."""
-        sparsifier = self.sparsifier
-        self._fit.keeper.masks = merged({**sparsifier.masks, **sparsifier.follower_masks}, self._others)
-
-    def _wanted(self, reached: float) -> Any:
-        """The sparsity at a fraction of the target sparsity. Layers with different targets begin with the same."""
-        if not self.initial_sparsity or reached in (0, 1):
-            return mapped(self.sparsity, lambda fraction: reached * fraction)
-        share, initial = share_of_initial(self.initial_sparsity, self.sparsity), self.initial_sparsity
-        done = (reached - share) / (1 - share) if share < 1 else 1.0
-        return mapped(self.sparsity, lambda fraction: initial + (fraction - initial) * done)
 
     def _is_short(self) -> bool:
         """Whether the level is another than the one that the fit shall end at."""
@@ -339,66 +313,45 @@ class SparsifyCallback(TrainingCallback):
             return False
         return any(keeper.keeps(sparsifier.masks) for keeper in self.learn._grab_cbs(KeepSparsity))
 
-    def _find_keeper(self) -> None:
-        """Have a KeepSparsity that stays on the Learner, with all zeros that are kept or are there already."""
-        learn, fit, sparsifier = self.learn, self._fit, self.sparsifier
-        keepers = list(learn._grab_cbs(KeepSparsity))
-        for keeper in keepers:
-            keeper.recover()  # the zeros of the model, before the masks move
-        keeper = next((each for each in keepers if each.left_by_fit), None)
-        fit.brought = keeper is None
-        if keeper is None:
-            keeper = KeepSparsity()
-            keeper.left_by_fit = True
-            for other in keepers:
-                other.is_second = True
-            learn.add_cb(keeper)
-        fit.keeper = keeper
-        keeper.begin()
-        if not keepers:
-            self._recover(keeper)
-        held: dict[str, Tensor] = {}
-        for each in (*keepers, keeper):
-            held = merged(held, each.masks)
+    def _keep_zeros(self) -> None:
+        """Have a keeper on the Learner, with all zeros that are kept or are there already."""
+        fit, sparsifier = self._fit, self.sparsifier
+        if not fit.find_keeper():
+            self._recover()
         if sparsifier is None:
-            keeper.masks = held
+            fit.keeper.masks = fit.kept_masks()
         else:
-            others = {
-                name: mask | ~sparsifier.masks[name] if name in sparsifier.masks else mask
-                for name, mask in held.items()
-            }
+            own = sparsifier.masks
+            others = {name: mask | ~own[name] if name in own else mask for name, mask in fit.kept_masks().items()}
             self._others = merged(self._others, {name: mask for name, mask in others.items() if not mask.all()})
-            sparsifier.ranking = replace(sparsifier.ranking, process_group=process_group_of(learn.model))
+            sparsifier.ranking = replace(sparsifier.ranking, process_group=process_group_of(self.learn.model))
             sparsifier.recover_masks(self._others)
             if self.options.regrow is not None:
-                self._adopt(keepers)
-            self._hand_over()
-        keeper.enforce()
+                self._adopt()
+            fit.keep(sparsifier, self._others)
+        fit.keeper.enforce()
 
-    def _adopt(self, keepers: list[KeepSparsity]) -> None:
-        """Make zeros of earlier fits that the Sparsifier has in its masks its own, which it may regrow."""
-        masks = self.sparsifier.masks
+    def _adopt(self) -> None:
+        """Regrowth may move zeros of earlier fits: those that the Sparsifier has in its masks become its own."""
+        masks, others = self.sparsifier.masks, self._others
         adopted = [
             name
-            for name, mask in self._others.items()
-            if name in masks and not (masks[name] & ~mask.to(masks[name].device)).any()
+            for name in others.keys() & masks.keys()
+            if not (masks[name] & ~others[name].to(masks[name].device)).any()
         ]
-        for name in adopted:
-            del self._others[name]
-            for keeper in keepers:
-                keeper.masks.pop(name, None)
+        self._others = {name: mask for name, mask in others.items() if name not in adopted}
+        self._fit.let_go(adopted)
 
-    def _recover(self, keeper: KeepSparsity) -> None:
+    def _recover(self) -> None:
         """Keep the zeros of a model that comes sparse, as from a checkpoint, unless no sparsity is asked for."""
+        fit = self._fit
         if not highest(self.sparsity):
             return
-        start = self._start
-        later = (self._level_at(start + (1 - start) * step / 1000) for step in range(1001))
-        if self._fit.advances and min(later) < self._level_at(start):
+        if fit.advances and self.ramp.falls_after(self._start, fit.floor):
             self.sparsifier.recover_masks()  # the schedule has made these zeros and will revive them
             return
-        keeper.recover(force=True)
-        if self._fit.advances and keeper.masks_something:
+        fit.keeper.recover(force=True)
+        if fit.advances and fit.keeper.masks_something:
             notify(self.learn, f"SparsifyCallback keeps the {percent(self._measured())} of zeros that the model has")
 
     def _end(self) -> None:
@@ -409,22 +362,6 @@ class SparsifyCallback(TrainingCallback):
         if fit.begun:
             if self._is_short():
                 notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did")
-            self._announce_keeper()
+            fit.announce_keeper()
         fit.undo()
         self._fit = None
-
-    def _announce_keeper(self) -> None:
-        """Say what keeps the zeros in later fits, or take it off if there are none."""
-        learn, fit = self.learn, self._fit
-        for keeper in learn._grab_cbs(KeepSparsity):
-            keeper.enforce()  # a fit can be interrupted between a step and what comes after it
-        if not fit.brought or fit.keeper.learn is None:  # said before, or taken off in the fit
-            return
-        if fit.keeper.masks_something:
-            notify(
-                learn,
-                f"KeepSparsity keeps the {percent(self._measured())} of zeros in later fits, too; "
-                "learn.remove_cb(KeepSparsity) takes it off",
-            )
-        else:
-            learn.remove_cb(fit.keeper)

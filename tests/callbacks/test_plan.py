@@ -276,7 +276,7 @@ def test_a_schedule_that_ends_elsewhere_is_warned_of(mlp):
 
 def plan_by(callback, *arguments, **options):
     """What callback.plan gives, with the warning of dsd."""
-    if callback.schedule is schedules["dsd"]:
+    if callback.ramp.schedule is schedules["dsd"]:
         with pytest.warns(UserWarning, match="ends at"):
             return callback.plan(*arguments, **options)
     return callback.plan(*arguments, **options)
@@ -291,7 +291,7 @@ def test_the_timeline_is_that_of_a_fit(make_learner, schedule, options):
     before = plan_by(callback, learn.model, 2, 5)
     learn.fit(2, 0.01, cbs=callback)
     assert learn.recorder.hps["sparsity"] == pytest.approx([level for _, level in before.timeline[1:]], abs=1e-12)
-    if callback.schedule(1.0) == 1:
+    if callback.ramp.schedule(1.0) == 1:
         assert left(before) == {name: int(mask.sum()) for name, mask in callback.sparsifier.masks.items()}
 
 

@@ -146,7 +146,7 @@ def test_a_schedule_that_fails_between_the_points_that_were_tried_says_so(make_l
 
 def test_the_defaults_are_those_of_the_table_in_the_readme():
     callback = SparsifyCallback(0.5)
-    assert callback.schedule == between("agp", 0, 0.75)
+    assert callback.ramp.schedule == between("agp", 0, 0.75)
     assert callback.options.criteria is large_final
     assert callback.options.context is contexts["global"]
     assert callback.options.granularity is granularities["weight"]

@@ -1,0 +1,66 @@
+"""The ramp: the sparsity that is asked for at each part of a fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..axes.changed_schedule import raised
+from ..axes.schedule import Schedule, falls, progress
+from ..sparsifier.options import Sparsity, mapped, share_of_initial
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A schedule from an initial sparsity to the target sparsity.
+
+    Attributes:
+        sparsity: The target sparsity, or one for each pattern.
+        schedule: A function from [0, 1] to [0, 1].
+        initial: The sparsity of all layers at which the schedule begins.
+    """
+
+    sparsity: Sparsity
+    schedule: Schedule
+    initial: float = 0.0
+
+    @cached_property
+    def raised_schedule(self) -> Schedule:
+        """The schedule as a fraction of the highest target sparsity; it begins at the initial sparsity."""
+        return raised(self.schedule, self._share) if self.initial else self.schedule
+
+    @cached_property
+    def end(self) -> float:
+        """Where the schedule ends, as a fraction of the target sparsity."""
+        return progress(self.raised_schedule, 1.0)
+
+    def at(self, t: float, floor: float = 0.0) -> float:
+        """Where the schedule is at t, as a fraction of the target sparsity, but not below the floor.
+
+        A schedule that falls by itself, such as dsd and ac_dc, is followed down.
+
+        Args:
+            t: Part of the fit that is over, from 0 to 1.
+            floor: What earlier fits have reached.
+        """
+        reached = progress(self.raised_schedule, t)
+        return reached if self._falls else max(reached, min(floor, self.end))
+
+    def falls_after(self, t: float, floor: float) -> bool:
+        """Whether the schedule is lower later than at t."""
+        return min(self.at(t + (1 - t) * step / 1000, floor) for step in range(1001)) < self.at(t, floor)
+
+    def sparsity_at(self, reached: float) -> Sparsity:
+        """The sparsity at a fraction of the target sparsity. Layers with different targets begin with the same."""
+        if not self.initial or reached in (0, 1):
+            return mapped(self.sparsity, lambda fraction: reached * fraction)
+        done = (reached - self._share) / (1 - self._share) if self._share < 1 else 1.0
+        return mapped(self.sparsity, lambda fraction: self.initial + (fraction - self.initial) * done)
+
+    @cached_property
+    def _falls(self) -> bool:
+        return falls(self.raised_schedule)
+
+    @cached_property
+    def _share(self) -> float:
+        return share_of_initial(self.initial, self.sparsity)
