@@ -1,7 +1,9 @@
 """sparsifai: train neural networks whose weights are exact zeros.
 
-Four questions have a registry of functions each: how (granularities), where (contexts), what (criteria) and when
-(schedules). `Sparsifier` prunes any torch model; `SparsifyCallback` calls it while a fastai Learner trains.
+Four questions say how a model is pruned. Each has a registry of answers, which are functions: how weights are grouped
+(`granularities`), where scores are ranked (`contexts`), what the score of a weight is (`criteria`), and when the
+sparsity grows (`schedules`). `Sparsifier` prunes any torch model. `SparsifyCallback` calls it while a fastai Learner
+trains.
 """
 
 from importlib import import_module

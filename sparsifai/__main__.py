@@ -41,7 +41,7 @@ example: sparsifai report sparse.safetensors
 
 _CONVERT = """Convert a recipe of SparseML to a recipe of sparsifai.
 
-Whatever has no counterpart is listed with its line, on standard error.
+Parts that have no counterpart are listed on standard error, each with its line.
 
 example: sparsifai convert sparseml.md --to recipe.yaml
 """
@@ -79,9 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument(
         "--input",
         type=_shape,
-        help="shape of a batch, such as 1,3,224,224, for FLOPs and for models that cannot be traced",
+        help="shape of a batch, such as 1,3,224,224: counts FLOPs, and is needed for models that torch.fx cannot trace",
     )
-    plan.add_argument("--batches", type=int, default=100, help="batches in an epoch (default 100)")
+    plan.add_argument("--batches", type=int, default=100, help="number of batches in an epoch (default 100)")
     plan.add_argument("--picture", type=Path, help="a file for a picture of the sparsity over time and of the layers")
 
     report = command("report", _report, _REPORT)
@@ -90,8 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert = command("convert", _convert, _CONVERT)
     convert.add_argument("recipe", type=Path, help="a recipe of SparseML, YAML or Markdown that begins with YAML")
     convert.add_argument("--to", type=Path, help="the file to write; by default the recipe is printed")
-    convert.add_argument("--strict", action="store_true", help="refuse a recipe of which something would be lost")
-    convert.add_argument("--epochs", type=int, help="the number of epochs, if the recipe does not say it")
+    convert.add_argument("--strict", action="store_true", help="fail if a part of the recipe has no counterpart")
+    convert.add_argument("--epochs", type=int, help="the number of epochs, for a recipe that does not give it")
 
     given = parser.parse_args(arguments)
     try:

@@ -1,8 +1,12 @@
+import ast
 import builtins
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
+import textwrap
+from dataclasses import is_dataclass
 from importlib import import_module
 
 import pytest
@@ -96,3 +100,129 @@ def test_everything_public_has_a_docstring(module):
             for method, function in vars(value).items():
                 if not method.startswith("_") and (inspect.isfunction(function) or isinstance(function, property)):
                     assert inspect.getdoc(function), f"{name}.{method}"
+
+
+# --- Sections of docstrings -------------------------------------------------------------------------------------------
+
+# Answers to the four questions are called by the library. Their docstrings give a formula instead of arguments.
+REGISTRIES = (sparsifai.granularities, sparsifai.contexts, sparsifai.criteria, sparsifai.schedules)
+SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Example")
+
+
+def sections_of(docstring):
+    """Name of a section of a docstring -> its lines, without their common indent."""
+    sections, name = {}, None
+    for line in inspect.cleandoc(docstring).splitlines():
+        if line.rstrip(":") in SECTIONS and line.endswith(":"):
+            sections[name := line.rstrip(":")] = []
+        elif line and not line.startswith(" "):
+            name = None
+        elif name:
+            sections[name].append(line)
+    return {name: textwrap.dedent("\n".join(lines)).strip() for name, lines in sections.items()}
+
+
+def entries_of(section):
+    """Names before the colons of a section, where a text follows; several names may share an entry."""
+    found = re.findall(r"^([\w*]+(?:, [\w*]+)*): +\S", section, re.MULTILINE)
+    return {name for names in found for name in names.split(", ")}
+
+
+def returns_something(function):
+    """Whether the code of a function, without that of functions within it, returns anything but None."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    nodes = list(tree.body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Return) and node.value is not None:
+            return True
+        if not isinstance(node, (ast.FunctionDef, ast.Lambda, ast.ClassDef)):
+            nodes += ast.iter_child_nodes(node)
+    return False
+
+
+def faults_of(value):
+    """What the docstring of a function or class lacks."""
+    sections = sections_of(inspect.getdoc(value) or "")
+    # The results of functions are dataclasses, which users read and do not make.
+    title = "Attributes" if is_dataclass(value) else "Args"
+    parameters = [
+        {each.VAR_POSITIONAL: "*", each.VAR_KEYWORD: "**"}.get(each.kind, "") + name
+        for name, each in inspect.signature(value).parameters.items()
+        if name not in ("self", "cls")
+    ]
+    given = entries_of(sections.get(title, ""))
+    faults = [f"{title}: has no {name}" for name in parameters if name not in given]
+    if not is_dataclass(value):
+        faults += [f"{title}: has {name}, which is no parameter" for name in sorted(given - {*parameters})]
+    if inspect.isfunction(value) and returns_something(value) and not sections.get("Returns"):
+        faults.append("Returns: is missing")
+    if "Raises" in sections and not entries_of(sections["Raises"]):
+        faults.append("Raises: is empty")
+    return faults
+
+
+def public_methods(kind):
+    """Name -> function of the methods that a class of this package adds, without fastai's events."""
+    events = ("before_", "after_")
+    for owner in kind.__mro__:
+        for name, value in vars(owner).items() if owner.__module__.startswith("sparsifai.") else ():
+            function = getattr(value, "__func__", value)
+            if inspect.isfunction(function) and not name.startswith(("_", *events)):
+                yield name, function
+
+
+@pytest.mark.fastai
+@pytest.mark.parametrize("name", sparsifai.__all__)
+def test_docstrings_have_an_entry_for_each_parameter_and_say_what_is_returned(name):
+    if name in sparsifai._NEED_FASTAI:
+        pytest.importorskip("fastai", reason="the callbacks need fastai")
+    value = getattr(sparsifai, name)
+    is_answer = any(value is each for registry in REGISTRIES for each in registry.values())
+    if is_answer or not (inspect.isfunction(value) or inspect.isclass(value)):
+        return
+    faults = {name: faults_of(value)}
+    if inspect.isclass(value):
+        faults |= {f"{name}.{method}": faults_of(function) for method, function in public_methods(value)}
+    assert {name: found for name, found in faults.items() if found} == {}
+
+
+def test_what_a_docstring_lacks_is_found():
+    def bare(model, *names, **options):
+        """Do something."""
+        return model
+
+    def empty(model):
+        """Do something.
+
+        Args:
+            model:
+            modle: The model.
+
+        Raises:
+            It fails.
+        """
+
+    def complete(model, low, high, **options):
+        """Do something.
+
+        Args:
+            model: The model.
+            low, high: The limits.
+            **options: The rest,
+                which has: a colon.
+
+        Raises:
+            ValueError: It fails.
+        """
+
+        def inner():
+            return model
+
+    assert faults_of(bare) == [
+        "Args: has no model", "Args: has no *names", "Args: has no **options", "Returns: is missing",
+    ]  # fmt: skip
+    assert faults_of(empty) == [
+        "Args: has no model", "Args: has modle, which is no parameter", "Raises: is empty",
+    ]  # fmt: skip
+    assert faults_of(complete) == []

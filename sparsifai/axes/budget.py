@@ -86,21 +86,21 @@ def _lamp_scores(weight: NamedWeight) -> np.ndarray:
 def bounded(context: str | Context, bounds: Mapping[str, float | tuple[float, float]]) -> Context:
     """Make a context in which some layers have a fixed sparsity, or limits; the other layers make up for it.
 
-    At the start of a schedule the sparsity can be below what the lowest limits add up to. There the lowest limits are
-    lowered in proportion.
+    At the start of a schedule the sparsity can be too low for the lowest limits. All of them are then lowered in
+    proportion.
 
     Args:
         context: The context for all other layers: a name of `contexts`, or a function.
-        bounds: Layer name or glob -> sparsity, or a pair (lowest, highest), each from 0 to 1. Of several globs that
-            match a layer the last counts.
+        bounds: Layer name or glob -> sparsity, or a pair (lowest, highest), each from 0 to 1. If several globs
+            match a layer, the last counts.
 
     Returns:
         The context, for `context=`.
 
     Raises:
         TypeError: If `bounds` is not a dictionary.
-        ValueError: If a limit is not a fraction, or a pair is in the wrong order. When the context is used: if a glob
-            matches no layer, or the limits do not allow the sparsity that is asked for.
+        ValueError: If a limit is not a fraction, or the lowest of a pair is above the highest. When the context is
+            used: if a glob matches no layer, or the limits do not allow the sparsity that is asked for.
 
     Example:
         The layer 'fc' has a sparsity of 0.5, and the layers in 'layer1' at most 0.8:
@@ -145,8 +145,8 @@ class _Bounded:
                 matched = matching(pattern, weights, None)  # type: ignore[arg-type]
             except ValueError as error:
                 raise ValueError(
-                    f"context {self.__name__}: {error}; bounds are for layers that are pruned, and not for those that "
-                    "a dictionary of sparsities gives another sparsity"
+                    f"context {self.__name__}: {error}; bounds can only name layers that are pruned together: with a "
+                    "dictionary of sparsities, the layers of one of its patterns"
                 ) from None
             bounds |= {
                 number: limit

@@ -65,7 +65,9 @@ def between(schedule: str | Schedule, start: float, end: float) -> Schedule:
 def _check_part(caller: str, start: float, end: float) -> None:
     """Refuse what is not a part of training."""
     if not all(isinstance(each, (int, float)) for each in (start, end)) or not 0 <= start < end <= 1:
-        raise ValueError(f"{caller}: needs 0 <= start < end <= 1, got start={start!r} and end={end!r}")
+        raise ValueError(
+            f"{caller}: start and end are shares of training, 0 <= start < end <= 1, but are {start!r} and {end!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def stepped(schedule: str | Schedule, n: float) -> Schedule:
 
     Args:
         schedule: Name of a schedule, or a function of t.
-        n: How often the schedule is evaluated over training, above 0; need not be a whole number.
+        n: How often the schedule changes over training, a number above 0; it need not be a whole number.
 
     Returns:
         The schedule, a function of t.
@@ -186,5 +188,5 @@ def stepped(schedule: str | Schedule, n: float) -> Schedule:
         [0.0, 0.0, 0.5, 0.5, 1.0]
     """
     if isinstance(n, bool) or not isinstance(n, (int, float)) or not 0 < n < math.inf:
-        raise ValueError(f"stepped: n is how often the schedule is evaluated, a finite number above 0, not {n!r}")
+        raise ValueError(f"stepped: n is how often the schedule changes, a finite number above 0, not {n!r}")
     return _Stepped(schedules.resolve(schedule), n)

@@ -110,7 +110,7 @@ def ask(
         layers: The layers to rank.
         sparsity: Fraction of the weights of `layers` to prune, from 0 to 1.
         granularity: Name of the granularity, for the notice.
-        notices: Is given a notice if nothing can be pruned although a sparsity was asked for.
+        notices: A list, to which a notice is added if nothing can be pruned although a sparsity was asked for.
 
     Returns:
         For each layer a bool array with one entry per group, True where the group is kept.

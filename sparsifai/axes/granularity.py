@@ -81,8 +81,8 @@ def block(rows: int, columns: int) -> Granularity:
     axis that the tile does not divide, a tile is smaller.
 
     Args:
-        rows: Number of outputs in a tile, 1 or more.
-        columns: Number of inputs in a tile, 1 or more.
+        rows: Number of outputs in a tile, at least 1.
+        columns: Number of inputs in a tile, at least 1.
 
     Returns:
         The granularity, a function of the axes of a weight.

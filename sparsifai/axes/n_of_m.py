@@ -95,12 +95,13 @@ class Blocks:
 def blocks(size: int, axis: str = "in") -> Blocks:
     """Make the context that ranks every `size` consecutive weights along an axis alone.
 
-    At sparsity 0.5, blocks(4) is 2:4. A sparsity in between is reached in whole steps, to the nearest number of weights
-    per block; half a weight is rounded up. The name '2:4' does the same, but refuses more than 0.5.
+    In every block the same number of weights is pruned: sparsity x size, rounded to the nearest whole number, and half
+    a weight is rounded up. One weight of a block is always kept. At sparsity 0.5, blocks(4) is 2:4. The name '2:4'
+    gives the same masks, but a sparsity above 0.5 is an error.
 
     Args:
-        size: Number of weights in a block, 2 or more. With a larger granularity, number of groups.
-        axis: Name of the axis along which the blocks run; default 'in', along which hardware expects 2:4.
+        size: Number of weights in a block, at least 2. With a larger granularity, number of groups.
+        axis: Name of the axis along which the blocks run. Default 'in', along which hardware expects 2:4.
 
     Returns:
         The context, for `context=`.
@@ -147,9 +148,9 @@ def is_nm(weight: Tensor, n: int, m: int, axis: int = 1) -> bool:
     Args:
         weight: The weight, of any shape.
         n: Number of weights in a block that may be nonzero, from 1 to m - 1.
-        m: Number of weights in a block.
-        axis: Axis of the tensor along which the blocks run. The default 1 is the inputs of a Linear or a convolution,
-            whose weights are (out, in, ...).
+        m: Number of weights in a block, at least 2.
+        axis: Number of the axis of the tensor along which the blocks run. The default 1 is the inputs of a Linear or a
+            convolution, whose weights are (out, in, ...).
 
     Returns:
         True if every block has at most `n` nonzero weights.

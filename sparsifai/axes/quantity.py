@@ -86,17 +86,23 @@ MOMENTS = ("score", *STORED, *AVERAGED)
 def taken(*moments: str, running: bool = False, finish: Callable[[Tensor], Tensor] | None = None) -> Callable:
     """Mark a quantity with the moments at which it is computed.
 
+    A quantity is a function of the Sparsifier and the name of a parameter, which a criterion names as its parameter.
+
     Args:
-        *moments: One or more of 'score', 'start' and 'update'; or one of 'backward', 'forward' and 'loss', for a mean
-            over batches.
-        running: Whether the mean is over all batches, and not only over those since the last mask update.
-        finish: Function of the mean, applied when a criterion needs it; for example torch.sqrt for a mean of squares.
+        *moments: One or more of 'score' (whenever scores are computed), 'start' (when the Sparsifier is made) and
+            'update' (after each mask update). Or, for a mean over batches, one of 'backward' (after a backward pass),
+            'forward' (when a layer computes in a batch of `calibrate`) and 'loss' (when the loss of a batch of
+            `calibrate` is computed).
+        running: Whether the mean is over all batches. By default it is over those since the last mask update.
+        finish: Function of the mean, applied when a criterion needs it, such as torch.sqrt for a mean of squares.
+            Default none.
 
     Returns:
         A decorator, to be put below `@quantities.register`.
 
     Raises:
-        ValueError: If a moment is unknown, if a mean has several, or if `running` or `finish` is given without a mean.
+        ValueError: If a moment is unknown, if there are several moments for a mean, or if `running` or `finish` is
+            given without a mean.
 
     Example:
         >>> @taken('backward')
@@ -269,7 +275,7 @@ def _hessian_gradients(sparsifier: QuantitySource) -> dict[str, Tensor]:
 def _synaptic_flow(sparsifier: QuantitySource) -> dict[str, Tensor]:
     """dR/d|w| of all layers."""
     if sparsifier.example_input is None:
-        raise ValueError("synflow needs the shape of an input: give the Sparsifier an example_input=")
+        raise ValueError("synflow needs the shape of an input: give the Sparsifier a batch, example_input=")
     model = sparsifier.model
     values = {
         # An attention mask holds -inf, which must stay so.

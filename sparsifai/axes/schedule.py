@@ -126,7 +126,7 @@ def iterative(n: int = 3) -> Schedule:
     """Make the schedule of n equal steps, s(t) = ceil(n t) / n. The name 'iterative' means iterative(3).
 
     Args:
-        n: Number of steps, 1 or more; default 3.
+        n: Number of steps, at least 1. Default 3.
 
     Returns:
         The schedule, a function of t.

@@ -31,6 +31,7 @@ from .plan import every_of, plan_of
 from .ramp import Ramp
 
 
+# Large, because fastai wants a method for each event and a comment for each argument.
 class SparsifyCallback(TrainingCallback):
     """Make the model sparse while it trains: `sparsity` of its weights are zero at the end of the schedule.
 

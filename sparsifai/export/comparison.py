@@ -36,18 +36,19 @@ def compare(dense: nn.Module, sparse: nn.Module, example_input: Any, repeats: in
     'semi-structured' by `to_semi_structured`; and 'CSR' by `to_sparse_layout`. If a form is not available, its note
     says why.
 
-    Times are medians of forward passes in evaluation mode, without gradients, after a warm-up. The forms run in turn,
-    forwards and backwards. A time is marked `~` if its difference from the dense model is within the noise: then the
-    middle three quarters of the ratios to the dense model, round by round, have 1 among them.
+    Times are medians of forward passes in evaluation mode, without gradients, after a warm-up. In each round every form
+    runs once, and the order is reversed from round to round. A time is marked `~` if its difference from the dense
+    model is within the noise: 1 lies within the middle three quarters of the ratios of all rounds.
 
-    The models are unchanged afterwards: modes, buffers, gradients, and the random generators too.
+    Modes, buffers and gradients of the models and the random generators are unchanged afterwards.
 
     Args:
         dense: The dense model. Of a wrapper (compiled, data parallel) the model inside is compared.
         sparse: The sparse model, likewise.
         example_input: A batch, a tuple of several positional inputs, or a dictionary of named ones. FLOPs and times
             are for the whole batch.
-        repeats: How often each form is timed, at least 3. By default as often as takes about a second for all forms.
+        repeats: How often each form is timed, at least 3. By default as often as fits into about a second for all forms
+            together, 7 to 200 times.
 
     Returns:
         The table, one row per form.

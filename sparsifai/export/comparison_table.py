@@ -156,8 +156,8 @@ def caption(seconds: Mapping[str, Sequence[float]], dense: nn.Module) -> str:
     threads = torch.get_num_threads()
     where = f"cpu with {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else str(device)
     return (
-        f"Median latency of {len(seconds['dense'])} runs in turn on {where}, ~: within the noise; FLOPs with weights; "
-        "ratio: to dense."
+        f"Median latency of {len(seconds['dense'])} runs in turn on {where}. ~: within the noise. FLOPs: with weights. "
+        "Ratio: to dense."
     )
 
 

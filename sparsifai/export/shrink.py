@@ -44,8 +44,8 @@ def shrink(model: nn.Module, example_input: Any) -> nn.Module:
     Raises:
         ImportError: torch-pruning is not installed.
         TypeError: `model` is not a torch.nn.Module.
-        ValueError: The model does not run on the example, has different outputs for the same input, or cannot be
-            followed.
+        ValueError: The model does not run on the example, has different outputs for the same input, or torch-pruning
+            cannot follow its computation.
 
     Example:
         >>> import torch

@@ -69,6 +69,9 @@ class SparseFile(Table):
         Args:
             path: The file.
 
+        Returns:
+            The table, one row per tensor.
+
         Raises:
             OSError: The file cannot be read.
             ValueError: The file was not written by `save_sparse`, or is damaged.

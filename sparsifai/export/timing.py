@@ -24,9 +24,9 @@ WARM_UP = 3
 def time_in_turn(
     runs: Mapping[str, Callable[[], object]], repeats: int | None, wait: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Time several runs in rounds, forwards and backwards in turn.
+    """Time several runs in rounds, in an order that is reversed from round to round.
 
-    The order changes because each run may leave caches and clocks in another state for the next one.
+    The order is reversed because each run may leave caches and clocks in another state for the next one.
 
     Args:
         runs: Name -> what to time.
@@ -75,7 +75,7 @@ def median_milliseconds(seconds: Sequence[float]) -> float:
 def is_noise(seconds: Sequence[float], others: Sequence[float]) -> bool:
     """Whether two lists of times, measured in the same rounds, differ by no more than the noise.
 
-    They do if the middle three quarters of their ratios, round by round, have 1 among them.
+    They do if 1 lies within the middle three quarters of the ratios of all rounds.
     """
     ratios = [own / other for own, other in zip(seconds, others, strict=True)]
     # Of 7 rounds of identical runs, quartiles would call 1 in 8 different; octiles call 1 in 64 different.

@@ -38,8 +38,8 @@ def register_layer(
     Args:
         kind: A module class, or its full name, such as 'package.module.Class', for a class that is not to be imported.
             Subclasses have the same axes.
-        axes: Parameter name -> axis names; the keys may be globs, such as 'weight_*'.
-        named: The same as keyword arguments.
+        axes: Parameter name -> tuple of axis names; the names may be globs, such as 'weight_*'. Default none.
+        **named: The same as keyword arguments, such as weight=('in', 'out').
 
     Raises:
         TypeError: If `kind` is not a module class.

@@ -33,7 +33,7 @@ def as_patterns(patterns: Pattern | Iterable[Pattern]) -> list[Pattern]:
     several = isinstance(patterns, Iterable) and not isinstance(patterns, (str, nn.Module, type))
     if isinstance(patterns, Mapping):
         raise TypeError(
-            f"{patterns!r} cannot select layers; a dictionary of sparsities is the first argument, `sparsity`"
+            f"{patterns!r} cannot select layers; pass a dictionary of sparsities as the first argument, `sparsity`"
         )
     listed: list[Any] = list(patterns) if several else [patterns]  # type: ignore[arg-type]
     for pattern in listed:

@@ -37,7 +37,7 @@ class Reading:
         source: The same with its lines, for errors. By default every error names line 1.
 
     Raises:
-        ValueError: The recipe cannot be followed. The message names the line, the key and what was expected.
+        ValueError: The recipe is not valid. The message names the line, the key and what was expected.
 
     Example:
         >>> reading = Reading({'epochs': 10, 'steps': [{'distil': {'weight': 0.5, 'end': 5}}]})
@@ -136,7 +136,7 @@ class Reading:
     def _steps(self) -> Iterator[Step]:
         given = self.content.get("steps")
         if not isinstance(given, list) or not given:
-            raise self.source.error(("steps",), f"steps must be a list of steps: {', '.join(OPTIONS)}")
+            raise self.source.error(("steps",), f"steps must be a list with at least one step, of {', '.join(OPTIONS)}")
         seen: set[str] = set()
         for position, step in enumerate(given):
             path: Path = ("steps", position)

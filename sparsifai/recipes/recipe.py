@@ -1,4 +1,4 @@
-"""Recipes: one file that says how a model is made sparse, in the words of the API.
+"""Recipes: a sparse training run in one YAML file, whose steps and options have the names of the API.
 
     epochs: 20
     variables:
@@ -41,17 +41,20 @@ from .step import AXES, SPARSIFIER_OPTIONS, Step
 
 
 class Recipe:
-    """How a model is made sparse, as a file says it. Printed, it is the file.
+    """A sparse training run, described by a file. Printed, it is the text of the file.
 
-    `variables` maps names to numbers, `epochs` is a whole number or None, and `steps` is a tuple of `Step`.
+    Attributes:
+        epochs: Number of epochs, or None if the recipe does not give it.
+        variables: Name of a variable -> number.
+        steps: The steps, a tuple of `Step`.
 
     Args:
-        content: The dictionary of a file.
-        notices: For a converted recipe: what has no counterpart, with its line. Default: none.
+        content: The recipe as a dictionary, with the keys of a file.
+        notices: For a converted recipe: what has no counterpart, with its line. Default none.
         source: The content with the lines of its file, for errors. By default every error names line 1.
 
     Raises:
-        ValueError: The recipe cannot be followed. The message names the line, the key and what was expected.
+        ValueError: The recipe is not valid. The message names the line, the key and what was expected.
 
     Example:
         >>> recipe = Recipe({'epochs': 10, 'steps': [{'sparsify': {'sparsity': 0.9, 'end': 5}}]})
@@ -75,9 +78,12 @@ class Recipe:
         Args:
             path: The file.
 
+        Returns:
+            The recipe.
+
         Raises:
             OSError: The file cannot be read.
-            ValueError: It is not a recipe that can be followed. The message names the line.
+            ValueError: It is not a valid recipe. The message names the line.
         """
         return cls.loads(Path(path).read_text(encoding="utf-8"))
 
@@ -88,8 +94,11 @@ class Recipe:
         Args:
             text: The YAML, up to 250,000 characters.
 
+        Returns:
+            The recipe.
+
         Raises:
-            ValueError: It is not a recipe that can be followed. The message names the line.
+            ValueError: It is not a valid recipe. The message names the line.
 
         Example:
             >>> Recipe.loads("epochs: 5\\nsteps: [keep]").epochs
@@ -108,12 +117,15 @@ class Recipe:
 
         Args:
             path: The file, YAML or Markdown that begins with YAML.
-            strict: Whether to refuse a recipe of which something would be lost. Default: False.
-            epochs: The number of epochs, if the recipe does not say it. Default: None.
+            strict: Whether it is an error if something that changes the model has no counterpart. Default False.
+            epochs: The number of epochs, for a recipe that does not give it. Default None.
+
+        Returns:
+            The recipe. Its `notices` say what has no counterpart.
 
         Raises:
             OSError: The file cannot be read.
-            ValueError: It is not a recipe of SparseML, no step is left, or something is lost and `strict` is true.
+            ValueError: It is not a recipe of SparseML, nothing in it can be converted, or `strict` forbids a loss.
         """
         content, notices = convert(Path(path).read_text(encoding="utf-8"))
         lost = [notice for notice in notices if notice.lost]
@@ -126,11 +138,15 @@ class Recipe:
         return cls(content, notices)
 
     def dumps(self) -> str:
-        """The recipe as YAML."""
+        """Write the recipe as YAML.
+
+        Returns:
+            The text.
+        """
         return dump_yaml(self.content)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the recipe as YAML. Comments of a file that it was read from are lost.
+        """Write the recipe to a YAML file. Comments of a file that it was read from are not written.
 
         Args:
             path: The file.
@@ -150,22 +166,15 @@ class Recipe:
         """Make the callbacks for `learn.fit(recipe.epochs, cbs=recipe.callbacks())`, one per step.
 
         Args:
-            teacher: A trained model or its Learner, for a distil step. Default: None.
+            teacher: A trained model or its Learner, for a distil step. Default None.
+
+        Returns:
+            The callbacks, in the order of the steps.
 
         Raises:
             ValueError: The recipe has a distil step and no teacher is given, or a callback refuses its arguments.
         """
-        from ..callbacks.freeze import FreezeCallback
-        from ..callbacks.keep import KeepSparsity
-        from ..callbacks.sparsify import SparsifyCallback
-        from ..training.distill import DistillCallback
-        from ..training.regularize import RegularizeCallback
-
-        kinds: dict[str, Callable] = {
-            "sparsify": SparsifyCallback, "keep": KeepSparsity, "regularize": RegularizeCallback,
-            "distil": DistillCallback, "freeze": FreezeCallback,
-        }  # fmt: skip
-        made = []
+        made, kinds = [], _callback_classes()
         for step in self.steps:
             arguments = self._reading.arguments(step)
             with self._at(step):
@@ -187,10 +196,9 @@ class Recipe:
 
         Args:
             model: Any torch model; its weights are changed.
-            calibration: Batches for criteria that look at data, as in `Sparsifier.calibrate`. Default: None.
-            loss_func: A loss for criteria that look at gradients, as in `Sparsifier.calibrate`. Default: None.
-            example_input: A batch, as in Sparsifier: for models that cannot be traced, and with `coupled: true`.
-                Default: None.
+            calibration: Batches for criteria that need data, as in `Sparsifier.calibrate`. Default None.
+            loss_func: A loss for criteria that need gradients, as in `Sparsifier.calibrate`. Default None.
+            example_input: A batch, for models that torch.fx cannot trace and for `coupled: true`. Default None.
 
         Returns:
             The Sparsifier of the model.
@@ -214,8 +222,8 @@ class Recipe:
 
         Args:
             model: Any torch model; it is not changed.
-            n_iter: Batches in an epoch. Default: 100.
-            example_input: A batch, for FLOPs and for models that cannot be traced. Default: None.
+            n_iter: Number of batches in an epoch. Default 100.
+            example_input: A batch, to count FLOPs, and for models that torch.fx cannot trace. Default None.
 
         Returns:
             The plan; print it for a table.
@@ -232,15 +240,15 @@ class Recipe:
         )
 
     def recorded(self, learn: Any, sparsifier: Sparsifier | None = None) -> Recipe:
-        """Add what a fit has reached, as `results`: sparsity of the model and of each layer, metrics, versions.
+        """Add the results of a fit: measured sparsity of the model and of each layer, metrics, versions.
 
         Args:
-            learn: A Learner after its fit; metrics are computed on its validation data.
-            sparsifier: The Sparsifier of the fit. By default the layers are counted whose zeros the Learner keeps; if
-                it keeps none, all weights with named axes.
+            learn: A Learner after its fit. Metrics are computed on its validation data.
+            sparsifier: The Sparsifier of the fit, whose selected layers are listed. Default: the layers that a
+                KeepSparsity of the Learner keeps sparse; without one, all weights with named axes.
 
         Returns:
-            A new recipe.
+            A new recipe, with the key `results`.
         """
         holder = sparsifier or getattr(learn, "keep_sparsity", None)
         report = Report.of(unwrapped(learn.model)) if holder is None else holder.report()
@@ -257,15 +265,18 @@ class Recipe:
         return Recipe({**self.content, "results": results}, self.notices)
 
     def sparsifying(self) -> Step:
-        """The sparsify step.
+        """Return the sparsify step.
+
+        Returns:
+            The step.
 
         Raises:
-            ValueError: There is none.
+            ValueError: The recipe has none.
         """
         for step in self.steps:
             if step.kind == "sparsify":
                 return step
-        raise ValueError("the recipe has no sparsify step")
+        raise ValueError("the recipe has no sparsify step; add one, such as - sparsify: {sparsity: 0.9}")
 
     def _sparsifier(self, model: nn.Module, example_input: Any = None) -> tuple[Sparsifier, dict[str, Any]]:
         """A Sparsifier as the sparsify step says, and the arguments of the step."""
@@ -279,6 +290,20 @@ class Recipe:
     def _at(self, step: Step) -> AbstractContextManager[None]:
         """Errors of the block name the line of a step."""
         return self._reading.source.at("steps", step.position, step.kind)
+
+
+def _callback_classes() -> dict[str, Callable]:
+    """Kind of step -> its callback. They are imported here, as they need fastai, which a plan does not."""
+    from ..callbacks.freeze import FreezeCallback
+    from ..callbacks.keep import KeepSparsity
+    from ..callbacks.sparsify import SparsifyCallback
+    from ..training.distill import DistillCallback
+    from ..training.regularize import RegularizeCallback
+
+    return {
+        "sparsify": SparsifyCallback, "keep": KeepSparsity, "regularize": RegularizeCallback,
+        "distil": DistillCallback, "freeze": FreezeCallback,
+    }  # fmt: skip
 
 
 def _finite(value: Any) -> float | None:

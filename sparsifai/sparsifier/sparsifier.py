@@ -36,6 +36,7 @@ from .saved_state import check_state
 from .steps import sparsity_at
 
 
+# Large, because it is the face of the core: a third of it are docstrings for its users.
 class Sparsifier(MaskedModel):
     """Makes any torch model sparse. The options say which weights are pruned and how they are chosen.
 

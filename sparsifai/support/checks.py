@@ -85,6 +85,12 @@ def check_number(name: str, value: Any, low: float = 0.0, high: float = inf) -> 
 def check_seed(seed: Any) -> int:
     """Check a seed, which is a whole number.
 
+    Args:
+        seed: What the user passed.
+
+    Returns:
+        The seed.
+
     Raises:
         TypeError: If it is not an int.
     """
@@ -100,6 +106,9 @@ def check_count(name: str, value: Any) -> int:
         name: Name of the argument, for the message.
         value: What the user passed.
 
+    Returns:
+        The number.
+
     Raises:
         ValueError: If it is not an int of at least 1.
     """
@@ -109,13 +118,19 @@ def check_count(name: str, value: Any) -> int:
 
 
 def check_round_to(round_to: Any) -> int | None:
-    """Check `round_to`: None, or the whole number of groups of which the kept groups are to be a multiple.
+    """Check `round_to`: None, or a number of groups; every layer keeps a multiple of it.
+
+    Args:
+        round_to: What the user passed.
+
+    Returns:
+        The number, or None.
 
     Raises:
         ValueError: If it is neither None nor an int of at least 1.
     """
     if round_to is not None and not _is_count(round_to):
-        raise ValueError(f"round_to must be a whole number of groups, at least 1, not {round_to!r}")
+        raise ValueError(f"round_to must be a whole number of at least 1, a number of groups, not {round_to!r}")
     return round_to
 
 

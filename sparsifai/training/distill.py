@@ -58,8 +58,8 @@ class DistillCallback(TrainingCallback):
         TypeError: The teacher is no module, a loss is no function, or the features are not names.
         ValueError: A number is out of range, the teacher has no layer of a given name, or the feature loss has
             parameters that no optimizer would train. When a fit begins: the model has no layer of a given name, the
-            teacher shares parameters with the model, the teacher was lost with pickling, or the loss of the Learner
-            is not one of classes.
+            teacher shares parameters with the model, the Learner was pickled, which removes the teacher, or
+            `soft_targets` is used with a loss that does not compare classes.
 
     Example:
         learn.fit_one_cycle(5, cbs=[SparsifyCallback(0.9), DistillCallback(teacher, weight=0.5)])
@@ -227,6 +227,6 @@ def _check_names(names: Iterable[str], model: nn.Module, net: str) -> None:
     for name in names:
         if name not in known:
             raise ValueError(
-                f"DistillCallback: features names {name!r}, which is not a layer of the {net}; "
+                f"DistillCallback: features= has {name!r}, which is not a layer of the {net}; "
                 f"{close_matches(name, known)}"
             )

@@ -55,24 +55,26 @@ def lottery_ticket(
         rewind_to: The epoch to rewind to; fractions are rounded to whole batches. Default 0, before the first batch.
         granularity: Which weights form a group, as for Sparsifier. Default "weight".
         context: Over which layers scores are ranked, as for Sparsifier. Default "global".
-        criteria: Which score decides, as for Sparsifier. Default "large_final". `init` is the weight at `rewind_to`.
+        criteria: The score by which weights are pruned, as for Sparsifier. Default "large_final". `init` is the weight
+            at `rewind_to`.
         controls: Names of the nets that are trained beside each ticket. Default none.
         controls_every: Rounds from one training of the controls to the next, counted back from the last round.
             Default 1.
         reinitialize: A function that initializes a model in place, for the control 'reinitialized'. By default the
             initial values of every parameter are shuffled, which keeps their distribution.
-        calibration: Batches for criteria that look at data. Default the first batch of the training data.
+        calibration: Batches for criteria that need data. Default the first batch of the training data.
         seed: Seed of the controls and of random criteria. Default 0.
         path: A file that is written after each round. If it exists, the run resumes from it. Default none.
-        **options: Other arguments of Sparsifier, such as layers, exclude and pool. `regrow` is not possible.
+        **options: Other arguments of Sparsifier, such as layers, exclude and pool. `regrow` is an error.
 
     Returns:
         The dense net and the tickets of all rounds. Their metrics are those of `learn.validate()` after each fit.
 
     Raises:
         TypeError: An argument has the wrong type or is unknown.
-        ValueError: An argument is out of range, the Learner has no validation data or no Recorder or already holds a
-            sparsity, `rewind_to` is after the end of the fit, or the file of `path` is from another run.
+        ValueError: An argument is out of range, the Learner has no validation data or no Recorder or already has a
+            SparsifyCallback or KeepSparsity, `rewind_to` is after the end of the fit, or the file of `path` is from
+            another run.
 
     Example:
         tickets = lottery_ticket(learn, 0.9, rounds=5, fit=lambda learn: learn.fit_one_cycle(5), rewind_to=0.5)

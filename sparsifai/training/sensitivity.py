@@ -51,8 +51,8 @@ def sensitivity(
             the Learner's training data.
         loss_func: Loss for criteria that need gradients, as for Sparsifier.calibrate. Default the Learner's.
         progress: Show a progress bar, if fastprogress is installed and the Learner shows one. Default True.
-        **options: Arguments of Sparsifier, such as granularity, criteria, layers and exclude. `coupled` is not
-            possible.
+        **options: Arguments of Sparsifier, such as granularity, criteria, layers and exclude. `coupled=True` is
+            an error.
 
     Returns:
         The metric of each layer at each level, as a table. Its `budget` gives a sparsity for each layer.
@@ -139,7 +139,9 @@ def highest_sparsity(
     """
     tolerance, precision = check_number("tolerance", tolerance), check_number("precision", precision, 0, 1)
     if not precision:
-        raise ValueError("precision is 0; pass the distance between the sparsities to try, such as 0.005")
+        raise ValueError(
+            "precision must be above 0, not 0; it is the distance between the sparsities that are tried, such as 0.005"
+        )
     measure = Metric.of(learn_or_model, metric, lower_is_better)
     with measure.learner_unchanged():
         one_shot, baseline = OneShot(measure, calibration, loss_func, options), measure.baseline()

@@ -17,7 +17,7 @@ class Sensitivity(Table):
 
     Printed it is a table, in a notebook HTML; `plot` draws it.
 
-    Args:
+    Attributes:
         layers: Parameter names of the weights.
         sizes: Number of weights of each layer.
         levels: The sparsities that were measured, rising, each above 0 and below 1.

@@ -25,7 +25,7 @@ Metrics = dict[str, float]
 class Ticket:
     """A sparse subnetwork: its masks, the weights that it starts with, and its metrics after training.
 
-    Args:
+    Attributes:
         masks: Parameter name -> bool tensor that is True at remaining weights, as `Sparsifier.masks`.
         sparsity: The fraction of zeros counted in the selected layers.
         metrics: Name -> value, for the trained net.
@@ -57,7 +57,7 @@ class Ticket:
         if shapes != {name: value.shape for name, value in self.start.items()}:
             raise ValueError(
                 "Ticket.apply: the ticket belongs to another model, with other names or shapes in its state_dict; pass "
-                "a model made as the one of the ticket"
+                "a model that is built like the one that the ticket was found with"
             )
         plain.load_state_dict(self.start)
         pairs = [(parameter_of(plain, name, mask), mask) for name, mask in self.masks.items()]
@@ -185,11 +185,23 @@ class LotteryTickets(Table, Sequence[Ticket]):
         return cls.from_state(load_run(path))
 
     def state(self) -> dict[str, Any]:
-        """All tickets as a dictionary for torch.save, with the start, which they share, only once."""
+        """All tickets as a dictionary for torch.save.
+
+        Returns:
+            A dictionary: "tickets" is a dictionary for each ticket, "metric" the name of the shown metric, and "start"
+            the state_dict that all tickets start with.
+        """
         tickets = [{**asdict(replace(ticket, start={}, masks={})), "masks": dict(ticket.masks)} for ticket in self]
         return {"tickets": tickets, "metric": self.metric, "start": dict(self[0].start) if len(self) else {}}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> LotteryTickets:
-        """Make the tickets from what `state` returned."""
+        """Make the tickets from what `state` returned.
+
+        Args:
+            state: The dictionary.
+
+        Returns:
+            The tickets.
+        """
         return cls([Ticket(**{**each, "start": state["start"]}) for each in state["tickets"]], state["metric"])

@@ -176,8 +176,8 @@ CONTEXT = [
      "context bounded(global): sparsity 0.9 cannot be reached, because its limits allow 0.5 at most; ask for less, or "
      "widen the limits"),
     ("limits for no layer", lambda: sparsify(0.1, context=bounded("local", {"head": 0.5})), ValueError,
-     "context bounded(local): no layer with a weight to sparsify matches 'head'; ...; bounds are for layers that are "
-     "pruned, and not for those that a dictionary of sparsities gives another sparsity"),
+     "context bounded(local): no layer with a weight to sparsify matches 'head'; ...; bounds can only name layers that "
+     "are pruned together: with a dictionary of sparsities, the layers of one of its patterns"),
     *((f"limits {wrong}", lambda wrong=wrong: bounded("global", wrong), ValueError,
        "bounded: ... must be a layer name or glob, and a sparsity from 0 to 1 or a pair (lowest, highest) of them")
       for wrong in ({"0": 1.5}, {"0": (0.6, 0.4)}, {nn.Linear: 0.5}, {"0": (0.1,)}, {"0": None}, {"0": True})),
@@ -258,7 +258,7 @@ CRITERION = [
      UnsuitableLayerError, "activation: 0.weight is not multiplied with the input of Conv2d, of shape (4, 5, 8, 8); "
      "leave it out with exclude="),
     ("synflow without an input", lambda: sparsify(criteria="synflow"), ValueError,
-     "synflow needs the shape of an input: give the Sparsifier an example_input="),
+     "synflow needs the shape of an input: give the Sparsifier a batch, example_input="),
     ("synflow of a layer that casts",
      lambda: sparsify(model=Casting(4, 3), criteria="synflow", example_input=torch.ones(2, 4)), ValueError,
      "synflow: the model fails on ones in float64 in the shape of example_input (...); pass an example_input= that "
@@ -285,14 +285,14 @@ SCHEDULE = [
        f"iterative(n): n is the number of steps, a whole number of at least 1, not {n!r}")
       for n in (0, -1, 2.5, True, "3")),
     *((f"the part from {start} to {end}", lambda start=start, end=end: between("lin", start, end), ValueError,
-       f"between: needs 0 <= start < end <= 1, got start={start!r} and end={end!r}")
+       f"between: start and end are shares of training, 0 <= start < end <= 1, but are {start!r} and {end!r}")
       for start, end in ((0.5, 0.5), (0.8, 0.2), (-0.1, 1), (0, 1.1), (float("nan"), 1), ("0", 1))),
     ("an empty part", lambda: during("lin", 0.5, 0.5), ValueError,
-     "during: needs 0 <= start < end <= 1, got start=0.5 and end=0.5"),
+     "during: start and end are shares of training, 0 <= start < end <= 1, but are 0.5 and 0.5"),
     *((f"raised by {share}", lambda share=share: raised("lin", share), ValueError,
        f"raised: share must be a number from 0 to 1, not {share!r}") for share in (1.5, -0.1, True, "a")),
     *((f"stepped {n} times", lambda n=n: stepped("lin", n), ValueError,
-       f"stepped: n is how often the schedule is evaluated, a finite number above 0, not {n!r}")
+       f"stepped: n is how often the schedule changes, a finite number above 0, not {n!r}")
       for n in (0, -1, float("inf"), True, "3")),
 ]  # fmt: skip
 

@@ -162,7 +162,7 @@ def test_every_criterion(net, criterion):
     axes = ("weight", "local", criterion)
     plan = planned(net, 0.5, *axes)
     assert left(plan) == {"0.weight": 72, "3.weight": 96, "5.weight": 36, "10.weight": 24, "12.weight": 9}
-    assert ("how many weights of each layer fall is known" in str(plan)) == (criterion not in KNOWN_NOW)
+    assert ("how many weights of each layer are pruned is known" in str(plan)) == (criterion not in KNOWN_NOW)
     plan = planned(net, 0.5, "weight", "global", criterion)
     assert plan.selected.left == 237
     assert ("Estimate: " in str(plan)) == (criterion not in KNOWN_NOW)
@@ -189,7 +189,7 @@ def test_what_a_sparsifier_has_seen_is_no_estimate(net):
 
 
 def test_a_scope_of_one_layer_is_fixed_by_its_shape(net):
-    assert "how many weights of each layer fall is known" in str(planned(net[0], 0.5, "weight", "global", "snip"))
+    assert "how many weights of each layer are pruned is known" in str(planned(net[0], 0.5, "weight", "global", "snip"))
 
 
 def test_a_bounded_context_is_fixed_by_shapes_if_the_one_within_is(net):

@@ -62,7 +62,7 @@ NO_PATTERN = (
     " cannot select layers; pass a module class, a module, a name, a glob such as 'layer1.*', 're:' followed by a "
     "regular expression, or a function of (name, module)"
 )
-NO_DICTIONARY = "{'0': 1} cannot select layers; a dictionary of sparsities is the first argument, `sparsity`"
+NO_DICTIONARY = "{'0': 1} cannot select layers; pass a dictionary of sparsities as the first argument, `sparsity`"
 BATCH = "pass a batch that the model accepts, on its device: a tuple for several positional arguments, a dictionary for"
 
 # Name, mistake, class of the error, parts of the message in their order.

@@ -48,7 +48,7 @@ ROWS = [
     # --- Keys, variables and epochs
     ("no mapping", loads("- a"), ValueError, ["line 1: a recipe must be a mapping with epochs: and steps:"]),
     ("no steps", loads("steps: []"), ValueError,
-     ["line 1: steps: steps must be a list of steps: sparsify, keep, regularize, distil, freeze"]),
+     ["line 1: steps: steps must be a list with at least one step, of sparsify, keep, regularize, distil, freeze"]),
     ("unknown key", loads("epochs: 3\nstep: []"), ValueError,
      ["line 2: step: unknown key 'step'; did you mean 'steps'", "(the keys of a recipe: name, description, epochs,"]),
     ("no variables", loads("variables: 3\nsteps: [keep]"), ValueError,
@@ -149,7 +149,8 @@ ROWS = [
      ["line 1: steps.1.distil: distil needs a teacher; call recipe.callbacks(teacher=a trained model)"]),
     ("a step that needs training", apply({"steps": [{"sparsify": {"sparsity": 0.5}}, {"regularize": {"weight": 1}}]}),
      ValueError, ["steps.1.regularize: regularize needs training; pass recipe.callbacks() to learn.fit instead"]),
-    ("nothing to prune", apply({"steps": ["keep"]}), ValueError, ["the recipe has no sparsify step"]),
+    ("nothing to prune", apply({"steps": ["keep"]}), ValueError,
+     ["the recipe has no sparsify step; add one, such as - sparsify: {sparsity: 0.9}"]),
     ("a criterion without data", apply({"steps": [{"sparsify": {"sparsity": 0.5, "criteria": "snip"}}]}),
      ValueError, ["calibrate"]),
     # --- YAML

@@ -33,7 +33,7 @@ def colours(names=("red", "sky blue")):
 FRACTION = "sparsity must be a number from 0 to 1, not "
 NUMBER = "tolerance must be a number "
 COUNT = "every must be a whole number of at least 1, not "
-ROUND_TO = "round_to must be a whole number of groups, at least 1, not "
+ROUND_TO = "round_to must be a whole number of at least 1, a number of groups, not "
 
 # Name, mistake, class of the error, message.
 MESSAGES = [

@@ -124,7 +124,7 @@ DISTILL = [
     ("features as number", distill(features=3), TypeError, [FEATURES + "3"]),
     (
         "unknown layer of the teacher", distill(features={"0": "layer4"}), ValueError,
-        ["DistillCallback: features names 'layer4', which is not a layer of the teacher; choose from '0'"],
+        ["DistillCallback: features= has 'layer4', which is not a layer of the teacher; choose from '0'"],
     ),
     ("unknown schedule", distill(schedule="linear"), ValueError, ["'linear'", "did you mean 'lin'"]),
     (
@@ -151,7 +151,7 @@ DISTILL = [
     (
         "unknown layer of the model",
         distill_fit(lambda learn: nn.ModuleDict({"body": small_net()}), features=["body.1"]), ValueError,
-        ["DistillCallback: features names 'body.1', which is not a layer of the model; choose from '0', '1'"],
+        ["DistillCallback: features= has 'body.1', which is not a layer of the model; choose from '0', '1'"],
     ),
     (
         "outputs of different shapes", distill_fit(wide(4)), ValueError,
@@ -289,7 +289,7 @@ HAS_CALLBACK = (
 CANNOT_MEASURE = "lottery_ticket measures each ticket, so the Learner needs validation data and a Recorder"
 OTHER_MODEL = (
     "Ticket.apply: the ticket belongs to another model, with other names or shapes in its state_dict; pass a model "
-    "made as the one of the ticket"
+    "that is built like the one that the ticket was found with"
 )
 
 LOTTERY = [
@@ -453,7 +453,7 @@ REGULARIZER = [
     (
         "one score", regularizer(total), ValueError,
         [
-            "criterion total must return one real score per weight: for 0.weight a tensor of shape (4, 3), not (), "
+            "criterion total must return one real score per weight: for 0.weight a tensor of the shape (4, 3), not (), "
             "torch.float32"
         ],
     ),
@@ -635,7 +635,7 @@ SENSITIVITY = [
     ("tolerance as text", highest(tolerance="a"), ValueError, ["tolerance", "not 'a'"]),
     (
         "precision 0", highest(precision=0), ValueError,
-        ["precision is 0; pass the distance between the sparsities to try, such as 0.005"],
+        ["precision must be above 0, not 0; it is the distance between the sparsities that are tried, such as 0.005"],
     ),
     ("precision 2", highest(precision=2), ValueError, ["precision", "from 0 to 1", "not 2"]),
     (

@@ -39,14 +39,14 @@ def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.nda
     with `revives` are revived.
 
     Args:
-        layers: The layers to rank together, as a context is given them.
+        layers: The layers to rank together, in the form in which a context gets them.
         sparsity: Fraction of the weights of all these layers to prune, from 0 to 1.
 
     Returns:
         For each layer a bool array with one entry per group, in index order: True where the group is kept.
 
     Raises:
-        ValueError: If a score that matters is NaN; the message names the layer.
+        ValueError: If the score of a group that is ranked is NaN. The message names the layer.
 
     Example:
         >>> score = np.array([3., 1., 2., 4.])
