@@ -2,6 +2,7 @@
 
 import time
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from io import StringIO
 from statistics import median
@@ -91,7 +92,7 @@ def _step_variants(rounds):
     moving, fixed = SparsifyCallback(0.9, schedule="lin"), SparsifyCallback(0.9, schedule="one_shot")
 
     def moved(number):
-        moving.schedule = lambda t: (number + t) / rounds
+        moving.ramp = replace(moving.ramp, schedule=lambda t: (number + t) / rounds)
         return [moving]
 
     variants = {"dense": lambda number: [], "sparsifai moving": moved, "sparsifai fixed": lambda number: [fixed]}
