@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_flatten
 
 
 def moved(model):
-    """As after some training: every parameter somewhere else."""
+    """Change every parameter, as training does."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -77,7 +77,7 @@ def counting(callback_of, masks, counts):
             masks.append(alive(sparsifier))
             counts.append(sum(int((target.parameter == 0).sum()) for target in layers_of(sparsifier).values()))
 
-    Watch.__module__ = "fastai.watching"  # known not to write
+    Watch.__module__ = "fastai.watching"  # as KeepSparsity trusts callbacks of fastai
     return Watch()
 
 
@@ -85,7 +85,7 @@ def no_gradient(output, target):
     return output.detach().sum()
 
 
-# What cannot be calibrated with: criterion, batches, loss.
+# Calibrations that fail: criterion, batches, loss.
 BAD_CALIBRATIONS = {
     "no loss": ("snip", batches(1), None),
     "no batches": ("snip", [], F.cross_entropy),

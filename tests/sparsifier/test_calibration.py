@@ -146,7 +146,7 @@ def test_a_linear_loss_has_no_hessian_and_a_frozen_layer_no_gradient():
                 [(torch.ones(1, 3), torch.zeros(1))], lambda output, target: output.square().sum()
             )
     sparsifier = Sparsifier(model, criteria="snip", layers="0")
-    sparsifier.mask_gradients()  # there is none to see
+    sparsifier.mask_gradients()  # there is no gradient to collect
 
 
 def test_wanda_names_attention_whose_inputs_it_cannot_see():

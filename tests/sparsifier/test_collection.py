@@ -95,7 +95,7 @@ def test_an_activation_is_the_input_that_a_weight_is_multiplied_with(kind):
     sparsifier = Sparsifier(model, criteria="wanda", layers=[layer])
     sparsifier.calibrate([inputs, 2 * inputs])
     seen = sparsifier.collected.value("activation", "0.weight").expand_as(layer.weight)
-    # A weight is multiplied with those inputs that its product with the output changes by: as many as the output tells.
+    # The gradient shows which input channel a weight is multiplied with.
     axis = -1 if isinstance(layer, nn.Linear) else -(layer.weight.dim() - 1)
     squares = torch.stack([inputs, 2 * inputs]).double().square().movedim(axis, 0).flatten(1).mean(1).sqrt()
     for place in ((0,) * layer.weight.dim(), tuple(size - 1 for size in layer.weight.shape), (1, 0, 0, 0, 0)):

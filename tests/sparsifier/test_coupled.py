@@ -330,7 +330,7 @@ def test_after_a_fit_shrink_can_remove_all_zero_filters():
     callback = SparsifyCallback(0.5, "filter", "local", coupled=True)
     learn.fit(2, cbs=callback)
     assert alive(callback.sparsifier.masks["stem.weight"]) == alive(callback.sparsifier.masks["branch.weight"])
-    learn.fit(1)  # the zeros are held, those of the norm layer behind the sum, too
+    learn.fit(1)  # KeepSparsity keeps the zeros, also those of the norm layer behind the sum
     kept = callback.sparsifier.follower_masks["norm.weight"]
     assert kept.sum() == 4
     assert torch.equal(learn.model.norm.bias != 0, kept)

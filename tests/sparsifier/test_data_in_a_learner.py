@@ -25,7 +25,7 @@ def test_criteria_that_need_data_reach_the_target_sparsity(make_learner, criteri
     learn.fit(2, 0.01, cbs=callback)
     assert callback.sparsifier.sparsity == pytest.approx(0.5, abs=0.005)
     assert not any(module._forward_pre_hooks for module in learn.model.modules())
-    learn.fit(1, 0.01)  # the keeper goes on, and looks at nothing more
+    learn.fit(1, 0.01)  # KeepSparsity continues and collects nothing
     assert callback.sparsifier.sparsity == pytest.approx(0.5, abs=0.005)
 
 

@@ -87,8 +87,8 @@ def check_against_one_process(run, model, axes):
         put(stage["weights"], model)
         for name, buffer in model.named_buffers():
             buffer.copy_(stage["buffers"][name])
-        if sparsifier.collected.at("backward", "forward", "loss"):  # what has passed there
-            sparsifier.collected.restore(stage["collected"], sparsifier)
+        if sparsifier.collected.at("backward", "forward", "loss"):  # copy the collected quantities
+            sparsifier.collected.restore(stage["collected"])
         sparsifier.sparsify(stage["sparsity"])
         assert same(stage["masks"], sparsifier.masks)
         assert stage["measured"] == sparsifier.sparsity
@@ -138,7 +138,7 @@ def test_scores_that_differ_by_process_are_those_of_the_first(replicated):
     first, second = (seen["data_driven"] for seen in replicated)
     for criterion in ("weight_times_inputs_here", "random"):
         alone = first[criterion, "module"]
-        assert not same(alone, second[criterion, "module"])  # so it is no chance that these are the same
+        assert not same(alone, second[criterion, "module"])  # else the next lines would show nothing
         for given in ("wrapper", "compiled"):
             assert same(alone, first[criterion, given], second[criterion, given])
         assert set(alone) == {"0.weight", "2.weight"}
@@ -254,7 +254,7 @@ def test_a_learner_in_two_processes(learner):
 @pytest.mark.fastai
 def test_a_learner_in_two_processes_prints_once(learner):
     first, second = (seen["printed"] for seen in learner)
-    assert first.count("KeepSparsity holds") == 1
+    assert first.count("KeepSparsity keeps") == 1
     assert "valid_loss  sparsity" in first
     assert "parsity" not in second
 

@@ -155,7 +155,7 @@ def test_half_of_the_weights_of_resnet18_by_filters():
         assert resnet.eval()(torch.randn(2, 3, 64, 64)).isfinite().all()
 
 
-# Not of filters, and not of every level.
+# All but those that rank within filters or reach only some sparsities.
 GENERAL = [name for name in contexts if name not in ("per_output", "uniform_plus")]
 
 
@@ -222,7 +222,7 @@ def test_the_seed_decides_which_weights_random_prunes():
     for seed in (0, 0, 1):
         torch.manual_seed(0)
         sparsifier = Sparsifier(small_net(), criteria="random", seed=seed)
-        torch.manual_seed(len(masks))  # torch's own generator has no part in it
+        torch.manual_seed(len(masks))  # torch's own generator must not matter
         sparsifier.sparsify(0.5)
         masks.append(torch.cat([mask.flatten() for mask in sparsifier.masks.values()]))
     assert torch.equal(masks[0], masks[1])

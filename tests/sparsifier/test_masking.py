@@ -119,7 +119,7 @@ def test_an_optimizer_with_hooks_is_not_known_to_hold_zeros(register):
     assert holds_zeros(optimizer) is True
 
 
-def test_masked_values_are_looked_at_and_others_are_not():
+def test_is_masked_zero_reads_masked_values_only():
     weight, mask = nn.Parameter(torch.tensor([[1.0, 2.0], [0.0, 3.0]])), torch.tensor([[True, False]])
     assert not is_masked_zero([(weight, mask)])
     with torch.no_grad():

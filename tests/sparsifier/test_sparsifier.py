@@ -74,7 +74,7 @@ def test_weights_that_momentum_moved_are_revived_at_zero(mlp):
     sparsifier.sparsify(0.8)
     before = dict(sparsifier.masks)
     with torch.no_grad():
-        mlp[0].weight.add_(0.1)  # as a step does, and nobody called apply_masks
+        mlp[0].weight.add_(0.1)  # as a step does; apply_masks is not called
     sparsifier.sparsify(0.2)
     revived = sparsifier.masks["0.weight"] & ~before["0.weight"]
     assert revived.any()
@@ -163,7 +163,7 @@ def test_update_masks_does_the_same_as_sparsify_and_mask_moments(granularity, le
     assert all(map(torch.equal, weights, others[1]))
     for one, other in zip(moments, others[2], strict=True):
         assert torch.equal(one["exp_avg"], other["exp_avg"])
-        assert torch.allclose(one["exp_avg_sq"], other["exp_avg_sq"], rtol=1e-2, atol=0)  # of masked ones, decayed
+        assert torch.allclose(one["exp_avg_sq"], other["exp_avg_sq"], rtol=1e-2, atol=0)  # those of pruned ones decay
 
 
 def test_taylor_warns_of_filters_before_a_batch_norm():
