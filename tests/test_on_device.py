@@ -201,7 +201,7 @@ def test_own_contexts_are_given_arrays_of_the_host():
     assert not Sparsifier(small_net())._on_device
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("granularity", ["weight", "kernel", "filter"])
 def test_on_a_gpu_masks_are_those_of_the_cpu_and_no_step_waits(granularity):
     models = []
