@@ -97,8 +97,9 @@ class Times:
 def measure(device, cases, rounds, warm_up=2):
     """From names of cases to Times, all cases in turn, so that what slows the machine down slows all of them.
 
-    cases: from names to functions of the number of the round, negative while things warm up. On a GPU, it first sleeps for as long as the host took
-    to hand the case over in the round before, so that `device` is the time of the kernels and not of launching them.
+    cases: from names to functions of the number of the round, negative while things warm up. On a GPU, it first sleeps
+    for as long as the host took to hand the case over in the round before, so that `device` is the time of the kernels
+    and not of launching them.
     """
     taken = {name: ([], []) for name in cases}
     ahead = dict.fromkeys(cases, 0.0)

@@ -1,5 +1,6 @@
 """Section `steps`: a training step with masks that are fixed or move in every step, as a multiple of the dense step."""
 
+import traceback
 from functools import partial
 from statistics import median
 
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu.running import autocast, no_waiting, wait
+from benchmarks.gpu.workloads import convolutional, side_of_pictures, transformer
 from benchmarks.models import random_model
 from benchmarks.peers import kinds_of
 from benchmarks.timing import seconds_of
@@ -16,15 +18,25 @@ TABLE = "a training step beside the dense one"
 # What the masks rise through in a round's steps; a schedule moves as slowly.
 FIRST, LAST = 0.3, 0.6
 WARM_UP = 3
+# Pictures in a batch, also of a rehearsal.
+BATCHES = {
+    ("resnet50", False): 256,
+    ("vit_b_16", False): 128,
+    ("resnet50", True): 4,
+    ("vit_b_16", True): 4,
+}
 
 
 def steps(section):
     "Eager, as a CUDA graph and compiled"
-    section.part("resnet50", _steps, *_workload(section, "resnet50"), VARIANTS)
-    section.part("vit_b_16", _steps, *_workload(section, "vit_b_16"), VARIANTS)
     some = {name: VARIANTS[name] for name in ("dense", "fixed", "moving")}
-    section.part("resnet50, CUDA graph", _steps, *_workload(section, "resnet50", "CUDA graph"), some)
-    section.part("vit_b_16, torch.compile", _steps, *_workload(section, "vit_b_16", "torch.compile"), some)
+    for name, run, variants in (
+        ("resnet50", "eager", VARIANTS),
+        ("vit_b_16", "eager", VARIANTS),
+        ("resnet50", "CUDA graph", some),
+        ("vit_b_16", "torch.compile", some),
+    ):
+        section.part(f"{name}, {run}", _steps, name, run, variants)
 
 
 class Training:
@@ -34,11 +46,17 @@ class Training:
     bfloat16 where there is a GPU.
     """
 
-    def __init__(self, device, name, batch, side, run, optimizer):
-        self.device = device
-        layout = torch.channels_last if name.startswith("resnet") else torch.contiguous_format
-        self.model = random_model(name).to(device, memory_format=layout)
-        self.optimizer = optimizer(self.model.parameters())
+    def __init__(self, section, name, run):
+        self.device = device = section.device
+        batch, side = BATCHES[name, section.quick], side_of_pictures(section)
+        if name == "resnet50":
+            layout, model = torch.channels_last, random_model(convolutional(section))
+            make_optimizer = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
+        else:
+            layout, model = torch.contiguous_format, transformer(section)
+            make_optimizer = partial(torch.optim.AdamW, lr=1e-4)
+        self.model = model.to(device, memory_format=layout)
+        self.optimizer = make_optimizer(self.model.parameters())
         self.images = torch.randn(batch, 3, side, side, device=device).to(memory_format=layout)
         self.labels = torch.randint(1000, (batch,), device=device)
         self.computed = torch.compile(self.model) if run == "torch.compile" else self.model
@@ -142,30 +160,20 @@ def _sparsifier(training, context="global"):
     return sparsifier
 
 
-def _workload(section, name, run="eager"):
-    "Name of the model, how it runs, and what makes a Training of it"
-    batch, side = (256, 224) if name == "resnet50" else (128, 224)
-    model = name
-    if section.quick:
-        batch, side, model = (4, 64, "resnet18") if name == "resnet50" else (1, 224, "vit_b_32")
-    sgd, adam = partial(torch.optim.SGD, lr=1e-3, momentum=0.9), partial(torch.optim.AdamW, lr=1e-4)
-    optimizer = sgd if name == "resnet50" else adam
-    return f"{model}, {run}, batch {batch}", partial(Training, section.device, model, batch, side, run, optimizer)
-
-
-def _steps(section, name, make, variants):
+def _steps(section, model, run, variants):
     "Rounds of a few steps of each variant in turn; all variants start from the same weights"
+    name = f"{model}, {run}, batch {BATCHES[model, section.quick]}"
     rounds, length = (1, 2) if section.quick else (4, 6)
     prepared, seconds, hosts = {}, {}, {}
     for variant, prepare in variants.items():
         try:
-            prepared[variant] = prepare(make())
+            prepared[variant] = prepare(Training(section, model, run))
             for number in range(WARM_UP):
                 prepared[variant](0.01 * number)
             seconds[variant], hosts[variant] = [], []
         except Exception as error:
             prepared.pop(variant, None)
-            section.fail(f"{name}, {variant}", f"{type(error).__name__}: {error}")
+            section.fail(f"{name}, {variant}", f"{type(error).__name__}: {error}", traceback.format_exc())
     wait(section.device)
     total = rounds * length
     for number in range(rounds):

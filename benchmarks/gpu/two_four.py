@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from benchmarks.gpu.running import measure
-from benchmarks.models import random_model
+from benchmarks.gpu.workloads import side_of_pictures, transformer
 from benchmarks.timing import milliseconds
 from sparsifai import Sparsifier, to_semi_structured
 
@@ -65,13 +65,13 @@ def _mlp(section, name, sides, batches, compiled=False):
 
 def _vit(section, batches, compiled=False):
     "Only its MLP layers: those of attention are read by MultiheadAttention itself"
-    name, side = ("vit_b_32", 224) if section.quick else ("vit_b_16", 224)
-    dense, sparse = _sparse(section, random_model(name), layers="*.mlp.*")
+    side = side_of_pictures(section)
+    dense, sparse = _sparse(section, transformer(section), layers="*.mlp.*")
     if compiled:
         dense, sparse = (torch.compile(model, dynamic=False) for model in (dense, sparse))
     for batch in batches:
         given = _input(section, batch, 3, side, side)
-        _compare(section, "2:4, a whole model", _label(name, compiled), batch, dense, sparse, given)
+        _compare(section, "2:4, a whole model", _label("vit_b_16", compiled), batch, dense, sparse, given)
 
 
 def _label(name, compiled):

@@ -1,13 +1,13 @@
-"""Section `updates`: masks built and applied, as multiples of a copy of the weights, beside torch's prune and FasterAI."""
+"""Section `updates`: masks built and applied, as multiples of a copy of the weights, beside other libraries."""
 
-from functools import partial
 from itertools import count
 
 import torch
 from torch import nn
 
 from benchmarks.gpu.running import measure, memory_of, no_waiting
-from benchmarks.models import random_model, weights_of
+from benchmarks.gpu.workloads import models
+from benchmarks.models import weights_of
 from benchmarks.peers import FasterAI, TorchPrune, fasterai_is_installed, kinds_of
 from benchmarks.timing import milliseconds
 from sparsifai import Sparsifier
@@ -29,32 +29,6 @@ def updates(section):
                 section.part(f"{name}, {context}, FasterAI", _peer, name, make, context, FasterAI)
     for name, make in models(section).items():
         section.part(f"{name}, granularities", _granularities, name, make)
-
-
-def models(section):
-    "From names to functions that give a model on the device"
-    if section.quick:
-        return {"resnet18": partial(_vision, "resnet18", section.device), "decoder": partial(decoder, section, 2)}
-    return {
-        "resnet50": partial(_vision, "resnet50", section.device),
-        "vit_b_16": partial(_vision, "vit_b_16", section.device),
-        "decoder 1.1B bf16": partial(decoder, section, 22),
-    }
-
-
-def _vision(name, device):
-    return random_model(name).to(device)
-
-
-def decoder(section, blocks):
-    "The Linear layers of a decoder in the shapes of TinyLlama 1.1B, in bfloat16"
-    width, keys, inner, words = (64, 16, 176, 1000) if section.quick else (2048, 256, 5632, 32000)
-    shapes = [(width, width), (width, keys), (width, keys), (width, width), (width, inner), (width, inner)]
-    torch.manual_seed(0)
-    with torch.device(section.device):
-        linear = partial(nn.Linear, bias=False, dtype=torch.bfloat16)
-        layers = [linear(*shape) for _ in range(blocks) for shape in [*shapes, (inner, width)]]
-        return nn.Sequential(*layers, linear(width, words))
 
 
 def _rising():
