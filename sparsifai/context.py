@@ -19,7 +19,7 @@ import numpy as np
 from .criterion import lamp as lamp_score
 from .n_of_m import Blocks, lowest_of_rows, parse_blocks, ranking_keys
 from .registry import Registry, name_of
-from .selection import ScoredLayer, select_groups
+from .selection import ScoredLayer, select_each, select_groups
 from .target import Target, matching
 
 Context = Callable[[Sequence[ScoredLayer], float], "list[np.ndarray]"]
@@ -43,7 +43,7 @@ contexts = Registry("context", check=_check, parse=parse_blocks)
 @contexts.register
 def local(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Every layer is ranked alone and reaches the target."""
-    return [stays for layer in layers for stays in select_groups([layer], sparsity)]
+    return select_each(layers, sparsity)
 
 
 @contexts.register(name="global")

@@ -60,7 +60,7 @@ def zero_masked(tensor: Tensor, mask: Tensor, zero: float = 0.0) -> None:
     tensor, mask = own_shard(tensor.detach(), mask)
     # Multiplied as integers, the bits of any value times zero are those of zero.
     bits = tensor.view(_INTEGER[tensor.element_size()])
-    if mask.shape != bits.shape or bits.numel() <= 2 * PART:
+    if mask.shape != bits.shape or bits.numel() <= 2 * PART or bits.device.type != "cpu":
         bits.mul_(mask)
     else:
         # torch makes integers of the bools first: of few at a time, so that these stay in the cache.

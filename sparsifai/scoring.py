@@ -66,9 +66,13 @@ def score_layer(
             return all_scores[part]
 
     if on_device:
+        alive, whole = grouping.gather(mask), not grouping.indexed
+        if criterion is large_final and grouping.single and pool is not squared_sum:
+            # The ranking takes the absolute values on its way through the weights.
+            weight = target.parameter.detach().reshape(-1)
+            return DeviceLayer(target, weight, alive, 1, whole, **options, magnitude=True)
         all_of = scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool)
         sizes = grouping.size if isinstance(grouping.size, int) else grouping.size.to(mask.device)
-        alive, whole = grouping.gather(mask), not grouping.indexed
         return DeviceLayer(target, all_of.to(mask.device), alive, sizes, whole, **options)
     alive = grouping.gather(mask).cpu().numpy().view()
     alive.flags.writeable = False  # it can be the mask itself

@@ -274,10 +274,10 @@ class Sparsifier(MaskedModel):
 
     def _rank_on_device(self, scored: list[DeviceLayer], fraction: float) -> list[Tensor]:
         """Ask the context which groups stay, and read nothing: NaN is told of when something is read the next time."""
+        stays = self.context(scored, fraction)  # type: ignore
         for layer in scored:
-            name, nan = layer.target.name, layer.score.isnan() & (layer.alive | layer.revives)
-            self._nan[name] = nan.any() | self._nan.get(name, False)
-        return self.context(scored, fraction)  # type: ignore
+            self._nan[layer.target.name] = layer.nan | self._nan.get(layer.target.name, False)  # type: ignore
+        return stays  # type: ignore
 
     def _rank(self, scored: list[ScoredLayer], fraction: float) -> list[np.ndarray]:
         """Ask the context which groups stay."""
