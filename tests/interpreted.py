@@ -14,6 +14,7 @@ from sparsifai.selection import ScoredLayer, select_groups
 # Small, so that layers have several programs, scopes more groups than are sampled, and bins are narrowed down in steps.
 on_device_triton.BLOCK, on_device_triton.STEPS, on_device_triton.SAMPLE = 256, 2, 128
 on_device_triton.BINS = (16, 2048, 2048, 2048)
+on_device_triton.SPREAD = 0  # so that what is looked for is often beside the bracket
 calls = []
 fits, select = on_device._is_for_kernels, on_device_triton.select
 on_device_triton.select = lambda *given: calls.append(1) or select(*given)
@@ -128,6 +129,8 @@ if sys.argv[1:] == ["models"]:
 else:
     of_nan()
     rng = np.random.default_rng(0)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for kind in VALUES:
-            of_scores(rng, kind, dtype, magnitude=bool(rng.random() < 0.5))
+    for kind in VALUES:
+        of_scores(rng, kind, torch.float32, magnitude=False)
+        halves = (torch.bfloat16, torch.float16)
+        of_scores(rng, kind, halves[rng.integers(2)], magnitude=bool(rng.random() < 0.5))
+    of_scores(rng, "normal", torch.float32, magnitude=True)
