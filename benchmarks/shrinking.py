@@ -10,8 +10,8 @@ from benchmarks.models import random_model
 from benchmarks.report import Table
 from benchmarks.timing import interleaved, milliseconds, seconds_of
 from sparsifai import Sparsifier, save_sparse, shrink
-from sparsifai.flops import count_flops
-from sparsifai.target import find_targets
+from sparsifai.model.flops import count_flops
+from sparsifai.model.layers import find_weights
 
 SIDE = 224
 BATCHES = (1, 8)
@@ -32,7 +32,7 @@ def shrinking(quick):
 def _rows(name, rounds):
     dense, example = _trained_model(name), torch.randn(1, 3, SIDE, SIDE)
     made = {"dense": dense} | {form: make(_trained_model(name), example) for form, make in FORMS.items()}
-    flops = {form: sum(count_flops(model, find_targets(model), example).values()) for form, model in made.items()}
+    flops = {form: sum(count_flops(model, find_weights(model), example).values()) for form, model in made.items()}
     files = {form: _file(model) for form, model in made.items()}
     taken = {
         batch: _seconds(made, torch.randn(batch, 3, SIDE, SIDE), rounds if batch == 1 else max(rounds // 3, 5))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from benchmarks.report import Table
 from benchmarks.timing import interleaved, milliseconds, seconds_of, threads
 from sparsifai import Sparsifier
-from sparsifai.sparse_layout import CSRLinear
+from sparsifai.export.csr import CSRLinear
 
 BATCHES = (1, 8, 64)
 # Granularity -> the shape of the blocks that are stored, None for single weights.

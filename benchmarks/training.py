@@ -85,7 +85,7 @@ def _step_variants(rounds):
     The fits together are one linear schedule, and each moves the target through its part of it, for in a short fit
     from 0 to the target the updates would be far larger than in training.
     """
-    from sparsifai.callback import SparsifyCallback
+    from sparsifai.callbacks.sparsify import SparsifyCallback
 
     # One callback for all fits goes on where it was, as in one long fit.
     moving, fixed = SparsifyCallback(0.9, schedule="lin"), SparsifyCallback(0.9, schedule="one_shot")

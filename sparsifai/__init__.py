@@ -7,10 +7,9 @@ when (schedules). `Sparsifier` works on any torch model; `SparsifyCallback` call
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .budget import Sensitivity
-from .comparison import Comparison, compare
-from .context import bounded, contexts, global_, local
-from .criterion import (
+from .axes.budget import bounded
+from .axes.context import contexts, global_, local
+from .axes.criterion import (
     criteria,
     fisher,
     grasp,
@@ -35,13 +34,11 @@ from .criterion import (
     updating_movmag,
     wanda,
 )
-from .granularity import along, block, granularities
-from .layer_sensitivity import highest_sparsity, sensitivity
-from .n_of_m import blocks, is_nm
-from .planned import Plan
-from .regularizer import Regularizer
-from .report import Report
-from .schedule import (
+from .axes.granularity import along, block, granularities
+from .axes.n_of_m import blocks, is_nm
+from .axes.quantity import quantities, taken
+from .axes.ranking.selection import select_groups
+from .axes.schedule import (
     ac_dc,
     agp,
     between,
@@ -56,37 +53,40 @@ from .schedule import (
     schedules,
     stepped,
 )
-from .selection import select_groups
-from .semi_structured import SemiStructured, semi_structured_layers, to_semi_structured
-from .shrinkable import Shrinkage
-from .shrinking import shrink, shrinkage
-from .sparse_file import SparseFile, load_sparse, save_sparse
-from .sparse_layout import to_sparse_layout
-from .sparsifier import Sparsifier
-from .statistic import quantities, taken
-from .target import register_layer
-from .ticket import LotteryTickets, Ticket
+from .callbacks.plan_table import Plan
+from .export.comparison import compare
+from .export.comparison_table import Comparison
+from .export.csr import to_sparse_layout
+from .export.shrink import Shrinkage, shrink, shrinkage
+from .export.sparse_file import SparseFile, load_sparse, save_sparse
+from .export.two_four import SemiStructured, semi_structured_layers, to_semi_structured
+from .model.layers import register_layer
+from .sparsifier.report import Report
+from .sparsifier.sparsifier import Sparsifier
+from .support.version import __version__ as __version__
+from .training.regularizer import Regularizer
+from .training.sensitivity import highest_sparsity, sensitivity
+from .training.sensitivity_table import Sensitivity
+from .training.ticket import LotteryTickets, Ticket
 
 if TYPE_CHECKING:
-    from .callback import SparsifyCallback
-    from .distill import DistillCallback, soft_targets
-    from .freeze import FreezeCallback
-    from .keep import KeepSparsity
-    from .lottery import lottery_ticket
-    from .recipe import Recipe
-    from .regularize import RegularizeCallback
-
-__version__ = "0.1.0"
+    from .callbacks.freeze import FreezeCallback
+    from .callbacks.keep import KeepSparsity
+    from .callbacks.sparsify import SparsifyCallback
+    from .recipes.recipe import Recipe
+    from .training.distill import DistillCallback, soft_targets
+    from .training.lottery import lottery_ticket
+    from .training.regularize import RegularizeCallback
 
 # Imported on first use: these need fastai, which the rest does not.
 _NEED_FASTAI = {
-    "DistillCallback": ".distill",
-    "FreezeCallback": ".freeze",
-    "KeepSparsity": ".keep",
-    "RegularizeCallback": ".regularize",
-    "SparsifyCallback": ".callback",
-    "lottery_ticket": ".lottery",
-    "soft_targets": ".distill",
+    "DistillCallback": ".training.distill",
+    "FreezeCallback": ".callbacks.freeze",
+    "KeepSparsity": ".callbacks.keep",
+    "RegularizeCallback": ".training.regularize",
+    "SparsifyCallback": ".callbacks.sparsify",
+    "lottery_ticket": ".training.lottery",
+    "soft_targets": ".training.distill",
 }
 
 __all__ = [
@@ -172,7 +172,7 @@ __all__ = [
 
 
 # These, too: Recipe needs PyYAML, which takes a while.
-_ON_FIRST_USE = {**_NEED_FASTAI, "Recipe": ".recipe"}
+_ON_FIRST_USE = {**_NEED_FASTAI, "Recipe": ".recipes.recipe"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .recipe import Recipe
-from .report import Count, figures
-from .sparse_file import SparseFile
-from .sparse_format import is_safetensors
-from .table import as_text
+from .export.sparse_file import SparseFile
+from .export.sparse_format import is_safetensors
+from .model.zeros import Count, figures
+from .recipes.recipe import Recipe
+from .support.table import Cells
 
 _PLAN = """What a recipe would do to a model, without data or training.
 
@@ -24,6 +24,8 @@ How many weights of each layer are left, why some stay dense, bytes, FLOPs (with
 
 example: sparsifai plan examples/recipes/training_aware.yaml --model torchvision:resnet50 --input 1,3,224,224
 """
+
+
 _REPORT = """The zeros of a checkpoint, counted: of every matrix, and of the whole file.
 
 Of a file of save_sparse, how each tensor is stored, and the bytes that this takes and that it would take dense.
@@ -31,6 +33,8 @@ Of a file of save_sparse, how each tensor is stored, and the bytes that this tak
 example: sparsifai report checkpoint.pth
 example: sparsifai report sparse.safetensors
 """
+
+
 _CONVERT = """Make a recipe of one of SparseML. What has no counterpart is listed with its line, on standard error.
 
 example: sparsifai convert sparseml.md --to recipe.yaml
@@ -115,10 +119,9 @@ def _report(given: Any) -> None:
     if not tensors:
         raise ValueError(f"{given.checkpoint} has no tensors by name; give a state_dict that torch.save has written")
     matrices = {name: value for name, value in tensors.items() if value.dim() > 1}
-    rows: list[tuple[str, ...]] = [("weight", "shape", "weights", "zeros", "sparsity")]
-    rows += [_counted(name, "x".join(map(str, value.shape)), value) for name, value in matrices.items()]
-    rows += [_counted("all of these", "", *matrices.values()), _counted("whole file", "", *tensors.values())]
-    print(as_text(rows, left=(0, 1), totals=2))
+    rows = [_counted(name, "x".join(map(str, value.shape)), value) for name, value in matrices.items()]
+    totals = [_counted("all of these", "", *matrices.values()), _counted("whole file", "", *tensors.values())]
+    print(Cells(("weight", "shape", "weights", "zeros", "sparsity"), rows, totals, left=(0, 1)).text())
 
 
 def _convert(given: Any) -> None:

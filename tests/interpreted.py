@@ -7,9 +7,11 @@ import numpy as np
 import torch
 from conftest import small_net
 
-from sparsifai import Sparsifier, on_device, on_device_triton
-from sparsifai.on_device import DeviceLayer
-from sparsifai.selection import ScoredLayer, select_groups
+from sparsifai import Sparsifier
+from sparsifai.axes.ranking import on_device, on_device_triton
+from sparsifai.axes.ranking.on_device import DeviceLayer
+from sparsifai.axes.ranking.scored_layer import ScoredLayer
+from sparsifai.axes.ranking.selection import select_groups
 
 # Small, so that layers have several programs, scopes more groups than are sampled, and bins are narrowed down in steps.
 on_device_triton.BLOCK, on_device_triton.STEPS, on_device_triton.SAMPLE = 256, 2, 128

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from conftest import EXAMPLE, show_data, small_net  # isort: skip
 from sparsifai import Sparsifier, criteria, quantities, taken
-from sparsifai.parallel import is_sharded, whole
+from sparsifai.model.parallel import is_sharded, whole
 
 RANK = int(os.environ.get("RANK", "0"))
 CAN_SHARD_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # not yet in torch 2.6

@@ -1,0 +1,1 @@
+"""Four questions, each a registry of functions: how: granularity, where: context, what: criterion, when: schedule."""

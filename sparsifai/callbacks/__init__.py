@@ -1,0 +1,1 @@
+"""The Sparsifier in a fastai Learner: SparsifyCallback, KeepSparsity, and what they show."""

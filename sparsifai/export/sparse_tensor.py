@@ -1,0 +1,204 @@
+"""One tensor as a sparse file has it: dense, or its non-zero values and where they are, whichever is smallest.
+
+Tensors are looked at as integers as wide as their elements, so that every bit comes back. Zero is what has no bit set:
+-0.0 is a value, as NaN is.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..model.zeros import Count
+
+# safetensors' names of torch's dtypes, in the order in which it lays tensors out.
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, dtype)
+    for name, dtype in (
+        ("U64", "uint64"), ("I64", "int64"), ("F64", "float64"), ("C64", "complex64"), ("F32", "float32"),
+        ("U32", "uint32"), ("I32", "int32"), ("BF16", "bfloat16"), ("F16", "float16"), ("U16", "uint16"),
+        ("I16", "int16"), ("F8_E5M2FNUZ", "float8_e5m2fnuz"), ("F8_E4M3FNUZ", "float8_e4m3fnuz"),
+        ("F8_E8M0", "float8_e8m0fnu"), ("F8_E4M3", "float8_e4m3fn"), ("F8_E5M2", "float8_e5m2"), ("I8", "int8"),
+        ("U8", "uint8"), ("BOOL", "bool"),
+    )
+    if hasattr(torch, dtype)
+}  # fmt: skip
+
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# A piece of a file: its dtype, its shape, and the function that reads it.
+Piece = tuple[str, list[int], Callable[[], Tensor]]
+
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+# Of places: those that safetensors 0.4 has, too.
+_PLACES: dict[np.dtype[Any], str] = {
+    np.dtype(name): kind for name, kind in (("u1", "U8"), ("i2", "I16"), ("i4", "I32"), ("i8", "I64"))
+}
+
+
+_BITS_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
+
+# What one more piece takes in the header of a file, about: a sparse form, which has two, must save more than this.
+_PIECE = 100
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor in one of three forms. dtype: as safetensors calls it. values: as integers, in one dimension.
+
+    dense: all elements in the order of the axes. bitmask: a bit per element, the lowest of a byte first, which is set
+    where the element is among the values. index: for each value the place of its element, ascending.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    form: str
+    values: np.ndarray
+    places: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> StoredTensor:
+        """A copy of a tensor, in the form that takes the fewest bytes."""
+        # The copy of a view that is conjugate or negative is so in its bits.
+        values = bits_of(tensor.detach().cpu().clone(memory_format=torch.contiguous_format))
+        set_ = values != 0
+        width = _width(values.size)
+        sparse = np.count_nonzero(set_) * values.itemsize + _PIECE
+        sizes = {
+            "dense": values.nbytes,
+            "bitmask": sparse + math.ceil(values.size / 8),
+            "index": sparse + np.count_nonzero(set_) * width.itemsize,
+        }
+        form = min(sizes, key=sizes.__getitem__)
+        stored = (name, tuple(tensor.shape), NAMES[tensor.dtype], form)
+        if form == "dense":
+            return cls(*stored, values)
+        places = np.packbits(set_, bitorder="little") if form == "bitmask" else np.flatnonzero(set_).astype(width)
+        return cls(*stored, values[set_], places)
+
+    @classmethod
+    def read(cls, name: str, entry: Any, piece: Callable[[str], Piece]) -> StoredTensor:
+        """The tensor that an entry of the metadata tells of. ValueError if it is not as `of` makes it.
+
+        piece: gives a piece of the file by its name. Nothing is allocated but for what is in the file.
+        """
+        shape = entry.get("shape")
+        if not _is_shape(shape):
+            raise ValueError(f"the shape of {name} is {str(shape)[:100]}")
+        form, weights = entry.get("form"), math.prod(shape)
+        if form == "dense":
+            dtype, found, read = piece(f"dense/{name}")
+            if found != shape:
+                raise ValueError(
+                    f"{name} is of the shape {shape} in the metadata, and of {str(found)[:100]} in the data"
+                )
+            stored = cls(name, tuple(shape), dtype, form, _values(name, dtype, read))
+        elif form in ("bitmask", "index"):
+            dtype, found, read = piece(f"values/{name}")
+            of_places, *expected = (
+                ("U8", math.ceil(weights / 8)) if form == "bitmask" else (_PLACES[_width(weights)], math.prod(found))
+            )
+            kind, there, read_places = piece(f"{form}/{name}")
+            if (kind, there) != (of_places, expected) or len(found) != 1:
+                raise ValueError(
+                    f"the {form} of {name} has the dtype {kind} and the shape {str(there)[:100]}, of "
+                    f"{str(found)[:100]} values; expected are {of_places} and {expected}"
+                )
+            stored = cls(name, tuple(shape), dtype, form, _values(name, dtype, read), read_places().numpy())
+            stored._check_places(weights)
+        else:
+            raise ValueError(f"{name} is stored as {str(form)[:100]!r}, which is none of dense, bitmask and index")
+        for key, value in stored.entry().items():
+            if entry.get(key) != value:
+                raise ValueError(
+                    f"the {key} of {name} is {value} and not {str(entry.get(key))[:100]}, as the metadata has it"
+                )
+        return stored
+
+    def _check_places(self, weights: int) -> None:
+        assert self.places is not None
+        places, values = self.places, self.values.size
+        if not self.values.all():
+            raise ValueError(f"there are zeros among the values of {self.name}")
+        if self.form == "bitmask":
+            bits = int(_BITS_SET[places].sum(dtype=np.int64))
+            if bits != values:
+                raise ValueError(f"the bitmask of {self.name} has {bits} bits set, for {values} values")
+            if weights % 8 and places[-1] >> weights % 8:
+                raise ValueError(f"the bitmask of {self.name} has bits set beyond its {weights} elements")
+        elif values and not (places[0] >= 0 and places[-1] < weights and (places[1:] > places[:-1]).all()):
+            raise ValueError(f"the places of {self.name} are not ascending, or not all from 0 to {weights - 1}")
+
+    @property
+    def count(self) -> Count:
+        """Elements, and how many of them are zero."""
+        weights = math.prod(self.shape)
+        return Count(weights, weights - int(np.count_nonzero(self.values)))
+
+    @property
+    def bytes(self) -> int:
+        """Of the values and their places."""
+        return self.values.nbytes + (0 if self.places is None else self.places.nbytes)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of all elements."""
+        return math.prod(self.shape) * self.values.itemsize
+
+    def entry(self) -> dict[str, Any]:
+        """What the metadata tell of it. crc32: of the bytes of the places, if it has them, and of the values."""
+        count, checksum = self.count, 0 if self.places is None else zlib.crc32(self.places.data)
+        return {
+            "form": self.form, "shape": list(self.shape), "weights": count.weights, "zeros": count.zeros,
+            "sparsity": round(count.sparsity, 6), "crc32": zlib.crc32(self.values.data, checksum),
+        }  # fmt: skip
+
+    def pieces(self) -> dict[str, Tensor]:
+        """What a file has of it, by name. As each begins with its form, it is no other tensor's."""
+        values = torch.from_numpy(self.values).view(DTYPES[self.dtype])
+        if self.places is None:
+            return {f"dense/{self.name}": values.reshape(self.shape)}
+        return {f"{self.form}/{self.name}": torch.from_numpy(self.places), f"values/{self.name}": values}
+
+    def expand(self) -> Tensor:
+        """The tensor, with its zeros."""
+        flat = self.values
+        if self.places is not None:
+            flat = np.zeros(math.prod(self.shape), self.values.dtype)
+            bitmask = self.form == "bitmask"
+            where = np.unpackbits(self.places, count=flat.size, bitorder="little") if bitmask else self.places
+            flat[where.view(bool) if bitmask else where] = self.values
+        return torch.from_numpy(flat).view(DTYPES[self.dtype]).reshape(self.shape)
+
+
+def bits_of(tensor: Tensor) -> np.ndarray:
+    """The elements of a tensor as integers, in one dimension."""
+    return tensor.reshape(-1).view(_INTEGER[tensor.element_size()]).numpy()
+
+
+def _width(weights: int) -> np.dtype:
+    """The smallest integers that can tell the places of so many elements."""
+    return next(width for width in _PLACES if weights <= np.iinfo(width).max + 1)
+
+
+def _is_shape(shape: Any) -> bool:
+    """Whether what the metadata say is a shape that torch can have, zeros in it counted as ones."""
+    whole = isinstance(shape, list) and len(shape) <= 64 and all(type(size) is int and size >= 0 for size in shape)
+    return whole and math.prod(max(size, 1) for size in shape) < 2**63
+
+
+def _values(name: str, dtype: str, read: Callable[[], Tensor]) -> np.ndarray:
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} is of the dtype {dtype}, which this torch {torch.__version__} has not")
+    return bits_of(read())

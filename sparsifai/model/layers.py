@@ -1,0 +1,241 @@
+"""Which parameters of a model take part, and the names of their axes.
+
+Every kind of layer names the axes of its weights once. A new kind is one line: register_layer(Conv1D,
+weight=('in', 'out')).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from .parallel import kind_of, unwrapped
+from .running import evaluating
+
+_AXES_OF_KIND: dict[type[nn.Module] | str, dict[str, tuple[str, ...]]] = {}
+
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Those that mix channels: every output is computed of all inputs.
+CHANNEL_LAYERS = (nn.Linear, *CONVOLUTIONS)
+
+
+def register_layer(
+    kind: type[nn.Module] | str, axes: Mapping[str, Sequence[str]] | None = None, /, **named: Sequence[str]
+) -> None:
+    """Name the axes of the weights of a kind of layer, in the order in which the tensor has them.
+
+    kind: a module class, or its full name where it is not to be imported; subclasses are meant too. named: parameter
+    name -> axes; `axes` the same as a dictionary, whose keys may be globs. 'out' and 'in' are the outputs and inputs of
+    the layer, 'd', 'h', 'w' those of a kernel.
+
+    >>> class Conv1D(nn.Module): ...
+    >>> register_layer(Conv1D, weight=('in', 'out'))
+    """
+    if not (isinstance(kind, str) and "." in kind or (isinstance(kind, type) and issubclass(kind, nn.Module))):
+        raise TypeError(f"register_layer: {kind!r} is not a module class")
+    patterns = {**(axes or {}), **named}
+    for pattern, names in patterns.items():
+        if isinstance(names, str) or len(set(names)) != len(names):
+            raise ValueError(f"register_layer: {pattern}={names!r}: give a tuple of different axis names")
+    _AXES_OF_KIND[kind] = {pattern: tuple(names) for pattern, names in patterns.items()}
+
+
+register_layer(nn.Linear, weight=("out", "in"))
+register_layer(nn.Conv1d, weight=("out", "in", "w"))
+register_layer(nn.Conv2d, weight=("out", "in", "h", "w"))
+register_layer(nn.Conv3d, weight=("out", "in", "d", "h", "w"))
+register_layer(nn.ConvTranspose1d, weight=("in", "out", "w"))
+register_layer(nn.ConvTranspose2d, weight=("in", "out", "h", "w"))
+register_layer(nn.ConvTranspose3d, weight=("in", "out", "d", "h", "w"))
+# A look-up is the product with a one-hot vector: its entries are the inputs.
+register_layer(nn.Embedding, weight=("in", "out"))
+register_layer(nn.EmbeddingBag, weight=("in", "out"))
+register_layer(nn.MultiheadAttention, {"in_proj_weight": ("out", "in"), "[qkv]_proj_weight": ("out", "in")})
+register_layer(nn.RNNBase, {"weight_*": ("out", "in")})
+register_layer(nn.RNNCellBase, {"weight_*": ("out", "in")})
+register_layer(nn.Bilinear, weight=("out", "in", "second"))
+# Layers of other libraries, which need not be installed.
+register_layer("fastai.text.models.awdlstm.WeightDropout", {"weight_*_raw": ("out", "in")})
+register_layer("transformers.pytorch_utils.Conv1D", weight=("in", "out"))
+
+
+@dataclass(frozen=True, eq=False)
+class NamedWeight:
+    """A parameter with named axes: where it is, and under what names.
+
+    name: of the parameter, such as 'layer1.0.conv1.weight'. owners: all (module name, module) that hold it, more than
+    one if it is tied; the first gives it its kind. axes: name -> size, within one convolution group. sources: if it is
+    no parameter, but computed in each forward, as with weight_norm, the parameters of the layer that it is computed
+    from; it then has the name of the first.
+    """
+
+    name: str
+    attribute: str
+    owners: tuple[tuple[str, nn.Module], ...]
+    axes: dict[str, int]
+    convolution_groups: int = 1
+    names: frozenset[str] = field(default_factory=frozenset)
+    sources: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer that holds the parameter."""
+        return self.owners[0][1]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """Looked up at each use: `load_state_dict(assign=True)` puts another one in its place."""
+        return _read(self.module, self.attribute)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing that it is made of is trained."""
+        return not any(attrgetter(source)(self.module).requires_grad for source in self.sources or (self.attribute,))
+
+    @property
+    def kind(self) -> str:
+        """Class name of the layer."""
+        return kind_of(self.module)
+
+    @property
+    def out(self) -> int:
+        """Number of outputs of the whole layer, 0 if it has no such axis."""
+        return self.axes.get("out", 0) * self.convolution_groups
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether an embedding looks the parameter up, alone or tied with a decoder."""
+        return any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for _, module in self.owners)
+
+
+def axes_of(module: nn.Module, attribute: str) -> tuple[str, ...] | None:
+    """Axis names of a parameter of a layer, None if its kind names none."""
+    for kind in type(module).__mro__:
+        for key in (kind, f"{kind.__module__}.{kind.__qualname__}"):
+            for pattern, axes in _AXES_OF_KIND.get(key, {}).items():
+                if fnmatchcase(attribute, pattern):
+                    return axes
+    return None
+
+
+def find_weights(model: nn.Module) -> dict[str, NamedWeight]:
+    """All parameters of `model` with named axes by name; tied ones once, under their first name.
+
+    Weights that are computed from others are among them, under the name of the first that they are computed from.
+    """
+    found: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    computed = {}
+    # A module can have several names, and be meant by any of them.
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        sources_of = _computed_weights(module)
+        for attribute, sources in sources_of.items():
+            computed[id(module), attribute] = (module_name, module, attribute), sources
+        known = {source for sources in sources_of.values() for source in sources}
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if attribute not in known and _has_axes(module_name, module, attribute, parameter):
+                found.setdefault(id(parameter), []).append((module_name, module, attribute))
+    targets = [_named_weight(places) for places in found.values()]
+    targets += [_named_weight([place], sources) for place, sources in computed.values()]
+    return {target.name: target for target in targets}
+
+
+def _has_axes(module_name: str, module: nn.Module, attribute: str, parameter: nn.Parameter) -> bool:
+    """Whether the kind of layer names the axes of a parameter. ValueError if it has others or no shape yet."""
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise ValueError(
+            f"Sparsifier: {module_name or type(module).__name__} is lazy and has no shape yet; "
+            "run one batch through the model first"
+        )
+    axes = axes_of(module, attribute)
+    if axes is None or not parameter.numel():
+        return False
+    if len(axes) != parameter.dim():
+        raise ValueError(
+            f"{type(module).__name__}.{attribute} is registered with the axes {axes}, but has the shape "
+            f"{tuple(parameter.shape)}; correct the call of register_layer"
+        )
+    return True
+
+
+def _named_weight(places: Sequence[tuple[str, nn.Module, str]], sources: Sequence[str] = ()) -> NamedWeight:
+    """The target that is at one or several places: (name of the module, module, attribute)."""
+    _, module, attribute = places[0]
+    axes = axes_of(module, attribute) or ()
+    sizes = dict(zip(axes, _read(module, attribute).shape, strict=True))
+    groups = module.groups if isinstance(module, CONVOLUTIONS) else 1
+    sizes[axes[0]] //= groups
+    names = [parameter_name(name, attribute) for name, _, attribute in places]
+    names = [parameter_name(places[0][0], source) for source in sources] + names
+    owners = tuple((name, module) for name, module, _ in places)
+    return NamedWeight(names[0], attribute, owners, sizes, groups, frozenset(names), tuple(sources))
+
+
+def _read(module: nn.Module, attribute: str) -> nn.Parameter:
+    """A weight of a layer. One that is computed is so in evaluation mode: in training, spectral_norm takes a step."""
+    if not is_parametrized(module, attribute):
+        return getattr(module, attribute)
+    with evaluating(module):
+        return getattr(module, attribute)
+
+
+def _computed_weights(module: nn.Module) -> dict[str, list[str]]:
+    """Weights that a module computes anew in each forward -> the parameters that it computes them from.
+
+    By torch's parametrizations, or by the older weight_norm, spectral_norm and prune.
+    """
+    computed = {}
+    if is_parametrized(module):
+        for attribute, parametrization in module.parametrizations.items():  # type: ignore[union-attr, operator]
+            originals = [name for name, _ in parametrization.named_parameters(recurse=False)]
+            computed[attribute] = [f"parametrizations.{attribute}.{name}" for name in originals]
+    for attribute, ending in ((name[: -len(end)], end) for name in module._parameters for end in ("_orig", "_v")):
+        if f"{attribute}{ending}" in module._parameters and isinstance(vars(module).get(attribute), Tensor):
+            computed[attribute] = [
+                f"{attribute}{end}" for end in (ending, "_g") if f"{attribute}{end}" in module._parameters
+            ]
+    return {attribute: sources for attribute, sources in computed.items() if sources and axes_of(module, attribute)}
+
+
+def parameter_name(module_name: str, attribute: str) -> str:
+    """Name of a parameter of a model from those of its module and its attribute."""
+    return f"{module_name}.{attribute}" if module_name else attribute
+
+
+def parameter_of(model: nn.Module, name: str, mask: Tensor) -> nn.Parameter:
+    """The parameter of a name, in any wrapper of torch. ValueError if it is not there or the mask does not fit it."""
+    try:
+        parameter = attrgetter(name)(unwrapped(model))
+        if parameter.shape != mask.shape:
+            torch.broadcast_shapes(parameter.shape, mask.shape)
+    except (AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} is no copy of the model that was masked, in {name}: {error}"
+        ) from error
+    return parameter
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether output i of a layer is of input i alone."""
+    return isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.in_channels == module.out_channels
+
+
+def size_of(module: Any, side: str) -> int | None:
+    """Number of places on a side of a layer, None if it is not known."""
+    if isinstance(module, nn.Linear):
+        return module.in_features if side == "inputs" else module.out_features
+    if isinstance(module, CONVOLUTIONS):
+        return module.in_channels if side == "inputs" else module.out_channels
+    return None
+
+
+def outputs_of(module: Any) -> int:
+    """Number of outputs of a Linear layer or a convolution."""
+    return module.out_features if isinstance(module, nn.Linear) else module.out_channels

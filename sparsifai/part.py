@@ -1,4 +1,0 @@
-"""How much is looked at in one go."""
-
-# Weights or groups in a part: what is computed of so many stays in the cache.
-PART = 131072

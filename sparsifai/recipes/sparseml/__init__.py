@@ -1,0 +1,1 @@
+"""Recipes of SparseML, read and converted to recipes of this library."""

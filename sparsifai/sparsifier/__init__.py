@@ -1,0 +1,1 @@
+"""The Sparsifier: masks are built from scores and applied, on any torch model."""

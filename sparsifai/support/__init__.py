@@ -1,0 +1,1 @@
+"""What everything else uses and that knows nothing of models: the registry, tables, checks of arguments."""

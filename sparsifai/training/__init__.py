@@ -1,0 +1,1 @@
+"""Ways to train sparse: lottery tickets, penalties, teachers, sensitivity."""

@@ -1,0 +1,299 @@
+"""The ranking for GPUs: the same masks as the other one, and no value is read by the host.
+
+Run on the CPU here. Tensors without values (of torch's `meta` device) show that nothing is read: whatever would wait
+for a GPU raises there.
+"""
+
+import os
+import subprocess
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import EXAMPLE, show_data, small_net
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sparsifai import Sparsifier, criteria
+from sparsifai.axes.ranking.on_device import DeviceLayer, select_on_device
+from sparsifai.axes.ranking.scored_layer import ScoredLayer
+from sparsifai.axes.ranking.selection import select_groups
+
+groups = st.lists(
+    st.tuples(st.sampled_from([-1.0, -0.0, 0.0, 0.25, 0.5, float("inf")]), st.integers(1, 5), st.booleans()),
+    min_size=1,
+    max_size=12,
+)
+
+
+class Weights:
+    def __init__(self, count):
+        self.parameter = torch.empty(count)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(groups, min_size=1, max_size=4), st.floats(0, 1), st.booleans(), st.booleans(), st.booleans())
+def test_the_same_groups_stay_as_on_the_host(layers, sparsity, equal, whole, revives):
+    if whole:
+        layers = [rows[:1] for rows in layers]
+    # No update leaves a layer empty, so none begins with an empty one.
+    layers = [[*rows[:-1], (*rows[-1][:2], False)] for rows in layers]
+    host, device = [], []
+    for rows in layers:
+        score = np.array([row[0] for row in rows], np.float32)
+        size = 3 if equal else np.array([row[1] for row in rows])
+        alive = np.array([not row[2] for row in rows])
+        count = 3 * len(rows) if equal else int(size.sum())
+        host.append(ScoredLayer(None, score.__getitem__, alive, size, whole, revives or not host))
+        size = size if equal else torch.tensor(size)
+        device.append(
+            DeviceLayer(Weights(count), torch.tensor(score), torch.tensor(alive), size, whole, host[-1].revives)
+        )
+    expected = [stays.tolist() for stays in select_groups(host, sparsity)]
+    assert [stays.tolist() for stays in select_on_device([device], sparsity)] == expected
+
+
+def as_on_device(sparsifier):
+    """Have a Sparsifier on the CPU do what it does on a GPU."""
+    sparsifier.__class__ = type("OnDevice", (Sparsifier,), {"_on_device": True})
+    return sparsifier
+
+
+@pytest.mark.filterwarnings("ignore:outputs that come back")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("granularity", ["weight", "kernel", "filter", "channel", "layer", "row"])
+@pytest.mark.parametrize("context", ["local", "global"])
+def test_masks_are_the_same_through_rising_and_falling_levels(context, granularity, dtype):
+    models = []
+    for make in (lambda sparsifier: sparsifier, as_on_device):
+        torch.manual_seed(0)
+        model = small_net().to(dtype)
+        with torch.no_grad():
+            model[3].weight.mul_(20).round_().div_(20)  # many ties
+        if granularity == "layer" and context == "local":
+            pytest.skip("whole layers cannot fall alone")
+        models.append(make(Sparsifier(model, granularity, context, exclude="12" if granularity == "row" else None)))
+    for level in (0.1, 0.3, 0.3, 0.55, 0.9, 0.5, 0.2, 0.25, 0.0):
+        for sparsifier in models:
+            sparsifier.sparsify(level)
+        host, device = models
+        assert all(torch.equal(host.masks[name], device.masks[name]) for name in host.masks)
+        for one, other in zip(host.model.parameters(), device.model.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("criterion", [name for name in criteria if name != "random"])
+def test_masks_are_the_same_with_every_criterion(criterion):
+    # random draws on the host, so that it gives the same numbers everywhere, and sends them to the GPU.
+    both = []
+    for make in (lambda sparsifier: sparsifier, as_on_device):
+        torch.manual_seed(0)
+        model = small_net()
+        both.append(make(Sparsifier(model, criteria=criterion, example_input=EXAMPLE)))
+        show_data(both[-1])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        for level in (0.3, 0.7):
+            both[-1].sparsify(level)
+    assert all(torch.equal(both[0].masks[name], mask) for name, mask in both[1].masks.items())
+
+
+@pytest.mark.parametrize("granularity", ["weight", "kernel", "filter", "channel"])
+@pytest.mark.parametrize("context", ["local", "global"])
+@pytest.mark.parametrize("criterion", ["large_final", "updating_movement"])
+def test_no_value_is_read_in_a_step(granularity, context, criterion):
+    with torch.device("meta"):
+        model = small_net()
+    sparsifier = Sparsifier(model, granularity, context, criterion)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    for level in (0.3, 0.6):
+        model(torch.empty(2, 2, 8, 8, device="meta")).sum().backward()
+        sparsifier.mask_gradients()
+        optimizer.step()
+        sparsifier.apply_masks()
+        sparsifier.sparsify(level)
+        sparsifier.mask_moments(optimizer)
+    with pytest.raises((RuntimeError, NotImplementedError)):  # and what reads a value is found out
+        sparsifier.sparsity  # noqa: B018
+
+
+@pytest.mark.parametrize("of", ["models", "scores"])
+def test_the_triton_kernels_in_their_interpreter_give_the_same_masks(of):
+    pytest.importorskip("triton", reason="torch brings Triton on some platforms only")
+    script = Path(__file__).parents[2] / "interpreted.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, str(script), of], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# Of every argument of the kernels, what it points to.
+POINTED_TO = {
+    **dict.fromkeys(("table", "alive_of", "first_of", "last_of", "starts", "number", "candidates", "low"), "i64"),
+    **dict.fromkeys(("high", "shift", "best", "below", "ties", "ahead"), "i64"),
+    **dict.fromkeys(("layer_of", "falling", "keys", "done", "is_nan", "counts", "protected"), "i32"),
+    "out": "i8",
+}
+
+
+def test_the_triton_kernels_compile_for_an_h100():
+    triton = pytest.importorskip("triton", reason="torch brings Triton on some platforms only")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sparsifai.axes.ranking import on_device_kernels as kernels
+    from sparsifai.axes.ranking import on_device_triton as launched
+
+    size = {"block": launched.BLOCK, "steps": launched.STEPS}
+    first, second = launched.BINS[:2]
+    cases = [(kernels.count_alive, size)]
+    for keys, magnitude in zip(launched.KEYS.values(), (True, False, True), strict=True):
+        kind = {"unsigned": keys.unsigned, "magnitude": magnitude}
+        ends = {"lowest": 0 if magnitude else -keys.unsigned, "highest": keys.unsigned}
+        sample = {"sample": launched.SAMPLE}
+        cases += [
+            (kernels.draw_sample, {**kind, **sample, "block": 128}),
+            (kernels.bracket, {**ends, **sample, "spread": launched.SPREAD, "bins": first}),
+            (kernels.narrow, {**ends, "bins": first, "next_bins": second}),
+            *((kernels.write_masks, {**kind, **size, "writes": writes}) for writes in (False, True)),
+        ]
+        for bins, surveys, protects in ((first, True, False), (first, False, True), (second, False, True)):
+            passes = {"first": bins == first, "surveys": surveys, "protects": protects, "bins": bins}
+            cases.append((kernels.count_in_bins, {**kind, **size, **passes, "infinity": keys.infinity}))
+    for kernel, constants in cases:
+        types = {name: f"*{POINTED_TO[name]}" for name in kernel.arg_names if name not in constants}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Triton, about its own defaults
+            source = ASTSource(kernel, {**types, **dict.fromkeys(constants, "constexpr")}, constants)
+            target, options = GPUTarget("cuda", 90, 32), {"num_warps": launched.WARPS}
+            compiled = triton.compile(source, target=target, options=options)
+        assert len(compiled.asm["cubin"]) > 0
+        assert compiled.metadata.shared < 48 * 1024
+
+
+def test_nan_is_told_of_when_something_is_read():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    sparsifier = as_on_device(Sparsifier(model))
+    with torch.no_grad():
+        model[1].weight[0, 0] = float("nan")
+    sparsifier.sparsify(0.5)
+    with pytest.raises(ValueError, match="NaN scores for 1.weight"):
+        sparsifier.sparsity  # noqa: B018
+
+
+def test_nan_of_what_is_masked_does_not_matter():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    sparsifier = as_on_device(Sparsifier(model, criteria=lambda weight: weight.abs() / (weight != 0)))
+    sparsifier.sparsify(0.5)
+    sparsifier.sparsify(0.75)
+    assert sparsifier.sparsity == 0.75
+    sparsifier.sparsify(0.5)
+    with pytest.raises(ValueError, match="NaN scores"):
+        sparsifier.sparsity  # noqa: B018
+
+
+def test_nan_in_any_scope_of_several_is_told_of():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sparsifier = as_on_device(Sparsifier(model))
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    sparsifier.check({"0": 0.5, "1": 0.5})
+    assert sparsifier.sparsity == 0  # what was only tried leaves nothing behind
+    sparsifier.sparsify({"0": 0.5, "1": 0.5})
+    with pytest.raises(ValueError, match="NaN scores for 0.weight"):
+        sparsifier.report()
+
+
+def test_groups_of_unequal_sizes_read_nothing():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(10, 8), nn.Linear(10, 8))
+    for axes in ({"in": 3}, {"out": 3}, {"out": 3, "in": 3}):
+        Sparsifier(model, lambda _, axes=axes: axes, layers=["0", "1"]).sparsify(0.5)
+
+
+def test_own_contexts_are_given_arrays_of_the_host():
+    with torch.device("meta"):
+        model = small_net()
+    assert not Sparsifier(model, context=lambda layers, sparsity: [])._on_device
+    assert Sparsifier(model)._on_device
+    assert not Sparsifier(small_net())._on_device
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("context", ["local", "global"])
+@pytest.mark.parametrize("granularity", ["weight", "kernel", "filter"])
+def test_on_a_gpu_masks_are_those_of_the_cpu_and_no_step_waits(granularity, context, dtype):
+    models = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        models.append(Sparsifier(small_net().to(device, dtype), granularity, context))
+    host, device = models
+    for level in (0.3, 0.6, 0.9):
+        host.sparsify(level)
+        with no_waiting():
+            device.sparsify(level)
+            device.apply_masks()
+        assert all(torch.equal(host.masks[name], mask.cpu()) for name, mask in device.masks.items())
+
+
+@contextmanager
+def no_waiting():
+    """Within, what makes the host wait for the GPU is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def large_layers(draw):
+    """Layers of several million weights, of several thousand and of few."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1500, 2001), nn.Linear(37, 1500), nn.Linear(3, 37), nn.Linear(2, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(draw(parameter))
+    return model
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("context", ["local", "global"])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        torch.randn_like,
+        lambda weight: torch.randn_like(weight).mul(8).round().div(8),
+        lambda weight: torch.randn_like(weight).exp() * (torch.rand_like(weight) < 0.05),  # nearly all alike
+        lambda weight: weight.abs().flatten().sort().values.view_as(weight),
+    ],
+    ids=["normal", "ties", "zeros", "in order"],
+)
+def test_on_a_gpu_masks_of_large_layers_are_those_of_the_cpu(draw, context):
+    host = Sparsifier(large_layers(draw), context=context)
+    device = Sparsifier(large_layers(draw).cuda(), context=context)
+    for level in (0.0001, 0.5, 0.5001, 0.999, 0.2, 1.0):
+        host.sparsify(level)
+        device.sparsify(level)
+        assert all(torch.equal(host.masks[name], mask.cpu()) for name, mask in device.masks.items())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("criterion", ["large_final", "movement", "movement_pruning", "updating_movmag"])
+def test_on_a_gpu_a_whole_step_waits_for_nothing(criterion):
+    model = small_net().cuda()
+    sparsifier = Sparsifier(model, criteria=criterion)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    images = torch.randn(4, 2, 8, 8, device="cuda")
+    for level in (0.2, 0.3, 0.4):
+        model(images).sum().backward()
+        with no_waiting():
+            sparsifier.mask_gradients()
+            optimizer.step()
+            sparsifier.update_masks(level, optimizer)
+    assert sparsifier.sparsity == pytest.approx(0.4, abs=0.01)

@@ -1,0 +1,280 @@
+"""More than one process: the same masks in all of them, and the same as in one process alone.
+
+Two processes on the CPU run each scenario of tests/processes.py once; the tests compare what they have seen.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from conftest import EXAMPLE, small_net
+
+from sparsifai import Sparsifier, criteria
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="two processes on the CPU need gloo"),
+]
+shards_on_the_cpu = pytest.mark.skipif(not processes.CAN_SHARD_ON_CPU, reason="this torch shards on GPUs only")
+
+
+def launch(script, *arguments, folder):
+    """Run a script in two processes and return what they print; processes that wait forever are ended."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HOME": str(folder)}
+    process = subprocess.Popen(
+        [*torchrun, str(ROOT / script), *arguments],
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        printed, _ = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its processes with it
+        printed, _ = process.communicate()
+        pytest.fail(f"{script} was not done after 180 seconds:\n{printed}")
+    assert process.returncode == 0, printed
+    return printed
+
+
+def run_scenario(name, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(name)
+    launch("tests/processes.py", name, str(folder), folder=folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def replicated(tmp_path_factory):
+    return run_scenario("replicated", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    return run_scenario("sharded", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def learner(tmp_path_factory):
+    pytest.importorskip("fastai", reason="a Learner is fastai's")
+    pytest.importorskip("accelerate", reason="distrib_ctx needs accelerate")
+    return run_scenario("learner", tmp_path_factory)
+
+
+def same(*dictionaries):
+    """Whether dictionaries of tensors are equal bit for bit."""
+    first, *others = dictionaries
+    assert all(type(value) is torch.Tensor for value in first.values())
+    return all(
+        first.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in first.items())
+        for other in others
+    )
+
+
+def zeros_hold(weights, masks):
+    """Whether all masked values are zero."""
+    assert masks
+    return all((weights[name].masked_select(~mask.expand_as(weights[name])) == 0).all() for name, mask in masks.items())
+
+
+def put(weights, model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+
+
+def check_against_one_process(run, model, axes):
+    """The masks of every stage are those of a Sparsifier that has the same weights in one process."""
+    put(run["start"], model)
+    sparsifier = Sparsifier(model, *axes, example_input=EXAMPLE)
+    for stage in run["stages"]:
+        put(stage["weights"], model)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(stage["buffers"][name])
+        if sparsifier.collected.at("backward", "forward", "loss"):  # what has passed there
+            sparsifier.collected.restore(stage["collected"], sparsifier)
+        sparsifier.sparsify(stage["sparsity"])
+        assert same(stage["masks"], sparsifier.masks)
+        assert stage["measured"] == sparsifier.sparsity
+        assert stage["report"] == str(sparsifier.report())
+    assert same(run["followers"], sparsifier.follower_masks)
+    # A bias and a norm layer of two parameters at least have a zero of their own where filters are dead.
+    assert (axes[0] == "filter") == (sum(not mask.all() for mask in run["followers"].values()) >= 3)
+
+
+def check_zeros(run):
+    """Masked gradients are zero, a step leaves masked weights zero, and so does all of training."""
+    for stage in run["stages"]:
+        assert zeros_hold(stage["gradients"], stage["masks"])
+        assert zeros_hold(stage["stepped"], stage["masks"])
+        moved = [(stage["stepped"][name] != weight).any() for name, weight in stage["weights"].items()]
+        assert any(moved)
+    assert zeros_hold(run["trained"], {**run["stages"][-1]["masks"], **run["followers"]})
+
+
+def check_same_in_both(first, second):
+    for one, other in zip(first["stages"], second["stages"], strict=True):
+        for key in ("masks", "weights", "gradients", "stepped"):
+            assert same(one[key], other[key]), key
+        assert one["measured"] == other["measured"]
+    assert same(first["trained"], second["trained"])
+    assert same(first["followers"], second["followers"])
+
+
+# --- DistributedDataParallel --------------------------------------------------------------------------------------
+
+
+def test_every_criterion_is_among_the_replicated():
+    assert {criterion for _, _, criterion in processes.REPLICATED_AXES} == set(criteria)
+
+
+@pytest.mark.parametrize("given", ["wrapper", "module"])
+@pytest.mark.parametrize("axes", processes.REPLICATED_AXES, ids=str)
+def test_replicas_get_the_masks_of_one_process(replicated, axes, given):
+    first, second = (seen["runs"][axes, given] for seen in replicated)
+    assert not same(first["drawn"], second["drawn"])
+    check_same_in_both(first, second)
+    check_zeros(first)
+    check_against_one_process(first, small_net(), axes)
+
+
+def test_scores_that_differ_by_process_are_those_of_the_first(replicated):
+    first, second = (seen["data_driven"] for seen in replicated)
+    for criterion in ("weight_times_inputs_here", "random"):
+        alone = first[criterion, "module"]
+        assert not same(alone, second[criterion, "module"])  # so it is no chance that these are the same
+        for given in ("wrapper", "compiled"):
+            assert same(alone, first[criterion, given], second[criterion, given])
+        assert set(alone) == {"0.weight", "2.weight"}
+
+
+@pytest.mark.parametrize("regrow", ["grad", "random"])
+@pytest.mark.parametrize("scenario", ["replicated", pytest.param("sharded", marks=shards_on_the_cpu)])
+def test_masks_that_move_are_the_same_in_both(scenario, regrow, request):
+    first, second = (seen["regrown"] for seen in request.getfixturevalue(scenario))
+    for one, other in zip(first[regrow], second[regrow], strict=True):
+        assert same(one, other)
+        assert sum(int((~mask).sum()) for mask in one.values()) == 36
+    assert not any(same(one, other) for one, other in zip(first[regrow], first[regrow][1:], strict=False))
+    assert same(first[regrow, "trained"], second[regrow, "trained"])
+    assert zeros_hold(first[regrow, "trained"], first[regrow][-1])
+    assert first[regrow, "explored"] == second[regrow, "explored"] > 0.5
+
+
+def test_a_sparsifier_of_replicas_can_be_copied_and_pickled(replicated):
+    for seen in replicated:
+        seen = seen["data_driven"]
+        assert same(seen["random", "wrapper"], seen["copied"], seen["pickled"])
+
+
+# --- fully_shard --------------------------------------------------------------------------------------------------
+
+
+@shards_on_the_cpu
+@pytest.mark.parametrize("optimizer", processes.OPTIMIZERS)
+@pytest.mark.parametrize("axes", processes.SHARDED_AXES, ids=str)
+def test_shards_get_the_masks_of_one_process(sharded, axes, optimizer):
+    first, second = (seen["runs"][axes, optimizer] for seen in sharded)
+    check_same_in_both(first, second)
+    check_zeros(first)
+    check_against_one_process(first, processes.uneven_net(), axes)
+
+
+@shards_on_the_cpu
+@pytest.mark.parametrize("axes", processes.MADE_BEFORE_AXES, ids=str)
+def test_a_sparsifier_made_before_fully_shard(sharded, axes):
+    first, second = (seen["runs"][axes, "made before"] for seen in sharded)
+    assert not same(first["start"], second["start"])
+    check_same_in_both(first, second)
+    check_zeros(first)
+    check_against_one_process(first, processes.uneven_net(), axes)
+
+
+@pytest.mark.parametrize("sizes", processes.MESHES)
+def test_scores_that_differ_by_process_are_those_of_the_first_on_every_mesh(sharded, sizes):
+    first, second = (seen["meshes"][sizes] for seen in sharded)
+    alone = Sparsifier(processes.uneven_net(), criteria="random", seed=0)
+    alone.sparsify(0.5)
+    assert same(alone.masks, first["masks"], second["masks"])
+    for seen in (first, second):
+        assert zeros_hold(seen["weights"], seen["masks"])
+        assert seen["report"] == str(alone.report())
+
+
+@pytest.mark.parametrize("sizes", processes.MESHES)
+def test_whole_outputs_of_a_sharded_model_are_refused(sharded, sizes):
+    for seen in sharded:
+        for key in ("filters", "filters with an example"):
+            assert "make the Sparsifier before fully_shard" in seen["meshes"][sizes][key]
+
+
+@shards_on_the_cpu
+def test_sparsifying_after_a_forward_in_evaluation(sharded):
+    for seen in sharded:
+        seen = seen["evaluated"]
+        assert seen["gathered"]  # else there is nothing to test
+        assert zeros_hold(seen["weights"], seen["masks"])
+        assert seen["measured"] == pytest.approx(0.5, abs=0.005)
+    assert same(*(seen["evaluated"]["weights"] for seen in sharded))
+
+
+@shards_on_the_cpu
+def test_looking_at_the_sparsity_between_forward_and_backward_changes_no_gradient(sharded):
+    for seen in sharded:
+        gradients = seen["asked between forward and backward"]
+        assert same(*gradients)
+        assert all(gradient.any() for gradient in gradients[0].values())
+
+
+@shards_on_the_cpu
+def test_the_state_of_a_sparsifier_of_shards(sharded):
+    first, second = (seen["states"] for seen in sharded)
+    assert same(first["saved"], first["loaded"], first["recovered"], second["saved"], second["loaded"])
+    assert zeros_hold(first["weights"], first["loaded"])
+    assert same(first["saved, further"], first["loaded, further"], second["saved, further"], second["loaded, further"])
+    assert not same(first["saved"], first["saved, further"])
+
+
+# --- A fastai Learner ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fastai
+def test_a_learner_in_two_processes(learner):
+    first, second = learner
+    for filters, other in zip(first["masks"], second["masks"], strict=True):
+        assert same(filters, other)
+    for fit in ("to 0.3", "to 0.8", "plain"):
+        assert same(first["fits"][fit]["weights"], second["fits"][fit]["weights"])
+    for seen in learner:
+        of_filters, of_weights = seen["masks"]
+        for fit, after in seen["fits"].items():
+            assert zeros_hold(after["weights"], of_filters), fit
+            assert fit == "to 0.3" or zeros_hold(after["weights"], of_weights), fit
+            assert after["keepers"] == (fit != "exported")
+        weights = sum(mask.numel() for mask in of_weights.values())
+        assert sum(int((~mask).sum()) for mask in of_weights.values()) == int(0.8 * weights + 0.5)
+
+
+@pytest.mark.fastai
+def test_a_learner_in_two_processes_speaks_once(learner):
+    first, second = (seen["printed"] for seen in learner)
+    assert first.count("KeepSparsity holds") == 1
+    assert "valid_loss  sparsity" in first
+    assert "parsity" not in second
+
+
+# --- The example --------------------------------------------------------------------------------------------------
+
+
+def test_the_example_trains_in_two_processes(tmp_path):
+    pytest.importorskip("sklearn", reason="the example trains on scikit-learn's digits")
+    assert "    torchrun --nproc-per-node 2 examples/distributed.py\n" in (ROOT / "README.md").read_text()
+    printed = launch("examples/distributed.py", "--epochs", "5", folder=tmp_path)
+    assert "2 processes, the same masks" in printed
+    assert "90.00% zeros" in printed
+    assert printed.count("selected layers") == 1
+    assert float(re.findall(r"accuracy ([\d.]+)%", printed)[0]) > 80
