@@ -9,7 +9,7 @@ from conftest import small_net
 
 from sparsifai import Sparsifier
 from sparsifai.axes.ranking import on_device, on_device_triton
-from sparsifai.axes.ranking.on_device import DeviceLayer
+from sparsifai.axes.ranking.device_layer import DeviceLayer
 from sparsifai.axes.ranking.scored_layer import ScoredLayer
 from sparsifai.axes.ranking.selection import select_groups
 

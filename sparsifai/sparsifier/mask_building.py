@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..axes.criterion import Criterion, is_elementwise, large_final
 from ..axes.grouping import Grouping, squared_sum
-from ..axes.ranking.on_device import DeviceLayer
+from ..axes.ranking.device_layer import DeviceLayer
 from ..axes.ranking.scored_layer import ScoredLayer
 from ..model.layers import NamedWeight
 from ..model.parallel import is_sharded

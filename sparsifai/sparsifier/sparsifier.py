@@ -18,7 +18,7 @@ from ..axes.context import Context, ask, global_, local
 from ..axes.criterion import Criterion, is_elementwise, quantities_of
 from ..axes.granularity import Granularity
 from ..axes.grouping import squared_sum
-from ..axes.ranking.on_device import DeviceLayer
+from ..axes.ranking.device_layer import DeviceLayer
 from ..axes.ranking.scored_layer import ScoredLayer, all_equal
 from ..model.parallel import agree, is_sharded, process_groups_of_shards
 from ..support.checks import check_count, check_round_to, check_seed
@@ -283,8 +283,10 @@ class Sparsifier(MaskedModel):
     def _rank_on_device(self, scored: list[DeviceLayer], fraction: float) -> list[Tensor]:
         """Ask the context which groups stay, and read nothing: NaN is told of when something is read the next time."""
         stays = self.context(scored, fraction)  # type: ignore
-        for layer in scored:
-            self._nan[layer.target.name] = layer.nan | self._nan.get(layer.target.name, False)  # type: ignore
+        # Of all layers at once: each of these is a launch.
+        names, nan = [layer.target.name for layer in scored], torch.stack([layer.nan for layer in scored])  # type: ignore
+        earlier = torch.stack([self._nan.get(name, flag) for name, flag in zip(names, nan, strict=True)])
+        self._nan.update(zip(names, (nan | earlier).unbind(), strict=True))
         return stays  # type: ignore
 
     def _rank(self, scored: list[ScoredLayer], fraction: float) -> list[np.ndarray]:

@@ -8,45 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ...model.layers import NamedWeight
-
-
-@dataclass
-class DeviceLayer:
-    """One layer on a GPU; tensors have one entry per group, in index order.
-
-    score: float. alive: not zero already. size: weights in a group. whole: a group is the whole layer. revives: whether
-    groups that are zero may come back. may_empty: whether the best group may fall, too. magnitude: the scores are the
-    absolute values of `score`. nan: whether a score that matters is NaN, a bool once the layer is ranked.
-    """
-
-    target: NamedWeight
-    score: Tensor
-    alive: Tensor
-    size: int | Tensor
-    whole: bool = False
-    revives: bool = True
-    may_empty: bool = False
-    magnitude: bool = False
-    nan: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.alive)
-
-    @property
-    def weights(self) -> int:
-        """Of the whole layer, which no tensor needs to be read for."""
-        return self.target.parameter.numel()
+from .device_layer import DeviceLayer
 
 
 def select_on_device(scopes: Sequence[Sequence[DeviceLayer]], sparsity: float) -> list[Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from .on_device_kernels import COLUMNS, bracket, count_alive, count_in_bins, draw_sample, narrow, write_masks
 
 if TYPE_CHECKING:
-    from .on_device import DeviceLayer
+    from .device_layer import DeviceLayer
 
 # Groups that a program looks at, so many at a time.
 BLOCK, STEPS, WARPS = 2048, 4, 8
@@ -126,8 +126,8 @@ class _Selection:
         )
         sample = sample.sort(1).values
         self._find(sample, protects=False)
-        for layer, flag in zip(self.layers, self.nan_of_layer.unbind(), strict=True):
-            layer.nan = flag != 0
+        for layer, nan in zip(self.layers, (self.nan_of_layer != 0).unbind(), strict=True):
+            layer.nan = nan
         if not self.layers[0].may_empty:
             self._protect()
             self._find(sample, protects=True)

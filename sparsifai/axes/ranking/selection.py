@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...support.chunk import CHUNK
-from .on_device import DeviceLayer, select_on_device
+from .device_layer import DeviceLayer
+from .on_device import select_on_device
 from .scored_layer import ScoredLayer
 
 

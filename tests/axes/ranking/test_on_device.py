@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsifai import Sparsifier, criteria
-from sparsifai.axes.ranking.on_device import DeviceLayer, select_on_device
+from sparsifai.axes.ranking.device_layer import DeviceLayer
+from sparsifai.axes.ranking.on_device import select_on_device
 from sparsifai.axes.ranking.scored_layer import ScoredLayer
 from sparsifai.axes.ranking.selection import select_groups
 
