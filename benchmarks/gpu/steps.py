@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu.running import autocast, no_waiting, wait
-from benchmarks.gpu.workloads import convolutional, side_of_pictures, transformer
-from benchmarks.models import random_model
+from benchmarks.gpu.workloads import convolutional, copied, side_of_pictures, transformer
 from benchmarks.peers import kinds_of
 from benchmarks.timing import seconds_of
 from sparsifai import Sparsifier
@@ -46,11 +45,11 @@ class Training:
     bfloat16 where there is a GPU.
     """
 
-    def __init__(self, section, name, run):
+    def __init__(self, section, name, run, pool=None):
         self.device = device = section.device
         batch, side = BATCHES[name, section.quick], side_of_pictures(section)
         if name == "resnet50":
-            layout, model = torch.channels_last, random_model(convolutional(section))
+            layout, model = torch.channels_last, copied(convolutional(section))
             make_optimizer = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
         else:
             layout, model = torch.contiguous_format, transformer(section)
@@ -60,7 +59,7 @@ class Training:
         self.images = torch.randn(batch, 3, side, side, device=device).to(memory_format=layout)
         self.labels = torch.randint(1000, (batch,), device=device)
         self.computed = torch.compile(self.model) if run == "torch.compile" else self.model
-        self.graph = self._captured() if run == "CUDA graph" and device.type == "cuda" else None
+        self.graph = self._captured(pool) if run == "CUDA graph" and device.type == "cuda" else None
 
     def gradients(self):
         "Forward and backward"
@@ -75,7 +74,7 @@ class Training:
             loss = F.cross_entropy(self.computed(self.images), self.labels)
         loss.backward()
 
-    def _captured(self):
+    def _captured(self, pool):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -86,7 +85,7 @@ class Training:
         self.optimizer.zero_grad()
         graph = torch.cuda.CUDAGraph()
         # The gradients that are made here are those of all replays: no zero_grad comes between.
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             self._forward_and_backward()
         return graph
 
@@ -165,9 +164,11 @@ def _steps(section, model, run, variants):
     name = f"{model}, {run}, batch {BATCHES[model, section.quick]}"
     rounds, length = (1, 2) if section.quick else (4, 6)
     prepared, seconds, hosts = {}, {}, {}
+    # One for all graphs: none is replayed beside another, and activations for several would not fit.
+    pool = torch.cuda.graph_pool_handle() if run == "CUDA graph" and section.on_gpu else None
     for variant, prepare in variants.items():
         try:
-            prepared[variant] = prepare(Training(section, model, run))
+            prepared[variant] = prepare(Training(section, model, run, pool))
             for number in range(WARM_UP):
                 prepared[variant](0.01 * number)
             seconds[variant], hosts[variant] = [], []

@@ -1,6 +1,7 @@
 """The models that a GPU is given, and small ones with which all of it is rehearsed on a CPU."""
 
-from functools import partial
+import copy
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -13,10 +14,18 @@ def models(section):
     "From names to functions that give a model on the device, in the type that it is usually kept in"
     decoded = "decoder 1.1B bf16"
     return {
-        convolutional(section): lambda: random_model(convolutional(section)).to(section.device),
+        convolutional(section): lambda: copied(convolutional(section)).to(section.device),
         "vit_b_16": lambda: transformer(section).to(section.device),
         decoded: partial(decoder, section),
     }
+
+
+def copied(name):
+    "A model of torchvision with random weights, which are drawn once: that takes longer than to copy them"
+    return copy.deepcopy(_drawn(name))
+
+
+_drawn = cache(random_model)
 
 
 def convolutional(section):
@@ -32,7 +41,7 @@ def side_of_pictures(section):
 def transformer(section):
     "ViT-B/16"
     if not section.quick:
-        return random_model("vit_b_16")
+        return copied("vit_b_16")
     torch.manual_seed(0)
     model = VisionTransformer(side_of_pictures(section), 16, 2, 2, 64, 128)
     nn.init.normal_(model.heads[-1].weight, std=0.02)  # zeros, else
