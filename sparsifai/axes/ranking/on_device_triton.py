@@ -94,8 +94,8 @@ class _Selection:
         self.layer_of_program = number_of_layer.repeat_interleave(repeats, output_size=sum(programs))
         self.scope_of_layer = self.table[:, 4].contiguous()
 
-        self.low, self.high, self.shift, self.ties = self._zeros(4, self.count).unbind()
-        self.done, self.protected = self._zeros(2, self.count, dtype=torch.int32).unbind()
+        self.low, self.high, self.shift, self.ties = (self._zeros(self.count) for _ in range(4))
+        self.done, self.protected = (self._zeros(self.count, dtype=torch.int32) for _ in range(2))
         self.best_of_layer = torch.full((len(layers),), -(2**63), dtype=torch.int64, device=self.device)
         self.nan_of_layer = self._zeros(len(layers), dtype=torch.int32)
         self._ask(scopes, sparsity)
@@ -183,10 +183,13 @@ class _Selection:
 
     def _sent(self, *lists: Sequence[Any], dtype: torch.dtype = torch.int64) -> tuple[Tensor, ...]:
         """Lists of numbers as tensors on the GPU, in one transfer that nobody waits for."""
-        values = torch.tensor(list(chain.from_iterable(lists)), dtype=dtype)
+        # Triton compiles a kernel anew for pointers that are no multiples of 16 bytes.
+        padded = [[*each, 0] if len(each) % 2 else each for each in lists]
+        values = torch.tensor(list(chain.from_iterable(padded)), dtype=dtype)
         if self.device.type == "cuda":
             values = values.pin_memory().to(self.device, non_blocking=True)
-        return values.split(list(map(len, lists)))
+        pieces = values.split(list(map(len, padded)))
+        return tuple(piece[: len(each)] for piece, each in zip(pieces, lists, strict=True))
 
 
 def _before(counts: Iterable[int]) -> list[int]:
