@@ -16,30 +16,15 @@ import platform
 import subprocess
 import sys
 import time
-import traceback
-import warnings
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.marked_tests import tests
-from benchmarks.gpu.masks import masks
-from benchmarks.gpu.running import Section
-from benchmarks.gpu.steps import steps
-from benchmarks.gpu.two_four import two_four
-from benchmarks.gpu.updates import updates
+from benchmarks.gpu.sections import SECTIONS, run_section
 from benchmarks.peers import version_of_fasterai
 from benchmarks.report import Table
 from benchmarks.timing import surroundings
 
-# Each with its share of the time. What is only right or wrong runs side by side; what is timed, alone.
-SECTIONS = {
-    "tests": (tests, 0.22),
-    "masks": (masks, 0.22),
-    "updates": (updates, 0.26),
-    "steps": (steps, 0.29),
-    "two_four": (two_four, 0.23),
-}
 UNTIMED = ("tests", "masks")
 # Seconds beyond its time in which a section may end the part that it is in.
 GRACE = 20
@@ -65,28 +50,17 @@ def main(names, device, quick, minutes, folder):
 
 def _run(names, device, quick, minutes, folder):
     "What some sections have found, run side by side in processes of their own"
-    # Forked, so that torch is loaded once; the GPU is first used in these.
-    context = multiprocessing.get_context("fork")
+    # Spawned: a process that is forked cannot use a GPU that its parent has looked at.
+    context = multiprocessing.get_context("spawn")
     running = {}
     for name in names:
         seconds = 60 * minutes * SECTIONS[name][1]
         file = folder / f"gpu_{name}.json"
         file.unlink(missing_ok=True)
-        process = context.Process(target=_section, args=(name, device, quick, seconds, file))
+        process = context.Process(target=run_section, args=(name, device, quick, seconds, file))
         process.start()
         running[name] = process, file, time.perf_counter() + seconds + GRACE
     return {name: _ended(name, *each) for name, each in running.items()}
-
-
-def _section(name, device, quick, seconds, file):
-    warnings.simplefilter("ignore")  # those of torch about prototypes, and of compilers
-    section = Section(name, device, quick, seconds, file)
-    section.write()
-    try:
-        SECTIONS[name][0](section)
-    except BaseException as error:
-        section.fail(name, f"{type(error).__name__}: {error}", traceback.format_exc())
-    section.write()
 
 
 def _ended(name, process, file, until):
