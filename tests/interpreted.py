@@ -14,7 +14,8 @@ from sparsifai.axes.ranking.scored_layer import ScoredLayer
 from sparsifai.axes.ranking.selection import select_groups
 
 # Small, so that layers have several programs, scopes more groups than are sampled, and bins are narrowed down in steps.
-on_device_triton.BLOCK, on_device_triton.STEPS, on_device_triton.SAMPLE = 256, 2, 128
+on_device_triton.BLOCK, on_device_triton.STEPS, on_device_triton.SAMPLE = 256, (2, 3), 128
+on_device_triton.MANY = 1000
 on_device_triton.BINS = (16, 2048, 2048, 2048)
 on_device_triton.SPREAD = 0  # so that what is looked for is often beside the bracket
 calls = []

@@ -2,8 +2,13 @@
 
 `table` has a row of COLUMNS numbers for each layer: the addresses of its scores and of its mask, the place of its first
 group in what is written, its number of groups, its scope, its first program, and whether groups that are zero may come
-back. `layer_of` says of every program which layer it looks at. All else is one number for each scope, but for `best`,
-the highest key of every layer with its place behind it, and `is_nan`.
+back. `layer_of` says of every program which layer it looks at. A state has a row of FIELDS numbers for each scope. All
+else is one number for each scope, but for `best`, the highest key of every layer with its place behind it, and
+`is_nan`.
+
+No program writes what a program of the same launch reads, itself included: each of its warps loads a number for itself,
+and a fast one would write before a slow one has read. So a state is read, and another one is written. Sums and maxima
+of many programs are added up by atomics, and are read by later launches only.
 """
 
 from __future__ import annotations
@@ -13,42 +18,80 @@ import triton.language as tl
 
 COLUMNS = tl.constexpr(7)
 
+# A state: keys from LOW to HIGH are looked at, in bins of 2^SHIFT keys, and the lowest NUMBER candidates of these are
+# pruned. Once a scope is DONE, LOW is the only key, and TIES candidates have it.
+FIELDS = tl.constexpr(8)
+LOW, HIGH, SHIFT, DONE, NUMBER, TIES = map(tl.constexpr, range(6))
+
+# A sample has this key where it drew no candidate.
+NO_KEY = tl.constexpr(0x7FFFFFFF)
+
 
 @triton.jit
-def _addresses(row, unsigned: tl.constexpr):
-    """Of the layer of a row of the table, where scores and mask are."""
-    mask = tl.load(row + 1).to(tl.pointer_type(tl.int8))
+def _part(table, layer_of, block: tl.constexpr, steps: tl.constexpr):
+    """Of a program: its layer, the row of it, its number of groups, and the place of the first that is looked at."""
+    layer = tl.load(layer_of + tl.program_id(0))
+    row = table + layer * COLUMNS
+    count = tl.load(row + 3).to(tl.int32)
+    first_program = tl.load(row + 5).to(tl.int32)
+    return layer, row, count, (tl.program_id(0) - first_program) * (block * steps)
+
+
+@triton.jit
+def _mask_of(row):
+    """Where the mask of a layer is."""
+    return tl.multiple_of(tl.load(row + 1), 16).to(tl.pointer_type(tl.int8))
+
+
+@triton.jit
+def _scores_of(row, unsigned: tl.constexpr):
+    """Where the scores of a layer are."""
+    address = tl.multiple_of(tl.load(row), 16)
     if unsigned > 0xFFFF:
-        return tl.load(row).to(tl.pointer_type(tl.int32)), mask
+        return address.to(tl.pointer_type(tl.int32))
     else:  # noqa: RET505  (of the two only one is compiled)
-        return tl.load(row).to(tl.pointer_type(tl.int16)), mask
+        return address.to(tl.pointer_type(tl.int16))
 
 
 @triton.jit
-def _load(scores, mask, place, there, unsigned: tl.constexpr, magnitude: tl.constexpr):
-    """Of groups of a layer: whether alive, bits without the sign, and the key, which orders like the score."""
-    alive = tl.load(mask + place, mask=there, other=0) != 0
-    bits = tl.load(scores + place, mask=there, other=0).to(tl.int32)
-    size = bits & unsigned
+def _whole_words(place, count, width: tl.constexpr):
+    """Places of which some may be loaded: a GPU reads words of 16 bytes, of which the last may end behind the layer.
+
+    Such a word begins within the layer, at a multiple of 16 bytes, so it is within the memory that there is.
+    """
+    return place < (count + (width - 1)) // width * width
+
+
+@triton.jit
+def _key(bits, unsigned: tl.constexpr, magnitude: tl.constexpr):
+    """Bits without the sign, and the key, which orders like the score."""
+    size = bits.to(tl.int32) & unsigned
     key = size
     if not magnitude:
         key = tl.where(bits < 0, -size, size)  # of -0.0 and 0.0 neither is lower
+    return size, key
+
+
+@triton.jit
+def _load(row, place, count, unsigned: tl.constexpr, magnitude: tl.constexpr):
+    """Of groups of a layer: whether they are alive, bits without the sign, and keys; not alive behind its end."""
+    width: tl.constexpr = 4 if unsigned > 0xFFFF else 8
+    read = _whole_words(place, count, width)
+    alive = (tl.load(_mask_of(row) + place, mask=read, other=0) != 0) & (place < count)
+    size, key = _key(tl.load(_scores_of(row, unsigned) + place, mask=read, other=0), unsigned, magnitude)
     return alive, size, key
 
 
 @triton.jit
 def count_alive(table, layer_of, alive_of, block: tl.constexpr, steps: tl.constexpr):
     """Count the groups of every layer that are not zero already."""
-    layer = tl.load(layer_of + tl.program_id(0))
-    row = table + layer * COLUMNS
-    count = tl.load(row + 3)
-    start = (tl.program_id(0) - tl.load(row + 5)) * (block * steps)
-    mask = tl.load(row + 1).to(tl.pointer_type(tl.int8))
+    layer, row, count, start = _part(table, layer_of, block, steps)
     alive = tl.zeros([block], tl.int32)
     for step in range(steps):
         place = start + step * block + tl.arange(0, block)
-        alive += (tl.load(mask + place, mask=place < count, other=0) != 0).to(tl.int32)
-    tl.atomic_add(alive_of + layer, tl.sum(alive, 0).to(tl.int64))
+        stays = tl.load(_mask_of(row) + place, mask=_whole_words(place, count, 16), other=0) != 0
+        alive += (stays & (place < count)).to(tl.int32)
+    tl.atomic_add(alive_of + layer, tl.sum(alive, 0).to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -56,184 +99,259 @@ def draw_sample(
     table, first_of, last_of, starts, falling, keys, unsigned: tl.constexpr, magnitude: tl.constexpr,
     sample: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Draw keys of candidates of a scope from places that are spread like random ones; 2^31 - 1 for no candidate."""
+    """Draw keys of candidates of a scope from places that are spread like random ones."""
     scope = tl.program_id(0)
     number = tl.program_id(1) * block + tl.arange(0, block)
     first, last = tl.load(first_of + scope), tl.load(last_of + scope)
     origin = tl.load(starts + first)
-    count = tl.load(starts + last) - origin
+    count = tl.load(starts + last + 1) - origin
     place = origin + (((number.to(tl.int64) + 1) * 2654435761 & 0xFFFFFFFF) * count >> 32)
     # The last layer that begins at the place or before it: of the layers from `first` to `last`, by halves.
     low = tl.zeros([block], tl.int64) + first
-    high = tl.zeros([block], tl.int64) + last
+    high = tl.zeros([block], tl.int64) + last + 1
     for _ in range(20):
         middle = (low + high) // 2
-        later = tl.load(starts + middle) <= place
+        later = (tl.load(starts + middle) <= place) & (middle > low)
         low = tl.where(later, middle, low)
         high = tl.where(later, high, middle)
-    there = number < sample
+        high = tl.maximum(high, low + 1)
     row = table + low * COLUMNS
-    scores, mask = _addresses(row, unsigned)
-    alive, size, key = _load(scores, mask, place - tl.load(starts + low), there, unsigned, magnitude)
+    place -= tl.load(starts + low)
+    alive = tl.load(tl.load(row + 1).to(tl.pointer_type(tl.int8)) + place) != 0
+    if unsigned > 0xFFFF:
+        bits = tl.load(tl.load(row).to(tl.pointer_type(tl.int32)) + place)
+    else:
+        bits = tl.load(tl.load(row).to(tl.pointer_type(tl.int16)) + place)
+    _, key = _key(bits, unsigned, magnitude)
     candidate = alive
     if tl.load(falling + scope) != 0:
         candidate = (alive == 0) & (tl.load(row + 6) != 0)
-    tl.store(keys + scope * sample + number, tl.where(candidate, key, 2147483647), mask=there)
+    tl.store(keys + scope * sample + number, tl.where(candidate, key, NO_KEY))
+
+
+@triton.jit
+def _store(state, low, high, done, number, ties, bins: tl.constexpr):
+    """Write the state of a scope; its keys are to be counted in so many bins."""
+    tl.store(state + LOW, low)
+    tl.store(state + HIGH, high)
+    tl.store(state + SHIFT, tl.sum((((high - low) >> tl.arange(0, 32)) >= bins).to(tl.int64), 0))
+    tl.store(state + DONE, done.to(tl.int64))
+    tl.store(state + NUMBER, number)
+    tl.store(state + TIES, ties)
 
 
 @triton.jit
 def bracket(
-    keys, number, candidates, low, high, shift, done, lowest: tl.constexpr, highest: tl.constexpr, spread: tl.constexpr,
+    before, after, keys, candidates, lowest: tl.constexpr, highest: tl.constexpr, spread: tl.constexpr,
     sample: tl.constexpr, bins: tl.constexpr,
 ):  # fmt: skip
     """Of a scope whose sample is sorted, the keys between which pruning ends; if nothing is pruned, the end itself."""
     scope = tl.program_id(0)
-    if tl.load(done + scope) == 0:
-        wanted, of = tl.load(number + scope), tl.load(candidates + scope)
-        every = tl.load(keys + scope * sample + tl.arange(0, sample))
-        drawn = tl.sum((every != 2147483647).to(tl.int32), 0)
-        share = wanted.to(tl.float32) / tl.maximum(of, 1).to(tl.float32)
-        middle = share * drawn
-        margin = spread * tl.sqrt(tl.maximum(drawn * share * (1 - share), 0.0)) + 4
-        first, last = (middle - margin).to(tl.int32), (middle + margin).to(tl.int32) + 1
-        inside = (first > 0) & (first < drawn)
-        below = tl.load(keys + scope * sample + tl.where(inside, first, 0))
-        above = tl.load(keys + scope * sample + tl.where(last < drawn, last, 0))
-        begin = tl.where(inside, below, lowest).to(tl.int64)
-        end = tl.where(last < drawn, above, highest).to(tl.int64)
-        begin = tl.minimum(begin, end)
-        begin = tl.where(wanted == 0, lowest, begin)
-        end = tl.where(wanted == 0, lowest, end)
-        tl.store(low + scope, begin)
-        tl.store(high + scope, end)
-        tl.store(shift + scope, tl.sum((((end - begin) >> tl.arange(0, 32)) >= bins).to(tl.int64), 0))
-        tl.store(done + scope, (wanted == 0).to(tl.int32))
+    before += scope * FIELDS
+    wanted, of = tl.load(before + NUMBER), tl.load(candidates + scope)
+    every = tl.load(keys + scope * sample + tl.arange(0, sample))
+    drawn = tl.sum((every != NO_KEY).to(tl.int32), 0)
+    share = wanted.to(tl.float32) / tl.maximum(of, 1).to(tl.float32)
+    middle = share * drawn
+    margin = spread * tl.sqrt(tl.maximum(drawn * share * (1 - share), 0.0)) + 4
+    first, last = (middle - margin).to(tl.int32), (middle + margin).to(tl.int32) + 1
+    inside = (first > 0) & (first < drawn)
+    begin = tl.load(keys + scope * sample + tl.where(inside, first, 0)).to(tl.int64)
+    end = tl.load(keys + scope * sample + tl.where(last < drawn, last, 0)).to(tl.int64)
+    begin = tl.where(inside, begin, lowest)
+    end = tl.where(last < drawn, end, highest)
+    begin = tl.where(wanted == 0, lowest, tl.minimum(begin, end))
+    end = tl.where(wanted == 0, lowest, end)
+    was_done = tl.load(before + DONE) != 0
+    begin = tl.where(was_done, tl.load(before + LOW), begin)
+    end = tl.where(was_done, tl.load(before + HIGH), end)
+    _store(
+        after + scope * FIELDS, begin, end, was_done | (wanted == 0), wanted, tl.load(before + TIES), bins
+    )
 
 
 @triton.jit
 def count_in_bins(
-    table, layer_of, low, high, shift, done, falling, best, is_nan, below, counts, unsigned: tl.constexpr,
+    table, layer_of, state, falling, best, is_nan, below, counts, unsigned: tl.constexpr,
     infinity: tl.constexpr, magnitude: tl.constexpr, first: tl.constexpr, surveys: tl.constexpr,
     protects: tl.constexpr, bins: tl.constexpr, block: tl.constexpr, steps: tl.constexpr,
 ):  # fmt: skip
-    """Count the candidates within `low` and `high` in bins, in the first pass also those below.
+    """Count the candidates from LOW to HIGH in bins, in the first pass also those below.
 
     surveys: find the best group of every layer, and NaN, too; then no scope is passed over. protects: the best groups
     are no candidates.
     """
-    layer = tl.load(layer_of + tl.program_id(0))
-    row = table + layer * COLUMNS
+    layer, row, count, start = _part(table, layer_of, block, steps)
     scope = tl.load(row + 4)
-    if surveys or tl.load(done + scope) == 0:
-        count, revives = tl.load(row + 3), tl.load(row + 6) != 0
-        start = (tl.program_id(0) - tl.load(row + 5)) * (block * steps)
-        begin, end, by = tl.load(low + scope), tl.load(high + scope), tl.load(shift + scope)
+    state += scope * FIELDS
+    if surveys or tl.load(state + DONE) == 0:
+        revives = tl.load(row + 6) != 0
+        begin, end = tl.load(state + LOW).to(tl.int32), tl.load(state + HIGH).to(tl.int32)
+        shift = tl.load(state + SHIFT).to(tl.uint32)
         falls = tl.load(falling + scope) != 0
-        best_place = tl.load(best + layer) & 0xFFFFFFFF
-        scores, mask = _addresses(row, unsigned)
+        best_place = -1
+        if protects:
+            best_place = (tl.load(best + layer) & 0xFFFFFFFF).to(tl.int32)
         lower = tl.zeros([block], tl.int32)
-        inside = tl.zeros([2 * bins if first else 16], tl.int32)
-        highest = tl.full([block], -9223372036854775808, tl.int64)
+        within_any = tl.zeros([block], tl.int32)
+        inside = tl.zeros([bins if first else 16], tl.int32)
+        highest = tl.full([block], -2147483648, tl.int32)
+        highest_place = tl.zeros([block], tl.int32)
         nan = tl.zeros([block], tl.int32)
         for step in range(steps):
             place = start + step * block + tl.arange(0, block)
             there = place < count
-            alive, size, key = _load(scores, mask, place, there, unsigned, magnitude)
+            alive, size, key = _load(row, place, count, unsigned, magnitude)
             candidate = tl.where(falls, there & (alive == 0) & revives, alive)
             if protects:
                 candidate = candidate & (place != best_place)
             if surveys:
-                packed = (key.to(tl.int64) << 32) + place
-                highest = tl.maximum(highest, tl.where(alive, packed, -9223372036854775808))
+                better = alive & (key >= highest)  # of equals the last
+                highest = tl.where(better, key, highest)
+                highest_place = tl.where(better, place, highest_place)
                 nan = nan | (there & (alive | revives) & (size > infinity)).to(tl.int32)
             within = candidate & (key >= begin) & (key <= end)
-            place_of_bin = ((tl.where(within, key.to(tl.int64), begin) - begin) >> by).to(tl.int32)
+            # Between two keys there may be more than an int32 holds, but no more than its bits without a sign.
+            bin_of_key = ((tl.where(within, key, begin) - begin).to(tl.uint32, bitcast=True) >> shift).to(tl.int32)
             if first:
                 lower += (candidate & (key < begin)).to(tl.int32)
-                # What is not within goes into bins behind those that count, into a different one for each neighbour.
-                unused = bins + tl.arange(0, block) % bins
-                inside += tl.histogram(tl.where(within, place_of_bin, unused), 2 * bins)
+                within_any += within.to(tl.int32)
+                inside += tl.histogram(bin_of_key, bins)
             else:
                 one = tl.full([block], 1, tl.int32)
-                tl.atomic_add(counts + scope * bins + place_of_bin, one, mask=within, sem="relaxed")
+                tl.atomic_add(counts + scope * bins + bin_of_key, one, mask=within, sem="relaxed")
         if first:
-            tl.atomic_add(below + scope, tl.sum(lower, 0).to(tl.int64))
-            place_of_bin = tl.arange(0, 2 * bins)
-            there = (inside > 0) & (place_of_bin < bins)
-            tl.atomic_add(counts + scope * bins + place_of_bin, inside, mask=there, sem="relaxed")
+            tl.atomic_add(below + scope, tl.sum(lower, 0).to(tl.int64), sem="relaxed")
+            # What is not within was counted in the first bin.
+            bin_of_key = tl.arange(0, bins)
+            inside -= tl.where(bin_of_key == 0, block * steps - tl.sum(within_any, 0), 0)
+            tl.atomic_add(counts + scope * bins + bin_of_key, inside, mask=inside > 0, sem="relaxed")
         if surveys:
-            tl.atomic_max(best + layer, tl.max(highest, 0))
-            tl.atomic_max(is_nan + layer, tl.max(nan, 0))
+            packed = (highest.to(tl.int64) << 32) + highest_place
+            tl.atomic_max(best + layer, tl.max(packed, 0), sem="relaxed")
+            tl.atomic_max(is_nan + layer, tl.max(nan, 0), sem="relaxed")
 
 
 @triton.jit
 def narrow(
-    low, high, shift, done, number, ties, below, counts, lowest: tl.constexpr, highest: tl.constexpr,
+    before, after, below, counts, lowest: tl.constexpr, highest: tl.constexpr, first: tl.constexpr,
     bins: tl.constexpr, next_bins: tl.constexpr,
 ):  # fmt: skip
     """Go on to the bin in which pruning ends, with what of it is pruned; beyond the bracket, to all on that side."""
     scope = tl.program_id(0)
-    if tl.load(done + scope) == 0:
-        begin, end, by = tl.load(low + scope), tl.load(high + scope), tl.load(shift + scope)
-        wanted, lower = tl.load(number + scope), tl.load(below + scope)
-        tl.store(below + scope, 0)  # of what is left, nothing
+    before += scope * FIELDS
+    after += scope * FIELDS
+    begin, end, shift = tl.load(before + LOW), tl.load(before + HIGH), tl.load(before + SHIFT)
+    wanted, ties = tl.load(before + NUMBER), tl.load(before + TIES)
+    if tl.load(before + DONE) != 0:
+        _store(after, begin, end, wanted >= 0, wanted, ties, next_bins)
+    else:
+        lower = tl.zeros((), tl.int64)
+        if first:  # of what is left after it, nothing is below
+            lower += tl.load(below + scope)
         place = tl.arange(0, bins)
         own = tl.load(counts + scope * bins + place).to(tl.int64)
         upto = tl.cumsum(own, 0) + lower
         hit = tl.minimum(tl.sum((upto < wanted).to(tl.int32), 0), bins - 1)
         found = tl.sum(tl.where(place == hit, own, 0), 0)
         upto_hit = tl.sum(tl.where(place == hit, upto, 0), 0)
-        is_below, is_above = wanted <= lower, wanted > tl.sum(own, 0) + lower
-        new_begin = begin + (hit.to(tl.int64) << by)
-        new_end = tl.minimum(new_begin + (tl.full((), 1, tl.int64) << by) - 1, end)
-        needed = wanted - (upto_hit - found)
+        all_found = tl.sum(own, 0)
+        is_below, is_above = wanted <= lower, wanted > all_found + lower
+        new_begin = begin + (hit.to(tl.int64) << shift)
+        new_end = tl.minimum(new_begin + (tl.full((), 1, tl.int64) << shift) - 1, end)
         new_begin = tl.where(is_below, lowest, tl.where(is_above, end + 1, new_begin))
         new_end = tl.where(is_below, begin - 1, tl.where(is_above, highest, new_end))
-        needed = tl.where(is_below, wanted, tl.where(is_above, wanted - tl.sum(own, 0) - lower, needed))
-        tl.store(low + scope, new_begin)
-        tl.store(high + scope, new_end)
-        tl.store(number + scope, needed)
-        tl.store(ties + scope, found)
-        tl.store(shift + scope, tl.sum((((new_end - new_begin) >> tl.arange(0, 32)) >= next_bins).to(tl.int64), 0))
-        inside_bracket = (is_below == 0) & (is_above == 0)
-        tl.store(done + scope, ((new_begin == new_end) & inside_bracket).to(tl.int32))
+        needed = wanted - (upto_hit - found)
+        needed = tl.where(is_below, wanted, tl.where(is_above, wanted - all_found - lower, needed))
+        done = (new_begin == new_end) & (is_below == 0) & (is_above == 0)
+        _store(after, new_begin, new_end, done, needed, found, next_bins)
+
+
+@triton.jit
+def _ties(
+    row, place, count, state, falls, revives, best_place, unsigned: tl.constexpr, magnitude: tl.constexpr
+):  # fmt: skip
+    """Of groups of a layer, whether alive, whether candidates below the key at which pruning ends, and whether at it."""
+    last = tl.load(state + LOW).to(tl.int32)
+    alive, _, key = _load(row, place, count, unsigned, magnitude)
+    candidate = tl.where(falls, (place < count) & (alive == 0) & revives, alive) & (place != best_place)
+    return alive, candidate, candidate & (key < last), candidate & (key == last)
+
+
+@triton.jit
+def count_ties(
+    table, layer_of, state, falling, protected, best, ties_of, unsigned: tl.constexpr, magnitude: tl.constexpr,
+    block: tl.constexpr, steps: tl.constexpr,
+):  # fmt: skip
+    """Count the ties that each program looks at, in scopes in which some of them stay."""
+    layer, row, count, start = _part(table, layer_of, block, steps)
+    scope = tl.load(row + 4)
+    state += scope * FIELDS
+    ties = tl.zeros([block], tl.int32)
+    if tl.load(state + NUMBER) < tl.load(state + TIES):
+        revives, falls = tl.load(row + 6) != 0, tl.load(falling + scope) != 0
+        best_place = tl.where(tl.load(protected + scope) != 0, tl.load(best + layer) & 0xFFFFFFFF, -1).to(tl.int32)
+        for step in range(steps):
+            place = start + step * block + tl.arange(0, block)
+            _, _, _, tie = _ties(row, place, count, state, falls, revives, best_place, unsigned, magnitude)
+            ties += tie.to(tl.int32)
+    tl.store(ties_of + tl.program_id(0), tl.sum(ties, 0).to(tl.int64))
+
+
+@triton.jit
+def find_last(
+    table, layer_of, state, falling, protected, best, first_of, ties_of, upto, last_of, unsigned: tl.constexpr,
+    magnitude: tl.constexpr, block: tl.constexpr, steps: tl.constexpr,
+):  # fmt: skip
+    """Find the last tie that is pruned, in scopes in which some stay: its layer, and behind it its place.
+
+    upto: of `ties_of`, the sums up to each program. Of each scope one program goes on, and it writes.
+    """
+    layer, row, count, start = _part(table, layer_of, block, steps)
+    scope = tl.load(row + 4)
+    state += scope * FIELDS
+    needed, first = tl.load(state + NUMBER), tl.load(first_of + scope)
+    own = tl.load(ties_of + tl.program_id(0))
+    earlier = tl.load(upto + tl.program_id(0)) - own - tl.load(upto + first) + tl.load(ties_of + first)
+    if (needed < tl.load(state + TIES)) & (earlier < needed) & (needed <= earlier + own):
+        revives, falls = tl.load(row + 6) != 0, tl.load(falling + scope) != 0
+        best_place = tl.where(tl.load(protected + scope) != 0, tl.load(best + layer) & 0xFFFFFFFF, -1).to(tl.int32)
+        left = (needed - earlier).to(tl.int32)
+        found = tl.zeros([block], tl.int32)
+        for step in range(steps):
+            place = start + step * block + tl.arange(0, block)
+            _, _, _, tie = _ties(row, place, count, state, falls, revives, best_place, unsigned, magnitude)
+            ties = tie.to(tl.int32)
+            found = tl.where(tie & (tl.cumsum(ties, 0) == left), place, found)
+            left -= tl.sum(ties, 0)
+        tl.store(last_of + scope, (layer.to(tl.int64) << 32) + tl.max(found, 0))
 
 
 @triton.jit
 def write_masks(
-    table, layer_of, last_of, falling, protected, best, number, ties, first_of, ahead, out, unsigned: tl.constexpr,
-    magnitude: tl.constexpr, writes: tl.constexpr, block: tl.constexpr, steps: tl.constexpr,
+    table, layer_of, state, falling, protected, best, last_of, out, unsigned: tl.constexpr, magnitude: tl.constexpr,
+    block: tl.constexpr, steps: tl.constexpr,
 ):  # fmt: skip
-    """Write which groups stay: of the candidates those above the key `last_of`, and of its ties all but the first.
-
-    With writes=False, only count the ties in front of other programs, in scopes in which some of them stay.
-    """
-    layer = tl.load(layer_of + tl.program_id(0))
-    row = table + layer * COLUMNS
+    """Write which groups stay: not the candidates below the key at which pruning ends, nor its ties up to the last."""
+    layer, row, count, start = _part(table, layer_of, block, steps)
     scope = tl.load(row + 4)
-    needed = tl.load(number + scope)
-    some_stay = needed < tl.load(ties + scope)
-    all_fall = (needed > 0) & (some_stay == 0)
-    if writes or some_stay:
-        count, revives = tl.load(row + 3), tl.load(row + 6) != 0
-        start = (tl.program_id(0) - tl.load(row + 5)) * (block * steps)
-        last, falls = tl.load(last_of + scope), tl.load(falling + scope) != 0
-        best_place = tl.where(tl.load(protected + scope) != 0, tl.load(best + layer) & 0xFFFFFFFF, -1)
-        scores, mask = _addresses(row, unsigned)
-        earlier = tl.zeros((), tl.int64)
-        if writes:
-            earlier += tl.load(ahead + tl.program_id(0)) - tl.load(ahead + tl.load(first_of + scope))
-        for step in range(steps):
-            place = start + step * block + tl.arange(0, block)
-            there = place < count
-            alive, size, key = _load(scores, mask, place, there, unsigned, magnitude)
-            candidate = tl.where(falls, there & (alive == 0) & revives, alive) & (place != best_place)
-            tie = candidate & (key == last)
-            if writes:
-                rank = earlier + tl.cumsum(tie.to(tl.int32), 0)
-                pruned = (candidate & (key < last)) | (tie & (all_fall | (rank <= needed)))
-                stays = (alive | candidate) & (pruned == 0)
-                tl.store(out + tl.load(row + 2) + place, stays.to(tl.int8), mask=there)
-            earlier += tl.sum(tie.to(tl.int64), 0)
-        if not writes:
-            tl.store(ahead + tl.program_id(0), earlier)
+    state += scope * FIELDS
+    needed, ties = tl.load(state + NUMBER), tl.load(state + TIES)
+    revives, falls = tl.load(row + 6) != 0, tl.load(falling + scope) != 0
+    best_place = tl.where(tl.load(protected + scope) != 0, tl.load(best + layer) & 0xFFFFFFFF, -1).to(tl.int32)
+    # Of this layer, the place up to which ties are pruned: all, none, or what find_last has found.
+    last = tl.where(needed > 0, 0x7FFFFFFF, -1).to(tl.int32)
+    if needed < ties:
+        if needed > 0:
+            found = tl.load(last_of + scope)
+            last_layer, last_place = (found >> 32).to(tl.int32), (found & 0xFFFFFFFF).to(tl.int32)
+            last = tl.where(layer < last_layer, 0x7FFFFFFF, tl.where(layer == last_layer, last_place, -1)).to(tl.int32)
+    into = out + tl.multiple_of(tl.load(row + 2), 16)
+    for step in range(steps):
+        place = start + step * block + tl.arange(0, block)
+        alive, candidate, lower, tie = _ties(
+            row, place, count, state, falls, revives, best_place, unsigned, magnitude
+        )
+        stays = (alive | candidate) & ((lower | (tie & (place <= last))) == 0)
+        # The space of a layer ends at a multiple of 128 bytes.
+        tl.store(into + place, stays.to(tl.int8), mask=_whole_words(place, count, 16))

@@ -3,8 +3,9 @@
 The bits of a float, with those below zero counted downwards, order like its value: they are the keys. In each scope, a
 sample brackets the key at which pruning ends. One pass over the scores counts what lies below the bracket, and what
 lies in it, in bins; a second one counts the keys of the bin that was hit. Two more follow, for which nothing is left to
-do unless the sample was unlucky. Then the masks are written. Counts are integers, so that the order in which programs
-add to them changes nothing. The host reads none of them: a program that finds its scope done ends at once.
+do unless the sample was unlucky. Then the ties at that key are counted, the last one that is pruned is found, and the
+masks are written. Counts are integers, so that the order in which programs add to them changes nothing. The host reads
+none of them: a program that finds its scope done ends at once.
 
 The best group of a layer stays. Usually it is far from where pruning ends; where it is not, all passes run once more,
 without the best groups.
@@ -19,20 +20,35 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .on_device_kernels import COLUMNS, bracket, count_alive, count_in_bins, draw_sample, narrow, write_masks
+from .on_device_kernels import (
+    COLUMNS,
+    DONE,
+    FIELDS,
+    LOW,
+    NUMBER,
+    bracket,
+    count_alive,
+    count_in_bins,
+    count_ties,
+    draw_sample,
+    find_last,
+    narrow,
+    write_masks,
+)
 
 if TYPE_CHECKING:
     from .device_layer import DeviceLayer
 
-# Groups that a program looks at, so many at a time.
-BLOCK, STEPS, WARPS = 2048, 4, 8
+# Groups that a program looks at, so many at a time; more steps where there are programs enough for any GPU.
+BLOCK, STEPS, WARPS = 2048, (4, 16), 8
+MANY = 2**27
 # Groups that are sampled in each scope; torch sorts rows of so many in one kernel.
 SAMPLE = 4096
-# Bins of each pass. The first counts by a histogram of its own, for many groups are in the bracket; the others add each
-# group of the bin that was hit to a number in memory, for these are few.
-BINS = (512, 4096, 4096, 4096)
+# Bins of each pass. The first counts by a histogram of its own, for many groups are in the bracket: its time grows with
+# its bins. The others add each group of the bin that was hit to a number in memory, for these are few.
+BINS = (256, 16384, 4096, 4096)
 # Standard deviations of the sample's order statistics between its bracket and where pruning is expected to end.
-SPREAD = 6
+SPREAD = 5
 # What is written begins at multiples of so many bytes for every layer, as tensors of their own do.
 ALIGNED = 128
 
@@ -73,7 +89,9 @@ class _Selection:
 
         self.lengths = list(map(len, layers))
         self.spaces = [-(-length // ALIGNED) * ALIGNED for length in self.lengths]
-        programs = [-(-length // (BLOCK * STEPS)) for length in self.lengths]
+        steps = STEPS[sum(self.lengths) > MANY]
+        programs = [-(-length // (BLOCK * steps)) for length in self.lengths]
+        self.of_programs = {"block": BLOCK, "steps": steps, "num_warps": WARPS}
         first_programs, first_layers = _before(programs), _before(map(len, scopes))
         last_layers = [end - 1 for end in accumulate(map(len, scopes))]
         scope_of = [number for number, scope in enumerate(scopes) for _ in scope]
@@ -94,8 +112,8 @@ class _Selection:
         self.layer_of_program = number_of_layer.repeat_interleave(repeats, output_size=sum(programs))
         self.scope_of_layer = self.table[:, 4].contiguous()
 
-        self.low, self.high, self.shift, self.ties = (self._zeros(self.count) for _ in range(4))
-        self.done, self.protected = (self._zeros(self.count, dtype=torch.int32) for _ in range(2))
+        self.state = self._zeros(self.count, FIELDS.value)
+        self.protected = self._zeros(self.count, dtype=torch.int32)
         self.best_of_layer = torch.full((len(layers),), -(2**63), dtype=torch.int64, device=self.device)
         self.nan_of_layer = self._zeros(len(layers), dtype=torch.int32)
         self._ask(scopes, sparsity)
@@ -103,9 +121,7 @@ class _Selection:
     def _ask(self, scopes: Sequence[Sequence[DeviceLayer]], sparsity: float) -> None:
         """How many groups are pruned, and of which; on_device.py has the same in words."""
         self.alive_of_layer = self._zeros(len(self.layers))
-        count_alive[self.grid](
-            self.table, self.layer_of_program, self.alive_of_layer, block=BLOCK, steps=STEPS, num_warps=WARPS
-        )
+        count_alive[self.grid](self.table, self.layer_of_program, self.alive_of_layer, **self.of_programs)
         masked_of_layer, revives = self.table[:, 3] - self.alive_of_layer, self.table[:, 6]
         asked_for = [sparsity * sum(layer.weights for layer in scope) for scope in scopes]
         wanted, size = self._sent(asked_for, [float(scope[0].size) for scope in scopes], dtype=torch.float64)
@@ -114,7 +130,7 @@ class _Selection:
         amount = torch.where(falling, (wanted - size * stay_masked).clamp(min=0), wanted - size * masked)
         self.candidates = torch.where(falling, masked - stay_masked, self._of_scopes(self.alive_of_layer))
         self.asked_for = (amount / size + 0.5).floor().long().clamp(min=0)
-        self.number = torch.minimum(self.asked_for, self.candidates)
+        self._of_state(NUMBER).copy_(torch.minimum(self.asked_for, self.candidates))
         self.falling = falling.int()
 
     def run(self) -> list[Tensor]:
@@ -135,44 +151,49 @@ class _Selection:
 
     def _find(self, sample: Tensor, protects: bool) -> None:
         """Narrow down, in every scope that is not done, the keys among which pruning ends, until it is one."""
-        narrowed = (self.low, self.high, self.shift, self.done)
-        limits = {"spread": SPREAD, "sample": SAMPLE, "bins": BINS[0]}
-        bracket[(self.count,)](sample, self.number, self.candidates, *narrowed, **self.ends, **limits)
+        self._go_on(bracket, sample, self.candidates, spread=SPREAD, sample=SAMPLE, bins=BINS[0])
         below = self._zeros(self.count)
         of_passes = self._zeros(self.count * sum(BINS), dtype=torch.int32).split([self.count * bins for bins in BINS])
         for each, (bins, counts) in enumerate(zip(BINS, of_passes, strict=True)):
-            by_layer = (self.best_of_layer, self.nan_of_layer)
+            found = (self.best_of_layer, self.nan_of_layer, below, counts)
             # The best groups, and NaN, are looked for on the way.
             passes = {"first": each == 0, "surveys": each == 0 and not protects, "protects": protects}
             count_in_bins[self.grid](
-                *(self.table, self.layer_of_program, *narrowed, self.falling, *by_layer, below, counts),
-                **self.kind, **passes, infinity=self.infinity, bins=bins, block=BLOCK, steps=STEPS, num_warps=WARPS,
+                *(self.table, self.layer_of_program, self.state, self.falling, *found),
+                **self.kind, **passes, infinity=self.infinity, bins=bins, **self.of_programs,
             )  # fmt: skip
-            found = (self.number, self.ties, below, counts)
             next_bins = BINS[min(each + 1, len(BINS) - 1)]
-            narrow[(self.count,)](*narrowed, *found, **self.ends, bins=bins, next_bins=next_bins, num_warps=WARPS)
+            self._go_on(narrow, below, counts, first=each == 0, bins=bins, next_bins=next_bins, num_warps=WARPS * 2)
+
+    def _go_on(self, kernel: Any, *tensors: Tensor, **constants: int) -> None:
+        """From a state to the next one; it is another tensor, for a kernel does not write what it reads."""
+        after = torch.empty_like(self.state)
+        kernel[(self.count,)](self.state, after, *tensors, **self.ends, **constants)
+        self.state = after
 
     def _protect(self) -> None:
         """Begin anew, with fewer candidates, the scopes in which the best group of a layer may be pruned."""
         has_groups = self.alive_of_layer > 0
-        may_be_pruned = has_groups & ((self.best_of_layer >> 32) <= self.low[self.scope_of_layer])
-        protected = (self._of_scopes(may_be_pruned) > 0) & (self.falling == 0) & (self.number > 0)
+        may_be_pruned = has_groups & ((self.best_of_layer >> 32) <= self._of_state(LOW)[self.scope_of_layer])
+        number = self._of_state(NUMBER)
+        protected = (self._of_scopes(may_be_pruned) > 0) & (self.falling == 0) & (number > 0)
         fewer = torch.minimum(self.asked_for, self.candidates - self._of_scopes(has_groups))
-        self.number = torch.where(protected, fewer, self.number)
+        number.copy_(torch.where(protected, fewer, number))
+        self._of_state(DONE).copy_(~protected)
         self.protected = protected.int()
-        self.done = 1 - self.protected
 
     def _write(self) -> list[Tensor]:
-        ahead = self._zeros(*self.grid)
+        where = (self.table, self.layer_of_program, self.state, self.falling, self.protected, self.best_of_layer)
+        ties, last = self._zeros(*self.grid), self._zeros(self.count)
+        count_ties[self.grid](*where, ties, **self.kind, **self.of_programs)
+        find_last[self.grid](*where, self.first_program, ties, ties.cumsum(0), last, **self.kind, **self.of_programs)
         out = torch.empty(sum(self.spaces), dtype=torch.bool, device=self.device)
-        found = (self.low, self.falling, self.protected, self.best_of_layer, self.number, self.ties)
-        for writes in (False, True):
-            write_masks[self.grid](
-                *(self.table, self.layer_of_program, *found, self.first_program, ahead, out.view(torch.int8)),
-                **self.kind, writes=writes, block=BLOCK, steps=STEPS, num_warps=WARPS,
-            )  # fmt: skip
-            ahead = ahead.cumsum(0) - ahead
+        write_masks[self.grid](*where, last, out.view(torch.int8), **self.kind, **self.of_programs)
         return [piece[:length] for piece, length in zip(out.split(self.spaces), self.lengths, strict=True)]
+
+    def _of_state(self, field: Any) -> Tensor:
+        """One number of the state for each scope, as a view."""
+        return self.state[:, field.value]
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
