@@ -1,4 +1,9 @@
-"""What test_on_device.py runs in a process of its own, where Triton's kernels are interpreted on the CPU."""
+"""What test_on_device.py runs in a process of its own, where Triton's kernels are interpreted on the CPU.
+
+On a GPU, the programs of a launch run at once and in any order, and so do the warps of a program; memory holds what was
+there before. Here programs run in random order, new memory holds random numbers, and every launch is looked through for
+numbers that it both reads and writes.
+"""
 
 import sys
 import warnings
@@ -6,6 +11,7 @@ import warnings
 import numpy as np
 import torch
 from conftest import small_net
+from triton.runtime.interpreter import interpreter_builder
 
 from sparsifai import Sparsifier
 from sparsifai.axes.ranking import on_device, on_device_triton
@@ -18,6 +24,69 @@ on_device_triton.BLOCK, on_device_triton.STEPS, on_device_triton.SAMPLE = 256, (
 on_device_triton.MANY = 1000
 on_device_triton.BINS = (16, 2048, 2048, 2048)
 on_device_triton.SPREAD = 0  # so that what is looked for is often beside the bracket
+
+
+class Launches:
+    """In place of what the interpreter calls: what each launch reads and writes, and its programs in random order."""
+
+    def __init__(self, builder):
+        self.loaded, self.stored, self.added = [], [], []
+        self.checked, self.order, self.rng = 0, [], np.random.default_rng(0)
+        self.builder, self.set_grid_dim, self.set_grid_idx = builder, builder.set_grid_dim, builder.set_grid_idx
+        builder.set_grid_dim, builder.set_grid_idx = self.begin, self.go_on
+        for name, places in (("masked_load", self.loaded), ("masked_store", self.stored), ("atomic_rmw", self.added)):
+            setattr(builder, f"create_{name}", self.noting(getattr(builder, f"create_{name}"), name, places))
+
+    def noting(self, function, name, places):
+        """The function, which notes addresses where its mask is true."""
+        pointer, mask = {"masked_load": (0, 1), "masked_store": (0, 2), "atomic_rmw": (1, 3)}[name]
+
+        def noted(*given):
+            places.append(given[pointer].data[np.broadcast_to(given[mask].data, given[pointer].data.shape)].ravel())
+            return function(*given)
+
+        return noted
+
+    def begin(self, *grid):
+        """A launch begins, so the one before has ended."""
+        self.check()
+        self.order = self.rng.permutation(grid[0])
+        self.set_grid_dim(*grid)
+
+    def go_on(self, first, *others):
+        """The next program."""
+        self.set_grid_idx(int(self.order[first]), *others)
+
+    def check(self):
+        """No launch reads what it writes, or stores a number twice."""
+        loaded, stored, added = (
+            np.concatenate([np.empty(0, np.uint64), *places]) for places in (self.loaded, self.stored, self.added)
+        )
+        for places in (self.loaded, self.stored, self.added):
+            places.clear()
+        assert len(np.unique(stored)) == len(stored), "a number is stored by two programs"
+        assert not len(np.intersect1d(loaded, np.concatenate([stored, added]))), "a launch reads what it writes"
+        self.checked += len(stored) > 0
+
+
+class Memory:
+    """In place of torch in on_device_triton: new memory holds random numbers."""
+
+    def __getattr__(self, name):
+        function = getattr(torch, name)
+        if name not in ("empty", "empty_like"):
+            return function
+
+        def filled(*given, **options):
+            found = function(*given, **options)
+            found.view(torch.int8).random_()
+            return found
+
+        return filled
+
+
+launches = Launches(interpreter_builder)
+on_device_triton.torch = Memory()
 calls = []
 fits, select = on_device._is_for_kernels, on_device_triton.select
 on_device_triton.select = lambda *given: calls.append(1) or select(*given)
@@ -126,14 +195,33 @@ def of_nan():
         assert [bool(layer.nan) for layer in layers] == [False, True, False]
 
 
+def of_samples():
+    """All layers of a scope are in its sample, as many of their groups as of others."""
+    scopes = []
+    for sizes in ((300,), (200, 100, 600)):
+        scores = [torch.full((n,), float(1 + number)) for number, n in enumerate(sizes)]
+        alive = [torch.arange(n) % 2 == 0 for n in sizes]
+        layers = zip(scores, alive, strict=True)
+        scopes.append([DeviceLayer(Weights(len(one)), one, stays, 1, magnitude=True) for one, stays in layers])
+    drawn = on_device_triton._Selection(scopes, 0.9)._drawn().view(torch.float32)
+    assert (drawn[0] == 1).sum() == (drawn[0] <= 300).sum()
+    for sample, parts in zip(drawn, ([1], [2, 1, 6]), strict=True):
+        counts = torch.tensor([int((sample == 1 + number).sum()) for number in range(len(parts))])
+        expected = torch.tensor(parts) / sum(parts) * on_device_triton.SAMPLE / 2
+        assert (counts - expected).abs().max() < 0.15 * on_device_triton.SAMPLE
+
+
 warnings.filterwarnings("ignore", "outputs that come back")
 if sys.argv[1:] == ["models"]:
     of_models()
 else:
     of_nan()
+    of_samples()
     rng = np.random.default_rng(0)
     for kind in VALUES:
         of_scores(rng, kind, torch.float32, magnitude=False)
         halves = (torch.bfloat16, torch.float16)
         of_scores(rng, kind, halves[rng.integers(2)], magnitude=bool(rng.random() < 0.5))
     of_scores(rng, "normal", torch.float32, magnitude=True)
+launches.check()
+assert launches.checked > 50

@@ -40,17 +40,16 @@ def _part(table, layer_of, block: tl.constexpr, steps: tl.constexpr):
 @triton.jit
 def _mask_of(row):
     """Where the mask of a layer is."""
-    return tl.multiple_of(tl.load(row + 1), 16).to(tl.pointer_type(tl.int8))
+    return tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.int8)), 16)
 
 
 @triton.jit
 def _scores_of(row, unsigned: tl.constexpr):
     """Where the scores of a layer are."""
-    address = tl.multiple_of(tl.load(row), 16)
     if unsigned > 0xFFFF:
-        return address.to(tl.pointer_type(tl.int32))
+        return tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.int32)), 16)
     else:  # noqa: RET505  (of the two only one is compiled)
-        return address.to(tl.pointer_type(tl.int16))
+        return tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.int16)), 16)
 
 
 @triton.jit
@@ -73,12 +72,12 @@ def _key(bits, unsigned: tl.constexpr, magnitude: tl.constexpr):
 
 
 @triton.jit
-def _load(row, place, count, unsigned: tl.constexpr, magnitude: tl.constexpr):
+def _load(scores, mask, place, count, unsigned: tl.constexpr, magnitude: tl.constexpr):
     """Of groups of a layer: whether they are alive, bits without the sign, and keys; not alive behind its end."""
     width: tl.constexpr = 4 if unsigned > 0xFFFF else 8
     read = _whole_words(place, count, width)
-    alive = (tl.load(_mask_of(row) + place, mask=read, other=0) != 0) & (place < count)
-    size, key = _key(tl.load(_scores_of(row, unsigned) + place, mask=read, other=0), unsigned, magnitude)
+    alive = (tl.load(mask + place, mask=read, other=0) != 0) & (place < count)
+    size, key = _key(tl.load(scores + place, mask=read, other=0), unsigned, magnitude)
     return alive, size, key
 
 
@@ -86,10 +85,11 @@ def _load(row, place, count, unsigned: tl.constexpr, magnitude: tl.constexpr):
 def count_alive(table, layer_of, alive_of, block: tl.constexpr, steps: tl.constexpr):
     """Count the groups of every layer that are not zero already."""
     layer, row, count, start = _part(table, layer_of, block, steps)
+    mask = _mask_of(row)
     alive = tl.zeros([block], tl.int32)
     for step in range(steps):
         place = start + step * block + tl.arange(0, block)
-        stays = tl.load(_mask_of(row) + place, mask=_whole_words(place, count, 16), other=0) != 0
+        stays = tl.load(mask + place, mask=_whole_words(place, count, 16), other=0) != 0
         alive += (stays & (place < count)).to(tl.int32)
     tl.atomic_add(alive_of + layer, tl.sum(alive, 0).to(tl.int64), sem="relaxed")
 
@@ -111,10 +111,9 @@ def draw_sample(
     high = tl.zeros([block], tl.int64) + last + 1
     for _ in range(20):
         middle = (low + high) // 2
-        later = (tl.load(starts + middle) <= place) & (middle > low)
+        later = tl.load(starts + middle) <= place
         low = tl.where(later, middle, low)
         high = tl.where(later, high, middle)
-        high = tl.maximum(high, low + 1)
     row = table + low * COLUMNS
     place -= tl.load(starts + low)
     alive = tl.load(tl.load(row + 1).to(tl.pointer_type(tl.int8)) + place) != 0
@@ -165,9 +164,7 @@ def bracket(
     was_done = tl.load(before + DONE) != 0
     begin = tl.where(was_done, tl.load(before + LOW), begin)
     end = tl.where(was_done, tl.load(before + HIGH), end)
-    _store(
-        after + scope * FIELDS, begin, end, was_done | (wanted == 0), wanted, tl.load(before + TIES), bins
-    )
+    _store(after + scope * FIELDS, begin, end, was_done | (wanted == 0), wanted, tl.load(before + TIES), bins)
 
 
 @triton.jit
@@ -192,6 +189,7 @@ def count_in_bins(
         best_place = -1
         if protects:
             best_place = (tl.load(best + layer) & 0xFFFFFFFF).to(tl.int32)
+        scores, mask = _scores_of(row, unsigned), _mask_of(row)
         lower = tl.zeros([block], tl.int32)
         within_any = tl.zeros([block], tl.int32)
         inside = tl.zeros([bins if first else 16], tl.int32)
@@ -201,7 +199,7 @@ def count_in_bins(
         for step in range(steps):
             place = start + step * block + tl.arange(0, block)
             there = place < count
-            alive, size, key = _load(row, place, count, unsigned, magnitude)
+            alive, size, key = _load(scores, mask, place, count, unsigned, magnitude)
             candidate = tl.where(falls, there & (alive == 0) & revives, alive)
             if protects:
                 candidate = candidate & (place != best_place)
@@ -268,14 +266,22 @@ def narrow(
 
 
 @triton.jit
+def _ranked(layer, row, state, falling, protected, best, unsigned: tl.constexpr):
+    """What _ties asks of a layer, whose place in memory, and of its scope."""
+    scope = tl.load(row + 4)
+    last, revives, falls = tl.load(state + LOW).to(tl.int32), tl.load(row + 6) != 0, tl.load(falling + scope) != 0
+    best_place = tl.where(tl.load(protected + scope) != 0, tl.load(best + layer) & 0xFFFFFFFF, -1).to(tl.int32)
+    return _scores_of(row, unsigned), _mask_of(row), last, revives, falls, best_place
+
+
+@triton.jit
 def _ties(
-    row, place, count, state, falls, revives, best_place, unsigned: tl.constexpr, magnitude: tl.constexpr
+    scores, mask, last, revives, falls, best_place, place, count, unsigned: tl.constexpr, magnitude: tl.constexpr
 ):  # fmt: skip
-    """Of groups of a layer, whether alive, whether candidates below the key at which pruning ends, and whether at it."""
-    last = tl.load(state + LOW).to(tl.int32)
-    alive, _, key = _load(row, place, count, unsigned, magnitude)
+    """Of groups of a layer, whether alive and no candidates, whether candidates above `last`, and whether at it."""
+    alive, _, key = _load(scores, mask, place, count, unsigned, magnitude)
     candidate = tl.where(falls, (place < count) & (alive == 0) & revives, alive) & (place != best_place)
-    return alive, candidate, candidate & (key < last), candidate & (key == last)
+    return alive & (candidate == 0), candidate & (key > last), candidate & (key == last)
 
 
 @triton.jit
@@ -289,11 +295,10 @@ def count_ties(
     state += scope * FIELDS
     ties = tl.zeros([block], tl.int32)
     if tl.load(state + NUMBER) < tl.load(state + TIES):
-        revives, falls = tl.load(row + 6) != 0, tl.load(falling + scope) != 0
-        best_place = tl.where(tl.load(protected + scope) != 0, tl.load(best + layer) & 0xFFFFFFFF, -1).to(tl.int32)
+        scores, mask, last, revives, falls, best_place = _ranked(layer, row, state, falling, protected, best, unsigned)
         for step in range(steps):
             place = start + step * block + tl.arange(0, block)
-            _, _, _, tie = _ties(row, place, count, state, falls, revives, best_place, unsigned, magnitude)
+            _, _, tie = _ties(scores, mask, last, revives, falls, best_place, place, count, unsigned, magnitude)
             ties += tie.to(tl.int32)
     tl.store(ties_of + tl.program_id(0), tl.sum(ties, 0).to(tl.int64))
 
@@ -314,13 +319,12 @@ def find_last(
     own = tl.load(ties_of + tl.program_id(0))
     earlier = tl.load(upto + tl.program_id(0)) - own - tl.load(upto + first) + tl.load(ties_of + first)
     if (needed < tl.load(state + TIES)) & (earlier < needed) & (needed <= earlier + own):
-        revives, falls = tl.load(row + 6) != 0, tl.load(falling + scope) != 0
-        best_place = tl.where(tl.load(protected + scope) != 0, tl.load(best + layer) & 0xFFFFFFFF, -1).to(tl.int32)
+        scores, mask, last, revives, falls, best_place = _ranked(layer, row, state, falling, protected, best, unsigned)
         left = (needed - earlier).to(tl.int32)
         found = tl.zeros([block], tl.int32)
         for step in range(steps):
             place = start + step * block + tl.arange(0, block)
-            _, _, _, tie = _ties(row, place, count, state, falls, revives, best_place, unsigned, magnitude)
+            _, _, tie = _ties(scores, mask, last, revives, falls, best_place, place, count, unsigned, magnitude)
             ties = tie.to(tl.int32)
             found = tl.where(tie & (tl.cumsum(ties, 0) == left), place, found)
             left -= tl.sum(ties, 0)
@@ -337,21 +341,18 @@ def write_masks(
     scope = tl.load(row + 4)
     state += scope * FIELDS
     needed, ties = tl.load(state + NUMBER), tl.load(state + TIES)
-    revives, falls = tl.load(row + 6) != 0, tl.load(falling + scope) != 0
-    best_place = tl.where(tl.load(protected + scope) != 0, tl.load(best + layer) & 0xFFFFFFFF, -1).to(tl.int32)
+    scores, mask, last, revives, falls, best_place = _ranked(layer, row, state, falling, protected, best, unsigned)
     # Of this layer, the place up to which ties are pruned: all, none, or what find_last has found.
-    last = tl.where(needed > 0, 0x7FFFFFFF, -1).to(tl.int32)
-    if needed < ties:
-        if needed > 0:
-            found = tl.load(last_of + scope)
-            last_layer, last_place = (found >> 32).to(tl.int32), (found & 0xFFFFFFFF).to(tl.int32)
-            last = tl.where(layer < last_layer, 0x7FFFFFFF, tl.where(layer == last_layer, last_place, -1)).to(tl.int32)
+    last_place = tl.where(needed > 0, 0x7FFFFFFF, -1).to(tl.int32)
+    if (needed > 0) & (needed < ties):
+        found = tl.load(last_of + scope)
+        last_layer, last_place = (found >> 32).to(tl.int32), (found & 0xFFFFFFFF).to(tl.int32)
+        last_place = tl.where(layer < last_layer, 0x7FFFFFFF, tl.where(layer == last_layer, last_place, -1))
+        last_place = last_place.to(tl.int32)
     into = out + tl.multiple_of(tl.load(row + 2), 16)
     for step in range(steps):
         place = start + step * block + tl.arange(0, block)
-        alive, candidate, lower, tie = _ties(
-            row, place, count, state, falls, revives, best_place, unsigned, magnitude
-        )
-        stays = (alive | candidate) & ((lower | (tie & (place <= last))) == 0)
+        stays, above, tie = _ties(scores, mask, last, revives, falls, best_place, place, count, unsigned, magnitude)
+        stays = stays | above | (tie & (place > last_place))
         # The space of a layer ends at a multiple of 128 bytes.
         tl.store(into + place, stays.to(tl.int8), mask=_whole_words(place, count, 16))

@@ -135,12 +135,7 @@ class _Selection:
 
     def run(self) -> list[Tensor]:
         """Find where pruning ends in every scope, and write the masks."""
-        sample = torch.empty((self.count, SAMPLE), dtype=torch.int32, device=self.device)
-        places = (self.first_layer, self.last_layer, self.starts)
-        draw_sample[(self.count, SAMPLE // 128)](
-            self.table, *places, self.falling, sample, **self.kind, sample=SAMPLE, block=128
-        )
-        sample = sample.sort(1).values
+        sample = self._drawn()
         self._find(sample, protects=False)
         for layer, nan in zip(self.layers, (self.nan_of_layer != 0).unbind(), strict=True):
             layer.nan = nan
@@ -148,6 +143,15 @@ class _Selection:
             self._protect()
             self._find(sample, protects=True)
         return self._write()
+
+    def _drawn(self) -> Tensor:
+        """Keys of candidates of each scope, in order; NO_KEY behind them."""
+        sample = torch.empty((self.count, SAMPLE), dtype=torch.int32, device=self.device)
+        draw_sample[(self.count, SAMPLE // 128)](
+            *(self.table, self.first_layer, self.last_layer, self.starts, self.falling, sample),
+            **self.kind, sample=SAMPLE, block=128,
+        )  # fmt: skip
+        return sample.sort(1).values
 
     def _find(self, sample: Tensor, protects: bool) -> None:
         """Narrow down, in every scope that is not done, the keys among which pruning ends, until it is one."""

@@ -135,9 +135,9 @@ def test_the_triton_kernels_in_their_interpreter_give_the_same_masks(of):
 
 # Of every argument of the kernels, what it points to.
 POINTED_TO = {
-    **dict.fromkeys(("table", "alive_of", "first_of", "last_of", "starts", "number", "candidates", "low"), "i64"),
-    **dict.fromkeys(("high", "shift", "best", "below", "ties", "ahead"), "i64"),
-    **dict.fromkeys(("layer_of", "falling", "keys", "done", "is_nan", "counts", "protected"), "i32"),
+    **dict.fromkeys(("table", "alive_of", "first_of", "last_of", "starts", "candidates", "state", "before"), "i64"),
+    **dict.fromkeys(("after", "best", "below", "ties_of", "upto"), "i64"),
+    **dict.fromkeys(("layer_of", "falling", "keys", "is_nan", "counts", "protected"), "i32"),
     "out": "i8",
 }
 
@@ -150,7 +150,7 @@ def test_the_triton_kernels_compile_for_an_h100():
     from sparsifai.axes.ranking import on_device_kernels as kernels
     from sparsifai.axes.ranking import on_device_triton as launched
 
-    size = {"block": launched.BLOCK, "steps": launched.STEPS}
+    size = {"block": launched.BLOCK, "steps": launched.STEPS[0]}
     first, second = launched.BINS[:2]
     cases = [(kernels.count_alive, size)]
     for keys, magnitude in zip(launched.KEYS.values(), (True, False, True), strict=True):
@@ -160,21 +160,29 @@ def test_the_triton_kernels_compile_for_an_h100():
         cases += [
             (kernels.draw_sample, {**kind, **sample, "block": 128}),
             (kernels.bracket, {**ends, **sample, "spread": launched.SPREAD, "bins": first}),
-            (kernels.narrow, {**ends, "bins": first, "next_bins": second}),
-            *((kernels.write_masks, {**kind, **size, "writes": writes}) for writes in (False, True)),
+            (kernels.narrow, {**ends, "first": True, "bins": first, "next_bins": second}),
+            (kernels.narrow, {**ends, "first": False, "bins": second, "next_bins": launched.BINS[2]}),
+            *((kernel, {**kind, **size}) for kernel in (kernels.count_ties, kernels.find_last, kernels.write_masks)),
         ]
         for bins, surveys, protects in ((first, True, False), (first, False, True), (second, False, True)):
             passes = {"first": bins == first, "surveys": surveys, "protects": protects, "bins": bins}
             cases.append((kernels.count_in_bins, {**kind, **size, **passes, "infinity": keys.infinity}))
     for kernel, constants in cases:
-        types = {name: f"*{POINTED_TO[name]}" for name in kernel.arg_names if name not in constants}
+        names = [name for name in kernel.arg_names if name not in constants]
+        # What is sent to a GPU begins at multiples of 16 bytes, of which a kernel makes use.
+        aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in names}
+        types = {**{name: f"*{POINTED_TO[name]}" for name in names}, **dict.fromkeys(constants, "constexpr")}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Triton, about its own defaults
-            source = ASTSource(kernel, {**types, **dict.fromkeys(constants, "constexpr")}, constants)
+            source = ASTSource(kernel, types, constants, aligned)
             target, options = GPUTarget("cuda", 90, 32), {"num_warps": launched.WARPS}
             compiled = triton.compile(source, target=target, options=options)
         assert len(compiled.asm["cubin"]) > 0
         assert compiled.metadata.shared < 48 * 1024
+        if "block" in constants and constants["block"] == launched.BLOCK:
+            # Scores and masks are read and written in words of several groups, not one group at a time.
+            assert "global.b8" not in compiled.asm["ptx"]
+            assert "global.b16" not in compiled.asm["ptx"]
 
 
 def test_nan_is_told_of_when_something_is_read():
