@@ -35,16 +35,17 @@ def main(names, device, quick, minutes, folder):
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     together = [name for name in names if name in UNTIMED]
-    found = _run(together, device, quick, minutes, folder)
-    for name in names:
-        if name not in UNTIMED:
-            found |= _run([name], device, quick, minutes, folder)
     facts = {**surroundings(), "FasterAI": version_of_fasterai(), **_gpu(device), "device": device, "quick": quick}
-    facts["seconds"] = round(time.perf_counter() - start, 1)
-    (folder / "gpu.json").write_text(json.dumps({"surroundings": facts, "sections": found}, indent=1))
-    text = _text(facts, found)
-    (folder / "gpu.txt").write_text(text + "\n")
-    print(text, flush=True)
+    found = {}
+    for several in [together, *([name] for name in names if name not in UNTIMED)]:
+        ended = _run(several, device, quick, minutes, folder)
+        # What there is so far is shown and kept: this command may be stopped, too.
+        print(_text({}, ended), flush=True)
+        found |= ended
+        facts["seconds"] = round(time.perf_counter() - start, 1)
+        (folder / "gpu.json").write_text(json.dumps({"surroundings": facts, "sections": found}, indent=1))
+        (folder / "gpu.txt").write_text(_text(facts, found) + "\n")
+    print("\n".join(_summary(found)), flush=True)
     return sum(len(section["failures"]) for section in found.values())
 
 
@@ -89,14 +90,26 @@ def _gpu(device):
     return {"GPU": answer, "CUDA of torch": torch.version.cuda, "system": platform.platform()}
 
 
+def _summary(found):
+    "How each section has ended, in a line"
+    for name, section in found.items():
+        numbers = f"{len(section['failures'])} failures, {len(section['left out'])} parts left out"
+        yield f"{name}: {section.get('seconds', 0):.0f} s, {numbers}"
+
+
 def _text(facts, found):
-    lines = [", ".join(f"{name} {value}" for name, value in facts.items())]
+    lines = [", ".join(f"{name} {value}" for name, value in facts.items()), *_summary(found)]
     for name, section in found.items():
         for title, rows in section["tables"].items():
             lines.append(f"\n{Table(name, title, rows)}")
     failures = [(name, each) for name, section in found.items() for each in section["failures"]]
     lines.append(f"\n{len(failures)} failures" + (":" if failures else ""))
-    lines += [f"- {name}, {each['part']}: {each['error'][:300]}" for name, each in failures]
+    parts = {}
+    for name, each in failures:
+        parts.setdefault(each["error"][:300], []).append(f"{name}, {each['part']}")
+    for error, several in parts.items():
+        others = f" and {len(several) - 1} more" if len(several) > 1 else ""
+        lines.append(f"- {several[0]}{others}: {error}")
     left_out = [f"{name}, {part}" for name, section in found.items() for part in section["left out"]]
     if left_out:
         lines.append(f"\nLeft out, for the time was over: {'; '.join(left_out)}")

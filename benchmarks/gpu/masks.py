@@ -65,7 +65,8 @@ def _compare(section, table, granularity, context, criterion, dtype, ties):
             if host is None:
                 return
             device = _sparsifier(section.device, granularity, context, criterion, dtype, ties)
-            device.load_state_dict(host.state_dict())  # quantities of data, which are computed in another order there
+            # Quantities of data, whose sums a GPU adds up in another order, are those of the CPU.
+            device.load_state_dict(host.state_dict())
             counts["combinations"] += 1
             differing, waits = _differing(host, device, section.device, context, criterion)
     except Exception as error:
@@ -98,10 +99,11 @@ def _sparsifier(device, granularity, context, criterion, dtype, ties):
     moved = [torch.randn_like(parameter) * 0.1 for parameter in model.parameters()]
     model.to(device)
     example = torch.zeros(2, 4, 12, 12, dtype=dtype, device=device)
+    batch = torch.randn(8, 4, 12, 12).to(dtype), torch.randint(10, (8,))
     try:
         sparsifier = Sparsifier(model, granularity, context, criterion, example_input=example)
-        if str(device) == "cpu":
-            _show_data(sparsifier, criterion, dtype)
+        if sparsifier.collected.at("forward", "loss", "backward"):
+            sparsifier.calibrate([tuple(each.to(device) for each in batch)], nn.functional.cross_entropy)
         sparsifier.check(0.5)
     except (ValueError, TypeError):
         if str(device) == "cpu":
@@ -113,17 +115,6 @@ def _sparsifier(device, granularity, context, criterion, dtype, ties):
     if ties:
         _round(model)
     return sparsifier
-
-
-def _show_data(sparsifier, criterion, dtype):
-    needs = {"grad", "grad_sq", "weight_grad", "activation", "hessian_grad"}
-    if needs & set(_parameters(criterion)):
-        batch = torch.randn(8, 4, 12, 12, dtype=dtype), torch.randint(10, (8,))
-        sparsifier.calibrate([batch], nn.functional.cross_entropy)
-
-
-def _parameters(criterion):
-    return criteria[criterion].__code__.co_varnames[: criteria[criterion].__code__.co_argcount]
 
 
 def _round(model):

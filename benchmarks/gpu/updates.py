@@ -28,7 +28,7 @@ def updates(section):
             if fasterai_is_installed():
                 section.part(f"{name}, {context}, FasterAI", _peer, name, make, context, FasterAI)
     for name, make in models(section).items():
-        section.part(f"{name}, granularities", _granularities, name, make)
+        _granularities(section, name, make)
 
 
 def _rising():
@@ -135,7 +135,9 @@ def _granularities(section, name, make):
         ("weight", "movement"),
         ("weight", "movement_pruning"),
     ):
-        section.part(f"{name}, {granularity}, {criterion}", _granularity, name, make, granularity, criterion)
+        # Of a decoder, whose update takes long, only what others would hardly show.
+        if not name.startswith("decoder") or granularity in ("filter", "4x4"):
+            section.part(f"{name}, {granularity}, {criterion}", _granularity, name, make, granularity, criterion)
 
 
 def _granularity(section, name, make, granularity, criterion):

@@ -70,9 +70,8 @@ def score_layer(
             # The ranking takes the absolute values on its way through the weights.
             weight = target.parameter.detach().reshape(-1)
             return DeviceLayer(target, weight, alive, 1, whole, **options, magnitude=True)
-        all_of = scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool)
-        sizes = grouping.size if isinstance(grouping.size, int) else grouping.size.to(mask.device)
-        return DeviceLayer(target, all_of.to(mask.device), alive, sizes, whole, **options)
+        all_of = scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool, at_once=True)
+        return DeviceLayer(target, all_of.to(mask.device), alive, grouping.size_on(mask.device), whole, **options)
     alive = grouping.gather(mask).cpu().numpy().view()
     alive.flags.writeable = False  # it can be the mask itself
     grid = grouping.named_grid
