@@ -7,6 +7,9 @@ weight decay and momentum included: its zero holds by construction, even if the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -73,11 +76,35 @@ def zero_masked(tensor: Tensor, mask: Tensor, zero: float = 0.0) -> None:
         tensor.add_(~mask, alpha=zero)
 
 
+def _zero_all_masked(pairs: Iterable[tuple[Tensor, Tensor]], zero: float = 0.0) -> None:
+    """zero_masked of many tensors; on a GPU, where torch brings Triton, those of a type at once."""
+    by_type: dict[tuple[torch.device, torch.dtype], dict[int, tuple[Tensor, Tensor]]] = {}
+    for tensor, mask in pairs:
+        of_type = by_type.setdefault((tensor.device, tensor.dtype), {})
+        # Twice the same tensor, as of tied parameters, is no matter for programs that run at once.
+        if not _is_for_kernel(tensor, mask) or tensor.data_ptr() in of_type:
+            zero_masked(tensor, mask, zero)
+        else:
+            of_type[tensor.data_ptr()] = tensor.detach(), mask
+    for of_type in filter(None, by_type.values()):
+        tensors, masks = zip(*of_type.values(), strict=True)
+        _kernel().zero_masked_at_once(tensors, masks, zero)
+
+
+def _is_for_kernel(tensor: Tensor, mask: Tensor) -> bool:
+    # What a CUDA graph captures is replayed, and so may not come from memory of the host that is free by then.
+    on_gpu = tensor.is_cuda and mask.is_cuda and not is_sharded(tensor) and find_spec("triton") is not None
+    return on_gpu and not torch.cuda.is_current_stream_capturing() and _kernel().fits(tensor, mask)
+
+
+def _kernel() -> ModuleType:
+    return import_module("sparsifai.sparsifier.masking_triton")
+
+
 @torch.no_grad()
 def zero_weights(masked: Masked) -> None:
     """Set the masked values of parameters to zero."""
-    for parameter, mask in masked:
-        zero_masked(parameter, mask)
+    _zero_all_masked(masked)
 
 
 @torch.no_grad()
@@ -93,14 +120,10 @@ def is_masked_zero(masked: Masked) -> bool:
 @torch.no_grad()
 def zero_gradients(masked: Masked) -> bool:
     """Set the gradients of masked values to zero. False if one is sparse, as of an embedding: those are left."""
-    zeroed = True
-    for parameter, mask in masked:
-        if parameter.grad is not None:
-            if parameter.grad.layout == torch.strided:
-                zero_masked(parameter.grad, mask)
-            else:
-                zeroed = False
-    return zeroed
+    gradients = [(parameter.grad, mask) for parameter, mask in masked if parameter.grad is not None]
+    plain = [(gradient, mask) for gradient, mask in gradients if gradient.layout == torch.strided]
+    _zero_all_masked(plain)
+    return len(plain) == len(gradients)
 
 
 @torch.no_grad()
@@ -112,11 +135,14 @@ def zero_moments(masked: Masked, optimizer: Any, squares: float = 0.0) -> None:
         is as good and faster.
     """
     states = list(_states_of(optimizer))
+    moments: dict[float, list[tuple[Tensor, Tensor]]] = {}
     for parameter, mask in masked:
         for state in states:
             for name, kept in state.get(parameter, {}).items():
                 if _is_plain(kept) and kept.shape == parameter.shape:
-                    zero_masked(kept, mask, squares if name in _SQUARES else 0.0)
+                    moments.setdefault(squares if name in _SQUARES else 0.0, []).append((kept, mask))
+    for zero, pairs in moments.items():
+        _zero_all_masked(pairs, zero)
 
 
 def holds_zeros(optimizer: Any) -> bool:

@@ -73,7 +73,8 @@ def select(scopes: Sequence[Sequence[DeviceLayer]], sparsity: float) -> list[Ten
     The groups of a scope have one size. Scores are contiguous and of one type of KEYS in all layers; so are masks.
     Whether a score is NaN is left in `nan` of each layer.
     """
-    return _Selection(scopes, sparsity).run()
+    with torch.cuda.device_of(scopes[0][0].alive):
+        return _Selection(scopes, sparsity).run()
 
 
 class _Selection:
