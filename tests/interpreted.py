@@ -218,13 +218,14 @@ def of_samples():
 def of_masking():
     """What is masked is zero, or what is asked for, in any order of memory; all else is as it was."""
     for dtype, zero in ((torch.float32, 0.0), (torch.bfloat16, 1e-16), (torch.float16, 0.0)):
-        tensors = [torch.randn(shape).to(dtype) for shape in ((8,), (64, 3, 2, 2), (300, 40))]
+        tensors = [torch.randn(shape).to(dtype) for shape in ((8,), (64, 3, 2, 2), (300, 40), (16, 4, 1, 1))]
         tensors[1] = tensors[1].to(memory_format=torch.channels_last)
         tensors[2][:9, 7] = float("inf")
         masks = [torch.empty_like(each, dtype=torch.bool).copy_(torch.rand(each.shape) < 0.5) for each in tensors]
         expected = [
             torch.where(mask, each, torch.tensor(zero, dtype=dtype)) for each, mask in zip(tensors, masks, strict=True)
         ]
+        masks[3] = masks[3].to(memory_format=torch.channels_last)  # of which only the strides differ
         assert all(map(masking_triton.fits, tensors, masks))
         masking_triton.zero_masked_at_once(tensors, masks, zero)
         assert all(map(torch.equal, tensors, expected))

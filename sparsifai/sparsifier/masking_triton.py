@@ -45,7 +45,10 @@ def set_masked(table, tensor_of, zero, wide: tl.constexpr, block: tl.constexpr, 
 def fits(tensor: Tensor, mask: Tensor) -> bool:
     """Whether a tensor and its mask are in the same order of memory, in whole words, and of a type that is handled."""
     dense = tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
-    same = mask.dtype == torch.bool and tensor.shape == mask.shape and tensor.stride() == mask.stride()
+    strides = [
+        [stride for stride, side in zip(each.stride(), each.shape, strict=True) if side > 1] for each in (tensor, mask)
+    ]
+    same = mask.dtype == torch.bool and tensor.shape == mask.shape and strides[0] == strides[1]
     aligned = tensor.data_ptr() % 16 == mask.data_ptr() % 16 == 0 and tensor.numel() % WORD == 0
     return tensor.dtype in _INTEGER and same and dense and aligned and 0 < tensor.numel() < 2**30
 

@@ -5,7 +5,7 @@ import torch
 from conftest import small_net
 from torch import nn
 
-from sparsifai import Sparsifier, masking
+from sparsifai import Sparsifier
 from sparsifai.sparsifier.masking import (
     NEXT_TO_ZERO,
     holds_zeros,

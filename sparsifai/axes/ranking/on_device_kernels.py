@@ -241,8 +241,9 @@ def narrow(
     after += scope * FIELDS
     begin, end, shift = tl.load(before + LOW), tl.load(before + HIGH), tl.load(before + SHIFT)
     wanted, ties = tl.load(before + NUMBER), tl.load(before + TIES)
-    if tl.load(before + DONE) != 0:
-        _store(after, begin, end, wanted >= 0, wanted, ties, next_bins)
+    was_done = tl.load(before + DONE) != 0
+    if was_done:
+        _store(after, begin, end, was_done, wanted, ties, next_bins)
     else:
         lower = tl.zeros((), tl.int64)
         if first:  # of what is left after it, nothing is below

@@ -46,7 +46,7 @@ MANY = 2**27
 SAMPLE = 4096
 # Bins of each pass. The first counts by a histogram of its own, for many groups are in the bracket: its time grows with
 # its bins. The others add each group of the bin that was hit to a number in memory, for these are few.
-BINS = (256, 16384, 4096, 4096)
+BINS = (256, 8192, 4096, 4096)
 # Standard deviations of the sample's order statistics between its bracket and where pruning is expected to end.
 SPREAD = 5
 # What is written begins at multiples of so many bytes for every layer, as tensors of their own do.
