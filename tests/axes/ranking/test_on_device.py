@@ -292,6 +292,8 @@ def test_on_a_gpu_masks_of_large_layers_are_those_of_the_cpu(draw, context):
         host.sparsify(level)
         device.sparsify(level)
         assert all(torch.equal(host.masks[name], mask.cpu()) for name, mask in device.masks.items())
+        for one, other in zip(host.model.parameters(), device.model.parameters(), strict=True):
+            assert torch.equal(one, other.cpu())
 
 
 @pytest.mark.cuda
@@ -308,3 +310,11 @@ def test_on_a_gpu_a_whole_step_waits_for_nothing(criterion):
             optimizer.step()
             sparsifier.update_masks(level, optimizer)
     assert sparsifier.sparsity == pytest.approx(0.4, abs=0.01)
+    sparsifier.mask_gradients()
+    sparsifier.mask_moments(optimizer)
+    for parameter, mask in sparsifier.masked_parameters():
+        kept = mask.expand_as(parameter)
+        moments = optimizer.state[parameter]
+        for values in (parameter, parameter.grad, moments["exp_avg"], moments["exp_avg_sq"]):
+            assert not values[~kept].any()
+            assert values[kept].any()
