@@ -38,7 +38,7 @@ def main(names, device, quick, minutes, folder):
     facts = {**surroundings(), "FasterAI": version_of_fasterai(), **_gpu(device), "device": device, "quick": quick}
     found = {}
     for several in [together, *([name] for name in names if name not in UNTIMED)]:
-        ended = _run(several, device, quick, minutes, folder)
+        ended = _run(several, device, quick, minutes, folder, start + 60 * minutes + 2 * GRACE)
         # What there is so far is shown and kept: this command may be stopped, too.
         print(_text({}, ended), flush=True)
         found |= ended
@@ -49,8 +49,8 @@ def main(names, device, quick, minutes, folder):
     return sum(len(section["failures"]) for section in found.values())
 
 
-def _run(names, device, quick, minutes, folder):
-    "What some sections have found, run side by side in processes of their own"
+def _run(names, device, quick, minutes, folder, end):
+    "What some sections have found, run side by side in processes of their own; none goes on after `end`"
     # Spawned: a process that is forked cannot use a GPU that its parent has looked at.
     context = multiprocessing.get_context("spawn")
     running = {}
@@ -60,7 +60,7 @@ def _run(names, device, quick, minutes, folder):
         file.unlink(missing_ok=True)
         process = context.Process(target=run_section, args=(name, device, quick, seconds, file))
         process.start()
-        running[name] = process, file, time.perf_counter() + seconds + GRACE
+        running[name] = process, file, min(time.perf_counter() + seconds + GRACE, end)
     return {name: _ended(name, *each) for name, each in running.items()}
 
 

@@ -5,8 +5,7 @@ import torch
 from conftest import small_net
 from torch import nn
 
-from sparsifai import Sparsifier
-from sparsifai.sparsifier import masking
+from sparsifai import Sparsifier, masking
 from sparsifai.sparsifier.masking import (
     NEXT_TO_ZERO,
     holds_zeros,
@@ -24,7 +23,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("places", [False, True])
 @pytest.mark.parametrize("part", [16, 131072])
 def test_masked_values_are_zero_and_others_as_they_were(dtype, memory, places, part, monkeypatch):
-    monkeypatch.setattr(masking, "CHUNK", part)
+    monkeypatch.setattr(masking, "PART", part)
     torch.manual_seed(0)
     before = torch.randn(4, 3, 5, 5, dtype=dtype).to(memory_format=memory)
     before[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -1.0], dtype=dtype)
@@ -51,7 +50,7 @@ def test_newly_masked_are_places_if_few_and_the_mask_otherwise():
 
 
 def test_newly_masked_are_found_in_all_parts(monkeypatch):
-    monkeypatch.setattr(masking, "CHUNK", 7)
+    monkeypatch.setattr(masking, "PART", 7)
     weight, before = nn.Parameter(torch.ones(20, 20)), torch.rand(20, 20) < 0.9
     mask = before.clone()
     mask.view(-1)[[0, 6, 7, 200, 398, 399]] = False
@@ -155,8 +154,7 @@ def test_a_keeper_masks_after_the_step_of_an_optimizer_that_it_does_not_know(mak
         ranger,
     )
 
-    from sparsifai import KeepSparsity
-    from sparsifai.callbacks import keep
+    from sparsifai import KeepSparsity, keep
 
     class Mixing(torch.optim.SGD):
         @torch.no_grad()
@@ -266,8 +264,7 @@ def test_weights_and_moments_that_are_loaded_within_a_fit_are_masked_before_the_
 def test_a_keeper_keeps_means_of_squares_from_decaying(make_learner, monkeypatch):
     from fastai.optimizer import Adam
 
-    from sparsifai import KeepSparsity
-    from sparsifai.callbacks import keep
+    from sparsifai import KeepSparsity, keep
 
     monkeypatch.setattr(keep, "REFRESH", 8)
     model = small_net()
