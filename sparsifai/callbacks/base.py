@@ -1,4 +1,4 @@
-"""What all callbacks of this library share: the place in a fit, and what happens when one is taken off the Learner."""
+"""The base class of the fastai callbacks of this library."""
 
 from __future__ import annotations
 
@@ -6,48 +6,51 @@ from fastai.callback.core import Callback
 
 
 class TrainingCallback(Callback):
-    """A callback for fits alone: nothing that `validate`, `get_preds` and the like do reaches it.
+    """A callback that runs in fits only: it ignores the events of `validate`, `get_preds`, `predict` and the like.
 
-    An exported Learner has a plain `Callback` in its place, so that it loads where sparsifai is not installed.
+    An exported Learner has a plain `Callback` in its place, so it loads where sparsifai is not installed.
     """
 
     def __call__(self, event_name):
-        "Call the event, unless it comes from `validate`, `get_preds` and the like, which hold the Learner's lock"
+        "Call the method of the event, unless it comes from `validate` and the like, which hold the Learner's lock"
         learn = self.learn
-        if learn is None or not learn.lock.locked():
+        if learn is None:  # another callback has just removed this one, in the same event
+            return None
+        if not learn.lock.locked():
             return super().__call__(event_name)
         if event_name == "before_fit":
             self._before_question()
         return None
 
     def _before_question(self) -> None:
-        """Called when `validate`, `get_preds` and the like begin, in a fit or outside of one."""
+        """Called when `validate`, `get_preds` or the like begins, within a fit or outside of one."""
 
     @property
     def _batches_of_fit(self) -> int:
+        """How many batches the fit has."""
         return self.learn.n_epoch * self.learn.n_iter
 
     def _batches(self, done: int) -> int:
-        """Batches of the fit that are over, with `done` (0 or 1) for the present one."""
+        """How many batches of the fit are done. done: 1 to count the present one, else 0."""
         return self.learn.epoch * self.learn.n_iter + self.learn.iter + done
 
     @property
     def _start(self) -> float:
-        """Fraction of the fit that is over at the present batch."""
+        """The fraction of the fit that was done before the present batch."""
         return self._batches(0) / self._batches_of_fit
 
     def __setattr__(self, name, value):
-        # fastai has no event for this. It sets `learn` to None when a callback is taken off, and `fit` takes off the
-        # callbacks that it was given even if it is interrupted, when no event comes any more.
+        # fastai has no event for the removal of a callback, but it sets `learn` to None then. An interrupted fit calls
+        # no more events, but it removes the callbacks that were passed to it.
         if name == "learn" and value is None and self.learn is not None:
             self._taken_off()
         super().__setattr__(name, value)
 
     def _taken_off(self) -> None:
-        """Undo what holds as long as the callback is on the Learner."""
+        """Called before the callback is removed from the Learner."""
 
     def __reduce_ex__(self, protocol):
         learn = self.learn
-        if learn is not None and learn.opt is None and len(learn.dls.train_ds) == 0:  # as `learn.export` makes it
+        if learn is not None and learn.opt is None and len(learn.dls.train_ds) == 0:  # in `learn.export`
             return Callback, ()
         return super().__reduce_ex__(protocol)

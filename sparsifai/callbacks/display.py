@@ -1,4 +1,4 @@
-"""What SparsifyCallback does to the rest of a Learner: the column of the table, curves, trackers, one-line notices."""
+"""What SparsifyCallback shows in a Learner: a column of the training table, curves, notices; and pausing trackers."""
 
 from __future__ import annotations
 
@@ -14,83 +14,107 @@ from fastcore.basics import patch
 
 
 def notify(learn: Learner, message: str) -> None:
-    """One line for the user, where the Learner's own table is shown, from the first process."""
+    """Print one line in the first process, unless the Learner shows no training table.
+
+    Args:
+        learn: The Learner.
+        message: The line.
+    """
     if learn.logger is not noop and rank_distrib() == 0:
         print(message)
 
 
 class Column:
-    """The measured sparsity in the training table, which is made of the metrics."""
+    """The column `sparsity` in the training table: a metric, on the Learner while a fit trains.
+
+    Args:
+        learn: The Learner.
+        measure: Returns the measured sparsity.
+    """
 
     def __init__(self, learn: Learner, measure: Callable[[], float]):
         self.learn, self.metric = learn, _Measured(measure, "sparsity")
 
     def show(self) -> None:
-        """Append it to the metrics, if it is not there."""
+        """Add the column to the metrics, if it is not among them."""
         if self.metric not in self.learn.metrics:
             self.learn.metrics = [*self.learn.metrics, self.metric]
 
     def hide(self) -> None:
-        """Take it from the metrics, where it may be."""
+        """Remove the column from the metrics, if it is among them."""
         self.learn.metrics = [metric for metric in self.learn.metrics if metric is not self.metric]
 
 
 class _Measured(ValueMetric):
-    """Pickled, as with a Learner whose fit was interrupted, it is a number, for which sparsifai need not be there."""
+    """The metric. In a pickled Learner it is a fixed number, which loads where sparsifai is not installed."""
 
     def __reduce__(self):
         return ValueMetric, (partial(float, self.value), self.name)
 
 
 class Curves:
-    """The level after every batch; epoch, level and measured sparsity after every epoch. For the recorder's plots."""
+    """The curves of a fit, for the plots of the Recorder.
+
+    Attributes:
+        by_batch: The level after every batch.
+        by_epoch: (epoch, level, measured sparsity) after every epoch.
+    """
 
     def __init__(self) -> None:
         self.by_batch: list[float] = []
         self.by_epoch: list[tuple[int, float, float]] = []
 
     def hand_over(self, learn: Learner) -> None:
-        """Give them to the recorder, beside what ParamScheduler gives it."""
+        """Store the curves in the Recorder, beside the hyper-parameters that ParamScheduler stores there."""
         recorder = getattr(learn, "recorder", None)
         if recorder is not None:
             recorder.sparsity_by_epoch = self.by_epoch
             schedulers = learn._grab_cbs(ParamScheduler)
-            for scheduler in schedulers:  # which hands its own over after this
+            for scheduler in schedulers:  # stores its own after this
                 scheduler.hps["sparsity"] = self.by_batch
             if not schedulers:
                 recorder.hps = {"sparsity": self.by_batch}
 
 
 class Trackers:
-    """SaveModelCallback, EarlyStopping and the like: while an epoch is short of the target, they do not judge it."""
+    """Pauses SaveModelCallback, EarlyStoppingCallback and ReduceLROnPlateau before the target sparsity is reached.
+
+    Attributes:
+        paused: The trackers that are switched off at present.
+    """
 
     def __init__(self) -> None:
         self.paused: list[TrackerCallback] = []
 
     def forget(self, learn: Learner) -> None:
-        """Have all forget what they judged at another sparsity."""
+        """Make all trackers forget their best value, which belongs to other masks."""
         for tracker in learn._grab_cbs(TrackerCallback):
             tracker.best = np.inf if tracker.comp == np.less else -np.inf
 
     def pause(self, learn: Learner) -> None:
-        """Let none judge this epoch."""
+        """Switch off all trackers for this epoch."""
         for tracker in learn._grab_cbs(TrackerCallback):
-            if not getattr(tracker, "every_epoch", False):  # which compares nothing
+            if not getattr(tracker, "every_epoch", False):  # saves every epoch and compares none
                 self._stop(tracker)
 
     def pause_loading(self, learn: Learner, short: bool) -> None:
-        """Let no best epoch be loaded if there is none. short: whether the fit has ended short of the target."""
+        """Keep SaveModelCallback from loading a best epoch if there is none.
+
+        Args:
+            learn: The Learner.
+            short: Whether the fit has ended before the target sparsity was reached.
+        """
         for saver in learn._grab_cbs(SaveModelCallback):
             if not saver.every_epoch and not saver.at_end and (short or np.isinf(saver.best)):
                 self._stop(saver)
 
     def _stop(self, tracker: TrackerCallback) -> None:
-        if tracker.run:  # which the user has not switched off
+        if tracker.run:  # or the user has switched it off
             tracker.run = False
             self.paused.append(tracker)
 
     def resume(self) -> None:
-        """Let all judge again."""
+        """Switch the trackers on again."""
         for tracker in self.paused:
             tracker.run = True
         self.paused = []
@@ -101,7 +125,17 @@ def plot_sparsity(
     self: Recorder,
     ax=None,  # Matplotlib axes to draw on
 ):
-    "Plot the level that was asked for and the measured sparsity by epoch, of the last fit with SparsifyCallback"
+    """Plot the level that was asked for and the measured sparsity by epoch, of the last fit with SparsifyCallback.
+
+    Args:
+        ax: Matplotlib axes to draw on. Default: new ones.
+
+    Returns:
+        The matplotlib axes.
+
+    Raises:
+        ValueError: No fit with a SparsifyCallback was recorded.
+    """
     import matplotlib.pyplot as plt
 
     if not getattr(self, "sparsity_by_epoch", None):

@@ -1,8 +1,8 @@
-"""What SparsifyCallback knows and shows of one fit: made when the fit begins, dropped when it ends."""
+"""What SparsifyCallback stores for the time of one fit: created when the fit begins, dropped when it ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fastai.learner import Learner
@@ -20,13 +20,16 @@ class Fit:
 
     Attributes:
         learn: The Learner.
-        measure: Gives the measured sparsity, for the training table and notices.
-        advances: Whether the sparsity moves along the schedule: not while layers are frozen.
-        floor: What earlier fits have reached, as a fraction of the target sparsity.
-        keeper: What keeps the zeros, from the first batch on. None before.
-        brought: Whether this fit has put the keeper on the Learner.
-        updated: Batches that were over at the last mask update.
-        moved: Whether the level has changed since the trackers last judged an epoch.
+        measure: Returns the measured sparsity, for the training table and notices.
+        advances: Whether the sparsity follows the schedule; it does not while layers are frozen.
+        floor: What earlier fits reached, as a fraction of the target sparsity.
+        keeper: The KeepSparsity that keeps the pruned weights at zero. None before the first batch.
+        brought: Whether this fit added it to the Learner.
+        updated: How many batches were done at the last mask update.
+        moved: Whether the level has changed or weights have regrown since the trackers last compared an epoch.
+        column: The column `sparsity` of the training table.
+        curves: The curves for the Recorder.
+        trackers: Pauses SaveModelCallback and the like.
     """
 
     learn: Learner
@@ -53,17 +56,15 @@ class Fit:
     # --- What keeps the zeros -----------------------------------------------------------------------------------
 
     def find_keeper(self) -> bool:
-        """Have a KeepSparsity that stays on the Learner; returns whether there was any before."""
+        """Add a KeepSparsity to the Learner, unless an earlier fit left one. Returns whether the Learner had any."""
         keepers = list(self.learn._grab_cbs(KeepSparsity))
         for each in keepers:
-            each.recover()  # the zeros of the model, before the masks move
+            each.recover()  # adds the zeros of the model, before any mask changes
         keeper = next((each for each in keepers if each.left_by_fit), None)
         self.brought = keeper is None
         if keeper is None:
             keeper = KeepSparsity()
             keeper.left_by_fit = True
-            for each in keepers:
-                each.is_second = True
             self.learn.add_cb(keeper)
         self.keeper = keeper
         keeper.begin()
@@ -76,40 +77,45 @@ class Fit:
             masks = merged(masks, keeper.masks)
         return masks
 
-    def let_go(self, names: Iterable[str]) -> None:
-        """Have nothing keep these parameters at zero, until the keeper gets new masks."""
-        for keeper in self.learn._grab_cbs(KeepSparsity):
-            for name in names:
-                keeper.masks.pop(name, None)
+    def take_over(self) -> None:
+        """Empty the masks of the other KeepSparsity callbacks. They would hinder weights from regrowing or reviving."""
+        for each in self.learn._grab_cbs(KeepSparsity):
+            if each is not self.keeper:
+                each.masks = {}
 
     def keep(self, sparsifier: Sparsifier, others: dict[str, Tensor]) -> None:
-        """Give the keeper the masks of a Sparsifier as they are now. others: masks of zeros that are not its own."""
+        """Hand the present masks to the keeper.
+
+        Args:
+            sparsifier: The Sparsifier of the fit.
+            others: Masks of zeros that it did not prune itself, such as those of earlier fits.
+        """
         if self.keeper is None:
             return
         self.keeper.masks = merged({**sparsifier.masks, **sparsifier.follower_masks}, others)
-        if self.keeper.learn is None:  # the user has taken it off in the fit
+        if self.keeper.learn is None:  # the user has removed it during the fit
             sparsifier.apply_masks()
             sparsifier.mask_moments(self.learn.opt)
 
     def announce_keeper(self) -> None:
-        """Say what keeps the zeros in later fits, or take it off if there are none."""
+        """Tell the user that the keeper stays on the Learner; or remove it, if nothing is pruned."""
         for keeper in self.learn._grab_cbs(KeepSparsity):
-            keeper.enforce()  # a fit can be interrupted between a step and what comes after it
-        if self.keeper is None or not self.brought or self.keeper.learn is None:  # said before, or taken off
+            keeper.enforce()  # an interrupt can come between a step and the event after it
+        if self.keeper is None or self.keeper.learn is None:  # before the first batch, or removed by the user
             return
-        if self.keeper.masks_something:
+        if not self.keeper.masks_something:
+            self.learn.remove_cb(self.keeper)
+        elif self.brought:
             notify(
                 self.learn,
                 f"KeepSparsity keeps the {percent(self.measure())} of zeros in later fits, too; "
-                "learn.remove_cb(KeepSparsity) takes it off",
+                "learn.remove_cb(KeepSparsity) removes it",
             )
-        else:
-            self.learn.remove_cb(self.keeper)
 
     # --- What is shown ------------------------------------------------------------------------------------------
 
     def end_epoch(self, level: float, short: bool) -> None:
-        """Record an epoch. If it is short of the target sparsity, trackers ignore it."""
+        """Record an epoch. Trackers ignore it if it is short of the target sparsity."""
         self.curves.by_epoch.append((self.learn.epoch, level, self.measure()))
         if self.moved:
             self.trackers.forget(self.learn)
@@ -127,6 +133,6 @@ class Fit:
                 self.trackers.paused = []  # fastai switches all callbacks on again at the end of a fit
 
     def undo(self) -> None:
-        """Leave the training table and the trackers as they were."""
+        """Restore the training table and the trackers."""
         self.column.hide()
         self.trackers.resume()

@@ -1,4 +1,4 @@
-"""FreezeCallback: layers that are not trained in a part of training."""
+"""FreezeCallback: freeze some layers for a part of training."""
 
 from __future__ import annotations
 
@@ -12,63 +12,75 @@ from .sparsify import SparsifyCallback
 
 
 class FreezeCallback(TrainingCallback):
-    "Do not train some layers from `start` to `end`"
+    """Freeze some layers from `start` to `end` of a fit. Afterwards they are trained again.
 
-    # After SparsifyCallback, so that what is frozen for a while takes part in its masks.
+    Args:
+        layers: Names or globs of layers or parameters, or a list of them. A container stands for everything within it.
+        start: Fraction of the fit that is done when the layers are frozen, from 0 to 1. Default 0.
+        end: Fraction of the fit that is done when they are trained again, from 0 to 1. Default 1.
+
+    Raises:
+        TypeError: `layers` is neither a name nor a list of names.
+        ValueError: Not 0 <= start < end <= 1; or, when a fit begins, a name matches no layer.
+
+    Example:
+        learn.fit(10, cbs=FreezeCallback("0.*", end=0.5))
+    """
+
+    # After SparsifyCallback, which leaves out frozen layers when it makes its Sparsifier, at the first batch: layers
+    # that are frozen for a part of the fit are pruned, too.
     order = SparsifyCallback.order + 0.1
+    run_valid = False
 
     name = "freeze_layers"  # `freeze` is a method of the Learner
 
-    _stopped: tuple[nn.Parameter, ...] = ()  # by this callback, at the moment
+    _frozen: tuple[nn.Parameter, ...] = ()  # what this callback has frozen and not yet unfrozen
 
     def __init__(
         self,
         layers,  # Names or globs of layers or parameters, or a list of them; a container means all within it
-        start=0.0,  # Share of training that is over when it begins
-        end=1.0,  # Share of training that is over when it ends
+        start=0.0,  # Fraction of the fit that is done when the layers are frozen
+        end=1.0,  # Fraction of the fit that is done when they are trained again
     ):
         super().__init__()
         self.layers = [layers] if isinstance(layers, str) else list(layers)
         if not self.layers or not all(isinstance(each, str) for each in self.layers):
-            raise TypeError(f"FreezeCallback: layers are names or globs of layers, not {layers!r}")
+            raise TypeError(f"FreezeCallback: layers must be names or globs of layers, or a list, not {layers!r}")
         if not 0 <= start < end <= 1:
-            raise ValueError(f"FreezeCallback: needs 0 <= start < end <= 1, got start={start!r}, end={end!r}")
+            raise ValueError(f"FreezeCallback: 0 <= start < end <= 1 must hold, not start={start!r}, end={end!r}")
         for pattern in self.layers:
-            name_matcher(pattern)  # raises for what is no regular expression
+            name_matcher(pattern)  # raises if a regular expression is malformed
         self.start, self.end = start, end
 
     def _taken_off(self) -> None:
-        self._train_again()
+        self._unfreeze()
 
     def before_fit(self):
-        "Know the layers, before anything is trained"
-        if not self.learn.lock.locked():
-            self._train_again()
-            self._chosen()
+        "Check that every name matches a layer"
+        self._unfreeze()  # after a fit that was interrupted
+        self._parameters()
 
     def before_batch(self):
-        "Freeze, or train again, when it is time"
-        if self.learn.training:
-            if self.start <= self._start < self.end:
-                if not self._stopped:
-                    self._stopped = tuple(each for each in self._chosen() if each.requires_grad)
-                    for parameter in self._stopped:
-                        parameter.requires_grad_(False)
-                        parameter.grad = None  # or the optimizer would still step it
-            else:
-                self._train_again()
+        "Freeze the layers at `start`, and unfreeze them at `end`"
+        if not self.start <= self._start < self.end:
+            self._unfreeze()
+        elif not self._frozen:
+            self._frozen = tuple(each for each in self._parameters() if each.requires_grad)
+            for parameter in self._frozen:
+                parameter.requires_grad_(False)
+                parameter.grad = None  # or the optimizer would still step it
 
     def after_fit(self):
-        "Leave the layers as they were"
-        if not self.learn.lock.locked():
-            self._train_again()
+        "Unfreeze the layers"
+        self._unfreeze()
 
-    def _train_again(self) -> None:
-        for parameter in self._stopped:
+    def _unfreeze(self) -> None:
+        for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self._stopped = ()
+        self._frozen = ()
 
-    def _chosen(self) -> list[nn.Parameter]:
+    def _parameters(self) -> list[nn.Parameter]:
+        """The parameters whose names match, or lie in a layer whose name matches."""
         chosen: dict[int, nn.Parameter] = {}
         named = dict(unwrapped(self.learn.model).named_parameters())
         for pattern in self.layers:

@@ -1,4 +1,4 @@
-"""KeepSparsity: the fastai callback that keeps zeros, in the fit that made them and in later ones."""
+"""KeepSparsity: the fastai callback that keeps pruned weights at zero, in the fit that prunes them and later."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
 from .base import TrainingCallback
 
-# A few of ten million weights that are drawn at random are exactly zero. Up to this fraction, zeros are no sparsity.
+# A few of ten million randomly drawn weights are exactly zero. Up to this fraction, zeros do not count as pruned.
 CHANCE = 1e-5
 
-# Every so many steps, means of squares are set to NEXT_TO_ZERO again, before they decay to denormal numbers, which are
-# slow: with a decay of 0.9 that takes 480 steps.
+# Every so many steps, means of squares are set to NEXT_TO_ZERO again, before they decay to denormal numbers, with which
+# arithmetic is slow. With a decay of 0.9 that takes 480 steps.
 REFRESH = 300
 
 # The events in which a callback can change weights within an epoch's training.
@@ -43,18 +43,24 @@ _OF_TRAINING = (
 class KeepSparsity(TrainingCallback):
     """Keep the zeros of a sparse model zero while it trains. SparsifyCallback leaves one on the Learner.
 
-    In every step it sets the gradients of masked weights to zero, before they are clipped, so that momentum and weight
-    decay leave the zeros alone. Where it does not know the optimizer or a callback, it also sets the weights to zero
-    after the step.
+    In every step it sets the gradients of masked weights to zero, before gradients are clipped. Then neither momentum
+    nor weight decay moves these weights. If the optimizer or a callback is neither fastai's nor torch's, it also sets
+    the weights to zero after the step.
 
     Attributes:
         masks: Parameter name -> bool tensor that broadcasts to the parameter, False where it is kept at zero.
 
     Args:
-        sparsifier: The Sparsifier whose masks are kept. By default, the zeros that the model has when a fit begins.
+        sparsifier: A Sparsifier of the model, whose masks are kept as they are at each step. Default: the zeros that
+            the model has when a fit begins are kept.
 
     Raises:
         TypeError: `sparsifier` is no Sparsifier.
+        ValueError: When a fit begins: the Learner has another model than the one whose zeros were kept.
+
+    Example:
+        learn.load("sparse")
+        learn.fit(5, cbs=KeepSparsity())
     """
 
     # After MixedPrecision (10) has unscaled the gradients, before GradientClip (11) takes their norm.
@@ -67,42 +73,58 @@ class KeepSparsity(TrainingCallback):
     ):
         super().__init__()
         if sparsifier is not None and not isinstance(sparsifier, Sparsifier):
-            raise TypeError(f"KeepSparsity: sparsifier is a Sparsifier whose masks are kept, not {sparsifier!r}")
-        self.masks: dict[str, Tensor] = {}
-        self.held_model: Any = None  # the model of the masks
-        self.recovers = sparsifier is None  # whether each fit begins with the zeros of the model
-        self.left_by_fit = False  # whether SparsifyCallback has put it on the Learner
-        self.is_second = False  # whether SparsifyCallback has put another one on the Learner beside it
-        self._recovered = False  # whether this fit has begun with the zeros of the model
+            raise TypeError(f"KeepSparsity: sparsifier must be a Sparsifier, whose masks are kept, not {sparsifier!r}")
+        self.masks = {}
+        self._sparsifier: Any = sparsifier  # whose masks are kept, until others are assigned
+        self.held_model: Any = None if sparsifier is None else sparsifier.model  # the model that the masks belong to
+        self.recovers = sparsifier is None  # whether the zeros of the model are added to the masks in each fit
+        self.left_by_fit = False  # whether SparsifyCallback has added it to the Learner
+        self._recovered = False  # whether that is done in this fit
         self._steps = 0
-        self._gradients_zeroed = False  # in this step, for all masked weights
-        if sparsifier is not None:
-            self.masks, self.held_model = {**sparsifier.masks, **sparsifier.follower_masks}, sparsifier.model
+        self._gradients_zeroed = False  # whether the gradients of all masked weights were zeroed in this step
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        "Parameter name -> mask. If a Sparsifier was passed, its present masks"
+        sparsifier = self._sparsifier
+        return self._masks if sparsifier is None else {**sparsifier.masks, **sparsifier.follower_masks}
+
+    @masks.setter
+    def masks(self, masks: dict[str, Tensor]) -> None:
+        self._masks, self._sparsifier = masks, None
 
     @property
     def name(self):
-        "The name under which the Learner has it. Beside another one it is a second name, which is removed with it."
-        return "second_keep_sparsity" if self.is_second else super().name
+        "The name of the attribute of the Learner"
+        # When fastai has removed a callback, it deletes the attribute of this name, which may be another KeepSparsity.
+        return "removed_keep_sparsity" if self.learn is None else super().name
+
+    def _taken_off(self) -> None:
+        others = [each for each in self.learn._grab_cbs(KeepSparsity) if each is not self]
+        if others:
+            self.learn.keep_sparsity = others[-1]
+        else:
+            self.learn.__dict__.pop(self.name, None)
 
     def before_fit(self):
         "Zero the masked weights and their moments, which may have been loaded or changed since the last fit"
         self._recovered = False
         if self.held_model is not None and self.held_model is not unwrapped(self.learn.model):
             raise ValueError(
-                "KeepSparsity keeps the zeros of another model than the Learner's; take it off with "
+                "KeepSparsity keeps the zeros of another model than the Learner's; remove it with "
                 "learn.remove_cb(KeepSparsity), or use KeepSparsity() to keep the zeros of this model"
             )
         if not is_masked_zero(self._masked()):
             warnings.warn(
-                "KeepSparsity: masked weights were changed or loaded since they were zero, and are set to zero again; "
-                "to keep the new values, call learn.remove_cb(KeepSparsity) before the fit",
+                "KeepSparsity: pruned weights were changed or loaded and are not zero any more; they are set to zero "
+                "again. To keep the new values, call learn.remove_cb(KeepSparsity) before the fit",
                 stacklevel=2,
             )
         self.enforce()
 
     def before_batch(self):
-        "When the fit begins, take the masks from the zeros of the model; later, zero what a callback may have moved"
-        if not self.recover() and not self._is_alone():
+        "At the first batch, add the zeros of the model to the masks; later, zero what a callback may have moved"
+        if not self.recover() and not self.is_alone():
             zero_weights(self._masked())
 
     def before_step(self):
@@ -110,9 +132,9 @@ class KeepSparsity(TrainingCallback):
         self._gradients_zeroed = zero_gradients(self._masked())
 
     def after_step(self):
-        "Zero the masked weights, if the optimizer may have moved them"
+        "Zero the masked weights, if the optimizer or a callback may have moved them"
         masked = self._masked()
-        if not (self._gradients_zeroed and self._is_alone() and self._steps_hold(masked)):
+        if not (self._gradients_zeroed and self.is_alone() and self._steps_hold(masked)):
             zero_weights(masked)
         self._gradients_zeroed = False
         self._steps += 1
@@ -120,12 +142,16 @@ class KeepSparsity(TrainingCallback):
             zero_moments(masked, self.learn.opt, squares=NEXT_TO_ZERO)
 
     def _steps_hold(self, masked: list[tuple[nn.Parameter, Tensor]]) -> bool:
-        """Whether the optimizer is known to leave zeros alone, and steps the weights themselves, not copies of them."""
+        """Whether the optimizer is known not to move zeros, and steps the weights themselves, not copies of them."""
         stepped = {id(parameter) for parameter in parameters_of(self.learn.opt)}
         return holds_zeros(self.learn.opt) and all(id(parameter) in stepped for parameter, _ in masked)
 
-    def _is_alone(self) -> bool:
-        """Whether all callbacks that see training are fastai's or sparsifai's own, which change no weights."""
+    def is_alone(self) -> bool:
+        """Tell whether all callbacks with events of training are fastai's or sparsifai's own.
+
+        Returns:
+            True if they are: these callbacks change no weights.
+        """
         return not any(
             event in vars(callback) or (hasattr(type(callback), event) and not _is_known(type(callback)))
             for callback in self.learn.cbs
@@ -137,40 +163,55 @@ class KeepSparsity(TrainingCallback):
         self.enforce()
 
     def after_train(self):
-        "Zero the masked weights, which a callback may have moved"
+        "Zero the masked weights, which a callback may have moved after the last step"
         zero_weights(self._masked())
 
     def apply_masks(
         self,
         model,  # A copy of the model, such as its torch.optim.swa_utils.AveragedModel
     ):
-        "Zero the masked weights of a copy of the model"
+        """Set the masked weights of a copy of the model to zero.
+
+        Args:
+            model: The copy, such as a torch.optim.swa_utils.AveragedModel of the model.
+        """
         zero_weights(self._masked(model))
 
     def report(self):
-        "Measured zeros of the layers that have masks, and of the whole model: a `Report`"
+        """Count the zeros of the model.
+
+        Returns:
+            A `Report`. The layers that have masks are the selected ones.
+        """
         return Report.of(unwrapped(self.learn.model), self.masks)
 
     def enforce(self) -> None:
-        "Zero the masked weights, and what the optimizer keeps of them"
+        "Zero the masked weights and their moments in the optimizer"
         masked = self._masked()
         zero_weights(masked)
         if self.learn.opt is not None:
             zero_moments(masked, self.learn.opt, squares=NEXT_TO_ZERO)
 
     def begin(self) -> None:
-        "Keep the masks that are given from now on, and not the zeros that the model has when the fit begins"
+        "Do not add the zeros of the model to the masks in this fit: SparsifyCallback assigns the masks"
         self._recovered, self.held_model = True, unwrapped(self.learn.model)
 
     def recover(self, force: bool = False) -> bool:
-        "Take the masks from the zeros of the model, once in a fit; whether it did. With `force`, in any case."
+        """Add the zeros of the model to the masks, once in a fit, unless masks were given.
+
+        Args:
+            force: Whether to add them in any case. Default False.
+
+        Returns:
+            Whether they were added.
+        """
         if not force and (self._recovered or not self.recovers):
             return False
         self.begin()
         masks, zeros, weights = {}, 0, 0
         for name, weight in find_weights(self.held_model).items():
             kept = whole(weight.parameter.detach()) != 0
-            # A layer of zeros only, as some are initialized, is not a sparse one.
+            # A layer that is all zeros was initialized so, not pruned.
             if kept.any() and not weight.sources:
                 kept = kept | ~self.masks[name] if name in self.masks else kept
                 zeros, weights = zeros + int((~kept).sum()), weights + kept.numel()
@@ -184,7 +225,7 @@ class KeepSparsity(TrainingCallback):
         return True
 
     def _recover_followers(self) -> None:
-        """Where whole filters are zero, keep the zeros in their biases and norm layers, too."""
+        """If whole filters are zero, also keep the zeros of their biases and norm layers."""
         model = unwrapped(self.learn.model)
         computed = [name for name, weight in find_weights(model).items() if weight.sources]
         layers, followers, _ = find_layers(
@@ -199,32 +240,44 @@ class KeepSparsity(TrainingCallback):
             self.masks = merged(self.masks, {name: kept})
 
     def keeps(self, masks: Mapping[str, Tensor]) -> bool:
-        "Whether all that these masks prune is kept at zero"
-        return all(
-            name in self.masks and not (self.masks[name].to(mask.device) & ~mask).any() for name, mask in masks.items()
-        )
+        """Tell whether all weights that some masks prune are kept at zero.
+
+        Args:
+            masks: Parameter name -> mask, True where a weight is kept.
+
+        Returns:
+            True if they are.
+        """
+        return prunes(self.masks, masks)
 
     @property
     def masks_something(self) -> bool:
-        "Whether there is any zero to keep"
+        "Whether any weight is masked"
         return not all(mask.all() for mask in self.masks.values())
 
     def _masked(self, model: nn.Module | None = None) -> list[tuple[nn.Parameter, Tensor]]:
+        if self._sparsifier is not None:
+            return self._sparsifier.masked_parameters(model)
         masked = []
-        for name, mask in self.masks.items():
+        for name, mask in self._masks.items():
             parameter = parameter_of(self.learn.model if model is None else model, name, mask)
             if mask.device != parameter.device:
                 mask = mask.to(parameter.device)
                 if model is None:
-                    self.masks[name] = mask
+                    self._masks[name] = mask
             masked.append((parameter, mask))
         return masked
 
 
 def merged(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks that prune what either prunes: {name: mask & other}."""
+    """The masks that prune what either prunes: {name: mask & other}."""
     both = {name: masks[name] & mask.to(masks[name].device) for name, mask in others.items() if name in masks}
     return {**masks, **others, **both}
+
+
+def prunes(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether `masks` prune all weights that `others` prune."""
+    return all(name in masks and not (masks[name].to(mask.device) & ~mask).any() for name, mask in others.items())
 
 
 def _is_known(kind: type) -> bool:

@@ -1,4 +1,4 @@
-"""Helpers on a fastai Learner that need no import of fastai: its data, its loss, leaving it unchanged."""
+"""Helpers that work on a fastai Learner without importing fastai: its data, its loss, its state before and after."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 
 def is_search(learn: Learner) -> bool:
-    """Whether a fit is lr_find's, which is undone."""
+    """Whether the present fit is that of lr_find, which restores the model afterwards."""
     return hasattr(learn, "lr_finder")
 
 
 def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None) -> None:
-    """Show a criterion that looks at data what it needs, unless the gradients that have passed are all of it.
+    """Collect the quantities of a criterion that looks at data, unless the gradients of past steps are enough.
 
-    batches: by default the one at hand, in a fit; else one to train on.
+    Args:
+        learn: The Learner.
+        sparsifier: A Sparsifier of its model.
+        batches: The batches. Default: in a fit the present batch, else the first one of the training data.
     """
     collected = sparsifier.collected
     if not collected.at("forward", "loss") and collected.missing() is None:
@@ -33,31 +36,32 @@ def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None) 
         sparsifier.calibrate([(*learn.xb, learn.yb)], loss_of(learn))
     else:
         calibrate_with(learn, sparsifier, batches)
-    collected.begins.update(collected.at("backward"))  # of the batches that pass none is counted twice
+    # Start anew with the next gradients, so that no batch counts twice.
+    collected.begins.update(collected.at("backward"))
 
 
 def is_learner(value: Any) -> bool:
-    """Whether a value is a fastai Learner, which is not imported for that."""
+    """Whether a value looks like a fastai Learner. fastai is not imported."""
     return not isinstance(value, (nn.Module, type)) and all(
         hasattr(value, name) for name in ("model", "dls", "validate", "metrics", "loss_func")
     )
 
 
 def metric_names(learn: Any) -> list[str]:
-    """Names of what `learn.validate()` returns."""
+    """The names of the numbers that `learn.validate()` returns."""
     return ["valid_loss", *(metric.name for metric in learn.metrics)]
 
 
 @contextmanager
 def unchanged(learn: Any) -> Iterator[None]:
-    """Leave a Learner and its callbacks as they were; show nothing, and have none of them save, log or judge."""
+    """Restore a Learner and its callbacks at the end. In between nothing is shown, saved, logged or tracked."""
     held = dict(vars(learn))
-    # Metrics, and the means that a Recorder keeps, change in place.
+    # Metrics, and the running means of a Recorder, change in place.
     counted = [each for callback in learn.cbs for each in _means_of(callback)] + list(learn.metrics)
     of_callbacks = [(each, dict(vars(each))) for each in (*learn.cbs, *counted)]
     learn.cbs = learn.cbs.filter(lambda callback: callback.name != "progress")
     vars(learn).pop("progress", None)
-    # What trackers, loggers and plots look for, to keep out of what is no training.
+    # fastai's trackers, loggers and plots do nothing on a Learner that has these attributes.
     learn.gather_preds = learn.lr_finder = None
     try:
         with learn.no_logging():
@@ -69,17 +73,27 @@ def unchanged(learn: Any) -> Iterator[None]:
 
 
 def _means_of(callback: Any) -> list[Any]:
-    """What a callback holds that accumulates over batches."""
+    """The attributes of a callback that accumulate over batches."""
     values = [each for value in vars(callback).values() for each in (value if isinstance(value, list) else [value])]
     return [each for each in values if hasattr(type(each), "accumulate")]
 
 
 def first_batch(learn: Any) -> tuple:
-    """The first batch of the training data of a Learner: its inputs, and the tuple of its targets; nothing is drawn."""
+    """The first batch of the training data of a Learner. No random number is drawn.
+
+    Args:
+        learn: The Learner.
+
+    Returns:
+        The inputs, and the tuple of targets.
+
+    Raises:
+        ValueError: The Learner has no training data.
+    """
     loader = learn.dls.train
     if not len(loader):
-        raise ValueError("the Learner has no data to train on, of which an example is needed; give example_input=")
-    order: Any = getattr(getattr(loader, "items", None), "idxs", [])  # of texts, which are shuffled in place
+        raise ValueError("the Learner has no data to train on, but an example is needed; pass example_input=")
+    order: Any = getattr(getattr(loader, "items", None), "idxs", [])  # loaders of texts shuffle it in place
     before = list(order)
     with untraced(learn.model), not_drawn_from(loader):
         batch = loader.one_batch() if hasattr(loader, "one_batch") else next(iter(loader))  # fastai's, torch's
@@ -89,13 +103,16 @@ def first_batch(learn: Any) -> tuple:
 
 
 def calibrate_with(learn: Any, sparsifier: Sparsifier, batches: Iterable | None) -> None:
-    """Show a criterion batches, by default the first of the training data, with the loss of the Learner."""
+    """Calibrate a Sparsifier with the loss of a Learner, by default on the first batch of its training data."""
     several = [first_batch(learn)] if batches is None else Split(batches, getattr(learn.dls, "n_inp", None))
     sparsifier.calibrate(several, loss_of(learn))
 
 
 def loss_of(learn: Any) -> Callable:
-    """The loss of a Learner, of (output, targets), as fastai's callbacks for language models take it."""
+    """The loss of a Learner as a function of (output, targets).
+
+    If the output is a tuple, as that of language models, the loss is that of its first element.
+    """
 
     def loss_func(output: Any, targets: tuple) -> Tensor:
         output = output[0] if isinstance(output, tuple) else output

@@ -1,4 +1,4 @@
-"""Plans: what a fit would do to a model, layer by layer and epoch by epoch, before anything is trained.
+"""Plan a fit: what it would do to a model, layer by layer and epoch by epoch, before anything is trained.
 
 `plan_of` builds the masks that `Sparsifier.sparsify` would build at the target sparsity; `plan_table.py` shows them.
 """
@@ -35,18 +35,16 @@ from ..support.registry import name_of
 from ..support.table import percent
 from .plan_table import Plan, PlannedLayer, Size
 
-# Points of the timeline, but for the ends of epochs.
+# Points of the timeline, besides the ends of epochs.
 POINTS = 1000
-
 
 # With a smaller fraction of its weights remaining, a layer is near collapse.
 SHARE = 0.01
 
-
 NEAR_COLLAPSE = f"Near collapse: less than {SHARE:.0%} of the weights remain, or fewer than it has outputs or inputs."
 
 
-# Contexts that fix how many weights of each layer are pruned, whatever their scores are.
+# Contexts in which the number of pruned weights of each layer does not depend on the scores.
 _BY_SHAPE = tuple(contexts[name] for name in ("local", "per_output", "erk", "er", "uniform_plus"))
 
 
@@ -61,9 +59,9 @@ def plan_of(
     initial_sparsity: float = 0.0,
     stacklevel: int = 2,
 ) -> Plan:
-    """What a fit from the present weights would do to the model of a Sparsifier. Nothing is changed.
+    """Plan a fit of the model of a Sparsifier, from its present weights. Nothing is changed.
 
-    A criterion that cannot be scored yet is estimated by large_final where that matters, and the notes say so.
+    A criterion that cannot be scored yet is replaced by large_final, and the notes say so if that matters.
 
     Args:
         sparsifier: A Sparsifier of the model, with the options of the fit.
@@ -71,17 +69,21 @@ def plan_of(
         schedule: The schedule.
         n_epoch: Epochs of the fit.
         n_iter: Batches in an epoch.
-        every: Batches from one mask update to the next, by default 1.
-        example_input: A batch, of whose first example FLOPs are counted; as of Sparsifier.
-        initial_sparsity: The sparsity of all layers at which the schedule begins.
-        stacklevel: Of warnings, as of `warnings.warn`: 2 is the line that calls this function.
+        every: Batches from one mask update to the next. Default 1.
+        example_input: A batch in the form that Sparsifier takes. FLOPs are those of its first example. Default: FLOPs
+            are not counted.
+        initial_sparsity: The sparsity of all layers at which the schedule begins. Default 0.
+        stacklevel: Which line the warnings name, as in `warnings.warn`. Default 2: the line that calls this function.
+
+    Returns:
+        A `Plan`.
 
     Raises:
-        TypeError: As `Sparsifier.sparsify`.
+        TypeError: `sparsifier` is no Sparsifier, or an argument has the wrong type.
         ValueError: As `Sparsifier.sparsify`; or the model does not run on the example.
     """
     if not isinstance(sparsifier, Sparsifier):
-        raise TypeError(f"plan_of: sparsifier is a Sparsifier, not {type(sparsifier).__name__}")
+        raise TypeError(f"plan_of: sparsifier must be a Sparsifier, not {type(sparsifier).__name__}")
     sparsity, schedule = check_sparsity(sparsity), schedules.resolve(schedule)
     n_epoch, n_iter = check_count("n_epoch", n_epoch), check_count("n_iter", n_iter)
     every = 1 if every is None else check_count("every", every)
@@ -128,20 +130,27 @@ def plan_of(
 
 
 def every_of(every: int | None, regrows: bool, batches: int) -> int:
-    """Batches from one mask update to the next in a fit of so many: by default 1, with regrow= a hundredth of them."""
+    """Batches from one mask update to the next. Default: 1, and with regrow= a hundredth of the fit.
+
+    Args:
+        every: What the user asked for, or None.
+        regrows: Whether weights regrow.
+        batches: Batches of the fit.
+    """
     return every or (math.ceil(batches / 100) if regrows else 1)
 
 
 def timeline_of(
     schedule: Schedule, n_epoch: int, n_iter: int, every: int, target: float
 ) -> tuple[tuple[float, float], ...]:
-    """(epochs that are over, level): target x schedule(i / T) after i of T batches, i rounded down to the last update.
+    """The levels of a fit: target x schedule(i / T) after i of T batches, with i rounded down to the last mask update.
 
-    Before the first batch, after every epoch, and at about 1,000 points in all.
+    Returns:
+        (epochs that are done, level) before the first batch, after every epoch, and at about 1,000 points in all.
     """
     total = n_epoch * n_iter
     points = {*range(0, total + 1, math.ceil(total / POINTS)), *range(0, total + 1, n_iter)}
-    # The last batch of a fit has an update in any case.
+    # The last batch of a fit always has a mask update.
     updates = {batch: batch if batch == total else batch // every * every for batch in sorted(points)}
     return tuple((batch / n_iter, target * progress(schedule, at / total)) for batch, at in updates.items())
 
@@ -149,7 +158,7 @@ def timeline_of(
 def _planned_layers(
     model: nn.Module, layers: Layers, measured: Report, flops: Mapping[str, int]
 ) -> tuple[PlannedLayer, ...]:
-    """What the planned masks keep of every layer."""
+    """The layers of the plan, in the order of the report."""
     elements = {name: parameter.element_size() for name, parameter in model.named_parameters()}
     planned = []
     for row in measured.rows:
@@ -169,12 +178,12 @@ def _is_near_collapse(layer: Layer, left: int) -> bool:
     if left < SHARE * weight.parameter.numel():
         return True
     inputs = weight.axes.get("in", 0) * weight.convolution_groups
-    # Where whole outputs or inputs are pruned, some without a weight are no sign of collapse.
+    # Where whole outputs or inputs are pruned, some of them are meant to have no weight.
     return not (grouping.drops_outputs or grouping.drops_inputs) and left < max(weight.out, inputs)
 
 
 def _whole(model: nn.Module, sizes: Sequence[Size]) -> Size:
-    """All parameters: biases and norm layers, too, as they are."""
+    """The size of the whole model. Parameters that are no weight of a layer, such as biases, stay dense."""
     layers, parameters = Size.total(sizes), list(model.parameters())
     weights = sum(parameter.numel() for parameter in parameters)
     dense = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
@@ -183,7 +192,7 @@ def _whole(model: nn.Module, sizes: Sequence[Size]) -> Size:
 
 
 def _why_unscored(layers: Layers, ranking: Ranking, collected: CollectedQuantities) -> str:
-    """Why the criterion has no scores of the present weights; empty if it has."""
+    """Why the criterion cannot score the present weights; empty if it can."""
     if (quantity := collected.missing()) is not None:
         return f"looks at data ({quantity})"
     if "flow" in collected.named and collected.source.example_input is None:
@@ -194,7 +203,7 @@ def _why_unscored(layers: Layers, ranking: Ranking, collected: CollectedQuantiti
 
 
 def _is_fixed(layers: Layers, context: Any, asked: Asked) -> bool:
-    """Whether the shapes alone say how many weights of each layer are pruned."""
+    """Whether the number of pruned weights of each layer follows from the shapes alone."""
     while hasattr(context, "limits"):  # a bounded context
         context = context.context
     alone = context is contexts["global"] and all(len(names) == 1 for _, names in asked)
@@ -208,7 +217,7 @@ def _title(options: Options, level: float, schedule: Schedule, n_epoch: int, n_i
 
 
 def _notes_of_levels(timeline: Sequence[tuple[float, float]]) -> str:
-    """The level at the beginning and after up to ten epochs."""
+    """The level at the beginning and after about ten of the epochs."""
     after = [(epoch, level) for epoch, level in timeline if epoch == int(epoch)]
     step = math.ceil((len(after) - 1) / 10) or 1
     shown = [*after[:-1:step], after[-1]]
@@ -228,14 +237,14 @@ def _note_of_scores(options: Options, unscored: str, fixed: bool) -> str:
 
 def _note_of_zeros(layers: Layers) -> str:
     present = Count.of(*(layer.parameter for layer in layers.values())).sparsity
-    return f"{percent(present)} of the weights are zero already, and a fit keeps them so." if present > SHARE else ""
+    return f"{percent(present)} of the weights are zero already; a fit keeps them zero." if present > SHARE else ""
 
 
 def _note_of_followers(masks: Mapping[str, Tensor]) -> str:
     masked = sum(int((~mask).sum()) for mask in masks.values())
     if not masked:
         return ""
-    return f"Not counted: {masked:,} entries of biases and norm layers that are masked with whole outputs."
+    return f"Not counted: {masked:,} entries of biases and norm layers that are masked together with whole outputs."
 
 
 def _note_of_flops(layers: Sequence[PlannedLayer]) -> str:
@@ -245,7 +254,7 @@ def _note_of_flops(layers: Sequence[PlannedLayer]) -> str:
 
 
 def _notices(plan: Plan, schedule: Schedule, level: float) -> list[str]:
-    """What the user should be warned of."""
+    """The warnings: layers near collapse, a schedule that ends below the target sparsity."""
     notices = []
     if plan.collapsing:
         notices.append(

@@ -1,4 +1,4 @@
-"""What a plan is: layers with the sizes that they would have, and levels over the epochs, as tables and plots."""
+"""The result of planning a fit: sizes of the layers after pruning and levels over the epochs, as a table and plots."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ _COLUMNS = ("layer", "kind", "shape", "weights", "left", "sparsity", "bytes", "b
 
 @dataclass(frozen=True)
 class Size:
-    """What a layer or a model has, dense and of what is left.
+    """The size of a layer or of a model, when dense and when pruned.
 
-    left: weights that are not masked. bytes_left: one bit per weight, and the element size per weight that is left, or
-    as dense if that is less. flops: 2 x multiply-adds with the weights per example, None if they are not known.
-    flops_left: flops x density.
+    Attributes:
+        weights: Number of weights.
+        left: Number of remaining weights.
+        bytes: Bytes of the dense weights.
+        bytes_left: Bytes of the pruned weights: one bit per weight and the element size per remaining weight; or those
+            of the dense weights, if that is less.
+        flops: 2 x multiply-adds with the weights, per example. None if they are not known.
+        flops_left: flops x density.
     """
 
     weights: int
@@ -37,14 +42,21 @@ class Size:
 
     @classmethod
     def of(cls, weights: int, left: int, element: int, flops: int | None) -> Size:
-        """Of one layer. element: bytes of a weight."""
+        """The size of one layer.
+
+        Args:
+            weights: Number of weights.
+            left: Number of remaining weights.
+            element: Bytes of one weight.
+            flops: FLOPs of the dense layer, or None.
+        """
         bitmap = math.ceil(weights / 8) + left * element
         flops_left = None if flops is None else flops * left // weights
         return cls(weights, left, weights * element, min(bitmap, weights * element), flops, flops_left)
 
     @classmethod
     def total(cls, sizes: Sequence[Size]) -> Size:
-        """Of several layers; of FLOPs those that are known."""
+        """The size of several layers together. FLOPs that are not known are left out."""
 
         def known(values: list[int | None]) -> int | None:
             counted = [value for value in values if value is not None]
@@ -62,11 +74,20 @@ class Size:
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One layer of a plan. why_dense: empty if it takes part; note: what is special about it then.
+    """One layer of a plan.
 
-    why_not_two_four: empty if torch's kernels for 2:4 take a weight of this shape in half precision, on a GPU.
-    near_collapse: whether less than 1 % of the weights is left, or fewer weights than the layer has outputs or inputs,
-    so that some of these must be without any; of groups of whole outputs or inputs, the former only.
+    Attributes:
+        name: Name of the weight.
+        kind: Class of the module.
+        shape: Shape of the weight.
+        size: Its size, when dense and when pruned.
+        why_dense: Why it stays dense; empty if it is pruned.
+        note: A remark on a pruned layer, such as the length of its last block.
+        why_not_two_four: Why torch's kernels for 2:4 do not take a weight of this shape in half precision on a GPU;
+            empty if they do.
+        near_collapse: Whether less than 1 % of the weights remain, or fewer weights than the layer has outputs or
+            inputs, so that some of these have no weight. The latter does not count with groups of whole outputs or
+            inputs.
     """
 
     name: str
@@ -81,11 +102,15 @@ class PlannedLayer:
 
 @dataclass(frozen=True, repr=False)
 class Plan(Table):
-    """What a fit would do: printed, a table; in a notebook, HTML; `.plot()` and `.plot_schedule()` draw it.
+    """What a fit would do to a model: a table when printed, HTML in a notebook.
 
-    layers: at the target sparsity. selected, model: totals of the layers that take part and of all parameters.
-    timeline: (epochs that are over, level asked for), from before the first batch to the end, at the ends of all epochs
-    and at points between. notes: what holds of these numbers.
+    Attributes:
+        layers: The layers at the target sparsity.
+        selected: Total of the layers that are pruned.
+        model: Total of all parameters.
+        timeline: (epochs that are done, level that is asked for) from before the first batch to the end of the fit: at
+            the ends of all epochs and at points between.
+        notes: Remarks on these numbers.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -96,7 +121,7 @@ class Plan(Table):
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """The level after each epoch."""
+        """The level that is asked for after each epoch."""
         return tuple(level for epoch, level in self.timeline if epoch and epoch == int(epoch))
 
     @property
@@ -123,7 +148,14 @@ class Plan(Table):
         )
 
     def plot(self, ax: Any = None) -> Any:
-        """Sparsity of each layer as bars, dense layers in grey, those near collapse in red; the matplotlib axes."""
+        """Draw the sparsity of each layer as a bar: layers that stay dense in grey, layers near collapse in red.
+
+        Args:
+            ax: Matplotlib axes to draw on. Default: new ones.
+
+        Returns:
+            The matplotlib axes.
+        """
         rows = tuple(
             Row(layer.name, layer.kind, layer.shape, _count(layer.size), layer.why_dense) for layer in self.layers
         )
@@ -134,7 +166,14 @@ class Plan(Table):
         return ax
 
     def plot_schedule(self, ax: Any = None) -> Any:
-        """The level over the epochs; returns the matplotlib axes."""
+        """Draw the level that is asked for over the epochs.
+
+        Args:
+            ax: Matplotlib axes to draw on. Default: new ones.
+
+        Returns:
+            The matplotlib axes.
+        """
         import matplotlib.pyplot as plt
 
         if ax is None:

@@ -1,4 +1,4 @@
-"""The ramp: the sparsity that is asked for at each part of a fit."""
+"""The ramp: the sparsity that is asked for at each point of a fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Ramp:
     """A schedule from an initial sparsity to the target sparsity.
 
     Attributes:
-        sparsity: The target sparsity, or one for each pattern.
+        sparsity: The target sparsity, or {pattern: target sparsity}.
         schedule: A function from [0, 1] to [0, 1].
         initial: The sparsity of all layers at which the schedule begins.
     """
@@ -26,7 +26,7 @@ class Ramp:
 
     @cached_property
     def raised_schedule(self) -> Schedule:
-        """The schedule as a fraction of the highest target sparsity; it begins at the initial sparsity."""
+        """The schedule from the initial sparsity on, as a fraction of the highest target sparsity."""
         return raised(self.schedule, self._share) if self.initial else self.schedule
 
     @cached_property
@@ -35,23 +35,23 @@ class Ramp:
         return progress(self.raised_schedule, 1.0)
 
     def at(self, t: float, floor: float = 0.0) -> float:
-        """Where the schedule is at t, as a fraction of the target sparsity, but not below the floor.
+        """The sparsity at t as a fraction of the target sparsity, but not below the floor.
 
-        A schedule that falls by itself, such as dsd and ac_dc, is followed down.
+        A schedule that falls itself, such as dsd and ac_dc, may go below the floor.
 
         Args:
-            t: Part of the fit that is over, from 0 to 1.
-            floor: What earlier fits have reached.
+            t: Fraction of the fit that is done.
+            floor: What earlier fits reached, as a fraction of the target sparsity. Default 0.
         """
         reached = progress(self.raised_schedule, t)
         return reached if self._falls else max(reached, min(floor, self.end))
 
     def falls_after(self, t: float, floor: float) -> bool:
-        """Whether the schedule is lower later than at t."""
+        """Whether the schedule is ever lower after t than at t."""
         return min(self.at(t + (1 - t) * step / 1000, floor) for step in range(1001)) < self.at(t, floor)
 
     def sparsity_at(self, reached: float) -> Sparsity:
-        """The sparsity at a fraction of the target sparsity. Layers with different targets begin with the same."""
+        """The sparsity for a value of `at`. Layers with different targets start from the same initial sparsity."""
         if not self.initial or reached in (0, 1):
             return mapped(self.sparsity, lambda fraction: reached * fraction)
         done = (reached - self._share) / (1 - self._share) if self._share < 1 else 1.0

@@ -94,6 +94,9 @@ class MaskedModel:
 
         Args:
             model: A copy of the model, to return its parameters instead. Default: the model itself.
+
+        Returns:
+            Pairs of a parameter and its mask.
         """
         masked = []
         for name, mask in {**self.masks, **self.follower_masks}.items():
@@ -115,7 +118,11 @@ class MaskedModel:
         return Count.of(*(layer.parameter for layer in self._selected.values())).sparsity
 
     def release(self) -> nn.Module:
-        """Drop all references to the model and return it. Its zeros stay until it is trained further."""
+        """Drop all references to the model. Its zeros stay until it is trained further.
+
+        Returns:
+            The model.
+        """
         self._check_held("release")
         model = self.model
         self.model, self.layers, self.followers, self._nan = None, {}, [], {}

@@ -52,7 +52,7 @@ class Sparsifier(MaskedModel):
         layers: Which layers are pruned: module classes, modules, names, globs, containers, functions of (name,
             module), or a list of these. Default: all weights with named axes, except frozen ones and embeddings. With
             a granularity of whole outputs (inputs) the last (first) layer stays dense, unless it is named exactly.
-        exclude: Which layers stay dense, in the same words.
+        exclude: Which layers stay dense, in the same form. Default none.
         pool: How the scores of a group become one: 'mean', 'sum', 'max', 'l2', or a function. Default: the pooling of
             the criterion's definition, which is 'mean' except for taylor.
         may_empty: Whether a layer may lose all its groups. By default it keeps its best one.
@@ -317,7 +317,11 @@ class Sparsifier(MaskedModel):
         return self._regrowth.explored(self._selected)
 
     def report(self) -> Report:
-        """Measured zeros per layer and in total: text, HTML in a notebook, and `.plot()`."""
+        """Count the zeros of each layer and of the whole model.
+
+        Returns:
+            A table; its `plot` draws it.
+        """
         self._check_held("report")
         self._check_nan()
         return Report.measure(self.model, self.layers, self.ranking.options.context, self._regrowth)
@@ -335,7 +339,11 @@ class Sparsifier(MaskedModel):
     # --- State --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks, levels, collected quantities and random state, by parameter name; for torch.save."""
+        """Collect all that another Sparsifier of the same model and options needs to continue.
+
+        Returns:
+            Masks, levels and collected quantities by parameter name, and the random state; for torch.save.
+        """
         self._check_held("state_dict")
         return {
             "masks": self.masks,
@@ -368,7 +376,11 @@ class Sparsifier(MaskedModel):
         self.apply_masks()
 
     def release(self) -> nn.Module:
-        """Drop all references to the model and return it. Its zeros stay until it is trained further."""
+        """Drop all references to the model. Its zeros stay until it is trained further.
+
+        Returns:
+            The model.
+        """
         model, options = super().release(), self.ranking.options
         self.ranking, self._calibration, self._regrowth = Ranking(options), None, None
         self.collected = CollectedQuantities(options.criteria, Source(None, {}, self.collected.source.rng))  # type: ignore[arg-type]

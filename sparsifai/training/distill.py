@@ -114,11 +114,11 @@ class DistillCallback(TrainingCallback):
     def _taken_off(self) -> None:
         self._remove_hooks()
 
+    _before_question = _taken_off  # after a fit that was interrupted
+
     def before_fit(self):
         "Check that the teacher and the features fit the model"
         self._remove_hooks()
-        if self.learn.lock.locked():  # learn.validate and learn.get_preds do not use the teacher
-            return
         if self.teacher is None:
             raise ValueError(
                 "DistillCallback has no teacher, because a pickled Learner does not include it; call "

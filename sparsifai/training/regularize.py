@@ -87,8 +87,7 @@ class RegularizeCallback(TrainingCallback):
 
     def before_fit(self):
         "Forget earlier fits"
-        if not self.learn.lock.locked():  # learn.validate and learn.get_preds, which a fit may call, change nothing
-            self.regularizer, self._penalty, self._cancelled = None, None, False
+        self.regularizer, self._penalty, self._cancelled = None, None, False
 
     def before_batch(self):
         "Make the Regularizer at the first batch, which serves as its example input"
@@ -126,8 +125,7 @@ class RegularizeCallback(TrainingCallback):
 
     def after_fit(self):
         "Release the model, keep the last penalty"
-        if not self.learn.lock.locked():
-            self._penalty, self.regularizer = self.penalty, None
+        self._penalty, self.regularizer = self.penalty, None
 
     @property
     def penalty(self):

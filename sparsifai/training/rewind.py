@@ -58,7 +58,8 @@ class SkipBatches(TrainingCallback):
         batches: How many batches to skip, counted over all fits.
     """
 
-    order = -20  # before the callbacks that prepare an epoch or a batch, such as autocast in MixedPrecision
+    # Before the callbacks that prepare an epoch or a batch, such as autocast in MixedPrecision.
+    order, run_valid = -20, False
 
     def __init__(self, batches: int):
         super().__init__()
@@ -78,7 +79,7 @@ class SkipBatches(TrainingCallback):
 
     def before_batch(self):
         "Skip the batch, while there are batches to skip"
-        if self.left and self.learn.training and not is_search(self.learn):
+        if self.left and not is_search(self.learn):
             self.left -= 1
             self.learn.yb = ()  # without targets, the Recorder takes no loss of the batch
             raise CancelBatchException
@@ -102,7 +103,7 @@ class CallBeforeBatch(TrainingCallback):
             those that SkipBatches skips.
     """
 
-    order = 70  # after the callbacks that prepare a batch, such as ParamScheduler
+    order, run_valid = 70, False  # after the callbacks that prepare a batch, such as ParamScheduler
 
     def __init__(self, functions: dict[int, Callable[[], None]]):
         super().__init__()
@@ -110,7 +111,7 @@ class CallBeforeBatch(TrainingCallback):
 
     def before_batch(self):
         "Call the function of this batch, if there is one"
-        if self.learn.training and not is_search(self.learn):
+        if not is_search(self.learn):
             if self.done in self.waiting:
                 self.waiting.pop(self.done)()
             self.done += 1

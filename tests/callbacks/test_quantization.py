@@ -90,7 +90,7 @@ def test_zeros_are_zeros_when_fake_quantized_and_as_integers(context):
 
 @pytest.mark.parametrize("granularity", ["filter", "channel"])
 def test_whole_outputs_and_inputs_are_refused_once_a_model_is_prepared(granularity):
-    with pytest.raises(ValueError, match="before the model is prepared"):
+    with pytest.raises(ValueError, match="sparsify the model before preparing it"):
         Sparsifier(prepare(Net()), granularity, example_input=batch(0)[0])
 
 

@@ -145,7 +145,7 @@ class Walk(RuleBasedStateMachine):
             self.run(self.learn.validate)
             assert all(torch.equal(old, new) for old, new in zip(loaded, self.learn.model.parameters(), strict=True))
             with warnings.catch_warnings():  # it may be from before the zeros, which the next fit puts back
-                warnings.filterwarnings("ignore", message="(?s).*masked weights were changed or loaded")
+                warnings.filterwarnings("ignore", message="(?s).*pruned weights were changed or loaded")
                 self.run(lambda: self.learn.fit(1, 0.1))
 
     @rule()

@@ -29,7 +29,7 @@ def test_the_learner_ends_with_the_last_ticket_and_keeps_its_zeros(make_learner)
     assert [type(callback) for callback in learn.cbs if isinstance(callback, KeepSparsity)] == [KeepSparsity]
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, cbs=SparsifyCallback(0.9))
-    assert learn._grab_cbs(KeepSparsity)[0].sparsifier.sparsity == pytest.approx(0.9, abs=0.01)
+    assert learn.keep_sparsity.report().selected.sparsity == pytest.approx(0.9, abs=0.01)
 
 
 def test_checking_the_arguments_does_not_change_the_random_state(make_learner):
