@@ -147,7 +147,11 @@ class KeepSparsity(TrainingCallback):
         return holds_zeros(self.learn.opt) and all(id(parameter) in stepped for parameter, _ in masked)
 
     def is_alone(self) -> bool:
-        "Whether all callbacks with events of training are fastai's or sparsifai's own, which change no weights"
+        """Check whether all callbacks with events of training are fastai's or sparsifai's own.
+
+        Returns:
+            Whether they are: these change no weights, so masks need not be applied again.
+        """
         return not any(
             event in vars(callback) or (hasattr(type(callback), event) and not _is_known(type(callback)))
             for callback in self.learn.cbs
@@ -166,11 +170,19 @@ class KeepSparsity(TrainingCallback):
         self,
         model,  # A copy of the model, such as its torch.optim.swa_utils.AveragedModel
     ):
-        "Zero the masked weights of a copy of the model"
+        """Zero the masked weights of a copy of the model.
+
+        Args:
+            model: The copy, such as a torch.optim.swa_utils.AveragedModel.
+        """
         zero_weights(self._masked(model))
 
     def report(self):
-        "Measured zeros of the layers that have masks, and of the whole model: a `Report`"
+        """Measure the zeros of the layers that have masks, and of the whole model.
+
+        Returns:
+            A `Report`.
+        """
         return Report.of(unwrapped(self.learn.model), self.masks)
 
     def enforce(self) -> None:
@@ -185,7 +197,14 @@ class KeepSparsity(TrainingCallback):
         self._recovered, self.held_model = True, unwrapped(self.learn.model)
 
     def recover(self, force: bool = False) -> bool:
-        "Add the zeros of the model to the masks, once in a fit, or in any case with `force`. Returns whether it did"
+        """Add the zeros of the model to the masks, once in a fit.
+
+        Args:
+            force: Do so in any case.
+
+        Returns:
+            Whether it was done now.
+        """
         if not force and (self._recovered or not self.recovers):
             return False
         self.begin()
@@ -221,7 +240,14 @@ class KeepSparsity(TrainingCallback):
             self.masks = merged(self.masks, {name: kept})
 
     def keeps(self, masks: Mapping[str, Tensor]) -> bool:
-        "Whether all weights that these masks prune are kept at zero"
+        """Check whether pruned weights are kept at zero.
+
+        Args:
+            masks: Parameter name -> mask.
+
+        Returns:
+            Whether all weights that these masks prune are kept.
+        """
         return prunes(self.masks, masks)
 
     @property
