@@ -3,9 +3,9 @@
     python -m benchmarks [--quick] [--section build apply step memory exactness scaling layouts
         shrinking] [--out benchmarks/results] [--threads N]
 
-Prints a table per section; writes all of it to results.json and a picture to results.png. FasterAI takes part if it is
-installed. --quick takes about two minutes on two cores that have nothing else to do, all of it about fifteen. On a busy
-machine use --threads 1: threads of torch that wait for each other take many times as long there.
+Prints a table for each section, and writes all of it to results.json and a picture to results.png. FasterAI is measured
+if it is installed. --quick takes about two minutes on two cores that have nothing else to do, all sections about
+fifteen. On a busy machine use --threads 1: threads of torch that wait for each other take many times as long there.
 """
 
 import argparse

@@ -33,5 +33,5 @@ def move(model):
 
 
 def weights_of(model):
-    "The weights of the layers that take part"
+    "The weights of the layers that are pruned"
     return [layer.weight for layer in layers_of(model)]

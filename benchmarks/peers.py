@@ -19,7 +19,7 @@ FASTERAI_GRANULARITIES = {"weight": "weight", "filter": "filter", "kernel": "ker
 
 
 def layers_of(model):
-    "The layers that take part in all benchmarks, for all of the compared libraries"
+    "The layers that all benchmarks prune, with each of the compared libraries"
     return [module for module in model.modules() if isinstance(module, KINDS)]
 
 

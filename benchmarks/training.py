@@ -2,6 +2,7 @@
 
 import time
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from io import StringIO
 from statistics import median
@@ -87,11 +88,11 @@ def _step_variants(rounds):
     """
     from sparsifai.callbacks.sparsify import SparsifyCallback
 
-    # One callback for all fits goes on where it was, as in one long fit.
+    # One callback for all fits continues its schedule, as in one long fit.
     moving, fixed = SparsifyCallback(0.9, schedule="lin"), SparsifyCallback(0.9, schedule="one_shot")
 
     def moved(number):
-        moving.schedule = lambda t: (number + t) / rounds
+        moving.ramp = replace(moving.ramp, schedule=lambda t: (number + t) / rounds)
         return [moving]
 
     variants = {"dense": lambda number: [], "sparsifai moving": moved, "sparsifai fixed": lambda number: [fixed]}

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument(
         "--input",
         type=_shape,
-        help="shape of a batch, such as 1,3,224,224: counts FLOPs, and is needed for models that torch.fx cannot trace",
+        help="shape of a batch, such as 1,3,224,224: for FLOPs, and for models that torch.fx cannot trace",
     )
     plan.add_argument("--batches", type=int, default=100, help="number of batches in an epoch (default 100)")
     plan.add_argument("--picture", type=Path, help="a file for a picture of the sparsity over time and of the layers")
@@ -90,7 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert = command("convert", _convert, _CONVERT)
     convert.add_argument("recipe", type=Path, help="a recipe of SparseML, YAML or Markdown that begins with YAML")
     convert.add_argument("--to", type=Path, help="the file to write; by default the recipe is printed")
-    convert.add_argument("--strict", action="store_true", help="fail if a part of the recipe has no counterpart")
+    convert.add_argument(
+        "--strict", action="store_true", help="fail if a part that would change the model has no counterpart"
+    )
     convert.add_argument("--epochs", type=int, help="the number of epochs, for a recipe that does not give it")
 
     given = parser.parse_args(arguments)

@@ -7,8 +7,17 @@ import pytest
 import torch
 from torch import nn
 
+from sparsifai.sparsifier.mask_building import Ranking
+
 # The nets are tiny: threads would wait for each other longer than they work.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +105,19 @@ def packages_of(file):
         (pickled,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
         texts = [argument for _, argument, _ in pickletools.genops(archive.read(pickled)) if isinstance(argument, str)]
     return {re.split(r"[. ]", text)[0] for text in texts}
+
+
+class OnDevice(Ranking):
+    """Ranks scores where the weights are."""
+
+    def stays_on_device(self, layers):
+        return True
+
+
+def as_on_device(sparsifier):
+    """Have a Sparsifier on the CPU do what it does on a GPU."""
+    sparsifier.ranking = OnDevice(**vars(sparsifier.ranking))
+    return sparsifier
 
 
 def layers_of(sparsifier):

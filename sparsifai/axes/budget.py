@@ -98,9 +98,9 @@ def bounded(context: str | Context, bounds: Mapping[str, float | tuple[float, fl
         The context, for `context=`.
 
     Raises:
-        TypeError: If `bounds` is not a dictionary.
-        ValueError: If a limit is not a fraction, or the lowest of a pair is above the highest. When the context is
-            used: if a glob matches no layer, or the limits do not allow the sparsity that is asked for.
+        TypeError: `bounds` is not a dictionary.
+        ValueError: A limit is not a fraction, or the lowest of a pair is above the highest. When the context is
+            used: a glob matches no layer, or the limits do not allow the sparsity that is asked for.
 
     Example:
         The layer 'fc' has a sparsity of 0.5, and the layers in 'layer1' at most 0.8:

@@ -50,7 +50,7 @@ def between(schedule: str | Schedule, start: float, end: float) -> Schedule:
         The schedule, a function of t.
 
     Raises:
-        ValueError: If the schedule is unknown, or not 0 <= start < end <= 1.
+        ValueError: The schedule is unknown, or not 0 <= start < end <= 1.
 
     Example:
         Prune in the middle of training, and train the remaining weights in the last quarter:
@@ -100,7 +100,7 @@ def during(schedule: str | Schedule, start: float, end: float) -> Schedule:
         The schedule, a function of t.
 
     Raises:
-        ValueError: If the schedule is unknown, or not 0 <= start < end <= 1.
+        ValueError: The schedule is unknown, or not 0 <= start < end <= 1.
 
     Example:
         >>> [during('one_shot', 0.25, 0.5)(t) for t in (0.2, 0.25, 0.5)]
@@ -138,7 +138,7 @@ def raised(schedule: str | Schedule, share: float) -> Schedule:
         The schedule, a function of t.
 
     Raises:
-        ValueError: If the schedule is unknown, or `share` is not from 0 to 1.
+        ValueError: The schedule is unknown, or `share` is not from 0 to 1.
 
     Example:
         >>> [raised(between('lin', 0.25, 0.75), 0.5)(t) for t in (0, 0.25, 0.5, 0.75)]
@@ -181,7 +181,7 @@ def stepped(schedule: str | Schedule, n: float) -> Schedule:
         The schedule, a function of t.
 
     Raises:
-        ValueError: If the schedule is unknown, or `n` is not a finite number above 0.
+        ValueError: The schedule is unknown, or `n` is not a finite number above 0.
 
     Example:
         >>> [stepped('lin', 2)(t) for t in (0, 0.4, 0.5, 0.9, 1)]

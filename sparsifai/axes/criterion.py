@@ -48,7 +48,7 @@ def quantities_of(criterion: Criterion) -> tuple[str, ...]:
         The names, in the order of the parameters.
 
     Raises:
-        ValueError: If the parameters cannot be read, or one of them cannot be given by name.
+        ValueError: The parameters cannot be read, or one of them cannot be given by name.
 
     Example:
         >>> quantities_of(magnitude_increase)

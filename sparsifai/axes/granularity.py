@@ -51,7 +51,7 @@ def along(*axes: str) -> Granularity:
         The granularity, a function of the axes of a weight.
 
     Raises:
-        TypeError: If the name of an axis is not a string.
+        TypeError: The name of an axis is not a string.
 
     Example:
         >>> along('out', 'h')({'out': 8, 'in': 4, 'h': 3, 'w': 3})
@@ -88,7 +88,7 @@ def block(rows: int, columns: int) -> Granularity:
         The granularity, a function of the axes of a weight.
 
     Raises:
-        ValueError: If `rows` or `columns` is not a whole number of at least 1.
+        ValueError: `rows` or `columns` is not a whole number of at least 1.
 
     Example:
         >>> block(4, 2)({'out': 8, 'in': 6})

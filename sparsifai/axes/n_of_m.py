@@ -49,7 +49,7 @@ class Blocks:
             sparsity: The sparsity asked for, a fraction from 0 to 1.
 
         Raises:
-            ValueError: If the blocks cannot reach it.
+            ValueError: The blocks cannot reach it.
         """
         most = self.most_pruned / self.size
         if self.exact and sparsity > most + 0.005:
@@ -107,8 +107,8 @@ def blocks(size: int, axis: str = "in") -> Blocks:
         The context, for `context=`.
 
     Raises:
-        ValueError: If `size` is not a whole number of at least 2.
-        TypeError: If `axis` is not a name.
+        ValueError: `size` is not a whole number of at least 2.
+        TypeError: `axis` is not a name.
 
     Example:
         >>> from torch import nn
@@ -129,7 +129,7 @@ def parse_blocks(value: Any) -> Blocks | None:
     """The context that '2:4' means, which keeps two of every four weights. None for what is not of this form.
 
     Raises:
-        ValueError: If N of N:M is not from 1 to M - 1.
+        ValueError: N of N:M is not from 1 to M - 1.
     """
     pattern = re.fullmatch(r"(\d+):(\d+)", value) if isinstance(value, str) else None
     if pattern is None:
@@ -156,7 +156,7 @@ def is_nm(weight: Tensor, n: int, m: int, axis: int = 1) -> bool:
         True if every block has at most `n` nonzero weights.
 
     Raises:
-        ValueError: If n is not from 1 to m - 1, or the weight does not have the axis.
+        ValueError: `n` is not from 1 to m - 1, or the weight does not have the axis.
 
     Example:
         >>> import torch

@@ -1,7 +1,8 @@
 """Quantities: what a criterion may name as a parameter, such as `weight`, `init` or `grad`.
 
-A quantity is a function of the Sparsifier and the name of a parameter. It returns a tensor that broadcasts to the
-weight. It is only computed if a criterion names it. `taken` marks the function with the moments at which it is called:
+A quantity is a function of a source and the name of a parameter. The source has the model and its selected layers;
+`QuantitySource` lists what a quantity can read. The quantity returns a tensor that broadcasts to the weight. It is only
+computed if a criterion names it. `taken` marks the function with the moments at which it is called:
 
 - 'score': whenever scores are computed. Nothing is stored.
 - 'start': when the Sparsifier is made. A copy of the result is stored.
@@ -16,8 +17,8 @@ A quantity of your own is such a function. Criteria can then name it:
 
     @quantities.register
     @taken('backward')
-    def grad_size(sparsifier, name):
-        return sparsifier.layers[name].parameter.grad.abs()
+    def grad_size(source, name):
+        return source.layers[name].parameter.grad.abs()
 
     @criteria.register
     def large_grad_size(weight, grad_size):
@@ -43,7 +44,7 @@ from ..support.registry import Registry, name_of
 
 
 class QuantitySource(Protocol):
-    """What a quantity may read of the Sparsifier.
+    """What a quantity may read: a part of the Sparsifier.
 
     Attributes:
         model: The model.
@@ -65,7 +66,7 @@ class QuantitySource(Protocol):
         """Compute something for all layers, once at each moment.
 
         Args:
-            compute: A function of the Sparsifier that returns parameter name -> tensor.
+            compute: A function of the source that returns parameter name -> tensor.
 
         Returns:
             The result of `compute`; for all but the first layer of a moment, the stored one.
@@ -86,7 +87,8 @@ MOMENTS = ("score", *STORED, *AVERAGED)
 def taken(*moments: str, running: bool = False, finish: Callable[[Tensor], Tensor] | None = None) -> Callable:
     """Mark a quantity with the moments at which it is computed.
 
-    A quantity is a function of the Sparsifier and the name of a parameter, which a criterion names as its parameter.
+    A quantity is a function of a `QuantitySource` and the name of a weight. A criterion asks for it by naming a
+    parameter like it.
 
     Args:
         *moments: One or more of 'score' (whenever scores are computed), 'start' (when the Sparsifier is made) and
@@ -101,13 +103,13 @@ def taken(*moments: str, running: bool = False, finish: Callable[[Tensor], Tenso
         A decorator, to be put below `@quantities.register`.
 
     Raises:
-        ValueError: If a moment is unknown, if there are several moments for a mean, or if `running` or `finish` is
+        ValueError: A moment is unknown, there are several moments for a mean, or `running` or `finish` is
             given without a mean.
 
     Example:
         >>> @taken('backward')
-        ... def grad_size(sparsifier, name):
-        ...     return sparsifier.layers[name].parameter.grad.abs()
+        ... def grad_size(source, name):
+        ...     return source.layers[name].parameter.grad.abs()
         >>> grad_size.moments
         ('backward',)
     """
@@ -141,63 +143,63 @@ quantities = Registry("quantity", check=_check)
 
 @quantities.register
 @taken("score")
-def weight(sparsifier: QuantitySource, name: str) -> Tensor:
+def weight(source: QuantitySource, name: str) -> Tensor:
     """The weight now."""
-    return whole(sparsifier.layers[name].parameter.detach())
+    return whole(source.layers[name].parameter.detach())
 
 
 @quantities.register
 @taken("start")
-def init(sparsifier: QuantitySource, name: str) -> Tensor:
+def init(source: QuantitySource, name: str) -> Tensor:
     """The weight when the Sparsifier was made."""
-    return whole(sparsifier.layers[name].parameter.detach())
+    return whole(source.layers[name].parameter.detach())
 
 
 @quantities.register
 @taken("start", "update")
-def previous(sparsifier: QuantitySource, name: str) -> Tensor:
+def previous(source: QuantitySource, name: str) -> Tensor:
     """The weight at the last mask update, or when the Sparsifier was made."""
-    return whole(sparsifier.layers[name].parameter.detach())
+    return whole(source.layers[name].parameter.detach())
 
 
 @quantities.register
 @taken("score")
-def rng(sparsifier: QuantitySource, name: str) -> torch.Generator:
+def rng(source: QuantitySource, name: str) -> torch.Generator:
     """The Sparsifier's own random generator, on the CPU; torch's global generator is not used."""
-    return sparsifier.rng
+    return source.rng
 
 
 @quantities.register
 @taken("backward")
-def grad(sparsifier: QuantitySource, name: str) -> Tensor:
+def grad(source: QuantitySource, name: str) -> Tensor:
     """g = dL/dw, the mean over the batches since the last mask update. Masked weights have a gradient, too."""
-    return _gradient(sparsifier.layers[name])
+    return _gradient(source.layers[name])
 
 
 @quantities.register
 @taken("backward")
-def grad_sq(sparsifier: QuantitySource, name: str) -> Tensor:
+def grad_sq(source: QuantitySource, name: str) -> Tensor:
     """g^2, the mean over the batches since the last mask update.
 
     It estimates the diagonal of the empirical Fisher matrix; g is the gradient of a batch, not of one example.
     """
-    return _gradient(sparsifier.layers[name]).square()
+    return _gradient(source.layers[name]).square()
 
 
 @quantities.register
 @taken("backward", running=True)
-def weight_grad(sparsifier: QuantitySource, name: str) -> Tensor:
+def weight_grad(source: QuantitySource, name: str) -> Tensor:
     """w g, the mean over all batches."""
-    layer = sparsifier.layers[name]
+    layer = source.layers[name]
     return whole(layer.parameter.detach()) * _gradient(layer)
 
 
 @quantities.register
 @taken("forward", finish=torch.sqrt)
-def activation(sparsifier: QuantitySource, name: str) -> Tensor:
+def activation(source: QuantitySource, name: str) -> Tensor:
     """Root mean square of the layer's input, per input channel, in a shape that broadcasts to the weight."""
-    layer = sparsifier.layers[name]
-    squares = _by_channel(layer, sparsifier.inputs[name]).square().mean(1)
+    layer = source.layers[name]
+    squares = _by_channel(layer, source.inputs[name]).square().mean(1)
     axes = list(layer.axes)
     if layer.convolution_groups > 1:
         # In a grouped convolution each group of outputs reads other inputs; the first axis runs over these groups.
@@ -209,19 +211,19 @@ def activation(sparsifier: QuantitySource, name: str) -> Tensor:
 
 @quantities.register
 @taken("loss")
-def hessian_grad(sparsifier: QuantitySource, name: str) -> Tensor:
+def hessian_grad(source: QuantitySource, name: str) -> Tensor:
     """H g, the Hessian of the loss times its gradient, both over the weights of all selected layers."""
-    return sparsifier.once(_hessian_gradients)[name]
+    return source.once(_hessian_gradients)[name]
 
 
 @quantities.register
 @taken("score")
-def flow(sparsifier: QuantitySource, name: str) -> Tensor:
+def flow(source: QuantitySource, name: str) -> Tensor:
     """dR/d|w|, where R is the sum of the outputs for an input of ones, with |w| for each weight w. It needs no data.
 
     Computed in float64, because over many layers R leaves the range of float32. Tanaka et al., 2020 (arXiv:2006.05467).
     """
-    return sparsifier.once(_synaptic_flow)[name]
+    return source.once(_synaptic_flow)[name]
 
 
 def _gradient(layer: NamedWeight) -> Tensor:
@@ -249,13 +251,13 @@ def _by_channel(layer: NamedWeight, value: Tensor) -> Tensor:
 
 
 @torch.enable_grad()
-def _hessian_gradients(sparsifier: QuantitySource) -> dict[str, Tensor]:
+def _hessian_gradients(source: QuantitySource) -> dict[str, Tensor]:
     """H g of all layers: the gradient of g * stop_gradient(g)."""
-    parameters = {name: layer.parameter for name, layer in sparsifier.layers.items()}
+    parameters = {name: layer.parameter for name, layer in source.layers.items()}
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
     if frozen:
         raise UnsuitableLayerError(f"no gradient reaches {frozen[0]}, which is frozen; leave it out with exclude=")
-    gradients = torch.autograd.grad(sparsifier.loss, list(parameters.values()), create_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(source.loss, list(parameters.values()), create_graph=True, allow_unused=True)
     unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
     if unused:
         raise ValueError(
@@ -272,20 +274,20 @@ def _hessian_gradients(sparsifier: QuantitySource) -> dict[str, Tensor]:
     }
 
 
-def _synaptic_flow(sparsifier: QuantitySource) -> dict[str, Tensor]:
+def _synaptic_flow(source: QuantitySource) -> dict[str, Tensor]:
     """dR/d|w| of all layers."""
-    if sparsifier.example_input is None:
+    if source.example_input is None:
         raise ValueError("synflow needs the shape of an input: give the Sparsifier a batch, example_input=")
-    model = sparsifier.model
+    model = source.model
     values = {
         # An attention mask holds -inf, which must stay so.
         name: torch.where(value.isinf(), value, value.abs()).detach().double() if value.is_floating_point() else value
         for name, value in (*model.named_parameters(), *model.named_buffers())
     }
-    parameters = {name: values[name].requires_grad_() for name in sparsifier.layers}
+    parameters = {name: values[name].requires_grad_() for name in source.layers}
     with torch.enable_grad(), evaluating(model):
         try:
-            output = run(partial(functional_call, model, values), tree_map(_ones, sparsifier.example_input))
+            output = run(partial(functional_call, model, values), tree_map(_ones, source.example_input))
         except Exception as error:
             raise ValueError(
                 f"synflow: the model fails on ones in float64 in the shape of example_input ({error}); pass an "

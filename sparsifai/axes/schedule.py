@@ -40,7 +40,7 @@ def progress(schedule: Schedule, t: float) -> float:
         The share of the target sparsity, from 0 to 1. Values up to 1e-6 outside are clipped, as rounding.
 
     Raises:
-        ValueError: If the schedule fails, or returns anything but a number from 0 to 1.
+        ValueError: The schedule fails, or returns anything but a number from 0 to 1.
     """
     try:
         value = float(schedule(t))
@@ -132,7 +132,7 @@ def iterative(n: int = 3) -> Schedule:
         The schedule, a function of t.
 
     Raises:
-        ValueError: If `n` is not a whole number of at least 1.
+        ValueError: `n` is not a whole number of at least 1.
 
     Example:
         >>> [iterative(2)(t) for t in (0, 0.1, 0.5, 0.6, 1)]

@@ -147,10 +147,10 @@ class KeepSparsity(TrainingCallback):
         return holds_zeros(self.learn.opt) and all(id(parameter) in stepped for parameter, _ in masked)
 
     def is_alone(self) -> bool:
-        """Check whether all callbacks with events of training are fastai's or sparsifai's own.
+        """Tell whether all callbacks with events of training are fastai's or sparsifai's own.
 
         Returns:
-            Whether they are: these change no weights, so masks need not be applied again.
+            True if they are: these callbacks change no weights.
         """
         return not any(
             event in vars(callback) or (hasattr(type(callback), event) and not _is_known(type(callback)))
@@ -170,18 +170,18 @@ class KeepSparsity(TrainingCallback):
         self,
         model,  # A copy of the model, such as its torch.optim.swa_utils.AveragedModel
     ):
-        """Zero the masked weights of a copy of the model.
+        """Set the masked weights of a copy of the model to zero.
 
         Args:
-            model: The copy, such as a torch.optim.swa_utils.AveragedModel.
+            model: The copy, such as a torch.optim.swa_utils.AveragedModel of the model.
         """
         zero_weights(self._masked(model))
 
     def report(self):
-        """Measure the zeros of the layers that have masks, and of the whole model.
+        """Count the zeros of the model.
 
         Returns:
-            A `Report`.
+            A `Report`. The layers that have masks are the selected ones.
         """
         return Report.of(unwrapped(self.learn.model), self.masks)
 
@@ -197,13 +197,13 @@ class KeepSparsity(TrainingCallback):
         self._recovered, self.held_model = True, unwrapped(self.learn.model)
 
     def recover(self, force: bool = False) -> bool:
-        """Add the zeros of the model to the masks, once in a fit.
+        """Add the zeros of the model to the masks, once in a fit, unless masks were given.
 
         Args:
-            force: Do so in any case.
+            force: Whether to add them in any case. Default False.
 
         Returns:
-            Whether it was done now.
+            Whether they were added.
         """
         if not force and (self._recovered or not self.recovers):
             return False
@@ -240,13 +240,13 @@ class KeepSparsity(TrainingCallback):
             self.masks = merged(self.masks, {name: kept})
 
     def keeps(self, masks: Mapping[str, Tensor]) -> bool:
-        """Check whether pruned weights are kept at zero.
+        """Tell whether all weights that some masks prune are kept at zero.
 
         Args:
-            masks: Parameter name -> mask.
+            masks: Parameter name -> mask, True where a weight is kept.
 
         Returns:
-            Whether all weights that these masks prune are kept.
+            True if they are.
         """
         return prunes(self.masks, masks)
 

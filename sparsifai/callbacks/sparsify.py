@@ -47,25 +47,40 @@ class SparsifyCallback(TrainingCallback):
     Args:
         sparsity: The target sparsity: fraction of the weights that are zero at the end, 0.5 for 50 %; or {pattern:
             fraction} by layer.
-        granularity, context, criteria, layers, exclude, pool, may_empty, regrow, round_to, coupled, seed: As of
-            `Sparsifier`.
-        schedule: How the sparsity grows during the fit: a name of `schedules`, a function from [0, 1] to [0, 1], or a
-            fastai annealer. Default: agp over the first three quarters of the fit.
-        initial_sparsity: The sparsity of all layers at which the schedule begins. Default 0.
-        compression_ratio: Another name of `sparsity`, the same number.
-        drop: Initial fraction of the remaining weights that is pruned per update and regrown elsewhere; default 0.3.
-            Needs regrow=.
-        decay: Schedule along which that fraction goes to 0. Default: cos over the first three quarters of the fit.
-        calibration: Batches for criteria that look at data. Default: the present batch of the training.
-        every: Batches from one mask update to the next; the last batch of a fit always has an update. Default 1, and
-            with regrow= a hundredth of the fit.
+        granularity: How weights are grouped: a name of `granularities`, a tuple of axes such as ('out', 'h'), or a
+            function. Default 'weight', every weight by itself.
+        context: Where scores are ranked: a name of `contexts` or a function. Default 'global', all layers together.
+        criteria: How weights are scored: a name of `criteria` or a function of named quantities. Default 'large_final',
+            the magnitude.
+        schedule: How sparsity grows in the fit: a name of `schedules`, a function from [0, 1] to [0, 1], or a fastai
+            annealer. Default: agp over the first three quarters of the fit.
+        initial_sparsity: Sparsity of all layers at which the schedule begins, a fraction. Default 0.
+        compression_ratio: Another name for `sparsity`. Pass only one of them.
+        layers: Which layers are pruned: module classes, modules, names, globs, functions of (name, module), or a list
+            of these. Default: all weights with named axes, except frozen ones and embeddings.
+        exclude: Which layers stay dense, in the same form. Default none.
+        pool: How the scores of a group become one: 'mean', 'sum', 'max', 'l2', or a function. Default: 'mean', and for
+            taylor the square of the sum.
+        may_empty: Whether a layer may lose all its groups. Default False: it keeps its best one.
+        regrow: The criterion by which pruned weights regrow at an update, highest scores first: 'grad' as in RigL,
+            'random' as in SET, or another one. Default: none regrow.
+        drop: With regrow=, the initial fraction of the remaining weights that is pruned per update and regrown
+            elsewhere. Default 0.3.
+        decay: Schedule by which `drop` goes to 0. Default: cos over the first three quarters of the fit.
+        calibration: Batches for criteria that need inputs or a loss. Default: the batch that is being trained on.
+        round_to: Keep a multiple of this many groups in every layer, or all of them. Default: any number.
+        coupled: Whether filters that can only be removed together are pruned together, for `shrink`. Default False.
+        seed: Seed of the generator that random criteria draw from. Default 0.
+        every: Number of batches from one mask update to the next. The last batch of a fit always has an update.
+            Default 1; with regrow=, a hundredth of the batches of the fit.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An argument cannot work. If that depends on the model, it is raised at the first batch of a fit.
+        ValueError: An argument is unknown or out of range, or arguments exclude each other. At the first batch of a
+            fit: the arguments do not fit the model.
 
     Example:
-        learn.fit_one_cycle(5, cbs=SparsifyCallback(0.9))
+        learn.fit_one_cycle(5, cbs=SparsifyCallback(0.9, context="erk"))
     """
 
     # After MixedPrecision (10), which unscales gradients, and before KeepSparsity (10.5), which zeroes the gradients of
@@ -225,10 +240,10 @@ class SparsifyCallback(TrainingCallback):
         """Plan a first fit of a model with this callback, from its present weights. Nothing is trained or changed.
 
         Args:
-            model: The model.
-            n_epoch: Epochs of the fit.
-            n_iter: Batches in an epoch, `len(learn.dls.train)`.
-            example_input: A batch, for counting FLOPs and for models that torch.fx cannot trace. A tuple holds
+            model: The model, which is not changed.
+            n_epoch: Number of epochs of the fit.
+            n_iter: Number of batches in an epoch, `len(learn.dls.train)`.
+            example_input: A batch, to count FLOPs with, and for models that torch.fx cannot trace. A tuple holds
                 positional arguments. Default: FLOPs are not counted.
 
         Returns:
@@ -236,7 +251,7 @@ class SparsifyCallback(TrainingCallback):
 
         Raises:
             TypeError: `model` is no torch.nn.Module.
-            ValueError: The arguments cannot work on this model.
+            ValueError: The arguments of the callback do not fit the model.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"plan: model must be a torch.nn.Module, such as learn.model, not {type(model).__name__}")

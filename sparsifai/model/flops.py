@@ -52,7 +52,7 @@ def count_flops(model: nn.Module, targets: Mapping[str, NamedWeight], example: A
         whose kind of layer is not known to use it as a matrix.
 
     Raises:
-        ValueError: If the model fails on the example.
+        ValueError: The model fails on the example.
     """
     counted: dict[str, int] = {}
 

@@ -42,8 +42,8 @@ def register_layer(
         **named: The same as keyword arguments, such as weight=('in', 'out').
 
     Raises:
-        TypeError: If `kind` is not a module class.
-        ValueError: If the axes of a parameter are not a tuple of different names.
+        TypeError: `kind` is not a module class.
+        ValueError: The axes of a parameter are not a tuple of different names.
 
     Example:
         >>> class Conv1D(nn.Module): ...
@@ -166,7 +166,7 @@ def find_weights(model: nn.Module) -> dict[str, NamedWeight]:
         computed from parameters, as by weight_norm, occurs under the name of the first of these parameters.
 
     Raises:
-        ValueError: If a layer is lazy and has no shape yet, or a parameter has another number of axes than its kind of
+        ValueError: A layer is lazy and has no shape yet, or a parameter has another number of axes than its kind of
             layer was registered with.
     """
     found: dict[int, list[tuple[str, nn.Module, str]]] = {}
@@ -257,7 +257,7 @@ def parameter_of(model: nn.Module, name: str, mask: Tensor) -> nn.Parameter:
         mask: A tensor that must broadcast to the shape of the parameter.
 
     Raises:
-        ValueError: If there is no such parameter, or the mask does not fit its shape.
+        ValueError: There is no such parameter, or the mask does not fit its shape.
     """
     try:
         parameter = attrgetter(name)(unwrapped(model))

@@ -26,8 +26,8 @@ def as_patterns(patterns: Pattern | Iterable[Pattern]) -> list[Pattern]:
         patterns: A pattern, or an iterable of patterns.
 
     Raises:
-        TypeError: If one of them is not a pattern.
-        ValueError: If a regular expression is not valid.
+        TypeError: One of them is not a pattern.
+        ValueError: A regular expression is not valid.
     """
     # A Sequential is iterable too, but is a pattern itself.
     several = isinstance(patterns, Iterable) and not isinstance(patterns, (str, nn.Module, type))
@@ -59,7 +59,7 @@ def matching(pattern: Pattern, targets: Mapping[str, NamedWeight], model: nn.Mod
         The names of the weights.
 
     Raises:
-        ValueError: If the pattern selects none.
+        ValueError: The pattern selects none.
     """
     matched = {name for name, weight in targets.items() if _matches(pattern, weight, model)}
     if not matched:
@@ -90,7 +90,7 @@ def name_matcher(pattern: str) -> Callable[[str], Any]:
         pattern: A glob, or 're:' followed by a regular expression, such as 're:layer[12].*'.
 
     Raises:
-        ValueError: If the regular expression is not valid, or could take forever to match.
+        ValueError: The regular expression is not valid, or could take forever to match.
     """
     if not pattern.startswith("re:"):
         return lambda name: fnmatchcase(name, pattern)

@@ -52,7 +52,7 @@ def check_runs(model: nn.Module, example_input: Any) -> Any:
         The output.
 
     Raises:
-        ValueError: If the model fails on the example.
+        ValueError: The model fails on the example.
     """
     try:
         return run(model, example_input)

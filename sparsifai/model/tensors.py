@@ -16,7 +16,7 @@ def first_tensor(output: Any, whose: str) -> Tensor:
         whose: Its name, for the message.
 
     Raises:
-        ValueError: If that is not a tensor.
+        ValueError: That is not a tensor.
     """
     while isinstance(output, (tuple, list)) and output:
         output = output[0]

@@ -48,7 +48,7 @@ def find_flow(model: nn.Module, example_input: Any = None) -> Flow:
         The flow.
 
     Raises:
-        ValueError: If the model cannot be traced and there is no example, or the model fails on it; if the model was
+        ValueError: The model cannot be traced and there is no example, or the model fails on it, or the model was
             sharded by fully_shard or prepared for quantization.
     """
     if is_fully_sharded(model):
@@ -229,7 +229,7 @@ def recorded_flow(model: nn.Module, example_input: Any) -> Flow:
             ones. A list is one argument, as detection models take it.
 
     Raises:
-        ValueError: If the model fails on the example.
+        ValueError: The model fails on the example.
     """
     shell, recorder = _shell(model), _Recorder(_names(model))
     recorder.flow.sources.add(recorder.record(example_input, Operation([], set())))

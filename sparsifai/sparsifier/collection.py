@@ -1,4 +1,4 @@
-"""Collecting the quantities that a criterion names: when they are taken, how they are averaged, and their values."""
+"""Collecting the quantities that a criterion names, at the moments of training when each of them is available."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Source:
     _computed: dict[Callable, dict[str, Tensor]] = field(default_factory=dict)
 
     def once(self, compute: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What `compute(source)` gives for all layers. It is computed for the first layer that asks, then reused."""
+        """Return `compute(source)`, a value for each layer. It is computed once and reused until `forget`."""
         if compute not in self._computed:
             self._computed[compute] = compute(self)
         return self._computed[compute]
@@ -57,7 +57,7 @@ class CollectedQuantities:
         source: What they are computed from.
         named: Names of the quantities.
         stored: Quantity -> parameter name -> value, for quantities that are not computed at each scoring.
-        counts: Quantity -> parameter name -> what the mean is over: batches, or values per channel.
+        counts: Quantity -> parameter name -> the number of batches, or of values, in the mean.
         begins: Quantities whose mean starts anew with the next batch.
     """
 
@@ -137,12 +137,12 @@ class CollectedQuantities:
         return {quantity: self.value(quantity, name) for quantity in self.named}
 
     def how(self, moments: Container[str]) -> str:
-        """The calls by which users collect what is taken at these moments."""
+        """The calls by which users collect the quantities that are taken at these moments, for an error."""
         gradients = ", or collect_gradients() after a backward," if "backward" in moments else ""
         return f"calibrate(batches, loss_func){gradients}"
 
     def state(self) -> dict[str, Any]:
-        """What is stored, and of how many batches."""
+        """The stored values and the number of batches in each mean, for `restore`."""
         return {
             "stored": {quantity: dict(values) for quantity, values in self.stored.items()},
             "counts": {quantity: dict(counts) for quantity, counts in self.counts.items()},
@@ -150,7 +150,7 @@ class CollectedQuantities:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Load what `state` gave, to the devices of the parameters."""
+        """Load what `state` returned, to the devices of the parameters."""
         self.stored = {
             quantity: {name: value.to(self._layers[name].parameter.device) for name, value in values.items()}
             for quantity, values in state["stored"].items()

@@ -43,7 +43,7 @@ class CoupledLayers:
         return 1 + max(int(channels.max()) for channels in self.channels.values())
 
     def join(self, layers: Sequence[ScoredLayer]) -> ScoredLayer:
-        """The layers as one whose groups are the channels."""
+        """Join layers to one layer, whose groups are the channels."""
         size, score, alive = np.zeros(self.count), np.zeros(self.count), np.zeros(self.count)
         for layer in layers:
             channels = self.channels[layer.target.name]
@@ -66,7 +66,13 @@ class Coupling:
         self.part_of = {name: part for part in parts for name in part.channels}
 
     def join(self, layers: Sequence[ScoredLayer]) -> tuple[list[ScoredLayer], Callable[[Kept], Kept]]:
-        """The layers with the coupled ones as one, and a function from their kept groups to the kept filters.
+        """Join the layers that are coupled.
+
+        Args:
+            layers: The layers of one scope, with a score for every filter.
+
+        Returns:
+            The joined layers, and a function from their kept groups to the kept filters of `layers`.
 
         Raises:
             ValueError: Some layers of a part are missing, because another sparsity is asked for them.
@@ -102,9 +108,17 @@ class Coupling:
 
 
 def couple(model: nn.Module, example_input: Any, layers: Layers) -> tuple[Coupling, dict[str, str]]:
-    """The coupling of the selected layers, and why further layers have to stay dense: layer name -> reason.
+    """Find which filters of the selected layers are coupled.
 
     A layer stays dense if one of its channels cannot be removed, or is coupled with a layer that stays dense.
+
+    Args:
+        model: The model, without wrappers.
+        example_input: A batch, which is run through the model once.
+        layers: All layers.
+
+    Returns:
+        The coupling, and why further layers stay dense: layer name -> reason.
 
     Raises:
         ValueError: There is no example input, groups are not whole filters, or no layer is left.
@@ -139,7 +153,7 @@ def couple(model: nn.Module, example_input: Any, layers: Layers) -> tuple[Coupli
                 if name not in reasons:
                     reasons[name], changed = why, True
     parts = _parts(channels, {module: name for module, name in name_of_module.items() if name not in reasons})
-    # The graph can be wrong, so the removal of one channel of each kind is tried on a copy.
+    # The dependency graph can be wrong, so one channel of each kind is removed from a copy of the model.
     kinds = {tuple(dict.fromkeys(module for module, _ in each.outputs)): each for part in parts for each in part}
     for channel, why in why_stuck(model, example_input, kinds.values()).items():
         part = next(part for part in parts if channel in part)
@@ -153,7 +167,7 @@ def couple(model: nn.Module, example_input: Any, layers: Layers) -> tuple[Coupli
 
 
 def _parts(channels: Sequence[ChannelSet], names: Mapping[str, str]) -> list[list[ChannelSet]]:
-    """The channels of the selected layers, by which of these layers are coupled. names: module -> layer name."""
+    """Split the channels into parts whose layers are not coupled. names: module of a selected layer -> layer name."""
     part_of: dict[str, list[ChannelSet]] = {}
     for channel in channels:
         coupled = dict.fromkeys(names[module] for module, _ in channel.outputs if module in names)
@@ -168,6 +182,7 @@ def _parts(channels: Sequence[ChannelSet], names: Mapping[str, str]) -> list[lis
 
 
 def _coupled_layers(model: nn.Module, part: Sequence[ChannelSet], names: Mapping[str, str]) -> CoupledLayers:
+    """The layers and norm layers of one part. names: module -> layer name."""
     filters: dict[str, dict[int, int]] = {}
     norms: dict[str, dict[int, int]] = {}
     for number, channel in enumerate(part):
@@ -187,12 +202,16 @@ def _coupled_layers(model: nn.Module, part: Sequence[ChannelSet], names: Mapping
 def joint_layers(
     layers: Sequence[ScoredLayer], coupling: Coupling | None, round_to: int | None
 ) -> tuple[Sequence[ScoredLayer], Callable[[Kept], Kept]]:
-    """The layers that a context ranks, and a function from their kept groups to the kept groups of `layers`.
+    """Join the layers of one scope for the ranking, by coupling and by round_to.
 
     Args:
         layers: The layers of one scope, with a score for every group.
         coupling: The coupled filters, or None.
-        round_to: Groups per bundle, or None. Bundles are pruned as wholes, so that a multiple of them is kept.
+        round_to: Groups per bundle, or None. Each bundle is pruned or kept as a whole, so that a multiple of this
+            number of groups is kept.
+
+    Returns:
+        The layers that the context ranks, and a function from their kept groups to the kept groups of `layers`.
     """
     split: Callable[[Kept], Kept] = list
     if coupling is not None:

@@ -20,7 +20,7 @@ class Layer:
 
     Attributes:
         weight: The named weight: its parameter, its axes, and the modules that hold it.
-        grouping: How the granularity groups the weight. None where the granularity does not go with the layer.
+        grouping: How the granularity groups the weight. None if the layer cannot have the granularity.
         why_dense: Why the layer stays dense. Empty for a selected layer, which is pruned.
         mask: Bool tensor, False where a weight is pruned. It has the shape of the weight, but size 1 along axes that
             a group spans. A layer that stays dense keeps everything.

@@ -1,4 +1,4 @@
-"""Which layers are pruned and which stay dense, with the reason."""
+"""Which layers are pruned, and why the others stay dense."""
 
 from __future__ import annotations
 
@@ -74,9 +74,15 @@ def _reasons_to_stay_dense(
     layers: Any = None,
     exclude: Any = None,
 ) -> dict[str, str]:
-    """Which weights stay dense: parameter name -> reason.
+    """Find which weights stay dense: parameter name -> reason.
 
-    groupings: of every weight, or why the granularity does not go with it. flow: is called only if it is needed.
+    Args:
+        model: The model, without wrappers.
+        weights: All weights with named axes.
+        groupings: Parameter name -> its grouping, or why the layer cannot have the granularity.
+        flow: Gives the data flow of the model. It is called only if it is needed.
+        layers: As of `find_layers`.
+        exclude: As of `find_layers`.
     """
     patterns = [] if layers is None else as_patterns(layers)
     exclusions = [] if exclude is None else as_patterns(exclude)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..axes.context import ask
 from ..axes.criterion import is_elementwise, large_final
 from ..axes.grouping import squared_sum
-from ..axes.ranking.on_device import DeviceLayer
+from ..axes.ranking.device_layer import DeviceLayer
 from ..axes.ranking.scored_layer import ScoredLayer, all_equal, nan_message
 from ..model.parallel import agree, is_sharded, process_groups_of_shards
 from ..model.tensors import cloned, widened
@@ -48,6 +48,14 @@ class Ranking:
     coupling: Coupling | None = None
     process_group: Any = None  # of the replicas of the model, or None
 
+    def stays_on_device(self, layers: Layers) -> bool:
+        """Whether scores are ranked on the GPU that holds all layers, so that the host need not wait for it."""
+        devices = {layer.parameter.device for layer in layers.values()}
+        alone = self.process_group is None and not any(is_sharded(layer.parameter) for layer in layers.values())
+        groups_alone = self.options.round_to is None and self.coupling is None
+        can = getattr(self.options.context, "on_device", False)
+        return can and alone and groups_alone and len(devices) == 1 and devices.pop().type in ("cuda", "meta")
+
 
 @dataclass(frozen=True)
 class NewMasks:
@@ -73,7 +81,7 @@ class NewMasks:
 
 
 def check_nan(flags: dict[str, Tensor]) -> None:
-    """Raise a ValueError if a flag is true. flags: as `NewMasks.nan`."""
+    """Raise a ValueError if a flag of `NewMasks.nan` is true."""
     for name, flag in flags.items():
         if flag:
             raise ValueError(nan_message(name))
@@ -107,22 +115,22 @@ def build_masks(
     levels = {name: layer.level for name, layer in layers.items()}
     notices: list[str] = []
     nan: dict[str, Tensor] = {}
-    on_device = _stays_on_device(layers, ranking)
+    on_device = ranking.stays_on_device(layers)
 
     def rank(names: list[str], sparsity: float, by: CollectedQuantities, revived: Container[str]) -> None:
         """Prune the groups of these layers with the lowest scores. Pruned groups of revived layers may be kept."""
         options: Any = {"pool": ranking.options.pool, "may_empty": ranking.options.may_empty, "on_device": on_device}
         scored = [score_layer(layers[name], masks[name], by, revives=name in revived, **options) for name in names]
         if on_device:
-            for layer in scored:
-                name, flags = layer.target.name, layer.score.isnan() & (layer.alive | layer.revives)
-                nan[name] = flags.any() | nan.get(name, False)
             kept: Any = ranking.options.context(scored, sparsity)
+            flags = torch.stack([layer.nan for layer in scored])  # of all layers at once: each operation is a launch
+            earlier = torch.stack([nan.get(layer.target.name, flag) for layer, flag in zip(scored, flags, strict=True)])
+            nan.update(zip([layer.target.name for layer in scored], (flags | earlier).unbind(), strict=True))
         else:
             kept = _rank(scored, sparsity, ranking, collected, notices)
-        for layer, stays in zip(scored, kept, strict=True):
-            if stays is not layer.alive:
-                masks[layer.target.name] = layers[layer.target.name].mask_of(torch.as_tensor(stays))
+        for layer, of_layer in zip(scored, kept, strict=True):
+            if of_layer is not layer.alive:
+                masks[layer.target.name] = layers[layer.target.name].mask_of(torch.as_tensor(of_layer))
 
     try:
         for sparsity, names in asked:
@@ -147,21 +155,12 @@ def _rank(
     """Ask the context which groups are kept: for each layer, a bool per group."""
     options, model = ranking.options, collected.source.model
     ranked, split = joint_layers(scored, ranking.coupling, options.round_to)
-    # In this order, the scores are compared at a first update only.
+    # Comparing the scores comes last in this condition, so that it is done at a first update only.
     if collected.compares and sparsity >= 0.01 and not any(each.masked.any() for each in ranked) and all_equal(ranked):
         notices.append(ALL_EQUAL.format(name_of(collected.criterion)))
     kept = split(ask(options.context, ranked, sparsity, name_of(options.granularity), notices))
     groups = process_groups_of_shards(model) if ranking.process_group is None else [ranking.process_group]
     return agree(kept, groups, scored[0].target.parameter.device)
-
-
-def _stays_on_device(layers: Layers, ranking: Ranking) -> bool:
-    """Whether scores can be ranked on the GPU that holds all layers, so that the host need not wait for it."""
-    devices = {layer.parameter.device for layer in layers.values()}
-    alone = ranking.process_group is None and not any(is_sharded(layer.parameter) for layer in layers.values())
-    groups_alone = ranking.options.round_to is None and ranking.coupling is None
-    can = getattr(ranking.options.context, "on_device", False)
-    return can and alone and groups_alone and len(devices) == 1 and devices.pop().type in ("cuda", "meta")
 
 
 def score_layer(
@@ -181,12 +180,12 @@ def score_layer(
 
     Args:
         layer: The layer.
-        mask: Its mask; that of the layer, or one that was built since.
-        by: The criterion, and its quantities.
+        mask: Its mask: that of the layer, or one that was just built for the same update.
+        by: The criterion and its quantities.
         pool: How the scores of a group become one.
         revives: Whether groups that are pruned may be kept again.
         may_empty: Whether the layer may lose its best group, too.
-        on_device: Whether to leave everything on the GPU. Then no score is looked at, not even for NaN.
+        on_device: Whether everything stays on the GPU. Then the host reads no score, not even to check for NaN.
 
     Raises:
         ValueError: The criterion does not return one real score per weight; at once or in the ranking, a score is NaN.
@@ -194,7 +193,7 @@ def score_layer(
     criterion, grouping, parameter = by.criterion, layer.grouping, layer.parameter
     values = by.values(layer.name)
     by_element = is_elementwise(criterion)
-    # Single weights are not pooled; but this pooling is a part of its criterion's formula.
+    # Single weights are not pooled. But this pooling belongs to the formula of its criterion, so it is applied.
     finished = torch.square if grouping.single and pool is squared_sum else (lambda scores: scores)
     if by_element:
         if grouping.single:
@@ -213,10 +212,13 @@ def score_layer(
 
     options: dict[str, Any] = {"revives": revives, "may_empty": may_empty}
     if on_device:
-        all_of = scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool)
-        sizes = grouping.size if isinstance(grouping.size, int) else grouping.size.to(mask.device)
         alive, whole = grouping.gather(mask), not grouping.indexed
-        return DeviceLayer(layer.weight, all_of.to(mask.device), alive, sizes, whole, **options)
+        if criterion is large_final and grouping.single and pool is not squared_sum:
+            # The ranking takes the absolute values on its way through the weights.
+            weights = parameter.detach().reshape(-1)
+            return DeviceLayer(layer.weight, weights, alive, 1, whole, **options, magnitude=True)
+        all_of = scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool, at_once=True)
+        return DeviceLayer(layer.weight, all_of.to(mask.device), alive, grouping.size_on(mask.device), whole, **options)
     alive = grouping.gather(mask).cpu().numpy().view()
     alive.flags.writeable = False  # it can be the mask itself
     options["grid"] = grouping.named_grid
@@ -255,15 +257,15 @@ def compares_with_itself(layers: Layers, ranking: Ranking, by: CollectedQuantiti
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:
-    """Whether numpy can read the weights where they are."""
+    """Whether numpy can read the weights without a copy."""
     return parameter.element_size() >= 4 and parameter.is_contiguous() and not is_sharded(parameter)
 
 
 def _magnitude(weight: np.ndarray, part: slice) -> np.ndarray:
-    """What large_final gives, by numpy: the commonest criterion in half the time."""
+    """The scores of large_final, computed by numpy: half the time for the most common criterion."""
     return np.abs(weight[part])
 
 
 def _own(value: Any) -> Any:
-    """A copy of a tensor, in float32 where it is in half precision; all else as it is."""
+    """A copy of a tensor, in float32 if it is in half precision. Other values are returned unchanged."""
     return widened(cloned(value)) if isinstance(value, Tensor) else value

@@ -56,7 +56,7 @@ class MaskedModel:
         zero_gradients(self.masked_parameters())
 
     def mask_moments(self, optimizer: Any) -> None:
-        """Set the optimizer's moments of pruned weights to zero, which would move them. Call it after sparsify.
+        """Set the optimizer's moments of pruned weights to zero, so that these are not moved. Call it after sparsify.
 
         Args:
             optimizer: torch's or fastai's.
@@ -93,7 +93,10 @@ class MaskedModel:
         """Every parameter with a mask, and the mask on its device.
 
         Args:
-            model: A copy of the model, whose parameters are meant instead.
+            model: A copy of the model, to return its parameters instead. Default: the model itself.
+
+        Returns:
+            Pairs of a parameter and its mask.
         """
         masked = []
         for name, mask in {**self.masks, **self.follower_masks}.items():
@@ -115,7 +118,11 @@ class MaskedModel:
         return Count.of(*(layer.parameter for layer in self._selected.values())).sparsity
 
     def release(self) -> nn.Module:
-        """Drop all references to the model and return it. Its zeros stay, but nothing keeps them from here on."""
+        """Drop all references to the model. Its zeros stay until it is trained further.
+
+        Returns:
+            The model.
+        """
         self._check_held("release")
         model = self.model
         self.model, self.layers, self.followers, self._nan = None, {}, [], {}

@@ -1,12 +1,15 @@
 """Applying masks: to weights, to their gradients, and to the moments that an optimizer keeps of them.
 
-A weight whose value, gradient and moments are zero stays zero in the step of any optimizer that works weight by weight,
-weight decay and momentum included: its zero holds by construction, even if the step is interrupted.
+An optimizer that works weight by weight does not move a weight whose value, gradient and moments are zero. Weight
+decay and momentum do not move it either. So a pruned weight stays zero even if a step is interrupted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,40 +22,53 @@ from ..support.chunk import CHUNK
 
 Masked = Iterable[tuple[nn.Parameter, Tensor]]
 
-# Optimizers of torch that work weight by weight.
+# Optimizers of torch that work weight by weight. Their subclasses may do something else.
 _BY_WEIGHT = ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
 
-# What optimizers take the square root of. Of zeros, on the CPU, that takes up to ten times as long as of other numbers,
-# so that a step with AdamW takes twice as long; of this number, far below any mean square of a gradient, it does not.
+# Names of the mean squares of gradients in the state of optimizers, which take their square root.
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "sqr_avg")
 
-
+# On the CPU the square root of zero takes up to ten times as long as that of another number, so that zeros make a step
+# with AdamW twice as long. This number does not, and it is far below the mean square of any gradient.
 NEXT_TO_ZERO = 1e-16
 
-# One in so many weights, or less, is newly masked: then places are set, more quickly than by a mask.
+# If at most one in FEW weights is newly pruned, setting these weights by index is faster than multiplying by a mask.
 FEW = 32
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def newly_masked(parameter: nn.Parameter, before: Tensor, mask: Tensor) -> Tensor:
-    """The places, in the order of memory, of weights that `mask` masks and `before` did not; or `mask`, where that is
-    as fast: of masks of groups, on a GPU, or if they are many."""
+    """The weights that `mask` prunes and `before` kept, in the form that `zero_masked` applies fastest.
+
+    Args:
+        parameter: The weight.
+        before: Its earlier mask, bool.
+        mask: Its new mask, bool, of the same shape.
+
+    Returns:
+        Long tensor of the indices of these weights in memory order, if they are few. If they are many, on a GPU, and
+        for masks of groups: `mask` itself, which masks the other pruned weights again.
+    """
     plain = mask.device.type == before.device.type == "cpu" and parameter.is_contiguous() and not is_sharded(parameter)
     if mask.shape != parameter.shape or not plain:
         return mask
-    earlier, now, places = before.numpy().reshape(-1), mask.numpy().reshape(-1), []
+    earlier, now, found = before.numpy().reshape(-1), mask.numpy().reshape(-1), []
     for start in range(0, len(now), CHUNK):
         part = slice(start, start + CHUNK)
-        places.append(start + np.flatnonzero(earlier[part] > now[part]))
-    count = sum(map(len, places))
-    return torch.from_numpy(np.concatenate(places)) if FEW * count < len(now) else mask
+        found.append(start + np.flatnonzero(earlier[part] > now[part]))
+    count = sum(map(len, found))
+    return torch.from_numpy(np.concatenate(found)) if FEW * count < len(now) else mask
 
 
 def zero_masked(tensor: Tensor, mask: Tensor, zero: float = 0.0) -> None:
-    """Set `tensor` to zero where the bool `mask`, which broadcasts to it, is false; inf and NaN too.
+    """Set the masked values of a tensor to zero, inf and NaN included.
 
-    mask: or places in the order of memory. zero: what to set it to instead.
+    Args:
+        tensor: The tensor, changed in place.
+        mask: Bool tensor that broadcasts to it, False where a value is masked. Or long tensor of the indices of the
+            masked values in memory order.
+        zero: The number to set masked values to instead of zero.
     """
     if mask.dtype == torch.long:
         if tensor.is_contiguous():
@@ -60,12 +76,12 @@ def zero_masked(tensor: Tensor, mask: Tensor, zero: float = 0.0) -> None:
             return
         mask = torch.ones(tensor.numel(), dtype=torch.bool).index_fill(0, mask, False).view(tensor.shape)
     tensor, mask = own_shard(tensor.detach(), mask)
-    # Multiplied as integers, the bits of any value times zero are those of zero.
+    # Times zero, inf and NaN would give NaN. Their bits, read as an integer, times zero are the bits of zero.
     bits = tensor.view(_INTEGER[tensor.element_size()])
-    if mask.shape != bits.shape or bits.numel() <= 2 * CHUNK:
+    if mask.shape != bits.shape or bits.numel() <= 2 * CHUNK or bits.device.type != "cpu":
         bits.mul_(mask)
     else:
-        # torch makes integers of the bools first: of few at a time, so that these stay in the cache.
+        # torch converts the bools to integers first. A few rows at a time, these stay in the cache.
         rows = max(1, 2 * CHUNK * len(bits) // bits.numel())
         for part, kept in zip(bits.split(rows), mask.split(rows), strict=True):
             part.mul_(kept)
@@ -73,16 +89,49 @@ def zero_masked(tensor: Tensor, mask: Tensor, zero: float = 0.0) -> None:
         tensor.add_(~mask, alpha=zero)
 
 
+def _zero_all_masked(pairs: Iterable[tuple[Tensor, Tensor]], zero: float = 0.0) -> None:
+    """Call zero_masked for many tensors; on a GPU with Triton, in one launch for all tensors of a type."""
+    by_type: dict[tuple[torch.device, torch.dtype], dict[int, tuple[Tensor, Tensor]]] = {}
+    for tensor, mask in pairs:
+        of_type = by_type.setdefault((tensor.device, tensor.dtype), {})
+        # The same tensor twice, as of tied parameters, must not be written by programs that run at once.
+        if not _is_for_kernel(tensor, mask) or tensor.data_ptr() in of_type:
+            zero_masked(tensor, mask, zero)
+        else:
+            of_type[tensor.data_ptr()] = tensor.detach(), mask
+    for of_type in filter(None, by_type.values()):
+        tensors, masks = zip(*of_type.values(), strict=True)
+        _kernel().zero_masked_at_once(tensors, masks, zero)
+
+
+def _is_for_kernel(tensor: Tensor, mask: Tensor) -> bool:
+    """Whether the Triton kernel can mask a tensor."""
+    # A CUDA graph is replayed when the addresses that the host has sent may be freed.
+    on_gpu = tensor.is_cuda and mask.is_cuda and not is_sharded(tensor) and find_spec("triton") is not None
+    return on_gpu and not torch.cuda.is_current_stream_capturing() and _kernel().fits(tensor, mask)
+
+
+def _kernel() -> ModuleType:
+    return import_module("sparsifai.sparsifier.masking_triton")
+
+
 @torch.no_grad()
 def zero_weights(masked: Masked) -> None:
-    """Set the masked values of parameters to zero."""
-    for parameter, mask in masked:
-        zero_masked(parameter, mask)
+    """Set the masked values of parameters to zero.
+
+    Args:
+        masked: Pairs of a parameter and its bool mask, False where a value is masked.
+    """
+    _zero_all_masked(masked)
 
 
 @torch.no_grad()
 def is_masked_zero(masked: Masked) -> bool:
-    """Whether all masked values of parameters are zero."""
+    """Whether all masked values of parameters are zero.
+
+    Args:
+        masked: Pairs of a parameter and its bool mask, False where a value is masked.
+    """
     for parameter, mask in masked:
         values, kept = own_shard(parameter.detach(), mask)
         if torch.logical_and(values != 0, ~kept).any():
@@ -92,35 +141,51 @@ def is_masked_zero(masked: Masked) -> bool:
 
 @torch.no_grad()
 def zero_gradients(masked: Masked) -> bool:
-    """Set the gradients of masked values to zero. False if one is sparse, as of an embedding: those are left."""
-    zeroed = True
-    for parameter, mask in masked:
-        if parameter.grad is not None:
-            if parameter.grad.layout == torch.strided:
-                zero_masked(parameter.grad, mask)
-            else:
-                zeroed = False
-    return zeroed
+    """Set the gradients of masked values to zero.
+
+    Args:
+        masked: Pairs of a parameter and its bool mask, False where a value is masked.
+
+    Returns:
+        False if the gradient of a parameter is a sparse tensor, as of an embedding. It is not changed then.
+    """
+    gradients = [(parameter.grad, mask) for parameter, mask in masked if parameter.grad is not None]
+    plain = [(gradient, mask) for gradient, mask in gradients if gradient.layout == torch.strided]
+    _zero_all_masked(plain)
+    return len(plain) == len(gradients)
 
 
 @torch.no_grad()
 def zero_moments(masked: Masked, optimizer: Any, squares: float = 0.0) -> None:
-    """Set to zero what an optimizer keeps of masked values: all floats of its state in the shape of the parameter.
+    """Set the moments of masked values to zero: all floating point state in the shape of the parameter.
 
-    optimizer: torch's or fastai's, or a wrapper around one. TypeError if it has no state by parameter.
-    squares: what to set its means of squares to, instead; these move nothing, so NEXT_TO_ZERO, which they decay from,
-        is as good and faster.
+    Args:
+        masked: Pairs of a parameter and its bool mask, or the indices that `newly_masked` gives.
+        optimizer: torch's or fastai's optimizer, or a wrapper around one.
+        squares: The number to set the mean squares of gradients to instead. These alone move no weight, so
+            NEXT_TO_ZERO is as safe as zero, and faster.
+
+    Raises:
+        TypeError: The optimizer has no state by parameter.
     """
     states = list(_states_of(optimizer))
+    moments: dict[float, list[tuple[Tensor, Tensor]]] = {}
     for parameter, mask in masked:
         for state in states:
-            for name, kept in state.get(parameter, {}).items():
-                if _is_plain(kept) and kept.shape == parameter.shape:
-                    zero_masked(kept, mask, squares if name in _SQUARES else 0.0)
+            for name, value in state.get(parameter, {}).items():
+                if _is_floating_point(value) and value.shape == parameter.shape:
+                    moments.setdefault(squares if name in _SQUARES else 0.0, []).append((value, mask))
+    for zero, pairs in moments.items():
+        _zero_all_masked(pairs, zero)
 
 
 def holds_zeros(optimizer: Any) -> bool:
-    """Whether a weight whose value, gradient and moments are zero is known to stay so in the step of an optimizer."""
+    """Whether a step of an optimizer is known to leave a weight at zero if its gradient and moments are zero, too.
+
+    Args:
+        optimizer: torch's or fastai's optimizer, or a wrapper around one. A subclass, an optimizer with hooks, and any
+            other class are not known.
+    """
     kind, inner = type(optimizer), _inner_of(optimizer)
     if inner is not None:
         return kind.__module__ in ("fastai.optimizer", "accelerate.optimizer") and holds_zeros(inner)
@@ -133,7 +198,11 @@ def holds_zeros(optimizer: Any) -> bool:
 
 
 def parameters_of(optimizer: Any) -> Iterator[nn.Parameter]:
-    """What an optimizer steps: torch's, fastai's, or a wrapper around one."""
+    """The parameters that an optimizer steps.
+
+    Args:
+        optimizer: torch's or fastai's optimizer, or a wrapper around one.
+    """
     if hasattr(optimizer, "param_lists"):
         yield from (parameter for group in optimizer.param_lists for parameter in group)
     else:
@@ -146,14 +215,14 @@ def _inner_of(optimizer: Any) -> Any:
     return held.get("opt", held.get("optimizer"))
 
 
-def _is_plain(kept: Any) -> bool:
-    """Whether a piece of state is a tensor of floats; the codes of a quantized one are no values."""
-    return isinstance(kept, Tensor) and (type(kept) is Tensor or is_sharded(kept)) and kept.is_floating_point()
+def _is_floating_point(value: Any) -> bool:
+    """Whether an entry of the state is a tensor of floating point numbers, and not the codes of a quantized tensor."""
+    return isinstance(value, Tensor) and (type(value) is Tensor or is_sharded(value)) and value.is_floating_point()
 
 
 def _states_of(optimizer: Any) -> Iterator[dict[nn.Parameter, dict[str, Any]]]:
-    """All that an optimizer and those within it keep, each as a dictionary from parameters to named values."""
-    if getattr(optimizer, "slow_weights", None) is not None:  # fastai's Lookahead writes them back
+    """The states of an optimizer and of the optimizers that it wraps, each as {parameter: {name: value}}."""
+    if getattr(optimizer, "slow_weights", None) is not None:  # of fastai's Lookahead, which copies them to the weights
         of_groups = zip(optimizer.param_lists, optimizer.slow_weights, strict=True)
         yield {
             parameter: {"slow": slow}
@@ -166,4 +235,7 @@ def _states_of(optimizer: Any) -> Iterator[dict[nn.Parameter, dict[str, Any]]]:
     elif isinstance(getattr(optimizer, "state", None), dict):
         yield optimizer.state
     else:
-        raise TypeError(f"{type(optimizer).__name__} is no optimizer: it keeps no `state` by parameter")
+        raise TypeError(
+            f"{type(optimizer).__name__} is no optimizer, because it has no `state` by parameter; pass an optimizer of "
+            "torch or fastai"
+        )

@@ -1,4 +1,4 @@
-"""The options of a Sparsifier, resolved and checked in one place; and the sparsity that is asked for."""
+"""The options of a Sparsifier and the sparsity that is asked for, resolved and checked in one place."""
 
 from __future__ import annotations
 
@@ -23,10 +23,7 @@ Sparsity = float | Mapping[Pattern, float]
 
 @dataclass(frozen=True)
 class Options:
-    """How, where and what, as functions; and which layers. The fields are those of `Sparsifier`.
-
-    Strings are resolved here, once; past it only functions travel.
-    """
+    """The options of a Sparsifier, under the same names. Names of the axes are resolved to functions here, once."""
 
     granularity: Granularity
     context: Context
@@ -56,7 +53,7 @@ class Options:
         coupled: Any = False,
         seed: Any = 0,
     ) -> Options:
-        """Resolve and check what a user gives.
+        """Resolve and check the arguments of `Sparsifier`.
 
         Raises:
             TypeError: A value has the wrong type.
@@ -78,7 +75,14 @@ class Options:
         )
 
     def with_criteria(self, criteria: Any) -> Options:
-        """The same options with another criterion, and with its pooling if the present one belongs to the old one."""
+        """The same options with another criterion.
+
+        A pooling that is the default of the old criterion is replaced by the default of the new one. Any other pooling
+        stays.
+
+        Args:
+            criteria: The name of a criterion, or a function.
+        """
         default = resolve_axes(self.granularity, self.context, self.criteria)[3]
         criteria, pool = resolve_axes(self.granularity, self.context, criteria)[2:]
         return replace(self, criteria=criteria, pool=pool if self.pool is default else self.pool)
@@ -96,7 +100,17 @@ class Options:
 def resolve_axes(
     granularity: Any, context: Any, criterion: Any, pool: Any = None
 ) -> tuple[Granularity, Context, Criterion, Callable]:
-    """Names to functions. pool: None for the pooling that belongs to the criterion."""
+    """The functions that the names of the axes mean; functions are checked and returned.
+
+    Args:
+        granularity: Name, tuple of axes, or function.
+        context: Name or function.
+        criterion: Name or function.
+        pool: Name or function. None means the pooling of the criterion's definition.
+
+    Raises:
+        ValueError: A name is unknown, or a function is not one of its axis.
+    """
     criterion = criteria.resolve(criterion)
     return (
         granularities.resolve(granularity),
@@ -121,6 +135,10 @@ def check_sparsity(sparsity: Any = None, compression_ratio: Any = None) -> Spars
     Raises:
         TypeError: Neither or both are given, or a value is no number.
         ValueError: A value is not from 0 to 1, or the dictionary is empty.
+
+    Example:
+        >>> check_sparsity(1), check_sparsity({"layer1.*": 0.5})
+        (1.0, {'layer1.*': 0.5})
     """
     if (sparsity is None) == (compression_ratio is None):
         given = "neither is given" if sparsity is None else "both are given"

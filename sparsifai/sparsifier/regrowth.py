@@ -37,14 +37,14 @@ class Regrowth(CollectedQuantities):
         return "collect_gradients() after a backward, before gradients are masked,"
 
     def take(self, moment: str) -> None:
-        """As `CollectedQuantities.take`; but after an update, gradients of earlier batches are dropped."""
+        """Do what `CollectedQuantities.take` does. After an update, the gradients of earlier batches are dropped."""
         super().take(moment)
         if moment == "update":
             for quantity in self.begins & self.stored.keys():
                 del self.stored[quantity], self.counts[quantity]
 
     def note(self, masks: Mapping[str, Tensor]) -> None:
-        """Add what these masks keep to what was ever used."""
+        """Add the weights that these masks keep to the weights that were ever used."""
         for name, mask in masks.items():
             self.used[name] = self.used[name].to(mask.device) | mask if name in self.used else mask
 
@@ -58,11 +58,11 @@ class Regrowth(CollectedQuantities):
         return "" if used is None else f"{float(used.float().mean()):.0%} ever used"
 
     def state(self) -> dict[str, Any]:
-        """What is stored, of how many batches, and what was used."""
+        """The stored values, the number of batches in each mean, and the weights that were ever used."""
         return {**super().state(), "used": dict(self.used)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Load what `state` gave, to the devices of the parameters."""
+        """Load what `state` returned, to the devices of the parameters."""
         super().restore(state)
         self.used = {name: used.to(self._layers[name].parameter.device) for name, used in state["used"].items()}
 
@@ -99,10 +99,14 @@ def check_regrow(regrow: Any, context: Any) -> Any:
 
 
 def check_drop(drop: Any, regrows: bool = True) -> float:
-    """A fraction from 0 to less than 1.
+    """Check `drop`, the fraction of the remaining weights that is pruned and regrown.
+
+    Args:
+        drop: A number from 0 to less than 1.
+        regrows: Whether a criterion says which weights regrow.
 
     Raises:
-        ValueError: It is not, or nothing says what regrows.
+        ValueError: It is no such number, or it is above 0 and nothing says what regrows.
     """
     if isinstance(drop, bool) or not isinstance(drop, Real) or not 0 <= float(drop) < 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Measured sparsity: zeros counted in the weights as they are, never what a schedule says."""
+"""Measured sparsity: the zeros that are in the weights now, and not the sparsity that a schedule asks for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ from .regrowth import Regrowth
 
 @dataclass(frozen=True)
 class Row:
-    """One layer: `why_dense` is empty if it takes part; `note` is what is special about it then."""
+    """One layer of a report.
+
+    Attributes:
+        name: Name of the parameter, such as 'layer1.0.conv1.weight'.
+        kind: Class of the layer.
+        shape: Shape of the weight.
+        count: Its weights and its zeros.
+        why_dense: Why the layer stays dense. Empty if it is pruned.
+        note: What the context or regrowth notes about a pruned layer. Often empty.
+    """
 
     name: str
     kind: str
@@ -32,7 +41,19 @@ class Row:
 class Report(Table):
     """Zeros per layer, of the selected layers, and of the whole model with its biases and norm layers.
 
-    Printed, it is a table; in a notebook, HTML; `.plot()` draws it.
+    It is printed as a table, shown as HTML in a notebook, and drawn by `plot`.
+
+    Attributes:
+        rows: One `Row` per layer, in the order of the model.
+        selected: Weights and zeros of the layers that are pruned.
+        model: Weights and zeros of all parameters.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(4, 2, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0, 0, 2], [3, 0, 4, 5]]))
+        >>> Report.of(model).selected.zeros
+        3
     """
 
     rows: tuple[Row, ...]
@@ -45,7 +66,10 @@ class Report(Table):
 
         Args:
             model: The model.
-            masks: Names of the parameters that count as selected layers. By default all weights with named axes.
+            masks: Names of the parameters that count as selected layers. Default: all weights with named axes.
+
+        Returns:
+            The report.
         """
         layers = {
             name: Layer.dense(weight, None, "" if masks is None or name in masks else "not kept sparse")
@@ -61,7 +85,10 @@ class Report(Table):
             model: The model.
             layers: Its layers.
             context: The context, which may have a note on a layer.
-            regrowth: Knows which weights were ever active, or None.
+            regrowth: The regrowth, which knows which weights were ever active, or None.
+
+        Returns:
+            The report.
         """
 
         def row_of(name: str, layer: Layer) -> Row:
@@ -70,7 +97,7 @@ class Report(Table):
             return Row(name, layer.weight.kind, shape, Count.of(layer.parameter), layer.why_dense, note)
 
         rows = tuple(row_of(name, layer) for name, layer in layers.items())
-        # Matrices of kinds whose axes nobody has named are listed too, so that no weights are left out unseen.
+        # Parameters whose axes have no names cannot be pruned. They are listed, so that users see them.
         known = {name for layer in layers.values() for name in layer.weight.names}
         rows += tuple(
             Row(
@@ -98,7 +125,14 @@ class Report(Table):
         )
 
     def plot(self, ax: Any = None) -> Any:
-        """Sparsity of each layer as bars, layers that stay dense in grey; returns the matplotlib axes."""
+        """Draw the sparsity of each layer as a bar. Layers that stay dense are grey.
+
+        Args:
+            ax: The matplotlib axes to draw on. Default: those of a new figure.
+
+        Returns:
+            The matplotlib axes.
+        """
         import matplotlib.pyplot as plt
 
         if ax is None:
@@ -122,11 +156,12 @@ class Report(Table):
 
 
 def _holder(model: nn.Module, name: str) -> str:
+    """The class of the module that holds a parameter."""
     return kind_of(model.get_submodule(name.rpartition(".")[0]))
 
 
 def note_of(layer: Layer, context: Any, regrowth: Regrowth | None = None) -> str:
-    """What is special about a selected layer: what its context says of it, and how much of it was ever active."""
+    """The notes on a selected layer: that of its context, and which fraction of the layer was ever active."""
     if not layer.is_selected:
         return ""
     noted = context.note(layer.grouping.named_grid) if hasattr(context, "note") else ""

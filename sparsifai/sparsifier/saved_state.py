@@ -16,7 +16,18 @@ from .regrowth import Regrowth
 
 
 def check_state(state: Any, layers: Layers, collected: CollectedQuantities, regrowth: Regrowth | None) -> None:
-    """Raise a ValueError unless `state` is what `state_dict` returns for these layers, quantities and regrowth."""
+    """Check that a state fits a Sparsifier.
+
+    Args:
+        state: The state, as `Sparsifier.state_dict` returns it.
+        layers: The selected layers of the Sparsifier.
+        collected: Its criterion and quantities.
+        regrowth: Its regrowth, or None.
+
+    Raises:
+        ValueError: The state is not that of a Sparsifier with these layers, quantities and regrowth.
+        RuntimeError: The state of the random generator is not one.
+    """
     if not isinstance(state, Mapping) or not {"masks", "levels", "statistics", "rng"} <= state.keys():
         raise ValueError(
             "load_state_dict: the state lacks the masks, levels, statistics or rng of a Sparsifier; give what "
@@ -44,13 +55,13 @@ def check_state(state: Any, layers: Layers, collected: CollectedQuantities, regr
                     f"{_form(known.get(name))} here; use the same model, granularity, layers and exclude as when it "
                     "was saved"
                 )
-    torch.Generator().set_state(state["rng"].cpu())  # raises here what it would raise half-way
+    torch.Generator().set_state(state["rng"].cpu())  # else it would fail after half of the state is loaded
 
 
 def _quantity_tables(
     saved: Any, masks: Mapping[str, Tensor], collected: CollectedQuantities
 ) -> Iterator[tuple[str, Mapping, Mapping]]:
-    """The quantities to compare by layer name: (quantity, values here, values in the state)."""
+    """The quantities whose values are compared: (quantity, values here by layer, values in the state by layer)."""
     if not isinstance(saved, Mapping) or not {"stored", "counts", "begins"} <= saved.keys():
         raise ValueError("load_state_dict: the statistics of the state are not those of a Sparsifier")
     stored, fixed, means = saved["stored"], set(collected.at(*STORED)), set(collected.at(*AVERAGED))
@@ -65,7 +76,7 @@ def _quantity_tables(
             f"load_state_dict: the state has quantities of {sorted(unknown)[0]}, which is not selected here; use the "
             "same layers and exclude as when it was saved"
         )
-    # Means can have been collected of other layers, or of none yet.
+    # A mean over batches is compared only if both have it. It can be missing for some layers, or as a whole.
     for quantity in stored.keys() & collected.stored.keys():
         yield quantity, collected.stored[quantity], stored[quantity]
 

@@ -47,12 +47,12 @@ class Sparsifier(MaskedModel):
         granularity: How weights are grouped: a name of `granularities`, a tuple of axes such as ('out', 'h'), or a
             function. Default 'weight', every weight by itself.
         context: Where scores are ranked: a name of `contexts` or a function. Default 'global', all layers together.
-        criteria: What a weight's score is: a name of `criteria` or a function of named quantities. The groups with
+        criteria: How weights are scored: a name of `criteria` or a function of named quantities. The groups with
             the lowest scores are pruned. Default 'large_final', the magnitude.
         layers: Which layers are pruned: module classes, modules, names, globs, containers, functions of (name,
             module), or a list of these. Default: all weights with named axes, except frozen ones and embeddings. With
             a granularity of whole outputs (inputs) the last (first) layer stays dense, unless it is named exactly.
-        exclude: Which layers stay dense, in the same words.
+        exclude: Which layers stay dense, in the same form. Default none.
         pool: How the scores of a group become one: 'mean', 'sum', 'max', 'l2', or a function. Default: the pooling of
             the criterion's definition, which is 'mean' except for taylor.
         may_empty: Whether a layer may lose all its groups. By default it keeps its best one.
@@ -202,7 +202,7 @@ class Sparsifier(MaskedModel):
         asked = scopes(sparsity, self.layers, self.model)
         falling = any(fraction < self.layers[name].level for fraction, names in asked for name in names)
         if drop or falling or not is_elementwise(self.ranking.options.criteria):
-            # What a step has made of pruned weights must not reach a score, nor be revived.
+            # A step may have moved pruned weights. Their values must not reach a score, and not be revived either.
             self.apply_masks()
         return build_masks(self._selected, asked, self.ranking, self.collected, self._regrowth, drop)
 
@@ -215,7 +215,7 @@ class Sparsifier(MaskedModel):
         return new.notices
 
     def _sparsify_in_steps(self, sparsity: Sparsity, steps: int) -> list[str]:
-        """As `_sparsify`, in several steps; if one fails, nothing has changed."""
+        """Do what `_sparsify` does in several steps. If one fails, nothing has changed."""
         state, calibration, notices = self.state_dict(), self._calibration, []
         if self.collected.looks_at_data and (calibration is None or isinstance(calibration[0], Iterator)):
             raise ValueError(
@@ -238,7 +238,7 @@ class Sparsifier(MaskedModel):
         return list(dict.fromkeys(notices))
 
     def _take(self, new: NewMasks) -> None:
-        """Make new masks one's own. Weights are left as they are."""
+        """Replace the masks, levels and random state. The weights are not changed."""
         for name, layer in self._selected.items():
             layer.mask, layer.level = new.masks[name], new.levels[name]
         self._nan |= new.nan
@@ -256,9 +256,9 @@ class Sparsifier(MaskedModel):
     # --- Data ---------------------------------------------------------------------------------------------------
 
     def calibrate(self, batches: Iterable, loss_func: Callable | None = None) -> None:
-        """Run batches through the model for a criterion that looks at data, and leave no other trace.
+        """Run batches through the model, to collect what the criterion needs of data.
 
-        Modes, buffers, gradients and random generators are as before.
+        Modes, buffers, gradients and random generators are restored.
 
         Args:
             batches: Batches: (input, target), (input, input, target), or dictionaries of named inputs.
@@ -274,9 +274,9 @@ class Sparsifier(MaskedModel):
         self._calibration = batches, loss_func
 
     def collect_gradients(self) -> None:
-        """Collect the present gradients for a criterion that looks at them: after backward, before they are masked.
+        """Collect the gradients for a criterion that needs them. Call it after backward, before they are masked.
 
-        `mask_gradients` does so itself.
+        `mask_gradients` calls it, so a plain training loop need not. Regrowth by gradients needs it before `sparsify`.
 
         Raises:
             ValueError: No gradient has reached a selected layer.
@@ -288,7 +288,7 @@ class Sparsifier(MaskedModel):
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping.
 
-        A criterion that looks at gradients sees them first, if every selected layer has one.
+        A criterion that needs gradients collects them first, if every selected layer has one.
         """
         self._check_held("mask_gradients")
         parameters = [layer.parameter for layer in self._selected.values()]
@@ -308,13 +308,20 @@ class Sparsifier(MaskedModel):
         """Fraction of the weights that were ever active since the first update. Needs regrow=.
 
         Liu et al., 2021, "Do We Actually Need Dense Over-Parameterization?" (arXiv:2102.02887).
+
+        Raises:
+            ValueError: The Sparsifier has no regrow=.
         """
         if self._regrowth is None:
             raise ValueError("explored: only a Sparsifier with regrow= notes which weights were ever active")
         return self._regrowth.explored(self._selected)
 
     def report(self) -> Report:
-        """Measured zeros per layer and in total: text, HTML in a notebook, and `.plot()`."""
+        """Count the zeros of each layer and of the whole model.
+
+        Returns:
+            A table; its `plot` draws it.
+        """
         self._check_held("report")
         self._check_nan()
         return Report.measure(self.model, self.layers, self.ranking.options.context, self._regrowth)
@@ -332,7 +339,11 @@ class Sparsifier(MaskedModel):
     # --- State --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks, levels, collected quantities and random state, by parameter name; for torch.save."""
+        """Collect all that another Sparsifier of the same model and options needs to continue.
+
+        Returns:
+            Masks, levels and collected quantities by parameter name, and the random state; for torch.save.
+        """
         self._check_held("state_dict")
         return {
             "masks": self.masks,
@@ -344,6 +355,9 @@ class Sparsifier(MaskedModel):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned, for the same model and the same options, and apply the masks.
+
+        Args:
+            state: What `state_dict` returned.
 
         Raises:
             ValueError: Names, shapes or quantities differ. Nothing has changed then.
@@ -362,7 +376,11 @@ class Sparsifier(MaskedModel):
         self.apply_masks()
 
     def release(self) -> nn.Module:
-        """Drop all references to the model and return it. Its zeros stay, but nothing keeps them from here on."""
+        """Drop all references to the model. Its zeros stay until it is trained further.
+
+        Returns:
+            The model.
+        """
         model, options = super().release(), self.ranking.options
         self.ranking, self._calibration, self._regrowth = Ranking(options), None, None
         self.collected = CollectedQuantities(options.criteria, Source(None, {}, self.collected.source.rng))  # type: ignore[arg-type]

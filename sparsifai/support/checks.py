@@ -22,8 +22,8 @@ def check_fraction(value: Any, name: str = "sparsity", instead: str = "") -> flo
         The fraction as a float.
 
     Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is not from 0 to 1. For a number from 1 to 100 the message suggests the fraction.
+        TypeError: It is not a number.
+        ValueError: It is not from 0 to 1. For a number from 1 to 100 the message suggests the fraction.
 
     Example:
         >>> check_fraction(50)
@@ -50,7 +50,7 @@ def check_is_module(caller: str, name: str, model: nn.Module) -> None:
         model: What the user passed.
 
     Raises:
-        TypeError: If it is not a module.
+        TypeError: It is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -71,7 +71,7 @@ def check_number(name: str, value: Any, low: float = 0.0, high: float = inf) -> 
         The number as a float.
 
     Raises:
-        ValueError: If it is not a finite number from `low` to `high`.
+        ValueError: It is not a finite number from `low` to `high`.
     """
     value = _without_axes(value)
     if not _is_number(value) or not low <= float(value) <= high:
@@ -92,7 +92,7 @@ def check_seed(seed: Any) -> int:
         The seed.
 
     Raises:
-        TypeError: If it is not an int.
+        TypeError: It is not an int.
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be a whole number, not {seed!r}")
@@ -110,7 +110,7 @@ def check_count(name: str, value: Any) -> int:
         The number.
 
     Raises:
-        ValueError: If it is not an int of at least 1.
+        ValueError: It is not an int of at least 1.
     """
     if not _is_count(value):
         raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
@@ -127,7 +127,7 @@ def check_round_to(round_to: Any) -> int | None:
         The number, or None.
 
     Raises:
-        ValueError: If it is neither None nor an int of at least 1.
+        ValueError: It is neither None nor an int of at least 1.
     """
     if round_to is not None and not _is_count(round_to):
         raise ValueError(f"round_to must be a whole number of at least 1, a number of groups, not {round_to!r}")

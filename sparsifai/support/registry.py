@@ -87,8 +87,8 @@ class Registry(Mapping[str, Callable]):
             The function itself, or a decorator if no function was given.
 
         Raises:
-            TypeError: If it is not a function.
-            ValueError: If the name is already registered and `replace` is false, or the function has no name.
+            TypeError: It is not a function.
+            ValueError: The name is already registered and `replace` is false, or the function has no name.
         """
         if function is None:
             return lambda later: self.register(later, name=name, replace=replace)
@@ -116,8 +116,8 @@ class Registry(Mapping[str, Callable]):
             The function.
 
         Raises:
-            ValueError: If no function has that name.
-            TypeError: If it is neither a name nor a function.
+            ValueError: No function has that name.
+            TypeError: It is neither a name nor a function.
         """
         if isinstance(value, str) and value in self._functions:
             return self._functions[value]

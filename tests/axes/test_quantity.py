@@ -7,7 +7,7 @@ from sparsifai import Sparsifier, quantities, taken
 def test_a_quantity_of_your_own_is_one_function(mlp, registering):
     @quantities.register
     @taken("update")
-    def updates(sparsifier, name):
+    def updates(source, name):
         return sparsifier.collected.stored.get("updates", {}).get(name, torch.zeros(())) + 1
 
     sparsifier = Sparsifier(mlp, criteria=lambda weight, updates: weight.abs() * updates)

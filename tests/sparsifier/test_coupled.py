@@ -1,3 +1,5 @@
+"""Coupled filters are pruned together, so that all zero filters can be removed."""
+
 import copy
 import pickle
 import warnings
@@ -11,7 +13,7 @@ pytest.importorskip("torch_pruning", reason="what is coupled torch-pruning knows
 
 from conftest import dense_of, small_learner  # noqa: E402
 
-from sparsifai import Sparsifier, bounded, sensitivity, shrinkage  # noqa: E402
+from sparsifai import Sparsifier, bounded, shrinkage  # noqa: E402
 
 EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -40,7 +42,7 @@ def alive(mask):
     return mask.flatten(1).any(1).tolist()
 
 
-def test_filters_whose_outputs_are_added_fall_together():
+def test_filters_whose_outputs_are_added_are_pruned_together():
     model = Residual()
     sparsifier = coupled(model)
     assert set(sparsifier.masks) == {"stem.weight", "first.weight", "branch.weight", "head.weight"}
@@ -63,11 +65,11 @@ def test_the_score_is_the_mean_over_the_weights_of_all_coupled_filters():
         model.stem.weight[7] = 50.0
     sparsifier = coupled(model)
     sparsifier.sparsify(0.5)
-    # The sums are 0.3 (n + 1) + 1.08 (8 - n), but for that of channel 7: they fall with n.
+    # The sums are 0.3 (n + 1) + 1.08 (8 - n), except that of channel 7: they decrease with n.
     assert alive(sparsifier.masks["stem.weight"]) == [True, True, True, False, False, False, False, True]
 
 
-def test_without_it_they_fall_apart():
+def test_uncoupled_filters_are_pruned_one_by_one():
     model = Residual()
     plain = Sparsifier(model, "filter", "local")
     plain.sparsify(0.5)
@@ -76,7 +78,7 @@ def test_without_it_they_fall_apart():
     assert "norm.weight" not in plain.follower_masks
 
 
-def test_norm_layers_behind_a_sum_die_with_it():
+def test_a_norm_layer_behind_a_sum_is_masked_with_it():
     model = Residual()
     model.norm.bias.data.fill_(1.0)
     sparsifier = coupled(model)
@@ -100,7 +102,7 @@ class Concatenated(nn.Module):
         return self.out(F.relu(self.norm(torch.cat([self.left(x), self.right(x)], 1))))
 
 
-def test_places_in_a_norm_layer_behind_a_concatenation():
+def test_a_norm_layer_behind_a_concatenation_is_masked():
     model = Concatenated()
     model.norm.bias.data.fill_(1.0)
     sparsifier = coupled(model)
@@ -129,7 +131,7 @@ class Gated(nn.Module):
         return self.out(F.relu(self.project(x)))
 
 
-def test_depthwise_convolutions_and_gates_go_with_what_they_are_multiplied_with():
+def test_depthwise_convolutions_and_gates_are_coupled_with_their_inputs():
     model = Gated()
     sparsifier = coupled(model)
     sparsifier.sparsify(0.5)
@@ -141,7 +143,7 @@ def test_depthwise_convolutions_and_gates_go_with_what_they_are_multiplied_with(
     assert {layer.name: layer.removed for layer in report.layers}["depthwise"] == 4
 
 
-def test_channels_of_which_pixel_shuffle_makes_one():
+def test_channels_that_pixel_shuffle_joins_are_coupled():
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 1), nn.ReLU(), nn.PixelShuffle(2), nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1)
@@ -157,7 +159,7 @@ def test_channels_of_which_pixel_shuffle_makes_one():
 # --- What stays dense -------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_removed_stays_dense_with_the_reason():
+def test_filters_that_cannot_be_removed_stay_dense_with_the_reason():
     class Ends(nn.Module):
         def __init__(self):
             super().__init__()
@@ -179,7 +181,7 @@ def test_what_cannot_be_removed_stays_dense_with_the_reason():
     }
 
 
-def test_what_is_coupled_with_a_layer_that_takes_no_part_stays_dense():
+def test_a_layer_that_is_coupled_with_a_dense_one_stays_dense():
     sparsifier = coupled(Residual(), exclude="stem")
     assert dense_of(sparsifier)["stem.weight"] == "excluded"
     assert dense_of(sparsifier)["branch.weight"] == "coupled with stem.weight, which stays dense"
@@ -216,7 +218,7 @@ def zeros(sparsifier):
     return sum(int((~mask).sum()) for mask in expanded(sparsifier).values())
 
 
-def test_erk_takes_the_mean_of_the_shapes_that_are_joined():
+def test_erk_uses_the_mean_shape_of_coupled_layers():
     model = Residual(width=32)
     sparsifier = coupled(model, context="erk")
     sparsifier.sparsify(0.5)
@@ -226,18 +228,18 @@ def test_erk_takes_the_mean_of_the_shapes_that_are_joined():
     full, kept = {"first"}, 0.5 * sum(weights.values())
     scale = (kept - weights["first"]) / sum(weights[name] * relative[name] for name in weights if name not in full)
     density = 1 - scale * relative["sum"]
-    fallen = 32 - sum(alive(sparsifier.masks["stem.weight"]))
-    assert fallen == pytest.approx(32 * density, abs=0.5)
+    pruned = 32 - sum(alive(sparsifier.masks["stem.weight"]))
+    assert pruned == pytest.approx(32 * density, abs=0.5)
 
 
-def test_limits_hold_for_what_is_joined_by_the_name_of_any_layer():
+def test_limits_of_one_layer_hold_for_all_that_are_coupled_with_it():
     for name in ("stem", "branch"):
         sparsifier = coupled(Residual(), context=bounded("global", {name: 0.25}))
         sparsifier.sparsify(0.5)
         assert sum(alive(sparsifier.masks["stem.weight"])) == 6
 
 
-def test_round_to_keeps_multiples_of_what_is_joined():
+def test_round_to_keeps_multiples_of_coupled_filters():
     model = Residual(width=32)
     with torch.no_grad():
         model.stem.weight.zero_()
@@ -248,20 +250,18 @@ def test_round_to_keeps_multiples_of_what_is_joined():
     assert alive(sparsifier.masks["stem.weight"]) == alive(sparsifier.masks["branch.weight"]) == best
 
 
-def test_falling_levels_revive_together():
+def test_coupled_filters_are_revived_together():
     sparsifier = coupled(Residual())
     sparsifier.sparsify(0.5)
-    with pytest.warns(UserWarning, match="revives whole outputs from zero"):
+    with pytest.warns(UserWarning, match="revives"):
         sparsifier.sparsify(0.25)
     assert alive(sparsifier.masks["stem.weight"]) == alive(sparsifier.masks["branch.weight"])
     assert sum(alive(sparsifier.masks["stem.weight"])) == 6
 
 
-def test_dictionaries_ask_for_all_that_is_coupled():
+def test_a_dictionary_must_give_coupled_layers_one_sparsity():
     sparsifier = coupled(Residual())
-    with pytest.raises(
-        ValueError, match="filters of stem.weight and branch.weight are coupled, so both need the same sparsity"
-    ):
+    with pytest.raises(ValueError, match="coupled"):
         sparsifier.sparsify({"stem": 0.5})
     assert sparsifier.sparsity == 0
     sparsifier.sparsify({lambda name, module: name in ("stem", "branch"): 0.5, "head": 0.25})
@@ -271,7 +271,7 @@ def test_dictionaries_ask_for_all_that_is_coupled():
 # --- State ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_model_is_as_before():
+def test_coupling_changes_nothing_in_the_model():
     model = Residual().train()
     before = copy.deepcopy(model.state_dict())
     torch.manual_seed(1)
@@ -283,7 +283,7 @@ def test_the_model_is_as_before():
     assert model.training
 
 
-def test_copies_and_states():
+def test_a_coupled_sparsifier_is_copied_saved_and_recovered():
     model = Residual()
     before = dict(model.named_parameters())
     sparsifier = coupled(model)
@@ -306,7 +306,7 @@ def test_copies_and_states():
     assert recovered.release() is model
 
 
-def test_what_was_zero_alone_does_not_come_back():
+def test_a_filter_that_was_zero_alone_is_not_revived():
     model = Residual()
     with torch.no_grad():
         model.stem.weight[6:], model.branch.weight[:6] = 0, model.branch.weight[:6] / 100
@@ -318,44 +318,11 @@ def test_what_was_zero_alone_does_not_come_back():
     assert alive(sparsifier.masks["stem.weight"])[6:] == [False, False]
 
 
-# --- Wrong calls ------------------------------------------------------------------------------------------------------
-
-
-def test_wrong_calls():
-    with pytest.raises(
-        ValueError, match=r"coupled=True: coupled filters are found by running the model once; give example_input="
-    ):
-        Sparsifier(Residual(), "filter", coupled=True)
-    for granularity in ("weight", "channel", lambda axes: {"out": 2}):
-        with pytest.raises(ValueError, match="coupled=True couples whole filters; give granularity 'filter'"):
-            coupled(Residual(), granularity)
-    with pytest.raises(ValueError, match="example_input does not run"):
-        Sparsifier(Residual(), "filter", coupled=True, example_input=torch.randn(2, 4, 8, 8))
-    model = nn.Sequential()
-    model.stem, model.norm, model.out = nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1)
-    with pytest.raises(ValueError, match=r"coupled=True: no layer is left .*stem\.weight: goes through norm"):
-        coupled(model)
-
-
-def test_layers_are_measured_one_at_a_time_uncoupled():
-    with pytest.raises(
-        ValueError,
-        match="sensitivity prunes one layer at a time, but coupled filters are pruned together; leave out coupled=True",
-    ):
-        sensitivity(Residual(), lambda model: 0.0, granularity="filter", coupled=True, example_input=EXAMPLE)
-
-
-def test_without_torch_pruning(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch_pruning", None)
-    with pytest.raises(ImportError, match=r"pip install 'sparsifai\[shrink\]'"):
-        coupled(Residual())
-
-
 # --- In a Learner -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fastai
-def test_a_learner_ends_with_zeros_that_can_all_be_removed():
+def test_after_a_fit_shrink_can_remove_all_zero_filters():
     pytest.importorskip("fastai", reason="a Learner")
     from sparsifai import SparsifyCallback
 
@@ -363,7 +330,7 @@ def test_a_learner_ends_with_zeros_that_can_all_be_removed():
     callback = SparsifyCallback(0.5, "filter", "local", coupled=True)
     learn.fit(2, cbs=callback)
     assert alive(callback.sparsifier.masks["stem.weight"]) == alive(callback.sparsifier.masks["branch.weight"])
-    learn.fit(1)  # the zeros are held, those of the norm layer behind the sum, too
+    learn.fit(1)  # KeepSparsity keeps the zeros, also those of the norm layer behind the sum
     kept = callback.sparsifier.follower_masks["norm.weight"]
     assert kept.sum() == 4
     assert torch.equal(learn.model.norm.bias != 0, kept)
@@ -371,7 +338,7 @@ def test_a_learner_ends_with_zeros_that_can_all_be_removed():
 
 
 @pytest.mark.fastai
-def test_a_recipe_and_a_plan(tmp_path):
+def test_coupled_in_a_recipe_and_in_a_plan(tmp_path):
     pytest.importorskip("fastai", reason="recipes plan fits of a Learner")
     from sparsifai import Recipe, SparsifyCallback
 

@@ -87,14 +87,14 @@ def check_against_one_process(run, model, axes):
         put(stage["weights"], model)
         for name, buffer in model.named_buffers():
             buffer.copy_(stage["buffers"][name])
-        if sparsifier.collected.at("backward", "forward", "loss"):  # what has passed there
-            sparsifier.collected.restore(stage["collected"], sparsifier)
+        if sparsifier.collected.at("backward", "forward", "loss"):  # copy the collected quantities
+            sparsifier.collected.restore(stage["collected"])
         sparsifier.sparsify(stage["sparsity"])
         assert same(stage["masks"], sparsifier.masks)
         assert stage["measured"] == sparsifier.sparsity
         assert stage["report"] == str(sparsifier.report())
     assert same(run["followers"], sparsifier.follower_masks)
-    # A bias and a norm layer of two parameters at least have a zero of their own where filters are dead.
+    # Pruned filters mask a bias and the two parameters of a norm layer at least.
     assert (axes[0] == "filter") == (sum(not mask.all() for mask in run["followers"].values()) >= 3)
 
 
@@ -138,7 +138,7 @@ def test_scores_that_differ_by_process_are_those_of_the_first(replicated):
     first, second = (seen["data_driven"] for seen in replicated)
     for criterion in ("weight_times_inputs_here", "random"):
         alone = first[criterion, "module"]
-        assert not same(alone, second[criterion, "module"])  # so it is no chance that these are the same
+        assert not same(alone, second[criterion, "module"])  # else the next lines would show nothing
         for given in ("wrapper", "compiled"):
             assert same(alone, first[criterion, given], second[criterion, given])
         assert set(alone) == {"0.weight", "2.weight"}
@@ -146,7 +146,7 @@ def test_scores_that_differ_by_process_are_those_of_the_first(replicated):
 
 @pytest.mark.parametrize("regrow", ["grad", "random"])
 @pytest.mark.parametrize("scenario", ["replicated", pytest.param("sharded", marks=shards_on_the_cpu)])
-def test_masks_that_move_are_the_same_in_both(scenario, regrow, request):
+def test_masks_that_move_are_the_same_in_both_processes(scenario, regrow, request):
     first, second = (seen["regrown"] for seen in request.getfixturevalue(scenario))
     for one, other in zip(first[regrow], second[regrow], strict=True):
         assert same(one, other)
@@ -205,7 +205,7 @@ def test_whole_outputs_of_a_sharded_model_are_refused(sharded, sizes):
 
 
 @shards_on_the_cpu
-def test_sparsifying_after_a_forward_in_evaluation(sharded):
+def test_sparsify_after_a_forward_in_evaluation_mode(sharded):
     for seen in sharded:
         seen = seen["evaluated"]
         assert seen["gathered"]  # else there is nothing to test
@@ -215,7 +215,7 @@ def test_sparsifying_after_a_forward_in_evaluation(sharded):
 
 
 @shards_on_the_cpu
-def test_looking_at_the_sparsity_between_forward_and_backward_changes_no_gradient(sharded):
+def test_reading_the_sparsity_between_forward_and_backward_changes_no_gradient(sharded):
     for seen in sharded:
         gradients = seen["asked between forward and backward"]
         assert same(*gradients)
@@ -223,7 +223,7 @@ def test_looking_at_the_sparsity_between_forward_and_backward_changes_no_gradien
 
 
 @shards_on_the_cpu
-def test_the_state_of_a_sparsifier_of_shards(sharded):
+def test_the_state_of_a_sparsifier_of_shards_is_saved_and_loaded(sharded):
     first, second = (seen["states"] for seen in sharded)
     assert same(first["saved"], first["loaded"], first["recovered"], second["saved"], second["loaded"])
     assert zeros_hold(first["weights"], first["loaded"])
@@ -252,9 +252,9 @@ def test_a_learner_in_two_processes(learner):
 
 
 @pytest.mark.fastai
-def test_a_learner_in_two_processes_speaks_once(learner):
+def test_a_learner_in_two_processes_prints_once(learner):
     first, second = (seen["printed"] for seen in learner)
-    assert first.count("KeepSparsity holds") == 1
+    assert first.count("KeepSparsity keeps") == 1
     assert "valid_loss  sparsity" in first
     assert "parsity" not in second
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import layers_of, levels_of
+from conftest import as_on_device, layers_of, levels_of
 from torch import nn
 
 from sparsifai import Sparsifier, criteria
@@ -70,7 +70,7 @@ def test_the_masks_are_those_of_a_stable_sort(kind, dtype, context, on_device):
     model = model_of(kind, dtype, "contiguous")
     sparsifier = Sparsifier(model, context=context)
     if on_device:
-        sparsifier.__class__ = type("OnDevice", (Sparsifier,), {"_on_device": True})
+        as_on_device(sparsifier)
     names = list(sparsifier.masks)
     scopes = [names] if context == "global" else [[name] for name in names]
     for level in LEVELS:
@@ -85,7 +85,7 @@ def test_the_masks_are_those_of_a_stable_sort(kind, dtype, context, on_device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grouped", ["weight", "kernel", "filter", "channel", "row"])
 @pytest.mark.parametrize("kind", ["normal", "many ties"])
-def test_masks_do_not_depend_on_the_order_of_memory(kind, grouped, layout):
+def test_masks_do_not_depend_on_the_memory_order(kind, grouped, layout):
     masks = []
     for each in ("contiguous", layout):
         model = model_of(kind, torch.float32, each)
@@ -100,7 +100,7 @@ def test_masks_do_not_depend_on_the_order_of_memory(kind, grouped, layout):
 
 @pytest.mark.parametrize("grouped", ["weight", "kernel", "filter", "channel", "row", "layer"])
 @pytest.mark.parametrize("part", [7, 1000, 10**9])
-def test_masks_do_not_depend_on_the_parts_that_are_looked_at(part, grouped, monkeypatch):
+def test_masks_do_not_depend_on_the_chunk_size(part, grouped, monkeypatch):
     masks = []
     for size in (selection.CHUNK, part):
         monkeypatch.setattr(selection, "CHUNK", size)
@@ -139,7 +139,7 @@ def test_one_nan_among_many_weights_is_found_and_nothing_is_changed(dtype, group
         model[1].weight[tuple(alive.nonzero()[77])] = float("nan")
     before = [parameter.clone() for parameter in model.parameters()]
     masks, levels = dict(sparsifier.masks), dict(levels_of(sparsifier))
-    with pytest.raises(ValueError, match="NaN scores for 1.weight"):
+    with pytest.raises(ValueError, match="NaN"):
         sparsifier.sparsify(0.6)
     assert sparsifier.masks == masks
     assert levels_of(sparsifier) == levels
@@ -147,7 +147,7 @@ def test_one_nan_among_many_weights_is_found_and_nothing_is_changed(dtype, group
         assert torch.equal(old.nan_to_num(), new.nan_to_num())
 
 
-def test_an_own_pooling_sees_the_layer_as_a_whole():
+def test_a_pooling_of_your_own_gets_the_whole_layer():
     def relative(grouping, scores):
         pooled = grouping.members(scores).sum(1)
         return pooled / pooled.max()
@@ -162,7 +162,7 @@ def test_an_own_pooling_sees_the_layer_as_a_whole():
 
 
 @pytest.mark.parametrize("criterion", ["large_final", lambda weight: weight.abs()])
-def test_what_a_step_has_made_of_masked_weights_does_not_decide_which_come_back(criterion):
+def test_values_of_pruned_weights_do_not_decide_which_are_revived(criterion):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 20))
     sparsifier = Sparsifier(model, criteria=criterion)
@@ -177,7 +177,7 @@ def test_what_a_step_has_made_of_masked_weights_does_not_decide_which_come_back(
     assert (model[0].weight == 0).sum() == 200
 
 
-def test_a_criterion_that_wraps_an_elementwise_one_is_not_taken_for_one():
+def test_a_wrapper_of_an_elementwise_criterion_is_not_elementwise():
     @functools.wraps(criteria["large_final"])
     def centred(weight):
         return (weight - weight.mean()).abs()
@@ -188,7 +188,7 @@ def test_a_criterion_that_wraps_an_elementwise_one_is_not_taken_for_one():
     assert not is_elementwise(functools.partial(criteria["movement"], init=torch.zeros(3)))
 
 
-def test_an_own_context_cannot_change_the_masks():
+def test_a_context_of_your_own_cannot_change_the_masks():
     def writes(layers, sparsity):
         layers[0].alive[:] = False
 

@@ -1,9 +1,12 @@
+"""Followers: biases and norm parameters that are masked with whole outputs."""
+
 import pytest
 import torch
 from conftest import dense_of, followers_of
 from torch import nn
 
 from sparsifai import Sparsifier
+from sparsifai.sparsifier.followers import Follower
 
 
 def dead_outputs(model, x):
@@ -23,7 +26,7 @@ def dead_outputs(model, x):
         (nn.Conv2d(2, 8, 3), nn.Identity()),
     ],
 )
-def test_a_zeroed_filter_puts_out_zeros_behind_its_norm_layer(layer, norm, granularity):
+def test_a_pruned_filter_gives_zeros_behind_its_norm_layer(layer, norm, granularity):
     model = nn.Sequential(layer, norm, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 2))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -37,7 +40,7 @@ def test_a_zeroed_filter_puts_out_zeros_behind_its_norm_layer(layer, norm, granu
     assert torch.equal(dead_outputs(model[:2], torch.randn(4, 2, 6, 6)), ~mask)
 
 
-def test_a_linear_layer_and_its_layer_norm():
+def test_the_layer_norm_of_a_linear_layer_is_masked_with_it():
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2))
     sparsifier = Sparsifier(model, "row")
     sparsifier.sparsify(0.5)
@@ -45,12 +48,12 @@ def test_a_linear_layer_and_its_layer_norm():
     assert ((model[1].weight == 0) & (model[1].bias == 0)).sum() == 4
 
 
-def test_a_layer_norm_over_the_width_is_not_taken_for_one_over_channels():
+def test_a_layer_norm_over_the_width_is_no_follower():
     model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.LayerNorm(6), nn.Flatten(), nn.Linear(216, 2))
     assert list(followers_of(Sparsifier(model, "filter", layers="0"))) == ["0.bias"]
 
 
-def test_a_norm_layer_of_another_size_is_left_alone():
+def test_a_norm_layer_of_another_size_is_no_follower():
     model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.Flatten(), nn.BatchNorm1d(216), nn.Linear(216, 2))
     assert list(followers_of(Sparsifier(model, "filter", layers="0"))) == ["0.bias"]
 
@@ -72,11 +75,11 @@ class Residual(nn.Module):
         return self.head(x.amax((2, 3)))
 
 
-def test_a_norm_behind_a_sum_is_left_alone():
+def test_a_norm_layer_behind_a_sum_is_no_follower():
     assert set(followers_of(Sparsifier(Residual(), "filter"))) == {"conv.bias", "other.bias"}
 
 
-def test_a_shared_norm_dies_only_where_all_its_producers_do():
+def test_a_shared_norm_layer_is_masked_where_all_its_producers_are_pruned():
     model = Residual(shared=True)
     sparsifier = Sparsifier(model, "filter", "local")
     assert followers_of(sparsifier)["norm.weight"] == ("conv.weight", "other.weight")
@@ -106,7 +109,7 @@ class Reads(nn.Module):
         return self.head(x)
 
 
-def test_biases_of_attention_and_recurrent_weights():
+def test_biases_of_attention_and_recurrent_weights_are_followers():
     model = Reads()
     sparsifier = Sparsifier(model, "filter", "local")
     sparsifier.sparsify(0.5)
@@ -120,7 +123,7 @@ def test_biases_of_attention_and_recurrent_weights():
     assert torch.equal(model.lstm.bias_hh_l0 == 0, (model.lstm.weight_hh_l0 == 0).all(1))
 
 
-def test_the_bias_of_a_weight_of_another_name():
+def test_the_bias_of_a_registered_layer_is_a_follower():
     class Kernel(nn.Module):
         def __init__(self):
             super().__init__()
@@ -138,3 +141,35 @@ def test_the_bias_of_a_weight_of_another_name():
         assert followers_of(Sparsifier(model, "filter")) == {"0.bias": ("0.kernel",)}
     finally:
         del target._AXES_OF_KIND[Kernel]
+
+
+def bools(text):
+    return torch.tensor([letter == "1" for letter in text])
+
+
+def pairs(outputs, entries):
+    return torch.tensor(outputs), torch.tensor(entries)
+
+
+@pytest.mark.parametrize(
+    ("producers", "kept", "expected"),
+    [
+        ({"left": None}, {"left": "101"}, "101"),
+        ({"left": None, "right": None}, {"left": "100", "right": "001"}, "101"),
+        # The outputs of two layers side by side; no output acts on the last entry.
+        (
+            {"left": pairs([0, 1], [0, 1]), "right": pairs([0, 1], [2, 3])},
+            {"left": "10", "right": "01"},
+            "10011",
+        ),
+        # One output acts on two entries, as behind an upsampling, and in another order.
+        ({"left": pairs([1, 1, 0, 0], [0, 1, 2, 3])}, {"left": "01"}, "1100"),
+        # An entry is kept if any of its outputs is.
+        ({"left": pairs([0, 1], [0, 1]), "right": None}, {"left": "10", "right": "001"}, "101"),
+    ],
+)
+def test_the_mask_of_a_follower_by_hand(producers, kept, expected):
+    follower = Follower("norm.weight", len(expected), producers)
+    mask = follower.mask({name: bools(text) for name, text in kept.items()})
+    assert mask.dtype == torch.bool
+    assert torch.equal(mask, bools(expected))

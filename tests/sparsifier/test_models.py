@@ -122,12 +122,13 @@ class Tied(nn.Module):
 
 
 LAST_LSTM = ("weight_hh_l0_raw", "module.weight_ih_l0")
-# Model -> layers that take part, weight by weight; what stays dense then; what else stays dense with whole filters.
+# Model -> the number of layers that are pruned weight by weight; those that stay dense then; those that stay dense in
+# addition when whole filters are pruned.
 MODELS = {
     "vision_learner": (vision_learner, 22, {}, {"1.8.weight"}),
     "unet_learner": (unet_learner, 38, {}, {"layers.12.0.weight"}),
     "tabular_learner": (tabular_learner, 3, {"embeds.0.weight"}, {"layers.2.0.weight"}),
-    # It puts out what its last LSTM does, too.
+    # It returns the output of its last LSTM, too.
     "AWD_LSTM": (language_model, 4, {"0.encoder.weight"}, {f"0.rnns.1.{name}" for name in LAST_LSTM}),
     "torchvision ViT": (vision_transformer, 10, {}, {"heads.head.weight"}),
     "timm ResNet": (timm_model("test_resnet"), 16, {}, {"fc.weight"}),
@@ -142,7 +143,7 @@ MODELS = {
 
 @pytest.mark.parametrize("granularity", ["weight", "filter"])
 @pytest.mark.parametrize("model", MODELS)
-def test_a_model_is_made_sparse_and_stays_so(model, granularity):
+def test_a_model_becomes_sparse_and_stays_sparse(model, granularity):
     make, count, dense, dense_with_filters = MODELS[model]
     torch.manual_seed(0)
     learn = make()
@@ -162,7 +163,7 @@ def test_a_model_is_made_sparse_and_stays_so(model, granularity):
         assert abs(zeros - weights / 2) <= (0.5 if granularity == "weight" else largest / 2)
         seen = []
 
-        def count_zeros(self):  # of what is masked: among millions of trained weights one is zero by chance
+        def count_zeros(self):  # only pruned weights: among millions of others one can be zero by chance
             targets = layers_of(sparsifier).items()
             seen.append(sum(int(((each.parameter == 0) & ~sparsifier.masks[name]).sum()) for name, each in targets))
 

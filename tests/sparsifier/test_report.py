@@ -1,3 +1,5 @@
+"""Reports: measured sparsity as text, HTML and plot."""
+
 import pytest
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ def report(mlp):
     return sparsifier.report()
 
 
-def test_counts_what_is_zero_not_what_was_asked_for(report):
+def test_a_report_counts_the_zeros_of_the_weights(report):
     assert [
         (row.name, row.kind, row.shape, row.count.weights, row.count.zeros, row.why_dense) for row in report.rows
     ] == [
@@ -26,7 +28,7 @@ def test_counts_what_is_zero_not_what_was_asked_for(report):
     assert (report.model.weights, report.model.zeros) == (32 + 8 + 16 + 2, 8 + 3 + 2)
 
 
-def test_text(report):
+def test_a_report_is_printed_as_a_table(report):
     lines = [line.split() for line in str(report).splitlines()]
     assert lines[0] == ["layer", "kind", "shape", "weights", "zeros", "sparsity", "why", "dense"]
     assert lines[2] == ["0.weight", "Linear", "8x4", "32", "8", "25.00%"]
@@ -36,14 +38,14 @@ def test_text(report):
     assert repr(report) == str(report)
 
 
-def test_a_hundred_percent_is_not_said_while_a_weight_is_left():
+def test_a_report_rounds_to_100_percent_only_if_no_weight_remains():
     model = nn.Linear(100, 1000, bias=False)
     sparsifier = Sparsifier(model)
     sparsifier.sparsify(1.0)
     assert "99,999    99.99%" in str(sparsifier.report())
 
 
-def test_html_escapes_and_has_all_rows(mlp):
+def test_html_is_escaped_and_has_all_rows(mlp):
     model = nn.ModuleDict({"<b>": nn.Linear(2, 2)})
     html = Sparsifier(model).report()._repr_html_()
     assert "&lt;b&gt;.weight" in html
@@ -51,7 +53,7 @@ def test_html_escapes_and_has_all_rows(mlp):
     assert html.count("<tr>") == 4
 
 
-def test_plot_draws_measured_bars(report):
+def test_the_plot_shows_measured_sparsity(report):
     matplotlib = pytest.importorskip("matplotlib", reason="the plot is drawn with it")
     matplotlib.use("Agg")
     ax = report.plot()
@@ -61,13 +63,13 @@ def test_plot_draws_measured_bars(report):
     matplotlib.pyplot.close("all")
 
 
-def test_tied_weights_stand_once_in_the_totals():
+def test_tied_weights_are_counted_once():
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     model[1].weight = model[0].weight
     assert Sparsifier(model).report().model.weights == 16
 
 
-def test_matrices_without_named_axes_are_told_of():
+def test_matrices_without_named_axes_are_listed():
     class Own(nn.Module):
         def __init__(self):
             super().__init__()

@@ -87,7 +87,7 @@ class ScoredLayer:
             where: Bool per score, False where NaN does not matter; by default NaN matters everywhere.
 
         Raises:
-            ValueError: If there is NaN. The message names the layer.
+            ValueError: There is NaN. The message names the layer.
         """
         nan = np.isnan(score)
         if nan.any() and (nan & where).any():

@@ -72,7 +72,7 @@ def ranking_keys(layer: ScoredLayer, part: slice = slice(None)) -> np.ndarray:
         One key per group of the part, without NaN.
 
     Raises:
-        ValueError: If a score that matters is NaN.
+        ValueError: A score that matters is NaN.
     """
     score, alive = layer.part(part), layer.alive[part]
     lowest = score.min()

@@ -1,0 +1,491 @@
+"""What errors and warnings of the Sparsifier say. A mistake is a small function; "..." stands for any text."""
+
+import re
+import sys
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import small_net
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from updates import BAD_CALIBRATIONS, batches
+
+from sparsifai import Sparsifier, bounded, criteria, schedules, sensitivity
+
+NAN = float("nan")
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def sparsify(sparsity=None, model=None, *axes, drop=0.0, steps=1, ratio=None, **options):
+    sparsifier = Sparsifier(mlp() if model is None else model, *axes, **options)
+    sparsifier.sparsify(sparsity, compression_ratio=ratio, drop=drop, steps=steps)
+
+
+def calibrate(criterion, given, loss=None):
+    Sparsifier(small_net().eval(), criteria=criterion).calibrate(given, loss)
+
+
+# --- Options ----------------------------------------------------------------------------------------------------------
+
+FRACTION = "sparsity must be a number from 0 to 1, or a dictionary of them by layer, not "
+SEED = "seed must be a whole number, not "
+ROUND_TO = "round_to must be a whole number of at least 1, a number of groups, not "
+DROP = "drop is the fraction of the remaining weights that is pruned and regrown, from 0 to less than 1, not "
+
+OPTIONS = [
+    ("no model", lambda: Sparsifier(torch.zeros(3)), TypeError,
+     "Sparsifier: model is a torch.nn.Module, not Tensor"),
+    ("a percentage", lambda: sparsify(50), ValueError,
+     "sparsity 50 is a percentage, not a fraction; pass 0.5 for 50 %"),
+    ("a little more than 1", lambda: sparsify(1.5), ValueError,
+     "sparsity 1.5 is a percentage, not a fraction; pass 0.015 for 1.5 %"),
+    ("more than 100 %", lambda: sparsify(101), ValueError, "sparsity 101.0 is not a fraction from 0 to 1..."),
+    ("a negative sparsity", lambda: sparsify(-0.1), ValueError, "sparsity -0.1 is not a fraction from 0 to 1..."),
+    ("NaN for a sparsity", lambda: sparsify(NAN), ValueError, "sparsity nan is not a fraction from 0 to 1..."),
+    ("True for a sparsity", lambda: sparsify(True), TypeError, f"{FRACTION}True"),
+    ("numpy's True for a sparsity", lambda: sparsify(np.bool_(True)), TypeError, f"{FRACTION}..."),
+    ("a string for a sparsity", lambda: sparsify("0.5"), TypeError, f"{FRACTION}'0.5'"),
+    ("a list of sparsities", lambda: sparsify([0.5, 0.5]), TypeError, f"{FRACTION}[0.5, 0.5]"),
+    ("an empty dictionary", lambda: sparsify({}), ValueError,
+     "the dictionary of sparsities is empty; give it at least one pattern: {'layer1.*': 0.5}"),
+    ("a percentage in a dictionary", lambda: sparsify({"0": 50}), ValueError,
+     "sparsity 50 is a percentage, not a fraction; pass 0.5 for 50 %"),
+    ("no sparsity", lambda: sparsify(), TypeError,
+     "sparsity= and compression_ratio= are two names of one number; pass one of them: neither is given"),
+    ("both names of a sparsity", lambda: sparsify(0.5, ratio=0.5), TypeError,
+     "sparsity= and compression_ratio= are two names of one number; pass one of them: both are given"),
+    ("unknown granularity", lambda: Sparsifier(mlp(), "filters"), ValueError,
+     "unknown granularity 'filters'; did you mean 'filter'...?"),
+    ("unknown context", lambda: Sparsifier(mlp(), context="globl"), ValueError,
+     "unknown context 'globl'; did you mean 'global'...?"),
+    ("unknown criterion", lambda: Sparsifier(mlp(), criteria="larg_final"), ValueError,
+     "unknown criterion 'larg_final'; did you mean 'large_final'...?"),
+    ("unknown pooling", lambda: Sparsifier(mlp(), pool="average"), ValueError,
+     "unknown pooling 'average'; choose from 'l2', 'max', 'mean', 'squared_sum', 'sum'"),
+    ("a schedule for a granularity", lambda: Sparsifier(mlp(), schedules["cos"]), ValueError,
+     "granularity cos fails on the axes ...; a granularity is a function of a layer's axes that returns those that "
+     "index the mask, such as ('out',)"),
+    ("a criterion for a context", lambda: Sparsifier(mlp(), "weight", criteria["large_final"]), ValueError,
+     "context large_final is not a function of (layers, sparsity): ..."),
+    *((f"round_to {wrong}", lambda wrong=wrong: Sparsifier(mlp(), round_to=wrong), ValueError, f"{ROUND_TO}{wrong!r}")
+      for wrong in (0, -2, 1.5, True)),
+    *((f"seed {wrong}", lambda wrong=wrong: Sparsifier(mlp(), seed=wrong), TypeError, f"{SEED}{wrong!r}")
+      for wrong in ("a", 1.5, True, None)),
+    *((f"{wrong} steps", lambda wrong=wrong: sparsify(0.5, steps=wrong), ValueError,
+       f"steps must be a whole number of at least 1, not {wrong!r}") for wrong in (0, 2.5, True, "3")),
+    ("drop in steps", lambda: sparsify(0.5, drop=0.3, steps=2, regrow="random"), ValueError,
+     "sparsify: steps= and drop= do not go together; drop after the steps"),
+]  # fmt: skip
+
+# --- Layers -----------------------------------------------------------------------------------------------------------
+
+
+def computed(change, place):
+    model = small_net()
+    change(model[place])
+    return Sparsifier(model)
+
+
+def dense_layers(count):
+    return Sparsifier(nn.Sequential(*(nn.Linear(4, 4) for _ in range(count))), exclude="*")
+
+
+def recurrent():
+    model = nn.Sequential(nn.LSTM(4, 4), nn.Identity())
+    prune.random_unstructured(model[0], "weight_hh_l0", 0.5)
+    return Sparsifier(model)
+
+
+REMOVE_IT = (
+    "in each forward, so zeros in it do not last; remove the parametrization first (...), or exclude the layer with "
+    "exclude="
+)
+LAYERS = [
+    ("a pattern of a sparsity that matches nothing", lambda: sparsify({"0": 0.5, "nothing": 0.5}), ValueError,
+     "...matches 'nothing'..."),
+    ("a pattern of dense layers only", lambda: sparsify({"0": 0.5, "2": 0.5}, exclude="2"), ValueError,
+     "sparsity: '2' matches only layers that stay dense (2.weight: excluded)"),
+    ("a granularity of no layer", lambda: Sparsifier(mlp(), "shared_channel"), ValueError,
+     "Sparsifier: no layer of Sequential is left to prune; 0.weight: shared_channel needs axis 'h', but the layer has "
+     "only (out, in); 2.weight: ... Choose another granularity, or name layers in layers="),
+    ("the last layer only", lambda: Sparsifier(nn.Linear(4, 2), "filter"), ValueError,
+     "Sparsifier: no layer of Linear is left to prune; weight: yields the model's output. Choose another ..."),
+    ("more layers than are listed", lambda: dense_layers(7),
+     ValueError, "...4.weight: excluded; and 2 more. Choose another granularity, ..."),
+    ("no weights with axes", lambda: Sparsifier(nn.Sequential(nn.ReLU())), ValueError,
+     "Sparsifier: no layer of Sequential is left to prune; it has no weights with named axes; name those of its "
+     "layers: register_layer(kind, weight=('out', 'in'))"),
+    ("fewer groups than round_to", lambda: Sparsifier(small_net(), "filter", round_to=5), ValueError,
+     "...0.weight: has 8 groups, of which 5 must be kept; ..."),
+    ("a parametrization", lambda: computed(parametrizations.weight_norm, 5), ValueError,
+     f"Sparsifier: weight of 5 is computed from 5.parametrizations.weight.original0 {REMOVE_IT}"),
+    ("weights pruned by torch", lambda: computed(lambda layer: prune.l1_unstructured(layer, "weight", 0.5), 5),
+     ValueError, f"Sparsifier: weight of 5 is computed from 5.weight_orig {REMOVE_IT}"),
+    ("recurrent weights pruned by torch", recurrent, ValueError,
+     f"Sparsifier: weight_hh_l0 of 0 is computed from 0.weight_hh_l0_orig {REMOVE_IT}"),
+]  # fmt: skip
+
+# --- Masks ------------------------------------------------------------------------------------------------------------
+
+
+def no_group(layers, sparsity):
+    return [layer.alive & False for layer in layers]
+
+
+def revive(call="sparsify"):
+    sparsifier = Sparsifier(small_net(), "filter")
+    sparsifier.sparsify(0.5)
+    getattr(sparsifier, call)(0.25)
+
+
+def with_nan():
+    model = mlp()
+    model[0].weight.data[0, 0] = NAN
+    return model
+
+
+def nan_when_sparse(weight):
+    return weight.abs() if (weight != 0).float().mean() > 0.6 else torch.full_like(weight, NAN)
+
+
+def released(call, *given):
+    sparsifier = Sparsifier(mlp())
+    sparsifier.release()
+    getattr(sparsifier, call)(*given)
+
+
+def iterated_once():
+    sparsifier = Sparsifier(small_net(), criteria="snip")
+    sparsifier.calibrate(iter(batches()), F.cross_entropy)
+    sparsifier.sparsify(0.9, steps=10)
+
+
+def batch_norm_behind_filters():
+    Sparsifier(small_net(), "filter", criteria="taylor")
+
+
+SCORES = "criterion <lambda> must return one real score per weight: for 0.weight a tensor of the shape (8, 4), not "
+MASKS = [
+    ("an answer of a context for no layer", lambda: sparsify(0.5, context=lambda layers, sparsity: []), ValueError,
+     "context <lambda> must return a list with, for each layer, a bool array over its groups, True where a group is "
+     "kept; got ..."),
+    ("scores from a context", lambda: sparsify(0.5, context=lambda layers, sparsity: [layer.score for layer in layers]),
+     ValueError, "context <lambda> must return a list with, for each layer, a bool array over its groups, ..."),
+    ("an empty layer", lambda: sparsify(0.5, context=no_group), ValueError,
+     "context no_group prunes all of 0.weight; every layer must keep at least one group, unless may_empty=True is "
+     "given"),
+    ("groups that are all needed", lambda: sparsify(0.5, None, "layer", "local", layers="0"), UserWarning,
+     "sparsity 0.5 was asked for, but with granularity layer and context local no group can be pruned, because ..."),
+    ("NaN in a weight", lambda: sparsify(0.5, with_nan()), ValueError, "NaN scores for 0.weight: ..."),
+    ("NaN in a later step", lambda: sparsify(0.9, small_net(), criteria=nan_when_sparse, steps=10), ValueError,
+     "NaN scores for ..."),
+    ("one score for a layer", lambda: sparsify(0.5, criteria=lambda weight: weight.sum()), ValueError,
+     f"{SCORES}(), torch.float32"),
+    ("complex scores", lambda: sparsify(0.5, criteria=lambda weight: weight * 1j), ValueError,
+     f"{SCORES}(8, 4), torch.complex64"),
+    ("no scores", lambda: sparsify(0.5, criteria=lambda weight: 1), ValueError, f"{SCORES}int"),
+    ("scores of a comparison before training", lambda: sparsify(0.5, criteria="movement"), UserWarning,
+     "criterion movement compares with an earlier value, and nothing has changed since then: all scores are equal, so "
+     "weights are pruned in index order; train before the first update"),
+    *((f"outputs revived by {call}", lambda call=call: revive(call), UserWarning,
+       "a falling sparsity revives whole outputs from zero, and their bias and norm entries too. Behind a ReLU or a "
+       "norm layer no gradient reaches them, so they stay zero; revive single weights instead, or re-initialize them")
+      for call in ("sparsify", "update_masks")),
+    ("taylor of filters before a batch norm", batch_norm_behind_filters, UserWarning,
+     "taylor: a batch norm undoes the scale of the outputs of 0.weight, so the sum of w g over a filter is zero but "
+     "for rounding; choose snip or fisher, or smaller groups such as kernels"),
+    ("data for steps, iterated once", iterated_once, ValueError,
+     "sparsify: with steps=, snip looks at data in each step; call calibrate before, with batches that can be "
+     "iterated over again, such as a list"),
+    *((f"{call} after release", lambda call=call, given=given: released(call, *given), RuntimeError,
+       f"{call}: this Sparsifier has released its model; make a new one")
+      for call, *given in (["apply_masks"], ["mask_gradients"], ["mask_moments", None], ["report"], ["state_dict"],
+                           ["release"], ["recover_masks"], ["sparsify", 0.5], ["update_masks", 0.5], ["check", 0.5],
+                           ["calibrate", []], ["collect_gradients"], ["load_state_dict", {}])),
+    ("a list for an optimizer", lambda: Sparsifier(mlp()).mask_moments([]), TypeError,
+     "list is no optimizer, because it has no `state` by parameter; pass an optimizer of torch or fastai"),
+]  # fmt: skip
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+
+class Halves(nn.Module):
+    """The output depends on one of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+class Casting(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+def calibrate_halves(criterion):
+    sparsifier = Sparsifier(Halves(), criteria=criterion, example_input=torch.ones(5, 4))
+    sparsifier.calibrate([(torch.randn(5, 4), torch.randint(3, (5,)))], F.cross_entropy)
+    sparsifier.sparsify(0.5)
+
+
+def calibrate_frozen(criterion):
+    model = nn.Sequential(nn.Linear(3, 2))
+    model[0].weight.requires_grad_(False)
+    sparsifier = Sparsifier(model, criteria=criterion, layers="0")
+    sparsifier.calibrate([(torch.ones(1, 3), torch.zeros(1))], lambda output, target: output.square().sum())
+
+
+def calibrate_attention(**options):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    Sparsifier(layer, criteria="wanda", **options).calibrate([torch.randn(2, 5, 8)])
+
+
+def second_batch():
+    wrong = torch.randn(4, 5, 8, 8), torch.zeros(4).long()
+    Sparsifier(small_net(), criteria="snip").calibrate([*batches(1), wrong], F.cross_entropy)
+
+
+BATCH = "a batch is (input, target), (input, input, target) or a dictionary of named inputs, and the loss is "
+TEXTS = {
+    "no loss": (TypeError, "calibrate: snip needs grad; give it a loss_func"),
+    "no batches": (ValueError, "calibrate: there are no batches; give it a list or a data loader that has some"),
+    "no labels": (ValueError, "calibrate: a batch is (input, target), or a dictionary of named inputs; got a tensor of "
+                              "the shape (4, 2, 8, 8)"),
+    "another number of channels": (ValueError, f"calibrate: batch 1 fails (...); {BATCH}loss_func(output, target)"),
+    "a constant loss": (ValueError, "calibrate: the loss of the batch has no graph, so no gradient reaches the "
+                                    "weights; compute it from the output of the model, outside of torch.no_grad and "
+                                    "without detach or item"),
+    "a loss per class": (ValueError, "calibrate: loss_func must return one number, a mean over the batch; got a tensor "
+                                     "of the shape (4, 3)"),
+    "a loss that is NaN": (ValueError, "calibrate: the loss of batch 1 is nan"),
+    "inputs of another size": (ValueError, "activation: 0.weight is not multiplied with the input of Conv2d, of shape "
+                                           "(4, 5, 8, 8); leave it out with exclude="),
+    "None for batches": (TypeError, "calibrate: batches is a list or a data loader of batches, not NoneType"),
+    "one batch for batches": (TypeError, "calibrate: batches is a list or a data loader of batches, not a tensor of "
+                                         "the shape (4, 2, 8, 8)"),
+    "a loss that is detached": (ValueError, "calibrate: the loss of the batch has no graph, ..."),
+}  # fmt: skip
+DATA = [
+    *((name, lambda given=given: calibrate(*given), *TEXTS[name]) for name, given in BAD_CALIBRATIONS.items()),
+    ("a second batch that fails", second_batch, ValueError, "calibrate: batch 2 fails (...); a batch is ..."),
+    ("attention without a call of its projection", lambda: calibrate_attention(exclude="*in_proj*"), ValueError,
+     "calibrate: self_attn.out_proj.weight: the module is not called in these batches (attention, for instance, reads "
+     "the weights of its projections itself); exclude the layer with exclude="),
+    ("attention with its own projection", calibrate_attention, ValueError,
+     "activation: self_attn.in_proj_weight is not multiplied with the input of MultiheadAttention, of shape (2, 5, 8);"
+     " leave it out with exclude="),
+    *((f"{criterion} of a layer that is not used", lambda criterion=criterion: calibrate_halves(criterion), ValueError,
+       "...unused.weight...exclude=...") for criterion in ("snip", "grasp", "wanda", "synflow")),
+    *((f"{criterion} of a frozen layer", lambda criterion=criterion: calibrate_frozen(criterion), ValueError,
+       "...no gradient ...0.weight...frozen...exclude=...") for criterion in ("snip", "grasp")),
+    ("synflow of a layer that casts", lambda: sparsify(0.5, Casting(4, 3), criteria="synflow",
+                                                       example_input=torch.ones(1, 4)), ValueError,
+     "...cast nothing to another type in forward"),
+    ("synflow without an input", lambda: sparsify(0.5, criteria="synflow"), ValueError,
+     "synflow needs the shape of an input: give the Sparsifier a batch, example_input="),
+    *((f"{criterion} without data", lambda criterion=criterion: sparsify(0.5, criteria=criterion), ValueError,
+       f"criterion {criterion} needs {quantity}, but has seen no batch; call calibrate(batches, loss_func)...before "
+       "sparsify") for criterion, quantity in (("snip", "grad"), ("wanda", "activation"), ("grasp", "hessian_grad"))),
+    ("snip without data", lambda: sparsify(0.5, criteria="snip"), ValueError,
+     "criterion snip needs grad, but has seen no batch; call calibrate(batches, loss_func), or collect_gradients() "
+     "after a backward, before sparsify"),
+]  # fmt: skip
+
+# --- Regrowth ---------------------------------------------------------------------------------------------------------
+
+
+def callback(**options):
+    from sparsifai import SparsifyCallback
+
+    SparsifyCallback(**{"sparsity": 0.5, **options})
+
+
+FIRST_PRUNES = (
+    "regrow: regrowth first prunes more than context 2:4 allows; use context=blocks(4), which ends at the same sparsity"
+)
+REGROWTH = [
+    ("unknown regrow", lambda: Sparsifier(mlp(), regrow="gradient"), ValueError,
+     "unknown criterion 'gradient'; did you mean 'grad'...?"),
+    ("regrow by activations", lambda: Sparsifier(mlp(), regrow="wanda"), ValueError,
+     "regrow=wanda needs activation, which a backward pass does not give; choose 'grad', 'random', or a function of "
+     "weight, ..."),
+    ("regrow with 2:4", lambda: Sparsifier(mlp(), context="2:4", regrow="grad"), ValueError,
+     FIRST_PRUNES),
+    ("regrow of whole outputs", lambda: Sparsifier(small_net(), "filter", regrow="grad"), UserWarning,
+     "regrow: whole outputs regrow from zero, and their bias and norm entries too. Behind a ReLU or a norm layer no "
+     "gradient reaches them, so they stay zero; choose smaller groups, such as kernels or weights"),
+    ("regrow without gradients", lambda: sparsify(0.5, regrow="grad", drop=0.3), ValueError,
+     "criterion large_gradient needs grad, but has seen no batch; call collect_gradients() after a backward, before "
+     "gradients are masked, before sparsify"),
+    ("drop without regrow", lambda: sparsify(0.5, drop=0.3), ValueError,
+     "drop=0.3: nothing says what regrows; make the Sparsifier with regrow="),
+    ("explored without regrow", lambda: Sparsifier(mlp()).explored, ValueError,
+     "explored: only a Sparsifier with regrow= notes which weights were ever active"),
+    *((f"drop {wrong}", lambda wrong=wrong: sparsify(0.5, regrow="random", drop=wrong), ValueError, f"{DROP}{wrong!r}")
+      for wrong in (-0.1, 1, 30, True, "much", NAN)),
+]  # fmt: skip
+CALLBACK = [
+    ("unknown regrow of a callback", lambda: callback(regrow="grd"), ValueError,
+     "unknown criterion 'grd'; did you mean 'grad'...?"),
+    ("regrow by activations in a callback", lambda: callback(regrow="wanda"), ValueError,
+     "regrow=wanda needs activation, which a backward pass does not give; ..."),
+    ("regrow with 2:4 in a callback", lambda: callback(regrow="grad", context="2:4"), ValueError,
+     FIRST_PRUNES),
+    ("regrow with bounded 2:4 in a callback",
+     lambda: callback(regrow="grad", context=bounded("2:4", {"0": 0.25})), ValueError, FIRST_PRUNES),
+    ("drop of a callback", lambda: callback(regrow="grad", drop=1.5), ValueError, f"{DROP}1.5"),
+    ("drop without regrow in a callback", lambda: callback(drop=0.5), ValueError,
+     "drop=0.5 needs regrow=: pass regrow='grad', 'random' or another criterion"),
+    ("unknown decay of a callback", lambda: callback(regrow="grad", decay="cosine"), ValueError,
+     "unknown schedule 'cosine'; did you mean 'cos'...?"),
+    ("more than 2:4 in a callback", lambda: callback(sparsity=0.9, context="2:4"), ValueError,
+     "context 2:4 prunes at most 0.5 of the weights, and sparsity 0.9 was asked for; ..."),
+]  # fmt: skip
+
+# --- State ------------------------------------------------------------------------------------------------------------
+
+
+def load(changes=None, into=None, **options):
+    """Load a state of a Sparsifier of the small net into another one. changes: function that changes the state."""
+    state = Sparsifier(small_net(), **options).state_dict()
+    if changes is not None:
+        changes(state)
+    Sparsifier(small_net(), **(options if into is None else into)).load_state_dict(state)
+
+
+def misfit(what, there, here):
+    return (f"load_state_dict: the {what} is {there} in the state and {here} here; use the same model, granularity, "
+            "layers and exclude as when it was saved")  # fmt: skip
+
+
+def collected(change):
+    """Load a state whose collected gradients are changed."""
+    sparsifier = Sparsifier(small_net(), criteria="snip")
+    sparsifier.calibrate(batches(1), F.cross_entropy)
+    state = sparsifier.state_dict()
+    change(state["statistics"]["stored"]["grad"])
+    sparsifier.load_state_dict(state)
+
+
+def first_mask(state, change):
+    state["masks"]["0.weight"] = change(state["masks"]["0.weight"])
+
+
+def used(state, masks):
+    state["regrowth"]["used"] = masks
+
+
+NO_STATE = (
+    "load_state_dict: the state lacks the masks, levels, statistics or rng of a Sparsifier; give what state_dict() "
+    "returned"
+)
+ONE_REGROWS = (
+    "load_state_dict: only one of the state and this Sparsifier has regrow=; use the same regrow= as when the state "
+    "was saved"
+)
+STATE = [
+    ("None for a state", lambda: Sparsifier(mlp()).load_state_dict(None), ValueError, NO_STATE),
+    ("a state of masks only", lambda: Sparsifier(mlp()).load_state_dict({"masks": {}}), ValueError, NO_STATE),
+    ("another granularity", lambda: load(granularity="kernel", into={}), ValueError,
+     misfit("mask of 0.weight", "bools of the shape (8, 2, 1, 1)", "bools of the shape (8, 2, 3, 3)")),
+    ("a mask of numbers", lambda: load(lambda state: first_mask(state, torch.Tensor.float)), ValueError,
+     misfit("mask of 0.weight", "numbers of the shape (8, 2, 3, 3)", "bools of the shape (8, 2, 3, 3)")),
+    ("a mask too many", lambda: load(lambda state: state["masks"].update({"else": state["masks"]["0.weight"]})),
+     ValueError, misfit("mask of else", "bools of the shape (8, 2, 3, 3)", "absent")),
+    ("no level", lambda: load(lambda state: state["levels"].clear()), ValueError,
+     misfit("level of 0.weight", "absent", "a number")),
+    ("no random state", lambda: load(lambda state: state.update(rng=torch.zeros(3, dtype=torch.uint8))), RuntimeError,
+     "...RNG state..."),
+    ("another criterion", lambda: load(criteria="movement", into={}), ValueError,
+     "load_state_dict: the state has the quantities ['init'], the criterion large_final needs []; use the same "
+     "criterion"),
+    ("quantities of no Sparsifier", lambda: load(lambda state: state.update(statistics={})), ValueError,
+     "load_state_dict: the statistics of the state are not those of a Sparsifier"),
+    ("quantities of a layer that is not pruned", lambda: collected(lambda grad: grad.update(other=torch.zeros(5))),
+     ValueError, "load_state_dict: the state has quantities of other, which is not selected here; use the same layers "
+     "and exclude as when it was saved"),
+    ("a quantity of another shape", lambda: collected(lambda grad: grad.update({"0.weight": torch.zeros(5)})),
+     ValueError, misfit("grad of 0.weight", "numbers of the shape (5,)", "numbers of the shape (8, 2, 3, 3)")),
+    ("a state of regrowth for none", lambda: load(regrow="grad", into={}), ValueError, ONE_REGROWS),
+    ("no state of regrowth", lambda: load(into={"regrow": "grad"}), ValueError, ONE_REGROWS),
+    ("another criterion of regrowth",
+     lambda: load(regrow=lambda weight, init: weight - init, into={"regrow": "random"}), ValueError,
+     "load_state_dict: the state has the quantities ['init'], the criterion random needs []; use the same criterion"),
+    ("no used weights", lambda: load(lambda state: state["regrowth"].pop("used"), regrow="grad"), ValueError,
+     "load_state_dict: the state lacks the weights that were ever used; save it with regrow="),
+    ("used weights of another shape",
+     lambda: load(lambda state: used(state, {"0.weight": torch.ones(3)}), regrow="grad"), ValueError,
+     misfit("used mask of 0.weight", "numbers of the shape (3,)", "bools of the shape (8, 2, 3, 3)")),
+]  # fmt: skip
+
+# --- Coupled filters --------------------------------------------------------------------------------------------------
+
+
+class Sum(nn.Module):
+    """The outputs of two layers are added."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.branch, self.out = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.out(self.stem(x) + self.branch(x))
+
+
+def coupled(model=None, granularity="filter", example_input=None, **options):
+    pytest.importorskip("torch_pruning", reason="torch-pruning finds coupled filters")
+    example_input = torch.randn(2, 3, 8, 8) if example_input is None else example_input
+    model = Sum() if model is None else model
+    return Sparsifier(model, granularity, coupled=True, example_input=example_input, **options)
+
+
+def mixed_channels():
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
+
+
+def without_torch_pruning():
+    with mock.patch.dict(sys.modules, {"torch_pruning": None}):
+        Sparsifier(Sum(), "filter", coupled=True, example_input=torch.randn(2, 3, 8, 8))
+
+
+COUPLED = [
+    ("one of two coupled layers", lambda: coupled().sparsify({"stem": 0.5}), ValueError,
+     "coupled=True: the filters of stem.weight and branch.weight are coupled, so both need the same sparsity; give one "
+     "fraction for both"),
+    ("coupled without an input", lambda: Sparsifier(Sum(), "filter", coupled=True), ValueError,
+     "coupled=True: coupled filters are found by running the model once; give example_input=, a batch"),
+    *((f"coupled with granularity {name}", lambda granularity=granularity: coupled(granularity=granularity), ValueError,
+       "coupled=True couples whole filters; give granularity 'filter'")
+      for name, granularity in (("weight", "weight"), ("channel", "channel"), ("own", lambda axes: {"out": 2}))),
+    ("coupled with an input of another size", lambda: coupled(example_input=torch.randn(2, 4, 8, 8)), ValueError,
+     "...example_input does not run..."),
+    ("no layer that can be removed", lambda: coupled(mixed_channels()), ValueError,
+     "coupled=True: no layer is left whose filters can be removed (0.weight: goes through ...)"),
+    ("sensitivity of coupled filters",
+     lambda: sensitivity(Sum(), lambda model: 0.0, granularity="filter", coupled=True), ValueError,
+     "sensitivity prunes one layer at a time, but coupled filters are pruned together; leave out coupled=True"),
+    ("no torch-pruning", without_torch_pruning, ImportError, "...pip install 'sparsifai[shrink]'..."),
+]  # fmt: skip
+
+ROWS = [*OPTIONS, *LAYERS, *MASKS, *DATA, *REGROWTH, *STATE, *COUPLED]
+ROWS_OF_FASTAI = [pytest.param(*row, id=name, marks=pytest.mark.fastai) for name, *row in CALLBACK]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("mistake", "kind", "text"), [*(pytest.param(*row, id=name) for name, *row in ROWS), *ROWS_OF_FASTAI]
+)
+def test_message(mistake, kind, text):
+    pattern = "(?s)^" + ".*".join(map(re.escape, text.split("..."))) + "$"
+    expected = pytest.warns if issubclass(kind, Warning) else pytest.raises
+    with expected(kind, match=pattern):
+        mistake()
