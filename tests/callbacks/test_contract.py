@@ -640,10 +640,10 @@ def test_no_callback_changes_masked_weights(make_learner, event, order, schedule
         for parameter in self.model.parameters():
             parameter.data += 0.1
 
-    Writes = type("Writes", (Callback,), {event: write, "order": order})
+    writes = type("Writes", (Callback,), {event: write, "order": order})
     seen = []
     look = known(after_step=lambda self: seen.append(masked_zeros(callback.sparsifier)))
-    learn.fit(2, 0.1, cbs=[callback, Writes(), look])
+    learn.fit(2, 0.1, cbs=[callback, writes(), look])
     assert len(seen) == 40
     assert max(seen) > 0.35
 
