@@ -30,7 +30,7 @@ import numpy as np
 from ..support.registry import Registry, name_of
 from .n_of_m import Blocks, parse_blocks
 from .ranking.scored_layer import ScoredLayer
-from .ranking.selection import select_groups
+from .ranking.selection import select_each, select_groups
 from .ranking.within_rows import lowest_of_rows, ranking_keys
 
 Context = Callable[[Sequence[ScoredLayer], float], "list[np.ndarray]"]
@@ -57,7 +57,7 @@ contexts = Registry("context", check=_check, parse=parse_blocks)
 @contexts.register
 def local(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Rank each layer alone; each layer reaches the target sparsity."""
-    return [kept for layer in layers for kept in select_groups([layer], sparsity)]
+    return select_each(layers, sparsity)
 
 
 @contexts.register(name="global")

@@ -142,13 +142,16 @@ class Grouping:
         """Whether every weight is a group of its own."""
         return math.prod(self.extents) == 1
 
-    def pool(self, part: Callable[[slice], Tensor], how: Callable[[Grouping, Tensor], Tensor]) -> Tensor:
+    def pool(
+        self, part: Callable[[slice], Tensor], how: Callable[[Grouping, Tensor], Tensor], at_once: bool = False
+    ) -> Tensor:
         """Pool the scores of the weights of each group into one score.
 
         Args:
             part: Gives the scores of a slice of the weight's first axis. Where no group spans this axis, one slice
                 after the other is pooled, each so short that its scores stay in the cache.
             how: The pooling, a function of the grouping and the scores.
+            at_once: Whether to pool the whole layer in one piece, which is faster on a GPU.
 
         Returns:
             One score per group, in index order.
@@ -159,7 +162,8 @@ class Grouping:
         length, extent = self.shape[0], self.extents[0]
         spanned = extent == length
         # A pooling of the user's own may need the whole layer.
-        if self.split or how not in (mean, total, largest, l2, squared_sum) or (spanned and how not in (mean, total)):
+        built_in = how in (mean, total) or (how in (largest, l2, squared_sum) and not spanned)
+        if at_once or self.split or not built_in:
             return self._pool(part(slice(None)), how)
         rows = max(1, CHUNK // math.prod(self.shape[1:]))
         rows = rows if spanned else math.ceil(rows / extent) * extent
@@ -175,11 +179,17 @@ class Grouping:
             grouping = shorter(len(scores))
             pooled.append(grouping.sum(scores) if how is mean else how(grouping, scores))
         joined = torch.stack(pooled).sum(0) if spanned else torch.cat(pooled)
-        return (joined / self._size_on(scores) if how is mean else joined).to(scores.dtype)
+        return (joined / self.size_on(scores.device) if how is mean else joined).to(scores.dtype)
 
-    def _size_on(self, scores: Tensor) -> int | Tensor:
-        """`size`, on the device of the scores."""
-        return self.size if isinstance(self.size, int) else self.size.to(scores.device)
+    def size_on(self, device: torch.device) -> int | Tensor:
+        """`size` on a device. It is computed there, because sending numbers to a GPU would wait for it."""
+        if isinstance(self.size, int):
+            return self.size
+        sizes = torch.ones((), dtype=torch.long, device=device)
+        for length, extent, cells in zip(self.shape, self.extents, self.grid, strict=True):
+            along = (length - extent * torch.arange(cells, device=device)).clamp(max=extent)
+            sizes = sizes.unsqueeze(-1) * along
+        return sizes.flatten()
 
     def _pool(self, scores: Tensor, how: Callable[[Grouping, Tensor], Tensor]) -> Tensor:
         """Pool the scores of a whole layer, and check the result."""
@@ -295,7 +305,7 @@ poolings = Registry("pooling")
 @poolings.register
 def mean(grouping: Grouping, scores: Tensor) -> Tensor:
     """Sum over the group divided by its size."""
-    return grouping.sum(scores) / grouping._size_on(scores)
+    return grouping.sum(scores) / grouping.size_on(scores.device)
 
 
 @poolings.register(name="sum")

@@ -104,7 +104,7 @@ class KeepSparsity(TrainingCallback):
         if others:
             self.learn.keep_sparsity = others[-1]
         else:
-            vars(self.learn).pop(self.name, None)
+            self.learn.__dict__.pop(self.name, None)
 
     def before_fit(self):
         "Zero the masked weights and their moments, which may have been loaded or changed since the last fit"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..axes.context import ask
 from ..axes.criterion import is_elementwise, large_final
 from ..axes.grouping import squared_sum
-from ..axes.ranking.on_device import DeviceLayer
+from ..axes.ranking.device_layer import DeviceLayer
 from ..axes.ranking.scored_layer import ScoredLayer, all_equal, nan_message
 from ..model.parallel import agree, is_sharded, process_groups_of_shards
 from ..model.tensors import cloned, widened
@@ -122,10 +122,10 @@ def build_masks(
         options: Any = {"pool": ranking.options.pool, "may_empty": ranking.options.may_empty, "on_device": on_device}
         scored = [score_layer(layers[name], masks[name], by, revives=name in revived, **options) for name in names]
         if on_device:
-            for layer in scored:
-                name, flags = layer.target.name, layer.score.isnan() & (layer.alive | layer.revives)
-                nan[name] = flags.any() | nan.get(name, False)
             kept: Any = ranking.options.context(scored, sparsity)
+            flags = torch.stack([layer.nan for layer in scored])  # of all layers at once: each operation is a launch
+            earlier = torch.stack([nan.get(layer.target.name, flag) for layer, flag in zip(scored, flags, strict=True)])
+            nan.update(zip([layer.target.name for layer in scored], (flags | earlier).unbind(), strict=True))
         else:
             kept = _rank(scored, sparsity, ranking, collected, notices)
         for layer, of_layer in zip(scored, kept, strict=True):
@@ -212,10 +212,13 @@ def score_layer(
 
     options: dict[str, Any] = {"revives": revives, "may_empty": may_empty}
     if on_device:
-        all_of = scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool)
-        sizes = grouping.size if isinstance(grouping.size, int) else grouping.size.to(mask.device)
         alive, whole = grouping.gather(mask), not grouping.indexed
-        return DeviceLayer(layer.weight, all_of.to(mask.device), alive, sizes, whole, **options)
+        if criterion is large_final and grouping.single and pool is not squared_sum:
+            # The ranking takes the absolute values on its way through the weights.
+            weights = parameter.detach().reshape(-1)
+            return DeviceLayer(layer.weight, weights, alive, 1, whole, **options, magnitude=True)
+        all_of = scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool, at_once=True)
+        return DeviceLayer(layer.weight, all_of.to(mask.device), alive, grouping.size_on(mask.device), whole, **options)
     alive = grouping.gather(mask).cpu().numpy().view()
     alive.flags.writeable = False  # it can be the mask itself
     options["grid"] = grouping.named_grid

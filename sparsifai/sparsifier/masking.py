@@ -7,6 +7,9 @@ decay and momentum do not move it either. So a pruned weight stays zero even if 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -75,7 +78,7 @@ def zero_masked(tensor: Tensor, mask: Tensor, zero: float = 0.0) -> None:
     tensor, mask = own_shard(tensor.detach(), mask)
     # Times zero, inf and NaN would give NaN. Their bits, read as an integer, times zero are the bits of zero.
     bits = tensor.view(_INTEGER[tensor.element_size()])
-    if mask.shape != bits.shape or bits.numel() <= 2 * CHUNK:
+    if mask.shape != bits.shape or bits.numel() <= 2 * CHUNK or bits.device.type != "cpu":
         bits.mul_(mask)
     else:
         # torch converts the bools to integers first. A few rows at a time, these stay in the cache.
@@ -86,6 +89,32 @@ def zero_masked(tensor: Tensor, mask: Tensor, zero: float = 0.0) -> None:
         tensor.add_(~mask, alpha=zero)
 
 
+def _zero_all_masked(pairs: Iterable[tuple[Tensor, Tensor]], zero: float = 0.0) -> None:
+    """Call zero_masked for many tensors; on a GPU with Triton, in one launch for all tensors of a type."""
+    by_type: dict[tuple[torch.device, torch.dtype], dict[int, tuple[Tensor, Tensor]]] = {}
+    for tensor, mask in pairs:
+        of_type = by_type.setdefault((tensor.device, tensor.dtype), {})
+        # The same tensor twice, as of tied parameters, must not be written by programs that run at once.
+        if not _is_for_kernel(tensor, mask) or tensor.data_ptr() in of_type:
+            zero_masked(tensor, mask, zero)
+        else:
+            of_type[tensor.data_ptr()] = tensor.detach(), mask
+    for of_type in filter(None, by_type.values()):
+        tensors, masks = zip(*of_type.values(), strict=True)
+        _kernel().zero_masked_at_once(tensors, masks, zero)
+
+
+def _is_for_kernel(tensor: Tensor, mask: Tensor) -> bool:
+    """Whether the Triton kernel can mask a tensor."""
+    # A CUDA graph is replayed when the addresses that the host has sent may be freed.
+    on_gpu = tensor.is_cuda and mask.is_cuda and not is_sharded(tensor) and find_spec("triton") is not None
+    return on_gpu and not torch.cuda.is_current_stream_capturing() and _kernel().fits(tensor, mask)
+
+
+def _kernel() -> ModuleType:
+    return import_module("sparsifai.sparsifier.masking_triton")
+
+
 @torch.no_grad()
 def zero_weights(masked: Masked) -> None:
     """Set the masked values of parameters to zero.
@@ -93,8 +122,7 @@ def zero_weights(masked: Masked) -> None:
     Args:
         masked: Pairs of a parameter and its bool mask, False where a value is masked.
     """
-    for parameter, mask in masked:
-        zero_masked(parameter, mask)
+    _zero_all_masked(masked)
 
 
 @torch.no_grad()
@@ -121,14 +149,10 @@ def zero_gradients(masked: Masked) -> bool:
     Returns:
         False if the gradient of a parameter is a sparse tensor, as of an embedding. It is not changed then.
     """
-    zeroed = True
-    for parameter, mask in masked:
-        if parameter.grad is not None:
-            if parameter.grad.layout == torch.strided:
-                zero_masked(parameter.grad, mask)
-            else:
-                zeroed = False
-    return zeroed
+    gradients = [(parameter.grad, mask) for parameter, mask in masked if parameter.grad is not None]
+    plain = [(gradient, mask) for gradient, mask in gradients if gradient.layout == torch.strided]
+    _zero_all_masked(plain)
+    return len(plain) == len(gradients)
 
 
 @torch.no_grad()
@@ -145,11 +169,14 @@ def zero_moments(masked: Masked, optimizer: Any, squares: float = 0.0) -> None:
         TypeError: The optimizer has no state by parameter.
     """
     states = list(_states_of(optimizer))
+    moments: dict[float, list[tuple[Tensor, Tensor]]] = {}
     for parameter, mask in masked:
         for state in states:
             for name, value in state.get(parameter, {}).items():
                 if _is_floating_point(value) and value.shape == parameter.shape:
-                    zero_masked(value, mask, squares if name in _SQUARES else 0.0)
+                    moments.setdefault(squares if name in _SQUARES else 0.0, []).append((value, mask))
+    for zero, pairs in moments.items():
+        _zero_all_masked(pairs, zero)
 
 
 def holds_zeros(optimizer: Any) -> bool:

@@ -114,6 +114,8 @@ class DistillCallback(TrainingCallback):
     def _taken_off(self) -> None:
         self._remove_hooks()
 
+    _before_question = _taken_off  # after a fit that was interrupted
+
     def before_fit(self):
         "Check that the teacher and the features fit the model"
         self._remove_hooks()

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
 fastai = pytest.importorskip("fastai.vision.all", reason="the callbacks are fastai's")
 pytestmark = pytest.mark.fastai
@@ -14,6 +15,8 @@ from fastai.callback.core import CancelFitException  # noqa: E402
 from fastai.callback.tracker import SaveModelCallback  # noqa: E402
 from fastai.learner import Callback  # noqa: E402
 from soundness import assert_sound, counted, share  # noqa: E402
+from torch.optim.swa_utils import AveragedModel  # noqa: E402
+from watch import Watch  # noqa: E402
 
 from sparsifai.all import FreezeCallback, KeepSparsity, Sparsifier, SparsifyCallback, between, lin  # noqa: E402
 
@@ -287,3 +290,148 @@ def test_fine_tune_with_regrowth_over_the_zeros_of_an_earlier_fit(make_learner):
     assert sum(int((~mask).sum()) for mask in callback.sparsifier.masks.values()) == round(0.6 * 474)
     after = zeros_of(learn.model)
     assert any((before[name] & ~after[name]).any() for name in before)
+
+
+# --- Later fits, and models that are sparse before the first -------------------------------------------------------
+
+
+def test_a_second_plain_fit_keeps_the_zeros_until_the_keeper_is_taken_off(make_learner, capsys):
+    learn, watch = make_learner(), Watch()
+    learn.fit(1, cbs=SparsifyCallback(0.9))
+    assert "KeepSparsity keeps the 90.08% of zeros in later fits, too; learn.remove_cb" in capsys.readouterr().out
+    learn.fit(2, 0.1, cbs=watch)
+    assert set(watch.forwards) == set(watch.steps) == {share(0.9, learn.model)}
+    learn.remove_cb(KeepSparsity)
+    learn.fit(1, 0.1, cbs=watch)
+    assert watch.steps[-1] < 0.7
+
+
+def test_zero_filters_keep_their_zero_biases_when_weights_are_pruned_later(make_learner):
+    learn = make_learner()
+    filters = SparsifyCallback(0.5, granularity="filter")
+    learn.fit(1, cbs=filters)
+    dead = {name: ~mask for name, mask in filters.sparsifier.follower_masks.items()}
+    assert any(mask.any() for mask in dead.values())
+    learn.fit(1, cbs=SparsifyCallback(0.9))
+    parameters = dict(learn.model.named_parameters())
+    assert all((parameters[name][mask] == 0).all() for name, mask in dead.items())
+
+
+def test_keep_sparsity_alone_keeps_the_zeros_of_a_sparse_model(make_learner):
+    model = small_net()
+    Sparsifier(model).sparsify(0.7)
+    learn, watch = make_learner(model, cbs=KeepSparsity()), Watch()
+    learn.fit(2, 0.1, cbs=watch)
+    assert set(watch.forwards) == set(watch.steps) == {share(0.7, learn.model)}
+
+
+def test_keep_sparsity_recovers_frozen_layers_too(make_learner):
+    model = small_net()
+    Sparsifier(model).sparsify(0.7)
+    splitter = lambda model: fastai.L(list(model[:6].parameters()), list(model[6:].parameters()))  # noqa: E731
+    learn, watch = make_learner(model, cbs=KeepSparsity(), splitter=splitter), Watch()
+    learn.freeze()
+    learn.fit(1, 0.1)
+    learn.unfreeze()
+    learn.fit(1, 0.1, cbs=watch)
+    assert set(watch.forwards) == set(watch.steps) == {share(0.7, learn.model)}
+
+
+def test_a_schedule_that_ends_dense_leaves_no_keeper(make_learner):
+    learn = make_learner()
+    learn.fit(1, cbs=SparsifyCallback(0.5, schedule="dsd"))
+    assert not hasattr(learn, "keep_sparsity")
+
+
+@pytest.mark.parametrize("second", ["dsd", "one_cycle"])
+def test_no_schedule_of_a_later_fit_revives_zeros_of_an_earlier_one(make_learner, second):
+    learn, watch = make_learner(), Watch()
+    learn.fit(1, cbs=SparsifyCallback(0.6))
+    learn.fit(2, cbs=[SparsifyCallback(0.8, schedule=second), watch])
+    assert min(watch.forwards) >= share(0.6, learn.model)
+    learn.fit(1, 0.1, cbs=watch)
+    assert min(watch.steps) >= share(0.6, learn.model)
+
+
+def test_keep_sparsity_refuses_other_models(make_learner):
+    for wrong in (0.5, SparsifyCallback(0.5)):
+        with pytest.raises(TypeError, match="must be a Sparsifier"):
+            KeepSparsity(wrong)
+    with pytest.raises(ValueError, match="another model"):
+        make_learner(cbs=KeepSparsity(Sparsifier(small_net()))).fit(1)
+    learn = make_learner()
+    learn.fit(1, cbs=SparsifyCallback(0.5))
+    learn.model = small_net()
+    with pytest.raises(ValueError, match="another model"):
+        learn.fit(1)
+
+
+def test_a_layer_that_is_all_zeros_is_trained(make_learner):
+    model = small_net()
+    Sparsifier(model).sparsify(0.5)
+    nn.init.zeros_(model[12].weight)
+    learn = make_learner(model, cbs=KeepSparsity())
+    learn.fit(1, 0.1)
+    assert (model[12].weight != 0).any()
+
+
+def test_pruned_weights_that_were_changed_between_fits_are_zero_at_the_first_forward(make_learner):
+    learn, watch = make_learner(), Watch()
+    learn.fit(1, cbs=SparsifyCallback(0.7))
+    with torch.no_grad():
+        for parameter in learn.model.parameters():
+            parameter.add_(0.01)
+    with pytest.warns(UserWarning, match="pruned weights were changed or loaded"):
+        learn.fit(1, cbs=watch)
+    assert watch.forwards[0] == share(0.7, learn.model)
+
+
+def test_a_zero_filter_of_a_large_model_is_kept_even_if_few_weights_are_zero(make_learner):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(128, 1500), nn.Linear(1500, 400), nn.Linear(400, 3))
+    with torch.no_grad():
+        model[3].weight[1] = 0  # 400 of some 800,000 weights would be no chance in any case
+        model[1].weight[0, :2] = 0
+        model[3].weight[1, 3:] = 1
+    learn = make_learner(model, cbs=KeepSparsity())
+    learn.fit(1, 0.1)
+    assert (model[3].weight[1, :3] != 0).any()
+    small = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten(), nn.Linear(192, 4000), nn.Linear(4000, 3))
+    with torch.no_grad():
+        small[0].weight[1] = 0  # 2 of some 780,000, a whole filter
+    make_learner(small, cbs=KeepSparsity()).fit(1, 0.1)
+    assert (small[0].weight[1] == 0).all()
+
+
+def test_keep_sparsity_alone_keeps_the_biases_of_zero_filters_zero(make_learner):
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 8, 3), nn.GELU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
+    )  # fmt: skip
+    sparsifier = Sparsifier(model, "filter")
+    sparsifier.sparsify(0.5)
+    dead = {name: ~mask for name, mask in sparsifier.follower_masks.items() if not mask.all()}
+    assert "3.bias" in dead
+    make_learner(model, cbs=KeepSparsity()).fit(2, 0.1)
+    parameters = dict(model.named_parameters())
+    assert all((parameters[name][mask] == 0).all() for name, mask in dead.items())
+    assert (model[3].bias != 0).any()
+
+
+def test_an_average_of_the_model_can_be_kept_sparse(make_learner):
+    class Average(Callback):
+        def before_fit(self):
+            self.averaged = AveragedModel(self.model)
+
+        def after_batch(self):
+            if self.training:
+                self.averaged.update_parameters(self.model)
+                self.learn.keep_sparsity.apply_masks(self.averaged)
+
+    learn, callback, average = make_learner(), SparsifyCallback(0.8, schedule="lin"), Average()
+    learn.fit(3, 0.1, cbs=[callback, average])
+    assert counted(average.averaged.module) == share(0.8, learn.model)
+    averaged = AveragedModel(small_net())
+    callback.sparsifier.apply_masks(averaged)
+    assert counted(averaged.module) == share(0.8, learn.model)
+    with pytest.raises(ValueError, match="Linear is not a copy of the masked model"):
+        callback.sparsifier.apply_masks(nn.Linear(2, 2))

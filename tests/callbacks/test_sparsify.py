@@ -10,9 +10,9 @@ from fastai.callback.fp16 import MixedPrecision  # noqa: E402
 from fastai.callback.schedule import SchedCos  # noqa: E402
 from fastai.callback.training import GradientAccumulation, GradientClip  # noqa: E402
 from fastai.learner import Callback, CancelFitException, CancelStepException, CancelTrainException  # noqa: E402
+from watch import Watch, share  # noqa: E402
 
 from sparsifai.all import (  # noqa: E402
-    KeepSparsity,
     Sparsifier,
     SparsifyCallback,
     between,
@@ -24,35 +24,6 @@ from sparsifai.all import (  # noqa: E402
 )
 
 
-class Watch(Callback):
-    """Measures the sparsity at every forward and after every step."""
-
-    __module__ = "fastai.watch"  # beside a callback that is not known, masks would be applied more often than without
-    order = 99
-
-    def before_fit(self):
-        self.forwards, self.steps = [], []
-
-    def _measured(self):
-        weights = [module.weight for module in self.learn.model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-        return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
-
-    def after_pred(self):
-        if self.training:
-            self.forwards.append(self._measured())
-
-    def after_step(self):
-        self.steps.append(self._measured())
-
-
-TOTAL = sum(parameter.numel() for parameter in small_net().parameters() if parameter.dim() > 1)
-
-
-def share(level):
-    """What exact counting makes of a level on the small net."""
-    return int(level * TOTAL + 0.5) / TOTAL
-
-
 def test_a_linear_ramp_of_four_steps_ends_at_the_target(make_learner):
     learn, watch = make_learner(steps=4), Watch()
     learn.fit(1, cbs=[SparsifyCallback(0.9, schedule="lin"), watch])
@@ -61,7 +32,7 @@ def test_a_linear_ramp_of_four_steps_ends_at_the_target(make_learner):
 
 
 @pytest.mark.parametrize("schedule", schedules)
-def test_every_schedule_is_followed_and_ends_at_its_end(make_learner, schedule):
+def test_every_schedule_is_followed_to_its_end(make_learner, schedule):
     learn, watch, callback = make_learner(steps=5), Watch(), SparsifyCallback(0.8, schedule=schedule)
     learn.fit(2, cbs=[callback, watch])
     levels = [0.8 * schedules[schedule](step / 10) for step in range(11)]
@@ -93,38 +64,13 @@ def test_compression_ratio_is_another_name_of_sparsity(make_learner):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"sparsity": 50}, ValueError, "pass 0.5 for 50 %"),
-        ({"sparsity": float("nan")}, ValueError, "sparsity nan is not a fraction"),
-        ({"sparsity": True}, TypeError, "not True"),
-        ({}, TypeError, "neither is given"),
-        ({"sparsity": 0.5, "compression_ratio": 0.5}, TypeError, "both are given"),
-        ({"sparsity": 0.5, "granularity": "wieght"}, ValueError, "did you mean 'weight'"),
-        ({"sparsity": 0.5, "context": "locale"}, ValueError, "did you mean 'local'"),
-        ({"sparsity": 0.5, "criteria": "mouvement"}, ValueError, "did you mean 'movement'"),
-        ({"sparsity": 0.5, "schedule": "onecycle"}, ValueError, "did you mean 'one_cycle'"),
-        ({"sparsity": 0.5, "criteria": lambda weight, heat: weight}, ValueError, "unknown quantity 'heat'"),
-        ({"sparsity": 0.5, "schedule": lambda t: float("nan")}, ValueError, "gives nan at t=0"),
-        ({"sparsity": 0.5, "schedule": lambda t: 1 + t}, ValueError, "gives 1.1 at t=0.1"),
-        ({"sparsity": 0.5, "round_to": 0}, ValueError, "round_to must be a whole number"),
-        ({"sparsity": 0.5, "layers": 3}, TypeError, "3 cannot select layers"),
-        ({"sparsity": 0.5, "seed": "a"}, TypeError, "seed must be a whole number, not 'a'"),
-    ],
-)
-def test_wrong_arguments_are_refused_in_the_constructor(arguments, error, message):
-    with pytest.raises(error, match=message):
-        SparsifyCallback(**arguments)
-
-
-@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"exclude": "nothing.*"}, "no layer with a weight to sparsify matches 'nothing"),
         ({"granularity": "filter", "layers": [nn.Embedding]}, "matches Embedding"),
     ],
 )
-def test_what_only_the_model_can_refute_is_refused_at_the_first_batch_and_leaves_the_learner_as_it_was(
+def test_arguments_that_do_not_fit_the_model_are_refused_at_the_first_batch_and_change_nothing(
     make_learner, options, message
 ):
     learn = make_learner()
@@ -136,11 +82,11 @@ def test_what_only_the_model_can_refute_is_refused_at_the_first_batch_and_leaves
     assert len(learn.validate()) == 1
 
 
-def test_a_schedule_that_fails_between_the_points_that_were_tried_says_so(make_learner):
+def test_a_schedule_that_fails_in_the_fit_is_named(make_learner):
     def sneaky(t):
         return 2.0 if t == 1 / 3 else t
 
-    with pytest.raises(ValueError, match="schedule sneaky gives 2.0 at t=0.333333"):
+    with pytest.raises(ValueError, match="sneaky"):
         make_learner(steps=3).fit(1, cbs=SparsifyCallback(0.5, schedule=sneaky))
 
 
@@ -162,7 +108,7 @@ def test_a_model_that_cannot_be_traced_is_read_from_the_first_batch(make_learner
     assert dense_of(callback.sparsifier) == {"12.weight": "yields the model's output"}
 
 
-def test_a_training_that_is_cancelled_before_it_begins_is_not_begun(make_learner):
+def test_a_fit_that_is_cancelled_before_its_first_batch_makes_no_sparsifier(make_learner):
     class Cancel(Callback):
         def before_train(self):
             raise CancelTrainException
@@ -176,32 +122,8 @@ def test_a_training_that_is_cancelled_before_it_begins_is_not_begun(make_learner
 
 def test_two_callbacks_in_one_fit_are_refused(make_learner):
     learn = make_learner(cbs=SparsifyCallback(0.5))
-    with pytest.raises(ValueError, match="two SparsifyCallbacks in one fit would undo each other; use one with a dict"):
+    with pytest.raises(ValueError, match="two SparsifyCallbacks"):
         learn.fit(1, cbs=SparsifyCallback(0.8))
-    assert len(learn.metrics) == 0
-
-
-def test_the_measured_column_stands_in_the_table_and_goes_with_the_fit(make_learner):
-    learn = make_learner(metrics=fastai.accuracy)
-    learn.fit(2, cbs=SparsifyCallback(0.6, schedule="lin"))
-    assert list(learn.recorder.metric_names) == ["epoch", "train_loss", "valid_loss", "accuracy", "sparsity", "time"]
-    assert [row[-1] for row in learn.recorder.values] == [share(0.3), share(0.6)]
-    assert [metric.name for metric in learn.metrics] == ["accuracy"]
-    assert len(learn.validate()) == 2
-
-
-@pytest.mark.parametrize("given", ["fit", "learner"])
-def test_an_interrupted_fit_leaves_no_column_behind(make_learner, given):
-    class Interrupt(Callback):
-        def after_step(self):
-            raise KeyboardInterrupt
-
-    callback = SparsifyCallback(0.5)
-    learn = make_learner(cbs=callback if given == "learner" else None)
-    with pytest.raises(KeyboardInterrupt):
-        learn.fit(1, cbs=[Interrupt(), *([callback] if given == "fit" else [])])
-    assert len(learn.validate()) == 1
-    learn.fit(1)
     assert len(learn.metrics) == 0
 
 
@@ -212,7 +134,7 @@ def test_per_layer_targets_by_glob(make_learner):
     assert counts == {"0.weight": 0.5, "3.weight": 0.5, "5.weight": 0.5, "10.weight": 43 / 48, "12.weight": 0}
 
 
-def test_the_sparsifier_can_be_told_the_same_in_the_same_words(make_learner):
+def test_the_sparsifier_takes_the_same_options_in_the_same_words(make_learner):
     callback = SparsifyCallback(
         0.5, "filter", "local", "movement", "lin", layers=nn.Conv2d, exclude="5", pool="l2", round_to=2, seed=3
     )
@@ -229,7 +151,7 @@ def test_the_sparsifier_can_be_told_the_same_in_the_same_words(make_learner):
     )  # the criterion drew nothing
 
 
-def test_what_a_falling_schedule_revives_comes_back_as_zero(make_learner):
+def test_weights_that_a_falling_schedule_revives_start_at_zero(make_learner):
     revived = []
 
     class Look(Callback):
@@ -275,7 +197,7 @@ def test_momentum_and_weight_decay_do_not_revive(make_learner, opt_func):
     assert set(watch.forwards) == set(watch.steps) == {share(0.8)}
 
 
-def test_clipping_sees_only_living_gradients(make_learner):
+def test_gradients_are_masked_before_clipping(make_learner):
     norms = []
 
     class Norm(Callback):
@@ -319,7 +241,7 @@ def test_a_skipped_step_and_mixed_precision_on_the_cpu(make_learner):
     assert callback.sparsifier.sparsity == share(0.9)
 
 
-def test_a_cancelled_fit_stays_where_it_was(make_learner):
+def test_a_cancelled_fit_keeps_the_sparsity_that_it_reached(make_learner):
     class Cancel(Callback):
         def after_batch(self):
             if self.training and self.iter == 1:
@@ -357,18 +279,7 @@ def test_lr_find_validate_and_get_preds_change_nothing(make_learner, when, given
     assert len(learn.metrics) == 0
 
 
-def test_a_second_plain_fit_keeps_the_zeros_until_the_keeper_is_taken_off(make_learner, capsys):
-    learn, watch = make_learner(), Watch()
-    learn.fit(1, cbs=SparsifyCallback(0.9))
-    assert "KeepSparsity keeps the 90.08% of zeros in later fits, too; learn.remove_cb" in capsys.readouterr().out
-    learn.fit(2, 0.1, cbs=watch)
-    assert set(watch.forwards) == set(watch.steps) == {share(0.9)}
-    learn.remove_cb(KeepSparsity)
-    learn.fit(1, 0.1, cbs=watch)
-    assert watch.steps[-1] < 0.7
-
-
-def test_the_same_callback_in_a_second_fit_holds_what_it_reached(make_learner):
+def test_the_same_callback_in_a_second_fit_keeps_the_sparsity_that_it_reached(make_learner):
     learn, watch = make_learner(cbs=SparsifyCallback(0.9)), Watch()
     learn.fit(1)
     learn.fit(1, cbs=watch)
@@ -386,26 +297,7 @@ def test_a_second_callback_goes_on_from_the_zeros_of_the_first(make_learner, cri
     assert all((second.sparsifier.masks[name] <= mask).all() for name, mask in first.sparsifier.masks.items())
 
 
-def test_dead_filters_stay_dead_when_weights_are_sparsified_after_them(make_learner):
-    learn = make_learner()
-    filters = SparsifyCallback(0.5, granularity="filter")
-    learn.fit(1, cbs=filters)
-    dead = {name: ~mask for name, mask in filters.sparsifier.follower_masks.items()}
-    assert any(mask.any() for mask in dead.values())
-    learn.fit(1, cbs=SparsifyCallback(0.9))
-    parameters = dict(learn.model.named_parameters())
-    assert all((parameters[name][mask] == 0).all() for name, mask in dead.items())
-
-
-def test_keep_sparsity_alone_holds_the_zeros_of_a_sparse_model(make_learner):
-    model = small_net()
-    Sparsifier(model).sparsify(0.7)
-    learn, watch = make_learner(model, cbs=KeepSparsity()), Watch()
-    learn.fit(2, 0.1, cbs=watch)
-    assert set(watch.forwards) == set(watch.steps) == {share(0.7)}
-
-
-def test_fine_tune_holds_while_layers_are_frozen_and_says_so(make_learner, capsys):
+def test_fine_tune_keeps_the_sparsity_while_layers_are_frozen_and_says_so(make_learner, capsys):
     splitter = lambda model: fastai.L(list(model[:6].parameters()), list(model[6:].parameters()))  # noqa: E731
     learn, watch = make_learner(splitter=splitter), Watch()
     callback = SparsifyCallback(0.8, schedule=between("lin", 0, 1))
@@ -416,7 +308,7 @@ def test_fine_tune_holds_while_layers_are_frozen_and_says_so(make_learner, capsy
     assert dense_of(callback.sparsifier) == {}
 
 
-def test_a_fit_that_starts_at_a_later_epoch_takes_up_the_schedule_there(make_learner):
+def test_a_fit_with_start_epoch_starts_the_schedule_there(make_learner):
     learn, watch = make_learner(steps=2), Watch()
     learn.fit(4, start_epoch=2, cbs=[SparsifyCallback(0.8, schedule="lin"), watch])
     assert watch.forwards == [share(0.8 * step / 8) for step in range(4, 8)]
@@ -470,7 +362,7 @@ class Raise(Callback):
 @pytest.mark.parametrize("given", ["fit", "learner"])
 @pytest.mark.parametrize("event", ["after_pred", "after_backward", "before_step", "after_step", "after_batch"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt("now"), ZeroDivisionError("now")])
-def test_what_an_interrupted_fit_has_reached_is_kept(make_learner, error, event, given):
+def test_the_sparsity_that_an_interrupted_fit_reached_is_kept(make_learner, error, event, given):
     callback = SparsifyCallback(0.8, schedule="lin")
     learn, watch = make_learner(opt_func=fastai.Adam, cbs=callback if given == "learner" else None), Watch()
     with pytest.raises(type(error)):
@@ -506,23 +398,11 @@ def test_an_interrupt_inside_the_step_of_the_optimizer(make_learner):
     assert set(watch.forwards) == {share(0.8)}
 
 
-def test_a_later_fit_that_starts_at_a_later_epoch_lowers_nothing(make_learner):
+def test_start_epoch_in_a_later_fit_does_not_lower_the_sparsity(make_learner):
     learn, watch = make_learner(cbs=SparsifyCallback(0.9)), Watch()
     learn.fit(2)
     learn.fit(4, start_epoch=2, cbs=watch)
     assert set(watch.forwards) == set(watch.steps) == {share(0.9)}
-
-
-def test_the_column_never_shows_another_learner(make_learner):
-    callback = SparsifyCallback(0.9)
-    make_learner().fit(1, cbs=callback)
-    other = make_learner(splitter=lambda model: fastai.L(list(model[:6].parameters()), list(model[6:].parameters())))
-    other.freeze()
-    other.fit(1, cbs=callback)
-    assert [row[-1] for row in other.recorder.values] == [0]
-    other.unfreeze()
-    other.fit(1, cbs=callback)
-    assert other.recorder.values[-1][-1] == share(0.9)
 
 
 def test_a_fit_without_any_step_still_follows_the_schedule_at_its_ends(make_learner):
@@ -541,39 +421,11 @@ def test_a_fit_without_any_step_still_follows_the_schedule_at_its_ends(make_lear
         ({"sparsity": 0.5, "pool": lambda grouping, scores: scores, "granularity": "kernel"}, "one score per group"),
     ],
 )
-def test_what_would_fail_late_in_the_schedule_fails_before_the_first_forward(make_learner, arguments, message):
+def test_mistakes_show_before_the_first_forward(make_learner, arguments, message):
     learn, watch = make_learner(), Watch()
     with pytest.raises(ValueError, match=message):
         learn.fit(1, cbs=[SparsifyCallback(**arguments, schedule=between("agp", 0.5, 1)), watch])
     assert watch.forwards == []
-
-
-def test_keep_sparsity_recovers_frozen_layers_too(make_learner):
-    model = small_net()
-    Sparsifier(model).sparsify(0.7)
-    splitter = lambda model: fastai.L(list(model[:6].parameters()), list(model[6:].parameters()))  # noqa: E731
-    learn, watch = make_learner(model, cbs=KeepSparsity(), splitter=splitter), Watch()
-    learn.freeze()
-    learn.fit(1, 0.1)
-    learn.unfreeze()
-    learn.fit(1, 0.1, cbs=watch)
-    assert set(watch.forwards) == set(watch.steps) == {share(0.7)}
-
-
-def test_a_schedule_that_ends_dense_leaves_no_keeper(make_learner):
-    learn = make_learner()
-    learn.fit(1, cbs=SparsifyCallback(0.5, schedule="dsd"))
-    assert not hasattr(learn, "keep_sparsity")
-
-
-@pytest.mark.parametrize("second", ["dsd", "one_cycle"])
-def test_zeros_of_an_earlier_fit_outlast_any_schedule_of_a_later_one(make_learner, second):
-    learn, watch = make_learner(), Watch()
-    learn.fit(1, cbs=SparsifyCallback(0.6))
-    learn.fit(2, cbs=[SparsifyCallback(0.8, schedule=second), watch])
-    assert min(watch.forwards) >= share(0.6)
-    learn.fit(1, 0.1, cbs=watch)
-    assert min(watch.steps) >= share(0.6)
 
 
 @pytest.mark.parametrize("ask", [lambda learn: learn.validate(), lambda learn: learn.get_preds()])
@@ -608,39 +460,6 @@ def test_a_dictionary_of_targets_follows_the_schedule(make_learner):
     assert levels == [[18, 12], [36, 24], [54, 36], [72, 48]]
 
 
-def test_what_is_no_sparsifier_of_this_model_is_refused_by_the_keeper(make_learner):
-    for wrong in (0.5, SparsifyCallback(0.5)):
-        with pytest.raises(TypeError, match="KeepSparsity: sparsifier must be a Sparsifier, whose masks are kept, not"):
-            KeepSparsity(wrong)
-    with pytest.raises(ValueError, match="keeps the zeros of another model than the Learner's"):
-        make_learner(cbs=KeepSparsity(Sparsifier(small_net()))).fit(1)
-    learn = make_learner()
-    learn.fit(1, cbs=SparsifyCallback(0.5))
-    learn.model = small_net()
-    with pytest.raises(ValueError, match="remove it with learn.remove_cb"):
-        learn.fit(1)
-
-
-def test_keep_sparsity_takes_no_layer_of_nothing_but_zeros_for_masked(make_learner):
-    model = small_net()
-    Sparsifier(model).sparsify(0.5)
-    nn.init.zeros_(model[12].weight)
-    learn = make_learner(model, cbs=KeepSparsity())
-    learn.fit(1, 0.1)
-    assert (model[12].weight != 0).any()
-
-
-def test_weights_that_were_disturbed_between_fits_are_zero_at_the_first_forward(make_learner):
-    learn, watch = make_learner(), Watch()
-    learn.fit(1, cbs=SparsifyCallback(0.7))
-    with torch.no_grad():
-        for parameter in learn.model.parameters():
-            parameter.add_(0.01)
-    with pytest.warns(UserWarning, match="pruned weights were changed or loaded"):
-        learn.fit(1, cbs=watch)
-    assert watch.forwards[0] == share(0.7)
-
-
 def test_a_frozen_fit_shows_the_zeros_that_are_there(make_learner, capsys):
     model = small_net()
     Sparsifier(model).sparsify(0.7)
@@ -652,43 +471,12 @@ def test_a_frozen_fit_shows_the_zeros_that_are_there(make_learner, capsys):
     assert learn.recorder.values[-1][-1] == share(0.7)
 
 
-def test_layers_that_a_dictionary_does_not_name_take_no_part(make_learner):
+def test_layers_that_a_dictionary_does_not_name_stay_dense(make_learner):
     callback = SparsifyCallback({"0": 0.5, "3": 0.25}, context="local", schedule="lin")
     learn = make_learner()
     learn.fit(1, cbs=callback)
     assert list(callback.sparsifier.masks) == ["0.weight", "3.weight"]
     assert learn.recorder.values[-1][-1] == callback.sparsifier.sparsity == 120 / (144 + 192)
-
-
-def test_one_dead_filter_in_a_large_layer_is_none_by_chance(make_learner):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(128, 1500), nn.Linear(1500, 400), nn.Linear(400, 3))
-    with torch.no_grad():
-        model[3].weight[1] = 0  # 400 of some 800,000 weights would be no chance in any case
-        model[1].weight[0, :2] = 0
-        model[3].weight[1, 3:] = 1
-    learn = make_learner(model, cbs=KeepSparsity())
-    learn.fit(1, 0.1)
-    assert (model[3].weight[1, :3] != 0).any()
-    small = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten(), nn.Linear(192, 4000), nn.Linear(4000, 3))
-    with torch.no_grad():
-        small[0].weight[1] = 0  # 2 of some 780,000, a whole filter
-    make_learner(small, cbs=KeepSparsity()).fit(1, 0.1)
-    assert (small[0].weight[1] == 0).all()
-
-
-def test_keep_sparsity_alone_keeps_dead_filters_dead(make_learner):
-    model = nn.Sequential(
-        nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 8, 3), nn.GELU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
-    )  # fmt: skip
-    sparsifier = Sparsifier(model, "filter")
-    sparsifier.sparsify(0.5)
-    dead = {name: ~mask for name, mask in sparsifier.follower_masks.items() if not mask.all()}
-    assert "3.bias" in dead
-    make_learner(model, cbs=KeepSparsity()).fit(2, 0.1)
-    parameters = dict(model.named_parameters())
-    assert all((parameters[name][mask] == 0).all() for name, mask in dead.items())
-    assert (model[3].bias != 0).any()
 
 
 def test_a_last_epoch_that_is_cancelled_half_way_does_not_jump_to_the_target(make_learner):
@@ -729,9 +517,3 @@ def test_masks_are_updated_every_so_many_batches_and_end_at_the_target(make_lear
     expected = [step for step in steps if step // every > (step - accumulated) // every or step == 8]
     assert changes[-len(expected) :] == expected
     assert len(changes) - len(expected) == (expected[0] != 1)  # where the fit starts, at the first batch
-
-
-@pytest.mark.parametrize("every", [0, -1, 1.5, True, "2"])
-def test_what_is_no_number_of_batches_is_refused(every):
-    with pytest.raises(ValueError, match="every must be a whole number of at least 1"):
-        SparsifyCallback(0.5, every=every)

@@ -244,11 +244,12 @@ def test_a_model_in_training_mode_is_refused(kernels):
 # --- The kernels themselves ------------------------------------------------------------------------------------------
 
 on_a_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0),
     reason="torch multiplies 2:4 weights on CUDA GPUs of compute capability 8.0 or newer",
 )
 
 
+@pytest.mark.cuda
 @on_a_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
@@ -271,6 +272,7 @@ def test_on_a_gpu_the_outputs_are_those_of_the_dense_model(dtype, bias):
     assert not isinstance(model[0].weight, torch.sparse.SparseSemiStructuredTensor)
 
 
+@pytest.mark.cuda
 @on_a_gpu
 def test_on_a_gpu_the_smallest_layer_is_converted():
     to_semi_structured(two_four(nn.Sequential(nn.Linear(16, 16))).cuda())

@@ -8,46 +8,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ...model.layers import NamedWeight
+from .device_layer import DeviceLayer
 
 
-@dataclass
-class DeviceLayer:
-    """One layer on a GPU; tensors have one entry per group, in index order.
+def select_on_device(scopes: Sequence[Sequence[DeviceLayer]], sparsity: float) -> list[Tensor]:
+    """Rank the groups of each scope in one list, as select_groups of selection.py does: True where a group stays.
 
-    score: float. alive: not zero already. size: weights in a group. whole: a group is the whole layer. revives: whether
-    groups that are zero may come back. may_empty: whether the best group may fall, too.
+    Returns a bool tensor for each layer of all scopes, in order.
     """
-
-    target: NamedWeight
-    score: Tensor
-    alive: Tensor
-    size: int | Tensor
-    whole: bool = False
-    revives: bool = True
-    may_empty: bool = False
-
-    def __len__(self) -> int:
-        return len(self.alive)
-
-    @property
-    def weights(self) -> int:
-        """Of the whole layer, which no tensor needs to be read for."""
-        return self.target.parameter.numel()
+    kernels = kernels_for(scopes)
+    if kernels is not None:
+        return kernels.select(_for_kernels(scopes), sparsity)
+    return [stays for layers in scopes for stays in _select(layers, sparsity)]
 
 
-def select_on_device(layers: Sequence[DeviceLayer], sparsity: float) -> list[Tensor]:
-    """Rank the groups of `layers` in one list, as select_groups of selection.py does: True where a group stays."""
+def _select(layers: Sequence[DeviceLayer], sparsity: float) -> list[Tensor]:
+    """One scope, with torch alone."""
+    for layer in layers:
+        if layer.magnitude:
+            layer.score, layer.magnitude = layer.score.abs(), False
+        layer.nan = (layer.score.isnan() & (layer.alive | layer.revives)).any()
     score = torch.cat([layer.score for layer in layers])
     alive = torch.cat([layer.alive for layer in layers])
     equal = all(isinstance(layer.size, int) and layer.size == layers[0].size for layer in layers)
@@ -67,19 +54,45 @@ def select_on_device(layers: Sequence[DeviceLayer], sparsity: float) -> list[Ten
 
     if equal:
         number = torch.minimum((amount / size[0] + 0.5).floor().long().clamp(min=0), candidate.sum())
-        kernels = kernels_for(score)
-        falls = (kernels.lowest if kernels is not None else _lowest_of_equal_size)(score, candidate, number)
+        falls = _lowest_of_equal_size(score, candidate, number)
     else:
         falls = _lowest(score, candidate, size, amount)
     stays = (alive | (falling & revives)) & ~falls
     return list(stays.split([len(layer) for layer in layers]))
 
 
-def kernels_for(score: Tensor) -> ModuleType | None:
-    """The Triton kernels, where they can run: on CUDA, where torch brings Triton. Elsewhere a sort does the same."""
-    if score.device.type != "cuda" or score.dtype != torch.float32 or find_spec("triton") is None:
+def kernels_for(scopes: Sequence[Sequence[DeviceLayer]]) -> ModuleType | None:
+    """The Triton kernels, where they can rank all scopes: on CUDA, where torch brings Triton, groups of one size."""
+    if find_spec("triton") is None or not all(map(_is_for_kernels, scopes)):
         return None
     return import_module("sparsifai.axes.ranking.on_device_triton")
+
+
+def _is_for_kernels(layers: Sequence[DeviceLayer]) -> bool:
+    sizes = {layer.size if isinstance(layer.size, int) else None for layer in layers}
+    floats = {layer.score.dtype for layer in layers} <= {torch.float32, torch.bfloat16, torch.float16}
+    fit = all(not layer.whole and 0 < len(layer) < 2**30 and layer.alive.is_cuda for layer in layers)
+    return fit and floats and len(sizes) == 1 and None not in sizes
+
+
+def _for_kernels(scopes: Sequence[Sequence[DeviceLayer]]) -> Sequence[Sequence[DeviceLayer]]:
+    """With scores of one type, and with tensors that begin where a GPU reads fast."""
+    layers = [layer for scope in scopes for layer in scope]
+    if len({(layer.score.dtype, layer.magnitude) for layer in layers}) > 1:
+        for layer in layers:
+            score = layer.score.float()
+            layer.score, layer.magnitude = score.abs() if layer.magnitude else score, False
+    for layer in layers:
+        layer.score, layer.alive = _aligned(layer.score), _aligned(layer.alive)
+    return scopes
+
+
+def _aligned(values: Tensor) -> Tensor:
+    return (
+        values
+        if values.is_contiguous() and values.data_ptr() % 16 == 0
+        else values.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _lowest_of_equal_size(score: Tensor, candidate: Tensor, number: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...support.chunk import CHUNK
-from .on_device import DeviceLayer, select_on_device
+from .device_layer import DeviceLayer
+from .on_device import select_on_device
 from .scored_layer import ScoredLayer
 
 
@@ -63,7 +64,7 @@ def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.nda
     if not layers:
         return []
     if isinstance(layers[0], DeviceLayer):
-        return select_on_device(layers, sparsity)
+        return select_on_device([layers], sparsity)
     total = sum(layer.total for layer in layers)
     alive = sum(layer.weights(layer.alive) for layer in layers)
     wanted, masked = sparsity * total, total - alive
@@ -90,6 +91,13 @@ def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.nda
         for number, index in best.items():
             all_kept[number][index] = True
     return all_kept
+
+
+def select_each(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
+    """As select_groups, each layer ranked by itself; on a GPU all of them at once."""
+    if layers and isinstance(layers[0], DeviceLayer):
+        return select_on_device([[layer] for layer in layers], sparsity)
+    return [stays for layer in layers for stays in select_groups([layer], sparsity)]
 
 
 def _revive(layers: Sequence[ScoredLayer], wanted: float) -> list[np.ndarray]:

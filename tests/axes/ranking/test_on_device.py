@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsifai import Sparsifier, criteria
-from sparsifai.axes.ranking.on_device import DeviceLayer, select_on_device
+from sparsifai.axes.ranking.device_layer import DeviceLayer
+from sparsifai.axes.ranking.on_device import select_on_device
 from sparsifai.axes.ranking.scored_layer import ScoredLayer
 from sparsifai.axes.ranking.selection import select_groups
 
@@ -54,10 +56,10 @@ def test_the_same_groups_stay_as_on_the_host(layers, sparsity, equal, whole, rev
             DeviceLayer(Weights(count), torch.tensor(score), torch.tensor(alive), size, whole, host[-1].revives)
         )
     expected = [stays.tolist() for stays in select_groups(host, sparsity)]
-    assert [stays.tolist() for stays in select_on_device(device, sparsity)] == expected
+    assert [stays.tolist() for stays in select_on_device([device], sparsity)] == expected
 
 
-@pytest.mark.filterwarnings("ignore:a falling sparsity revives whole outputs")
+@pytest.mark.filterwarnings("ignore:a falling sparsity revives")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("granularity", ["weight", "kernel", "filter", "channel", "layer", "row"])
 @pytest.mark.parametrize("context", ["local", "global"])
@@ -116,13 +118,22 @@ def test_no_value_is_read_in_a_step(granularity, context, criterion):
         sparsifier.sparsity  # noqa: B018
 
 
-@pytest.mark.slow
-def test_the_triton_kernels_in_their_interpreter_give_the_same_masks():
+@pytest.mark.parametrize("of", ["models", "scores"])
+def test_the_triton_kernels_in_their_interpreter_give_the_same_masks(of):
     pytest.importorskip("triton", reason="torch brings Triton on some platforms only")
     script = Path(__file__).parents[2] / "interpreted.py"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(script), of], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# Of every argument of the kernels, what it points to.
+POINTED_TO = {
+    **dict.fromkeys(("table", "alive_of", "first_of", "last_of", "starts", "candidates", "state", "before"), "i64"),
+    **dict.fromkeys(("after", "best", "below", "ties_of", "upto"), "i64"),
+    **dict.fromkeys(("layer_of", "falling", "keys", "is_nan", "counts", "protected"), "i32"),
+    "out": "i8",
+}
 
 
 def test_the_triton_kernels_compile_for_an_h100():
@@ -130,23 +141,42 @@ def test_the_triton_kernels_compile_for_an_h100():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sparsifai.axes.ranking import on_device_triton as kernels
+    from sparsifai.axes.ranking import on_device_kernels as kernels
+    from sparsifai.axes.ranking import on_device_triton as launched
 
-    shared = {"score": "*fp32", "candidate": "*i8", "count": "i32"}
-    cases = {
-        kernels._count_digits: ({"found": "*i64", "counts": "*i32"}, {"below": 21, "digit": 11}),
-        kernels._count_ties: ({"last": "*i64", "ties": "*i32"}, {}),
-        kernels._write: ({"last": "*i64", "ahead": "*i64", "needed": "*i64", "falls": "*i8"}, {}),
-    }
-    for kernel, (pointers, constants) in cases.items():
-        constants = {**constants, "block": kernels.BLOCK}
-        types = {**shared, **pointers, **dict.fromkeys(constants, "constexpr")}
+    size = {"block": launched.BLOCK, "steps": launched.STEPS[0]}
+    first, second = launched.BINS[:2]
+    cases = [(kernels.count_alive, size)]
+    for keys, magnitude in zip(launched.KEYS.values(), (True, False, True), strict=True):
+        kind = {"unsigned": keys.unsigned, "magnitude": magnitude}
+        ends = {"lowest": 0 if magnitude else -keys.unsigned, "highest": keys.unsigned}
+        sample = {"sample": launched.SAMPLE}
+        cases += [
+            (kernels.draw_sample, {**kind, **sample, "block": 128}),
+            (kernels.bracket, {**ends, **sample, "spread": launched.SPREAD, "bins": first}),
+            (kernels.narrow, {**ends, "first": True, "bins": first, "next_bins": second}),
+            (kernels.narrow, {**ends, "first": False, "bins": second, "next_bins": launched.BINS[2]}),
+            *((kernel, {**kind, **size}) for kernel in (kernels.count_ties, kernels.find_last, kernels.write_masks)),
+        ]
+        for bins, surveys, protects in ((first, True, False), (first, False, True), (second, False, True)):
+            passes = {"first": bins == first, "surveys": surveys, "protects": protects, "bins": bins}
+            cases.append((kernels.count_in_bins, {**kind, **size, **passes, "infinity": keys.infinity}))
+    for kernel, constants in cases:
+        names = [name for name in kernel.arg_names if name not in constants]
+        # What is sent to a GPU begins at multiples of 16 bytes, of which a kernel makes use.
+        aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in names}
+        types = {**{name: f"*{POINTED_TO[name]}" for name in names}, **dict.fromkeys(constants, "constexpr")}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Triton, about its own defaults
-            source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constants)
-            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+            source = ASTSource(kernel, types, constants, aligned)
+            target, options = GPUTarget("cuda", 90, 32), {"num_warps": launched.WARPS}
+            compiled = triton.compile(source, target=target, options=options)
         assert len(compiled.asm["cubin"]) > 0
         assert compiled.metadata.shared < 48 * 1024
+        if "block" in constants and constants["block"] == launched.BLOCK:
+            # Scores and masks are read and written in words of several groups, not one group at a time.
+            assert "global.b8" not in compiled.asm["ptx"]
+            assert "global.b16" not in compiled.asm["ptx"]
 
 
 def test_nan_is_told_of_when_something_is_read():
@@ -198,20 +228,88 @@ def test_own_contexts_are_given_arrays_of_the_host():
         assert sparsifier.ranking.stays_on_device(sparsifier.layers) is expected
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("granularity", ["weight", "kernel", "filter"])
-def test_on_a_gpu_masks_are_those_of_the_cpu_and_no_step_waits(granularity):
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("context", ["local", "global"])
+@pytest.mark.parametrize("granularity", ["weight", "kernel", "filter", lambda axes: {"out": 3, "in": 3}])
+def test_on_a_gpu_masks_are_those_of_the_cpu_and_no_step_waits(granularity, context, dtype):
     models = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
-        models.append(Sparsifier(small_net().to(device), granularity))
+        models.append(Sparsifier(small_net().to(device, dtype), granularity, context))
     host, device = models
     for level in (0.3, 0.6, 0.9):
         host.sparsify(level)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             device.sparsify(level)
             device.apply_masks()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         assert all(torch.equal(host.masks[name], mask.cpu()) for name, mask in device.masks.items())
+
+
+@contextmanager
+def no_waiting():
+    """Within, what makes the host wait for the GPU is an error."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def large_layers(draw):
+    """Layers of several million weights, of several thousand and of few."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1500, 2001), nn.Linear(37, 1500), nn.Linear(3, 37), nn.Linear(2, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(draw(parameter))
+    return model
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("context", ["local", "global"])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        torch.randn_like,
+        lambda weight: torch.randn_like(weight).mul(8).round().div(8),
+        lambda weight: torch.randn_like(weight).exp() * (torch.rand_like(weight) < 0.05),  # nearly all alike
+        lambda weight: weight.abs().flatten().sort().values.view_as(weight),
+    ],
+    ids=["normal", "ties", "zeros", "in order"],
+)
+def test_on_a_gpu_masks_of_large_layers_are_those_of_the_cpu(draw, context):
+    host = Sparsifier(large_layers(draw), context=context)
+    device = Sparsifier(large_layers(draw).cuda(), context=context)
+    for level in (0.0001, 0.5, 0.5001, 0.999, 0.2, 1.0):
+        host.sparsify(level)
+        device.sparsify(level)
+        assert all(torch.equal(host.masks[name], mask.cpu()) for name, mask in device.masks.items())
+        for one, other in zip(host.model.parameters(), device.model.parameters(), strict=True):
+            assert torch.equal(one, other.cpu())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("criterion", ["large_final", "movement", "movement_pruning", "updating_movmag"])
+def test_on_a_gpu_a_whole_step_waits_for_nothing(criterion):
+    model = small_net().cuda()
+    sparsifier = Sparsifier(model, criteria=criterion)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    images = torch.randn(4, 2, 8, 8, device="cuda")
+    for level in (0.2, 0.3, 0.4):
+        model(images).sum().backward()
+        with no_waiting():
+            sparsifier.mask_gradients()
+            optimizer.step()
+            sparsifier.update_masks(level, optimizer)
+    assert sparsifier.sparsity == pytest.approx(0.4, abs=0.01)
+    sparsifier.mask_gradients()
+    sparsifier.mask_moments(optimizer)
+    for parameter, mask in sparsifier.masked_parameters():
+        kept = mask.expand_as(parameter)
+        moments = optimizer.state[parameter]
+        for values in (parameter, parameter.grad, moments["exp_avg"], moments["exp_avg_sq"]):
+            assert not values[~kept].any()
+            assert values[kept].any()

@@ -1,0 +1,317 @@
+"""The messages of all errors and warnings of this folder, as tables."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+from conftest import small_learner, small_net
+from torch import nn
+
+import sparsifai
+from sparsifai import Sparsifier, between
+from sparsifai.callbacks.plan import plan_of
+
+# Rows of the tables: name, mistake, class of the error or warning, and the parts of its message that matter. What other
+# folders say (checks of numbers, registries, the Sparsifier) is given in a word or two.
+
+
+# --- Plans, which need no fastai --------------------------------------------------------------------------------------
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def plan(*arguments):
+    return lambda: plan_of(Sparsifier(mlp()), *arguments)
+
+
+def planned(sparsity, *axes, schedule="lin", example_input=None, model=mlp):
+    return lambda: plan_of(
+        Sparsifier(model(), *axes, example_input=example_input), sparsity, schedule, 2, 4, None, example_input
+    )
+
+
+def with_nan():
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.nan
+    return model
+
+
+def twice(t):
+    return 2 * t
+
+
+PLANS = [
+    ("no epochs", plan(0.5, "lin", 0, 4), ValueError, ["n_epoch must be a whole number of at least 1, not 0"]),
+    ("half a batch", plan(0.5, "lin", 2, 1.5), ValueError, ["n_iter must be a whole number of at least 1, not 1.5"]),
+    ("every 0", plan(0.5, "lin", 2, 4, 0), ValueError, ["every must be a whole number of at least 1, not 0"]),
+    ("sparsity in percent", plan(50, "lin", 2, 4), ValueError, ["pass 0.5 for 50 %"]),
+    ("unknown schedule", plan(0.5, "linear", 2, 4), ValueError, ["unknown schedule 'linear'"]),
+    ("schedule above 1", plan(0.5, twice, 2, 4), ValueError, ["schedule twice", "must return"]),
+    ("no such layer", plan({"9": 0.5}, "lin", 2, 4), ValueError, ["no layer with a weight to sparsify matches '9'"]),
+    (
+        "plan of a model", lambda: plan_of(mlp(), 0.5, "lin", 2, 4), TypeError,
+        ["plan_of: sparsifier must be a Sparsifier, not Sequential"],
+    ),
+    ("more than 2:4", planned(0.75, "weight", "2:4"), ValueError, ["2:4 prunes at most 0.5 of the weights"]),
+    ("NaN", planned(0.5, model=with_nan), ValueError, ["NaN scores for 0.weight"]),
+    (
+        "wrong example", planned(0.5, example_input=torch.zeros(1, 5, 8, 8), model=small_net), ValueError,
+        ["does not run on example_input", "a tuple for several"],
+    ),
+]  # fmt: skip
+
+PLAN_WARNINGS = [
+    (
+        "near collapse", planned(0.75, "weight", "local"), UserWarning,
+        [
+            "near collapse at a sparsity of 75.00%: 2.weight; lower the sparsity, choose context='erk', limit these "
+            "layers with bounded(...), or exclude them with exclude="
+        ],
+    ),
+    (
+        "a schedule that ends at 0", planned(0.5, "weight", "local", schedule="dsd"), UserWarning,
+        ["schedule dsd ends at a sparsity of 0.00%; the layers of the plan are those at 50.00%"],
+    ),
+]  # fmt: skip
+
+
+# --- SparsifyCallback -------------------------------------------------------------------------------------------------
+
+
+def sparsify(sparsity=0.5, **arguments):
+    """A mistake in the constructor."""
+    return lambda: sparsifai.SparsifyCallback(sparsity, **arguments)
+
+
+def fit(sparsity=0.5, **arguments):
+    """A mistake that shows at the first batch, before anything is changed."""
+
+    def mistake():
+        learn = small_learner(steps=3)
+        before = [parameter.clone() for parameter in learn.model.parameters()]
+        callback = sparsifai.SparsifyCallback(sparsity, schedule=between("agp", 0.5, 1), **arguments)
+        try:
+            learn.fit(1, cbs=callback)
+        finally:
+            assert all(map(torch.equal, before, learn.model.parameters()))
+            assert len(learn.metrics) == 0
+            assert len(learn.validate()) == 1
+
+    return mistake
+
+
+def plan_by_callback(sparsity=0.5, model=small_net, arguments=(2, 4), **options):
+    return lambda: sparsifai.SparsifyCallback(sparsity, **options).plan(model(), *arguments)
+
+
+def heat(weight, heat):
+    return weight
+
+
+def total(weight):
+    return weight.sum()
+
+
+def nothing(layers, sparsity):
+    return None
+
+
+def unpooled(grouping, scores):
+    return scores
+
+
+def not_a_number(t):
+    return float("nan")
+
+
+def above_one(t):
+    return 1 + t
+
+
+def sneaky(t):
+    return 2.0 if t == 1 / 3 else t
+
+
+def fit_with_sneaky_schedule():
+    small_learner(steps=3).fit(1, cbs=sparsifai.SparsifyCallback(0.5, schedule=sneaky))
+
+
+def fit_with_two():
+    small_learner(cbs=sparsifai.SparsifyCallback(0.5)).fit(1, cbs=sparsifai.SparsifyCallback(0.8))
+
+
+SPARSIFY = [
+    ("percent", sparsify(50), ValueError, ["pass 0.5 for 50 %"]),
+    ("sparsity NaN", sparsify(float("nan")), ValueError, ["sparsity nan is not a fraction"]),
+    ("sparsity as bool", sparsify(True), TypeError, ["not True"]),
+    ("no sparsity", sparsify(None), TypeError, ["neither is given"]),
+    ("sparsity twice", sparsify(compression_ratio=0.5), TypeError, ["both are given"]),
+    ("unknown granularity", sparsify(granularity="wieght"), ValueError, ["did you mean 'weight'"]),
+    ("unknown context", sparsify(context="locale"), ValueError, ["did you mean 'local'"]),
+    ("unknown criterion", sparsify(criteria="mouvement"), ValueError, ["did you mean 'movement'"]),
+    ("unknown schedule of a callback", sparsify(schedule="onecycle"), ValueError, ["did you mean 'one_cycle'"]),
+    ("unknown quantity", sparsify(criteria=heat), ValueError, ["unknown quantity 'heat'"]),
+    ("schedule NaN", sparsify(schedule=not_a_number), ValueError, ["gives nan at t=0"]),
+    ("schedule that starts at 1", sparsify(schedule=above_one), ValueError, ["gives 1.1 at t=0.1"]),
+    ("round_to 0", sparsify(round_to=0), ValueError, ["round_to must be a whole number"]),
+    ("layers as number", sparsify(layers=3), TypeError, ["3 cannot select layers"]),
+    ("seed as text", sparsify(seed="a"), TypeError, ["seed must be a whole number, not 'a'"]),
+    *(
+        (f"every {every!r}", sparsify(every=every), ValueError, ["every must be a whole number of at least 1"])
+        for every in (0, -1, 1.5, True, "2")
+    ),
+    (
+        "drop without regrow", sparsify(drop=0.3), ValueError,
+        ["drop=0.3 needs regrow=: pass regrow='grad', 'random' or another criterion"],
+    ),
+    (
+        "initial_sparsity above a target", sparsify({"1": 0.75, "3": 0.5}, initial_sparsity=0.6), ValueError,
+        ["initial_sparsity 0.6"],
+    ),
+    (
+        "exclude without match", fit(exclude="nothing.*"), ValueError,
+        ["no layer with a weight to sparsify matches 'nothing"],
+    ),
+    ("layers without match", fit(granularity="filter", layers=[nn.Embedding]), ValueError, ["matches Embedding"]),
+    (
+        "sparsities without match", fit({"nothing.*": 0.5}), ValueError,
+        ["no layer with a weight to sparsify matches 'nothing"],
+    ),
+    ("one score for all", fit(criteria=total), ValueError, ["must return one real score per weight"]),
+    ("context that returns None", fit(context=nothing), ValueError, ["must return a list with"]),
+    ("pool that does not pool", fit(pool=unpooled, granularity="kernel"), ValueError, ["one score per group"]),
+    (
+        "schedule that fails at one point", fit_with_sneaky_schedule, ValueError,
+        ["schedule sneaky gives 2.0 at t=0.333333"],
+    ),
+    (
+        "two callbacks", fit_with_two, ValueError,
+        [
+            "two SparsifyCallbacks in one fit would undo each other; use one with a dictionary of sparsities by layer, "
+            "or remove the other with learn.remove_cb(SparsifyCallback)"
+        ],
+    ),
+    (
+        "plan of a Learner", plan_by_callback(model=small_learner), TypeError,
+        ["plan: model must be a torch.nn.Module, such as learn.model, not Learner"],
+    ),
+    ("plan without epochs", plan_by_callback(arguments=()), TypeError, ["n_epoch"]),
+    (
+        "plan of 0 epochs", plan_by_callback(arguments=(0, 4)), ValueError,
+        ["n_epoch must be a whole number of at least 1, not 0"],
+    ),
+    (
+        "plan of layers that stay dense", plan_by_callback({"0": 0.5, "3": 0.25}, exclude="3"), ValueError,
+        ["matches only layers that stay dense"],
+    ),
+]  # fmt: skip
+
+
+# --- KeepSparsity, FreezeCallback, plot_sparsity ----------------------------------------------------------------------
+
+
+def keep(wrong):
+    return lambda: sparsifai.KeepSparsity(wrong() if callable(wrong) else wrong)
+
+
+def fit_with_keeper_of_another_model():
+    small_learner(cbs=sparsifai.KeepSparsity(Sparsifier(small_net()))).fit(1)
+
+
+def fit_with_another_model(model=None):
+    learn = small_learner()
+    learn.fit(1, cbs=sparsifai.SparsifyCallback(0.5))
+    learn.model = copy.deepcopy(learn.model) if model is None else model()
+    learn.fit(1)
+
+
+def fit_with_changed_weights():
+    learn = small_learner()
+    learn.fit(1, cbs=sparsifai.SparsifyCallback(0.7))
+    with torch.no_grad():
+        for parameter in learn.model.parameters():
+            parameter.add_(0.01)
+    learn.fit(1)
+
+
+def freeze(layers="0", **arguments):
+    return lambda: sparsifai.FreezeCallback(layers, **arguments)
+
+
+ANOTHER_MODEL = (
+    "KeepSparsity keeps the zeros of another model than the Learner's; remove it with learn.remove_cb(KeepSparsity), "
+    "or use KeepSparsity() to keep the zeros of this model"
+)
+NO_SPARSIFIER = "KeepSparsity: sparsifier must be a Sparsifier, whose masks are kept, not "
+
+OTHERS = [
+    ("keeper of a number", keep(0.5), TypeError, [NO_SPARSIFIER + "0.5"]),
+    ("keeper of a callback", keep(sparsify()), TypeError, [NO_SPARSIFIER + "SparsifyCallback"]),
+    ("a Sparsifier of another model", fit_with_keeper_of_another_model, ValueError, [ANOTHER_MODEL]),
+    ("a copy of the model", fit_with_another_model, ValueError, [ANOTHER_MODEL]),
+    ("another model", partial(fit_with_another_model, small_net), ValueError, [ANOTHER_MODEL]),
+    (
+        "no layers", freeze([]), TypeError,
+        ["FreezeCallback: layers must be names or globs of layers, or a list, not []"],
+    ),
+    ("layers that are no names", freeze([3]), TypeError, ["or a list, not [3]"]),
+    (
+        "end before start", freeze(start=0.5, end=0.5), ValueError,
+        ["FreezeCallback: 0 <= start < end <= 1 must hold, not start=0.5, end=0.5"],
+    ),
+    (
+        "a layer that is not there", lambda: small_learner().fit(1, cbs=sparsifai.FreezeCallback("head")), ValueError,
+        ["FreezeCallback: no layer matches 'head'; "],
+    ),
+    (
+        "a plot before any fit", lambda: small_learner().recorder.plot_sparsity(), ValueError,
+        ["plot_sparsity: no fit with a SparsifyCallback is recorded; fit with one first"],
+    ),
+]  # fmt: skip
+
+KEEP_WARNINGS = [
+    (
+        "changed weights", fit_with_changed_weights, UserWarning,
+        [
+            "KeepSparsity: pruned weights were changed or loaded and are not zero any more; they are set to zero "
+            "again. To keep the new values, call learn.remove_cb(KeepSparsity) before the fit"
+        ],
+    ),
+]  # fmt: skip
+
+
+def rows(*tables, marks=()):
+    return [pytest.param(*row[1:], id=row[0], marks=marks) for table in tables for row in table]
+
+
+def needs_fastai(request):
+    if request.node.get_closest_marker("fastai"):
+        pytest.importorskip("fastai.vision.all", reason="the callbacks are fastai's")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "error", "parts"), [*rows(PLANS), *rows(SPARSIFY, OTHERS, marks=pytest.mark.fastai)]
+)
+def test_the_message_of_a_mistake(request, mistake, error, parts):
+    needs_fastai(request)
+    with pytest.raises(error) as caught:
+        mistake()
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cause", "warning", "parts"), [*rows(PLAN_WARNINGS), *rows(KEEP_WARNINGS, marks=pytest.mark.fastai)]
+)
+def test_the_message_of_a_warning(request, cause, warning, parts):
+    needs_fastai(request)
+    with pytest.warns(warning) as caught:
+        cause()
+    (message,) = [str(each.message) for each in caught]
+    for part in parts:
+        assert part in message
