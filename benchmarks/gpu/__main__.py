@@ -3,7 +3,7 @@
     python -m benchmarks.gpu [--section tests masks updates steps two_four] [--device cpu --quick]
         [--minutes 5.5] [--out benchmarks/results]
 
-Needs torch, torchvision, numpy, and pytest with hypothesis for the section `tests`; FasterAI takes part where it is
+Needs torch, torchvision, numpy, and pytest with hypothesis for the section `tests`; FasterAI is measured where it is
 installed. Each section runs in a process of its own: one that crashes or hangs ends itself alone, and keeps what it has
 found until then. Writes gpu.json, with the traceback of each failure, gpu.txt, and a log per section. Exit code 1 if
 anything failed. `--device cpu --quick` rehearses all of it, with small models, where there is no GPU.
