@@ -24,7 +24,6 @@ class Fit:
         advances: Whether the sparsity moves along the schedule: not while layers are frozen.
         floor: What earlier fits have reached, as a fraction of the target sparsity.
         keeper: What keeps the zeros, from the first batch on. None before.
-        brought: Whether this fit has put the keeper on the Learner.
         updated: Batches that were over at the last mask update.
         moved: Whether the level has changed since the trackers last judged an epoch.
     """
@@ -34,7 +33,6 @@ class Fit:
     advances: bool
     floor: float
     keeper: KeepSparsity | None = None
-    brought: bool = False
     updated: int = 0
     moved: bool = False
     column: Column = field(init=False)
@@ -58,7 +56,6 @@ class Fit:
         for each in keepers:
             each.recover()  # the zeros of the model, before the masks move
         keeper = next((each for each in keepers if each.left_by_fit), None)
-        self.brought = keeper is None
         if keeper is None:
             keeper = KeepSparsity()
             keeper.left_by_fit = True
@@ -95,8 +92,9 @@ class Fit:
         """Say what keeps the zeros in later fits, or take it off if there are none."""
         for keeper in self.learn._grab_cbs(KeepSparsity):
             keeper.enforce()  # a fit can be interrupted between a step and what comes after it
-        if self.keeper is None or not self.brought or self.keeper.learn is None:  # said before, or taken off
+        if self.keeper is None or self.keeper.announced or self.keeper.learn is None:  # None if it was taken off
             return
+        self.keeper.announced = True
         if self.keeper.masks_something:
             notify(
                 self.learn,

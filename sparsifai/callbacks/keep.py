@@ -51,7 +51,8 @@ class KeepSparsity(TrainingCallback):
         masks: Parameter name -> bool tensor that broadcasts to the parameter, False where it is kept at zero.
 
     Args:
-        sparsifier: The Sparsifier whose masks are kept. By default, the zeros that the model has when a fit begins.
+        sparsifier: The Sparsifier whose masks are kept, as they are now: after another `sparsify`, make a new
+            KeepSparsity. By default, the zeros that the model has when a fit begins.
 
     Raises:
         TypeError: `sparsifier` is no Sparsifier.
@@ -63,7 +64,7 @@ class KeepSparsity(TrainingCallback):
 
     def __init__(
         self,
-        sparsifier=None,  # Whose masks to keep; by default, the zeros that the model has when a fit begins
+        sparsifier=None,  # Whose present masks to keep; by default, the zeros that the model has when a fit begins
     ):
         super().__init__()
         if sparsifier is not None and not isinstance(sparsifier, Sparsifier):
@@ -72,6 +73,7 @@ class KeepSparsity(TrainingCallback):
         self.held_model: Any = None  # the model of the masks
         self.recovers = sparsifier is None  # whether each fit begins with the zeros of the model
         self.left_by_fit = False  # whether SparsifyCallback has put it on the Learner
+        self.announced = False  # whether SparsifyCallback has said so
         self.is_second = False  # whether SparsifyCallback has put another one on the Learner beside it
         self._recovered = False  # whether this fit has begun with the zeros of the model
         self._steps = 0
@@ -176,9 +178,10 @@ class KeepSparsity(TrainingCallback):
                 zeros, weights = zeros + int((~kept).sum()), weights + kept.numel()
                 if not kept.all():
                     masks[name] = kept
-        if zeros > CHANCE * weights or any(map(_has_zero_filters, masks.values())):
+        with_filters = any(map(_has_zero_filters, masks.values()))
+        if zeros > CHANCE * weights or with_filters:
             self.masks = merged(self.masks, masks)
-        if any(_has_zero_filters(mask) for mask in self.masks.values() if mask.dim() > 1):
+        if with_filters:  # of filters that were masked before, the followers are masked, too
             self._recover_followers()
         self.enforce()
         return True

@@ -85,6 +85,7 @@ def plan_of(
     sparsity, schedule = check_sparsity(sparsity), schedules.resolve(schedule)
     n_epoch, n_iter = check_count("n_epoch", n_epoch), check_count("n_iter", n_iter)
     every = 1 if every is None else check_count("every", every)
+    measured = sparsifier.report()  # raises if the model is released
     model, ranking, collected = sparsifier.model, sparsifier.ranking, sparsifier.collected
     if example_input is not None:
         example = tree_map(first_example, example_input)
@@ -107,7 +108,7 @@ def plan_of(
         schedule = raised(schedule, min(initial_sparsity / level, 1.0))
     weights = {name: layer.weight for name, layer in planned.items()}
     flops = {} if example_input is None else count_flops(model, weights, collected.source.example_input)
-    layers = _planned_layers(model, planned, sparsifier.report(), flops)
+    layers = _planned_layers(model, planned, measured, flops)
     sizes = [layer.size for layer in layers]
     total = Size.total([layer.size for layer in layers if not layer.why_dense])
     timeline = timeline_of(schedule, n_epoch, n_iter, every, level)

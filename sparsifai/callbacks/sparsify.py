@@ -322,7 +322,8 @@ class SparsifyCallback(TrainingCallback):
         if sparsifier is None:
             fit.keeper.masks = fit.kept_masks()
         else:
-            own = sparsifier.masks
+            sparsifier.apply_masks()  # this also moves its masks to where the model is
+            own = {**sparsifier.masks, **sparsifier.follower_masks}
             others = {name: mask | ~own[name] if name in own else mask for name, mask in fit.kept_masks().items()}
             self._others = merged(self._others, {name: mask for name, mask in others.items() if not mask.all()})
             sparsifier.ranking = replace(sparsifier.ranking, process_group=process_group_of(self.learn.model))

@@ -48,6 +48,14 @@ class Ranking:
     coupling: Coupling | None = None
     process_group: Any = None  # of the replicas of the model, or None
 
+    def stays_on_device(self, layers: Layers) -> bool:
+        """Whether scores can be ranked on the GPU that holds all layers, so that the host need not wait for it."""
+        devices = {layer.parameter.device for layer in layers.values()}
+        alone = self.process_group is None and not any(is_sharded(layer.parameter) for layer in layers.values())
+        groups_alone = self.options.round_to is None and self.coupling is None
+        can = getattr(self.options.context, "on_device", False)
+        return can and alone and groups_alone and len(devices) == 1 and devices.pop().type in ("cuda", "meta")
+
 
 @dataclass(frozen=True)
 class NewMasks:
@@ -107,7 +115,7 @@ def build_masks(
     levels = {name: layer.level for name, layer in layers.items()}
     notices: list[str] = []
     nan: dict[str, Tensor] = {}
-    on_device = _stays_on_device(layers, ranking)
+    on_device = ranking.stays_on_device(layers)
 
     def rank(names: list[str], sparsity: float, by: CollectedQuantities, revived: Container[str]) -> None:
         """Prune the groups of these layers with the lowest scores. Pruned groups of revived layers may be kept."""
@@ -153,15 +161,6 @@ def _rank(
     kept = split(ask(options.context, ranked, sparsity, name_of(options.granularity), notices))
     groups = process_groups_of_shards(model) if ranking.process_group is None else [ranking.process_group]
     return agree(kept, groups, scored[0].target.parameter.device)
-
-
-def _stays_on_device(layers: Layers, ranking: Ranking) -> bool:
-    """Whether scores can be ranked on the GPU that holds all layers, so that the host need not wait for it."""
-    devices = {layer.parameter.device for layer in layers.values()}
-    alone = ranking.process_group is None and not any(is_sharded(layer.parameter) for layer in layers.values())
-    groups_alone = ranking.options.round_to is None and ranking.coupling is None
-    can = getattr(ranking.options.context, "on_device", False)
-    return can and alone and groups_alone and len(devices) == 1 and devices.pop().type in ("cuda", "meta")
 
 
 def score_layer(
@@ -248,10 +247,16 @@ def checked_scores(scores: Any, by: CollectedQuantities, layer: Layer) -> Tensor
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
+@torch.no_grad()
 def compares_with_itself(layers: Layers, ranking: Ranking, by: CollectedQuantities) -> bool:
     """Whether the criterion compares with an earlier value, and nothing has changed since: all scores are equal."""
-    pool = ranking.options.pool
-    return by.compares and all_equal([score_layer(layer, layer.mask, by, pool=pool) for layer in layers.values()])
+    pool, rng = ranking.options.pool, by.source.rng
+    before = rng.get_state()
+    try:
+        return by.compares and all_equal([score_layer(layer, layer.mask, by, pool=pool) for layer in layers.values()])
+    finally:
+        rng.set_state(before)
+        by.source.forget()
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:

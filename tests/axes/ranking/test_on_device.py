@@ -22,6 +22,7 @@ from sparsifai import Sparsifier, criteria
 from sparsifai.axes.ranking.on_device import DeviceLayer, select_on_device
 from sparsifai.axes.ranking.scored_layer import ScoredLayer
 from sparsifai.axes.ranking.selection import select_groups
+from sparsifai.sparsifier.mask_building import Ranking
 
 groups = st.lists(
     st.tuples(st.sampled_from([-1.0, -0.0, 0.0, 0.25, 0.5, float("inf")]), st.integers(1, 5), st.booleans()),
@@ -59,11 +60,16 @@ def test_the_same_groups_stay_as_on_the_host(layers, sparsity, equal, whole, rev
 
 def as_on_device(sparsifier):
     """Have a Sparsifier on the CPU do what it does on a GPU."""
-    sparsifier.__class__ = type("OnDevice", (Sparsifier,), {"_on_device": True})
+    sparsifier.ranking = OnDevice(**vars(sparsifier.ranking))
     return sparsifier
 
 
-@pytest.mark.filterwarnings("ignore:outputs that come back")
+class OnDevice(Ranking):
+    def stays_on_device(self, layers):
+        return True
+
+
+@pytest.mark.filterwarnings("ignore:a falling sparsity revives")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("granularity", ["weight", "kernel", "filter", "channel", "layer", "row"])
 @pytest.mark.parametrize("context", ["local", "global"])
@@ -163,6 +169,19 @@ def test_nan_is_told_of_when_something_is_read():
     sparsifier.sparsify(0.5)
     with pytest.raises(ValueError, match="NaN scores for 1.weight"):
         sparsifier.sparsity  # noqa: B018
+
+
+def test_nan_is_told_of_after_a_later_update_without_nan():
+    model = nn.Linear(8, 8)
+    sparsifier = as_on_device(Sparsifier(model))
+    with torch.no_grad():
+        model.weight[0, 0] = float("nan")
+    sparsifier.sparsify(0.5)
+    with torch.no_grad():
+        model.weight.nan_to_num_(1.0)
+    sparsifier.sparsify(0.75)
+    with pytest.raises(ValueError, match="NaN scores for weight"):
+        sparsifier.report()
 
 
 def test_nan_of_what_is_masked_does_not_matter():
