@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..axes.changed_schedule import raised
-from ..axes.context import contexts
 from ..axes.criterion import large_final
-from ..axes.n_of_m import Blocks
 from ..axes.schedule import Schedule, progress, schedules
 from ..model.flops import count_flops
 from ..model.linear import why_not_two_four
@@ -30,6 +28,7 @@ from ..sparsifier.mask_building import Ranking, build_masks, compares_with_itsel
 from ..sparsifier.options import Options, Sparsity, check_sparsity
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier, first_example
+from ..support.capability import capability
 from ..support.checks import check_count
 from ..support.registry import name_of
 from ..support.table import percent
@@ -44,10 +43,6 @@ SHARE = 0.01
 
 
 NEAR_COLLAPSE = f"Near collapse: less than {SHARE:.0%} of the weights remain, or fewer than it has outputs or inputs."
-
-
-# Contexts that fix how many weights of each layer are pruned, whatever their scores are.
-_BY_SHAPE = tuple(contexts[name] for name in ("local", "per_output", "erk", "er", "uniform_plus"))
 
 
 def plan_of(
@@ -196,11 +191,10 @@ def _why_unscored(layers: Layers, ranking: Ranking, collected: CollectedQuantiti
 
 def _is_fixed(layers: Layers, context: Any, asked: Asked) -> bool:
     """Whether the shapes alone say how many weights of each layer are pruned."""
-    while hasattr(context, "limits"):  # a bounded context
-        context = context.context
-    alone = context is contexts["global"] and all(len(names) == 1 for _, names in asked)
-    equal = all(isinstance(layer.grouping.size, int) for layer in layers.values())
-    return equal and (alone or isinstance(context, Blocks) or context in _BY_SHAPE)
+    fixes = capability(context, "fixes_counts", False)
+    if fixes == "together":
+        fixes = all(len(names) == 1 for _, names in asked)
+    return bool(fixes) and all(isinstance(layer.grouping.size, int) for layer in layers.values())
 
 
 def _title(options: Options, level: float, schedule: Schedule, n_epoch: int, n_iter: int) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..axes.changed_schedule import between
-from ..axes.n_of_m import Blocks
+from ..axes.n_of_m import check_reachable
 from ..axes.schedule import progress, schedules
 from ..model.parallel import process_group_of, unwrapped
 from ..sparsifier.options import Options, check_sparsity, highest, mapped
@@ -104,8 +104,7 @@ class SparsifyCallback(TrainingCallback):
             granularity, context, criteria, layers=layers, exclude=exclude, pool=pool, may_empty=may_empty,
             regrow=regrow, round_to=round_to, coupled=coupled, seed=seed,
         )  # fmt: skip
-        if isinstance(self.options.context, Blocks):
-            self.options.context.check(highest(self.sparsity))
+        check_reachable(self.options.context, highest(self.sparsity))
         self.ramp = Ramp(
             self.sparsity, schedules.resolve(schedule), check_fraction(initial_sparsity, "initial_sparsity")
         )

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..axes.context import ask
-from ..axes.criterion import is_elementwise, large_final
+from ..axes.context import ask, ask_on_device
+from ..axes.criterion import is_elementwise
 from ..axes.grouping import squared_sum
 from ..axes.ranking.on_device import DeviceLayer
 from ..axes.ranking.scored_layer import ScoredLayer, all_equal, nan_message
 from ..model.parallel import agree, is_sharded, process_groups_of_shards
 from ..model.tensors import cloned, widened
+from ..support.capability import capability
 from ..support.registry import name_of
 from .collection import CollectedQuantities
 from .coupled import Coupling, joint_layers
@@ -53,7 +54,7 @@ class Ranking:
         devices = {layer.parameter.device for layer in layers.values()}
         alone = self.process_group is None and not any(is_sharded(layer.parameter) for layer in layers.values())
         groups_alone = self.options.round_to is None and self.coupling is None
-        can = getattr(self.options.context, "on_device", False)
+        can = capability(self.options.context, "on_device", False)
         return can and alone and groups_alone and len(devices) == 1 and devices.pop().type in ("cuda", "meta")
 
 
@@ -125,7 +126,7 @@ def build_masks(
             for layer in scored:
                 name, flags = layer.target.name, layer.score.isnan() & (layer.alive | layer.revives)
                 nan[name] = flags.any() | nan.get(name, False)
-            kept: Any = ranking.options.context(scored, sparsity)
+            kept: Any = ask_on_device(ranking.options.context, scored, sparsity)
         else:
             kept = _rank(scored, sparsity, ranking, collected, notices)
         for layer, stays in zip(scored, kept, strict=True):
@@ -220,9 +221,10 @@ def score_layer(
     alive.flags.writeable = False  # it can be the mask itself
     options["grid"] = grouping.named_grid
     if by_element and grouping.single and mask.device.type == "cpu":
-        if criterion is large_final and _is_plain(parameter):
-            magnitude = partial(_magnitude, parameter.detach().numpy().reshape(-1))
-            return ScoredLayer(layer.weight, magnitude, alive, **options)
+        formula = capability(criterion, "numpy") if by.named == ("weight",) and pool is not squared_sum else None
+        if formula is not None and _is_plain(parameter):
+            scores_of_weights = partial(_scores_of_part, formula, parameter.detach().numpy().reshape(-1))
+            return ScoredLayer(layer.weight, scores_of_weights, alive, **options)
         return ScoredLayer(layer.weight, lambda part: scores_of(part).numpy(), alive, **options)
     score = (scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool)).cpu().numpy()
     size = grouping.size if isinstance(grouping.size, int) else grouping.size.numpy()
@@ -264,9 +266,9 @@ def _is_plain(parameter: nn.Parameter) -> bool:
     return parameter.element_size() >= 4 and parameter.is_contiguous() and not is_sharded(parameter)
 
 
-def _magnitude(weight: np.ndarray, part: slice) -> np.ndarray:
-    """What large_final gives, by numpy: the commonest criterion in half the time."""
-    return np.abs(weight[part])
+def _scores_of_part(formula: Callable, weight: np.ndarray, part: slice) -> np.ndarray:
+    """What a criterion gives, by numpy: of magnitudes, the commonest scores, in half the time."""
+    return formula(weight[part])
 
 
 def _own(value: Any) -> Any:
