@@ -12,6 +12,7 @@ import numpy as np
 
 from ..model.layers import NamedWeight
 from ..model.patterns import matching
+from ..support.capability import capability
 from ..support.registry import name_of
 from .context import Context, contexts, local
 from .criterion import lamp as lamp_score
@@ -19,7 +20,7 @@ from .ranking.scored_layer import ScoredLayer
 from .ranking.selection import select_groups
 
 
-@contexts.register
+@contexts.register(fixes_counts=True)
 def erk(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Erdos-Renyi-Kernel: the density of a layer is in proportion to (n_in + n_out + k_h + k_w) / (n_in n_out k_h k_w).
 
@@ -29,7 +30,7 @@ def erk(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     return _budgeted(layers, sparsity, [_relative(_shapes(layer)) for layer in layers])
 
 
-@contexts.register
+@contexts.register(fixes_counts=True)
 def er(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Erdos-Renyi: like erk, without the kernel: density in proportion to (n_in + n_out) / (n_in n_out).
 
@@ -47,7 +48,7 @@ def _relative(shapes: Sequence[tuple[int, ...]], kernel: bool = True) -> float:
     return sum(size * density for size, density in zip(sizes, densities, strict=True)) / sum(sizes)
 
 
-@contexts.register
+@contexts.register(fixes_counts=True)
 def uniform_plus(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Keep a first convolution dense and the last layer at most 80 % sparse; the others are equally sparse.
 
@@ -136,6 +137,17 @@ class _Bounded:
     context: Context
     limits: Mapping[str, tuple[float, float]]
     __name__: str
+
+    @property
+    def fixes_counts(self) -> Any:
+        """As of the context for the other layers."""
+        return capability(self.context, "fixes_counts", False)
+
+    @property
+    def highest_sparsity(self) -> float | None:
+        """What is above that of the context, and of all limits, cannot be reached."""
+        most = capability(self.context, "highest_sparsity")
+        return None if most is None else max(most, *(limit for _, limit in self.limits.values()))
 
     def __call__(self, layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
         weights = {weight.name: weight for layer in layers for weight in layer.targets}

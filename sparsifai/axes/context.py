@@ -24,11 +24,16 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from ..support.capability import capability
 from ..support.registry import Registry, name_of
-from .n_of_m import Blocks, parse_blocks
+from .n_of_m import parse_blocks
+from .ranking.on_device import DeviceLayer
 from .ranking.scored_layer import ScoredLayer
 from .ranking.selection import select_each, select_groups
 from .ranking.within_rows import lowest_of_rows, ranking_keys
@@ -51,27 +56,34 @@ def _check(context: Context) -> None:
         ) from None
 
 
-contexts = Registry("context", check=_check, parse=parse_blocks)
+# What a context can declare, as a keyword of `contexts.register` or as an attribute of the function:
+#
+# on_device         It ranks layers on a GPU there, as `select_groups` does: scores are tensors, and so is the answer.
+# highest_sparsity  The highest sparsity that it can reach, if that is less than 1.
+# fixes_counts      Shapes alone say how many groups of each layer are pruned; "together" if they say it of all layers
+#                   that are ranked together.
+# keeps_masked      It never revives a group that must stay masked, and does not change its answer later.
+CAPABILITIES = ("on_device", "highest_sparsity", "fixes_counts", "keeps_masked")
+
+contexts = Registry("context", check=_check, parse=parse_blocks, capabilities=CAPABILITIES)
 
 
-@contexts.register
+@contexts.register(on_device=True, fixes_counts=True, keeps_masked=True)
 def local(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Rank each layer alone; each layer reaches the target sparsity."""
     return select_each(layers, sparsity)
 
 
-@contexts.register(name="global")
+@contexts.register(name="global", on_device=True, fixes_counts="together", keeps_masked=True)
 def global_(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Rank the groups of all layers together; only all layers together reach the target sparsity."""
     return select_groups(layers, sparsity)
 
 
-# These rank what is on a GPU without reading it back.
-local.on_device = global_.on_device = True  # type: ignore[attr-defined]
 global_.__name__ = "global"  # its registered name, which is a keyword and so cannot name a function
 
 
-@contexts.register
+@contexts.register(fixes_counts=True)
 def per_output(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Rank the groups within each output of a layer alone; each output reaches the target and keeps its best group.
 
@@ -126,7 +138,7 @@ def ask(
             "where a group is kept; got "
             f"{[(kept.dtype.name, kept.shape) for kept in all_kept] or type(answer).__name__}"
         )
-    if not (isinstance(context, Blocks) or context in (local, global_)):
+    if not capability(context, "keeps_masked", False):
         # Other contexts may change the returned array later, or revive groups that must stay masked.
         all_kept = [kept & (layer.alive | layer.revives) for layer, kept in zip(layers, all_kept, strict=True)]
     for layer, kept in zip(layers, all_kept, strict=True):
@@ -142,6 +154,29 @@ def ask(
             "'global'",
         )
     return all_kept
+
+
+def ask_on_device(context: Any, layers: Sequence[DeviceLayer], sparsity: float) -> list[Tensor]:
+    """Call a context that ranks on a GPU, and check what can be checked without waiting for it.
+
+    Args:
+        context: A context that declares on_device.
+        layers: The layers to rank, with tensors.
+        sparsity: Fraction of the weights of `layers` to prune, from 0 to 1.
+
+    Raises:
+        ValueError: If it does not return a bool tensor over the groups of each layer.
+    """
+    all_kept = context(layers, sparsity)
+    forms = [(kept.dtype, kept.shape) if isinstance(kept, Tensor) else type(kept).__name__ for kept in all_kept]
+    if forms != [(torch.bool, layer.alive.shape) for layer in layers]:
+        raise ValueError(
+            f"context {name_of(context)} declares on_device, so it must return a list with, for each layer, a bool "
+            f"tensor over its groups; got {forms}"
+        )
+    if capability(context, "keeps_masked", False):
+        return list(all_kept)
+    return [kept & (layer.alive | layer.revives) for layer, kept in zip(layers, all_kept, strict=True)]
 
 
 def _nothing_can_be_pruned(context: Context, layers: Sequence[ScoredLayer]) -> bool:

@@ -29,9 +29,11 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..support.capability import capability, declare
 from ..support.registry import Registry, name_of
 from .quantity import quantities
 
@@ -81,16 +83,24 @@ def _check(criterion: Criterion) -> None:
         )
 
 
-criteria = Registry("criterion", check=_check)
+# What a criterion can declare, as a keyword of `criteria.register` or as an attribute of the function:
+#
+# elementwise  The score of a weight depends on the quantities of this weight alone. See `elementwise`.
+# pooling      Name of the pooling of its definition, such as 'squared_sum'. See `pooled_by`.
+# proximal     Its scores are the absolute weights, so that shrinking the weights is the proximal step of its penalty.
+# numpy        The same formula for a numpy array of weights. Only for elementwise criteria of `weight` alone.
+CAPABILITIES = ("elementwise", "pooling", "proximal", "numpy")
+
+criteria = Registry("criterion", check=_check, capabilities=CAPABILITIES)
 
 
 def elementwise(criterion: Criterion) -> Criterion:
-    """Mark a criterion whose score of a weight depends on the quantities of this weight alone. Not for your own.
+    """Mark a criterion whose score of a weight depends on the quantities of this weight alone.
 
     A marked criterion is called for parts of a layer, of any shape. It is given the weights themselves instead of
     copies, so it must not change them, and its result is not checked.
     """
-    criterion.elementwise = criterion  # type: ignore[attr-defined]
+    declare(criterion, elementwise=True)
     return criterion
 
 
@@ -99,8 +109,7 @@ def is_elementwise(criterion: Criterion) -> bool:
     if isinstance(criterion, partial):
         given = (*criterion.args, *criterion.keywords.values())
         return is_elementwise(criterion.func) and not any(isinstance(value, Tensor) for value in given)
-    # functools.wraps copies the attribute to a wrapper, which is another function; so it holds the function it marks.
-    return getattr(criterion, "elementwise", None) is criterion
+    return bool(capability(criterion, "elementwise", False))
 
 
 def pooled_by(pooling: str) -> Callable[[Criterion], Criterion]:
@@ -125,8 +134,7 @@ def random(weight: Tensor, rng: torch.Generator) -> Tensor:
     return torch.rand(weight.shape, generator=rng)
 
 
-@criteria.register
-@elementwise
+@criteria.register(elementwise=True, proximal=True, numpy=np.abs)
 def large_final(weight: Tensor) -> Tensor:
     """|w|: large weights are kept."""
     return weight.abs()

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..support.capability import capability
 from ..support.chunk import CHUNK
+from ..support.registry import name_of
 from .ranking.scored_layer import ScoredLayer
 from .ranking.within_rows import ranking_keys, write_kept
 
@@ -37,26 +39,22 @@ class Blocks:
     exact: bool
     __name__: str
 
+    fixes_counts = keeps_masked = True
+
+    @property
+    def highest_sparsity(self) -> float | None:
+        """Highest sparsity of blocks that are exact, such as 0.5 of 2:4; None for others."""
+        return self.most_pruned / self.size if self.exact else None
+
+    @property
+    def instead(self) -> str:
+        """The context that reaches any sparsity, for errors."""
+        return f"blocks({self.size})"
+
     def __call__(self, layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
-        self.check(sparsity)
+        check_reachable(self, sparsity)
         count = math.floor(sparsity * self.size + 0.5)
         return [self._of_layer(layer, min(count, self.most_pruned)) for layer in layers]
-
-    def check(self, sparsity: float) -> None:
-        """Refuse a sparsity above that of N:M, with a tolerance of 0.005: for 1:3, 0.67 is as good as 2/3.
-
-        Args:
-            sparsity: The sparsity asked for, a fraction from 0 to 1.
-
-        Raises:
-            ValueError: The blocks cannot reach it.
-        """
-        most = self.most_pruned / self.size
-        if self.exact and sparsity > most + 0.005:
-            raise ValueError(
-                f"context {self.__name__} prunes at most {most:g} of the weights, and sparsity {sparsity:g} was asked "
-                f"for; ask for {most:g} or less, or use blocks({self.size})"
-            )
 
     def note(self, grid: Mapping[str, int]) -> str:
         """Remark for the report on a layer that is not divided into whole blocks; empty for other layers.
@@ -90,6 +88,21 @@ class Blocks:
             if not layer.revives:
                 kept[part] &= layer.alive[part]
         return kept
+
+
+def check_reachable(context: Any, sparsity: float) -> None:
+    """Refuse a sparsity above the highest of a context, with a tolerance of 0.005: for 1:3, 0.67 is as good as 2/3.
+
+    Raises:
+        ValueError: If the context cannot reach it.
+    """
+    most = capability(context, "highest_sparsity")
+    if most is not None and sparsity > most + 0.005:
+        instead = capability(context, "instead", "another context")
+        raise ValueError(
+            f"context {name_of(context)} prunes at most {most:g} of the weights, and sparsity {sparsity:g} was asked "
+            f"for; ask for {most:g} or less, or use {instead}"
+        )
 
 
 def blocks(size: int, axis: str = "in") -> Blocks:

@@ -24,7 +24,6 @@ class Fit:
         advances: Whether the sparsity follows the schedule; it does not while layers are frozen.
         floor: What earlier fits reached, as a fraction of the target sparsity.
         keeper: The KeepSparsity that keeps the pruned weights at zero. None before the first batch.
-        brought: Whether this fit added it to the Learner.
         updated: How many batches were done at the last mask update.
         moved: Whether the level has changed or weights have regrown since the trackers last compared an epoch.
         column: The column `sparsity` of the training table.
@@ -37,7 +36,6 @@ class Fit:
     advances: bool
     floor: float
     keeper: KeepSparsity | None = None
-    brought: bool = False
     updated: int = 0
     moved: bool = False
     column: Column = field(init=False)
@@ -61,7 +59,6 @@ class Fit:
         for each in keepers:
             each.recover()  # adds the zeros of the model, before any mask changes
         keeper = next((each for each in keepers if each.left_by_fit), None)
-        self.brought = keeper is None
         if keeper is None:
             keeper = KeepSparsity()
             keeper.left_by_fit = True
@@ -105,7 +102,8 @@ class Fit:
             return
         if not self.keeper.masks_something:
             self.learn.remove_cb(self.keeper)
-        elif self.brought:
+        elif not self.keeper.announced:
+            self.keeper.announced = True
             notify(
                 self.learn,
                 f"KeepSparsity keeps the {percent(self.measure())} of zeros in later fits, too; "

@@ -69,7 +69,7 @@ class KeepSparsity(TrainingCallback):
 
     def __init__(
         self,
-        sparsifier=None,  # Whose masks to keep; by default, the zeros that the model has when a fit begins
+        sparsifier=None,  # Whose present masks to keep; by default, the zeros that the model has when a fit begins
     ):
         super().__init__()
         if sparsifier is not None and not isinstance(sparsifier, Sparsifier):
@@ -79,6 +79,7 @@ class KeepSparsity(TrainingCallback):
         self.held_model: Any = None if sparsifier is None else sparsifier.model  # the model that the masks belong to
         self.recovers = sparsifier is None  # whether the zeros of the model are added to the masks in each fit
         self.left_by_fit = False  # whether SparsifyCallback has added it to the Learner
+        self.announced = False  # whether SparsifyCallback has told the user of it
         self._recovered = False  # whether that is done in this fit
         self._steps = 0
         self._gradients_zeroed = False  # whether the gradients of all masked weights were zeroed in this step
@@ -217,9 +218,10 @@ class KeepSparsity(TrainingCallback):
                 zeros, weights = zeros + int((~kept).sum()), weights + kept.numel()
                 if not kept.all():
                     masks[name] = kept
-        if zeros > CHANCE * weights or any(map(_has_zero_filters, masks.values())):
+        with_filters = any(map(_has_zero_filters, masks.values()))
+        if zeros > CHANCE * weights or with_filters:
             self.masks = merged(self.masks, masks)
-        if any(_has_zero_filters(mask) for mask in self.masks.values() if mask.dim() > 1):
+        if with_filters:  # of filters that were masked before, the followers are masked, too
             self._recover_followers()
         self.enforce()
         return True

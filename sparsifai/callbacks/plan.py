@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..axes.changed_schedule import raised
-from ..axes.context import contexts
 from ..axes.criterion import large_final
-from ..axes.n_of_m import Blocks
 from ..axes.schedule import Schedule, progress, schedules
 from ..model.flops import count_flops
 from ..model.linear import why_not_two_four
@@ -30,6 +28,7 @@ from ..sparsifier.mask_building import Ranking, build_masks, compares_with_itsel
 from ..sparsifier.options import Options, Sparsity, check_sparsity
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier, first_example
+from ..support.capability import capability
 from ..support.checks import check_count
 from ..support.registry import name_of
 from ..support.table import percent
@@ -42,10 +41,6 @@ POINTS = 1000
 SHARE = 0.01
 
 NEAR_COLLAPSE = f"Near collapse: less than {SHARE:.0%} of the weights remain, or fewer than it has outputs or inputs."
-
-
-# Contexts in which the number of pruned weights of each layer does not depend on the scores.
-_BY_SHAPE = tuple(contexts[name] for name in ("local", "per_output", "erk", "er", "uniform_plus"))
 
 
 def plan_of(
@@ -87,6 +82,7 @@ def plan_of(
     sparsity, schedule = check_sparsity(sparsity), schedules.resolve(schedule)
     n_epoch, n_iter = check_count("n_epoch", n_epoch), check_count("n_iter", n_iter)
     every = 1 if every is None else check_count("every", every)
+    measured = sparsifier.report()  # raises if the model is released
     model, ranking, collected = sparsifier.model, sparsifier.ranking, sparsifier.collected
     if example_input is not None:
         example = tree_map(first_example, example_input)
@@ -109,7 +105,7 @@ def plan_of(
         schedule = raised(schedule, min(initial_sparsity / level, 1.0))
     weights = {name: layer.weight for name, layer in planned.items()}
     flops = {} if example_input is None else count_flops(model, weights, collected.source.example_input)
-    layers = _planned_layers(model, planned, sparsifier.report(), flops)
+    layers = _planned_layers(model, planned, measured, flops)
     sizes = [layer.size for layer in layers]
     total = Size.total([layer.size for layer in layers if not layer.why_dense])
     timeline = timeline_of(schedule, n_epoch, n_iter, every, level)
@@ -203,12 +199,11 @@ def _why_unscored(layers: Layers, ranking: Ranking, collected: CollectedQuantiti
 
 
 def _is_fixed(layers: Layers, context: Any, asked: Asked) -> bool:
-    """Whether the number of pruned weights of each layer follows from the shapes alone."""
-    while hasattr(context, "limits"):  # a bounded context
-        context = context.context
-    alone = context is contexts["global"] and all(len(names) == 1 for _, names in asked)
-    equal = all(isinstance(layer.grouping.size, int) for layer in layers.values())
-    return equal and (alone or isinstance(context, Blocks) or context in _BY_SHAPE)
+    """Whether the shapes alone say how many weights of each layer are pruned."""
+    fixes = capability(context, "fixes_counts", False)
+    if fixes == "together":
+        fixes = all(len(names) == 1 for _, names in asked)
+    return bool(fixes) and all(isinstance(layer.grouping.size, int) for layer in layers.values())
 
 
 def _title(options: Options, level: float, schedule: Schedule, n_epoch: int, n_iter: int) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..axes.changed_schedule import between
-from ..axes.n_of_m import Blocks
+from ..axes.n_of_m import check_reachable
 from ..axes.schedule import progress, schedules
 from ..model.parallel import process_group_of, unwrapped
 from ..sparsifier.options import Options, check_sparsity, highest, mapped
@@ -124,8 +124,7 @@ class SparsifyCallback(TrainingCallback):
             granularity, context, criteria, layers=layers, exclude=exclude, pool=pool, may_empty=may_empty,
             regrow=regrow, round_to=round_to, coupled=coupled, seed=seed,
         )  # fmt: skip
-        if isinstance(self.options.context, Blocks):
-            self.options.context.check(highest(self.sparsity))
+        check_reachable(self.options.context, highest(self.sparsity))
         self.ramp = Ramp(
             self.sparsity, schedules.resolve(schedule), check_fraction(initial_sparsity, "initial_sparsity")
         )
@@ -343,6 +342,7 @@ class SparsifyCallback(TrainingCallback):
         if sparsifier is None:
             fit.keeper.masks = fit.kept_masks()
         else:
+            sparsifier.apply_masks()  # this also moves its masks to where the model is
             own = {**sparsifier.masks, **sparsifier.follower_masks}
             others = {
                 name: mask | ~own[name].to(mask.device) if name in own else mask

@@ -78,6 +78,7 @@ class CollectedQuantities:
         """The named quantities that are taken at one of these moments."""
         return [name for name in self.named if set(moments) & set(quantities[name].moments)]  # type: ignore[attr-defined]
 
+    @torch.no_grad()
     def take(self, moment: str) -> None:
         """Store the quantities that are taken at 'start' or 'update'. After an update, means start anew."""
         for quantity in self.at(moment):

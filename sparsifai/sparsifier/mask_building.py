@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..axes.context import ask
-from ..axes.criterion import is_elementwise, large_final
+from ..axes.context import ask, ask_on_device
+from ..axes.criterion import is_elementwise
 from ..axes.grouping import squared_sum
 from ..axes.ranking.device_layer import DeviceLayer
 from ..axes.ranking.scored_layer import ScoredLayer, all_equal, nan_message
 from ..model.parallel import agree, is_sharded, process_groups_of_shards
 from ..model.tensors import cloned, widened
+from ..support.capability import capability
 from ..support.registry import name_of
 from .collection import CollectedQuantities
 from .coupled import Coupling, joint_layers
@@ -49,11 +50,11 @@ class Ranking:
     process_group: Any = None  # of the replicas of the model, or None
 
     def stays_on_device(self, layers: Layers) -> bool:
-        """Whether scores are ranked on the GPU that holds all layers, so that the host need not wait for it."""
+        """Whether scores can be ranked on the GPU that holds all layers, so that the host need not wait for it."""
         devices = {layer.parameter.device for layer in layers.values()}
         alone = self.process_group is None and not any(is_sharded(layer.parameter) for layer in layers.values())
         groups_alone = self.options.round_to is None and self.coupling is None
-        can = getattr(self.options.context, "on_device", False)
+        can = capability(self.options.context, "on_device", False)
         return can and alone and groups_alone and len(devices) == 1 and devices.pop().type in ("cuda", "meta")
 
 
@@ -120,10 +121,12 @@ def build_masks(
     def rank(names: list[str], sparsity: float, by: CollectedQuantities, revived: Container[str]) -> None:
         """Prune the groups of these layers with the lowest scores. Pruned groups of revived layers may be kept."""
         options: Any = {"pool": ranking.options.pool, "may_empty": ranking.options.may_empty, "on_device": on_device}
+        # The built-in contexts only rank scores; one of the user's own may read them.
+        options["magnitudes"] = capability(ranking.options.context, "keeps_masked", False)
         scored = [score_layer(layers[name], masks[name], by, revives=name in revived, **options) for name in names]
         if on_device:
-            kept: Any = ranking.options.context(scored, sparsity)
-            flags = torch.stack([layer.nan for layer in scored])  # of all layers at once: each operation is a launch
+            kept: Any = ask_on_device(ranking.options.context, scored, sparsity)
+            flags = torch.stack([layer.has_nan() for layer in scored])  # of all at once: each operation is a launch
             earlier = torch.stack([nan.get(layer.target.name, flag) for layer, flag in zip(scored, flags, strict=True)])
             nan.update(zip([layer.target.name for layer in scored], (flags | earlier).unbind(), strict=True))
         else:
@@ -172,6 +175,7 @@ def score_layer(
     revives: bool = False,
     may_empty: bool = False,
     on_device: bool = False,
+    magnitudes: bool = False,
 ) -> Any:
     """Score every group of a layer: a ScoredLayer, or a DeviceLayer on a GPU.
 
@@ -186,6 +190,7 @@ def score_layer(
         revives: Whether groups that are pruned may be kept again.
         may_empty: Whether the layer may lose its best group, too.
         on_device: Whether everything stays on the GPU. Then the host reads no score, not even to check for NaN.
+        magnitudes: Whether weights may be given in place of their magnitudes, with a mark.
 
     Raises:
         ValueError: The criterion does not return one real score per weight; at once or in the ranking, a score is NaN.
@@ -213,7 +218,7 @@ def score_layer(
     options: dict[str, Any] = {"revives": revives, "may_empty": may_empty}
     if on_device:
         alive, whole = grouping.gather(mask), not grouping.indexed
-        if criterion is large_final and grouping.single and pool is not squared_sum:
+        if magnitudes and capability(criterion, "numpy") is np.abs and grouping.single and pool is not squared_sum:
             # The ranking takes the absolute values on its way through the weights.
             weights = parameter.detach().reshape(-1)
             return DeviceLayer(layer.weight, weights, alive, 1, whole, **options, magnitude=True)
@@ -223,9 +228,10 @@ def score_layer(
     alive.flags.writeable = False  # it can be the mask itself
     options["grid"] = grouping.named_grid
     if by_element and grouping.single and mask.device.type == "cpu":
-        if criterion is large_final and _is_plain(parameter):
-            magnitude = partial(_magnitude, parameter.detach().numpy().reshape(-1))
-            return ScoredLayer(layer.weight, magnitude, alive, **options)
+        formula = capability(criterion, "numpy") if by.named == ("weight",) and pool is not squared_sum else None
+        if formula is not None and _is_plain(parameter):
+            scores_of_weights = partial(_scores_of_part, formula, parameter.detach().numpy().reshape(-1))
+            return ScoredLayer(layer.weight, scores_of_weights, alive, **options)
         return ScoredLayer(layer.weight, lambda part: scores_of(part).numpy(), alive, **options)
     score = (scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool)).cpu().numpy()
     size = grouping.size if isinstance(grouping.size, int) else grouping.size.numpy()
@@ -250,10 +256,16 @@ def checked_scores(scores: Any, by: CollectedQuantities, layer: Layer) -> Tensor
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
+@torch.no_grad()
 def compares_with_itself(layers: Layers, ranking: Ranking, by: CollectedQuantities) -> bool:
     """Whether the criterion compares with an earlier value, and nothing has changed since: all scores are equal."""
-    pool = ranking.options.pool
-    return by.compares and all_equal([score_layer(layer, layer.mask, by, pool=pool) for layer in layers.values()])
+    pool, rng = ranking.options.pool, by.source.rng
+    before = rng.get_state()
+    try:
+        return by.compares and all_equal([score_layer(layer, layer.mask, by, pool=pool) for layer in layers.values()])
+    finally:
+        rng.set_state(before)
+        by.source.forget()
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:
@@ -261,9 +273,9 @@ def _is_plain(parameter: nn.Parameter) -> bool:
     return parameter.element_size() >= 4 and parameter.is_contiguous() and not is_sharded(parameter)
 
 
-def _magnitude(weight: np.ndarray, part: slice) -> np.ndarray:
-    """The scores of large_final, computed by numpy: half the time for the most common criterion."""
-    return np.abs(weight[part])
+def _scores_of_part(formula: Callable, weight: np.ndarray, part: slice) -> np.ndarray:
+    """What a criterion gives, by numpy: of magnitudes, the commonest scores, in half the time."""
+    return formula(weight[part])
 
 
 def _own(value: Any) -> Any:

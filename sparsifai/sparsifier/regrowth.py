@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from ..axes.criterion import criteria, quantities_of
-from ..axes.n_of_m import Blocks
 from ..axes.quantity import quantities
+from ..support.capability import capability
 from ..support.registry import name_of
 from .collection import CollectedQuantities, Source
 from .layer import Layers, count_of
@@ -89,11 +89,12 @@ def check_regrow(regrow: Any, context: Any) -> Any:
             f"regrow={name_of(criterion)} needs {unseen[0]}, which a backward pass does not give; choose 'grad', "
             f"'random', or a function of {', '.join(name for name in quantities if not is_unseen(name))}"
         )
-    inner = getattr(context, "context", context)  # the context that `bounded` limits
-    if isinstance(inner, Blocks) and inner.exact:
+    if capability(context, "highest_sparsity") is not None:
+        instead = capability(context, "instead")
+        other = "a context without a highest sparsity" if instead is None else f"context={instead}"
         raise ValueError(
-            f"regrow: regrowth first prunes more than context {inner.__name__} allows; use "
-            f"context=blocks({inner.size}), which ends at the same sparsity"
+            f"regrow: regrowth first prunes more than context {name_of(context)} allows; use {other}, which ends at "
+            "the same sparsity"
         )
     return criterion
 

@@ -112,7 +112,8 @@ class Sparsifier(MaskedModel):
             fewest=options.round_to or 1, coupled=options.coupled, example_input=example_input,
         )  # fmt: skip
         super().__init__(inner, found, followers)
-        self.ranking = Ranking(options, coupling, process_group_of(model))
+        # The layers are found. Patterns, which can be modules and lambdas, would hold on to the model and not pickle.
+        self.ranking = Ranking(replace(options, layers=None, exclude=None), coupling, process_group_of(model))
         weights = {name: layer.weight for name, layer in self._selected.items()}
         rng = torch.Generator().manual_seed(options.seed)
         source = Source(inner, weights, rng, tree_map(first_example, example_input))
@@ -155,7 +156,12 @@ class Sparsifier(MaskedModel):
         check_drop(drop, self._regrowth is not None)
         if check_count("steps", steps) > 1 and drop:
             raise ValueError("sparsify: steps= and drop= do not go together; drop after the steps")
-        _warn(self._sparsify(wanted, drop) if steps == 1 else self._sparsify_in_steps(wanted, steps))
+        if steps > 1:
+            _warn(self._sparsify_in_steps(wanted, steps))
+            return
+        new = self._prepare(wanted, drop)
+        _warn(new.notices)  # before anything has changed, for those who make errors of warnings
+        self._apply(new)
 
     def update_masks(self, sparsity: Sparsity, optimizer: Any = None, *, drop: float = 0.0) -> None:
         """Do what `sparsify` and `mask_moments` do, at less cost: only newly pruned weights are set to zero.
@@ -175,6 +181,7 @@ class Sparsifier(MaskedModel):
         check_drop(drop, self._regrowth is not None)
         before = self.masks
         new = self._prepare(check_sparsity(sparsity), drop)
+        _warn(new.notices)
         self._take(new)
         earlier = {id(self.layers[name].parameter): mask for name, mask in before.items()}
         masked = [
@@ -185,7 +192,6 @@ class Sparsifier(MaskedModel):
         if optimizer is not None:
             zero_moments(masked, optimizer, squares=NEXT_TO_ZERO)
         self._take_quantities("update")
-        _warn(new.notices)
 
     def check(self, sparsity: Sparsity) -> None:
         """Raise what `sparsify` would raise, and change nothing.
@@ -201,18 +207,16 @@ class Sparsifier(MaskedModel):
         """Build masks of weights that may have been moved by a step since the masks were last applied."""
         asked = scopes(sparsity, self.layers, self.model)
         falling = any(fraction < self.layers[name].level for fraction, names in asked for name in names)
-        if drop or falling or not is_elementwise(self.ranking.options.criteria):
-            # A step may have moved pruned weights. Their values must not reach a score, and not be revived either.
+        if drop or falling or not is_elementwise(self.ranking.options.criteria) or self.collected.at("update"):
+            # A step may have moved pruned weights. Their values must not reach a score, now or later, nor be revived.
             self.apply_masks()
         return build_masks(self._selected, asked, self.ranking, self.collected, self._regrowth, drop)
 
-    def _sparsify(self, sparsity: Sparsity, drop: float = 0.0) -> list[str]:
-        """Build and apply the masks of one step; returns what the user should be warned of."""
-        new = self._prepare(sparsity, drop)
+    def _apply(self, new: NewMasks) -> None:
+        """Take new masks and apply them."""
         self._take(new)
         self.apply_masks()
         self._take_quantities("update")
-        return new.notices
 
     def _sparsify_in_steps(self, sparsity: Sparsity, steps: int) -> list[str]:
         """Do what `_sparsify` does in several steps. If one fails, nothing has changed."""
@@ -222,13 +226,16 @@ class Sparsifier(MaskedModel):
                 f"sparsify: with steps=, {name_of(self.collected.criterion)} looks at data in each step; call "
                 "calibrate before, with batches that can be iterated over again, such as a list"
             )
+        scopes(sparsity, self.layers, self.model)  # raises if a pattern matches no selected layer
         weights = [(parameter, parameter.detach().clone()) for parameter, _ in self.masked_parameters()]
         try:
             for step in range(1, steps + 1):
                 if self.collected.looks_at_data and (step > 1 or self.collected.begins):
                     self.calibrate(*calibration)  # type: ignore[misc]
                 wanted = sparsity_at(step / steps, sparsity, state["levels"], self.layers, self.model)
-                notices += self._sparsify(wanted)
+                new = self._prepare(wanted, drop=0.0)
+                notices += new.notices
+                self._apply(new)
         except BaseException:
             self.load_state_dict(state)
             with torch.no_grad():
@@ -241,7 +248,8 @@ class Sparsifier(MaskedModel):
         """Replace the masks, levels and random state. The weights are not changed."""
         for name, layer in self._selected.items():
             layer.mask, layer.level = new.masks[name], new.levels[name]
-        self._nan |= new.nan
+        for name, flag in new.nan.items():  # those of earlier updates may not have been read yet
+            self._nan[name] = flag | self._nan.get(name, False)
         self.collected.source.rng.set_state(new.random)
         self._mask_followers()
         if self._regrowth is not None:
@@ -414,4 +422,4 @@ def _warn(notices: Iterable[str]) -> None:
 
 def first_example(value: Any) -> Any:
     """The first example of a batch."""
-    return value[:1].detach() if isinstance(value, Tensor) and value.dim() else value
+    return value[:1].detach().clone() if isinstance(value, Tensor) and value.dim() else value

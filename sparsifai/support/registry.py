@@ -7,6 +7,8 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
+from .capability import declare
+
 
 def close_matches(name: str, known: Iterable[str]) -> str:
     """Write the end of an error message on an unknown name: the most similar names, or else all of them.
@@ -54,6 +56,7 @@ class Registry(Mapping[str, Callable]):
             function is registered, and when one is resolved that is not registered.
         parse: A function that turns other values, such as a tuple or '2:4', into a function. It returns None for values
             that it does not know.
+        capabilities: Names of what a function can declare of itself, as keywords of `register`.
 
     Example:
         >>> colours = Registry('colour')
@@ -71,27 +74,39 @@ class Registry(Mapping[str, Callable]):
         *,
         check: Callable[[Callable], None] | None = None,
         parse: Callable[[Any], Callable | None] | None = None,
+        capabilities: tuple[str, ...] = (),
     ):
-        self.kind, self._check, self._parse = kind, check, parse
+        self.kind, self._check, self._parse, self.capabilities = kind, check, parse, capabilities
         self._functions: dict[str, Callable] = {}
 
-    def register(self, function: Callable | None = None, *, name: str | None = None, replace: bool = False) -> Callable:
+    def register(
+        self,
+        function: Callable | None = None,
+        *,
+        name: str | None = None,
+        replace: bool = False,
+        **capabilities: Any,
+    ) -> Callable:
         """Add a function; also a decorator, with or without arguments.
 
         Args:
             function: The function to add.
             name: Its name in the registry; by default its own.
             replace: Whether it may replace a function of the same name. Default False.
+            **capabilities: What the function declares of itself. They become attributes of it.
 
         Returns:
             The function itself, or a decorator if no function was given.
 
         Raises:
-            TypeError: It is not a function.
+            TypeError: It is not a function, or the axis does not know a capability.
             ValueError: The name is already registered and `replace` is false, or the function has no name.
         """
+        if unknown := [each for each in capabilities if each not in self.capabilities]:
+            known = ", ".join(map(repr, self.capabilities)) or "none"
+            raise TypeError(f"{self.kind} registry: unknown capability {unknown[0]!r}; known are {known}")
         if function is None:
-            return lambda later: self.register(later, name=name, replace=replace)
+            return lambda later: self.register(later, name=name, replace=replace, **capabilities)
         if not callable(function):
             raise TypeError(f"{self.kind} registry: {function!r} is not a function")
         name = name or getattr(function, "__name__", None)
@@ -103,6 +118,8 @@ class Registry(Mapping[str, Callable]):
             )
         if self._check:
             self._check(function)
+        if capabilities:
+            declare(function, **capabilities)
         self._functions[name] = function
         return function
 

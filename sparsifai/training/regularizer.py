@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..axes.criterion import Criterion, is_elementwise, large_final, quantities_of
+from ..axes.criterion import Criterion, is_elementwise, quantities_of
 from ..axes.granularity import Granularity
 from ..axes.grouping import Grouping
 from ..axes.quantity import STORED, quantities
@@ -23,6 +23,7 @@ from ..model.tensors import cloned, widened
 from ..sparsifier.layer import Layer, selected
 from ..sparsifier.mask_building import checked_scores
 from ..sparsifier.sparsifier import Sparsifier
+from ..support.capability import capability
 from ..support.registry import close_matches, name_of
 
 
@@ -191,12 +192,12 @@ def check_proximal(criterion: Criterion) -> None:
     """Refuse a criterion whose penalty has no known proximal step.
 
     Args:
-        criterion: The criterion of the penalty; only large_final has a proximal step.
+        criterion: The criterion of the penalty. It must declare `proximal`, as large_final does.
 
     Raises:
         ValueError: The criterion is another.
     """
-    if criterion is not large_final:
+    if not capability(criterion, "proximal", False):
         raise ValueError(
             f"a proximal step needs the criterion large_final, not {name_of(criterion)}; for other criteria, add the "
             "penalty to the loss instead"

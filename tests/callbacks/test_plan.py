@@ -6,7 +6,7 @@ from conftest import EXAMPLE, small_net
 from torch import nn
 
 import sparsifai
-from sparsifai import Plan, Sparsifier, between, bounded, criteria, schedules
+from sparsifai import Plan, Sparsifier, between, bounded, contexts, criteria, schedules
 from sparsifai.callbacks.plan import plan_of
 
 
@@ -421,3 +421,35 @@ def test_warnings_name_the_line_of_the_call(make_learner):
     with pytest.warns(UserWarning, match="near collapse") as caught:
         sparsifai.SparsifyCallback(0.95, context="local").plan(model, 2, 4)
     assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_a_criterion_that_draws_and_compares_draws_the_same_after_a_plan():
+    model = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 8))
+
+    def drawn(weight, init, rng):
+        return torch.rand(weight.shape, generator=rng) + 0 * init
+
+    masks = []
+    for plans in (False, True):
+        sparsifier = Sparsifier(copy.deepcopy(model), criteria=drawn)
+        if plans:
+            plan_of(sparsifier, 0.5, "lin", 2, 4)
+        sparsifier.sparsify(0.5)
+        masks.append(sparsifier.masks)
+    assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+
+
+def test_a_released_model_cannot_be_planned(mlp):
+    sparsifier = Sparsifier(mlp)
+    sparsifier.release()
+    with pytest.raises(RuntimeError, match="has released its model"):
+        plan_of(sparsifier, 0.5, "lin", 2, 4)
+
+
+def test_a_context_of_ones_own_can_declare_that_shapes_fix_the_counts(mlp):
+    def context(layers, sparsity):
+        return contexts["local"](layers, sparsity)
+
+    assert "training changes it" in str(planned(mlp, 0.5, "weight", context))
+    context.fixes_counts = True
+    assert "training changes it" not in str(planned(mlp, 0.5, "weight", context))

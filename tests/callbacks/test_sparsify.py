@@ -517,3 +517,73 @@ def test_masks_are_updated_every_so_many_batches_and_end_at_the_target(make_lear
     expected = [step for step in steps if step // every > (step - accumulated) // every or step == 8]
     assert changes[-len(expected) :] == expected
     assert len(changes) - len(expected) == (expected[0] != 1)  # where the fit starts, at the first batch
+
+
+class Stop(Callback):
+    """Interrupts a fit after a batch. batch: its number in the fit."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def after_batch(self):
+        if self.learn.train_iter == self.batch:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore:a falling sparsity revives")
+def test_followers_of_filters_that_a_second_fit_revives_are_revived(make_learner):
+    callback = SparsifyCallback(0.5, "filter", "local", schedule=lambda t: 1 - abs(2 * t - 1))
+    learn, pruned = make_learner(cbs=callback), []
+    for batch in (4, 7):  # at the top, and far down the other side
+        with pytest.raises(KeyboardInterrupt):
+            learn.fit(2, cbs=Stop(batch))
+        masks = learn.keep_sparsity.masks
+        kept = learn.sparsify.sparsifier.masks["0.weight"].flatten()
+        for follower in ("0.bias", "1.weight", "1.bias"):
+            assert torch.equal(masks[follower], kept)
+        pruned.append(int((~kept).sum()))
+    assert pruned[0] > pruned[1]
+
+
+class Branching(nn.Module):
+    """Of this model, the data flow is found by running it."""
+
+    forwards = 0
+
+    def __init__(self):
+        super().__init__()
+        self.net = small_net()
+
+    def forward(self, x):
+        Branching.forwards += 1
+        return self.net(x) if x.sum() < 1e9 else self.net(x / 2)
+
+
+def test_a_later_fit_needs_no_data_flow_to_keep_the_zeros_of_filters(make_learner):
+    learn = make_learner(Branching())
+    learn.fit(1, cbs=SparsifyCallback(0.5, "filter", layers="net.0"))
+    Branching.forwards = 0
+    learn.fit(1)
+    assert Branching.forwards == len(learn.dls.train) + len(learn.dls.valid)
+
+
+def test_after_an_interrupted_fit_the_next_one_says_what_keeps_the_zeros(make_learner, capsys):
+    learn = make_learner(cbs=SparsifyCallback(0.5))
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(2, cbs=Stop(6))
+    learn.fit(1)
+    assert capsys.readouterr().out.count("of zeros in later fits") == 1
+    learn.fit(1)
+    assert "of zeros in later fits" not in capsys.readouterr().out
+
+
+def test_a_sparsity_that_a_context_of_ones_own_cannot_reach_is_refused_at_once():
+    def half(layers, sparsity):
+        return contexts["local"](layers, sparsity)
+
+    half.highest_sparsity = 0.5
+    SparsifyCallback(0.5, context=half)
+    with pytest.raises(ValueError, match="context half prunes at most 0.5 of the weights"):
+        SparsifyCallback(0.6, context=half)
+    with pytest.raises(ValueError, match="regrowth first prunes more than context half allows"):
+        SparsifyCallback(0.5, context=half, regrow="grad")

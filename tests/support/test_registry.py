@@ -1,7 +1,9 @@
+import functools
 from functools import partial
 
 import pytest
 
+from sparsifai.support.capability import capability
 from sparsifai.support.registry import Registry, name_of
 
 
@@ -66,3 +68,24 @@ def test_check_and_parse():
     with pytest.raises(ValueError, match="must return 1"):
         registry.resolve(lambda: 2)
     assert registry.resolve(5)() == 5
+
+
+def test_capabilities_become_attributes_and_unknown_ones_are_refused():
+    colours = Registry("colour", capabilities=("bright", "warm"))
+
+    @colours.register(bright=True)
+    def yellow():
+        return "ffff00"
+
+    @functools.wraps(yellow)
+    def faded():
+        return "ffff99"
+
+    assert yellow.bright is True
+    assert capability(yellow, "bright", False) is True
+    assert capability(faded, "bright", False) is False
+    assert colours.register(faded, name="faded", bright=True) is faded
+    assert capability(faded, "bright", False) is True
+    assert capability(yellow, "warm", False) is False
+    with pytest.raises(TypeError, match="colour registry: unknown capability 'cold'; known are 'bright', 'warm'"):
+        colours.register(cold=True)

@@ -1,4 +1,4 @@
-"""A layer on a GPU, as the ranking there sees it; scored_layer.py has that of the host."""
+"""A layer on a GPU whose groups have scores: what a context ranks there. scored_layer.py has that of the host."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class DeviceLayer:
-    """One layer on a GPU; tensors have one entry per group, in index order.
+    """One layer on a GPU. Tensors have one entry per group, in index order.
 
-    score: float. alive: not zero already. size: weights in a group. whole: a group is the whole layer. revives: whether
-    groups that are zero may come back. may_empty: whether the best group may fall, too. magnitude: the scores are the
-    absolute values of `score`. nan: whether a score that matters is NaN, a bool once the layer is ranked.
+    Attributes:
+        target: The named weight.
+        score: Floats.
+        alive: True where a group is not masked.
+        size: Weights in a group; one number where all groups are equal.
+        whole: Whether a group is the whole layer.
+        revives: Whether masked groups may be kept again.
+        may_empty: Whether the best group may be pruned, too.
+        magnitude: Whether the scores are the absolute values of `score`.
+        nan: Bool tensor once the layer is ranked: whether a score that matters is NaN.
     """
 
     target: NamedWeight
@@ -30,10 +37,14 @@ class DeviceLayer:
     magnitude: bool = False
     nan: Tensor | None = None
 
+    def has_nan(self) -> Tensor:
+        """Whether a score that matters is NaN, as a bool tensor."""
+        return (self.score.isnan() & (self.alive | self.revives)).any() if self.nan is None else self.nan
+
     def __len__(self) -> int:
         return len(self.alive)
 
     @property
     def weights(self) -> int:
-        """Of the whole layer, which no tensor needs to be read for."""
+        """Number of weights of the layer, known without reading a tensor."""
         return self.target.parameter.numel()

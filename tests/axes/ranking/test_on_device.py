@@ -4,6 +4,8 @@ Run on the CPU here. Tensors without values (of torch's `meta` device) show that
 for a GPU raises there.
 """
 
+import copy
+import functools
 import os
 import subprocess
 import sys
@@ -189,6 +191,19 @@ def test_nan_is_told_of_when_something_is_read():
         sparsifier.sparsity  # noqa: B018
 
 
+def test_nan_is_told_of_after_a_later_update_without_nan():
+    model = nn.Linear(8, 8)
+    sparsifier = as_on_device(Sparsifier(model))
+    with torch.no_grad():
+        model.weight[0, 0] = float("nan")
+    sparsifier.sparsify(0.5)
+    with torch.no_grad():
+        model.weight.nan_to_num_(1.0)
+    sparsifier.sparsify(0.75)
+    with pytest.raises(ValueError, match="NaN scores for weight"):
+        sparsifier.report()
+
+
 def test_nan_of_what_is_masked_does_not_matter():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     sparsifier = as_on_device(Sparsifier(model, criteria=lambda weight: weight.abs() / (weight != 0)))
@@ -219,13 +234,58 @@ def test_groups_of_unequal_sizes_read_nothing():
         Sparsifier(model, lambda _, axes=axes: axes, layers=["0", "1"]).sparsify(0.5)
 
 
-def test_own_contexts_are_given_arrays_of_the_host():
+def test_a_context_of_ones_own_is_given_arrays_of_the_host_unless_it_declares_on_device():
     with torch.device("meta"):
         model = small_net()
-    own = Sparsifier(model, context=lambda layers, sparsity: [])
-    on_host = Sparsifier(small_net())
-    for sparsifier, expected in ((own, False), (Sparsifier(model), True), (on_host, False)):
-        assert sparsifier.ranking.stays_on_device(sparsifier.layers) is expected
+
+    def halves(layers, sparsity):
+        seen.append(type(layers[0]).__name__)
+        return [*select_groups(layers[:3], sparsity), *select_groups(layers[3:], sparsity)]
+
+    seen = []
+    with pytest.raises((RuntimeError, NotImplementedError)):  # tensors without values become no arrays
+        Sparsifier(model, context=halves).sparsify(0.5)
+    halves.on_device = True
+    Sparsifier(model, context=halves).sparsify(0.5)
+    assert seen == ["DeviceLayer"]
+
+    @functools.wraps(halves)
+    def wrapped(layers, sparsity):
+        return halves(layers, sparsity)
+
+    with pytest.raises((RuntimeError, NotImplementedError)):  # which is another function
+        Sparsifier(model, context=wrapped).sparsify(0.5)
+
+
+def test_a_context_of_ones_own_that_is_on_the_device_gives_the_same_masks_and_revives_nothing():
+    def all_but_the_first(layers, sparsity):
+        return [torch.ones_like(layers[0].alive), *select_groups(layers[1:], sparsity)]
+
+    def on_the_host(layers, sparsity):
+        return [np.ones(len(layers[0]), bool), *select_groups(layers[1:], sparsity)]
+
+    all_but_the_first.on_device = True
+    torch.manual_seed(0)
+    model = small_net()
+    device = as_on_device(Sparsifier(copy.deepcopy(model), context=all_but_the_first))
+    host = Sparsifier(model, context=on_the_host)
+    for sparsifier in (device, host):
+        sparsifier.recover_masks({"0.weight": torch.arange(8).view(8, 1, 1, 1) > 3})
+        sparsifier.sparsify(0.5)
+    assert all(torch.equal(mask, device.masks[name]) for name, mask in host.masks.items())
+    assert not host.masks["0.weight"].all()
+
+
+@pytest.mark.parametrize("answer", [lambda layers: [layer.score for layer in layers], lambda layers: [[]]])
+def test_what_is_no_answer_of_a_context_on_the_device_is_an_error(answer):
+    def wrong(layers, sparsity):
+        return answer(layers)
+
+    wrong.on_device = True
+    with torch.device("meta"):
+        model = small_net()
+    with pytest.raises(ValueError, match="a bool tensor over its groups"):
+        Sparsifier(model, context=wrong).sparsify(0.5)
 
 
 @pytest.mark.cuda
