@@ -344,7 +344,7 @@ CALLBACK = [
      lambda: callback(regrow="grad", context=bounded("2:4", {"0": 0.25})), ValueError, FIRST_PRUNES),
     ("drop of a callback", lambda: callback(regrow="grad", drop=1.5), ValueError, f"{DROP}1.5"),
     ("drop without regrow in a callback", lambda: callback(drop=0.5), ValueError,
-     "drop=0.5: nothing says what ...regrow=..."),
+     "drop=0.5 needs regrow=..."),
     ("unknown decay of a callback", lambda: callback(regrow="grad", decay="cosine"), ValueError,
      "unknown schedule 'cosine'; did you mean 'cos'...?"),
     ("more than 2:4 in a callback", lambda: callback(sparsity=0.9, context="2:4"), ValueError,
