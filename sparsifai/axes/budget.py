@@ -144,6 +144,12 @@ class _Bounded:
         return capability(self.context, "fixes_counts", False)
 
     @property
+    def instead(self) -> str | None:
+        """The same context without a highest sparsity, as a user writes it."""
+        inner = capability(self.context, "instead")
+        return None if inner is None else f"bounded({inner}, ...)"
+
+    @property
     def highest_sparsity(self) -> float | None:
         """What is above that of the context, and of all limits, cannot be reached."""
         most = capability(self.context, "highest_sparsity")
