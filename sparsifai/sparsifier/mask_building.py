@@ -6,7 +6,7 @@ changes until the Sparsifier takes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -48,6 +48,10 @@ class Ranking:
     options: Options
     coupling: Coupling | None = None
     process_group: Any = None  # of the replicas of the model, or None
+
+    def process_groups(self, model: nn.Module) -> list:
+        """The processes that need the same masks: those with replicas of the model, or with shards of it."""
+        return process_groups_of_shards(model) if self.process_group is None else [self.process_group]
 
     def stays_on_device(self, layers: Layers) -> bool:
         """Whether scores can be ranked on the GPU that holds all layers, so that the host need not wait for it."""
@@ -110,38 +114,37 @@ def build_masks(
     Raises:
         ValueError: The criterion or the context does not return what it should, or a score is NaN.
     """
-    rng = collected.source.rng
+    options, rng = ranking.options, collected.source.rng
     before = rng.get_state()
     masks = {name: layer.mask for name, layer in layers.items()}
     levels = {name: layer.level for name, layer in layers.items()}
     notices: list[str] = []
     nan: dict[str, Tensor] = {}
     on_device = ranking.stays_on_device(layers)
-
-    def rank(names: list[str], sparsity: float, by: CollectedQuantities, revived: Container[str]) -> None:
-        """Prune the groups of these layers with the lowest scores. Pruned groups of revived layers may be kept."""
-        options: Any = {"pool": ranking.options.pool, "may_empty": ranking.options.may_empty, "on_device": on_device}
-        # The built-in contexts only rank scores; one of the user's own may read them.
-        options["magnitudes"] = capability(ranking.options.context, "keeps_masked", False)
-        scored = [score_layer(layers[name], masks[name], by, revives=name in revived, **options) for name in names]
-        if on_device:
-            kept: Any = ask_on_device(ranking.options.context, scored, sparsity)
-            flags = torch.stack([layer.has_nan() for layer in scored])  # of all at once: each operation is a launch
-            earlier = torch.stack([nan.get(layer.target.name, flag) for layer, flag in zip(scored, flags, strict=True)])
-            nan.update(zip([layer.target.name for layer in scored], (flags | earlier).unbind(), strict=True))
-        else:
-            kept = _rank(scored, sparsity, ranking, collected, notices)
-        for layer, of_layer in zip(scored, kept, strict=True):
-            if of_layer is not layer.alive:
-                masks[layer.target.name] = layers[layer.target.name].mask_of(torch.as_tensor(of_layer))
-
+    how: Any = {"pool": options.pool, "may_empty": options.may_empty, "on_device": on_device}
+    # The built-in contexts only rank scores; one of the user's own may read them.
+    how["magnitudes"] = capability(options.context, "keeps_masked", False)
     try:
         for sparsity, names in asked:
-            if drop and regrowth is not None:
-                rank(names, sparsity_of_drop(sparsity, drop), collected, revived=())
-                rank(names, sparsity, regrowth, revived=names)
-            else:
-                rank(names, sparsity, collected, revived=[name for name in names if sparsity < levels[name]])
+            # Layers whose sparsity falls may have pruned groups revived.
+            rankings: list = [(sparsity, collected, [name for name in names if sparsity < levels[name]])]
+            if drop and regrowth is not None:  # first more is pruned, then the regrowing criterion revives as much
+                rankings = [(sparsity_of_drop(sparsity, drop), collected, []), (sparsity, regrowth, names)]
+            for share, by, revived in rankings:
+                scored = [score_layer(layers[name], masks[name], by, revives=name in revived, **how) for name in names]
+                if on_device:
+                    kept: Any = ask_on_device(options.context, scored, share)
+                    _note_nan(nan, scored)
+                else:
+                    ranked, split = joint_layers(scored, ranking.coupling, options.round_to)
+                    notices += _notices_of_scores(ranked, share, collected)
+                    kept = split(ask(options.context, ranked, share, name_of(options.granularity), notices))
+                    kept = agree(
+                        kept, ranking.process_groups(collected.source.model), layers[names[0]].parameter.device
+                    )
+                for layer, of_layer in zip(scored, kept, strict=True):
+                    if of_layer is not layer.alive:
+                        masks[layer.target.name] = layers[layer.target.name].mask_of(torch.as_tensor(of_layer))
             levels.update(dict.fromkeys(names, sparsity))
         random = rng.get_state()
     finally:
@@ -152,18 +155,20 @@ def build_masks(
     return NewMasks(masks, levels, random, notices, nan)
 
 
-def _rank(
-    scored: list[ScoredLayer], sparsity: float, ranking: Ranking, collected: CollectedQuantities, notices: list[str]
-) -> Sequence[np.ndarray]:
-    """Ask the context which groups are kept: for each layer, a bool per group."""
-    options, model = ranking.options, collected.source.model
-    ranked, split = joint_layers(scored, ranking.coupling, options.round_to)
+def _note_nan(nan: dict[str, Tensor], scored: Sequence[DeviceLayer]) -> None:
+    """Note which layers on a GPU have NaN scores, without reading it. nan: as `NewMasks.nan`."""
+    names = [layer.target.name for layer in scored]
+    flags = torch.stack([layer.has_nan() for layer in scored])  # of all at once: each operation is a launch
+    earlier = torch.stack([nan.get(name, flag) for name, flag in zip(names, flags, strict=True)])
+    nan.update(zip(names, (flags | earlier).unbind(), strict=True))
+
+
+def _notices_of_scores(ranked: Sequence[ScoredLayer], sparsity: float, by: CollectedQuantities) -> list[str]:
+    """Notice that a criterion compares with an earlier value, while nothing has changed since then."""
     # Comparing the scores comes last in this condition, so that it is done at a first update only.
-    if collected.compares and sparsity >= 0.01 and not any(each.masked.any() for each in ranked) and all_equal(ranked):
-        notices.append(ALL_EQUAL.format(name_of(collected.criterion)))
-    kept = split(ask(options.context, ranked, sparsity, name_of(options.granularity), notices))
-    groups = process_groups_of_shards(model) if ranking.process_group is None else [ranking.process_group]
-    return agree(kept, groups, scored[0].target.parameter.device)
+    if by.compares and sparsity >= 0.01 and not any(each.masked.any() for each in ranked) and all_equal(ranked):
+        return [ALL_EQUAL.format(name_of(by.criterion))]
+    return []
 
 
 def score_layer(

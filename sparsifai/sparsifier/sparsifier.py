@@ -25,7 +25,7 @@ from .calibration import calibrate
 from .collection import CollectedQuantities, Source
 from .followers import rescaled_layers
 from .layer import level_of
-from .layer_selection import find_layers, scopes
+from .layer_selection import Asked, find_layers, scopes
 from .mask_building import NewMasks, Ranking, build_masks
 from .masked_model import MaskedModel
 from .masking import NEXT_TO_ZERO, newly_masked, zero_moments, zero_weights
@@ -159,7 +159,8 @@ class Sparsifier(MaskedModel):
         if steps > 1:
             _warn(self._sparsify_in_steps(wanted, steps))
             return
-        new = self._prepare(wanted, drop)
+        asked = self._asked(wanted, drop)
+        new = build_masks(self._selected, asked, self.ranking, self.collected, self._regrowth, drop)
         _warn(new.notices)  # before anything has changed, for those who make errors of warnings
         self._apply(new)
 
@@ -180,7 +181,8 @@ class Sparsifier(MaskedModel):
         self._check_held("update_masks")
         check_drop(drop, self._regrowth is not None)
         before = self.masks
-        new = self._prepare(check_sparsity(sparsity), drop)
+        asked = self._asked(check_sparsity(sparsity), drop)
+        new = build_masks(self._selected, asked, self.ranking, self.collected, self._regrowth, drop)
         _warn(new.notices)
         self._take(new)
         earlier = {id(self.layers[name].parameter): mask for name, mask in before.items()}
@@ -203,14 +205,14 @@ class Sparsifier(MaskedModel):
         asked = scopes(check_sparsity(sparsity), self.layers, self.model)
         build_masks(self._selected, asked, self.ranking, self.collected)
 
-    def _prepare(self, sparsity: Sparsity, drop: float) -> NewMasks:
-        """Build masks of weights that may have been moved by a step since the masks were last applied."""
+    def _asked(self, sparsity: Sparsity, drop: float = 0.0) -> Asked:
+        """The layers of each sparsity that is asked for. Pruned weights are zeroed where their values would matter."""
         asked = scopes(sparsity, self.layers, self.model)
         falling = any(fraction < self.layers[name].level for fraction, names in asked for name in names)
         if drop or falling or not is_elementwise(self.ranking.options.criteria) or self.collected.at("update"):
             # A step may have moved pruned weights. Their values must not reach a score, now or later, nor be revived.
             self.apply_masks()
-        return build_masks(self._selected, asked, self.ranking, self.collected, self._regrowth, drop)
+        return asked
 
     def _apply(self, new: NewMasks) -> None:
         """Take new masks and apply them."""
@@ -219,7 +221,7 @@ class Sparsifier(MaskedModel):
         self._take_quantities("update")
 
     def _sparsify_in_steps(self, sparsity: Sparsity, steps: int) -> list[str]:
-        """Do what `_sparsify` does in several steps. If one fails, nothing has changed."""
+        """Build and apply masks in several steps; returns the notices. If a step fails, nothing has changed."""
         state, calibration, notices = self.state_dict(), self._calibration, []
         if self.collected.looks_at_data and (calibration is None or isinstance(calibration[0], Iterator)):
             raise ValueError(
@@ -233,7 +235,7 @@ class Sparsifier(MaskedModel):
                 if self.collected.looks_at_data and (step > 1 or self.collected.begins):
                     self.calibrate(*calibration)  # type: ignore[misc]
                 wanted = sparsity_at(step / steps, sparsity, state["levels"], self.layers, self.model)
-                new = self._prepare(wanted, drop=0.0)
+                new = build_masks(self._selected, self._asked(wanted), self.ranking, self.collected)
                 notices += new.notices
                 self._apply(new)
         except BaseException:
