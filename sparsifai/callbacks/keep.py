@@ -69,7 +69,7 @@ class KeepSparsity(TrainingCallback):
 
     def __init__(
         self,
-        sparsifier=None,  # Whose present masks to keep; by default, the zeros that the model has when a fit begins
+        sparsifier=None,  # Whose masks to keep; by default, the zeros that the model has when a fit begins
     ):
         super().__init__()
         if sparsifier is not None and not isinstance(sparsifier, Sparsifier):

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 from ..axes.grouping import poolings
 from ..model.patterns import as_patterns
-from ..sparsifier.options import check_sparsity
+from ..sparsifier.options import Options, check_sparsity
 from ..sparsifier.regrowth import check_drop
 from ..support.checks import check_count, check_fraction, check_number, check_round_to, check_seed
 
 # When a step begins and ends: epochs, or shares of training.
 TIMES = ("start", "end")
 
+# The axes of `sparsify` -> their defaults.
+AXES = {"granularity": "weight", "context": "global", "criteria": "large_final"}
+
 # Options of `sparsify` that the Sparsifier has, beside the axes.
-SPARSIFIER_OPTIONS = ("layers", "exclude", "pool", "may_empty", "regrow", "round_to", "coupled", "seed")
+SPARSIFIER_OPTIONS = tuple(option.name for option in fields(Options) if option.name not in AXES)
 
 # Kind of step -> its options: the arguments of its callback, and times.
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -33,9 +36,6 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 
 # Kind of step -> the option that it must have.
 REQUIRED = {"sparsify": "sparsity", "regularize": "weight", "freeze": "layers"}
-
-# The axes of `sparsify` -> their defaults.
-AXES = {"granularity": "weight", "context": "global", "criteria": "large_final"}
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ class Options:
     granularity: Granularity
     context: Context
     criteria: Criterion
-    pool: Callable
     layers: list[Pattern] | None
     exclude: list[Pattern] | None
+    pool: Callable
     may_empty: bool
     regrow: Criterion | None
     round_to: int | None
@@ -64,9 +64,9 @@ class Options:
             granularity,
             context,
             criteria,
-            pool,
             None if layers is None else as_patterns(layers),
             None if exclude is None else as_patterns(exclude),
+            pool,
             bool(may_empty),
             None if regrow is None else check_regrow(regrow, context),
             check_round_to(round_to),
