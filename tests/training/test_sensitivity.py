@@ -78,7 +78,7 @@ def test_every_level_is_measured_from_the_dense_weights():
 
 
 @pytest.mark.parametrize("granularity", granularities)
-@pytest.mark.filterwarnings("ignore:sparsity .* no group can be pruned")  # 'layer' has one group, which each layer keeps
+@pytest.mark.filterwarnings("ignore:sparsity .* no group can be pruned")
 def test_every_granularity(net, granularity):
     sparsifier = Sparsifier(net, granularity)
     answer = measured(net, lambda model: float(model(EXAMPLE).sum()), granularity=granularity)
