@@ -18,6 +18,7 @@ from ..sparsifier.masking import (
     holds_zeros,
     is_masked_zero,
     parameters_of,
+    with_parameters,
     zero_gradients,
     zero_moments,
     zero_weights,
@@ -260,15 +261,10 @@ class KeepSparsity(TrainingCallback):
     def _masked(self, model: nn.Module | None = None) -> list[tuple[nn.Parameter, Tensor]]:
         if self._sparsifier is not None:
             return self._sparsifier.masked_parameters(model)
-        masked = []
-        for name, mask in self._masks.items():
-            parameter = parameter_of(self.learn.model if model is None else model, name, mask)
-            if mask.device != parameter.device:
-                mask = mask.to(parameter.device)
-                if model is None:
-                    self._masks[name] = mask
-            masked.append((parameter, mask))
-        return masked
+        masked = with_parameters(self.learn.model if model is None else model, self._masks)
+        if model is None:  # each mask is moved once to the device of its parameter
+            self._masks.update({name: mask for name, (_, mask) in masked.items()})
+        return list(masked.values())
 
 
 def merged(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.layers import parameter_of
 from ..model.parallel import reshard
 from ..model.zeros import Count
 from .followers import Follower, masks_of_followers
 from .layer import Layer, count_of, selected
 from .mask_building import check_nan
-from .masking import zero_gradients, zero_moments, zero_weights
+from .masking import with_parameters, zero_gradients, zero_moments, zero_weights
 
 
 class MaskedModel:
@@ -98,17 +97,14 @@ class MaskedModel:
         Returns:
             Pairs of a parameter and its mask.
         """
-        masked = []
-        for name, mask in {**self.masks, **self.follower_masks}.items():
-            parameter = parameter_of(self.model if model is None else model, name, mask)
-            if mask.device != parameter.device:
-                mask = mask.to(parameter.device)
-                if model is None and name in self.layers:
-                    self.layers[name].mask = mask
-                elif model is None:
+        masked = with_parameters(self.model if model is None else model, {**self.masks, **self.follower_masks})
+        if model is None:  # each mask is moved once to the device of its parameter
+            for name, (_, mask) in masked.items():
+                if name in self.follower_masks:
                     self.follower_masks[name] = mask
-            masked.append((parameter, mask))
-        return masked
+                else:
+                    self.layers[name].mask = mask
+        return list(masked.values())
 
     @property
     def sparsity(self) -> float:

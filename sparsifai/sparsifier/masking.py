@@ -6,7 +6,7 @@ decay and momentum do not move it either. So a pruned weight stays zero even if 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from ..model.layers import parameter_of
 from ..model.parallel import is_sharded, own_shard
 from ..support.chunk import CHUNK
 
@@ -36,6 +37,26 @@ NEXT_TO_ZERO = 1e-16
 FEW = 32
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def with_parameters(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, tuple[nn.Parameter, Tensor]]:
+    """Find the parameters that masks belong to.
+
+    Args:
+        model: The model, or a wrapper of torch around it.
+        masks: Parameter name -> mask.
+
+    Returns:
+        Parameter name -> the parameter, and its mask on the device of the parameter.
+
+    Raises:
+        ValueError: The model has no such parameter, or a mask does not fit its shape.
+    """
+    masked = {}
+    for name, mask in masks.items():
+        parameter = parameter_of(model, name, mask)
+        masked[name] = parameter, mask if mask.device == parameter.device else mask.to(parameter.device)
+    return masked
 
 
 def newly_masked(parameter: nn.Parameter, before: Tensor, mask: Tensor) -> Tensor:

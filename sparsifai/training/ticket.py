@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..model.layers import parameter_of
 from ..model.parallel import unwrapped
-from ..sparsifier.masking import zero_weights
+from ..sparsifier.masking import with_parameters, zero_weights
 from ..support.registry import close_matches
 from ..support.table import Cells, Table, percent
 from .saved_run import load_run, save_run
@@ -60,8 +59,7 @@ class Ticket:
                 "a model that is built like the one that the ticket was found with"
             )
         plain.load_state_dict(self.start)
-        pairs = [(parameter_of(plain, name, mask), mask) for name, mask in self.masks.items()]
-        zero_weights([(parameter, mask.to(parameter.device)) for parameter, mask in pairs])
+        zero_weights(with_parameters(plain, self.masks).values())
         return model
 
 

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from csr_models import varied
 from torch import nn
 
 from sparsifai import Sparsifier, to_sparse_layout
@@ -109,13 +110,7 @@ def test_code_that_reads_the_dtype_of_the_weight():
 
 
 def test_why_layers_stay_dense():
-    model = nn.ModuleDict({
-        "small": nn.Linear(1024, 1023), "full": nn.Linear(1024, 1024), "precise": nn.Linear(1024, 1024).double(),
-        "hooked": nn.Linear(1024, 1024), "conv": nn.Conv2d(1024, 1024, 1),
-    }).eval()  # fmt: skip
-    Sparsifier(model, context="local", exclude="full").sparsify(0.95)
-    Sparsifier(model, context="local", layers=["full"]).sparsify(0.5)
-    model["hooked"].register_forward_hook(lambda *_: None)
+    model = varied()
     with pytest.raises(ValueError, match="no layer of ModuleDict") as raised:
         to_sparse_layout(model)
     for reason in (

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from csr_models import varied
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from sparse_files import (
@@ -73,18 +74,6 @@ COMPARE = [
 def large(level=0.95, **options):
     model = nn.Sequential(nn.Linear(1024, 1024)).eval()
     Sparsifier(model, layers=["0"], **options).sparsify(level)
-    return model
-
-
-def varied():
-    """A model with a layer for each reason to stay dense."""
-    model = nn.ModuleDict({
-        "small": nn.Linear(1024, 1023), "full": nn.Linear(1024, 1024), "precise": nn.Linear(1024, 1024).double(),
-        "hooked": nn.Linear(1024, 1024), "conv": nn.Conv2d(1024, 1024, 1),
-    }).eval()  # fmt: skip
-    Sparsifier(model, context="local", exclude="full").sparsify(0.95)
-    Sparsifier(model, context="local", layers=["full"]).sparsify(0.5)
-    model["hooked"].register_forward_hook(lambda *_: None)
     return model
 
 
