@@ -1,8 +1,8 @@
-"""Callbacks for tests of fits: one that measures the sparsity all the time, one that does something at one moment."""
+"""For tests of fits: a callback that measures the sparsity all the time, one that acts at one moment, and a metric."""
 
 from conftest import small_net
 from fastai.callback import core
-from fastai.learner import Callback
+from fastai.learner import Callback, Metric
 from torch import nn
 
 EVENTS = [event for event in core._events if event != "after_create" and "cancel" not in event]
@@ -32,6 +32,25 @@ def raises(error):
         raise error
 
     return action
+
+
+class Invented(Metric):
+    """A metric that is a given function of the epoch."""
+
+    name = "invented"
+
+    def __init__(self, learn, of_epoch):
+        self.learn, self.of_epoch = learn, of_epoch
+
+    def reset(self):
+        pass
+
+    def accumulate(self, learn):
+        pass
+
+    @property
+    def value(self):
+        return self.of_epoch(self.learn.epoch)
 
 
 class Watch(Callback):

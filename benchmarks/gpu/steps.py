@@ -103,21 +103,21 @@ def dense(training):
 def fixed(training):
     "Masks that are there: gradients masked before the step, weights after it"
     sparsifier = _sparsifier(training)
-
-    def step(progress):
-        training.gradients()
-        with no_waiting(training.device):
-            sparsifier.mask_gradients()
-        training.optimizer.step()
-        with no_waiting(training.device):
-            sparsifier.apply_masks()
-
-    return step
+    return _masked(training, sparsifier, lambda progress: sparsifier.apply_masks())
 
 
 def moving(training):
     "As SparsifyCallback does: gradients masked before the step, masks built anew after it"
     sparsifier = _sparsifier(training)
+    return _masked(
+        training,
+        sparsifier,
+        lambda progress: sparsifier.update_masks(FIRST + (LAST - FIRST) * progress, training.optimizer),
+    )
+
+
+def _masked(training, sparsifier, after_step):
+    "A step with masked gradients, and what comes after it"
 
     def step(progress):
         training.gradients()
@@ -125,7 +125,7 @@ def moving(training):
             sparsifier.mask_gradients()
         training.optimizer.step()
         with no_waiting(training.device):
-            sparsifier.update_masks(FIRST + (LAST - FIRST) * progress, training.optimizer)
+            after_step(progress)
 
     return step
 

@@ -11,7 +11,7 @@ from fastai.callback.tensorboard import TensorBoardCallback  # noqa: E402
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback  # noqa: E402
 from fastai.learner import Callback  # noqa: E402
 from soundness import assert_sound, counted, share  # noqa: E402
-from watch import At, raises  # noqa: E402
+from watch import At, Invented, raises  # noqa: E402
 
 from sparsifai.all import SparsifyCallback, between  # noqa: E402
 
@@ -57,30 +57,16 @@ def test_the_column_never_shows_another_learner(make_learner):
 # --- Trackers and curves ------------------------------------------------------------------------------------------
 
 
-class Invented(fastai.Metric):
+def best_in(learn, epochs):
     """A metric that is best in the epochs that are given."""
-
-    name = "invented"
-
-    def __init__(self, learn, best):
-        self.learn, self.best = learn, best
-
-    def reset(self):
-        pass
-
-    def accumulate(self, learn):
-        pass
-
-    @property
-    def value(self):
-        return 1.0 if self.learn.epoch in self.best else 0.1 * self.learn.epoch
+    return Invented(learn, lambda epoch: 1.0 if epoch in epochs else 0.1 * epoch)
 
 
 def tracked(make_learner, tmp_path, best, trackers, schedule="lin", given="to the fit"):
     """Fit six epochs, the target reached in the fourth by between(lin, 0, 0.66)."""
     callback = SparsifyCallback(0.8, schedule=between(schedule, 0, 0.66))
     learn = make_learner(path=tmp_path, cbs=[callback] if given == "to the Learner" else None)
-    learn.metrics = [Invented(learn, best)]
+    learn.metrics = [best_in(learn, best)]
     learn.fit(6, 0.1, cbs=trackers if given == "to the Learner" else [callback, *trackers])
     return learn, callback
 
@@ -163,10 +149,10 @@ def test_trackers_that_the_user_has_switched_off_stay_off(make_learner, tmp_path
 
 def test_the_best_epoch_of_a_denser_fit_is_not_loaded_after_a_sparse_one(make_learner, tmp_path):
     learn, saver = make_learner(path=tmp_path), SaveModelCallback(monitor="invented", reset_on_fit=False)
-    learn.metrics = [Invented(learn, best=[0])]
+    learn.metrics = [best_in(learn, [0])]
     learn.fit(2, 0.1, cbs=saver)
     assert saver.best == 1.0
-    learn.metrics = [Invented(learn, best=[])]
+    learn.metrics = [best_in(learn, [])]
     callback = SparsifyCallback(0.8, schedule="one_shot")
     learn.fit(3, 0.1, cbs=[callback, saver])
     assert saver.best == 0.2

@@ -16,7 +16,7 @@ from fastai.callback.tracker import SaveModelCallback  # noqa: E402
 from fastai.learner import Callback  # noqa: E402
 from soundness import assert_sound, counted, share  # noqa: E402
 from torch.optim.swa_utils import AveragedModel  # noqa: E402
-from watch import Watch  # noqa: E402
+from watch import Invented, Watch  # noqa: E402
 
 from sparsifai.all import FreezeCallback, KeepSparsity, Sparsifier, SparsifyCallback, between, lin  # noqa: E402
 
@@ -192,30 +192,11 @@ def test_the_masks_of_a_sparsifier_are_kept_as_they_are_at_each_step(make_learne
 # --- Trackers --------------------------------------------------------------------------------------------------------
 
 
-class Falling(fastai.Metric):
-    """A metric that is best in the first epoch."""
-
-    name = "falling"
-
-    def __init__(self, learn):
-        self.learn = learn
-
-    def reset(self):
-        pass
-
-    def accumulate(self, learn):
-        pass
-
-    @property
-    def value(self):
-        return -float(self.learn.epoch)
-
-
 def test_the_best_epoch_has_the_masks_of_the_end_where_weights_regrow(make_learner, tmp_path):
     callback = SparsifyCallback(0.6, schedule="one_shot", regrow="random", every=1)
     learn = make_learner(path=tmp_path)
-    learn.metrics = [Falling(learn)]
-    learn.fit(8, 0.1, cbs=[callback, SaveModelCallback(monitor="falling")])
+    learn.metrics = [Invented(learn, lambda epoch: -float(epoch))]  # best in the first epoch
+    learn.fit(8, 0.1, cbs=[callback, SaveModelCallback(monitor="invented")])
     assert_sound(learn, callback, level=0.6)
     assert_kept(learn, callback)
 
