@@ -131,9 +131,8 @@ def test_the_triton_kernels_in_their_interpreter_give_the_same_masks(of):
 
 # Of every argument of the kernels, what it points to.
 POINTED_TO = {
-    **dict.fromkeys(("table", "alive_of", "first_of", "last_of", "starts", "candidates", "state", "before"), "i64"),
-    **dict.fromkeys(("after", "best", "below", "ties_of", "upto"), "i64"),
-    **dict.fromkeys(("layer_of", "falling", "keys", "is_nan", "counts", "protected"), "i32"),
+    **dict.fromkeys(("layer_of", "keys", "is_nan", "counts", "undone", "rows"), "i32"),
+    **dict.fromkeys(("asked", "partial"), "fp64"),
     "out": "i8",
 }
 
@@ -143,31 +142,42 @@ def test_the_triton_kernels_compile_for_an_h100():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sparsifai.axes.ranking import on_device_kernels as kernels
+    from sparsifai.axes import pooling_triton as pooling
+    from sparsifai.axes.ranking import on_device_kernels as finding
     from sparsifai.axes.ranking import on_device_triton as launched
+    from sparsifai.axes.ranking import on_device_writing as writing
 
     size = {"block": launched.BLOCK, "steps": launched.STEPS[0]}
     first, second = launched.BINS[:2]
-    cases = [(kernels.count_alive, size)]
+    layers, sample = {"block": launched.LAYERS}, {"sample": launched.SAMPLE}
+    cases = [(finding.count_alive, size), (writing.protect, layers), (writing.keep_best, {})]
     for keys, magnitude in zip(launched.KEYS.values(), (True, False, True), strict=True):
         kind = {"unsigned": keys.unsigned, "magnitude": magnitude}
         ends = {"lowest": 0 if magnitude else -keys.unsigned, "highest": keys.unsigned}
-        sample = {"sample": launched.SAMPLE}
+        revives = {"revives": not magnitude}
         cases += [
-            (kernels.draw_sample, {**kind, **sample, "block": 128}),
-            (kernels.bracket, {**ends, **sample, "spread": launched.SPREAD, "bins": first}),
-            (kernels.narrow, {**ends, "first": True, "bins": first, "next_bins": second}),
-            (kernels.narrow, {**ends, "first": False, "bins": second, "next_bins": launched.BINS[2]}),
-            *((kernel, {**kind, **size}) for kernel in (kernels.count_ties, kernels.find_last, kernels.write_masks)),
+            (finding.ask, {"lowest": ends["lowest"], **layers}),
+            (finding.draw_sample, {**kind, **revives, **sample, "block": 128}),
+            (finding.bracket, {**ends, **sample, "spread": launched.SPREAD, "bins": first, "in_rows": True}),
+            (finding.narrow, {**ends, "first": True, "bins": first, "next_bins": second}),
+            (finding.narrow, {**ends, "first": False, "bins": second, "next_bins": launched.BINS[2]}),
+            (writing.find_best, {**kind, **size}),
+            (writing.count_ties, {**kind, **revives, **size, "bins": first}),
+            *((kernel, {**kind, **revives, **size}) for kernel in (writing.find_last, writing.write_masks)),
         ]
-        for bins, surveys, protects in ((first, True, False), (first, False, True), (second, False, True)):
-            passes = {"first": bins == first, "surveys": surveys, "protects": protects, "bins": bins}
-            cases.append((kernels.count_in_bins, {**kind, **size, **passes, "infinity": keys.infinity}))
+        for bins, is_first, surveys in ((first, True, True), (second, True, False), (second, False, False)):
+            passes = {"first": is_first, "surveys": surveys, "protects": not surveys, "bins": bins}
+            cases.append((finding.count_in_bins, {**kind, **revives, **size, **passes, "infinity": keys.infinity}))
+    for wide, brain, members in ((True, False, 4), (False, True, 512), (False, False, 16)):
+        tile = {"groups": pooling.TILE // members, "members": members, "steps": pooling.STEPS}
+        cases.append((pooling.sum_pieces, {"wide": wide, "brain": brain, **tile}))
+    cases.append((pooling.sum_up, {"mean": True, "block": pooling.SUMMED}))
     for kernel, constants in cases:
         names = [name for name in kernel.arg_names if name not in constants]
+        pointed_to = {**POINTED_TO, **({"out": "fp32"} if kernel is pooling.sum_up else {})}
         # What is sent to a GPU begins at multiples of 16 bytes, of which a kernel makes use.
         aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in names}
-        types = {**{name: f"*{POINTED_TO[name]}" for name in names}, **dict.fromkeys(constants, "constexpr")}
+        types = {**{name: f"*{pointed_to.get(name, 'i64')}" for name in names}, **dict.fromkeys(constants, "constexpr")}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Triton, about its own defaults
             source = ASTSource(kernel, types, constants, aligned)
