@@ -15,7 +15,7 @@ from triton.runtime.interpreter import interpreter_builder
 
 from sparsifai import Sparsifier
 from sparsifai.axes import pooling_triton
-from sparsifai.axes.grouping import grouping_of, mean, total
+from sparsifai.axes.grouping import grouping_of, mean, sides_of, total
 from sparsifai.axes.ranking import on_device, on_device_triton
 from sparsifai.axes.ranking.device_layer import DeviceLayer
 from sparsifai.axes.ranking.scored_layer import ScoredLayer
@@ -227,13 +227,12 @@ def of_pooling():
         for how, dtype in ((mean, torch.float32), (total, torch.bfloat16), (mean, torch.float16)):
             layers = []
             for weight in weights:
-                grouping = grouping_of(
-                    lambda _, chosen=granularity: chosen, dict(zip(axes, weight.shape, strict=False)), 1, 0
-                )
-                if not isinstance(grouping, str) and grouping.sides is not None:
+                sizes = dict(zip(axes, weight.shape, strict=False))
+                grouping = grouping_of(lambda _, chosen=granularity: chosen, sizes, 1, 0)
+                if not isinstance(grouping, str) and sides_of(grouping) is not None:
                     layers.append((weight.to(dtype), grouping))
             given, groupings = zip(*layers, strict=True)
-            pooled = pooling_triton.pool_at_once(given, [each.sides for each in groupings], how is mean)
+            pooled = pooling_triton.pool_at_once(given, list(map(sides_of, groupings)), how is mean)
             for score, weight, grouping in zip(pooled, given, groupings, strict=True):
                 expected = grouping.pool(weight.float().abs().__getitem__, how)
                 assert torch.equal(score, expected), (granularity, how, dtype, weight.shape)

@@ -112,7 +112,7 @@ def pool_at_once(weights: Sequence[Tensor], sides: Sequence[tuple[int, ...]], me
 
     Args:
         weights: Of a type that `fits`.
-        sides: Of every layer, `Grouping.sides`.
+        sides: Of every layer, what `sides_of` a grouping says.
         mean: Whether to divide by the number of weights in a group.
     """
     device, dtype = weights[0].device, weights[0].dtype
