@@ -33,13 +33,11 @@ def net():
 
 def masks(section):
     "All combinations that there are, and the weights of ResNet-50"
+    section.part("criteria", _criteria)
+    for dtype in DTYPES:
+        section.part(f"{dtype}", _axes, dtype)
     for dtype in (torch.float32, torch.bfloat16):
         section.part(f"large model, {dtype}", _large_model, dtype)
-    for dtype in DTYPES[:2]:
-        section.part(f"{dtype}", _axes, dtype)
-    section.part("criteria", _criteria)
-    for dtype in DTYPES[2:]:
-        section.part(f"{dtype}", _axes, dtype)
 
 
 def _axes(section, dtype):

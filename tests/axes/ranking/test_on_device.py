@@ -124,7 +124,9 @@ def test_no_value_is_read_in_a_step(granularity, context, criterion):
 def test_the_triton_kernels_in_their_interpreter_give_the_same_masks(of):
     pytest.importorskip("triton", reason="torch brings Triton on some platforms only")
     script = Path(__file__).parents[2] / "interpreted.py"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    # The package that is tested here, and not one that is installed.
+    paths = os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, str(script), of], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
