@@ -16,8 +16,9 @@ GRANULARITIES = (
     *("weight", "row", "column", "kernel", "filter", "channel", "layer"),
     *("vertical_slice", "shared_weight", "2x2", "3x5"),
 )
-# The first two stay on the device; of the others, the host is given arrays.
-CONTEXTS = ("local", "global", "lamp", "erk", "per_output", "2:4")
+# The first four stay on the device; of the others, the host is given arrays.
+CONTEXTS = ("local", "global", "per_output", "2:4", "lamp", "erk")
+STAY = CONTEXTS[:4]
 ON_DEVICE = ("local", "global")
 LEVELS = (0.3, 0.5, 0.8, 0.4)  # the last one lets weights come back
 
@@ -74,7 +75,7 @@ def _compare(section, table, granularity, context, criterion, dtype, ties):
     counts["equal"] += not differing
     counts["differ"] += bool(differing)
     counts["wait"] += bool(waits)
-    if differing or (waits and context in ON_DEVICE):
+    if differing or (waits and context in STAY):
         section.row("differing or waiting", case=label, **{"weights that differ": differing, "waits": waits})
 
 
@@ -128,7 +129,7 @@ def _differing(host, device, where, context, criterion):
     for level in LEVELS:
         level = min(level, 0.5) if context == "2:4" else level
         host.sparsify(level)
-        stays = context in ON_DEVICE and criterion not in ("random", "synflow")
+        stays = context in STAY and criterion not in ("random", "synflow")
         try:
             with no_waiting(where) if stays else _nothing():
                 device.sparsify(level)

@@ -207,7 +207,7 @@ def score_layer(
         ValueError: The criterion does not return one real score per weight; at once or in the ranking, a score is NaN.
     """
     criterion, grouping, parameter = by.criterion, layer.grouping, layer.parameter
-    options: dict[str, Any] = {"revives": revives, "may_empty": may_empty}
+    options: dict[str, Any] = {"revives": revives, "may_empty": may_empty, "grid": grouping.named_grid}
     is_magnitude = capability(criterion, "numpy") is np.abs and by.named == ("weight",) and pool is not squared_sum
     if on_device and magnitudes and is_magnitude and (grouping.single or pool in (mean, total)):
         # Absolute values are taken on the way through the weights: by the ranking, or when all layers are pooled.
@@ -240,7 +240,6 @@ def score_layer(
         return DeviceLayer(layer.weight, all_of.to(mask.device), alive, grouping.size_on(mask.device), whole, **options)
     alive = grouping.gather(mask).cpu().numpy().view()
     alive.flags.writeable = False  # it can be the mask itself
-    options["grid"] = grouping.named_grid
     if by_element and grouping.single and mask.device.type == "cpu":
         formula = capability(criterion, "numpy") if by.named == ("weight",) and pool is not squared_sum else None
         if formula is not None and _is_plain(parameter):

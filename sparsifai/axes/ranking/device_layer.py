@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -24,6 +25,7 @@ class DeviceLayer:
         revives: Whether masked groups may be kept again.
         may_empty: Whether the best group may be pruned, too.
         magnitude: Whether the scores are the absolute values of `score`.
+        grid: Axis name -> number of groups along it, in the order of the groups' index.
         unpooled: How `score`, while it has one entry for each weight, is divided into groups.
         nan: Bool tensor once the layer is ranked: whether a score that matters is NaN.
     """
@@ -36,6 +38,7 @@ class DeviceLayer:
     revives: bool = True
     may_empty: bool = False
     magnitude: bool = False
+    grid: Mapping[str, int] = field(default_factory=dict)
     unpooled: Any = None  # a Grouping; that file stands above this one
     nan: Tensor | None = None
 

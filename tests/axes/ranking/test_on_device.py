@@ -6,6 +6,7 @@ for a GPU raises there.
 
 import copy
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparsifai import Sparsifier, criteria
+from sparsifai import Sparsifier, blocks, criteria
 from sparsifai.axes.ranking.device_layer import DeviceLayer
 from sparsifai.axes.ranking.on_device import select_on_device
 from sparsifai.axes.ranking.scored_layer import ScoredLayer
@@ -84,6 +85,34 @@ def test_masks_are_the_same_through_rising_and_falling_levels(context, granulari
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("criterion", ["large_final", "magnitude_increase"])
+@pytest.mark.parametrize(
+    ("context", "granularity"),
+    [
+        *itertools.product(("2:4", "1:3", blocks(10), blocks(2, "out"), "per_output"), ("weight", "kernel", "row")),
+        (blocks(3, "out"), "filter"),
+        (blocks(2, "h"), "row"),
+    ],
+)
+def test_masks_within_rows_and_blocks_are_the_same(context, granularity, criterion, dtype):
+    models = []
+    for make in (lambda sparsifier: sparsifier, as_on_device):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 8, (3, 2), groups=2)).to(dtype)
+        models.append(make(Sparsifier(model, granularity, context, criterion, example_input=torch.zeros(1, 4, 9, 9))))
+        with torch.no_grad():
+            model[0].weight.add_(0.1).mul_(10).round_().div_(10)  # many ties
+            model[1].weight.add_(torch.randn_like(model[1].weight) * 0.1)
+    host, device = models
+    for level in (0.1, 0.3, 0.5, 0.4, 0.2, 0.5, 0.0):
+        for sparsifier in models:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of outputs that come back, of levels at which nothing can be pruned
+                sparsifier.sparsify(level)
+        assert all(torch.equal(host.masks[name], device.masks[name]) for name in host.masks), level
+
+
 @pytest.mark.parametrize("criterion", [name for name in criteria if name != "random"])
 def test_masks_are_the_same_with_every_criterion(criterion):
     # random draws on the host, so that it gives the same numbers everywhere, and sends them to the GPU.
@@ -102,14 +131,16 @@ def test_masks_are_the_same_with_every_criterion(criterion):
 
 
 @pytest.mark.parametrize("granularity", ["weight", "kernel", "filter", "channel"])
-@pytest.mark.parametrize("context", ["local", "global"])
+@pytest.mark.parametrize("context", ["local", "global", "2:4", "2:16", "per_output"])
 @pytest.mark.parametrize("criterion", ["large_final", "updating_movement"])
 def test_no_value_is_read_in_a_step(granularity, context, criterion):
     with torch.device("meta"):
         model = small_net()
-    sparsifier = Sparsifier(model, granularity, context, criterion)
+    if context not in ("local", "global") and granularity in ("filter", "channel"):
+        return  # one output, or one input, has no blocks of these
+    sparsifier = Sparsifier(model, granularity, context, criterion, exclude="5")  # whose kernels have one input
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
-    for level in (0.3, 0.6):
+    for level in (0.3, 0.5):
         model(torch.empty(2, 2, 8, 8, device="meta")).sum().backward()
         sparsifier.mask_gradients()
         optimizer.step()
