@@ -34,22 +34,22 @@ def net():
 
 def masks(section):
     "All combinations that there are, and the weights of ResNet-50"
-    section.part("criteria", _criteria)
-    for dtype in DTYPES:
-        section.part(f"{dtype}", _axes, dtype)
+    # Short parts: one that takes longer than there is time for is stopped, and shows nothing.
+    for dtype, context in itertools.product(DTYPES, CONTEXTS):
+        section.part(f"{dtype}, {context}", _axes, dtype, context)
+    for criterion in criteria:
+        section.part(f"criterion {criterion}", _criterion, criterion)
     for dtype in (torch.float32, torch.bfloat16):
         section.part(f"large model, {dtype}", _large_model, dtype)
 
 
-def _axes(section, dtype):
-    for context, granularity, ties in itertools.product(CONTEXTS, GRANULARITIES, (False, True)):
+def _axes(section, dtype, context):
+    for granularity, ties in itertools.product(GRANULARITIES, (False, True)):
         _compare(section, f"{dtype}", granularity, context, "large_final", dtype, ties)
 
 
-def _criteria(section):
-    for criterion, context, granularity, ties in itertools.product(
-        criteria, ON_DEVICE, ("weight", "filter"), (False, True)
-    ):
+def _criterion(section, criterion):
+    for context, granularity, ties in itertools.product(ON_DEVICE, ("weight", "filter"), (False, True)):
         _compare(section, "criteria", granularity, context, criterion, torch.float32, ties)
 
 
