@@ -5,6 +5,7 @@ there before. Here programs run in random order, new memory holds random numbers
 numbers that it both reads and writes.
 """
 
+import itertools
 import sys
 import warnings
 
@@ -223,19 +224,19 @@ def of_pooling():
     shapes = {"conv": (12, 5, 3, 2), "wide": (3, 1100, 1, 1), "linear": (300, 70), "long": (2, 9000)}
     axes = ("out", "in", "h", "w")
     weights = [torch.randn(shape) for shape in shapes.values()]
+    kinds = itertools.cycle(((mean, torch.float32), (total, torch.bfloat16), (mean, torch.float16)))
     for granularity in (("out",), ("in",), ("out", "in"), {"out": 2, "in": 5}, {"in": 10}, ("out", "w"), ()):
-        for how, dtype in ((mean, torch.float32), (total, torch.bfloat16), (mean, torch.float16)):
-            layers = []
-            for weight in weights:
-                sizes = dict(zip(axes, weight.shape, strict=False))
-                grouping = grouping_of(lambda _, chosen=granularity: chosen, sizes, 1, 0)
-                if not isinstance(grouping, str) and sides_of(grouping) is not None:
-                    layers.append((weight.to(dtype), grouping))
-            given, groupings = zip(*layers, strict=True)
-            pooled = pooling_triton.pool_at_once(given, list(map(sides_of, groupings)), how is mean)
-            for score, weight, grouping in zip(pooled, given, groupings, strict=True):
-                expected = grouping.pool(weight.float().abs().__getitem__, how)
-                assert torch.equal(score, expected), (granularity, how, dtype, weight.shape)
+        (how, dtype), layers = next(kinds), []
+        for weight in weights:
+            sizes = dict(zip(axes, weight.shape, strict=False))
+            grouping = grouping_of(lambda _, chosen=granularity: chosen, sizes, 1, 0)
+            if not isinstance(grouping, str) and sides_of(grouping) is not None:
+                layers.append((weight.to(dtype), grouping))
+        given, groupings = zip(*layers, strict=True)
+        pooled = pooling_triton.pool_at_once(given, list(map(sides_of, groupings)), how is mean)
+        for score, weight, grouping in zip(pooled, given, groupings, strict=True):
+            expected = grouping.pool(weight.float().abs().__getitem__, how)
+            assert torch.equal(score, expected), (granularity, how, dtype, weight.shape)
 
 
 def of_masking():
