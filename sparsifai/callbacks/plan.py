@@ -114,7 +114,7 @@ def plan_of(
         _notes_of_levels(timeline),
         _note_of_scores(sparsifier.ranking.options, unscored, fixed),
         _note_of_zeros(pruned),
-        _note_of_followers(masks_of_followers(sparsifier.followers, planned)),
+        _note_of_followers(masks_of_followers(sparsifier.all_masks.followers, planned)),
         _note_of_flops(layers) if flops else "",
         NEAR_COLLAPSE if any(layer.near_collapse for layer in layers) else "",
         "Bytes left: 1 bit per weight and the element size per remaining weight, or as dense.",

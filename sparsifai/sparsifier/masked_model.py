@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..model.parallel import reshard
 from ..model.zeros import Count
-from .followers import Follower, masks_of_followers
+from .followers import Follower
 from .layer import Layer, count_of, selected
 from .mask_building import check_nan
-from .masking import with_parameters, zero_gradients, zero_moments, zero_weights
+from .masking import masked_parameters, zero_gradients, zero_moments, zero_weights
+from .model_masks import ModelMasks
 
 
 class MaskedModel:
@@ -22,15 +23,14 @@ class MaskedModel:
     Attributes:
         model: The model, without wrappers. None after `release`.
         layers: Parameter name -> `Layer`, for every weight with named axes.
-        followers: The biases and norm parameters that are masked with whole outputs.
-        follower_masks: Parameter name -> mask, for these.
+        all_masks: Parameter name -> mask, of the selected layers, and of the biases and norm parameters that are masked
+            with whole outputs.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, Layer], followers: Sequence[Follower]):
         self.model: Any = model
-        self.layers, self.followers = layers, list(followers)
+        self.layers, self.all_masks = layers, ModelMasks(layers, followers)
         self._nan: dict[str, Tensor] = {}  # layer name -> whether scores on a GPU were NaN, at the last update
-        self._mask_followers()
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -47,12 +47,12 @@ class MaskedModel:
             model: A copy of the model to apply the masks to instead, such as an AveragedModel.
         """
         self._check_held("apply_masks")
-        zero_weights(self.masked_parameters(model))
+        zero_weights(self._masked(model))
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping."""
         self._check_held("mask_gradients")
-        zero_gradients(self.masked_parameters())
+        zero_gradients(self._masked())
 
     def mask_moments(self, optimizer: Any) -> None:
         """Set the optimizer's moments of pruned weights to zero, so that these are not moved. Call it after sparsify.
@@ -61,7 +61,7 @@ class MaskedModel:
             optimizer: torch's or fastai's.
         """
         self._check_held("mask_moments")
-        zero_moments(self.masked_parameters(), optimizer)
+        zero_moments(self._masked(), optimizer)
 
     @torch.no_grad()
     def recover_masks(self, masks: Mapping[str, Tensor] | None = None) -> None:
@@ -86,25 +86,7 @@ class MaskedModel:
             joint = count_of(recovered.values()).sparsity
             for name, layer in layers.items():
                 layer.mask, layer.level = recovered[name].mask, min(recovered[name].count().sparsity, joint)
-        self._mask_followers()
-
-    def masked_parameters(self, model: nn.Module | None = None) -> list[tuple[nn.Parameter, Tensor]]:
-        """Every parameter with a mask, and the mask on its device.
-
-        Args:
-            model: A copy of the model, to return its parameters instead. Default: the model itself.
-
-        Returns:
-            Pairs of a parameter and its mask.
-        """
-        masked = with_parameters(self.model if model is None else model, {**self.masks, **self.follower_masks})
-        if model is None:  # each mask is moved once to the device of its parameter
-            for name, (_, mask) in masked.items():
-                if name in self.follower_masks:
-                    self.follower_masks[name] = mask
-                else:
-                    self.layers[name].mask = mask
-        return list(masked.values())
+        self.all_masks.update_followers()
 
     @property
     def sparsity(self) -> float:
@@ -121,16 +103,17 @@ class MaskedModel:
         """
         self._check_held("release")
         model = self.model
-        self.model, self.layers, self.followers, self._nan = None, {}, [], {}
-        self._mask_followers()
+        self.model, self.layers, self._nan = None, {}, {}
+        self.all_masks = ModelMasks({}, [])
         return model
 
     @property
     def _selected(self) -> dict[str, Layer]:
         return selected(self.layers)
 
-    def _mask_followers(self) -> None:
-        self.follower_masks = masks_of_followers(self.followers, self.layers)
+    def _masked(self, model: nn.Module | None = None) -> list[tuple[nn.Parameter, Tensor]]:
+        """Every parameter with a mask, and its mask. model: a copy of the model, to find its parameters instead."""
+        return masked_parameters(self.model if model is None else model, self.all_masks, move=model is None)
 
     def _check_held(self, operation: str) -> None:
         if self.model is None:

@@ -188,7 +188,7 @@ class Sparsifier(MaskedModel):
         earlier = {id(self.layers[name].parameter): mask for name, mask in before.items()}
         masked = [
             (parameter, newly_masked(parameter, earlier[id(parameter)], mask) if id(parameter) in earlier else mask)
-            for parameter, mask in self.masked_parameters()
+            for parameter, mask in self._masked()
         ]
         zero_weights(masked)
         if optimizer is not None:
@@ -229,7 +229,7 @@ class Sparsifier(MaskedModel):
                 "calibrate before, with batches that can be iterated over again, such as a list"
             )
         scopes(sparsity, self.layers, self.model)  # raises if a pattern matches no selected layer
-        weights = [(parameter, parameter.detach().clone()) for parameter, _ in self.masked_parameters()]
+        weights = [(parameter, parameter.detach().clone()) for parameter, _ in self._masked()]
         try:
             for step in range(1, steps + 1):
                 if self.collected.looks_at_data and (step > 1 or self.collected.begins):
@@ -253,7 +253,7 @@ class Sparsifier(MaskedModel):
         for name, flag in new.nan.items():  # those of earlier updates may not have been read yet
             self._nan[name] = flag | self._nan.get(name, False)
         self.collected.source.rng.set_state(new.random)
-        self._mask_followers()
+        self.all_masks.update_followers()
         if self._regrowth is not None:
             self._regrowth.note(new.masks)
 
@@ -378,7 +378,7 @@ class Sparsifier(MaskedModel):
         for name, layer in layers.items():
             layer.mask = state["masks"][name].to(layer.mask.device)
             layer.level = float(state["levels"][name])
-        self._mask_followers()
+        self.all_masks.update_followers()
         self.collected.restore(state["statistics"])
         if self._regrowth is not None:
             self._regrowth.restore(state["regrowth"])
@@ -403,7 +403,9 @@ class Sparsifier(MaskedModel):
         notices, options = [], self.ranking.options
         if self._regrowth is not None and any(layer.grouping.drops_outputs for layer in self._selected.values()):
             notices.append(REGROWN_OUTPUTS)
-        if options.pool is squared_sum and (rescaled := rescaled_layers(self.model, self.layers, self.followers)):
+        if options.pool is squared_sum and (
+            rescaled := rescaled_layers(self.model, self.layers, self.all_masks.followers)
+        ):
             notices.append(
                 f"{name_of(options.criteria)}: a batch norm undoes the scale of the outputs of "
                 f"{', '.join(rescaled[:3])}{' and others' if len(rescaled) > 3 else ''}, so the sum of w g over a "

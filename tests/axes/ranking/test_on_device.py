@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLE, as_on_device, show_data, small_net
+from conftest import EXAMPLE, as_on_device, masked_of, show_data, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -367,7 +367,7 @@ def test_on_a_gpu_a_whole_step_waits_for_nothing(criterion):
     assert sparsifier.sparsity == pytest.approx(0.4, abs=0.01)
     sparsifier.mask_gradients()
     sparsifier.mask_moments(optimizer)
-    for parameter, mask in sparsifier.masked_parameters():
+    for parameter, mask in masked_of(sparsifier):
         kept = mask.expand_as(parameter)
         moments = optimizer.state[parameter]
         for values in (parameter, parameter.grad, moments["exp_avg"], moments["exp_avg_sq"]):
