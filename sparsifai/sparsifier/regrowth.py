@@ -67,12 +67,6 @@ class Regrowth(CollectedQuantities):
         self.used = {name: used.to(self._layers[name].parameter.device) for name, used in state["used"].items()}
 
 
-REGROWN_OUTPUTS = (
-    "regrow: whole outputs regrow from zero, and their bias and norm entries too. Behind a ReLU or a norm layer no "
-    "gradient reaches them, so they stay zero; choose smaller groups, such as kernels or weights"
-)
-
-
 def check_regrow(regrow: Any, context: Any) -> Any:
     """The criterion by which weights regrow, by name or as a function.
 

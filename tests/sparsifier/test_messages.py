@@ -328,8 +328,6 @@ REGROWTH = [
      "gradients are masked, before sparsify"),
     ("drop without regrow", lambda: sparsify(0.5, drop=0.3), ValueError,
      "drop=0.3: nothing says what regrows; make the Sparsifier with regrow="),
-    ("explored without regrow", lambda: Sparsifier(mlp()).explored, ValueError,
-     "explored: only a Sparsifier with regrow= notes which weights were ever active"),
     *((f"drop {wrong}", lambda wrong=wrong: sparsify(0.5, regrow="random", drop=wrong), ValueError, f"{DROP}{wrong!r}")
       for wrong in (-0.1, 1, 30, True, "much", NAN)),
 ]  # fmt: skip
