@@ -9,6 +9,7 @@ from fastai.learner import Learner
 from torch import Tensor
 
 from ..model.parallel import unwrapped
+from ..sparsifier.layer import unfrozen
 from ..sparsifier.model_masks import merged, prune_any
 from ..sparsifier.options import highest
 from ..sparsifier.report import Report
@@ -109,12 +110,14 @@ class Fit:
         self.keeper.enforce()
 
     def go_to(self, t: float) -> None:
-        """Update the masks, if the ramp has another value at t."""
+        """Update the masks, if the ramp has another value at t, or if layers that were frozen are trained now."""
         reached, pruned = self.level_at(t), self.pruned
-        if reached != pruned.reached:
-            if pruned.sparsifier.collected.looks_at_data:
-                pruned.sparsifier.apply_masks()  # the last step may have moved masked weights
+        joining = unfrozen(pruned.sparsifier.layers)
+        if joining or reached != pruned.reached:
+            if joining or pruned.sparsifier.collected.looks_at_data:
+                pruned.sparsifier.apply_masks()  # the last step may have moved masked weights; frozen layers join
             show_data(self.learn, pruned.sparsifier, self.calibration)
+            self.moved |= bool(joining)
             self._update(reached)
 
     def collect_gradients(self, t: float, drop: float) -> None:

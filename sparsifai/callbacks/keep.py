@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from ..sparsifier.masking import (
 from ..sparsifier.recovery import recovered_masks
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
+from ..support.warning import warn
 from .base import TrainingCallback
 from .others import are_all_known
 
@@ -94,10 +94,9 @@ class KeepSparsity(TrainingCallback):
                 "learn.remove_cb(KeepSparsity), or use KeepSparsity() to keep the zeros of this model"
             )
         if not is_masked_zero(self._masked()):
-            warnings.warn(
+            warn(
                 "KeepSparsity: pruned weights were changed or loaded and are not zero any more; they are set to zero "
                 "again. To keep the new values, call learn.remove_cb(KeepSparsity) before the fit",
-                stacklevel=2,
             )
         self.enforce()
 

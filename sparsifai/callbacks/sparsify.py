@@ -190,7 +190,8 @@ class SparsifyCallback(TrainingCallback):
             fit.go_to(self._start)
         else:
             held = percent(fit.measured())
-            notify(self.learn, f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit")
+            message = f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit"
+            notify(self.learn, message, matters=True)
 
     def before_step(self):
         "Collect the gradients, which are not masked yet, for the criterion; and regrow weights"
@@ -252,7 +253,7 @@ class SparsifyCallback(TrainingCallback):
         every, inner = every_of(self.every, self.options.regrow is not None, n_epoch * n_iter), unwrapped(model)
         return plan_of(
             self._sparsifier_of(inner, example_input), self.sparsity, self.ramp.schedule, n_epoch, n_iter, every,
-            example_input, self.ramp.initial, stacklevel=3,
+            example_input, self.ramp.initial,
         )  # fmt: skip
 
     @property

@@ -5,7 +5,6 @@ The core of the library is `Sparsifier.sparsify`. It calls `build_masks`, which 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,14 +19,15 @@ from ..axes.granularity import Granularity
 from ..model.parallel import is_sharded, process_group_of, unwrapped
 from ..support.checks import check_count
 from ..support.registry import name_of
+from ..support.warning import warn_each
 from .calibration import calibrate
 from .collection import CollectedQuantities, Source
-from .layer import level_of
+from .layer import level_of, unfrozen
 from .layer_selection import find_layers, scopes
 from .mask_building import NewMasks, Ranking, build_masks
 from .masked_model import MaskedModel
 from .masking import NEXT_TO_ZERO, newly_masked, zero_moments, zero_weights
-from .notices import notices_of_outputs
+from .notices import notices_of_frozen, notices_of_outputs
 from .options import Options, Sparsity, check_sparsity
 from .regrowth import Regrowth, check_drop
 from .report import Report
@@ -38,6 +38,8 @@ from .steps import check_repeatable, restored_on_failure, sparsity_at
 # Large, because it is the face of the core: a third of it are docstrings for its users.
 class Sparsifier(MaskedModel):
     """Makes any torch model sparse. The options say which weights are pruned and how they are chosen.
+
+    A layer that is frozen joins the selected layers when it is trained.
 
     Args:
         model: Any torch.nn.Module. Its parameters stay the same objects under the same names, and nothing is added to
@@ -120,7 +122,8 @@ class Sparsifier(MaskedModel):
         self._regrowth = None if options.regrow is None else Regrowth(options.regrow, source)
         self._take_quantities("start")
         self._calibration: tuple[Iterable, Callable | None] | None = None
-        _warn(notices_of_outputs(options, inner, self.layers, self.all_masks.followers))
+        warn_each(notices_of_outputs(options, inner, self.layers, self.all_masks.followers))
+        warn_each(notices_of_frozen(self.layers))
 
     # --- Building masks -----------------------------------------------------------------------------------------
 
@@ -156,10 +159,10 @@ class Sparsifier(MaskedModel):
         if check_count("steps", steps) > 1 and drop:
             raise ValueError("sparsify: steps= and drop= do not go together; drop after the steps")
         if steps > 1:
-            _warn(self._sparsify_in_steps(wanted, steps))
+            warn_each(self._sparsify_in_steps(wanted, steps))
             return
         new = self._new_masks(wanted, drop)
-        _warn(new.notices)  # before anything has changed, for those who make errors of warnings
+        warn_each(new.notices)  # before anything has changed, for those who make errors of warnings
         self._apply(new)
 
     def update_masks(self, sparsity: Sparsity, optimizer: Any = None, *, drop: float = 0.0) -> None:
@@ -180,7 +183,7 @@ class Sparsifier(MaskedModel):
         check_drop(drop, self._regrowth is not None)
         before = self.masks
         new = self._new_masks(check_sparsity(sparsity), drop)
-        _warn(new.notices)
+        warn_each(new.notices)
         self._take(new)
         earlier = {id(self.layers[name].parameter): mask for name, mask in before.items()}
         masked = [
@@ -243,11 +246,19 @@ class Sparsifier(MaskedModel):
         if self._regrowth is not None:
             self._regrowth.note(new.masks)
 
-    def _take_quantities(self, moment: str) -> None:
-        """Store the quantities that are taken at 'start' or 'update'."""
-        self.collected.take(moment)
-        if self._regrowth is not None:
-            self._regrowth.take(moment)
+    def _take_quantities(self, moment: str, names: Iterable[str] | None = None) -> None:
+        """Store the quantities that are taken at 'start' or 'update'. names: the layers, by default all."""
+        for collected in filter(None, (self.collected, self._regrowth)):
+            collected.take(moment, names)
+
+    def _check_held(self, operation: str) -> None:
+        super()._check_held(operation)
+        if joining := unfrozen(self.layers):
+            for name in joining:
+                self.layers[name].select()
+            self.collected.source.layers = {name: layer.weight for name, layer in self._selected.items()}
+            self._take_quantities("start", joining)
+            self.all_masks.update_followers()
 
     # --- Data ---------------------------------------------------------------------------------------------------
 
@@ -372,12 +383,6 @@ class Sparsifier(MaskedModel):
     def __getstate__(self) -> dict[str, Any]:
         # A process group cannot be copied or pickled, so a copy works alone.
         return {**vars(self), "ranking": replace(self.ranking, process_group=None), "_calibration": None}
-
-
-def _warn(notices: Iterable[str]) -> None:
-    """Warn of each notice, at the line that has called the public method."""
-    for notice in notices:
-        warnings.warn(notice, stacklevel=3)
 
 
 def first_example(value: Any) -> Any:
