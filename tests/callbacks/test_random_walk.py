@@ -174,5 +174,6 @@ Walk.TestCase.settings = settings(
 
 @pytest.mark.fastai
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:(?s).*some layers are frozen, so sparsity is held")
 class TestWalk(Walk.TestCase):
     pass
