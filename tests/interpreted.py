@@ -14,11 +14,12 @@ import torch
 from conftest import as_on_device, small_net
 from triton.runtime.interpreter import interpreter_builder
 
-from sparsifai import Sparsifier
+from sparsifai import Sparsifier, blocks
 from sparsifai.axes import pooling_triton
 from sparsifai.axes.grouping import grouping_of, mean, sides_of, total
-from sparsifai.axes.ranking import on_device, on_device_triton
+from sparsifai.axes.ranking import on_device, on_device_triton, rows_on_device, rows_triton
 from sparsifai.axes.ranking.device_layer import DeviceLayer
+from sparsifai.axes.ranking.rows_on_device import Rows, kept_in_rows
 from sparsifai.axes.ranking.scored_layer import ScoredLayer
 from sparsifai.axes.ranking.selection import select_groups
 from sparsifai.sparsifier import masking_triton
@@ -93,10 +94,11 @@ class Memory:
 
 
 launches = Launches(interpreter_builder)
-on_device_triton.torch = pooling_triton.torch = Memory()
+on_device_triton.torch = pooling_triton.torch = rows_triton.torch = Memory()
 calls = []
-fits, select = on_device._is_for_kernels, on_device_triton.select
+fits, select, rank = on_device.can_have_keys, on_device_triton.select, rows_triton.rank
 on_device_triton.select = lambda *given: calls.append(1) or select(*given)
+rows_triton.rank = lambda *given: calls.append(1) or rank(*given)
 
 
 class OnGpu(torch.Tensor):
@@ -114,7 +116,7 @@ def fits_as_on_gpu(layers):
     return found
 
 
-on_device._is_for_kernels = fits_as_on_gpu
+on_device.can_have_keys = rows_on_device.can_have_keys = fits_as_on_gpu
 
 
 def masks(context, dtype, granularity, on):
@@ -127,7 +129,7 @@ def masks(context, dtype, granularity, on):
     if on:
         as_on_device(sparsifier)
     found = []
-    for level in (0.1, 0.5, 0.500001, 0.9, 0.4, 0.0):
+    for level in (0.1, 0.5, 0.500001, 0.9, 0.4, 0.0) if context != "2:4" else (0.3, 0.5, 0.2):
         sparsifier.sparsify(level)
         found += [mask.clone() for mask in sparsifier.masks.values()]
     return found
@@ -140,6 +142,9 @@ def of_models():
         ("local", torch.bfloat16, "weight"),
         ("local", torch.float32, "filter"),
         ("global", torch.float16, "weight"),
+        ("2:4", torch.float32, "weight"),
+        (blocks(5), torch.bfloat16, "kernel"),
+        ("per_output", torch.float32, "weight"),
     ):
         before = len(calls)
         host, device = (masks(context, dtype, granularity, on) for on in (False, True))
@@ -156,6 +161,7 @@ VALUES = {
     "infinite": lambda rng, n: np.where(rng.random(n) < 0.3, rng.choice([np.inf, -np.inf], n), rng.standard_normal(n)),
     "in order": lambda rng, n: np.sort(rng.standard_normal(n)),
 }
+KINDS = ("normal", "ties", "zeros of two signs")
 SIZES = ((1,), (5, 1), (300, 7, 256), (1700, 40), (513, 1))
 
 
@@ -188,6 +194,28 @@ def of_scores(rng, kind, dtype, magnitude):
         assert not any(bool(layer.nan) for layers in device for layer in layers)
 
 
+def of_rows(rng, dtype, size, magnitude, compared):
+    """Masks within rows and blocks, side by side and not, beside those that are sorted."""
+    rows_triton.PAIRS, rows_triton.TILE = (16, 64) if compared else (1, 64)
+    for revives in ((False, False, False), (True, False, True)):
+        layers, others, all_rows = [], [], []
+        # Rows that fill a tile, that end short, and that do not lie side by side.
+        forms = ((9, 2 * size, 1), (3, size + 3, 1), (2, 2 * size - 1, 3))
+        for (outer, length, inner), kind in zip(forms, KINDS, strict=True):
+            count = outer * length * inner
+            score = torch.tensor(VALUES[kind](rng, count), dtype=torch.float32).to(dtype)
+            alive = torch.tensor(rng.random(count) < 0.6)
+            options = {"revives": revives[len(layers)], "magnitude": magnitude}
+            layers.append(DeviceLayer(Weights(count), score.clone(), alive.clone(), 1, **options))
+            others.append(DeviceLayer(Weights(count), score, alive, 1, **options))
+            all_rows.append(Rows(outer, length, inner, size, int(rng.integers(0, size))))
+        got = kept_in_rows(layers, all_rows)
+        for mask, layer, other, rows in zip(got, layers, others, all_rows, strict=True):
+            expected = rows_on_device._kept_in_rows(other, rows)
+            assert torch.equal(mask, expected), (dtype, size, magnitude, compared, rows)
+            assert not layer.nan
+
+
 def of_nan():
     """NaN is noted where it matters, of the layer that has it."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -198,8 +226,15 @@ def of_nan():
                 score[299] = float("nan") * (-1) ** number
             alive[299] = number != 2
             layers.append(DeviceLayer(Weights(300), score, alive, 1, revives=False))
-        select([layers], 0.5)
-        assert [bool(layer.nan) for layer in layers] == [False, True, False]
+        for ranked in (select, within_rows):
+            ranked([layers], 0.5)
+            assert [bool(layer.nan) for layer in layers] == [False, True, False]
+
+
+def within_rows(scopes, sparsity):
+    """In blocks of four, whatever the scope."""
+    layers = [layer for scope in scopes for layer in scope]
+    return kept_in_rows(layers, [Rows(1, len(layer), 1, 4, round(4 * sparsity)) for layer in layers])
 
 
 def of_samples():
@@ -270,6 +305,9 @@ else:
         halves = (torch.bfloat16, torch.float16)
         of_scores(rng, kind, halves[rng.integers(2)], magnitude=bool(rng.random() < 0.5))
     of_scores(rng, "normal", torch.float32, magnitude=True)
+    for number, (dtype, size) in enumerate(itertools.product((torch.float32, torch.bfloat16), (2, 4, 5, 16))):
+        of_rows(rng, dtype, size, magnitude=number % 3 == 0, compared=True)
+        of_rows(rng, dtype, size * 5, magnitude=number % 3 == 1, compared=False)
 launches.check()
 assert launches.checked > 50
 launches.reads_own = True

@@ -34,7 +34,7 @@ from ..support.capability import capability
 from ..support.registry import Registry, name_of
 from .n_of_m import parse_blocks
 from .ranking.device_layer import DeviceLayer
-from .ranking.rows_on_device import kept_in_rows
+from .ranking.rows_on_device import Rows, kept_in_rows
 from .ranking.scored_layer import ScoredLayer
 from .ranking.selection import select_each, select_groups
 from .ranking.within_rows import lowest_of_rows, ranking_keys
@@ -90,11 +90,15 @@ def per_output(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarra
 
     Sun et al., 2023, "A Simple and Effective Pruning Approach for Large Language Models" (arXiv:2306.11695).
     """
-    return [_per_output(layer, sparsity) for layer in layers]
+    forms = [_outputs_first(layer) for layer in layers]
+    counts = [min(math.floor(sparsity * length + 0.5), length - 1) for *_, length in forms]
+    if layers and isinstance(layers[0], DeviceLayer):
+        return _per_output_on_device(layers, forms, counts)
+    return [_per_output(*each) for each in zip(layers, forms, counts, strict=True)]
 
 
-def _per_output(layer: Any, sparsity: float) -> Any:
-    """Which groups of one layer are kept."""
+def _outputs_first(layer: Any) -> tuple[tuple[int, ...], list[int], int]:
+    """Number of groups along each axis, the axes with those first that index outputs, and groups of an output."""
     axes = list(layer.grid)
     if not axes:
         raise ValueError("context per_output cannot be combined with round_to=; leave one of them out")
@@ -106,14 +110,38 @@ def _per_output(layer: Any, sparsity: float) -> Any:
     shape = tuple(layer.grid.values())
     outer = [axes.index(axis) for axis in ("groups", "out") if axis in axes]
     order = [*outer, *(place for place in range(len(axes)) if place not in outer)]
-    length = len(layer) // math.prod(shape[axis] for axis in outer)
-    count = min(math.floor(sparsity * length + 0.5), length - 1)
-    if isinstance(layer, DeviceLayer):
-        return kept_in_rows(layer, shape, order, len(outer), count)
+    return shape, order, len(layer) // math.prod(shape[axis] for axis in outer)
+
+
+def _per_output(layer: ScoredLayer, form: tuple[tuple[int, ...], list[int], int], count: int) -> np.ndarray:
+    """Which groups of one layer are kept."""
+    shape, order, length = form
     keys = ranking_keys(layer).reshape(shape).transpose(order)
     pruned = lowest_of_rows(keys.reshape(-1, length), count).reshape(keys.shape).transpose(np.argsort(order))
     kept = np.logical_not(pruned).reshape(-1)
     return kept & (layer.alive | layer.revives)
+
+
+def _per_output_on_device(
+    layers: Sequence[DeviceLayer], forms: Sequence[tuple[tuple[int, ...], list[int], int]], counts: Sequence[int]
+) -> list[Tensor]:
+    """Which groups of all layers are kept."""
+    for layer, (shape, order, _) in zip(layers, forms, strict=True):
+        if order == sorted(order):
+            continue
+        layer.score, layer.alive = (
+            values.reshape(shape).permute(order).reshape(-1) for values in (layer.score, layer.alive)
+        )
+    rows = [
+        Rows(len(layer) // length, length, 1, length, count)
+        for layer, (*_, length), count in zip(layers, forms, counts, strict=True)
+    ]
+    return [
+        kept.reshape([shape[axis] for axis in order])
+        .permute([order.index(axis) for axis in range(len(order))])
+        .reshape(-1)
+        for kept, (shape, order, _) in zip(kept_in_rows(layers, rows), forms, strict=True)
+    ]
 
 
 def ask(

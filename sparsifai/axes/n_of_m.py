@@ -19,7 +19,7 @@ from ..support.capability import capability
 from ..support.chunk import CHUNK
 from ..support.registry import name_of
 from .ranking.device_layer import DeviceLayer
-from .ranking.rows_on_device import kept_in_blocks
+from .ranking.rows_on_device import Rows, kept_in_rows
 from .ranking.scored_layer import ScoredLayer
 from .ranking.within_rows import ranking_keys, write_kept
 
@@ -56,7 +56,11 @@ class Blocks:
     def __call__(self, layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
         check_reachable(self, sparsity)
         count = math.floor(sparsity * self.size + 0.5)
-        return [self._of_layer(layer, min(count, self.most_pruned)) for layer in layers]
+        count = min(count, self.most_pruned)
+        forms = [self._form(layer) for layer in layers]
+        if layers and isinstance(layers[0], DeviceLayer):
+            return kept_in_rows(layers, [Rows(*form, self.size, count) for form in forms])
+        return [self._of_layer(layer, form, count) for layer, form in zip(layers, forms, strict=True)]
 
     def note(self, grid: Mapping[str, int]) -> str:
         """Remark for the report on a layer that is not divided into whole blocks; empty for other layers.
@@ -68,8 +72,8 @@ class Blocks:
         rest = length % self.size
         return f"{length} along '{self.axis}' is no multiple of {self.size}: the last block has {rest}" if rest else ""
 
-    def _of_layer(self, layer: Any, count: int) -> Any:
-        """Which groups of a layer are kept, when `count` of every block are pruned."""
+    def _form(self, layer: Any) -> tuple[int, int, int]:
+        """Number of groups along the axes before that of the blocks, along it, and along those behind it."""
         if not layer.grid:
             raise ValueError(f"context {self.__name__} cannot be combined with round_to=; leave one of them out")
         if layer.whole or (layer.grid.get(self.axis, 1) == 1 and layer.target.axes.get(self.axis, 2) > 1):
@@ -78,17 +82,17 @@ class Blocks:
                 "blocks; choose another granularity or axis, or leave the layer out with exclude="
             )
         shape, place = tuple(layer.grid.values()), list(layer.grid).index(self.axis)
-        if isinstance(layer, DeviceLayer):
-            return kept_in_blocks(layer, shape, place, self.size, count)
+        return math.prod(shape[:place]), shape[place], math.prod(shape[place + 1 :])
+
+    def _of_layer(self, layer: ScoredLayer, form: tuple[int, int, int], count: int) -> np.ndarray:
+        """Which groups of a layer are kept, when `count` of every block are pruned."""
+        outer, length, inner = form
         kept = np.empty(len(layer), bool)
-        # Whole rows of the first axis at a time, unless the blocks run along it.
-        row = math.prod(shape[1:])
-        rows = shape[0] if place == 0 else max(1, CHUNK // row)
-        for start in range(0, shape[0], rows):
-            part = slice(start * row, min(start + rows, shape[0]) * row)
-            form = (-1, *shape[1:])
-            keys = ranking_keys(layer, part).reshape(form)
-            write_kept(kept[part].reshape(form), keys, place, self.size, count)
+        rows = max(1, CHUNK // (length * inner))
+        for start in range(0, outer, rows):
+            part = slice(start * length * inner, min(start + rows, outer) * length * inner)
+            keys = ranking_keys(layer, part).reshape(-1, length, inner)
+            write_kept(kept[part].reshape(-1, length, inner), keys, 1, self.size, count)
             if not layer.revives:
                 kept[part] &= layer.alive[part]
         return kept

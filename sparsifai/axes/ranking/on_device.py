@@ -25,7 +25,8 @@ def select_on_device(scopes: Sequence[Sequence[DeviceLayer]], sparsity: float) -
     """
     kernels = kernels_for(scopes)
     if kernels is not None:
-        return kernels.select(_for_kernels(scopes), sparsity)
+        for_kernels([layer for layers in scopes for layer in layers])
+        return kernels.select(scopes, sparsity)
     return [stays for layers in scopes for stays in _select(layers, sparsity)]
 
 
@@ -63,29 +64,33 @@ def _select(layers: Sequence[DeviceLayer], sparsity: float) -> list[Tensor]:
 
 def kernels_for(scopes: Sequence[Sequence[DeviceLayer]]) -> ModuleType | None:
     """The Triton kernels, where they can rank all scopes: on CUDA, where torch brings Triton, groups of one size."""
-    if find_spec("triton") is None or not all(map(_is_for_kernels, scopes)):
+    if not all(map(_is_for_kernels, scopes)):
         return None
     return import_module("sparsifai.axes.ranking.on_device_triton")
 
 
 def _is_for_kernels(layers: Sequence[DeviceLayer]) -> bool:
     sizes = {layer.size if isinstance(layer.size, int) else None for layer in layers}
-    floats = {layer.score.dtype for layer in layers} <= {torch.float32, torch.bfloat16, torch.float16}
-    fit = all(not layer.whole and 0 < len(layer) < 2**30 and layer.alive.is_cuda for layer in layers)
+    fit = can_have_keys(layers) and not any(layer.whole for layer in layers)
     fit = fit and sum(map(len, layers)) < 2**31  # which is what a bin can count
-    return fit and floats and len(sizes) == 1 and None not in sizes
+    return fit and len(sizes) == 1 and None not in sizes
 
 
-def _for_kernels(scopes: Sequence[Sequence[DeviceLayer]]) -> Sequence[Sequence[DeviceLayer]]:
-    """With scores of one type, and with tensors that begin where a GPU reads fast."""
-    layers = [layer for scope in scopes for layer in scope]
+def can_have_keys(layers: Sequence[DeviceLayer]) -> bool:
+    """Whether Triton can rank scores by their bits: on CUDA, where torch brings Triton, no float64."""
+    floats = {layer.score.dtype for layer in layers} <= {torch.float32, torch.bfloat16, torch.float16}
+    fit = floats and all(0 < len(layer) < 2**30 and layer.alive.is_cuda for layer in layers)
+    return fit and find_spec("triton") is not None
+
+
+def for_kernels(layers: Sequence[DeviceLayer]) -> None:
+    """Give layers scores of one type, and tensors that begin where a GPU reads fast."""
     if len({(layer.score.dtype, layer.magnitude) for layer in layers}) > 1:
         for layer in layers:
             score = layer.score.float()
             layer.score, layer.magnitude = score.abs() if layer.magnitude else score, False
     for layer in layers:
         layer.score, layer.alive = _aligned(layer.score), _aligned(layer.alive)
-    return scopes
 
 
 def _aligned(values: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def whole_words(place, count, width: tl.constexpr):
 
 
 @triton.jit
-def _key(bits, unsigned: tl.constexpr, magnitude: tl.constexpr):
+def key_of(bits, unsigned: tl.constexpr, magnitude: tl.constexpr):
     """Bits without the sign, and the key, which orders like the score."""
     size = bits.to(tl.int32) & unsigned
     key = size
@@ -95,7 +95,7 @@ def load_groups(scores, mask, first, count, unsigned: tl.constexpr, magnitude: t
         read = whole_words(place, count, width)
         alive = (tl.load(mask + place, mask=read, other=0) != 0) & (place < count)
         bits = tl.load(scores + place, mask=read, other=0)
-    size, key = _key(bits, unsigned, magnitude)
+    size, key = key_of(bits, unsigned, magnitude)
     return place, alive, size, key
 
 
@@ -189,7 +189,7 @@ def draw_sample(
         bits = tl.load(tl.load(row).to(tl.pointer_type(tl.int32)) + place)
     else:
         bits = tl.load(tl.load(row).to(tl.pointer_type(tl.int16)) + place)
-    _, key = _key(bits, unsigned, magnitude)
+    _, key = key_of(bits, unsigned, magnitude)
     candidate = candidates_of(alive, 0, 1, row, tl.load(falling + scope) != 0, revives)
     tl.store(keys + scope * sample + number, tl.where(candidate, key, NO_KEY))
 

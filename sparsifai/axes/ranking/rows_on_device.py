@@ -2,55 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .device_layer import DeviceLayer
+from .on_device import can_have_keys, for_kernels
 
 
-def kept_in_blocks(layer: DeviceLayer, shape: tuple[int, ...], axis: int, size: int, count: int) -> Tensor:
-    """Which groups of a layer stay, when `count` of every block are pruned; as write_kept of within_rows.py.
+class Rows(NamedTuple):
+    """How the groups of a layer form rows: as an array (outer, length, inner), cut along `length`.
+
+    Attributes:
+        outer: Number of groups along the axes before.
+        length: Number of groups along the axis of the rows.
+        inner: Number of groups along the axes behind.
+        size: Groups of a row. A last one along the axis may be shorter; what it lacks counts as pruned.
+        pruned: Groups to prune in a whole row.
+    """
+
+    outer: int
+    length: int
+    inner: int
+    size: int
+    pruned: int
+
+    @property
+    def along(self) -> int:
+        """Number of rows along the axis."""
+        return -(-self.length // self.size)
+
+    @property
+    def number(self) -> int:
+        """Number of rows."""
+        return self.outer * self.along * self.inner
+
+
+def kept_in_rows(layers: Sequence[DeviceLayer], all_rows: Sequence[Rows]) -> list[Tensor]:
+    """Which groups of each layer stay, when the lowest of every row are pruned, masked ones first, ties in index order.
 
     Args:
-        layer: The layer.
-        shape: Number of groups along each axis.
-        axis: Axis along which the blocks run. A block at its end may be shorter; what it lacks counts as pruned.
-        size: Length of a block.
-        count: Number of groups to prune in a whole block.
+        layers: The layers.
+        all_rows: Their rows.
     """
-    score, alive = (values.reshape(shape).movedim(axis, -1) for values in (_scores(layer), layer.alive))
-    whole = shape[axis] // size * size
+    if can_have_keys(layers):
+        kernels = import_module("sparsifai.axes.ranking.rows_triton")
+        if all(min(rows.size, rows.length) <= kernels.LONGEST for rows in all_rows):
+            for_kernels(layers)
+            return kernels.rank(layers, all_rows)
+    return [_kept_in_rows(layer, rows) for layer, rows in zip(layers, all_rows, strict=True)]
+
+
+def _kept_in_rows(layer: DeviceLayer, rows: Rows) -> Tensor:
+    """Of one layer, with torch alone."""
+    outer, length, inner, size, pruned = rows
+    # 0.0 in place of -0.0, for a GPU sorts by bits.
+    score = (layer.score.abs() if layer.magnitude else layer.score) + 0.0
+    score, alive = (values.reshape(outer, length, inner).movedim(1, -1) for values in (score, layer.alive))
+    whole = length // size * size
     kept = []
-    for start, end, block in ((0, whole, size), (whole, shape[axis], shape[axis] - whole)):
+    for start, end, row in ((0, whole, size), (whole, length, length - whole)):
         if start < end:
-            form = (*score.shape[:-1], (end - start) // block, block)
+            form = (outer, inner, (end - start) // row, row)
             scores, masks = score[..., start:end].reshape(form), alive[..., start:end].reshape(form)
-            kept.append(_all_but_lowest(scores, masks, max(count - (size - block), 0)).flatten(-2))
-    return _may_stay(torch.cat(kept, -1).movedim(-1, axis).reshape(-1), layer)
-
-
-def kept_in_rows(layer: DeviceLayer, shape: tuple[int, ...], order: list[int], outer: int, count: int) -> Tensor:
-    """Which groups of a layer stay, when `count` of every row are pruned.
-
-    Args:
-        layer: The layer.
-        shape: Number of groups along each axis.
-        order: The axes, with those that index the rows first.
-        outer: How many of them do.
-        count: Number of groups to prune in a row.
-    """
-    score, alive = (values.reshape(shape).permute(order) for values in (_scores(layer), layer.alive))
-    kept = _all_but_lowest(score.flatten(outer), alive.flatten(outer), count).reshape(score.shape)
-    return _may_stay(kept.permute([order.index(axis) for axis in range(len(order))]).reshape(-1), layer)
-
-
-def _scores(layer: DeviceLayer) -> Tensor:
-    """The scores; 0.0 in place of -0.0, for a GPU sorts by bits."""
-    return (layer.score.abs() if layer.magnitude else layer.score) + 0.0
-
-
-def _may_stay(kept: Tensor, layer: DeviceLayer) -> Tensor:
-    return kept if layer.revives else kept & layer.alive
+            kept.append(_all_but_lowest(scores, masks, max(pruned - (size - row), 0)).flatten(-2))
+    stays = torch.cat(kept, -1).movedim(-1, 1).reshape(-1)
+    return stays if layer.revives else stays & layer.alive
 
 
 def _all_but_lowest(score: Tensor, alive: Tensor, count: int) -> Tensor:

@@ -179,6 +179,7 @@ def test_the_triton_kernels_compile_for_an_h100():
     from sparsifai.axes.ranking import on_device_kernels as finding
     from sparsifai.axes.ranking import on_device_triton as launched
     from sparsifai.axes.ranking import on_device_writing as writing
+    from sparsifai.axes.ranking import rows_triton as within
 
     size = {"block": launched.BLOCK, "steps": launched.STEPS[0]}
     first, second = launched.BINS[:2]
@@ -204,6 +205,11 @@ def test_the_triton_kernels_compile_for_an_h100():
     for wide, brain, members in ((True, False, 4), (False, True, 512), (False, False, 16)):
         tile = {"groups": pooling.TILE // members, "members": members, "steps": pooling.STEPS}
         cases.append((pooling.sum_pieces, {"wide": wide, "brain": brain, **tile}))
+    for members, exact in ((4, True), (16, False), (64, True), (4096, False)):
+        keys = launched.KEYS[torch.float32 if members < 64 else torch.bfloat16]
+        tile = {"exact": exact, "pairs": members <= within.PAIRS, "members": members}
+        tile |= {"rows": within.TILE // members, **keys._asdict(), "magnitude": exact, "revives": members == 16}
+        cases.append((within.rank_rows, tile))
     cases.append((pooling.sum_up, {"mean": True, "block": pooling.SUMMED}))
     for kernel, constants in cases:
         names = [name for name in kernel.arg_names if name not in constants]
