@@ -196,7 +196,7 @@ def of_scores(rng, kind, dtype, magnitude):
 
 def of_rows(rng, dtype, size, magnitude, compared):
     """Masks within rows and blocks, side by side and not, beside those that are sorted."""
-    rows_triton.PAIRS, rows_triton.TILE = (16, 64) if compared else (1, 64)
+    rows_triton.PAIRS, rows_triton.TILE = ((16, 16), 64) if compared else ((1, 1), 512)
     for revives in ((False, False, False), (True, False, True)):
         layers, others, all_rows = [], [], []
         # Rows that fill a tile, that end short, and that do not lie side by side.
@@ -305,9 +305,10 @@ else:
         halves = (torch.bfloat16, torch.float16)
         of_scores(rng, kind, halves[rng.integers(2)], magnitude=bool(rng.random() < 0.5))
     of_scores(rng, "normal", torch.float32, magnitude=True)
-    for number, (dtype, size) in enumerate(itertools.product((torch.float32, torch.bfloat16), (2, 4, 5, 16))):
-        of_rows(rng, dtype, size, magnitude=number % 3 == 0, compared=True)
-        of_rows(rng, dtype, size * 5, magnitude=number % 3 == 1, compared=False)
+    for dtype, size in ((torch.float32, 2), (torch.float32, 5), (torch.float32, 16), (torch.bfloat16, 4)):
+        of_rows(rng, dtype, size, magnitude=size > 4, compared=True)
+    for dtype, size in ((torch.float32, 40), (torch.bfloat16, 20)):
+        of_rows(rng, dtype, size, magnitude=size > 20, compared=False)
 launches.check()
 assert launches.checked > 50
 launches.reads_own = True

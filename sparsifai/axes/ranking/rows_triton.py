@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from .rows_on_device import Rows
 
 COLUMNS = tl.constexpr(11)
-# Groups of a tile, and members of the longest rows that are compared in pairs, and that are ranked here at all.
-TILE, PAIRS, LONGEST = 4096, 16, 16384
+# Groups of a tile, and members of the longest rows that are ranked here.
+TILE, LONGEST = 2048, 16384
+# Members of the longest rows that are compared in pairs; where these need much of the registers, and where they do not.
+PAIRS = (4, 16)
 
 
 @triton.jit
@@ -137,8 +139,8 @@ def rank(layers: Sequence[DeviceLayer], all_rows: Sequence[Rows]) -> list[Tensor
         for exact, members, layer_of in plan.launches:
             rank_rows[(len(layer_of),)](
                 *(given, layer_of, is_nan, out.view(torch.int8)),
-                **kind, exact=exact, pairs=members <= PAIRS, rows=_rows_of_tile(members), members=members,
-                num_warps=16 if members > TILE else 8,
+                **kind, exact=exact, pairs=members <= PAIRS[exact and not kind["revives"]], rows=_rows_of_tile(members), members=members,
+                num_warps=16 if members == LONGEST else 8,
             )  # fmt: skip
     for layer, nan in zip(layers, (is_nan != 0).unbind(), strict=True):
         layer.nan = nan
