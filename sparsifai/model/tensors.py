@@ -61,4 +61,4 @@ def cloned(value: Any) -> Any:
 def sent(values: np.ndarray, device: torch.device) -> Tensor:
     """Numbers as a tensor on a device; a transfer to a GPU is not waited for."""
     tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -10,11 +10,14 @@ import math
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import accumulate
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ...model.tensors import sent
 from .device_layer import DeviceLayer
 
 
@@ -31,24 +34,35 @@ def select_on_device(scopes: Sequence[Sequence[DeviceLayer]], sparsity: float) -
 
 
 def _select(layers: Sequence[DeviceLayer], sparsity: float) -> list[Tensor]:
-    """One scope, with torch alone."""
-    for layer in layers:
-        if layer.magnitude:
-            layer.score, layer.magnitude = layer.score.abs(), False
-        layer.nan = (layer.score.isnan() & (layer.alive | layer.revives)).any()
-    score = torch.cat([layer.score for layer in layers])
-    alive = torch.cat([layer.alive for layer in layers])
+    """One scope, with torch alone: all layers in one list, for each operation is a launch."""
+    lengths = [len(layer) for layer in layers]
+    device, count = layers[0].alive.device, len(layers)
     equal = all(isinstance(layer.size, int) and layer.size == layers[0].size for layer in layers)
-    sizes = [_sizes(layer) for layer in layers]
-    size = sizes[0][0].expand(len(score)) if equal else torch.cat(sizes)
+    own = [layer.size if isinstance(layer.size, int) else 0 for layer in layers]
+    numbers = np.array([0, *accumulate(lengths), *own, *(layer.revives for layer in layers)], np.int64)
+    offsets, sizes, may_revive = sent(numbers, device).split([count + 1, count, count])
+    each = torch.arange(count, device=device)
+    layer_of = each.repeat_interleave(offsets.diff(), output_size=sum(lengths))
+    score, alive = _joined_scores(layers), torch.cat([layer.alive for layer in layers])
+    revives = may_revive.bool().index_select(0, layer_of)
+    nan = _any_of_layers(score.isnan() & (alive | revives), offsets).unbind()
+    for layer, flag in zip(layers, nan, strict=True):
+        layer.nan = flag
+    size = sizes.double()[:1] if equal else sizes.double().index_select(0, layer_of)  # of which sums are exact
+    if any(isinstance(layer.size, Tensor) for layer in layers):
+        pieces = zip(layers, size.split(lengths), strict=True)
+        size = torch.cat([layer.size.double() if isinstance(layer.size, Tensor) else piece for layer, piece in pieces])
     wanted = sparsity * sum(layer.weights for layer in layers)
-    masked = size[0] * (~alive).sum() if equal else (size * ~alive).sum()
+    masked = (size * ~alive).sum()
 
     # A rising target adds to what is masked, but for the best of every layer. Of a falling one, which only gives
     # back, the masked ones are the candidates.
     falling = wanted < masked
-    revives = torch.cat([_full(layer, layer.revives) for layer in layers])
-    candidate = alive if layers[0].may_empty else alive & ~torch.cat(_best(layers))
+    candidate = alive
+    if not layers[0].may_empty:
+        if all(layer.whole for layer in layers):  # of whole layers, the best of them all
+            offsets, layer_of = offsets[:: len(layers)], torch.zeros_like(layer_of)
+        candidate = alive & ~_best(score, alive, offsets, layer_of)
     candidate = torch.where(falling, ~alive & revives, candidate)
     stay_masked = (size * (~alive & ~revives)).sum()
     amount = torch.where(falling, (wanted - stay_masked).clamp(min=0), wanted - masked)
@@ -59,7 +73,22 @@ def _select(layers: Sequence[DeviceLayer], sparsity: float) -> list[Tensor]:
     else:
         falls = _lowest(score, candidate, size, amount)
     stays = (alive | (falling & revives)) & ~falls
-    return list(stays.split([len(layer) for layer in layers]))
+    return list(stays.split(lengths))
+
+
+def _joined_scores(layers: Sequence[DeviceLayer]) -> Tensor:
+    """The scores of all layers; 0.0 in place of -0.0, for a GPU sorts by bits."""
+    if len({layer.magnitude for layer in layers}) > 1:
+        for layer in layers:
+            layer.score, layer.magnitude = layer.score.abs() if layer.magnitude else layer.score, False
+    score = torch.cat([layer.score for layer in layers])
+    return score.abs() if layers[0].magnitude else score + 0.0
+
+
+def _any_of_layers(values: Tensor, offsets: Tensor) -> Tensor:
+    """For each layer, whether any of its values is true. offsets: where each layer begins, and the end."""
+    upto = values.cumsum(0).index_select(0, offsets[1:] - 1)
+    return upto.diff(prepend=torch.zeros_like(upto[:1])) > 0
 
 
 def kernels_for(scopes: Sequence[Sequence[DeviceLayer]]) -> ModuleType | None:
@@ -117,29 +146,14 @@ def _lowest(score: Tensor, candidate: Tensor, size: Tensor, amount: Tensor) -> T
     return torch.empty_like(candidate).scatter_(0, order, falls_in_order)
 
 
-def _full(layer: DeviceLayer, value: bool) -> Tensor:
-    """One bool for all groups, filled on the GPU."""
-    return torch.full((1,), value, device=layer.alive.device).expand(len(layer))
+def _best(score: Tensor, alive: Tensor, offsets: Tensor, layer_of: Tensor) -> Tensor:
+    """True at the best group of each layer: its highest score, the last of equals."""
 
+    def highest_of_layer(values: Tensor) -> Tensor:
+        # Unsafe is that offsets are not checked, for which the host would have to read them.
+        return torch.segment_reduce(values, "max", offsets=offsets, unsafe=True).index_select(0, layer_of)
 
-def _sizes(layer: DeviceLayer) -> Tensor:
-    """Weights in every group, as float64: sums of whole numbers are exact in whatever order."""
-    if isinstance(layer.size, Tensor):
-        return layer.size.double()
-    # Filled on the GPU; a number that is sent there would be waited for.
-    return torch.full((1,), layer.size, dtype=torch.float64, device=layer.alive.device).expand(len(layer))
-
-
-def _best(layers: Sequence[DeviceLayer]) -> list[Tensor]:
-    """For each layer, True at its best group: its highest score, the last of equals. Of whole layers, of them all."""
-    if all(layer.whole for layer in layers):
-        score, alive = torch.cat([layer.score for layer in layers]), torch.cat([layer.alive for layer in layers])
-        return list(_best_of(score, alive).split([len(layer) for layer in layers]))
-    return [_best_of(layer.score, layer.alive) for layer in layers]
-
-
-def _best_of(score: Tensor, alive: Tensor) -> Tensor:
-    highest = score.masked_fill(~alive, -math.inf).amax()
-    place = torch.arange(len(score), device=score.device)
-    last = torch.where((score == highest) & alive, place, -1).amax()
-    return place == last
+    values = score.double().masked_fill(~alive, -math.inf)
+    place = torch.arange(len(score), dtype=torch.float64, device=score.device)
+    is_highest = (values == highest_of_layer(values)) & alive
+    return is_highest & (place == highest_of_layer(torch.where(is_highest, place, -1.0)))

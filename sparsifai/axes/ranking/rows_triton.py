@@ -139,7 +139,8 @@ def rank(layers: Sequence[DeviceLayer], all_rows: Sequence[Rows]) -> list[Tensor
         for exact, members, layer_of in plan.launches:
             rank_rows[(len(layer_of),)](
                 *(given, layer_of, is_nan, out.view(torch.int8)),
-                **kind, exact=exact, pairs=members <= PAIRS[exact and not kind["revives"]], rows=_rows_of_tile(members), members=members,
+                **kind, exact=exact, pairs=members <= PAIRS[exact and not kind["revives"]],
+                rows=_rows_of_tile(members), members=members,
                 num_warps=16 if members == LONGEST else 8,
             )  # fmt: skip
     for layer, nan in zip(layers, (is_nan != 0).unbind(), strict=True):

@@ -21,6 +21,7 @@ from conftest import EXAMPLE, as_on_device, masked_of, show_data, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsifai import Sparsifier, blocks, criteria
 from sparsifai.axes.ranking.device_layer import DeviceLayer
@@ -60,6 +61,30 @@ def test_the_same_groups_stay_as_on_the_host(layers, sparsity, equal, whole, rev
         )
     expected = [stays.tolist() for stays in select_groups(host, sparsity)]
     assert [stays.tolist() for stays in select_on_device([device], sparsity)] == expected
+
+
+def test_a_joint_ranking_takes_no_more_operations_for_more_layers():
+    # Each operation is a launch on a GPU.
+    counts = []
+    for number in (4, 40):
+        layers = [
+            DeviceLayer(Weights(6 * size), torch.randn(6, device="meta"), torch.ones(6, device="meta") > 0, size)
+            for size in range(1, number + 1)
+        ]
+        with Operations() as operations:
+            select_on_device([layers], 0.5)
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations, but not views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += not function.is_view
+        return function(*arguments, **(keywords or {}))
 
 
 @pytest.mark.filterwarnings("ignore:a falling sparsity revives")
