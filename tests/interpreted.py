@@ -26,7 +26,7 @@ from sparsifai.sparsifier import masking_triton
 
 # Small, so that layers have several programs, scopes more groups than are sampled, and bins are narrowed down in steps.
 on_device_triton.BLOCK, on_device_triton.STEPS, on_device_triton.SAMPLE = 256, (2, 3), 128
-on_device_triton.MANY = 1000
+on_device_triton.MANY, on_device_triton.SUMMED = 1000, 3
 on_device_triton.BINS = (16, 2048, 2048, 2048)
 on_device_triton.SPREAD = 0  # so that what is looked for is often beside the bracket
 

@@ -229,19 +229,21 @@ def bracket(
         middle = share * drawn
         margin = spread * tl.sqrt(tl.maximum(drawn * share * (1 - share), 0.0)) + 4
         first, last = (middle - margin).to(tl.int32), (middle + margin).to(tl.int32) + 1
-        # The keys at these two places in the order of the sample, found by halves of all keys.
-        begin, begin_end = wanted * 0 + lowest, wanted * 0 + highest
-        end, end_end = wanted * 0 + lowest, wanted * 0 + highest
-        for _ in range(32):
-            half, end_half = (begin + begin_end) >> 1, (end + end_end) >> 1
-            before_begin = tl.sum((every <= half).to(tl.int32), 0) <= first
-            before_end = tl.sum((every <= end_half).to(tl.int32), 0) <= last
+        # The keys at these two places in the order of the sample, found by halves of all keys. Both are counted in one
+        # number, of which each has 16 bits.
+        begin, begin_end = first * 0 + lowest, first * 0 + highest
+        end, end_end = first * 0 + lowest, first * 0 + highest
+        for _ in range(32 if highest > 0xFFFF else 17):
+            half = (begin & begin_end) + ((begin ^ begin_end) >> 1)  # which does not overflow
+            end_half = (end & end_end) + ((end ^ end_end) >> 1)
+            both = tl.sum((every <= half).to(tl.int32) + ((every <= end_half).to(tl.int32) << 16), 0)
+            before_begin, before_end = (both & 0xFFFF) <= first, (both >> 16) <= last
             begin = tl.where(before_begin & (begin < begin_end), half + 1, begin)
             begin_end = tl.where(before_begin, begin_end, half)
             end = tl.where(before_end & (end < end_end), end_half + 1, end)
             end_end = tl.where(before_end, end_end, end_half)
-        begin = tl.where((first > 0) & (first < drawn), begin, lowest)
-        end = tl.where(last < drawn, tl.maximum(begin, end), highest)
+        begin = tl.where((first > 0) & (first < drawn), begin, lowest).to(tl.int64)
+        end = tl.where(last < drawn, tl.maximum(begin, end.to(tl.int64)), highest)
         base = tl.where((end - begin < bins) & in_rows, begin, NO_BASE)
         store_state(after, begin, end, False, wanted, wanted * 0, base, bins)
         tl.atomic_add(undone, 1, sem="relaxed")
@@ -272,7 +274,10 @@ def count_in_bins(
             if protects:
                 best_place = (tl.load(best + layer) & 0xFFFFFFFF).to(tl.int32)
             counts += (tl.program_id(0).to(tl.int64) if surveys else scope) * bins
-            scores, mask = scores_of(row, unsigned), mask_of(row)
+            # Without their alignment, a thread loads single groups of which it adds to bins itself. Words of several
+            # are handed from thread to thread first, for which all threads wait.
+            scores = tl.load(row).to(tl.pointer_type(tl.int32 if unsigned > 0xFFFF else tl.int16))
+            mask = tl.load(row + 1).to(tl.pointer_type(tl.int8))
             higher = tl.zeros([block], tl.int32)
             largest = tl.zeros([block], tl.int32)
             one = tl.full([block], 1, tl.int32)
@@ -290,15 +295,32 @@ def count_in_bins(
                 if first:
                     higher += (candidate & (key > end)).to(tl.int32)
                 from_begin = (key - begin).to(tl.uint32, bitcast=True)
-                # One number for both: these are handed from thread to thread.
-                bin_of_key = tl.where(candidate & (from_begin <= width), (from_begin >> shift).to(tl.int32), -1)
-                tl.atomic_add(counts + bin_of_key, one, mask=bin_of_key >= 0, sem="relaxed")
+                bin_of_key = (from_begin >> shift).to(tl.int32)
+                tl.atomic_add(counts + bin_of_key, one, mask=candidate & (from_begin <= width), sem="relaxed")
             if first:
                 all_higher = tl.sum(higher, 0)
                 tl.atomic_add(above + scope, all_higher.to(tl.int64), sem="relaxed")
             if surveys:
                 tl.atomic_max(above_of + layer, all_higher.to(tl.int64), sem="relaxed")
                 tl.atomic_max(is_nan + layer, (tl.max(largest, 0) > infinity).to(tl.int32), sem="relaxed")
+
+
+@triton.jit
+def sum_rows(rows, scope_of, programs, counts, bins: tl.constexpr, several: tl.constexpr):
+    """Sum up the rows of bins of every scope; a program takes several rows, of which most are of one scope."""
+    place = tl.arange(0, bins)
+    first = tl.program_id(0) * several
+    rows += tl.program_id(0).to(tl.int64) * (several * bins)
+    scope = tl.load(scope_of + first)
+    sums = tl.zeros([bins], tl.int32)
+    for number in range(first, tl.minimum(first + several, programs)):
+        own = tl.load(scope_of + number)
+        if own != scope:
+            tl.atomic_add(counts + scope * bins + place, sums, sem="relaxed")
+            sums = tl.zeros([bins], tl.int32)
+        scope = own
+        sums += tl.load(rows + (number - first) * bins + place)
+    tl.atomic_add(counts + scope * bins + place, sums, sem="relaxed")
 
 
 @triton.jit

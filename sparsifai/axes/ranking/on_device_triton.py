@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ...model.tensors import sent
-from .on_device_kernels import COLUMNS, FIELDS, ask, bracket, count_alive, count_in_bins, draw_sample, narrow
+from .on_device_kernels import COLUMNS, FIELDS, ask, bracket, count_alive, count_in_bins, draw_sample, narrow, sum_rows
 from .on_device_writing import count_ties, find_best, find_last, keep_best, protect, write_masks
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ BLOCK, STEPS, WARPS = 2048, (4, 32), 8
 MANY = 2**27
 # Groups that are sampled in each scope, and layers of a scope that are looked at together.
 SAMPLE, LAYERS = 16384, 128
+# Programs whose bins are summed up together.
+SUMMED = 32
 # Bins of each pass. In the first, every program has its own, so that they are few.
 BINS = (256, 8192, 8192, 8192)
 # Standard deviations of the sample's order statistics between its bracket and where pruning is expected to end.
@@ -194,9 +196,10 @@ class _Selection:
             )  # fmt: skip
             if surveys:
                 self.rows = counts
-                rows = counts.view(*self.grid, bins)
-                counts = torch.zeros((self.count, bins), dtype=torch.int32, device=self.device)
-                counts.index_add_(0, self.programs.scope_of, rows)
+                (counts,) = self._filled(0, torch.int32, self.count * bins)
+                sum_rows[(-(-self.grid[0] // SUMMED),)](
+                    self.rows, self.programs.scope_of, self.grid[0], counts, bins=bins, several=SUMMED
+                )
             following = {"bins": bins, "next_bins": all_bins[min(each + 1, len(all_bins) - 1)]}
             undone = self._go_on(
                 narrow,

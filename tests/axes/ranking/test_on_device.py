@@ -235,13 +235,15 @@ def test_the_triton_kernels_compile_for_an_h100():
         tile = {"exact": exact, "pairs": members <= within.PAIRS[1], "members": members}
         tile |= {"rows": max(within.TILE // members, 1), **keys._asdict(), "magnitude": exact, "revives": members == 16}
         cases.append((within.rank_rows, tile))
+    cases.append((finding.sum_rows, {"bins": first, "several": launched.SUMMED}))
     cases.append((pooling.sum_up, {"mean": True, "block": pooling.SUMMED}))
     for kernel, constants in cases:
         names = [name for name in kernel.arg_names if name not in constants]
         pointed_to = {**POINTED_TO, **({"out": "fp32"} if kernel is pooling.sum_up else {})}
         # What is sent to a GPU begins at multiples of 16 bytes, of which a kernel makes use.
         aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in names}
-        types = {**{name: f"*{pointed_to.get(name, 'i64')}" for name in names}, **dict.fromkeys(constants, "constexpr")}
+        types = {name: "i32" if name == "programs" else f"*{pointed_to.get(name, 'i64')}" for name in names}
+        types |= dict.fromkeys(constants, "constexpr")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Triton, about its own defaults
             source = ASTSource(kernel, types, constants, aligned)
@@ -249,7 +251,7 @@ def test_the_triton_kernels_compile_for_an_h100():
             compiled = triton.compile(source, target=target, options=options)
         assert len(compiled.asm["cubin"]) > 0
         assert compiled.metadata.shared < 48 * 1024
-        if "block" in constants and constants["block"] == launched.BLOCK:
+        if constants.get("block") == launched.BLOCK and kernel is not finding.count_in_bins:
             # Scores and masks are read and written in words of several groups, not one group at a time.
             assert "global.b8" not in compiled.asm["ptx"]
             assert "global.b16" not in compiled.asm["ptx"]
