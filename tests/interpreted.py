@@ -47,7 +47,8 @@ class Launches:
         pointer, mask = {"masked_load": (0, 1), "masked_store": (0, 2), "atomic_rmw": (1, 3)}[name]
 
         def noted(*given):
-            places.append(given[pointer].data[np.broadcast_to(given[mask].data, given[pointer].data.shape)].ravel())
+            there = np.broadcast_to(given[mask].data, given[pointer].data.shape).astype(bool)
+            places.append(given[pointer].data[there].ravel())
             return function(*given)
 
         return noted

@@ -120,6 +120,8 @@ def kind_of(module: nn.Module) -> str:
 
 def reshard(model: nn.Module) -> None:
     """Free the parameters that fully_shard gathered for a forward, so that they are the trained shards again."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return  # no module is sharded; to ask them all takes the host longer than many a step
     for module in model.modules():
         if hasattr(type(module), "reshard"):  # asked of the class, for a module looks long for what it does not have
             module.reshard()  # type: ignore[operator]
