@@ -73,25 +73,26 @@ class NewMasks:
         levels: Layer name -> the sparsity it was pruned to.
         random: State of the random generator after the scores were drawn.
         notices: What the user should be warned of.
-        nan: Layer name -> bool tensor on a GPU, whether a score was NaN. Reading it waits for the GPU.
+        nan: Names of layers -> bool tensor on a GPU, whether a score of each was NaN. Reading it waits for the GPU.
     """
 
     masks: dict[str, Tensor]
     levels: dict[str, float]
     random: Tensor
     notices: list[str] = field(default_factory=list)
-    nan: dict[str, Tensor] = field(default_factory=dict)
+    nan: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
 
     def check_nan(self) -> None:
         """Raise a ValueError if a score was NaN."""
         check_nan(self.nan)
 
 
-def check_nan(flags: dict[str, Tensor]) -> None:
+def check_nan(flags: dict[tuple[str, ...], Tensor]) -> None:
     """Raise a ValueError if a flag of `NewMasks.nan` is true."""
-    for name, flag in flags.items():
-        if flag:
-            raise ValueError(nan_message(name))
+    for names, of_layers in flags.items():
+        for name, is_nan in zip(names, of_layers.tolist(), strict=True):
+            if is_nan:
+                raise ValueError(nan_message(name))
 
 
 @torch.no_grad()
@@ -121,7 +122,7 @@ def build_masks(
     masks = {name: layer.mask for name, layer in layers.items()}
     levels = {name: layer.level for name, layer in layers.items()}
     notices: list[str] = []
-    nan: dict[str, Tensor] = {}
+    nan: dict[tuple[str, ...], Tensor] = {}
     on_device = ranking.stays_on_device(layers)
     how: Any = {"pool": options.pool, "may_empty": options.may_empty, "on_device": on_device}
     # The built-in contexts only rank scores; one of the user's own may read them.
@@ -139,7 +140,7 @@ def build_masks(
                         pool_magnitudes(unpooled, options.pool)
                     kept: Any = ask_on_device(options.context, scored, share)
                     flags = torch.stack([layer.has_nan() for layer in scored])  # at once: each operation is a launch
-                    note_nan(nan, dict(zip([layer.target.name for layer in scored], flags.unbind(), strict=True)))
+                    note_nan(nan, {tuple(names): flags})
                 else:
                     ranked, split = joint_layers(scored, ranking.coupling, options.round_to)
                     notices += _notices_of_scores(ranked, share, collected)
@@ -160,13 +161,10 @@ def build_masks(
     return NewMasks(masks, levels, random, notices, nan)
 
 
-def note_nan(nan: dict[str, Tensor], flags: dict[str, Tensor]) -> None:
+def note_nan(nan: dict[tuple[str, ...], Tensor], flags: dict[tuple[str, ...], Tensor]) -> None:
     """Note in `nan` which layers on a GPU have NaN scores, without reading it; both are as `NewMasks.nan`."""
-    known = [name for name in flags if name in nan]
-    nan.update({name: flag for name, flag in flags.items() if name not in nan})
-    if known:  # those of earlier updates may not have been read yet
-        either = torch.stack([nan[name] for name in known]) | torch.stack([flags[name] for name in known])
-        nan.update(zip(known, either.unbind(), strict=True))
+    for names, of_layers in flags.items():  # those of earlier updates may not have been read yet
+        nan[names] = of_layers | nan[names] if names in nan else of_layers
 
 
 def _notices_of_scores(ranked: Sequence[ScoredLayer], sparsity: float, by: CollectedQuantities) -> list[str]:

@@ -31,7 +31,7 @@ class MaskedModel:
     def __init__(self, model: nn.Module, layers: dict[str, Layer], followers: Sequence[Follower]):
         self.model: Any = model
         self.layers, self.all_masks = layers, ModelMasks(layers, followers)
-        self._nan: dict[str, Tensor] = {}  # layer name -> whether scores on a GPU were NaN, at the last update
+        self._nan: dict[tuple[str, ...], Tensor] = {}  # names of layers -> whether scores on a GPU were NaN
 
     @property
     def masks(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What users are warned of: where masks of whole outputs, or criteria, do not do what one might expect."""
+"""What users are warned of: where options do not do what one might expect, or cost much."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ..axes.context import contexts
+from ..axes.criterion import quantities_of
 from ..axes.grouping import squared_sum
+from ..support.capability import capability
 from ..support.registry import name_of
 from ..support.table import percent
 from .followers import Follower, rescaled_layers
@@ -40,6 +43,36 @@ def notices_of_frozen(layers: Layers) -> list[str]:
         f"they stay dense {later[layers[frozen[0]].why_dense]}; unfreeze them, or name them in layers= to prune them "
         "as they are"
     ]
+
+
+def notices_of_host(options: Options, layers: Layers) -> list[str]:
+    """What the user should be warned of when layers on a GPU are ranked on the host.
+
+    Args:
+        options: The options of the Sparsifier.
+        layers: All layers.
+    """
+    weights = [layer.parameter for layer in selected(layers).values()]
+    if not any(weight.device.type in ("cuda", "meta") for weight in weights):
+        return []
+    count = sum(weight.numel() for weight in weights)
+    notices = []
+    if "rng" in quantities_of(options.criteria):
+        notices.append(
+            f"criterion {name_of(options.criteria)}: {count} random scores are drawn on the host and sent to the GPU "
+            "at every update, and training waits for them; update less often, or use a criterion that is computed from "
+            "weights or gradients"
+        )
+    reasons = [f"context {name_of(options.context)}"] * (not capability(options.context, "on_device", False))
+    reasons += ["round_to="] * (options.round_to is not None) + ["coupled="] * options.coupled
+    if reasons:
+        stay = ", ".join(name for name in contexts if capability(contexts[name], "on_device", False))
+        notices.append(
+            f"{' and '.join(reasons)}: the model is on a GPU, but its {count} weights are scored there, sent to the "
+            "host and ranked by it, and training waits for it at every update; update less often, or use what stays on "
+            f"the GPU: contexts {stay}, blocks(n) and N:M such as 2:4, without round_to= and coupled="
+        )
+    return notices
 
 
 def notices_of_outputs(options: Options, model: nn.Module, layers: Layers, followers: Sequence[Follower]) -> list[str]:

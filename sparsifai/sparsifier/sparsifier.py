@@ -27,7 +27,7 @@ from .layer_selection import find_layers, scopes
 from .mask_building import NewMasks, Ranking, build_masks, note_nan
 from .masked_model import MaskedModel
 from .masking import NEXT_TO_ZERO, newly_masked, zero_moments, zero_weights
-from .notices import notices_of_frozen, notices_of_outputs
+from .notices import notices_of_frozen, notices_of_host, notices_of_outputs
 from .options import Options, Sparsity, check_sparsity
 from .regrowth import Regrowth, check_drop
 from .report import Report
@@ -122,6 +122,7 @@ class Sparsifier(MaskedModel):
         self._regrowth = None if options.regrow is None else Regrowth(options.regrow, source)
         self._take_quantities("start")
         self._calibration: tuple[Iterable, Callable | None] | None = None
+        self._has_ranked = False
         warn_each(notices_of_outputs(options, inner, self.layers, self.all_masks.followers))
         warn_each(notices_of_frozen(self.layers))
 
@@ -208,6 +209,9 @@ class Sparsifier(MaskedModel):
     def _new_masks(self, sparsity: Sparsity, drop: float = 0.0) -> NewMasks:
         """Build masks. Weights that are pruned already are set to zero before, where their values would matter."""
         asked = scopes(sparsity, self.layers, self.model)
+        if not self._has_ranked:  # not when it is made: a model is often moved to a GPU later
+            self._has_ranked = True
+            warn_each(notices_of_host(self.ranking.options, self.layers))
         falling = any(fraction < self.layers[name].level for fraction, names in asked for name in names)
         if drop or falling or not is_elementwise(self.ranking.options.criteria) or self.collected.at("update"):
             # A step may have moved pruned weights. Their values must not reach a score, now or later, nor be revived.

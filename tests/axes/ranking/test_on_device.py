@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsifai import Sparsifier, blocks, criteria
+from sparsifai import Sparsifier, blocks, bounded, criteria
 from sparsifai.axes.ranking.device_layer import DeviceLayer
 from sparsifai.axes.ranking.on_device import select_on_device
 from sparsifai.axes.ranking.scored_layer import ScoredLayer
@@ -319,7 +319,8 @@ def test_a_context_of_ones_own_is_given_arrays_of_the_host_unless_it_declares_on
         return [*select_groups(layers[:3], sparsity), *select_groups(layers[3:], sparsity)]
 
     seen = []
-    with pytest.raises((RuntimeError, NotImplementedError)):  # tensors without values become no arrays
+    told = pytest.warns(UserWarning, match="context halves: the model is on a GPU")
+    with told, pytest.raises((RuntimeError, NotImplementedError)):  # tensors without values become no arrays
         Sparsifier(model, context=halves).sparsify(0.5)
     halves.on_device = True
     Sparsifier(model, context=halves).sparsify(0.5)
@@ -329,8 +330,37 @@ def test_a_context_of_ones_own_is_given_arrays_of_the_host_unless_it_declares_on
     def wrapped(layers, sparsity):
         return halves(layers, sparsity)
 
-    with pytest.raises((RuntimeError, NotImplementedError)):  # which is another function
+    told = pytest.warns(UserWarning, match="context halves: the model is on a GPU")
+    with told, pytest.raises((RuntimeError, NotImplementedError)):  # which is another function
         Sparsifier(model, context=wrapped).sparsify(0.5)
+
+
+def test_scores_that_are_drawn_on_the_host_are_told_of_once():
+    with torch.device("meta"):
+        model = small_net()
+    sparsifier = Sparsifier(model, criteria="random")
+    with pytest.warns(UserWarning, match="random: 474 random scores are drawn on the host"):
+        sparsifier.sparsify(0.3)
+    sparsifier.sparsify(0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        *(({"context": each}, f"context {each}:") for each in ("lamp", "erk", "er", "uniform_plus")),
+        ({"context": bounded("local", {"0": 0.1})}, "context bounded"),
+        ({"round_to": 2, "granularity": "filter"}, "round_to=:"),
+    ],
+)
+def test_what_is_ranked_on_the_host_is_told_of_once(options, reason):
+    with torch.device("meta"):
+        model = small_net()
+    sparsifier = Sparsifier(model, **options)
+    told = pytest.warns(UserWarning, match=f"{reason}.* weights are scored there.*local, global, per_output, blocks")
+    with told, pytest.raises((RuntimeError, NotImplementedError)):  # tensors without values become no arrays
+        sparsifier.sparsify(0.5)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        sparsifier.sparsify(0.5)
 
 
 def test_a_context_of_ones_own_that_is_on_the_device_gives_the_same_masks_and_revives_nothing():
