@@ -39,8 +39,12 @@ def main(names, device, quick, minutes, folder):
     together = [name for name in names if name in UNTIMED]
     facts = {**surroundings(), "FasterAI": version_of_fasterai(), **_gpu(device), "device": device, "quick": quick}
     found = {}
+    # Of sections side by side, the longest counts.
+    shares = [SECTIONS[name][1] for name in names if name not in UNTIMED]
+    whole = sum(shares) + max((SECTIONS[name][1] for name in together), default=0)
     for several in [together, *([name] for name in names if name not in UNTIMED)]:
-        ended = _run(several, device, quick, minutes, folder, start + 60 * minutes + 2 * GRACE)
+        seconds = {name: 60 * minutes * SECTIONS[name][1] / whole for name in several}
+        ended = _run(seconds, device, quick, folder, start + 60 * minutes + GRACE)
         # What there is so far is shown and kept: this command may be stopped, too.
         print(_text({}, ended), flush=True)
         found |= ended
@@ -51,13 +55,12 @@ def main(names, device, quick, minutes, folder):
     return sum(len(section["failures"]) for section in found.values())
 
 
-def _run(names, device, quick, minutes, folder, end):
+def _run(sections, device, quick, folder, end):
     "What some sections have found, run side by side in processes of their own; none goes on after `end`"
     # Spawned: a process that is forked cannot use a GPU that its parent has looked at.
     context = multiprocessing.get_context("spawn")
     running = {}
-    for name in names:
-        seconds = 60 * minutes * SECTIONS[name][1]
+    for name, seconds in sections.items():
         file = folder / f"gpu_{name}.json"
         file.unlink(missing_ok=True)
         process = context.Process(target=run_section, args=(name, device, quick, seconds, file))
@@ -123,7 +126,7 @@ if __name__ == "__main__":
     parser.add_argument("--section", nargs="+", default=DEFAULT, choices=list(SECTIONS))
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--quick", action="store_true", help="small models, few rounds")
-    parser.add_argument("--minutes", type=float, default=5.5, help="that all sections together may take, about")
+    parser.add_argument("--minutes", type=float, default=5.5, help="that the sections together may take, about")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():

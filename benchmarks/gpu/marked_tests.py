@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +18,8 @@ def tests(section):
 def _tests(section):
     marked = [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.cuda" in file.read_text()]
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "-rfEs", *map(str, marked)]
+    if find_spec("xdist"):  # several at once, for most of the time kernels are compiled
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     log = section.file.with_suffix(".log")
     with log.open("w") as output:

@@ -94,37 +94,42 @@ class Times:
         self.device, self.host = median(device), median(host)
 
 
-def measure(device, cases, rounds, warm_up=2):
+def measure(device, cases, rounds, warm_up=2, host_rounds=3):
     """From names of cases to Times, all cases in turn, so that what slows the machine down slows all of them.
 
-    cases: from names to functions of the number of the round, negative while things warm up. On a GPU, it first sleeps
-    for as long as the host took to hand the case over in the round before, so that `device` is the time of the kernels
-    and not of launching them.
+    cases: from names to functions of the number of the round, negative while things warm up and while the host is
+    timed. On a GPU, this comes first. Then the GPU sleeps for as long as the host takes to hand a case over, so that
+    `device` is the time of the kernels and not of launching them. A GPU holds about a thousand launches that wait: a
+    case of more is timed with what the host takes for the others.
     """
     taken = {name: ([], []) for name in cases}
-    ahead = dict.fromkeys(cases, 0.0)
-    for number in range(-warm_up, rounds):
+    for number in range(-warm_up - host_rounds, rounds):
         for name, case in cases.items():
-            seconds, host = _seconds(device, case, number, ahead[name])
-            ahead[name] = host
-            if number >= 0:
-                taken[name][0].append(seconds)
-                taken[name][1].append(host)
-    return {name: Times(*several) for name, several in taken.items()}
+            on_device, on_host = taken[name]
+            if device.type != "cuda":
+                seconds = seconds_of(case, number)
+                if number >= 0:
+                    on_device.append(seconds)
+                    on_host.append(seconds)
+            elif number < 0:
+                torch.cuda.synchronize()
+                seconds = seconds_of(case, number)
+                if number >= -host_rounds:
+                    on_host.append(seconds)
+            else:
+                on_device.append(_seconds_on_device(case, number, median(on_host) if on_host else 0.0))
+    return {name: Times(on_device, on_host or [0.0]) for name, (on_device, on_host) in taken.items()}
 
 
-def _seconds(device, case, number, ahead):
-    if device.type != "cuda":
-        seconds = seconds_of(case, number)
-        return seconds, seconds
+def _seconds_on_device(case, number, ahead):
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     torch.cuda._sleep(int((1.3 * ahead + 2e-4) * 1.9e9))  # in cycles, of which no GPU has more in a second
     first.record()
-    host = seconds_of(case, number)
+    case(number)
     last.record()
     last.synchronize()
-    return first.elapsed_time(last) / 1000, host
+    return first.elapsed_time(last) / 1000
 
 
 def memory_of(device, function):

@@ -16,15 +16,17 @@ CONTEXTS = ("global", "local")
 OTHERS = (
     *((each, "global", "large_final") for each in ("filter", "kernel", "channel", "row", "4x4")),
     ("filter", "local", "large_final"),
-    *(("weight", each, "large_final") for each in ("2:4", "2:16", "lamp", "per_output", "erk")),
-    *(("weight", "global", each) for each in ("movement", "movement_pruning", "lamp", "random")),
+    *(("weight", each, "large_final") for each in ("2:4", "2:16", "per_output")),
+    *(("weight", "global", each) for each in ("movement", "movement_pruning", "lamp")),
     *(("weight", "global", "large_final", each) for each in (torch.float16, torch.bfloat16, torch.float64)),
     ("filter", "global", "movement_pruning"),
     ("3x5", "global", "large_final"),
 )
+# What the host ranks or draws, which takes long.
+OF_HOST = (("weight", "lamp", "large_final"), ("weight", "erk", "large_final"), ("weight", "global", "random"))
 # Contexts in which no update waits for the GPU.
 STAY = (*CONTEXTS, "2:4", "2:16", "per_output")
-OF_DECODERS = (OTHERS[0], OTHERS[4])
+OF_DECODERS = (OTHERS[0], OTHERS[4], OTHERS[6], OTHERS[8])
 TABLE = "an update beside a copy of the weights"
 
 
@@ -34,16 +36,21 @@ def updates(section):
         for context in CONTEXTS:
             section.part(f"{name}, {context}", _update, name, make, context)
         section.part(f"{name}, mask of moments and gradients", _gradients, name, make)
-    for case in OTHERS:
-        for name, make in models(section).items():
-            # Of a decoder, whose update takes long, only what others would hardly show.
-            if not name.startswith("decoder") or case in OF_DECODERS:
-                section.part(f"{name}, {', '.join(map(str, case))}", _other, name, make, *case)
+    _others(section, OTHERS)
     for name, make in models(section).items():
         for context in CONTEXTS:
             section.part(f"{name}, {context}, torch prune", _peer, name, make, context, TorchPrune)
             if fasterai_is_installed():
                 section.part(f"{name}, {context}, FasterAI", _peer, name, make, context, FasterAI)
+    _others(section, OF_HOST)
+
+
+def _others(section, cases):
+    for case in cases:
+        for name, make in models(section).items():
+            # Of a decoder, whose update takes long, only what others would hardly show.
+            if not name.startswith("decoder") or case in OF_DECODERS:
+                section.part(f"{name}, {', '.join(map(str, case))}", _other, name, make, *case)
 
 
 def _update(section, name, make, context):
@@ -116,7 +123,7 @@ def _peer(section, name, make, context, kind):
     rounds = 2 if name.startswith("decoder") else 3
     seconds = []
     for _ in range(rounds):
-        seconds.append(measure(section.device, {"peer": case}, 1, warm_up=0)["peer"].device)
+        seconds.append(measure(section.device, {"peer": case}, 1, warm_up=0, host_rounds=0)["peer"].device)
         if hasattr(peer, "restore"):
             peer.restore()
     copied = measure(section.device, {"copy": copy}, 5)["copy"].device
