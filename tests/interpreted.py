@@ -5,6 +5,7 @@ there before. Here programs run in random order, new memory holds random numbers
 numbers that it both reads and writes.
 """
 
+import itertools
 import sys
 import warnings
 
@@ -14,6 +15,8 @@ from conftest import as_on_device, small_net
 from triton.runtime.interpreter import interpreter_builder
 
 from sparsifai import Sparsifier
+from sparsifai.axes import pooling_triton
+from sparsifai.axes.grouping import grouping_of, mean, sides_of, total
 from sparsifai.axes.ranking import on_device, on_device_triton
 from sparsifai.axes.ranking.device_layer import DeviceLayer
 from sparsifai.axes.ranking.scored_layer import ScoredLayer
@@ -90,7 +93,7 @@ class Memory:
 
 
 launches = Launches(interpreter_builder)
-on_device_triton.torch = Memory()
+on_device_triton.torch = pooling_triton.torch = Memory()
 calls = []
 fits, select = on_device._is_for_kernels, on_device_triton.select
 on_device_triton.select = lambda *given: calls.append(1) or select(*given)
@@ -207,12 +210,33 @@ def of_samples():
         alive = [torch.arange(n) % 2 == 0 for n in sizes]
         layers = zip(scores, alive, strict=True)
         scopes.append([DeviceLayer(Weights(len(one)), one, stays, 1, magnitude=True) for one, stays in layers])
-    drawn = on_device_triton._Selection(scopes, 0.9)._drawn().view(torch.float32)
+    selection = on_device_triton._Selection(scopes, 0.9)
+    drawn = selection._drawn().view(torch.float32)
     assert (drawn[0] == 1).sum() == (drawn[0] <= 300).sum()
     for sample, parts in zip(drawn, ([1], [2, 1, 6]), strict=True):
         counts = torch.tensor([int((sample == 1 + number).sum()) for number in range(len(parts))])
         expected = torch.tensor(parts) / sum(parts) * on_device_triton.SAMPLE / 2
         assert (counts - expected).abs().max() < 0.15 * on_device_triton.SAMPLE
+
+
+def of_pooling():
+    """Magnitudes of groups of all forms are those that torch pools, to the last bit, of several layers at once."""
+    shapes = {"conv": (12, 5, 3, 2), "wide": (3, 1100, 1, 1), "linear": (300, 70), "long": (2, 9000)}
+    axes = ("out", "in", "h", "w")
+    weights = [torch.randn(shape) for shape in shapes.values()]
+    kinds = itertools.cycle(((mean, torch.float32), (total, torch.bfloat16), (mean, torch.float16)))
+    for granularity in (("out",), ("in",), ("out", "in"), {"out": 2, "in": 5}, {"in": 10}, ("out", "w"), ()):
+        (how, dtype), layers = next(kinds), []
+        for weight in weights:
+            sizes = dict(zip(axes, weight.shape, strict=False))
+            grouping = grouping_of(lambda _, chosen=granularity: chosen, sizes, 1, 0)
+            if not isinstance(grouping, str) and sides_of(grouping) is not None:
+                layers.append((weight.to(dtype), grouping))
+        given, groupings = zip(*layers, strict=True)
+        pooled = pooling_triton.pool_at_once(given, list(map(sides_of, groupings)), how is mean)
+        for score, weight, grouping in zip(pooled, given, groupings, strict=True):
+            expected = grouping.pool(weight.float().abs().__getitem__, how)
+            assert torch.equal(score, expected), (granularity, how, dtype, weight.shape)
 
 
 def of_masking():
@@ -239,6 +263,7 @@ if sys.argv[1:] == ["models"]:
 else:
     of_nan()
     of_samples()
+    of_pooling()
     rng = np.random.default_rng(0)
     for kind in VALUES:
         of_scores(rng, kind, torch.float32, magnitude=False)

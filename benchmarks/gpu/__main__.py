@@ -1,12 +1,13 @@
 """What a GPU has to prove and to time, in one command; to be had without a network and without fastai.
 
-    python -m benchmarks.gpu [--section tests masks updates steps two_four] [--device cpu --quick]
+    python -m benchmarks.gpu [--section tests masks updates steps two_four tuning] [--device cpu --quick]
         [--minutes 5.5] [--out benchmarks/results]
 
 Needs torch, torchvision, numpy, and pytest with hypothesis for the section `tests`; FasterAI is measured where it is
-installed. Each section runs in a process of its own: one that crashes or hangs ends itself alone, and keeps what it has
-found until then. Writes gpu.json, with the traceback of each failure, gpu.txt, and a log per section. Exit code 1 if
-anything failed. `--device cpu --quick` rehearses all of it, with small models, where there is no GPU.
+installed. The section `tuning` is run only if it is asked for. Each section runs in a process of its own: one that
+crashes or hangs ends itself alone, and keeps what it has found until then. Writes gpu.json, with the traceback of each
+failure, gpu.txt, and a log per section. Exit code 1 if anything failed. `--device cpu --quick` rehearses all of it,
+with small models, where there is no GPU.
 """
 
 import argparse
@@ -20,12 +21,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.sections import SECTIONS, run_section
+from benchmarks.gpu.sections import ON_REQUEST, SECTIONS, run_section
 from benchmarks.peers import version_of_fasterai
 from benchmarks.report import Table
 from benchmarks.timing import surroundings
 
 UNTIMED = ("tests", "masks")
+DEFAULT = [name for name in SECTIONS if name not in ON_REQUEST]
 # Seconds beyond its time in which a section may end the part that it is in.
 GRACE = 20
 
@@ -118,7 +120,7 @@ def _text(facts, found):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--section", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
+    parser.add_argument("--section", nargs="+", default=DEFAULT, choices=list(SECTIONS))
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--quick", action="store_true", help="small models, few rounds")
     parser.add_argument("--minutes", type=float, default=5.5, help="that all sections together may take, about")

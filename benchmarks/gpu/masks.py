@@ -16,8 +16,9 @@ GRANULARITIES = (
     *("weight", "row", "column", "kernel", "filter", "channel", "layer"),
     *("vertical_slice", "shared_weight", "2x2", "3x5"),
 )
-# The first two stay on the device; of the others, the host is given arrays.
-CONTEXTS = ("local", "global", "lamp", "erk", "per_output", "2:4")
+# The first four stay on the device; of the others, the host is given arrays.
+CONTEXTS = ("local", "global", "per_output", "2:4", "lamp", "erk")
+STAY = CONTEXTS[:4]
 ON_DEVICE = ("local", "global")
 LEVELS = (0.3, 0.5, 0.8, 0.4)  # the last one lets weights come back
 
@@ -33,24 +34,22 @@ def net():
 
 def masks(section):
     "All combinations that there are, and the weights of ResNet-50"
+    # Short parts: one that takes longer than there is time for is stopped, and shows nothing.
+    for dtype, context in itertools.product(DTYPES, CONTEXTS):
+        section.part(f"{dtype}, {context}", _axes, dtype, context)
+    for criterion in criteria:
+        section.part(f"criterion {criterion}", _criterion, criterion)
     for dtype in (torch.float32, torch.bfloat16):
         section.part(f"large model, {dtype}", _large_model, dtype)
-    for dtype in DTYPES[:2]:
-        section.part(f"{dtype}", _axes, dtype)
-    section.part("criteria", _criteria)
-    for dtype in DTYPES[2:]:
-        section.part(f"{dtype}", _axes, dtype)
 
 
-def _axes(section, dtype):
-    for context, granularity, ties in itertools.product(CONTEXTS, GRANULARITIES, (False, True)):
+def _axes(section, dtype, context):
+    for granularity, ties in itertools.product(GRANULARITIES, (False, True)):
         _compare(section, f"{dtype}", granularity, context, "large_final", dtype, ties)
 
 
-def _criteria(section):
-    for criterion, context, granularity, ties in itertools.product(
-        criteria, ON_DEVICE, ("weight", "filter"), (False, True)
-    ):
+def _criterion(section, criterion):
+    for context, granularity, ties in itertools.product(ON_DEVICE, ("weight", "filter"), (False, True)):
         _compare(section, "criteria", granularity, context, criterion, torch.float32, ties)
 
 
@@ -76,7 +75,7 @@ def _compare(section, table, granularity, context, criterion, dtype, ties):
     counts["equal"] += not differing
     counts["differ"] += bool(differing)
     counts["wait"] += bool(waits)
-    if differing or (waits and context in ON_DEVICE):
+    if differing or (waits and context in STAY):
         section.row("differing or waiting", case=label, **{"weights that differ": differing, "waits": waits})
 
 
@@ -130,7 +129,7 @@ def _differing(host, device, where, context, criterion):
     for level in LEVELS:
         level = min(level, 0.5) if context == "2:4" else level
         host.sparsify(level)
-        stays = context in ON_DEVICE and criterion not in ("random", "synflow")
+        stays = context in STAY and criterion not in ("random", "synflow")
         try:
             with no_waiting(where) if stays else _nothing():
                 device.sparsify(level)

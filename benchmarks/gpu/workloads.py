@@ -2,6 +2,7 @@
 
 import copy
 from functools import cache, partial
+from itertools import count
 
 import torch
 from torch import nn
@@ -57,3 +58,19 @@ def decoder(section):
         linear = partial(nn.Linear, bias=False, dtype=torch.bfloat16)
         layers = [linear(*shape) for _ in range(blocks) for shape in [*shapes, (inner, width)]]
         return nn.Sequential(*layers, linear(width, words))
+
+
+def rising():
+    "Levels each a little higher than the one before, so that every update finds something to do"
+    return (0.45 + number / 1000 for number in count())
+
+
+def copying(weights):
+    weights = [weight.detach() for weight in weights]
+    copies = [torch.empty_like(weight) for weight in weights]
+
+    def copy(number):
+        for into, weight in zip(copies, weights, strict=True):
+            into.copy_(weight)
+
+    return copy

@@ -33,7 +33,8 @@ from torch import Tensor
 from ..support.capability import capability
 from ..support.registry import Registry, name_of
 from .n_of_m import parse_blocks
-from .ranking.on_device import DeviceLayer
+from .ranking.device_layer import DeviceLayer
+from .ranking.rows_on_device import kept_in_rows
 from .ranking.scored_layer import ScoredLayer
 from .ranking.selection import select_each, select_groups
 from .ranking.within_rows import lowest_of_rows, ranking_keys
@@ -83,7 +84,7 @@ def global_(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
 global_.__name__ = "global"  # its registered name, which is a keyword and so cannot name a function
 
 
-@contexts.register(fixes_counts=True)
+@contexts.register(on_device=True, fixes_counts=True, keeps_masked=True)
 def per_output(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Rank the groups within each output of a layer alone; each output reaches the target and keeps its best group.
 
@@ -92,7 +93,7 @@ def per_output(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarra
     return [_per_output(layer, sparsity) for layer in layers]
 
 
-def _per_output(layer: ScoredLayer, sparsity: float) -> np.ndarray:
+def _per_output(layer: Any, sparsity: float) -> Any:
     """Which groups of one layer are kept."""
     axes = list(layer.grid)
     if not axes:
@@ -105,11 +106,14 @@ def _per_output(layer: ScoredLayer, sparsity: float) -> np.ndarray:
     shape = tuple(layer.grid.values())
     outer = [axes.index(axis) for axis in ("groups", "out") if axis in axes]
     order = [*outer, *(place for place in range(len(axes)) if place not in outer)]
+    length = len(layer) // math.prod(shape[axis] for axis in outer)
+    count = min(math.floor(sparsity * length + 0.5), length - 1)
+    if isinstance(layer, DeviceLayer):
+        return kept_in_rows(layer, shape, order, len(outer), count)
     keys = ranking_keys(layer).reshape(shape).transpose(order)
-    rows = keys.reshape(math.prod(keys.shape[: len(outer)]), -1)
-    count = min(math.floor(sparsity * rows.shape[1] + 0.5), rows.shape[1] - 1)
-    pruned = lowest_of_rows(rows, count).reshape(keys.shape).transpose(np.argsort(order))
-    return np.logical_not(pruned).reshape(-1)
+    pruned = lowest_of_rows(keys.reshape(-1, length), count).reshape(keys.shape).transpose(np.argsort(order))
+    kept = np.logical_not(pruned).reshape(-1)
+    return kept & (layer.alive | layer.revives)
 
 
 def ask(

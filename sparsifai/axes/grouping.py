@@ -212,17 +212,9 @@ class Grouping:
         Returns:
             One sum per group, float64, in index order.
         """
-        if any(size % extent for size, extent in zip(self.shape, self.extents, strict=True)):
+        sides = sides_of(self)
+        if sides is None:
             return self.members(scores).sum(1, dtype=torch.float64)
-        # Neighbouring axes that are all indexed, or all spanned, are merged: a sum over fewer axes is faster.
-        sides: list[int] = []  # number of groups and extent of a group, in turn
-        for cells, extent in zip(self.grid, self.extents, strict=True):
-            if sides and sides[-1] == 1:
-                sides[-2:] = [sides[-2] * cells, extent]
-            elif sides and cells == 1:
-                sides[-1] *= extent
-            else:
-                sides += [cells, extent]
         spanned = tuple(axis for axis in range(1, len(sides), 2) if sides[axis] > 1)
         # One axis at a time, the outermost first: torch sums over axes that are not neighbours much more slowly.
         sums = scores.reshape(sides)
@@ -275,6 +267,24 @@ class Grouping:
     def drops_inputs(self) -> bool:
         """Whether a group consists of whole inputs (channels) of the layer."""
         return set(self.indexed) <= {"in"}
+
+
+def sides_of(grouping: Grouping) -> tuple[int, ...] | None:
+    """Number of groups and extent of a group, in turn, along as few axes as there can be; None of unequal groups.
+
+    Neighbouring axes that are all indexed, or all spanned, are merged: a sum over fewer axes is faster.
+    """
+    if any(size % extent for size, extent in zip(grouping.shape, grouping.extents, strict=True)):
+        return None
+    sides: list[int] = []
+    for cells, extent in zip(grouping.grid, grouping.extents, strict=True):
+        if sides and sides[-1] == 1:
+            sides[-2:] = [sides[-2] * cells, extent]
+        elif sides and cells == 1:
+            sides[-1] *= extent
+        else:
+            sides += [cells, extent]
+    return tuple(sides)
 
 
 def grouping_of(granularity: Granularity, axes: Axes, convolution_groups: int, fewest: int) -> Grouping | str:

@@ -18,6 +18,8 @@ from torch import Tensor
 from ..support.capability import capability
 from ..support.chunk import CHUNK
 from ..support.registry import name_of
+from .ranking.device_layer import DeviceLayer
+from .ranking.rows_on_device import kept_in_blocks
 from .ranking.scored_layer import ScoredLayer
 from .ranking.within_rows import ranking_keys, write_kept
 
@@ -39,7 +41,7 @@ class Blocks:
     exact: bool
     __name__: str
 
-    fixes_counts = keeps_masked = True
+    fixes_counts = keeps_masked = on_device = True
 
     @property
     def highest_sparsity(self) -> float | None:
@@ -66,7 +68,7 @@ class Blocks:
         rest = length % self.size
         return f"{length} along '{self.axis}' is no multiple of {self.size}: the last block has {rest}" if rest else ""
 
-    def _of_layer(self, layer: ScoredLayer, count: int) -> np.ndarray:
+    def _of_layer(self, layer: Any, count: int) -> Any:
         """Which groups of a layer are kept, when `count` of every block are pruned."""
         if not layer.grid:
             raise ValueError(f"context {self.__name__} cannot be combined with round_to=; leave one of them out")
@@ -76,6 +78,8 @@ class Blocks:
                 "blocks; choose another granularity or axis, or leave the layer out with exclude="
             )
         shape, place = tuple(layer.grid.values()), list(layer.grid).index(self.axis)
+        if isinstance(layer, DeviceLayer):
+            return kept_in_blocks(layer, shape, place, self.size, count)
         kept = np.empty(len(layer), bool)
         # Whole rows of the first axis at a time, unless the blocks run along it.
         row = math.prod(shape[1:])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -54,3 +56,9 @@ def widened(value: Tensor) -> Tensor:
 def cloned(value: Any) -> Any:
     """Copy a tensor; return other values unchanged."""
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def sent(values: np.ndarray, device: torch.device) -> Tensor:
+    """Numbers as a tensor on a device; a transfer to a GPU is not waited for."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..axes.context import ask, ask_on_device
 from ..axes.criterion import is_elementwise
-from ..axes.grouping import squared_sum
+from ..axes.grouping import mean, squared_sum, total
+from ..axes.pooling import pool_magnitudes
 from ..axes.ranking.device_layer import DeviceLayer
 from ..axes.ranking.scored_layer import ScoredLayer, all_equal, nan_message
 from ..model.parallel import agree, is_sharded, process_groups_of_shards
@@ -55,8 +56,9 @@ class Ranking:
 
     def stays_on_device(self, layers: Layers) -> bool:
         """Whether scores can be ranked on the GPU that holds all layers, so that the host need not wait for it."""
-        devices = {layer.parameter.device for layer in layers.values()}
-        alone = self.process_group is None and not any(is_sharded(layer.parameter) for layer in layers.values())
+        parameters = [layer.parameter for layer in layers.values()]
+        devices = {parameter.device for parameter in parameters}
+        alone = self.process_group is None and not any(map(is_sharded, parameters))
         groups_alone = self.options.round_to is None and self.coupling is None
         can = capability(self.options.context, "on_device", False)
         return can and alone and groups_alone and len(devices) == 1 and devices.pop().type in ("cuda", "meta")
@@ -133,8 +135,11 @@ def build_masks(
             for share, by, revived in rankings:
                 scored = [score_layer(layers[name], masks[name], by, revives=name in revived, **how) for name in names]
                 if on_device:
+                    if unpooled := [layer for layer in scored if layer.unpooled is not None]:
+                        pool_magnitudes(unpooled, options.pool)
                     kept: Any = ask_on_device(options.context, scored, share)
-                    _note_nan(nan, scored)
+                    flags = torch.stack([layer.has_nan() for layer in scored])  # at once: each operation is a launch
+                    note_nan(nan, dict(zip([layer.target.name for layer in scored], flags.unbind(), strict=True)))
                 else:
                     ranked, split = joint_layers(scored, ranking.coupling, options.round_to)
                     notices += _notices_of_scores(ranked, share, collected)
@@ -155,12 +160,13 @@ def build_masks(
     return NewMasks(masks, levels, random, notices, nan)
 
 
-def _note_nan(nan: dict[str, Tensor], scored: Sequence[DeviceLayer]) -> None:
-    """Note which layers on a GPU have NaN scores, without reading it. nan: as `NewMasks.nan`."""
-    names = [layer.target.name for layer in scored]
-    flags = torch.stack([layer.has_nan() for layer in scored])  # of all at once: each operation is a launch
-    earlier = torch.stack([nan.get(name, flag) for name, flag in zip(names, flags, strict=True)])
-    nan.update(zip(names, (flags | earlier).unbind(), strict=True))
+def note_nan(nan: dict[str, Tensor], flags: dict[str, Tensor]) -> None:
+    """Note in `nan` which layers on a GPU have NaN scores, without reading it; both are as `NewMasks.nan`."""
+    known = [name for name in flags if name in nan]
+    nan.update({name: flag for name, flag in flags.items() if name not in nan})
+    if known:  # those of earlier updates may not have been read yet
+        either = torch.stack([nan[name] for name in known]) | torch.stack([flags[name] for name in known])
+        nan.update(zip(known, either.unbind(), strict=True))
 
 
 def _notices_of_scores(ranked: Sequence[ScoredLayer], sparsity: float, by: CollectedQuantities) -> list[str]:
@@ -201,6 +207,14 @@ def score_layer(
         ValueError: The criterion does not return one real score per weight; at once or in the ranking, a score is NaN.
     """
     criterion, grouping, parameter = by.criterion, layer.grouping, layer.parameter
+    options: dict[str, Any] = {"revives": revives, "may_empty": may_empty, "grid": grouping.named_grid}
+    is_magnitude = capability(criterion, "numpy") is np.abs and by.named == ("weight",) and pool is not squared_sum
+    if on_device and magnitudes and is_magnitude and (grouping.single or pool in (mean, total)):
+        # Absolute values are taken on the way through the weights: by the ranking, or when all layers are pooled.
+        weights, alive, whole = parameter.detach(), grouping.gather(mask), not grouping.indexed
+        given, unpooled = (weights.reshape(-1), None) if grouping.single else (weights, grouping)
+        size = grouping.size_on(mask.device)
+        return DeviceLayer(layer.weight, given, alive, size, whole, **options, magnitude=True, unpooled=unpooled)
     values = by.values(layer.name)
     by_element = is_elementwise(criterion)
     # Single weights are not pooled. But this pooling belongs to the formula of its criterion, so it is applied.
@@ -220,18 +234,12 @@ def score_layer(
         def scores_of(part: slice) -> Tensor:
             return all_scores[part]
 
-    options: dict[str, Any] = {"revives": revives, "may_empty": may_empty}
     if on_device:
         alive, whole = grouping.gather(mask), not grouping.indexed
-        if magnitudes and capability(criterion, "numpy") is np.abs and grouping.single and pool is not squared_sum:
-            # The ranking takes the absolute values on its way through the weights.
-            weights = parameter.detach().reshape(-1)
-            return DeviceLayer(layer.weight, weights, alive, 1, whole, **options, magnitude=True)
         all_of = scores_of(slice(None)) if grouping.single else grouping.pool(scores_of, pool, at_once=True)
         return DeviceLayer(layer.weight, all_of.to(mask.device), alive, grouping.size_on(mask.device), whole, **options)
     alive = grouping.gather(mask).cpu().numpy().view()
     alive.flags.writeable = False  # it can be the mask itself
-    options["grid"] = grouping.named_grid
     if by_element and grouping.single and mask.device.type == "cpu":
         formula = capability(criterion, "numpy") if by.named == ("weight",) and pool is not squared_sum else None
         if formula is not None and _is_plain(parameter):

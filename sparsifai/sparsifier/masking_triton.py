@@ -6,12 +6,16 @@ torch's product of numbers and bools takes twice as long, and one launch for eac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, chain
+from functools import lru_cache
+from itertools import accumulate
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ..model.tensors import sent
 
 # Numbers that a program looks at, so many at a time.
 BLOCK, STEPS, WARPS = 2048, 4, 8
@@ -55,19 +59,22 @@ def fits(tensor: Tensor, mask: Tensor) -> bool:
 
 def zero_masked_at_once(tensors: Sequence[Tensor], masks: Sequence[Tensor], zero: float = 0.0) -> None:
     """Set each tensor, all of one type and each another one, to `zero` where its mask is false."""
-    device, dtype, lengths = tensors[0].device, tensors[0].dtype, [tensor.numel() for tensor in tensors]
-    programs = [-(-length // (BLOCK * STEPS)) for length in lengths]
-    firsts = [0, *accumulate(programs)][:-1]
-    pointers = ((tensor.data_ptr(), mask.data_ptr()) for tensor, mask in zip(tensors, masks, strict=True))
-    rows = [(*two, *others) for two, *others in zip(pointers, lengths, firsts, programs, strict=True)]
-    sent = torch.tensor(list(chain.from_iterable(zip(*rows, strict=True))), dtype=torch.int64)
-    if device.type == "cuda":
-        sent = sent.pin_memory().to(device, non_blocking=True)  # which nobody waits for
-    columns = sent.view(5, len(tensors))
-    numbers = torch.arange(len(tensors), device=device, dtype=torch.int32)
-    tensor_of = numbers.repeat_interleave(columns[4], output_size=sum(programs))
+    device, dtype = tensors[0].device, tensors[0].dtype
+    lengths = tuple(tensor.numel() for tensor in tensors)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    firsts, tensor_of = _programs(lengths, device, stream)
+    addresses = [[each.data_ptr() for each in several] for several in (tensors, masks)]
+    table = sent(np.stack([*addresses, lengths, firsts], 1), device)
     bits = int(torch.tensor(zero, dtype=dtype).view(_INTEGER[dtype]))
     with torch.cuda.device_of(tensors[0]):
-        set_masked[(sum(programs),)](
-            columns[:4].t().contiguous(), tensor_of, bits, dtype.itemsize == 4, BLOCK, STEPS, num_warps=WARPS
-        )
+        set_masked[(len(tensor_of),)](table, tensor_of, bits, dtype.itemsize == 4, BLOCK, STEPS, num_warps=WARPS)
+
+
+@lru_cache(maxsize=64)
+def _programs(lengths: tuple[int, ...], device: torch.device, stream: int) -> tuple[list[int], Tensor]:
+    """Of each tensor its first program, of each program its tensor; the same at every step of a model.
+
+    stream: on which it is used; on another one, what was sent to the GPU might not be there yet.
+    """
+    programs = [-(-length // (BLOCK * STEPS)) for length in lengths]
+    return [0, *accumulate(programs)][:-1], sent(np.repeat(np.arange(len(lengths), dtype=np.int32), programs), device)

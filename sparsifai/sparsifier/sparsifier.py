@@ -24,7 +24,7 @@ from .calibration import calibrate
 from .collection import CollectedQuantities, Source
 from .layer import level_of, unfrozen
 from .layer_selection import find_layers, scopes
-from .mask_building import NewMasks, Ranking, build_masks
+from .mask_building import NewMasks, Ranking, build_masks, note_nan
 from .masked_model import MaskedModel
 from .masking import NEXT_TO_ZERO, newly_masked, zero_moments, zero_weights
 from .notices import notices_of_frozen, notices_of_outputs
@@ -239,8 +239,7 @@ class Sparsifier(MaskedModel):
         """Replace the masks, levels and random state. The weights are not changed."""
         for name, layer in self._selected.items():
             layer.mask, layer.level = new.masks[name], new.levels[name]
-        for name, flag in new.nan.items():  # those of earlier updates may not have been read yet
-            self._nan[name] = flag | self._nan.get(name, False)
+        note_nan(self._nan, new.nan)
         self.collected.source.rng.set_state(new.random)
         self.all_masks.update_followers()
         if self._regrowth is not None:

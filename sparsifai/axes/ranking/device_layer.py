@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -24,6 +25,8 @@ class DeviceLayer:
         revives: Whether masked groups may be kept again.
         may_empty: Whether the best group may be pruned, too.
         magnitude: Whether the scores are the absolute values of `score`.
+        grid: Axis name -> number of groups along it, in the order of the groups' index.
+        unpooled: How `score`, while it has one entry for each weight, is divided into groups.
         nan: Bool tensor once the layer is ranked: whether a score that matters is NaN.
     """
 
@@ -35,6 +38,8 @@ class DeviceLayer:
     revives: bool = True
     may_empty: bool = False
     magnitude: bool = False
+    grid: Mapping[str, int] = field(default_factory=dict)
+    unpooled: Any = None  # a Grouping; that file stands above this one
     nan: Tensor | None = None
 
     def has_nan(self) -> Tensor:
@@ -47,4 +52,4 @@ class DeviceLayer:
     @property
     def weights(self) -> int:
         """Number of weights of the layer, known without reading a tensor."""
-        return self.target.parameter.numel()
+        return self.size * len(self) if isinstance(self.size, int) else self.target.parameter.numel()

@@ -72,6 +72,7 @@ def _is_for_kernels(layers: Sequence[DeviceLayer]) -> bool:
     sizes = {layer.size if isinstance(layer.size, int) else None for layer in layers}
     floats = {layer.score.dtype for layer in layers} <= {torch.float32, torch.bfloat16, torch.float16}
     fit = all(not layer.whole and 0 < len(layer) < 2**30 and layer.alive.is_cuda for layer in layers)
+    fit = fit and sum(map(len, layers)) < 2**31  # which is what a bin can count
     return fit and floats and len(sizes) == 1 and None not in sizes
 
 

@@ -1,10 +1,14 @@
-"""Triton kernels that rank the groups of many layers, of all scopes at once; on_device_triton.py launches them.
+"""Triton kernels that find the key at which pruning ends, for many layers and all scopes at once.
 
 `table` has a row of COLUMNS numbers for each layer: the addresses of its scores and of its mask, the place of its first
 group in what is written, its number of groups, its scope, its first program, and whether groups that are zero may come
-back. `layer_of` says of every program which layer it looks at. A state has a row of FIELDS numbers for each scope. All
-else is one number for each scope, but for `best`, the highest key of every layer with its place behind it, and
-`is_nan`.
+back. `layer_of` says of every program which layer it looks at. A state has a row of FIELDS numbers for each scope.
+`alive_of`, `above_of` and `best` have a number for each layer: how many groups are not zero, how many of these at most
+a program has found above the bracket, and the highest key with its last place behind it; `is_nan` has one, too. `rows`
+has a row of bins for each program. `undone` is the number of scopes for which a launch has something to do. All else is
+one number for each scope.
+
+The constant `revives` is false where no layer has groups that may come back.
 
 No program writes what a program of the same launch reads, itself included: each of its warps loads a number for itself,
 and a fast one would write before a slow one has read. So a state is read, and another one is written. Sums and maxima
@@ -19,16 +23,21 @@ import triton.language as tl
 COLUMNS = tl.constexpr(7)
 
 # A state: keys from LOW to HIGH are looked at, in bins of 2^SHIFT keys, and the lowest NUMBER candidates of these are
-# pruned. Once a scope is DONE, LOW is the only key, and TIES candidates have it.
+# pruned. Once a scope is DONE, LOW is the only key, and TIES candidates have it. BASE is the key of the first bin in
+# `rows`, if each of these bins is one key; else NO_BASE.
 FIELDS = tl.constexpr(8)
-LOW, HIGH, SHIFT, DONE, NUMBER, TIES = map(tl.constexpr, range(6))
+LOW, HIGH, SHIFT, DONE, NUMBER, TIES, BASE = map(tl.constexpr, range(7))
 
 # A sample has this key where it drew no candidate.
 NO_KEY = tl.constexpr(0x7FFFFFFF)
+# Above all keys, by more than there are bins.
+NO_BASE = tl.constexpr(0x7FFFFFFFFF)
+# Below the keys of all groups.
+NO_GROUP = tl.constexpr(-0x80000000)
 
 
 @triton.jit
-def _part(table, layer_of, block: tl.constexpr, steps: tl.constexpr):
+def part_of(table, layer_of, block: tl.constexpr, steps: tl.constexpr):
     """Of a program: its layer, the row of it, its number of groups, and the place of the first that is looked at."""
     layer = tl.load(layer_of + tl.program_id(0))
     row = table + layer * COLUMNS
@@ -38,13 +47,13 @@ def _part(table, layer_of, block: tl.constexpr, steps: tl.constexpr):
 
 
 @triton.jit
-def _mask_of(row):
+def mask_of(row):
     """Where the mask of a layer is."""
     return tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.int8)), 16)
 
 
 @triton.jit
-def _scores_of(row, unsigned: tl.constexpr):
+def scores_of(row, unsigned: tl.constexpr):
     """Where the scores of a layer are."""
     if unsigned > 0xFFFF:
         return tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.int32)), 16)
@@ -53,7 +62,7 @@ def _scores_of(row, unsigned: tl.constexpr):
 
 
 @triton.jit
-def _whole_words(place, count, width: tl.constexpr):
+def whole_words(place, count, width: tl.constexpr):
     """Places of which some may be loaded: a GPU reads words of 16 bytes, of which the last may end behind the layer.
 
     Such a word begins within the layer, at a multiple of 16 bytes, so it is within the memory that there is.
@@ -72,32 +81,91 @@ def _key(bits, unsigned: tl.constexpr, magnitude: tl.constexpr):
 
 
 @triton.jit
-def _load(scores, mask, place, count, unsigned: tl.constexpr, magnitude: tl.constexpr):
-    """Of groups of a layer: whether they are alive, bits without the sign, and keys; not alive behind its end."""
-    width: tl.constexpr = 4 if unsigned > 0xFFFF else 8
-    read = _whole_words(place, count, width)
-    alive = (tl.load(mask + place, mask=read, other=0) != 0) & (place < count)
-    size, key = _key(tl.load(scores + place, mask=read, other=0), unsigned, magnitude)
-    return alive, size, key
+def load_groups(scores, mask, first, count, unsigned: tl.constexpr, magnitude: tl.constexpr, block: tl.constexpr):
+    """Of so many groups of a layer from `first`: places, whether they are alive, bits without the sign, and keys.
+
+    Behind the end of the layer they are not alive.
+    """
+    place = first + tl.arange(0, block)
+    if first + block <= count:  # without the comparisons that only the last block needs
+        alive = tl.load(mask + place) != 0
+        bits = tl.load(scores + place)
+    else:
+        width: tl.constexpr = 4 if unsigned > 0xFFFF else 8
+        read = whole_words(place, count, width)
+        alive = (tl.load(mask + place, mask=read, other=0) != 0) & (place < count)
+        bits = tl.load(scores + place, mask=read, other=0)
+    size, key = _key(bits, unsigned, magnitude)
+    return place, alive, size, key
+
+
+@triton.jit
+def candidates_of(alive, place, count, row, falls, revives: tl.constexpr):
+    """Which groups are ranked: those that are alive, or, where the sparsity falls, those that may come back."""
+    candidate = alive
+    if revives:
+        candidate = tl.where(falls, (place < count) & (alive == 0) & (tl.load(row + 6) != 0), alive)
+    return candidate
 
 
 @triton.jit
 def count_alive(table, layer_of, alive_of, block: tl.constexpr, steps: tl.constexpr):
-    """Count the groups of every layer that are not zero already."""
-    layer, row, count, start = _part(table, layer_of, block, steps)
-    mask = _mask_of(row)
-    alive = tl.zeros([block], tl.int32)
+    """Count the groups of every layer that are not zero already, four at a time."""
+    layer, row, count, start = part_of(table, layer_of, block, steps)
+    words = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.int32)), 16)
+    quarter: tl.constexpr = block // 4
+    alive = tl.zeros([quarter], tl.int32)
     for step in range(steps):
-        place = start + step * block + tl.arange(0, block)
-        stays = tl.load(mask + place, mask=_whole_words(place, count, 16), other=0) != 0
-        alive += (stays & (place < count)).to(tl.int32)
+        word = start // 4 + step * quarter + tl.arange(0, quarter)
+        four = tl.load(words + word, mask=whole_words(word, (count + 3) // 4, 4), other=0)
+        left = tl.minimum(tl.maximum(count - word * 4, 0), 4)  # of the four, those before the end of the layer
+        four = tl.where(left < 4, four & ((1 << (left * 8 % 32)) - 1), four)
+        alive += (four * 0x01010101) >> 24  # their sum
     tl.atomic_add(alive_of + layer, tl.sum(alive, 0).to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def ask(
+    table, first_of, last_of, alive_of, asked, state, falling, candidates, fewest, lowest: tl.constexpr,
+    block: tl.constexpr,
+):  # fmt: skip
+    """How many groups of a scope are pruned, and of which; on_device.py has the same in words.
+
+    asked: of every scope, how many weights shall be zero, and the weights of a group, as float64. fewest: the number to
+    prune before it is compared with that of the candidates.
+    """
+    scope = tl.program_id(0)
+    last = tl.load(last_of + scope)
+    alive = tl.zeros([block], tl.int64)
+    masked = tl.zeros([block], tl.int64)
+    stay_masked = tl.zeros([block], tl.int64)
+    for start in range(tl.load(first_of + scope).to(tl.int32), last.to(tl.int32) + 1, block):
+        layer = start + tl.arange(0, block)
+        there = layer <= last
+        row = table + layer * COLUMNS
+        own = tl.load(alive_of + layer, mask=there, other=0)
+        zero = tl.load(row + 3, mask=there, other=0) - own
+        alive += own
+        masked += zero
+        stay_masked += tl.where(tl.load(row + 6, mask=there, other=1) != 0, 0, zero)
+    of_alive, of_masked, of_staying = tl.sum(alive, 0), tl.sum(masked, 0), tl.sum(stay_masked, 0)
+    wanted, size = tl.load(asked + scope * 2), tl.load(asked + scope * 2 + 1)
+    falls = wanted < size * of_masked.to(tl.float64)
+    back = tl.maximum(wanted - size * of_staying.to(tl.float64), 0.0)
+    amount = tl.where(falls, back, wanted - size * of_masked.to(tl.float64))
+    number = tl.maximum(tl.floor(amount / size + 0.5), 0.0).to(tl.int64)
+    of = tl.where(falls, of_masked - of_staying, of_alive)
+    tl.store(falling + scope, falls.to(tl.int64))
+    tl.store(candidates + scope, of)
+    tl.store(fewest + scope, number)
+    low = of * 0 + lowest
+    store_state(state + scope * FIELDS, low, low, False, tl.minimum(number, of), 0, NO_BASE, 1)
 
 
 @triton.jit
 def draw_sample(
     table, first_of, last_of, starts, falling, keys, unsigned: tl.constexpr, magnitude: tl.constexpr,
-    sample: tl.constexpr, block: tl.constexpr,
+    revives: tl.constexpr, sample: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """Draw keys of candidates of a scope from places that are spread like random ones."""
     scope = tl.program_id(0)
@@ -122,134 +190,136 @@ def draw_sample(
     else:
         bits = tl.load(tl.load(row).to(tl.pointer_type(tl.int16)) + place)
     _, key = _key(bits, unsigned, magnitude)
-    candidate = alive
-    if tl.load(falling + scope) != 0:
-        candidate = (alive == 0) & (tl.load(row + 6) != 0)
+    candidate = candidates_of(alive, 0, 1, row, tl.load(falling + scope) != 0, revives)
     tl.store(keys + scope * sample + number, tl.where(candidate, key, NO_KEY))
 
 
 @triton.jit
-def _store(state, low, high, done, number, ties, bins: tl.constexpr):
+def store_state(state, low, high, done, number, ties, base, bins: tl.constexpr):
     """Write the state of a scope; its keys are to be counted in so many bins."""
     tl.store(state + LOW, low)
     tl.store(state + HIGH, high)
     tl.store(state + SHIFT, tl.sum((((high - low) >> tl.arange(0, 32)) >= bins).to(tl.int64), 0))
-    tl.store(state + DONE, done.to(tl.int64))
+    tl.store(state + DONE, done)
     tl.store(state + NUMBER, number)
     tl.store(state + TIES, ties)
+    tl.store(state + BASE, base)
 
 
 @triton.jit
 def bracket(
-    before, after, keys, candidates, lowest: tl.constexpr, highest: tl.constexpr, spread: tl.constexpr,
-    sample: tl.constexpr, bins: tl.constexpr,
+    before, after, keys, candidates, undone, lowest: tl.constexpr, highest: tl.constexpr, spread: tl.constexpr,
+    sample: tl.constexpr, bins: tl.constexpr, in_rows: tl.constexpr,
 ):  # fmt: skip
-    """Of a scope whose sample is sorted, the keys between which pruning ends; if nothing is pruned, the end itself."""
+    """Of a scope that is not done, the keys between which pruning ends; if nothing is pruned, the end itself."""
     scope = tl.program_id(0)
     before += scope * FIELDS
+    after += scope * FIELDS
     wanted, of = tl.load(before + NUMBER), tl.load(candidates + scope)
-    every = tl.load(keys + scope * sample + tl.arange(0, sample))
-    drawn = tl.sum((every != NO_KEY).to(tl.int32), 0)
-    share = wanted.to(tl.float32) / tl.maximum(of, 1).to(tl.float32)
-    middle = share * drawn
-    margin = spread * tl.sqrt(tl.maximum(drawn * share * (1 - share), 0.0)) + 4
-    first, last = (middle - margin).to(tl.int32), (middle + margin).to(tl.int32) + 1
-    inside = (first > 0) & (first < drawn)
-    begin = tl.load(keys + scope * sample + tl.where(inside, first, 0)).to(tl.int64)
-    end = tl.load(keys + scope * sample + tl.where(last < drawn, last, 0)).to(tl.int64)
-    begin = tl.where(inside, begin, lowest)
-    end = tl.where(last < drawn, end, highest)
-    begin = tl.where(wanted == 0, lowest, tl.minimum(begin, end))
-    end = tl.where(wanted == 0, lowest, end)
-    was_done = tl.load(before + DONE) != 0
-    begin = tl.where(was_done, tl.load(before + LOW), begin)
-    end = tl.where(was_done, tl.load(before + HIGH), end)
-    _store(after + scope * FIELDS, begin, end, was_done | (wanted == 0), wanted, tl.load(before + TIES), bins)
+    if tl.load(before + DONE) != 0:
+        low, ties = tl.load(before + LOW), tl.load(before + TIES)
+        store_state(after, low, low, True, wanted, ties, tl.load(before + BASE), bins)
+    elif wanted == 0:
+        low = wanted + lowest
+        store_state(after, low, low, True, wanted, wanted, NO_BASE, bins)
+    else:
+        every = tl.load(keys + scope * sample + tl.arange(0, sample))
+        drawn = tl.sum((every != NO_KEY).to(tl.int32), 0)
+        share = wanted.to(tl.float32) / tl.maximum(of, 1).to(tl.float32)
+        middle = share * drawn
+        margin = spread * tl.sqrt(tl.maximum(drawn * share * (1 - share), 0.0)) + 4
+        first, last = (middle - margin).to(tl.int32), (middle + margin).to(tl.int32) + 1
+        # The keys at these two places in the order of the sample, found by halves of all keys.
+        begin, begin_end = wanted * 0 + lowest, wanted * 0 + highest
+        end, end_end = wanted * 0 + lowest, wanted * 0 + highest
+        for _ in range(32):
+            half, end_half = (begin + begin_end) >> 1, (end + end_end) >> 1
+            before_begin = tl.sum((every <= half).to(tl.int32), 0) <= first
+            before_end = tl.sum((every <= end_half).to(tl.int32), 0) <= last
+            begin = tl.where(before_begin & (begin < begin_end), half + 1, begin)
+            begin_end = tl.where(before_begin, begin_end, half)
+            end = tl.where(before_end & (end < end_end), end_half + 1, end)
+            end_end = tl.where(before_end, end_end, end_half)
+        begin = tl.where((first > 0) & (first < drawn), begin, lowest)
+        end = tl.where(last < drawn, tl.maximum(begin, end), highest)
+        base = tl.where((end - begin < bins) & in_rows, begin, NO_BASE)
+        store_state(after, begin, end, False, wanted, wanted * 0, base, bins)
+        tl.atomic_add(undone, 1, sem="relaxed")
 
 
 @triton.jit
 def count_in_bins(
-    table, layer_of, state, falling, best, is_nan, below, counts, unsigned: tl.constexpr,
-    infinity: tl.constexpr, magnitude: tl.constexpr, first: tl.constexpr, surveys: tl.constexpr,
-    protects: tl.constexpr, bins: tl.constexpr, block: tl.constexpr, steps: tl.constexpr,
+    table, layer_of, state, falling, undone, best, above_of, is_nan, above, counts, unsigned: tl.constexpr,
+    infinity: tl.constexpr, magnitude: tl.constexpr, revives: tl.constexpr, first: tl.constexpr,
+    surveys: tl.constexpr, protects: tl.constexpr, bins: tl.constexpr, block: tl.constexpr, steps: tl.constexpr,
 ):  # fmt: skip
-    """Count the candidates from LOW to HIGH in bins, in the first pass also those below.
+    """Count the candidates from LOW to HIGH in bins, in the first pass also those above.
 
-    surveys: find the best group of every layer, and NaN, too; then no scope is passed over. protects: the best groups
+    surveys: count those above in every layer, and find NaN, too; then no scope is passed over, and every program counts
+    in a row of its own, for many would wait for each other where few keys are counted often. protects: the best groups
     are no candidates.
     """
-    layer, row, count, start = _part(table, layer_of, block, steps)
-    scope = tl.load(row + 4)
-    state += scope * FIELDS
-    if surveys or tl.load(state + DONE) == 0:
-        revives = tl.load(row + 6) != 0
-        begin, end = tl.load(state + LOW).to(tl.int32), tl.load(state + HIGH).to(tl.int32)
-        shift = tl.load(state + SHIFT).to(tl.uint32)
-        falls = tl.load(falling + scope) != 0
-        best_place = -1
-        if protects:
-            best_place = (tl.load(best + layer) & 0xFFFFFFFF).to(tl.int32)
-        scores, mask = _scores_of(row, unsigned), _mask_of(row)
-        lower = tl.zeros([block], tl.int32)
-        within_any = tl.zeros([block], tl.int32)
-        inside = tl.zeros([bins if first else 16], tl.int32)
-        highest = tl.full([block], -2147483648, tl.int32)
-        highest_place = tl.zeros([block], tl.int32)
-        nan = tl.zeros([block], tl.int32)
-        for step in range(steps):
-            place = start + step * block + tl.arange(0, block)
-            there = place < count
-            alive, size, key = _load(scores, mask, place, count, unsigned, magnitude)
-            candidate = tl.where(falls, there & (alive == 0) & revives, alive)
-            if protects:
-                candidate = candidate & (place != best_place)
-            if surveys:
-                better = alive & (key >= highest)  # of equals the last
-                highest = tl.where(better, key, highest)
-                highest_place = tl.where(better, place, highest_place)
-                nan = nan | (there & (alive | revives) & (size > infinity)).to(tl.int32)
-            within = candidate & (key >= begin) & (key <= end)
+    if surveys or tl.load(undone) != 0:
+        layer, row, count, start = part_of(table, layer_of, block, steps)
+        scope = tl.load(row + 4)
+        state += scope * FIELDS
+        if surveys or tl.load(state + DONE) == 0:
+            begin, end = tl.load(state + LOW).to(tl.int32), tl.load(state + HIGH).to(tl.int32)
             # Between two keys there may be more than an int32 holds, but no more than its bits without a sign.
-            bin_of_key = ((tl.where(within, key, begin) - begin).to(tl.uint32, bitcast=True) >> shift).to(tl.int32)
+            width, shift = (end - begin).to(tl.uint32, bitcast=True), tl.load(state + SHIFT).to(tl.uint32)
+            falls = tl.load(falling + scope) != 0
+            best_place = -1
+            if protects:
+                best_place = (tl.load(best + layer) & 0xFFFFFFFF).to(tl.int32)
+            counts += (tl.program_id(0).to(tl.int64) if surveys else scope) * bins
+            scores, mask = scores_of(row, unsigned), mask_of(row)
+            higher = tl.zeros([block], tl.int32)
+            largest = tl.zeros([block], tl.int32)
+            one = tl.full([block], 1, tl.int32)
+            for step in range(steps):
+                first_place = start + step * block
+                place, alive, size, key = load_groups(scores, mask, first_place, count, unsigned, magnitude, block)
+                candidate = candidates_of(alive, place, count, row, falls, revives)
+                if protects:
+                    candidate = candidate & (place != best_place)
+                if surveys:
+                    matters = alive
+                    if revives:
+                        matters = alive | ((place < count) & (tl.load(row + 6) != 0))
+                    largest = tl.maximum(largest, tl.where(matters, size, 0))
+                if first:
+                    higher += (candidate & (key > end)).to(tl.int32)
+                from_begin = (key - begin).to(tl.uint32, bitcast=True)
+                # One number for both: these are handed from thread to thread.
+                bin_of_key = tl.where(candidate & (from_begin <= width), (from_begin >> shift).to(tl.int32), -1)
+                tl.atomic_add(counts + bin_of_key, one, mask=bin_of_key >= 0, sem="relaxed")
             if first:
-                lower += (candidate & (key < begin)).to(tl.int32)
-                within_any += within.to(tl.int32)
-                inside += tl.histogram(bin_of_key, bins)
-            else:
-                one = tl.full([block], 1, tl.int32)
-                tl.atomic_add(counts + scope * bins + bin_of_key, one, mask=within, sem="relaxed")
-        if first:
-            tl.atomic_add(below + scope, tl.sum(lower, 0).to(tl.int64), sem="relaxed")
-            # What is not within was counted in the first bin.
-            bin_of_key = tl.arange(0, bins)
-            inside -= tl.where(bin_of_key == 0, block * steps - tl.sum(within_any, 0), 0)
-            tl.atomic_add(counts + scope * bins + bin_of_key, inside, mask=inside > 0, sem="relaxed")
-        if surveys:
-            packed = (highest.to(tl.int64) << 32) + highest_place
-            tl.atomic_max(best + layer, tl.max(packed, 0), sem="relaxed")
-            tl.atomic_max(is_nan + layer, tl.max(nan, 0), sem="relaxed")
+                all_higher = tl.sum(higher, 0)
+                tl.atomic_add(above + scope, all_higher.to(tl.int64), sem="relaxed")
+            if surveys:
+                tl.atomic_max(above_of + layer, all_higher.to(tl.int64), sem="relaxed")
+                tl.atomic_max(is_nan + layer, (tl.max(largest, 0) > infinity).to(tl.int32), sem="relaxed")
 
 
 @triton.jit
 def narrow(
-    before, after, below, counts, lowest: tl.constexpr, highest: tl.constexpr, first: tl.constexpr,
-    bins: tl.constexpr, next_bins: tl.constexpr,
+    before, after, candidates, above, counts, undone, lowest: tl.constexpr, highest: tl.constexpr,
+    first: tl.constexpr, bins: tl.constexpr, next_bins: tl.constexpr,
 ):  # fmt: skip
     """Go on to the bin in which pruning ends, with what of it is pruned; beyond the bracket, to all on that side."""
     scope = tl.program_id(0)
     before += scope * FIELDS
     after += scope * FIELDS
     begin, end, shift = tl.load(before + LOW), tl.load(before + HIGH), tl.load(before + SHIFT)
-    wanted, ties = tl.load(before + NUMBER), tl.load(before + TIES)
-    was_done = tl.load(before + DONE) != 0
-    if was_done:
-        _store(after, begin, end, was_done, wanted, ties, next_bins)
+    wanted, base = tl.load(before + NUMBER), tl.load(before + BASE)
+    if tl.load(before + DONE) != 0:
+        store_state(after, begin, end, True, wanted, tl.load(before + TIES), base, next_bins)
     else:
-        lower = tl.zeros((), tl.int64)
-        if first:  # of what is left after it, nothing is below
-            lower += tl.load(below + scope)
         place = tl.arange(0, bins)
         own = tl.load(counts + scope * bins + place).to(tl.int64)
+        lower = tl.zeros((), tl.int64)
+        if first:  # of what is left after it, nothing is below
+            lower += tl.load(candidates + scope) - tl.load(above + scope) - tl.sum(own, 0)
         upto = tl.cumsum(own, 0) + lower
         hit = tl.minimum(tl.sum((upto < wanted).to(tl.int32), 0), bins - 1)
         found = tl.sum(tl.where(place == hit, own, 0), 0)
@@ -263,97 +333,5 @@ def narrow(
         needed = wanted - (upto_hit - found)
         needed = tl.where(is_below, wanted, tl.where(is_above, wanted - all_found - lower, needed))
         done = (new_begin == new_end) & (is_below == 0) & (is_above == 0)
-        _store(after, new_begin, new_end, done, needed, found, next_bins)
-
-
-@triton.jit
-def _ranked(layer, row, state, falling, protected, best, unsigned: tl.constexpr):
-    """What _ties asks of a layer, whose place in memory, and of its scope."""
-    scope = tl.load(row + 4)
-    last, revives, falls = tl.load(state + LOW).to(tl.int32), tl.load(row + 6) != 0, tl.load(falling + scope) != 0
-    best_place = tl.where(tl.load(protected + scope) != 0, tl.load(best + layer) & 0xFFFFFFFF, -1).to(tl.int32)
-    return _scores_of(row, unsigned), _mask_of(row), last, revives, falls, best_place
-
-
-@triton.jit
-def _ties(
-    scores, mask, last, revives, falls, best_place, place, count, unsigned: tl.constexpr, magnitude: tl.constexpr
-):  # fmt: skip
-    """Of groups of a layer, whether alive and no candidates, whether candidates above `last`, and whether at it."""
-    alive, _, key = _load(scores, mask, place, count, unsigned, magnitude)
-    candidate = tl.where(falls, (place < count) & (alive == 0) & revives, alive) & (place != best_place)
-    return alive & (candidate == 0), candidate & (key > last), candidate & (key == last)
-
-
-@triton.jit
-def count_ties(
-    table, layer_of, state, falling, protected, best, ties_of, unsigned: tl.constexpr, magnitude: tl.constexpr,
-    block: tl.constexpr, steps: tl.constexpr,
-):  # fmt: skip
-    """Count the ties that each program looks at, in scopes in which some of them stay."""
-    layer, row, count, start = _part(table, layer_of, block, steps)
-    scope = tl.load(row + 4)
-    state += scope * FIELDS
-    ties = tl.zeros([block], tl.int32)
-    if tl.load(state + NUMBER) < tl.load(state + TIES):
-        scores, mask, last, revives, falls, best_place = _ranked(layer, row, state, falling, protected, best, unsigned)
-        for step in range(steps):
-            place = start + step * block + tl.arange(0, block)
-            _, _, tie = _ties(scores, mask, last, revives, falls, best_place, place, count, unsigned, magnitude)
-            ties += tie.to(tl.int32)
-    tl.store(ties_of + tl.program_id(0), tl.sum(ties, 0).to(tl.int64))
-
-
-@triton.jit
-def find_last(
-    table, layer_of, state, falling, protected, best, first_of, ties_of, upto, last_of, unsigned: tl.constexpr,
-    magnitude: tl.constexpr, block: tl.constexpr, steps: tl.constexpr,
-):  # fmt: skip
-    """Find the last tie that is pruned, in scopes in which some stay: its layer, and behind it its place.
-
-    upto: of `ties_of`, the sums up to each program. Of each scope one program goes on, and it writes.
-    """
-    layer, row, count, start = _part(table, layer_of, block, steps)
-    scope = tl.load(row + 4)
-    state += scope * FIELDS
-    needed, first = tl.load(state + NUMBER), tl.load(first_of + scope)
-    own = tl.load(ties_of + tl.program_id(0))
-    earlier = tl.load(upto + tl.program_id(0)) - own - tl.load(upto + first) + tl.load(ties_of + first)
-    if (needed < tl.load(state + TIES)) & (earlier < needed) & (needed <= earlier + own):
-        scores, mask, last, revives, falls, best_place = _ranked(layer, row, state, falling, protected, best, unsigned)
-        left = (needed - earlier).to(tl.int32)
-        found = tl.zeros([block], tl.int32)
-        for step in range(steps):
-            place = start + step * block + tl.arange(0, block)
-            _, _, tie = _ties(scores, mask, last, revives, falls, best_place, place, count, unsigned, magnitude)
-            ties = tie.to(tl.int32)
-            found = tl.where(tie & (tl.cumsum(ties, 0) == left), place, found)
-            left -= tl.sum(ties, 0)
-        tl.store(last_of + scope, (layer.to(tl.int64) << 32) + tl.max(found, 0))
-
-
-@triton.jit
-def write_masks(
-    table, layer_of, state, falling, protected, best, last_of, out, unsigned: tl.constexpr, magnitude: tl.constexpr,
-    block: tl.constexpr, steps: tl.constexpr,
-):  # fmt: skip
-    """Write which groups stay: not the candidates below the key at which pruning ends, nor its ties up to the last."""
-    layer, row, count, start = _part(table, layer_of, block, steps)
-    scope = tl.load(row + 4)
-    state += scope * FIELDS
-    needed, ties = tl.load(state + NUMBER), tl.load(state + TIES)
-    scores, mask, last, revives, falls, best_place = _ranked(layer, row, state, falling, protected, best, unsigned)
-    # Of this layer, the place up to which ties are pruned: all, none, or what find_last has found.
-    last_place = tl.where(needed > 0, 0x7FFFFFFF, -1).to(tl.int32)
-    if (needed > 0) & (needed < ties):
-        found = tl.load(last_of + scope)
-        last_layer, last_place = (found >> 32).to(tl.int32), (found & 0xFFFFFFFF).to(tl.int32)
-        last_place = tl.where(layer < last_layer, 0x7FFFFFFF, tl.where(layer == last_layer, last_place, -1))
-        last_place = last_place.to(tl.int32)
-    into = out + tl.multiple_of(tl.load(row + 2), 16)
-    for step in range(steps):
-        place = start + step * block + tl.arange(0, block)
-        stays, above, tie = _ties(scores, mask, last, revives, falls, best_place, place, count, unsigned, magnitude)
-        stays = stays | above | (tie & (place > last_place))
-        # The space of a layer ends at a multiple of 128 bytes.
-        tl.store(into + place, stays.to(tl.int8), mask=_whole_words(place, count, 16))
+        store_state(after, new_begin, new_end, done, needed, found, base, next_bins)
+        tl.atomic_add(undone, (done == 0).to(tl.int32), sem="relaxed")

@@ -1,11 +1,12 @@
-"""Which groups stay on a GPU: the kernels of on_device_kernels.py are launched for all layers and scopes at once.
+"""Which groups stay on a GPU: kernels are launched for all layers and scopes at once.
 
 The bits of a float, with those below zero counted downwards, order like its value: they are the keys. In each scope, a
 sample brackets the key at which pruning ends. One pass over the scores counts what lies below the bracket, and what
-lies in it, in bins; a second one counts the keys of the bin that was hit. Two more follow, for which nothing is left to
-do unless the sample was unlucky. Then the ties at that key are counted, the last one that is pruned is found, and the
-masks are written. Counts are integers, so that the order in which programs add to them changes nothing. The host reads
-none of them: a program that finds its scope done ends at once.
+lies in it, in bins. In half precision such a bin is mostly one key, and the pass is the only one; of float32, a second
+one counts the keys of the bin that was hit. The passes that follow have nothing left to do unless the sample was
+unlucky. Then the last tie that is pruned is found, and the masks are written. Counts are integers, so that the order in
+which programs add to them changes nothing. The host reads none of them: a program that finds its scope done ends at
+once.
 
 The best group of a layer stays. Usually it is far from where pruning ends; where it is not, all passes run once more,
 without the best groups.
@@ -14,41 +15,30 @@ without the best groups.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, chain
+from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .on_device_kernels import (
-    COLUMNS,
-    DONE,
-    FIELDS,
-    LOW,
-    NUMBER,
-    bracket,
-    count_alive,
-    count_in_bins,
-    count_ties,
-    draw_sample,
-    find_last,
-    narrow,
-    write_masks,
-)
+from ...model.tensors import sent
+from .on_device_kernels import COLUMNS, FIELDS, ask, bracket, count_alive, count_in_bins, draw_sample, narrow
+from .on_device_writing import count_ties, find_best, find_last, keep_best, protect, write_masks
 
 if TYPE_CHECKING:
     from .device_layer import DeviceLayer
 
 # Groups that a program looks at, so many at a time; more steps where there are programs enough for any GPU.
-BLOCK, STEPS, WARPS = 2048, (4, 16), 8
+BLOCK, STEPS, WARPS = 2048, (4, 32), 8
 MANY = 2**27
-# Groups that are sampled in each scope; torch sorts rows of so many in one kernel.
-SAMPLE = 4096
-# Bins of each pass. The first counts by a histogram of its own, for many groups are in the bracket: its time grows with
-# its bins. The others add each group of the bin that was hit to a number in memory, for these are few.
-BINS = (256, 8192, 4096, 4096)
+# Groups that are sampled in each scope, and layers of a scope that are looked at together.
+SAMPLE, LAYERS = 16384, 128
+# Bins of each pass. In the first, every program has its own, so that they are few.
+BINS = (256, 8192, 8192, 8192)
 # Standard deviations of the sample's order statistics between its bracket and where pruning is expected to end.
-SPREAD = 5
+SPREAD = 4
 # What is written begins at multiples of so many bytes for every layer, as tensors of their own do.
 ALIGNED = 128
 
@@ -67,6 +57,22 @@ KEYS = {
 }
 
 
+class Programs(NamedTuple):
+    """What each program of a launch looks at, and the places of layers; the same in every update of a model."""
+
+    steps: int
+    grid: tuple[int]
+    spaces: list[int]
+    # Of every layer: where its first group is written, its number of groups, its scope, its first program.
+    rows: np.ndarray
+    layer_of: Tensor
+    scope_of: Tensor
+    first_of_scope: Tensor
+    first_layer: Tensor
+    last_layer: Tensor
+    starts: Tensor
+
+
 def select(scopes: Sequence[Sequence[DeviceLayer]], sparsity: float) -> list[Tensor]:
     """For every layer, in order, True at the groups that stay; each scope is ranked by itself.
 
@@ -75,6 +81,29 @@ def select(scopes: Sequence[Sequence[DeviceLayer]], sparsity: float) -> list[Ten
     """
     with torch.cuda.device_of(scopes[0][0].alive):
         return _Selection(scopes, sparsity).run()
+
+
+@lru_cache(maxsize=16)
+def _programs(lengths: tuple[int, ...], of_scopes: tuple[int, ...], device: torch.device, stream: int) -> Programs:
+    """For layers of these lengths, so many in each scope.
+
+    stream: on which it is used; on another one, what was sent to the GPU might not be there yet.
+    """
+    steps = STEPS[sum(lengths) > MANY]
+    programs = [-(-length // (BLOCK * steps)) for length in lengths]
+    spaces = [-(-length // ALIGNED) * ALIGNED for length in lengths]
+    first_programs, first_layers = _before(programs), _before(of_scopes)
+    scope_of = np.repeat(np.arange(len(of_scopes)), of_scopes)
+    rows = np.stack([_before(spaces), lengths, scope_of, first_programs], 1)
+    values = (
+        np.repeat(np.arange(len(lengths), dtype=np.int32), programs),
+        np.repeat(scope_of, programs),
+        np.array([first_programs[layer] for layer in first_layers]),
+        np.array(first_layers),
+        np.array(first_layers) + of_scopes - 1,
+        np.array([*_before(lengths), sum(lengths)]),
+    )
+    return Programs(steps, (sum(programs),), spaces, rows, *(sent(each, device) for each in values))
 
 
 class _Selection:
@@ -86,136 +115,131 @@ class _Selection:
         keys, magnitude = KEYS[layers[0].score.dtype], layers[0].magnitude
         self.infinity = keys.infinity
         self.kind = {"unsigned": keys.unsigned, "magnitude": magnitude}
+        self.revives = {"revives": any(layer.revives for layer in layers)}
         self.ends = {"lowest": 0 if magnitude else -keys.unsigned, "highest": keys.unsigned}
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        self.programs = programs = _programs(tuple(map(len, layers)), tuple(map(len, scopes)), self.device, stream)
+        self.grid, self.layer_of = programs.grid, programs.layer_of
+        self.of_programs = {"block": BLOCK, "steps": programs.steps, "num_warps": WARPS}
+        self.of_scope = (programs.first_layer, programs.last_layer)
 
-        self.lengths = list(map(len, layers))
-        self.spaces = [-(-length // ALIGNED) * ALIGNED for length in self.lengths]
-        steps = STEPS[sum(self.lengths) > MANY]
-        programs = [-(-length // (BLOCK * steps)) for length in self.lengths]
-        self.of_programs = {"block": BLOCK, "steps": steps, "num_warps": WARPS}
-        first_programs, first_layers = _before(programs), _before(map(len, scopes))
-        last_layers = [end - 1 for end in accumulate(map(len, scopes))]
-        scope_of = [number for number, scope in enumerate(scopes) for _ in scope]
-        rows = [
-            (layer.score.data_ptr(), layer.alive.data_ptr(), *others, int(layer.revives))
-            for layer, *others in zip(layers, _before(self.spaces), self.lengths, scope_of, first_programs, strict=True)
-        ]
-        table, starts, self.first_layer, self.last_layer, self.first_program, repeats = self._sent(
-            list(chain.from_iterable(rows)),
-            [*_before(self.lengths), sum(self.lengths)],
-            first_layers,
-            last_layers,
-            [first_programs[layer] for layer in first_layers],
-            programs,
+        table = np.empty((len(layers), COLUMNS.value), np.int64)
+        table[:, 2:6] = programs.rows
+        table[:, 0] = [layer.score.data_ptr() for layer in layers]
+        table[:, 1] = [layer.alive.data_ptr() for layer in layers]
+        table[:, 6] = [layer.revives for layer in layers]
+        asked = [(sparsity * sum(layer.weights for layer in scope), scope[0].size) for scope in scopes]
+        asked_bits = np.array(asked, np.float64).view(np.int64)
+        # The table comes last: what a kernel is given begins at a multiple of 16 bytes, else it is compiled anew.
+        numbers = sent(np.concatenate([asked_bits.ravel(), table.ravel()]), self.device)
+        self.asked, self.table = numbers[: 2 * self.count].view(torch.float64), numbers[2 * self.count :]
+
+        self.bins = BINS if keys.unsigned > 0xFFFF else BINS[:3]
+        launches = 2 * (len(self.bins) + 1) + 1  # of `bracket`, `narrow` and `protect`
+        self.nan_of, *undone = self._filled(0, torch.int32, len(layers), *[1] * launches)
+        self.undone = iter(undone)
+        (self.best,) = self._filled(-(2**63), torch.int64, len(layers))
+        self.alive_of, self.above_of, self.ties, *of_scopes = self._filled(
+            0, torch.int64, len(layers), len(layers), *self.grid, *[self.count] * 8
         )
-        self.table, self.starts, self.grid = table.view(-1, COLUMNS.value), starts, (sum(programs),)
-        number_of_layer = torch.arange(len(layers), device=self.device, dtype=torch.int32)
-        self.layer_of_program = number_of_layer.repeat_interleave(repeats, output_size=sum(programs))
-        self.scope_of_layer = self.table[:, 4].contiguous()
-
-        self.state = self._zeros(self.count, FIELDS.value)
-        self.protected = self._zeros(self.count, dtype=torch.int32)
-        self.best_of_layer = torch.full((len(layers),), -(2**63), dtype=torch.int64, device=self.device)
-        self.nan_of_layer = self._zeros(len(layers), dtype=torch.int32)
-        self._ask(scopes, sparsity)
-
-    def _ask(self, scopes: Sequence[Sequence[DeviceLayer]], sparsity: float) -> None:
-        """How many groups are pruned, and of which; on_device.py has the same in words."""
-        self.alive_of_layer = self._zeros(len(self.layers))
-        count_alive[self.grid](self.table, self.layer_of_program, self.alive_of_layer, **self.of_programs)
-        masked_of_layer, revives = self.table[:, 3] - self.alive_of_layer, self.table[:, 6]
-        asked_for = [sparsity * sum(layer.weights for layer in scope) for scope in scopes]
-        wanted, size = self._sent(asked_for, [float(scope[0].size) for scope in scopes], dtype=torch.float64)
-        masked, stay_masked = self._of_scopes(masked_of_layer), self._of_scopes(masked_of_layer * (1 - revives))
-        falling = wanted < size * masked
-        amount = torch.where(falling, (wanted - size * stay_masked).clamp(min=0), wanted - size * masked)
-        self.candidates = torch.where(falling, masked - stay_masked, self._of_scopes(self.alive_of_layer))
-        self.asked_for = (amount / size + 0.5).floor().long().clamp(min=0)
-        self._of_state(NUMBER).copy_(torch.minimum(self.asked_for, self.candidates))
-        self.falling = falling.int()
+        self.above, self.above_others, self.last, self.falling, self.protected, *of_scopes = of_scopes
+        self.candidates, self.others, self.fewest = of_scopes
+        self.state = self._state()
 
     def run(self) -> list[Tensor]:
         """Find where pruning ends in every scope, and write the masks."""
+        count_alive[self.grid](self.table, self.layer_of, self.alive_of, **self.of_programs)
+        ask[(self.count,)](
+            *(self.table, *self.of_scope, self.alive_of, self.asked, self.state, self.falling, self.candidates),
+            *(self.fewest,), lowest=self.ends["lowest"], block=LAYERS,
+        )  # fmt: skip
         sample = self._drawn()
-        self._find(sample, protects=False)
-        for layer, nan in zip(self.layers, (self.nan_of_layer != 0).unbind(), strict=True):
+        self._find(sample, self.bins, self.candidates, self.above, protects=False)
+        for layer, nan in zip(self.layers, (self.nan_of != 0).unbind(), strict=True):
             layer.nan = nan
         if not self.layers[0].may_empty:
-            self._protect()
-            self._find(sample, protects=True)
+            undone = self._go_on(
+                protect, *self.of_scope, self.alive_of, self.above_of, block=LAYERS,
+                others=(self.falling, self.candidates, self.fewest, self.others, self.protected),
+            )  # fmt: skip
+            where = (self.table, self.layer_of, self.protected, undone, self.best)
+            find_best[self.grid](*where, **self.kind, **self.of_programs)
+            self._find(sample, (self.bins[1], *self.bins[1:]), self.others, self.above_others, protects=True)
         return self._write()
 
     def _drawn(self) -> Tensor:
-        """Keys of candidates of each scope, in order; NO_KEY behind them."""
+        """Keys of candidates of each scope; NO_KEY where none was drawn."""
         sample = torch.empty((self.count, SAMPLE), dtype=torch.int32, device=self.device)
         draw_sample[(self.count, SAMPLE // 128)](
-            *(self.table, self.first_layer, self.last_layer, self.starts, self.falling, sample),
-            **self.kind, sample=SAMPLE, block=128,
+            *(self.table, *self.of_scope, self.programs.starts, self.falling, sample),
+            **self.kind, **self.revives, sample=SAMPLE, block=128,
         )  # fmt: skip
-        return sample.sort(1).values
+        return sample
 
-    def _find(self, sample: Tensor, protects: bool) -> None:
+    def _find(self, sample: Tensor, all_bins: Sequence[int], candidates: Tensor, above: Tensor, protects: bool) -> None:
         """Narrow down, in every scope that is not done, the keys among which pruning ends, until it is one."""
-        self._go_on(bracket, sample, self.candidates, spread=SPREAD, sample=SAMPLE, bins=BINS[0])
-        below = self._zeros(self.count)
-        of_passes = self._zeros(self.count * sum(BINS), dtype=torch.int32).split([self.count * bins for bins in BINS])
-        for each, (bins, counts) in enumerate(zip(BINS, of_passes, strict=True)):
-            found = (self.best_of_layer, self.nan_of_layer, below, counts)
-            # The best groups, and NaN, are looked for on the way.
-            passes = {"first": each == 0, "surveys": each == 0 and not protects, "protects": protects}
+        sampled = {"spread": SPREAD, "sample": SAMPLE, "bins": all_bins[0], "in_rows": not protects}
+        undone = self._go_on(bracket, others=(sample, candidates), **self.ends, **sampled, num_warps=WARPS * 2)
+        sizes = [self.count * bins for bins in all_bins]
+        if not protects:
+            sizes[0] = self.grid[0] * all_bins[0]
+        counted = self._filled(0, torch.int32, *sizes)
+        for each, (bins, counts) in enumerate(zip(all_bins, counted, strict=True)):
+            surveys = each == 0 and not protects
             count_in_bins[self.grid](
-                *(self.table, self.layer_of_program, self.state, self.falling, *found),
-                **self.kind, **passes, infinity=self.infinity, bins=bins, **self.of_programs,
+                *(self.table, self.layer_of, self.state, self.falling, undone),
+                *(self.best, self.above_of, self.nan_of, above, counts),
+                **self.kind, **self.revives, first=each == 0, surveys=surveys, protects=protects,
+                infinity=self.infinity, bins=bins, **self.of_programs,
             )  # fmt: skip
-            next_bins = BINS[min(each + 1, len(BINS) - 1)]
-            self._go_on(narrow, below, counts, first=each == 0, bins=bins, next_bins=next_bins, num_warps=WARPS * 2)
+            if surveys:
+                self.rows = counts
+                rows = counts.view(*self.grid, bins)
+                counts = torch.zeros((self.count, bins), dtype=torch.int32, device=self.device)
+                counts.index_add_(0, self.programs.scope_of, rows)
+            following = {"bins": bins, "next_bins": all_bins[min(each + 1, len(all_bins) - 1)]}
+            undone = self._go_on(
+                narrow,
+                others=(candidates, above, counts),
+                **self.ends,
+                first=each == 0,
+                **following,
+                num_warps=WARPS * 2,
+            )
 
-    def _go_on(self, kernel: Any, *tensors: Tensor, **constants: int) -> None:
-        """From a state to the next one; it is another tensor, for a kernel does not write what it reads."""
-        after = torch.empty_like(self.state)
-        kernel[(self.count,)](self.state, after, *tensors, **self.ends, **constants)
+    def _go_on(self, kernel: Any, *before: Tensor, others: Sequence[Tensor], **constants: int) -> Tensor:
+        """From a state to the next one; it is another tensor, for a kernel does not write what it reads.
+
+        Returns the number of scopes that are not done.
+        """
+        after, undone = self._state(), next(self.undone)
+        kernel[(self.count,)](*before, self.state, after, *others, undone, **constants)
         self.state = after
-
-    def _protect(self) -> None:
-        """Begin anew, with fewer candidates, the scopes in which the best group of a layer may be pruned."""
-        has_groups = self.alive_of_layer > 0
-        may_be_pruned = has_groups & ((self.best_of_layer >> 32) <= self._of_state(LOW)[self.scope_of_layer])
-        number = self._of_state(NUMBER)
-        protected = (self._of_scopes(may_be_pruned) > 0) & (self.falling == 0) & (number > 0)
-        fewer = torch.minimum(self.asked_for, self.candidates - self._of_scopes(has_groups))
-        number.copy_(torch.where(protected, fewer, number))
-        self._of_state(DONE).copy_(~protected)
-        self.protected = protected.int()
+        return undone
 
     def _write(self) -> list[Tensor]:
-        where = (self.table, self.layer_of_program, self.state, self.falling, self.protected, self.best_of_layer)
-        ties, last = self._zeros(*self.grid), self._zeros(self.count)
-        count_ties[self.grid](*where, ties, **self.kind, **self.of_programs)
-        find_last[self.grid](*where, self.first_program, ties, ties.cumsum(0), last, **self.kind, **self.of_programs)
-        out = torch.empty(sum(self.spaces), dtype=torch.bool, device=self.device)
-        write_masks[self.grid](*where, last, out.view(torch.int8), **self.kind, **self.of_programs)
-        return [piece[:length] for piece, length in zip(out.split(self.spaces), self.lengths, strict=True)]
+        where = (self.table, self.layer_of, self.state, self.falling)
+        how = {**self.kind, **self.revives, **self.of_programs}
+        ranked = (*where, self.protected, self.best)
+        count_ties[self.grid](*ranked, self.rows, self.ties, **how, bins=self.bins[0])
+        upto = self.ties.cumsum(0)
+        find_last[self.grid](*ranked, self.programs.first_of_scope, self.ties, upto, self.last, **how)
+        out = torch.empty(sum(self.programs.spaces), dtype=torch.bool, device=self.device)
+        written = out.view(torch.int8)
+        write_masks[self.grid](*where, self.last, written, **how)
+        keep_best[(len(self.layers),)](self.table, self.alive_of, self.protected, self.best, written)
+        pieces = out.split(self.programs.spaces)
+        return [piece[: len(layer)] for piece, layer in zip(pieces, self.layers, strict=True)]
 
-    def _of_state(self, field: Any) -> Tensor:
-        """One number of the state for each scope, as a view."""
-        return self.state[:, field.value]
+    def _state(self) -> Tensor:
+        return torch.empty((self.count, FIELDS.value), dtype=torch.int64, device=self.device)
 
-    def _zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=self.device)
-
-    def _of_scopes(self, of_layers: Tensor) -> Tensor:
-        """Sums over the layers of each scope."""
-        return self._zeros(self.count).index_add_(0, self.scope_of_layer, of_layers.long())
-
-    def _sent(self, *lists: Sequence[Any], dtype: torch.dtype = torch.int64) -> tuple[Tensor, ...]:
-        """Lists of numbers as tensors on the GPU, in one transfer that nobody waits for."""
-        # Triton compiles a kernel anew for pointers that are no multiples of 16 bytes.
-        padded = [[*each, 0] if len(each) % 2 else each for each in lists]
-        values = torch.tensor(list(chain.from_iterable(padded)), dtype=dtype)
-        if self.device.type == "cuda":
-            values = values.pin_memory().to(self.device, non_blocking=True)
-        pieces = values.split(list(map(len, padded)))
-        return tuple(piece[: len(each)] for piece, each in zip(pieces, lists, strict=True))
+    def _filled(self, value: int, dtype: torch.dtype, *sizes: int) -> tuple[Tensor, ...]:
+        """Tensors of these sizes in one piece of memory, each at a multiple of 16 bytes; see ALIGNED."""
+        words = 16 // dtype.itemsize
+        spaces = [-(-size // words) * words for size in sizes]
+        pieces = torch.full((sum(spaces),), value, dtype=dtype, device=self.device).split(spaces)
+        return tuple(piece[:size] for piece, size in zip(pieces, sizes, strict=True))
 
 
 def _before(counts: Iterable[int]) -> list[int]:

@@ -6,6 +6,7 @@ for a GPU raises there.
 
 import copy
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparsifai import Sparsifier, criteria
+from sparsifai import Sparsifier, blocks, criteria
 from sparsifai.axes.ranking.device_layer import DeviceLayer
 from sparsifai.axes.ranking.on_device import select_on_device
 from sparsifai.axes.ranking.scored_layer import ScoredLayer
@@ -84,6 +85,34 @@ def test_masks_are_the_same_through_rising_and_falling_levels(context, granulari
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("criterion", ["large_final", "magnitude_increase"])
+@pytest.mark.parametrize(
+    ("context", "granularity"),
+    [
+        *itertools.product(("2:4", "1:3", blocks(10), blocks(2, "out"), "per_output"), ("weight", "kernel", "row")),
+        (blocks(3, "out"), "filter"),
+        (blocks(2, "h"), "row"),
+    ],
+)
+def test_masks_within_rows_and_blocks_are_the_same(context, granularity, criterion, dtype):
+    models = []
+    for make in (lambda sparsifier: sparsifier, as_on_device):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 8, (3, 2), groups=2)).to(dtype)
+        models.append(make(Sparsifier(model, granularity, context, criterion, example_input=torch.zeros(1, 4, 9, 9))))
+        with torch.no_grad():
+            model[0].weight.add_(0.1).mul_(10).round_().div_(10)  # many ties
+            model[1].weight.add_(torch.randn_like(model[1].weight) * 0.1)
+    host, device = models
+    for level in (0.1, 0.3, 0.5, 0.4, 0.2, 0.5, 0.0):
+        for sparsifier in models:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of outputs that come back, of levels at which nothing can be pruned
+                sparsifier.sparsify(level)
+        assert all(torch.equal(host.masks[name], device.masks[name]) for name in host.masks), level
+
+
 @pytest.mark.parametrize("criterion", [name for name in criteria if name != "random"])
 def test_masks_are_the_same_with_every_criterion(criterion):
     # random draws on the host, so that it gives the same numbers everywhere, and sends them to the GPU.
@@ -102,14 +131,16 @@ def test_masks_are_the_same_with_every_criterion(criterion):
 
 
 @pytest.mark.parametrize("granularity", ["weight", "kernel", "filter", "channel"])
-@pytest.mark.parametrize("context", ["local", "global"])
+@pytest.mark.parametrize("context", ["local", "global", "2:4", "2:16", "per_output"])
 @pytest.mark.parametrize("criterion", ["large_final", "updating_movement"])
 def test_no_value_is_read_in_a_step(granularity, context, criterion):
     with torch.device("meta"):
         model = small_net()
-    sparsifier = Sparsifier(model, granularity, context, criterion)
+    if context not in ("local", "global") and granularity in ("filter", "channel"):
+        return  # one output, or one input, has no blocks of these
+    sparsifier = Sparsifier(model, granularity, context, criterion, exclude="5")  # whose kernels have one input
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
-    for level in (0.3, 0.6):
+    for level in (0.3, 0.5):
         model(torch.empty(2, 2, 8, 8, device="meta")).sum().backward()
         sparsifier.mask_gradients()
         optimizer.step()
@@ -124,16 +155,17 @@ def test_no_value_is_read_in_a_step(granularity, context, criterion):
 def test_the_triton_kernels_in_their_interpreter_give_the_same_masks(of):
     pytest.importorskip("triton", reason="torch brings Triton on some platforms only")
     script = Path(__file__).parents[2] / "interpreted.py"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    # The package that is tested here, and not one that is installed.
+    paths = os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, str(script), of], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 # Of every argument of the kernels, what it points to.
 POINTED_TO = {
-    **dict.fromkeys(("table", "alive_of", "first_of", "last_of", "starts", "candidates", "state", "before"), "i64"),
-    **dict.fromkeys(("after", "best", "below", "ties_of", "upto"), "i64"),
-    **dict.fromkeys(("layer_of", "falling", "keys", "is_nan", "counts", "protected"), "i32"),
+    **dict.fromkeys(("layer_of", "keys", "is_nan", "counts", "undone", "rows"), "i32"),
+    **dict.fromkeys(("asked", "partial"), "fp64"),
     "out": "i8",
 }
 
@@ -143,31 +175,42 @@ def test_the_triton_kernels_compile_for_an_h100():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sparsifai.axes.ranking import on_device_kernels as kernels
+    from sparsifai.axes import pooling_triton as pooling
+    from sparsifai.axes.ranking import on_device_kernels as finding
     from sparsifai.axes.ranking import on_device_triton as launched
+    from sparsifai.axes.ranking import on_device_writing as writing
 
     size = {"block": launched.BLOCK, "steps": launched.STEPS[0]}
     first, second = launched.BINS[:2]
-    cases = [(kernels.count_alive, size)]
+    layers, sample = {"block": launched.LAYERS}, {"sample": launched.SAMPLE}
+    cases = [(finding.count_alive, size), (writing.protect, layers), (writing.keep_best, {})]
     for keys, magnitude in zip(launched.KEYS.values(), (True, False, True), strict=True):
         kind = {"unsigned": keys.unsigned, "magnitude": magnitude}
         ends = {"lowest": 0 if magnitude else -keys.unsigned, "highest": keys.unsigned}
-        sample = {"sample": launched.SAMPLE}
+        revives = {"revives": not magnitude}
         cases += [
-            (kernels.draw_sample, {**kind, **sample, "block": 128}),
-            (kernels.bracket, {**ends, **sample, "spread": launched.SPREAD, "bins": first}),
-            (kernels.narrow, {**ends, "first": True, "bins": first, "next_bins": second}),
-            (kernels.narrow, {**ends, "first": False, "bins": second, "next_bins": launched.BINS[2]}),
-            *((kernel, {**kind, **size}) for kernel in (kernels.count_ties, kernels.find_last, kernels.write_masks)),
+            (finding.ask, {"lowest": ends["lowest"], **layers}),
+            (finding.draw_sample, {**kind, **revives, **sample, "block": 128}),
+            (finding.bracket, {**ends, **sample, "spread": launched.SPREAD, "bins": first, "in_rows": True}),
+            (finding.narrow, {**ends, "first": True, "bins": first, "next_bins": second}),
+            (finding.narrow, {**ends, "first": False, "bins": second, "next_bins": launched.BINS[2]}),
+            (writing.find_best, {**kind, **size}),
+            (writing.count_ties, {**kind, **revives, **size, "bins": first}),
+            *((kernel, {**kind, **revives, **size}) for kernel in (writing.find_last, writing.write_masks)),
         ]
-        for bins, surveys, protects in ((first, True, False), (first, False, True), (second, False, True)):
-            passes = {"first": bins == first, "surveys": surveys, "protects": protects, "bins": bins}
-            cases.append((kernels.count_in_bins, {**kind, **size, **passes, "infinity": keys.infinity}))
+        for bins, is_first, surveys in ((first, True, True), (second, True, False), (second, False, False)):
+            passes = {"first": is_first, "surveys": surveys, "protects": not surveys, "bins": bins}
+            cases.append((finding.count_in_bins, {**kind, **revives, **size, **passes, "infinity": keys.infinity}))
+    for wide, brain, members in ((True, False, 4), (False, True, 512), (False, False, 16)):
+        tile = {"groups": pooling.TILE // members, "members": members, "steps": pooling.STEPS}
+        cases.append((pooling.sum_pieces, {"wide": wide, "brain": brain, **tile}))
+    cases.append((pooling.sum_up, {"mean": True, "block": pooling.SUMMED}))
     for kernel, constants in cases:
         names = [name for name in kernel.arg_names if name not in constants]
+        pointed_to = {**POINTED_TO, **({"out": "fp32"} if kernel is pooling.sum_up else {})}
         # What is sent to a GPU begins at multiples of 16 bytes, of which a kernel makes use.
         aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in names}
-        types = {**{name: f"*{POINTED_TO[name]}" for name in names}, **dict.fromkeys(constants, "constexpr")}
+        types = {**{name: f"*{pointed_to.get(name, 'i64')}" for name in names}, **dict.fromkeys(constants, "constexpr")}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Triton, about its own defaults
             source = ASTSource(kernel, types, constants, aligned)
