@@ -14,6 +14,7 @@ from .followers import Follower, masks_of_followers
 from .layer import Layer, count_of, selected
 from .mask_building import check_nan
 from .masking import with_parameters, zero_gradients, zero_moments, zero_weights
+from .optimizer_state import check_reachable
 
 
 class MaskedModel:
@@ -58,9 +59,13 @@ class MaskedModel:
         """Set the optimizer's moments of pruned weights to zero, so that these are not moved. Call it after sparsify.
 
         Args:
-            optimizer: torch's or fastai's.
+            optimizer: torch's or fastai's, or a wrapper that holds one.
+
+        Raises:
+            TypeError: It keeps moments where they are not found, or as codes that cannot be set to zero.
         """
         self._check_held("mask_moments")
+        check_reachable((parameter for parameter, _ in self.masked_parameters()), optimizer)
         zero_moments(self.masked_parameters(), optimizer)
 
     @torch.no_grad()

@@ -170,6 +170,13 @@ def batch_norm_behind_filters():
     Sparsifier(small_net(), "filter", criteria="taylor")
 
 
+def moments_by_name():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer.state["0.weight"] = {"momentum_buffer": torch.ones(8, 4)}
+    Sparsifier(model).mask_moments(optimizer)
+
+
 SCORES = "criterion <lambda> must return one real score per weight: for 0.weight a tensor of the shape (8, 4), not "
 MASKS = [
     ("an answer of a context for no layer", lambda: sparsify(0.5, context=lambda layers, sparsity: []), ValueError,
@@ -210,6 +217,9 @@ MASKS = [
                            ["calibrate", []], ["collect_gradients"], ["load_state_dict", {}])),
     ("a list for an optimizer", lambda: Sparsifier(mlp()).mask_moments([]), TypeError,
      "list is no optimizer, because it has no `state` by parameter; pass an optimizer of torch or fastai"),
+    ("moments that are kept by name", moments_by_name, TypeError,
+     "mask_moments: SGD keeps its state by str, not by parameter, so moments of pruned weights cannot be set to zero; "
+     "call apply_masks() after each step instead"),
 ]  # fmt: skip
 
 # --- Data -------------------------------------------------------------------------------------------------------------
