@@ -53,6 +53,7 @@ class QuantitySource(Protocol):
         example_input: A batch, or None.
         inputs: Parameter name -> the input of its layer, at the moment 'forward'.
         loss: The loss of the batch, a tensor, at the moment 'loss'.
+        skipped: The layers that no gradient of the batch reaches; theirs is zero.
     """
 
     model: nn.Module
@@ -61,6 +62,7 @@ class QuantitySource(Protocol):
     example_input: Any
     inputs: dict[str, Tensor]
     loss: Any
+    skipped: set[str]
 
     def once(self, compute: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Compute something for all layers, once at each moment.
@@ -230,10 +232,7 @@ def _gradient(layer: NamedWeight) -> Tensor:
     """The gradient of a weight, dense and whole."""
     gradient = layer.parameter.grad
     if gradient is None:
-        raise ValueError(
-            f"no gradient has reached {layer.name}: it is frozen, or the loss does not depend on it; leave it out with "
-            "exclude="
-        )
+        raise ValueError(f"no gradient has reached {layer.name}, which is frozen; leave it out with exclude=")
     return widened(whole(gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()))
 
 
@@ -258,11 +257,10 @@ def _hessian_gradients(source: QuantitySource) -> dict[str, Tensor]:
     if frozen:
         raise UnsuitableLayerError(f"no gradient reaches {frozen[0]}, which is frozen; leave it out with exclude=")
     gradients = torch.autograd.grad(source.loss, list(parameters.values()), create_graph=True, allow_unused=True)
-    unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
-    if unused:
-        raise ValueError(
-            f"no gradient has reached {unused[0]}: the loss does not depend on it; leave it out with exclude="
-        )
+    source.skipped = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None}
+    gradients = tuple(gradient for gradient in gradients if gradient is not None)
+    if not gradients:
+        return {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     squares = torch.stack([(gradient * gradient.detach()).sum() for gradient in gradients]).sum()
     if not squares.requires_grad:  # the loss is linear in all weights
         return {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .parallel import kind_of, reshard
 from .tensors import cloned
@@ -76,6 +77,13 @@ def run(model: Callable, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*(inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
+
+
+def normal(inputs: Any) -> Any:
+    """Copy the tensors of inputs that were made under `torch.inference_mode`: autograd refuses to record these."""
+    return tree_map(
+        lambda value: value.clone() if isinstance(value, Tensor) and value.is_inference() else value, inputs
+    )
 
 
 @contextmanager

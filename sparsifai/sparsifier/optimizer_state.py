@@ -54,7 +54,8 @@ def states_of(optimizer: Any) -> list[Mapping[Any, Any]]:
     Raises:
         TypeError: There is none.
     """
-    states, slow = [], []
+    states: list[Mapping[Any, Any]] = []
+    slow: list[Mapping[Any, Any]] = []
     for each in with_wrapped(optimizer):
         state = getattr(each, "state", None)
         if isinstance(state, Mapping) and not any(state is other for other in states):

@@ -288,8 +288,11 @@ class Sparsifier(MaskedModel):
 
         `mask_gradients` calls it, so a plain training loop need not. Regrowth by gradients needs it before `sparsify`.
 
+        A layer without a gradient, as one that the batch has skipped, counts as zero. A batch whose gradients are not
+        all finite, as after an overflow under a GradScaler, is left out.
+
         Raises:
-            ValueError: No gradient has reached a selected layer.
+            ValueError: No selected layer has a gradient, or one is frozen.
         """
         self._check_held("collect_gradients")
         for collected in filter(None, (self.collected, self._regrowth)):
@@ -298,11 +301,11 @@ class Sparsifier(MaskedModel):
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping.
 
-        A criterion that needs gradients collects them first, if every selected layer has one.
+        A criterion that needs gradients collects them first, if a selected layer has one.
         """
         self._check_held("mask_gradients")
         parameters = [layer.parameter for layer in self._selected.values()]
-        if self.collected.at("backward") and all(parameter.grad is not None for parameter in parameters):
+        if self.collected.at("backward") and any(parameter.grad is not None for parameter in parameters):
             self.collect_gradients()
         super().mask_gradients()
 

@@ -288,8 +288,9 @@ DATA = [
     *((name, lambda given=given: calibrate(*given), *TEXTS[name]) for name, given in BAD_CALIBRATIONS.items()),
     ("a second batch that fails", second_batch, ValueError, "calibrate: batch 2 fails (...); a batch is ..."),
     ("attention without a call of its projection", lambda: calibrate_attention(exclude="*in_proj*"), ValueError,
-     "calibrate: self_attn.out_proj.weight: the module is not called in these batches (attention, for instance, reads "
-     "the weights of its projections itself); exclude the layer with exclude="),
+     "calibrate: self_attn.out_proj.weight: the module is not called in these batches, or only with inputs that have "
+     "no rows (attention, for instance, reads the weights of its projections itself); exclude the layer with exclude=, "
+     "or add batches that use it"),
     ("attention with its own projection", calibrate_attention, ValueError,
      "activation: self_attn.in_proj_weight is not multiplied with the input of MultiheadAttention, of shape (2, 5, 8);"
      " leave it out with exclude="),
