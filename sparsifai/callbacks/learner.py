@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..model.parallel import reshard
 from ..model.running import Split, not_drawn_from, untraced
-from ..sparsifier.calibration import calibrate
 from ..sparsifier.sparsifier import Sparsifier
 
 if TYPE_CHECKING:
@@ -36,9 +34,9 @@ def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None) 
     if not collected.at("forward", "loss") and collected.missing() is None:
         return
 
-    if batches is None and learn.xb[0] is not None:
-        reshard(sparsifier.model)
-        calibrate(collected, [(*learn.xb, learn.yb)], _loss_of(learn.loss_func), may_skip=True)
+    collected.may_skip = batches is None and learn.xb[0] is not None
+    if collected.may_skip:
+        sparsifier.calibrate([(*learn.xb, learn.yb)], _loss_of(learn.loss_func))
     else:
         calibrate_with(learn, sparsifier, batches)
     # Start anew with the next gradients, so that no batch counts twice.

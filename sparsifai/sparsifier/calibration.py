@@ -19,9 +19,7 @@ from ..support.registry import name_of
 from .collection import CollectedQuantities, Source
 
 
-def calibrate(
-    collected: CollectedQuantities, batches: Iterable, loss_func: Callable | None, may_skip: bool = False
-) -> None:
+def calibrate(collected: CollectedQuantities, batches: Iterable, loss_func: Callable | None) -> None:
     """Run batches through the model, for the quantities that are means over batches.
 
     Modes, buffers, gradients and random generators are restored. What a model keeps elsewhere, such as the hidden
@@ -32,11 +30,11 @@ def calibrate(
         batches: Batches: (input, target), (input, input, target), or dictionaries of named inputs.
         loss_func: A function of (output, target), or of (output, dictionary). Only quantities that are taken from a
             gradient or from the loss need it.
-        may_skip: Whether these batches may skip layers, which then have a value of zero until a batch reaches them.
 
     Raises:
         TypeError: `batches` is not a list of batches, or a loss is needed and missing.
-        ValueError: The model or the loss fails on a batch, or no batch reaches a layer. Nothing has changed then.
+        ValueError: The model or the loss fails on a batch, or no batch reaches a layer, unless `collected.may_skip`.
+            Nothing has changed then.
     """
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise TypeError(f"calibrate: batches is a list or a data loader of batches, not {_shown(batches)}")
@@ -76,8 +74,7 @@ def calibrate(
         for quantity, layers in collected.unreached.items():
             layers &= unreached.get(quantity, layers)
         collected.unreached = {**unreached, **collected.unreached}
-        collected.may_skip |= may_skip
-        if not may_skip:
+        if not collected.may_skip:
             _check_reached(collected)
     except BaseException:
         collected.restore(before)
@@ -133,7 +130,7 @@ def _take_loss(collected: CollectedQuantities, loss: Any, number: int) -> bool:
             source.loss = None
     if collected.at("backward"):
         _backward(source, loss)
-        collected.add("backward", may_reach_none=True)
+        collected.add("backward")
     finite = not collected.left_out
     collected.left_out |= earlier
     return finite

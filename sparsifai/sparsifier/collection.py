@@ -98,9 +98,7 @@ class CollectedQuantities:
             self.left_out = False
 
     @torch.no_grad()
-    def add(
-        self, moment: str, names: Iterable[str] | None = None, count: int = 1, may_reach_none: bool = False
-    ) -> None:
+    def add(self, moment: str, names: Iterable[str] | None = None, count: int = 1) -> None:
         """Add a batch to the means of the quantities that are taken at 'backward', 'forward' or 'loss'.
 
         A layer that the batch has skipped has a gradient of zero. A batch whose gradients are not all finite is left
@@ -110,17 +108,16 @@ class CollectedQuantities:
             moment: The moment.
             names: The layers, by default all.
             count: The weight of the batch in the mean.
-            may_reach_none: Whether it is no mistake if no layer has a gradient.
 
         Raises:
-            ValueError: No selected layer has a gradient, or one is frozen.
+            ValueError: A layer is frozen and has no gradient.
         """
         names = list(self._layers if names is None else names)
         if not self.at(moment):
             return
         self.source.skipped = set()
         try:
-            with self._zeros_for_missing(names, may_reach_none) if moment == "backward" else nullcontext():
+            with self._zeros_for_missing(names) if moment == "backward" else nullcontext():
                 finite: Any = _all_finite(self._gradients(names) if moment == "backward" else ())
                 taken = {
                     each: {name: quantities[each](self.source, name) for name in names} for each in self.at(moment)
@@ -138,6 +135,19 @@ class CollectedQuantities:
         for quantity, values in taken.items():
             self._add_to_means(quantity, values, count, finite)
             self._note_reached(quantity, names)
+
+    def add_gradients(self) -> None:
+        """Add the gradients of a backward pass.
+
+        Raises:
+            ValueError: No selected layer has a gradient, or one is frozen.
+        """
+        if self.at("backward") and all(gradient is None for gradient in self._gradients(self._layers)):
+            raise ValueError(
+                f"collect_gradients: no gradient has reached {next(iter(self._layers))} or any other selected layer; "
+                "call it after a backward of a loss that depends on them, and before zero_grad"
+            )
+        self.add("backward")
 
     def _gradients(self, names: Iterable[str]) -> list[Tensor | None]:
         return [self._layers[name].parameter.grad for name in names]
@@ -168,15 +178,10 @@ class CollectedQuantities:
         unreached -= set(names) - self.source.skipped
 
     @contextmanager
-    def _zeros_for_missing(self, names: Iterable[str], may_be_all: bool) -> Iterator[None]:
+    def _zeros_for_missing(self, names: Iterable[str]) -> Iterator[None]:
         """Give zeros for a gradient to the layers that the batch has skipped, and take them away at the end."""
         parameters = {name: self._layers[name].parameter for name in names}
         missing = {name: each for name, each in parameters.items() if each.grad is None and each.requires_grad}
-        if len(missing) == len(parameters) and not may_be_all:
-            raise ValueError(
-                f"no gradient has reached {next(iter(missing))} or any other selected layer; collect gradients after a "
-                "backward of a loss that depends on them, and before zero_grad"
-            )
         self.source.skipped = set(missing)
         try:
             for parameter in missing.values():

@@ -296,7 +296,7 @@ class Sparsifier(MaskedModel):
         """
         self._check_held("collect_gradients")
         for collected in filter(None, (self.collected, self._regrowth)):
-            collected.add("backward")
+            collected.add_gradients()
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping.

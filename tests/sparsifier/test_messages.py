@@ -306,6 +306,9 @@ DATA = [
     *((f"{criterion} without data", lambda criterion=criterion: sparsify(0.5, criteria=criterion), ValueError,
        f"criterion {criterion} needs {quantity}, but has seen no batch; call calibrate(batches, loss_func)...before "
        "sparsify") for criterion, quantity in (("snip", "grad"), ("wanda", "activation"), ("grasp", "hessian_grad"))),
+    ("gradients before a backward", lambda: Sparsifier(mlp(), criteria="snip").collect_gradients(), ValueError,
+     "collect_gradients: no gradient has reached 0.weight or any other selected layer; call it after a backward of a "
+     "loss that depends on them, and before zero_grad"),
     ("snip without data", lambda: sparsify(0.5, criteria="snip"), ValueError,
      "criterion snip needs grad, but has seen no batch; call calibrate(batches, loss_func), or collect_gradients() "
      "after a backward, before sparsify"),
