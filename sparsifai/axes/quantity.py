@@ -28,18 +28,17 @@ A quantity of your own is such a function. Criteria can then name it:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ..model.layers import CONVOLUTIONS, NamedWeight
 from ..model.parallel import whole
-from ..model.running import evaluating, run
-from ..model.tensors import widened
+from ..model.running import evaluating, first_example, normal, run
+from ..model.tensors import is_float, tensors_in, widened
 from ..support.registry import Registry, name_of
 
 
@@ -272,6 +271,7 @@ def _hessian_gradients(source: QuantitySource) -> dict[str, Tensor]:
     }
 
 
+@torch.inference_mode(False)
 def _synaptic_flow(source: QuantitySource) -> dict[str, Tensor]:
     """dR/d|w| of all layers."""
     if source.example_input is None:
@@ -285,13 +285,17 @@ def _synaptic_flow(source: QuantitySource) -> dict[str, Tensor]:
     parameters = {name: values[name].requires_grad_() for name in source.layers}
     with torch.enable_grad(), evaluating(model):
         try:
-            output = run(partial(functional_call, model, values), tree_map(_ones, source.example_input))
+            output = run(
+                lambda *inputs, **named: functional_call(model, values, inputs, named),
+                tree_map(_ones, normal(first_example(source.example_input))),
+            )
         except Exception as error:
             raise ValueError(
                 f"synflow: the model fails on ones in float64 in the shape of example_input ({error}); pass an "
-                "example_input= that fits, and cast nothing to another type in forward"
+                "example_input= that fits, a tuple for several inputs or one list, a dictionary for named ones, and "
+                "cast nothing to another type in forward"
             ) from error
-        total = torch.stack([each.sum() for each in tree_leaves(output) if isinstance(each, Tensor)]).sum()
+        total = torch.stack([each.sum() for each in tensors_in(output) if each.requires_grad]).sum()
         gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
     if unused:
@@ -300,7 +304,5 @@ def _synaptic_flow(source: QuantitySource) -> dict[str, Tensor]:
 
 
 def _ones(value: Any) -> Any:
-    """The first example of a batch, with ones for its floats; tokens and other integers are kept."""
-    if not isinstance(value, Tensor):
-        return value
-    return torch.ones_like(value[:1], dtype=torch.float64) if value.is_floating_point() else value[:1]
+    """Ones for floats; tokens and other integers are kept."""
+    return torch.ones_like(value, dtype=torch.float64) if is_float(value) else value

@@ -10,16 +10,16 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..axes.changed_schedule import between
 from ..axes.n_of_m import check_reachable
 from ..axes.schedule import progress, schedules
 from ..model.parallel import process_group_of, unwrapped
+from ..model.running import first_example
 from ..sparsifier.options import Options, check_sparsity, highest, mapped
 from ..sparsifier.regrowth import check_drop, sparsity_of_drop
 from ..sparsifier.report import Report
-from ..sparsifier.sparsifier import Sparsifier, first_example
+from ..sparsifier.sparsifier import Sparsifier
 from ..support.checks import check_count, check_fraction
 from ..support.table import percent
 from .base import TrainingCallback
@@ -316,7 +316,7 @@ class SparsifyCallback(TrainingCallback):
 
     def _make_sparsifier(self) -> None:
         """Make the Sparsifier at the first batch: the data flow of some models can only be found with an example."""
-        sparsifier = self._sparsifier_of(unwrapped(self.learn.model), tree_map(first_example, self.learn.xb))
+        sparsifier = self._sparsifier_of(unwrapped(self.learn.model), first_example(self.learn.xb))
         show_data(self.learn, sparsifier, self.calibration)
         sparsifier.check(self.sparsity)
         if self.options.regrow is not None:  # an update prunes this much before weights regrow

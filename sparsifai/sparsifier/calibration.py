@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -174,9 +175,11 @@ def _inputs_seen(collected: CollectedQuantities) -> Iterator[None]:
     """Collect from the input of every layer when it runs, if a quantity is taken then."""
     source = collected.source
 
-    def hook(name: str) -> Callable:
+    def hook(name: str, owner: nn.Module) -> Callable:
+        first = next(iter(signature(owner.forward).parameters), "")
+
         def see(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
-            value = inputs[0] if inputs else next(iter(named.values()), None)
+            value = inputs[0] if inputs else named.get(first, next(iter(named.values()), None))
             if isinstance(value, Tensor) and value.numel():
                 source.inputs[name] = value
                 collected.add("forward", [name], count=value.numel())
@@ -185,7 +188,7 @@ def _inputs_seen(collected: CollectedQuantities) -> Iterator[None]:
 
     layers = source.layers.items() if collected.at("forward") else ()
     try:
-        with hooked(before=[(owner, hook(name)) for name, layer in layers for _, owner in layer.owners]):
+        with hooked(before=[(owner, hook(name, owner)) for name, layer in layers for _, owner in layer.owners]):
             yield
     finally:
         source.inputs.clear()

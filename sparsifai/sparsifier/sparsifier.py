@@ -11,14 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from ..axes.context import Context
 from ..axes.criterion import Criterion, is_elementwise
 from ..axes.granularity import Granularity
 from ..axes.grouping import squared_sum
 from ..model.parallel import is_sharded, process_group_of, unwrapped
+from ..model.running import first_example
 from ..support.checks import check_count
 from ..support.registry import name_of
 from .calibration import calibrate
@@ -116,7 +116,7 @@ class Sparsifier(MaskedModel):
         self.ranking = Ranking(replace(options, layers=None, exclude=None), coupling, process_group_of(model))
         weights = {name: layer.weight for name, layer in self._selected.items()}
         rng = torch.Generator().manual_seed(options.seed)
-        source = Source(inner, weights, rng, tree_map(first_example, example_input))
+        source = Source(inner, weights, rng, first_example(example_input))
         self.collected = CollectedQuantities(options.criteria, source)
         self._regrowth = None if options.regrow is None else Regrowth(options.regrow, source)
         self._take_quantities("start")
@@ -423,8 +423,3 @@ def _warn(notices: Iterable[str]) -> None:
     """Warn of each notice, at the line that has called the public method."""
     for notice in notices:
         warnings.warn(notice, stacklevel=3)
-
-
-def first_example(value: Any) -> Any:
-    """The first example of a batch."""
-    return value[:1].detach().clone() if isinstance(value, Tensor) and value.dim() else value

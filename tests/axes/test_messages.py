@@ -265,7 +265,8 @@ CRITERION = [
     ("synflow of a layer that casts",
      lambda: sparsify(model=Casting(4, 3), criteria="synflow", example_input=torch.ones(2, 4)), ValueError,
      "synflow: the model fails on ones in float64 in the shape of example_input (...); pass an example_input= that "
-     "fits, and cast nothing to another type in forward"),
+     "fits, a tuple for several inputs or one list, a dictionary for named ones, and cast nothing to another type in "
+     "forward"),
     ("synflow of an unused layer",
      lambda: sparsify(model=Halves(), criteria="synflow", example_input=torch.ones(2, 4)), ValueError,
      "synflow: the output does not depend on unused.weight; leave it out with exclude="),
