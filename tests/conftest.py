@@ -130,9 +130,19 @@ def dense_of(sparsifier):
     return {name: layer.why_dense for name, layer in sparsifier.layers.items() if not layer.is_selected}
 
 
+def masked_of(sparsifier):
+    """Every parameter that has a mask, and its mask."""
+    return [(sparsifier.model.get_parameter(name), mask) for name, mask in sparsifier.all_masks.items()]
+
+
+def follower_masks(sparsifier):
+    """Parameter name -> mask of what is masked with whole outputs."""
+    return {name: mask for name, mask in sparsifier.all_masks.items() if name not in sparsifier.layers}
+
+
 def followers_of(sparsifier):
     """Parameters that are masked with whole outputs -> the layers that have these outputs."""
-    return {follower.name: tuple(follower.producers) for follower in sparsifier.followers}
+    return {follower.name: tuple(follower.producers) for follower in sparsifier.all_masks.followers}
 
 
 def levels_of(sparsifier):

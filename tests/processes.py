@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from conftest import EXAMPLE, show_data, small_net  # isort: skip
+from conftest import EXAMPLE, follower_masks, show_data, small_net  # isort: skip
 from sparsifai import Sparsifier, criteria, quantities, taken
 from sparsifai.model.parallel import is_sharded, whole
 
@@ -72,7 +72,7 @@ def train(model, module, sparsifier, make_optimizer):
         stage["stepped"] = values_of(module)
         stages.append(stage)
     sparsifier.apply_masks()
-    return {"stages": stages, "trained": values_of(module), "followers": dict(sparsifier.follower_masks)}
+    return {"stages": stages, "trained": values_of(module), "followers": follower_masks(sparsifier)}
 
 
 def step(model, optimizer, sparsifier):
@@ -121,7 +121,7 @@ def regrown(wrap):
             sparsifier.mask_gradients()
             optimizer.step()
             seen[regrow].append(dict(sparsifier.masks))
-        seen[regrow, "trained"], seen[regrow, "explored"] = values_of(net), sparsifier.explored
+        seen[regrow, "trained"], seen[regrow, "explored"] = values_of(net), sparsifier.report().explored
     return seen
 
 
@@ -322,7 +322,7 @@ def learner():
         learn.export(FOLDER / "exported.pkl")
     loaded = load_learner(FOLDER / "exported.pkl")  # waits for all
     fits["exported"] = {"weights": values_of(loaded.model), "keepers": len(loaded._grab_cbs(KeepSparsity))}
-    masks = [{**each.sparsifier.masks, **each.sparsifier.follower_masks} for each in callbacks]
+    masks = [dict(each.sparsifier.all_masks) for each in callbacks]
     return {"fits": fits, "masks": masks, "printed": printed.getvalue()}
 
 

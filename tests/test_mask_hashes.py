@@ -158,7 +158,7 @@ class Drawn:
 
 
 def masks_of(sparsifier):
-    return {**sparsifier.masks, **sparsifier.follower_masks}
+    return dict(sparsifier.all_masks)
 
 
 def sparsified(*levels, **options):

@@ -1,27 +1,39 @@
-"""What SparsifyCallback stores for the time of one fit: created when the fit begins, dropped when it ends."""
+"""One fit of a Learner with SparsifyCallback: created when the fit begins, dropped when it ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from fastai.learner import Learner
 from torch import Tensor
 
-from ..sparsifier.sparsifier import Sparsifier
+from ..model.parallel import unwrapped
+from ..sparsifier.layer import count_of, unfrozen
+from ..sparsifier.layer_selection import scopes
+from ..sparsifier.model_masks import merged, prune_any
+from ..sparsifier.options import highest
+from ..sparsifier.report import Report
 from ..support.table import percent
+from ..support.warning import warn
 from .display import Column, Curves, Trackers, notify
-from .keep import KeepSparsity, merged
+from .keep import KeepSparsity
+from .learner import show_data
+from .pruned import Pruned
+from .ramp import Ramp
 
 
 @dataclass(eq=False)
 class Fit:
-    """One fit of a Learner with SparsifyCallback.
+    """Moves the sparsity of a model along a ramp in one fit, and keeps and shows what was pruned.
 
     Attributes:
         learn: The Learner.
-        measure: Returns the measured sparsity, for the training table and notices.
-        advances: Whether the sparsity follows the schedule; it does not while layers are frozen.
+        ramp: The sparsity at each point of the fit.
+        calibration: Batches for criteria that need inputs or a loss, or None.
+        pruned: What was pruned so far: a Pruned; or None, before the first batch of the first fit that prunes.
+        advances: Whether the sparsity follows the ramp; it does not while layers are frozen.
         floor: What earlier fits reached, as a fraction of the target sparsity.
         keeper: The KeepSparsity that keeps the pruned weights at zero. None before the first batch.
         updated: How many batches were done at the last mask update.
@@ -32,10 +44,12 @@ class Fit:
     """
 
     learn: Learner
-    measure: Callable[[], float]
+    ramp: Ramp
+    calibration: Any
+    pruned: Any
     advances: bool
-    floor: float
-    keeper: KeepSparsity | None = None
+    floor: float = field(init=False)
+    keeper: Any = None
     updated: int = 0
     moved: bool = False
     column: Column = field(init=False)
@@ -43,7 +57,8 @@ class Fit:
     trackers: Trackers = field(default_factory=Trackers)
 
     def __post_init__(self) -> None:
-        self.column = Column(self.learn, self.measure)
+        self.floor = 0.0 if self.pruned is None else self.pruned.reached
+        self.column = Column(self.learn, self.measured)
         self.column.show()
 
     @property
@@ -51,84 +66,186 @@ class Fit:
         """Whether the fit is past its first batch."""
         return self.keeper is not None
 
+    @property
+    def moves(self) -> bool:
+        """Whether the sparsity follows the ramp at present."""
+        return self.advances and self.begun
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the level is not yet that of the end of the fit."""
+        return self.moves and self.pruned.reached != self.level_at(1.0)
+
+    @property
+    def level(self) -> float:
+        """The sparsity that was last asked for."""
+        return 0.0 if self.pruned is None else self.pruned.sparsifier.level
+
+    def measured(self) -> float:
+        """The measured sparsity of the selected layers."""
+        if self.pruned is not None:
+            return self.pruned.sparsifier.sparsity
+        return Report.of(unwrapped(self.learn.model)).selected.sparsity
+
+    def level_at(self, t: float) -> float:
+        """Where the ramp is after a fraction t of the fit, as a fraction of the target sparsity."""
+        return self.ramp.at(t, self.floor)
+
+    # --- Moving the sparsity ------------------------------------------------------------------------------------
+
+    def begin(self, pruned: Pruned | None, start: float) -> None:
+        """At the first batch, put a KeepSparsity on the Learner, and give it all masks.
+
+        Args:
+            pruned: What the callback has pruned so far, with its Sparsifier; None if it stays without one.
+            start: The fraction of the fit that is skipped, as when training is resumed.
+        """
+        self.pruned = pruned
+        if not self._find_keeper() and highest(self.ramp.sparsity):
+            self._recover_zeros(start)
+        kept = self._kept_masks()
+        if pruned is not None:
+            pruned.take_in(kept, self.learn)
+            kept = pruned.masks
+            self._warn_of_higher_sparsity(start)
+        for each in self.learn._grab_cbs(KeepSparsity):
+            each.masks = {}  # those of others would hinder weights from regrowing or reviving
+        self.keeper.masks = kept
+        self.keeper.enforce()
+
+    def _warn_of_higher_sparsity(self, start: float) -> None:
+        """Warn if more is pruned already than this fit asks for, and stays so."""
+        sparsifier = self.pruned.sparsifier
+        revives = self.ramp.falls_after(start, self.floor) or sparsifier.ranking.options.regrow is not None
+        if not self.advances or revives:
+            return
+        for target, names in scopes(self.ramp.sparsity, sparsifier.layers, sparsifier.model):
+            layers = [sparsifier.layers[name] for name in names]
+            pruned = count_of(layers)
+            largest_group = max(float(torch.as_tensor(layer.grouping.size).max()) for layer in layers)
+            if pruned.zeros > target * pruned.weights + largest_group:
+                warn(
+                    f"SparsifyCallback: {percent(pruned.sparsity)} of the weights are pruned already, more than the "
+                    f"{percent(target)} asked for, and stay pruned. To let them go, call "
+                    "learn.remove_cb(KeepSparsity) and train without sparsity for a while, or load weights from before "
+                    "they were pruned"
+                )
+                return
+
+    def go_to(self, t: float) -> None:
+        """Update the masks, if the ramp has another value at t, or if layers that were frozen are trained now."""
+        reached, pruned = self.level_at(t), self.pruned
+        joining = unfrozen(pruned.sparsifier.layers)
+        if joining or reached != pruned.reached:
+            if joining or pruned.sparsifier.collected.looks_at_data:
+                pruned.sparsifier.apply_masks()  # the last step may have moved masked weights; frozen layers join
+            show_data(self.learn, pruned.sparsifier, self.calibration)
+            self.moved |= bool(joining)
+            self._update(reached)
+
+    def collect_gradients(self, t: float, drop: float) -> None:
+        """Collect the gradients for the criterion. They are not masked yet.
+
+        Args:
+            t: The fraction of the fit that is done after the present batch.
+            drop: Fraction of the remaining weights that is pruned and regrown now, or 0.
+        """
+        reached, sparsifier = self.level_at(t), self.pruned.sparsifier
+        if drop and reached > 0:
+            show_data(self.learn, sparsifier, self.calibration)
+            sparsifier.collect_gradients()
+            # A rising level is reached in the same update. A second update would prune the regrown weights at once,
+            # because their scores are lowest.
+            self._update(reached, drop)
+        elif sparsifier.collected.at("backward"):
+            sparsifier.collected.add("backward")
+
+    def _update(self, reached: float, drop: float = 0.0) -> None:
+        """Update the masks. drop: fraction of the remaining weights that is pruned and regrown."""
+        pruned = self.pruned
+        pruned.sparsifier.update_masks(self.ramp.sparsity_at(reached), self.learn.opt, drop=drop)
+        self.keeper.masks = pruned.masks
+        if self.keeper.learn is None:  # the user has removed it during the fit
+            pruned.sparsifier.apply_masks()
+            pruned.sparsifier.mask_moments(self.learn.opt)
+        # After regrowth, too, trackers must forget their best epoch: it has other masks than those that are kept.
+        self.moved |= bool(drop) or reached != pruned.reached
+        pruned.reached = reached
+
     # --- What keeps the zeros -----------------------------------------------------------------------------------
 
-    def find_keeper(self) -> bool:
+    def _find_keeper(self) -> bool:
         """Add a KeepSparsity to the Learner, unless an earlier fit left one. Returns whether the Learner had any."""
         keepers = list(self.learn._grab_cbs(KeepSparsity))
         for each in keepers:
             each.recover()  # adds the zeros of the model, before any mask changes
-        keeper = next((each for each in keepers if each.left_by_fit), None)
-        if keeper is None:
-            keeper = KeepSparsity()
-            keeper.left_by_fit = True
-            self.learn.add_cb(keeper)
-        self.keeper = keeper
-        keeper.begin()
+        self.keeper = next((each for each in keepers if each.left_by_fit), None)
+        if self.keeper is None:
+            self.keeper = KeepSparsity()
+            self.keeper.left_by_fit = True
+            self.learn.add_cb(self.keeper)
+        self.keeper.begin()
         return bool(keepers)
 
-    def kept_masks(self) -> dict[str, Tensor]:
+    def _kept_masks(self) -> dict[str, Tensor]:
         """The masks of everything that is kept at zero on the Learner."""
         masks: dict[str, Tensor] = {}
         for keeper in self.learn._grab_cbs(KeepSparsity):
             masks = merged(masks, keeper.masks)
         return masks
 
-    def take_over(self) -> None:
-        """Empty the masks of the other KeepSparsity callbacks. They would hinder weights from regrowing or reviving."""
-        for each in self.learn._grab_cbs(KeepSparsity):
-            if each is not self.keeper:
-                each.masks = {}
-
-    def keep(self, sparsifier: Sparsifier, others: dict[str, Tensor]) -> None:
-        """Hand the present masks to the keeper.
-
-        Args:
-            sparsifier: The Sparsifier of the fit.
-            others: Masks of zeros that it did not prune itself, such as those of earlier fits.
-        """
-        if self.keeper is None:
+    def _recover_zeros(self, start: float) -> None:
+        """Keep the zeros of a model that is sparse already, such as a checkpoint."""
+        if self.advances and self.ramp.falls_after(start, self.floor):
+            self.pruned.sparsifier.recover_masks()  # this schedule pruned them, and will revive them
             return
-        self.keeper.masks = merged({**sparsifier.masks, **sparsifier.follower_masks}, others)
-        if self.keeper.learn is None:  # the user has removed it during the fit
-            sparsifier.apply_masks()
-            sparsifier.mask_moments(self.learn.opt)
-
-    def announce_keeper(self) -> None:
-        """Tell the user that the keeper stays on the Learner; or remove it, if nothing is pruned."""
-        for keeper in self.learn._grab_cbs(KeepSparsity):
-            keeper.enforce()  # an interrupt can come between a step and the event after it
-        if self.keeper is None or self.keeper.learn is None:  # before the first batch, or removed by the user
-            return
-        if not self.keeper.masks_something:
-            self.learn.remove_cb(self.keeper)
-        elif not self.keeper.announced:
-            self.keeper.announced = True
-            notify(
-                self.learn,
-                f"KeepSparsity keeps the {percent(self.measure())} of zeros in later fits, too; "
-                "learn.remove_cb(KeepSparsity) removes it",
-            )
+        self.keeper.recover(force=True)
+        if self.advances and prune_any(self.keeper.masks):
+            notify(self.learn, f"SparsifyCallback keeps the {percent(self.measured())} of zeros that the model has")
 
     # --- What is shown ------------------------------------------------------------------------------------------
 
-    def end_epoch(self, level: float, short: bool) -> None:
+    def end_epoch(self) -> None:
         """Record an epoch. Trackers ignore it if it is short of the target sparsity."""
-        self.curves.by_epoch.append((self.learn.epoch, level, self.measure()))
+        self.curves.by_epoch.append((self.learn.epoch, self.level, self.measured()))
         if self.moved:
             self.trackers.forget(self.learn)
             self.moved = False
-        if short:
+        if self.is_short:
             self.trackers.pause(self.learn)
 
-    def end(self, short: bool) -> None:
+    def record(self) -> None:
         """Give the curves to the recorder. If the fit is short of the target sparsity, no best epoch is loaded."""
         self.trackers.resume()
         if self.begun:
             self.curves.hand_over(self.learn)
             if self.advances:
-                self.trackers.pause_loading(self.learn, short)
+                self.trackers.pause_loading(self.learn, self.is_short)
                 self.trackers.paused = []  # fastai switches all callbacks on again at the end of a fit
+
+    def end(self) -> None:
+        """Restore the Learner, except for the zeros and the KeepSparsity, and tell the user what is left."""
+        if self.begun:
+            if self.is_short:
+                notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did")
+            self._announce_keeper()
+        self.undo()
+
+    def _announce_keeper(self) -> None:
+        """Tell the user that the keeper stays on the Learner; or remove it, if nothing is pruned."""
+        for keeper in self.learn._grab_cbs(KeepSparsity):
+            keeper.enforce()  # an interrupt can come between a step and the event after it
+        if self.keeper.learn is None:  # removed by the user
+            return
+        if not prune_any(self.keeper.masks):
+            self.learn.remove_cb(self.keeper)
+        elif not self.keeper.announced:
+            self.keeper.announced = True
+            notify(
+                self.learn,
+                f"KeepSparsity keeps the {percent(self.measured())} of zeros in later fits, too; "
+                "learn.remove_cb(KeepSparsity) removes it",
+            )
 
     def undo(self) -> None:
         """Restore the training table and the trackers."""

@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..axes.granularity import granularities
-from ..model.layers import find_weights, parameter_of
-from ..model.parallel import unwrapped, whole
-from ..sparsifier.followers import masks_of_followers
-from ..sparsifier.layer_selection import find_layers
+from ..model.parallel import unwrapped
 from ..sparsifier.masking import (
     NEXT_TO_ZERO,
     holds_zeros,
     is_masked_zero,
+    masked_parameters,
     parameters_of,
-    with_parameters,
     zero_gradients,
     zero_moments,
     zero_weights,
 )
+from ..sparsifier.recovery import recovered_masks
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
+from ..support.warning import warn
 from .base import TrainingCallback
-
-# A few of ten million randomly drawn weights are exactly zero. Up to this fraction, zeros do not count as pruned.
-CHANCE = 1e-5
+from .learner import check_steps_model
+from .others import are_all_known
 
 # Every so many steps, means of squares are set to NEXT_TO_ZERO again, before they decay to denormal numbers, with which
 # arithmetic is slow. With a decay of 0.9 that takes 480 steps.
 REFRESH = 300
-
-# The events in which a callback can change weights within an epoch's training.
-_OF_TRAINING = (
-    *("before_train", "before_batch", "after_pred", "after_loss", "before_backward", "after_cancel_backward"),
-    *("after_backward", "before_step", "after_cancel_step", "after_step", "after_cancel_batch", "after_batch"),
-)
 
 
 class KeepSparsity(TrainingCallback):
@@ -75,8 +64,7 @@ class KeepSparsity(TrainingCallback):
         super().__init__()
         if sparsifier is not None and not isinstance(sparsifier, Sparsifier):
             raise TypeError(f"KeepSparsity: sparsifier must be a Sparsifier, whose masks are kept, not {sparsifier!r}")
-        self.masks = {}
-        self._sparsifier: Any = sparsifier  # whose masks are kept, until others are assigned
+        self.masks = {} if sparsifier is None else sparsifier.all_masks  # these change with the Sparsifier
         self.held_model: Any = None if sparsifier is None else sparsifier.model  # the model that the masks belong to
         self.recovers = sparsifier is None  # whether the zeros of the model are added to the masks in each fit
         self.left_by_fit = False  # whether SparsifyCallback has added it to the Learner
@@ -84,16 +72,6 @@ class KeepSparsity(TrainingCallback):
         self._recovered = False  # whether that is done in this fit
         self._steps = 0
         self._gradients_zeroed = False  # whether the gradients of all masked weights were zeroed in this step
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        "Parameter name -> mask. If a Sparsifier was passed, its present masks"
-        sparsifier = self._sparsifier
-        return self._masks if sparsifier is None else {**sparsifier.masks, **sparsifier.follower_masks}
-
-    @masks.setter
-    def masks(self, masks: dict[str, Tensor]) -> None:
-        self._masks, self._sparsifier = masks, None
 
     @property
     def name(self):
@@ -116,17 +94,17 @@ class KeepSparsity(TrainingCallback):
                 "KeepSparsity keeps the zeros of another model than the Learner's; remove it with "
                 "learn.remove_cb(KeepSparsity), or use KeepSparsity() to keep the zeros of this model"
             )
+        check_steps_model(self.learn)
         if not is_masked_zero(self._masked()):
-            warnings.warn(
+            warn(
                 "KeepSparsity: pruned weights were changed or loaded and are not zero any more; they are set to zero "
                 "again. To keep the new values, call learn.remove_cb(KeepSparsity) before the fit",
-                stacklevel=2,
             )
         self.enforce()
 
     def before_batch(self):
         "At the first batch, add the zeros of the model to the masks; later, zero what a callback may have moved"
-        if not self.recover() and not self.is_alone():
+        if not self.recover() and not are_all_known(self.learn):
             zero_weights(self._masked())
 
     def before_step(self):
@@ -136,7 +114,7 @@ class KeepSparsity(TrainingCallback):
     def after_step(self):
         "Zero the masked weights, if the optimizer or a callback may have moved them"
         masked = self._masked()
-        if not (self._gradients_zeroed and self.is_alone() and self._steps_hold(masked)):
+        if not (self._gradients_zeroed and are_all_known(self.learn) and self._steps_hold(masked)):
             zero_weights(masked)
         self._gradients_zeroed = False
         self._steps += 1
@@ -147,18 +125,6 @@ class KeepSparsity(TrainingCallback):
         """Whether the optimizer is known not to move zeros, and steps the weights themselves, not copies of them."""
         stepped = {id(parameter) for parameter in parameters_of(self.learn.opt)}
         return holds_zeros(self.learn.opt) and all(id(parameter) in stepped for parameter, _ in masked)
-
-    def is_alone(self) -> bool:
-        """Tell whether all callbacks with events of training are fastai's or sparsifai's own.
-
-        Returns:
-            True if they are: these callbacks change no weights.
-        """
-        return not any(
-            event in vars(callback) or (hasattr(type(callback), event) and not _is_known(type(callback)))
-            for callback in self.learn.cbs
-            for event in _OF_TRAINING
-        )
 
     def before_train(self):
         "Zero the masked weights and their moments, which a callback may have loaded"
@@ -210,78 +176,9 @@ class KeepSparsity(TrainingCallback):
         if not force and (self._recovered or not self.recovers):
             return False
         self.begin()
-        masks, zeros, weights = {}, 0, 0
-        for name, weight in find_weights(self.held_model).items():
-            kept = whole(weight.parameter.detach()) != 0
-            # A layer that is all zeros was initialized so, not pruned.
-            if kept.any() and not weight.sources:
-                kept = kept | ~self.masks[name] if name in self.masks else kept
-                zeros, weights = zeros + int((~kept).sum()), weights + kept.numel()
-                if not kept.all():
-                    masks[name] = kept
-        with_filters = any(map(_has_zero_filters, masks.values()))
-        if zeros > CHANCE * weights or with_filters:
-            self.masks = merged(self.masks, masks)
-        if with_filters:  # of filters that were masked before, the followers are masked, too
-            self._recover_followers()
+        self.masks = recovered_masks(self.held_model, self.masks, self.learn.xb)
         self.enforce()
         return True
 
-    def _recover_followers(self) -> None:
-        """If whole filters are zero, also keep the zeros of their biases and norm layers."""
-        model = unwrapped(self.learn.model)
-        computed = [name for name, weight in find_weights(model).items() if weight.sources]
-        layers, followers, _ = find_layers(
-            model, granularities["filter"], layers=lambda name, module: True, exclude=computed or None,
-            example_input=self.learn.xb,
-        )  # fmt: skip
-        zeros = {
-            name: layer.with_mask(layer.mask_of_zeros(), 0.0) for name, layer in layers.items() if layer.is_selected
-        }
-        for name, mask in masks_of_followers(followers, zeros).items():
-            kept = mask | (parameter_of(model, name, mask).detach() != 0)
-            self.masks = merged(self.masks, {name: kept})
-
-    def keeps(self, masks: Mapping[str, Tensor]) -> bool:
-        """Tell whether all weights that some masks prune are kept at zero.
-
-        Args:
-            masks: Parameter name -> mask, True where a weight is kept.
-
-        Returns:
-            True if they are.
-        """
-        return prunes(self.masks, masks)
-
-    @property
-    def masks_something(self) -> bool:
-        "Whether any weight is masked"
-        return not all(mask.all() for mask in self.masks.values())
-
     def _masked(self, model: nn.Module | None = None) -> list[tuple[nn.Parameter, Tensor]]:
-        if self._sparsifier is not None:
-            return self._sparsifier.masked_parameters(model)
-        masked = with_parameters(self.learn.model if model is None else model, self._masks)
-        if model is None:  # each mask is moved once to the device of its parameter
-            self._masks.update({name: mask for name, (_, mask) in masked.items()})
-        return list(masked.values())
-
-
-def merged(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The masks that prune what either prunes: {name: mask & other}."""
-    both = {name: masks[name] & mask.to(masks[name].device) for name, mask in others.items() if name in masks}
-    return {**masks, **others, **both}
-
-
-def prunes(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    """Whether `masks` prune all weights that `others` prune."""
-    return all(name in masks and not (masks[name].to(mask.device) & ~mask).any() for name, mask in others.items())
-
-
-def _is_known(kind: type) -> bool:
-    return kind.__module__.split(".")[0] in ("fastai", "sparsifai")
-
-
-def _has_zero_filters(kept: Tensor) -> bool:
-    """Whether a whole row of the first axis is zero."""
-    return not bool(kept.flatten(1).any(1).all())
+        return masked_parameters(self.learn.model if model is None else model, self.masks, move=model is None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..model.running import Split, not_drawn_from, untraced
+from ..sparsifier.masking import parameters_of
 from ..sparsifier.sparsifier import Sparsifier
+from ..support.warning import warn
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
@@ -41,6 +42,20 @@ def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None) 
         calibrate_with(learn, sparsifier, batches)
     # Start anew with the next gradients, so that no batch counts twice.
     collected.begins.update(collected.at("backward"))
+
+
+def check_steps_model(learn: Any) -> None:
+    """Check that the optimizer of a Learner steps its model.
+
+    Raises:
+        ValueError: The model has parameters, and the optimizer holds none of them.
+    """
+    parameters = {id(parameter) for parameter in learn.model.parameters()}
+    if learn.opt is not None and parameters and not any(id(each) in parameters for each in parameters_of(learn.opt)):
+        raise ValueError(
+            "the optimizer of the Learner holds no parameter of its model, so that nothing would be trained: the model "
+            "was replaced after the optimizer was made. Set learn.opt = None, and the fit makes a new optimizer"
+        )
 
 
 def is_learner(value: Any) -> bool:
@@ -124,10 +139,9 @@ def loss_of(learn: Any) -> Callable:
         loss = callback.old_lf
         callback = getattr(loss, "__self__", None)
     if callback in learn.cbs:
-        warnings.warn(
+        warn(
             f"{callback.name} has put its own loss on the Learner, which may mix the targets of the present batch; the "
-            "batches of calibration= are scored by it. Let the callback keep the loss it replaces as `old_lf`",
-            stacklevel=2,
+            "batches of calibration= are scored by it. Let the callback keep the loss it replaces as `old_lf`"
         )
     return _loss_of(loss)
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,6 +31,7 @@ from ..support.capability import capability
 from ..support.checks import check_count
 from ..support.registry import name_of
 from ..support.table import percent
+from ..support.warning import warn
 from .plan_table import Plan, PlannedLayer, Size
 
 # Points of the timeline, besides the ends of epochs.
@@ -52,7 +52,6 @@ def plan_of(
     every: int | None = None,
     example_input: Any = None,
     initial_sparsity: float = 0.0,
-    stacklevel: int = 2,
 ) -> Plan:
     """Plan a fit of the model of a Sparsifier, from its present weights. Nothing is changed.
 
@@ -68,7 +67,6 @@ def plan_of(
         example_input: A batch in the form that Sparsifier takes. FLOPs are those of its first example. Default: FLOPs
             are not counted.
         initial_sparsity: The sparsity of all layers at which the schedule begins. Default 0.
-        stacklevel: Which line the warnings name, as in `warnings.warn`. Default 2: the line that calls this function.
 
     Returns:
         A `Plan`.
@@ -114,14 +112,14 @@ def plan_of(
         _notes_of_levels(timeline),
         _note_of_scores(sparsifier.ranking.options, unscored, fixed),
         _note_of_zeros(pruned),
-        _note_of_followers(masks_of_followers(sparsifier.followers, planned)),
+        _note_of_followers(masks_of_followers(sparsifier.all_masks.followers, planned)),
         _note_of_flops(layers) if flops else "",
         NEAR_COLLAPSE if any(layer.near_collapse for layer in layers) else "",
         "Bytes left: 1 bit per weight and the element size per remaining weight, or as dense.",
     ]
     plan = Plan(layers, total, _whole(model, sizes), timeline, tuple(filter(None, notes)))
     for notice in (*new.notices, *_notices(plan, schedule, level)):
-        warnings.warn(notice, stacklevel=stacklevel)
+        warn(notice)
     return plan
 
 

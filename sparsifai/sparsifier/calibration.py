@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
@@ -17,6 +16,7 @@ from ..model.parallel import is_sharded
 from ..model.running import normal, not_drawn_from, run, untraced
 from ..model.tensors import tensors_in
 from ..support.registry import name_of
+from ..support.warning import warn
 from .collection import CollectedQuantities, Source
 
 
@@ -82,10 +82,7 @@ def calibrate(collected: CollectedQuantities, batches: Iterable, loss_func: Call
         collected.unreached = unreached
         raise
     if infinite:
-        warnings.warn(
-            f"calibrate: {infinite} of {used} batches are left out, because their gradients have inf or NaN",
-            stacklevel=3,
-        )
+        warn(f"calibrate: {infinite} of {used} batches are left out, because their gradients have inf or NaN")
 
 
 def _check_reached(collected: CollectedQuantities) -> None:

@@ -50,10 +50,10 @@ class Follower:
 
 
 def masks_of_followers(followers: Iterable[Follower], layers: Layers) -> dict[str, Tensor]:
-    """Follower name -> its mask, from the masks of the layers."""
-    followers = list(followers)
-    kept_outputs = {name: layers[name].kept_outputs for each in followers for name in each.producers}
-    return {follower.name: follower.mask(kept_outputs) for follower in followers}
+    """Follower name -> its mask, from the masks of the layers, if any layer that it follows is pruned."""
+    following = [each for each in followers if any(layers[name].is_selected for name in each.producers)]
+    kept_outputs = {name: layers[name].kept_outputs for each in following for name in each.producers}
+    return {follower.name: follower.mask(kept_outputs) for follower in following}
 
 
 def find_followers(model: nn.Module, layers: Mapping[str, Layer], flow: Callable[[], Flow]) -> list[Follower]:

@@ -16,7 +16,10 @@ from ..model.patterns import Pattern, as_patterns, matching
 from ..model.tracing import find_flow
 from .coupled import Coupling, couple
 from .followers import Follower, find_followers
-from .layer import Layer, Layers, selected
+from .layer import FROZEN, Layer, Layers, selected
+
+# Which filters are coupled is found once, so layers that are frozen then are never pruned.
+FROZEN_UNCOUPLED = "frozen when coupled filters were found"
 
 
 def find_layers(
@@ -58,9 +61,10 @@ def find_layers(
     found, coupling = records(), None
     if coupled:
         coupling, more = couple(model, example_input, found)
-        reasons |= more
+        reasons = {name: FROZEN_UNCOUPLED if reason == FROZEN else reason for name, reason in reasons.items()} | more
         found = records()
-    followers = {each.name: each for each in find_followers(model, selected(found), flow)}
+    prunable = {name: layer for name, layer in found.items() if layer.is_selected or layer.why_dense == FROZEN}
+    followers = {each.name: each for each in find_followers(model, prunable, flow)}
     if coupling is not None:  # the dependency graph sees further than the data flow
         followers |= {each.name: each for each in coupling.followers(model)}
     return found, list(followers.values()), coupling
@@ -98,8 +102,8 @@ def _reasons_to_stay_dense(
             reasons[name] = "excluded"
         elif layers is not None and name not in chosen:
             reasons[name] = "not in layers"
-        elif layers is None and weight.is_frozen:
-            reasons[name] = "frozen"
+        elif layers is None and weight.is_frozen and (isinstance(grouping, str) or weight.sources):
+            reasons[name] = grouping if isinstance(grouping, str) else "computed from frozen parameters"
         elif layers is None and weight.is_embedding:
             reasons[name] = "embedding"
         elif isinstance(grouping, str):
@@ -122,6 +126,8 @@ def _reasons_to_stay_dense(
                 "this granularity that layer must stay dense; name the layers to prune exactly in layers="
             )
         reasons.update(dict.fromkeys(names & at_end, reason))
+    if layers is None:
+        reasons = {name: FROZEN for name, weight in weights.items() if weight.is_frozen} | reasons
     if len(reasons) == len(weights):
         raise ValueError(f"Sparsifier: no layer of {type(model).__name__} is left to prune; {_summary(reasons)}")
     return {name: reasons[name] for name in weights if name in reasons}

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from ..model.parallel import reshard
 from ..model.zeros import Count
-from .followers import Follower, masks_of_followers
+from .followers import Follower
+from .given_masks import check_masks
 from .layer import Layer, count_of, selected
 from .mask_building import check_nan
-from .masking import with_parameters, zero_gradients, zero_moments, zero_weights
+from .masking import masked_parameters, zero_gradients, zero_moments, zero_weights
+from .model_masks import ModelMasks
 from .optimizer_state import check_reachable
 
 
@@ -23,15 +25,14 @@ class MaskedModel:
     Attributes:
         model: The model, without wrappers. None after `release`.
         layers: Parameter name -> `Layer`, for every weight with named axes.
-        followers: The biases and norm parameters that are masked with whole outputs.
-        follower_masks: Parameter name -> mask, for these.
+        all_masks: Parameter name -> mask, of the selected layers, and of the biases and norm parameters that are masked
+            with whole outputs.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, Layer], followers: Sequence[Follower]):
         self.model: Any = model
-        self.layers, self.followers = layers, list(followers)
+        self.layers, self.all_masks = layers, ModelMasks(layers, followers)
         self._nan: dict[str, Tensor] = {}  # layer name -> whether scores on a GPU were NaN, at the last update
-        self._mask_followers()
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -48,12 +49,12 @@ class MaskedModel:
             model: A copy of the model to apply the masks to instead, such as an AveragedModel.
         """
         self._check_held("apply_masks")
-        zero_weights(self.masked_parameters(model))
+        zero_weights(self._masked(model))
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping."""
         self._check_held("mask_gradients")
-        zero_gradients(self.masked_parameters())
+        zero_gradients(self._masked())
 
     def mask_moments(self, optimizer: Any) -> None:
         """Set the optimizer's moments of pruned weights to zero, so that these are not moved. Call it after sparsify.
@@ -65,51 +66,48 @@ class MaskedModel:
             TypeError: It keeps moments where they are not found, or as codes that cannot be set to zero.
         """
         self._check_held("mask_moments")
-        check_reachable((parameter for parameter, _ in self.masked_parameters()), optimizer)
-        zero_moments(self.masked_parameters(), optimizer)
+        masked = self._masked()
+        check_reachable((parameter for parameter, _ in masked), optimizer)
+        zero_moments(masked, optimizer)
 
     @torch.no_grad()
-    def recover_masks(self, masks: Mapping[str, Tensor] | None = None) -> None:
+    def recover_masks(self) -> None:
         """Take the masks from the zeros of the model, as after loading a bare checkpoint of a sparse model.
 
         A group is pruned if all its weights are zero. A layer of zeros only, as some are initialized, is not pruned.
-
-        Args:
-            masks: Parameter name -> bool tensor that broadcasts to the weight. Given, the groups that are False as a
-                whole are pruned in addition to those that are pruned already, and levels stay as they are.
         """
         self._check_held("recover_masks")
-        layers = self._selected
-        if masks is not None:
-            for name in layers.keys() & masks.keys():
-                layer = layers[name]
-                given = layer.grouping.any_of(masks[name].expand_as(layer.parameter))
-                layer.mask = layer.mask_of(layer.kept & given)
-        else:
-            recovered = {name: layer.with_mask(layer.mask_of_zeros(), 0.0) for name, layer in layers.items()}
-            # A layer that was ranked with others can have more or fewer zeros than the level that it was ranked for.
-            joint = count_of(recovered.values()).sparsity
-            for name, layer in layers.items():
-                layer.mask, layer.level = recovered[name].mask, min(recovered[name].count().sparsity, joint)
-        self._mask_followers()
+        self._replace_masks({name: layer.mask_of_zeros() for name, layer in self._selected.items()})
 
-    def masked_parameters(self, model: nn.Module | None = None) -> list[tuple[nn.Parameter, Tensor]]:
-        """Every parameter with a mask, and the mask on its device.
+    @torch.no_grad()
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace the masks of some layers, and set the weights that they prune to zero. Other layers stay as they are.
+
+        `sparsify` goes on from there: a higher sparsity prunes more, a lower one lets weights come back.
 
         Args:
-            model: A copy of the model, to return its parameters instead. Default: the model itself.
+            masks: Parameter name -> tensor of bools, or of zeros and ones, that broadcasts to the weight; False or 0
+                where it is pruned. Prefixes of wrappers, such as 'module.', are left out.
 
-        Returns:
-            Pairs of a parameter and its mask.
+        Raises:
+            TypeError: `masks` is no dictionary of tensors.
+            ValueError: A name is not that of a selected layer, or a mask has another shape, other values, or prunes
+                parts of a group. Nothing has changed then.
         """
-        masked = with_parameters(self.model if model is None else model, {**self.masks, **self.follower_masks})
-        if model is None:  # each mask is moved once to the device of its parameter
-            for name, (_, mask) in masked.items():
-                if name in self.follower_masks:
-                    self.follower_masks[name] = mask
-                else:
-                    self.layers[name].mask = mask
-        return list(masked.values())
+        self._check_held("set_masks")
+        kept = check_masks(masks, self.layers)
+        self._replace_masks({name: self.layers[name].mask_of(groups) for name, groups in kept.items()})
+        self.apply_masks()
+
+    def _replace_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace the masks of some layers, and the levels by the sparsities that the masks have."""
+        layers = self._selected
+        changed = {name: layers[name].with_mask(mask, 0.0) for name, mask in masks.items()}
+        # A layer that was ranked with others can have more or fewer zeros than the level that it was ranked for.
+        joint = count_of((layers | changed).values()).sparsity
+        for name, layer in changed.items():
+            layers[name].mask, layers[name].level = layer.mask, min(layer.count().sparsity, joint)
+        self.all_masks.update_followers()
 
     @property
     def sparsity(self) -> float:
@@ -126,16 +124,17 @@ class MaskedModel:
         """
         self._check_held("release")
         model = self.model
-        self.model, self.layers, self.followers, self._nan = None, {}, [], {}
-        self._mask_followers()
+        self.model, self.layers, self._nan = None, {}, {}
+        self.all_masks = ModelMasks({}, [])
         return model
 
     @property
     def _selected(self) -> dict[str, Layer]:
         return selected(self.layers)
 
-    def _mask_followers(self) -> None:
-        self.follower_masks = masks_of_followers(self.followers, self.layers)
+    def _masked(self, model: nn.Module | None = None) -> list[tuple[nn.Parameter, Tensor]]:
+        """Every parameter with a mask, and its mask. model: a copy of the model, to find its parameters instead."""
+        return masked_parameters(self.model if model is None else model, self.all_masks, move=model is None)
 
     def _check_held(self, operation: str) -> None:
         if self.model is None:

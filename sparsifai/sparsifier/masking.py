@@ -6,7 +6,7 @@ decay and momentum do not move it either. So a pruned weight stays zero even if 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -40,23 +40,30 @@ FEW = 32
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def with_parameters(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, tuple[nn.Parameter, Tensor]]:
+def masked_parameters(
+    model: nn.Module, masks: MutableMapping[str, Tensor], move: bool = False
+) -> list[tuple[nn.Parameter, Tensor]]:
     """Find the parameters that masks belong to.
 
     Args:
         model: The model, or a wrapper of torch around it.
         masks: Parameter name -> mask.
+        move: Whether to store masks in `masks` again that were moved to the device of their parameter. Default False.
 
     Returns:
-        Parameter name -> the parameter, and its mask on the device of the parameter.
+        Pairs of a parameter and its mask, on the device of the parameter.
 
     Raises:
         ValueError: The model has no such parameter, or a mask does not fit its shape.
     """
-    masked = {}
+    masked = []
     for name, mask in masks.items():
         parameter = parameter_of(model, name, mask)
-        masked[name] = parameter, mask if mask.device == parameter.device else mask.to(parameter.device)
+        if mask.device != parameter.device:
+            mask = mask.to(parameter.device)
+            if move:
+                masks[name] = mask
+        masked.append((parameter, mask))
     return masked
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.parallel import unwrapped
-from ..sparsifier.masking import with_parameters, zero_weights
+from ..sparsifier.masking import masked_parameters, zero_weights
 from ..support.registry import close_matches
 from ..support.table import Cells, Table, percent
 from .saved_run import load_run, save_run
@@ -59,7 +59,7 @@ class Ticket:
                 "a model that is built like the one that the ticket was found with"
             )
         plain.load_state_dict(self.start)
-        zero_weights(with_parameters(plain, self.masks).values())
+        zero_weights(masked_parameters(plain, dict(self.masks)))
         return model
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.fastai
 
 import forked  # noqa: E402
 import new_process  # noqa: E402
-from conftest import picture, picture_learner, small_net  # noqa: E402
+from conftest import masked_of, picture, picture_learner, small_net  # noqa: E402
 from fastai.callback import core  # noqa: E402
 from fastai.callback.fp16 import MixedPrecision  # noqa: E402
 from fastai.callback.training import GradientAccumulation, GradientClip  # noqa: E402
@@ -177,7 +177,7 @@ def test_weights_that_are_pruned_in_a_step_do_not_move_in_the_next(make_learner,
     learn.model.to(memory_format=memory)
 
     def look(self):
-        for parameter, mask in callback.sparsifier.masked_parameters():
+        for parameter, mask in masked_of(callback.sparsifier):
             assert (parameter[~mask.expand_as(parameter)] == 0).all()
             seen.append((~mask).sum())
 
@@ -604,7 +604,7 @@ def assert_same(one, two):
 def masked_zeros(sparsifier):
     """What share is masked: as much as the level says, and all of it zero."""
     masked = sum(int((~mask).sum()) for mask in sparsifier.masks.values())
-    for parameter, mask in sparsifier.masked_parameters():
+    for parameter, mask in masked_of(sparsifier):
         assert (parameter[~mask.expand_as(parameter)] == 0).all()
     total = sum(mask.numel() for mask in sparsifier.masks.values())
     assert masked / total == pytest.approx(share(sparsifier.level, sparsifier.model))

@@ -10,7 +10,7 @@ from torch import nn
 fastai = pytest.importorskip("fastai.vision.all", reason="the callbacks are fastai's")
 pytestmark = pytest.mark.fastai
 
-from conftest import picture_learner, small_net  # noqa: E402
+from conftest import follower_masks, masked_of, picture_learner, small_net  # noqa: E402
 from fastai.callback.core import CancelFitException  # noqa: E402
 from fastai.callback.tracker import SaveModelCallback  # noqa: E402
 from fastai.learner import Callback  # noqa: E402
@@ -60,10 +60,10 @@ def zeros_of(model):
 def assert_kept(learn, callback):
     """The keeper masks what the Sparsifier masks, followers too, and nothing else, and all of it is zero."""
     sparsifier, kept = callback.sparsifier, learn.keep_sparsity.masks
-    own = {**sparsifier.masks, **sparsifier.follower_masks}
+    own = dict(sparsifier.all_masks)
     assert all(mask.all() or name in own for name, mask in kept.items())
     assert all(torch.equal(kept[name], mask) for name, mask in own.items())
-    for parameter, mask in sparsifier.masked_parameters():
+    for parameter, mask in masked_of(sparsifier):
         assert (parameter[~mask.expand_as(parameter)] == 0).all()
 
 
@@ -92,7 +92,7 @@ def test_filters_that_a_falling_schedule_revives_after_an_interrupt_have_their_b
     with pytest.raises(KeyboardInterrupt):
         learn.fit(4, 0.01, cbs=[callback, At("after_batch", raises(KeyboardInterrupt), epoch=1, batch=5)])
     assert_kept(learn, callback)
-    assert any(not mask.all() for mask in callback.sparsifier.follower_masks.values())
+    assert any(not mask.all() for mask in follower_masks(callback.sparsifier).values())
     learn.fit(2, 0.01, cbs=callback)
     assert all(mask.all() for mask in callback.sparsifier.masks.values())
     assert not learn._grab_cbs(KeepSparsity)
@@ -291,7 +291,7 @@ def test_zero_filters_keep_their_zero_biases_when_weights_are_pruned_later(make_
     learn = make_learner()
     filters = SparsifyCallback(0.5, granularity="filter")
     learn.fit(1, cbs=filters)
-    dead = {name: ~mask for name, mask in filters.sparsifier.follower_masks.items()}
+    dead = {name: ~mask for name, mask in follower_masks(filters.sparsifier).items()}
     assert any(mask.any() for mask in dead.values())
     learn.fit(1, cbs=SparsifyCallback(0.9))
     parameters = dict(learn.model.named_parameters())
@@ -390,7 +390,7 @@ def test_keep_sparsity_alone_keeps_the_biases_of_zero_filters_zero(make_learner)
     )  # fmt: skip
     sparsifier = Sparsifier(model, "filter")
     sparsifier.sparsify(0.5)
-    dead = {name: ~mask for name, mask in sparsifier.follower_masks.items() if not mask.all()}
+    dead = {name: ~mask for name, mask in follower_masks(sparsifier).items() if not mask.all()}
     assert "3.bias" in dead
     make_learner(model, cbs=KeepSparsity()).fit(2, 0.1)
     parameters = dict(model.named_parameters())

@@ -75,7 +75,7 @@ def test_uncoupled_filters_are_pruned_one_by_one():
     plain.sparsify(0.5)
     assert alive(plain.masks["stem.weight"]) != alive(plain.masks["branch.weight"])
     assert shrinkage(model.eval(), EXAMPLE).zeros_left > 0
-    assert "norm.weight" not in plain.follower_masks
+    assert "norm.weight" not in plain.all_masks
 
 
 def test_a_norm_layer_behind_a_sum_is_masked_with_it():
@@ -84,7 +84,7 @@ def test_a_norm_layer_behind_a_sum_is_masked_with_it():
     sparsifier = coupled(model)
     sparsifier.sparsify(0.5)
     kept = torch.tensor(alive(sparsifier.masks["stem.weight"]))
-    assert torch.equal(sparsifier.follower_masks["norm.weight"], kept)
+    assert torch.equal(sparsifier.all_masks["norm.weight"], kept)
     assert torch.equal(model.norm.bias != 0, kept)
     assert torch.equal(model.stem.bias != 0, kept)
 
@@ -295,7 +295,7 @@ def test_a_coupled_sparsifier_is_copied_saved_and_recovered():
     other = coupled(Residual())
     other.load_state_dict(state)
     assert all(torch.equal(other.masks[name], mask) for name, mask in sparsifier.masks.items())
-    assert torch.equal(other.model.norm.weight != 0, sparsifier.follower_masks["norm.weight"])
+    assert torch.equal(other.model.norm.weight != 0, sparsifier.all_masks["norm.weight"])
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
     assert model.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -331,7 +331,7 @@ def test_after_a_fit_shrink_can_remove_all_zero_filters():
     learn.fit(2, cbs=callback)
     assert alive(callback.sparsifier.masks["stem.weight"]) == alive(callback.sparsifier.masks["branch.weight"])
     learn.fit(1)  # KeepSparsity keeps the zeros, also those of the norm layer behind the sum
-    kept = callback.sparsifier.follower_masks["norm.weight"]
+    kept = callback.sparsifier.all_masks["norm.weight"]
     assert kept.sum() == 4
     assert torch.equal(learn.model.norm.bias != 0, kept)
     assert shrinkage(learn.model.eval(), EXAMPLE).zeros_left == 0

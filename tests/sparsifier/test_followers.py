@@ -35,7 +35,7 @@ def test_a_pruned_filter_gives_zeros_behind_its_norm_layer(layer, norm, granular
         model(torch.randn(4, 2, 6, 6))  # gives a batch norm statistics of its own
     sparsifier = Sparsifier(model, granularity, layers="0")
     sparsifier.sparsify(0.5)
-    mask = sparsifier.follower_masks["0.bias"]
+    mask = sparsifier.all_masks["0.bias"]
     assert (~mask).sum() == 4
     assert torch.equal(dead_outputs(model[:2], torch.randn(4, 2, 6, 6)), ~mask)
 

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import levels_of, small_net
+from conftest import follower_masks, levels_of, small_net
 from torch import nn
 from updates import moved
 
@@ -54,7 +54,7 @@ def test_a_plain_loop_keeps_the_zeros(net, optimizer):
     step = optimizer(net.parameters(), 0.05, weight_decay=0.1, **options)
     sparsifier = Sparsifier(net, "filter")
     sparsifier.sparsify(0.5)
-    before, followed = sparsifier.report().selected.zeros, dict(sparsifier.follower_masks)
+    before, followed = sparsifier.report().selected.zeros, follower_masks(sparsifier)
     assert any(not mask.all() for mask in followed.values())
     for _ in range(5):
         step.zero_grad()
@@ -103,7 +103,7 @@ def test_masks_are_recovered_from_the_zeros_of_a_checkpoint(granularity):
     recovered.recover_masks()
     for name, mask in sparsifier.masks.items():
         assert torch.equal(recovered.masks[name], mask)
-    assert sorted(recovered.follower_masks) == sorted(sparsifier.follower_masks)
+    assert sorted(recovered.all_masks) == sorted(sparsifier.all_masks)
     shares = {name: float((~mask).float().mean()) for name, mask in sparsifier.masks.items()}
     assert levels_of(recovered) == pytest.approx(
         {name: min(share, recovered.sparsity) for name, share in shares.items()}
@@ -143,13 +143,13 @@ def test_given_masks_are_taken_and_stay_pruned_while_the_sparsity_rises(net):
     earlier.sparsify(0.3)
     for granularity in ("weight", "kernel"):
         later = Sparsifier(net, granularity)
-        later.recover_masks(earlier.masks)
+        later.all_masks.add(earlier.masks)
         later.sparsify(0.1)
         for name, mask in earlier.masks.items():
             assert torch.equal(later.masks[name].expand_as(later.layers[name].parameter),
                                mask.expand_as(later.layers[name].parameter))  # fmt: skip
     rows = Sparsifier(net, "filter")
-    rows.recover_masks(earlier.masks)
+    rows.all_masks.add(earlier.masks)
     whole = (earlier.masks["3.weight"] == 0).flatten(1).all(1)
     assert torch.equal(~rows.masks["3.weight"].flatten(), whole)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import small_net
+from conftest import masked_of, small_net
 from torch import nn
 
 from sparsifai import Sparsifier
@@ -79,10 +79,10 @@ def test_a_sparse_gradient_is_not_changed_and_reported():
     sparsifier = Sparsifier(model, layers=["0", "1"])
     sparsifier.sparsify(0.5)
     model(torch.tensor([1, 2])).sum().backward()
-    assert zero_gradients(sparsifier.masked_parameters()) is False
+    assert zero_gradients(masked_of(sparsifier)) is False
     assert (model[1].weight.grad[~sparsifier.masks["1.weight"]] == 0).all()
     model[0].weight.grad = None
-    assert zero_gradients(sparsifier.masked_parameters()) is True
+    assert zero_gradients(masked_of(sparsifier)) is True
 
 
 def test_mean_squares_next_to_zero_move_no_weight():
@@ -99,15 +99,15 @@ def test_mean_squares_next_to_zero_move_no_weight():
     sparsifier = Sparsifier(model)
     step()
     sparsifier.sparsify(0.5)
-    zero_moments(sparsifier.masked_parameters(), optimizer, squares=NEXT_TO_ZERO)
+    zero_moments(masked_of(sparsifier), optimizer, squares=NEXT_TO_ZERO)
     step()
-    for parameter, mask in sparsifier.masked_parameters():
+    for parameter, mask in masked_of(sparsifier):
         state = optimizer.state[parameter]
         assert (parameter[~mask] == 0).all()
         assert (state["exp_avg"][~mask] == 0).all()
         assert torch.allclose(state["exp_avg_sq"][~mask], torch.tensor(0.999 * NEXT_TO_ZERO), atol=0, rtol=1e-5)
     sparsifier.mask_moments(optimizer)  # without it, they are zero
-    assert all((optimizer.state[each]["exp_avg_sq"][~mask] == 0).all() for each, mask in sparsifier.masked_parameters())
+    assert all((optimizer.state[each]["exp_avg_sq"][~mask] == 0).all() for each, mask in masked_of(sparsifier))
 
 
 @pytest.mark.parametrize("register", ["register_step_pre_hook", "register_step_post_hook"])

@@ -99,7 +99,9 @@ def train(model, optimizer, sparsifier=None, steps=3):
 
 
 def held(sparsifier):
-    return all(bool((parameter[~mask] == 0).all()) for parameter, mask in sparsifier.masked_parameters())
+    model = sparsifier.model
+    masks = [(model.get_parameter(name), mask) for name, mask in sparsifier.masks.items()]
+    return all(bool((parameter[~mask] == 0).all()) for parameter, mask in masks)
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import small_net
+from conftest import masked_of, small_net
 from torch import nn
 from updates import moved, same_state, scores_of
 
@@ -155,7 +155,7 @@ def test_update_masks_does_the_same_as_sparsify_and_mask_moments(granularity, le
                 sparsifier.update_masks(level, optimizer)
             else:
                 sparsifier.sparsify(level)
-                zero_moments(sparsifier.masked_parameters(), optimizer, squares=NEXT_TO_ZERO)
+                zero_moments(masked_of(sparsifier), optimizer, squares=NEXT_TO_ZERO)
         moments = [optimizer.state[each] for each in model.parameters()]
         made.append((list(sparsifier.masks.values()), list(model.parameters()), moments))
     (masks, weights, moments), others = made[0], made[1]

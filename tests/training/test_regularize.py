@@ -195,6 +195,7 @@ def test_with_sparsify_callback_the_sparsity_is_exact_and_zeros_stay(
     make_learner, fastai, proximal, granularity, optimizer
 ):
     from sparsifai.all import RegularizeCallback, SparsifyCallback
+    from sparsifai.callbacks.others import are_all_known
 
     seen = []
 
@@ -205,7 +206,7 @@ def test_with_sparsify_callback_the_sparsity_is_exact_and_zeros_stay(
         def after_step(self):
             masks = self.learn.sparsify.sparsifier.masks
             seen.append(all(not weights[name][~mask.expand_as(weights[name])].any() for name, mask in masks.items()))
-            alone.append(self.learn.keep_sparsity.is_alone())
+            alone.append(are_all_known(self.learn))
 
     learn, alone = make_learner(steps=5, opt_func=getattr(fastai, optimizer)), []
     weights = weights_of(learn.model)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLE, as_on_device, show_data, small_net
+from conftest import EXAMPLE, as_on_device, masked_of, show_data, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -270,7 +270,7 @@ def test_a_context_of_ones_own_that_is_on_the_device_gives_the_same_masks_and_re
     device = as_on_device(Sparsifier(copy.deepcopy(model), context=all_but_the_first))
     host = Sparsifier(model, context=on_the_host)
     for sparsifier in (device, host):
-        sparsifier.recover_masks({"0.weight": torch.arange(8).view(8, 1, 1, 1) > 3})
+        sparsifier.all_masks.add({"0.weight": torch.arange(8).view(8, 1, 1, 1) > 3})
         sparsifier.sparsify(0.5)
     assert all(torch.equal(mask, device.masks[name]) for name, mask in host.masks.items())
     assert not host.masks["0.weight"].all()
@@ -355,7 +355,7 @@ def test_on_a_gpu_a_whole_step_waits_for_nothing(criterion):
     assert sparsifier.sparsity == pytest.approx(0.4, abs=0.01)
     sparsifier.mask_gradients()
     sparsifier.mask_moments(optimizer)
-    for parameter, mask in sparsifier.masked_parameters():
+    for parameter, mask in masked_of(sparsifier):
         kept = mask.expand_as(parameter)
         moments = optimizer.state[parameter]
         for values in (parameter, parameter.grad, moments["exp_avg"], moments["exp_avg_sq"]):
