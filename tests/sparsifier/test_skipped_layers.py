@@ -298,6 +298,23 @@ def test_flags_that_nobody_reads_give_the_same_means(overflows, monkeypatch):
         assert torch.allclose(mean, lazy.stored["grad"][name])
 
 
+def test_flags_are_not_read_where_there_is_an_earlier_mean():
+    """Tensors of torch's `meta` device have no values: whatever would wait for a GPU raises."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    sparsifier = Sparsifier(model, criteria="snip")
+    collected = sparsifier.collected
+    model.to("meta")
+    for layer in collected.source.layers.values():
+        layer.parameter.grad = torch.ones_like(layer.parameter)
+    shapes = {name: layer.parameter.shape for name, layer in collected.source.layers.items()}
+    collected.stored["grad"] = {name: torch.zeros(shape, device="meta") for name, shape in shapes.items()}
+    collected.counts["grad"] = dict.fromkeys(shapes, 1)
+    for _ in range(2):
+        sparsifier.collect_gradients()
+        collected.take("update")
+    assert all(count.device.type == "meta" for count in collected.counts["grad"].values())
+
+
 @pytest.mark.cuda
 def test_on_a_gpu_no_overflow_is_waited_for():
     model, used, _ = skipping()
