@@ -28,15 +28,15 @@ def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None) 
     Args:
         learn: The Learner.
         sparsifier: A Sparsifier of its model.
-        batches: The batches. Default: in a fit the present batch, else the first one of the training data. The present
-            batch may skip layers: others will not, and the fit goes on.
+        batches: The batches. Default: in a fit the present batch, else the first one of the training data. That batch
+            may skip layers: others will not, and the training goes on.
     """
     collected = sparsifier.collected
     if not collected.at("forward", "loss") and collected.missing() is None:
         return
 
-    collected.may_skip = batches is None and learn.xb[0] is not None
-    if collected.may_skip:
+    collected.may_skip = batches is None
+    if batches is None and learn.xb[0] is not None:
         sparsifier.calibrate([(*learn.xb, learn.yb)], _loss_of(learn.loss_func))
     else:
         calibrate_with(learn, sparsifier, batches)
@@ -135,7 +135,7 @@ def loss_of(learn: Any) -> Callable:
     """
     loss = learn.loss_func
     callback: Any = getattr(loss, "__self__", None)
-    while callback in learn.cbs and hasattr(callback, "old_lf"):
+    while hasattr(callback, "old_lf"):
         loss = callback.old_lf
         callback = getattr(loss, "__self__", None)
     if callback in learn.cbs:

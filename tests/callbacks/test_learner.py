@@ -128,6 +128,27 @@ def test_regrowth_goes_on_with_layers_that_batches_skip(make_learner):
     assert callback.sparsifier.sparsity == pytest.approx(0.5, abs=0.005)
 
 
+class Routed(nn.Module):
+    """Its second expert gets rows that no data has."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat, self.experts = nn.Flatten(), nn.ModuleList([nn.Linear(128, 3), nn.Linear(128, 3)])
+
+    def forward(self, x):
+        x = self.flat(x)
+        return self.experts[int(float(x.detach().abs().max()) > 100)](x)
+
+
+def test_lottery_tickets_name_an_expert_that_no_batch_uses(make_learner):
+    from sparsifai import lottery_ticket
+
+    learn = make_learner(Routed())
+    with pytest.warns(UserWarning, match=r"snip: no batch so far has used experts\.1\.weight"):
+        tickets = lottery_ticket(learn, 0.4, rounds=1, fit=1, criteria="snip", layers="*")
+    assert tickets[-1].sparsity == pytest.approx(0.4, abs=0.01)
+
+
 def overflowing(steps):
     """A callback that makes the gradients of some steps infinite, as an overflow does; the step is then skipped."""
     from fastai.callback.core import Callback, CancelStepException
