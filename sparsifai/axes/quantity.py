@@ -7,7 +7,8 @@ computed if a criterion names it. `taken` marks the function with the moments at
 - 'score': whenever scores are computed. Nothing is stored.
 - 'start': when the Sparsifier is made. A copy of the result is stored.
 - 'update': after each mask update. A copy of the result is stored.
-- 'backward': after a backward pass, when `.grad` is there: in training, or in a batch of `calibrate`.
+- 'backward': after a backward pass, when `.grad` is there: in training, or in a batch of `calibrate`. A layer that the
+  batch has skipped has zeros for `.grad`.
 - 'forward': in a batch of `calibrate`, when a layer computes; its input is `inputs[name]`.
 - 'loss': in a batch of `calibrate`, when its `loss` is there, for quantities that need more than the gradient.
 
@@ -240,6 +241,7 @@ def _by_channel(layer: NamedWeight, value: Tensor) -> Tensor:
     channels = layer.axes["in"] * layer.convolution_groups
     # Channels are the second axis in a convolution (the first without a batch), and the last axis in other layers.
     axis = -1 if not isinstance(layer.module, CONVOLUTIONS) else 1 if value.dim() == len(layer.axes) else 0
+    value = value.abs() if value.is_complex() else value
     if layer.attribute != "weight" or not value.is_floating_point() or value.shape[axis] != channels:
         raise UnsuitableLayerError(
             f"activation: {layer.name} is not multiplied with the input of {layer.kind}, of shape "

@@ -135,6 +135,14 @@ def test_moments_of_any_dtype_are_masked(kind, dtype):
     assert sparsifier.sparsity == pytest.approx(0.8, abs=0.01)
 
 
+def test_the_activation_of_a_complex_input_is_the_root_of_its_mean_squared_magnitude():
+    layer, inputs = nn.Linear(3, 2, dtype=torch.complex64), torch.randn(5, 3, dtype=torch.complex64)
+    sparsifier = Sparsifier(nn.Sequential(layer), criteria="wanda", layers="0")
+    sparsifier.calibrate([inputs])
+    seen = sparsifier.collected.value("activation", "0.weight")
+    assert torch.allclose(seen, inputs.abs().square().mean(0).sqrt())
+
+
 class ByName(torch.optim.SGD):
     """Keeps its state by name, as optimizers of named parameters do."""
 
