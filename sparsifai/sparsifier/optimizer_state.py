@@ -96,7 +96,7 @@ def check_reachable(parameters: Iterable[nn.Parameter], optimizer: Any) -> None:
 
     Raises:
         TypeError: The state is not kept by parameter, it is not found although steps were made, or it has quantized
-            moments.
+            moments or those of several parameters in one vector.
     """
     name, states = type(optimizer).__name__, [state for state in states_of(optimizer) if state]
     if states and not any(isinstance(key, Tensor) for state in states for key in state):
@@ -108,6 +108,22 @@ def check_reachable(parameters: Iterable[nn.Parameter], optimizer: Any) -> None:
             if value.numel() > 1 and not is_plain(value):
                 kind = str(value.dtype) if type(value) is Tensor else type(value).__name__
                 raise _unreachable(name, f"keeps `{entry}` of a weight as codes ({kind})")
+    for group in _groups_of(optimizer):
+        if joint := _joint_entry(group.get("params", ()), states):
+            raise _unreachable(name, f"keeps `{joint}` of all weights in one vector")
+
+
+def _joint_entry(parameters: Iterable[Tensor], states: Iterable[Mapping[Any, Any]]) -> str | None:
+    """The name of an entry that has a number for each weight of several parameters, as the direction of LBFGS."""
+    parameters = list(parameters)
+    total = sum(parameter.numel() for parameter in parameters)
+    for parameter in parameters:
+        for state in states:
+            entries = state.get(parameter)
+            for name, value in entries.items() if isinstance(entries, Mapping) else ():
+                if isinstance(value, Tensor) and value.shape == (total,) != parameter.shape and total > 1:
+                    return name
+    return None
 
 
 def _unreachable(name: str, why: str) -> TypeError:

@@ -177,6 +177,38 @@ REFUSED = {
 }
 
 
+def test_directions_of_lbfgs_are_refused():
+    model = net_of(torch.float32)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    sparsifier, inputs = Sparsifier(model), torch.randn(5, 6)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(inputs).square().sum()
+        loss.backward()
+        return loss
+
+    sparsifier.mask_moments(optimizer)
+    optimizer.step(closure)
+    with pytest.raises(TypeError, match="mask_moments: LBFGS keeps `d` of all weights in one vector"):
+        sparsifier.mask_moments(optimizer)
+
+
+@pytest.mark.parametrize("kind", ["adafactor", "lamb", "lion", "novograd", "adabelief", "muon"])
+def test_optimizers_of_timm_are_not_refused(kind):
+    timm = pytest.importorskip("timm.optim", reason="timm has these optimizers")
+    model = net_of(torch.float32)
+    optimizer = timm.create_optimizer_v2(model, kind, lr=0.01)
+    sparsifier = Sparsifier(model)
+    for _ in range(2):
+        model(torch.randn(5, 6)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    sparsifier.sparsify(0.5)
+    sparsifier.mask_moments(optimizer)
+    assert held(sparsifier)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_state_that_cannot_be_masked_is_refused_after_a_step(case):
     kind, message = REFUSED[case]
