@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..axes.changed_schedule import raised
 from ..axes.criterion import large_final
 from ..axes.schedule import Schedule, progress, schedules
 from ..model.flops import count_flops
 from ..model.linear import why_not_two_four
+from ..model.running import first_example
 from ..model.zeros import Count
 from ..sparsifier.collection import CollectedQuantities
 from ..sparsifier.followers import masks_of_followers
@@ -26,7 +26,7 @@ from ..sparsifier.layer_selection import Asked, scopes
 from ..sparsifier.mask_building import Ranking, build_masks, compares_with_itself
 from ..sparsifier.options import Options, Sparsity, check_sparsity
 from ..sparsifier.report import Report
-from ..sparsifier.sparsifier import Sparsifier, first_example
+from ..sparsifier.sparsifier import Sparsifier
 from ..support.capability import capability
 from ..support.checks import check_count
 from ..support.registry import name_of
@@ -83,7 +83,7 @@ def plan_of(
     measured = sparsifier.report()  # raises if the model is released
     model, ranking, collected = sparsifier.model, sparsifier.ranking, sparsifier.collected
     if example_input is not None:
-        example = tree_map(first_example, example_input)
+        example = first_example(example_input)
         collected = collected.on(replace(collected.source, example_input=example))
     pruned = selected(sparsifier.layers)
     asked = scopes(sparsity, sparsifier.layers, model)

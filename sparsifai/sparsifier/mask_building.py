@@ -40,6 +40,10 @@ ALL_EQUAL = (
     "criterion {} compares with an earlier value, and nothing has changed since then: all scores are equal, so weights "
     "are pruned in index order; train before the first update"
 )
+NOTHING_REGROWS = (
+    "regrow: the gradients since the last update have inf or NaN, as after an overflow in mixed precision, so nothing "
+    "regrows in this update"
+)
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,9 @@ def build_masks(
     how: Any = {"pool": options.pool, "may_empty": options.may_empty, "on_device": on_device}
     # The built-in contexts only rank scores; one of the user's own may read them.
     how["magnitudes"] = capability(options.context, "keeps_masked", False)
+    if drop and regrowth is not None and regrowth.left_out and regrowth.missing():
+        drop = 0.0
+        notices.append(NOTHING_REGROWS)
     try:
         for sparsity, names in asked:
             # Layers whose sparsity falls may have pruned groups revived.
@@ -152,6 +159,7 @@ def build_masks(
                         masks[layer.target.name] = layers[layer.target.name].mask_of(torch.as_tensor(of_layer))
             levels.update(dict.fromkeys(names, sparsity))
         random = rng.get_state()
+        notices += collected.notices({name for sparsity, names in asked if sparsity for name in names})
     finally:
         rng.set_state(before)
         collected.source.forget()

@@ -16,6 +16,7 @@ from .layer import Layer, count_of, selected
 from .mask_building import check_nan
 from .masking import masked_parameters, zero_gradients, zero_moments, zero_weights
 from .model_masks import ModelMasks
+from .optimizer_state import check_reachable
 
 
 class MaskedModel:
@@ -59,10 +60,15 @@ class MaskedModel:
         """Set the optimizer's moments of pruned weights to zero, so that these are not moved. Call it after sparsify.
 
         Args:
-            optimizer: torch's or fastai's.
+            optimizer: torch's or fastai's, or a wrapper that holds one.
+
+        Raises:
+            TypeError: It keeps moments where they are not found, or as codes that cannot be set to zero.
         """
         self._check_held("mask_moments")
-        zero_moments(self._masked(), optimizer)
+        masked = self._masked()
+        check_reachable((parameter for parameter, _ in masked), optimizer)
+        zero_moments(masked, optimizer)
 
     @torch.no_grad()
     def recover_masks(self) -> None:

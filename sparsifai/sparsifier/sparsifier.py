@@ -10,13 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from ..axes.context import Context
 from ..axes.criterion import Criterion, is_elementwise
 from ..axes.granularity import Granularity
 from ..model.parallel import is_sharded, process_group_of, unwrapped
+from ..model.running import first_example
 from ..support.checks import check_count
 from ..support.registry import name_of
 from ..support.warning import warn_each
@@ -117,7 +117,7 @@ class Sparsifier(MaskedModel):
         self.ranking = Ranking(replace(options, layers=None, exclude=None), coupling, process_group_of(model))
         weights = {name: layer.weight for name, layer in self._selected.items()}
         rng = torch.Generator().manual_seed(options.seed)
-        source = Source(inner, weights, rng, tree_map(first_example, example_input))
+        source = Source(inner, weights, rng, first_example(example_input))
         self.collected = CollectedQuantities(options.criteria, source)
         self._regrowth = None if options.regrow is None else Regrowth(options.regrow, source)
         self._take_quantities("start")
@@ -284,21 +284,24 @@ class Sparsifier(MaskedModel):
 
         `mask_gradients` calls it, so a plain training loop need not. Regrowth by gradients needs it before `sparsify`.
 
+        A layer without a gradient, as one that the batch has skipped, counts as zero. A batch whose gradients are not
+        all finite, as after an overflow under a GradScaler, is left out.
+
         Raises:
-            ValueError: No gradient has reached a selected layer.
+            ValueError: No selected layer has a gradient, or one is frozen.
         """
         self._check_held("collect_gradients")
         for collected in filter(None, (self.collected, self._regrowth)):
-            collected.add("backward")
+            collected.add_gradients()
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping.
 
-        A criterion that needs gradients collects them first, if every selected layer has one.
+        A criterion that needs gradients collects them first, if a selected layer has one.
         """
         self._check_held("mask_gradients")
         parameters = [layer.parameter for layer in self._selected.values()]
-        if self.collected.at("backward") and all(parameter.grad is not None for parameter in parameters):
+        if self.collected.at("backward") and any(parameter.grad is not None for parameter in parameters):
             self.collect_gradients()
         super().mask_gradients()
 
@@ -382,8 +385,3 @@ class Sparsifier(MaskedModel):
     def __getstate__(self) -> dict[str, Any]:
         # A process group cannot be copied or pickled, so a copy works alone.
         return {**vars(self), "ranking": replace(self.ranking, process_group=None), "_calibration": None}
-
-
-def first_example(value: Any) -> Any:
-    """The first example of a batch."""
-    return value[:1].detach().clone() if isinstance(value, Tensor) and value.dim() else value

@@ -63,7 +63,10 @@ NO_PATTERN = (
     "regular expression, or a function of (name, module)"
 )
 NO_DICTIONARY = "{'0': 1} cannot select layers; pass a dictionary of sparsities as the first argument, `sparsity`"
-BATCH = "pass a batch that the model accepts, on its device: a tuple for several positional arguments, a dictionary for"
+BATCH = (
+    "pass a batch that the model accepts, on its device: a tuple for several positional arguments, or for one list: "
+    "([...],); a dictionary for"
+)
 
 # Name, mistake, class of the error, parts of the message in their order.
 MESSAGES = [

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from conftest import EXAMPLE, as_on_device, masked_of, show_data, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from updates import no_waiting
 
 from sparsifai import Sparsifier, blocks, criteria
 from sparsifai.axes.ranking.device_layer import DeviceLayer
@@ -347,18 +347,6 @@ def test_on_a_gpu_masks_are_those_of_the_cpu_and_no_step_waits(granularity, cont
             device.sparsify(level)
             device.apply_masks()
         assert all(torch.equal(host.masks[name], mask.cpu()) for name, mask in device.masks.items())
-
-
-@contextmanager
-def no_waiting():
-    """Within, what makes the host wait for the GPU is an error."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the mode is a prototype
-            torch.cuda.set_sync_debug_mode("error")
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def large_layers(draw):
