@@ -101,7 +101,7 @@ def build(quick):
         "build",
         "one mask update near 0.5, one thread",
         rows,
-        "ms; `update` is build and apply; peers build and apply too. `update / local`: copies that an update takes, over "
+        "ms; `update` is build and apply; peers build and apply too. `update / local`: copies that updates take, over "
         "those of local magnitude. With filters, kernels and channels FasterAI masks convolutions only; "
         "sparsifai masks linear layers too, and with filters their biases and norm layers.",
     )

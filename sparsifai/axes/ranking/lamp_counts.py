@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...model.tensors import widened
 from ...support.chunk import CHUNK
+from .order_statistic import nth_lowest
 from .scored_layer import nan_message
 
 # Weights of at most this number are sorted as a whole.
@@ -113,7 +114,7 @@ def _count(scores: Sequence[np.ndarray], wanted: int) -> list[int]:
     together = np.concatenate(scores)
     if not 0 < wanted < len(together):
         return [len(each) if wanted > 0 else 0 for each in scores]
-    last = np.partition(together, wanted - 1)[wanted - 1]
+    last = nth_lowest(together, wanted)
     counts = [int(np.searchsorted(each, last)) for each in scores]
     rest = wanted - sum(counts)
     for number, each in enumerate(scores):
@@ -144,8 +145,11 @@ def _brackets(weights: Sequence[Tensor], wanted: int) -> list[tuple[float, float
         highest = ranked[end] if end < len(ranked) else np.inf
         brackets = []
         for values, sample, score, error in zip(weights, samples, scores, errors, strict=True):
-            under = np.searchsorted(np.minimum.accumulate((score * (1 + error))[::-1])[::-1], lowest)
-            over = np.searchsorted(np.maximum.accumulate(score * (1 - error)), highest, side="right")
+            # Of the lowest itself all are taken to be pruned, as the zeros of masked weights are.
+            highest_score = np.minimum.accumulate((score * (1 + error))[::-1])[::-1]
+            under = np.searchsorted(highest_score, lowest, side="right")
+            lowest_score = np.maximum.accumulate(score * (1 - error))
+            over = np.searchsorted(lowest_score, highest, side="right")
             brackets.append(
                 (
                     float(sample[under - 1]) if under > 0 and len(values) > FEW else -np.inf,

@@ -26,6 +26,7 @@ import numpy as np
 from ...support.chunk import CHUNK
 from .device_layer import DeviceLayer
 from .on_device import select_on_device
+from .order_statistic import nth_lowest
 from .scored_layer import ScoredLayer
 
 
@@ -246,7 +247,7 @@ def _first(within: list[_Within], amount: float, size: int | None) -> np.ndarray
     count = min(max(math.floor(amount / size + 0.5), 0), len(score))
     if count == 0:
         return np.zeros(len(score), bool)
-    last = np.partition(score, count - 1)[count - 1]
+    last = nth_lowest(score, count)
     pruned = score < last
     pruned[np.flatnonzero(score == last)[: count - np.count_nonzero(pruned)]] = True
     return pruned

@@ -6,13 +6,11 @@ import math
 
 import numpy as np
 
+from .order_statistic import SHORT
 from .scored_layer import ScoredLayer
 
 # Blocks of at most this size are ranked by comparing all pairs. Numpy takes too long to start on each of so short ones.
 PAIRS = 32
-
-# Rows of at most this length are sorted: numpy sorts them without branches. Of longer ones, so many keys are sampled.
-SHORT = 256
 
 # Number of blocks that are compared at once, so many that each call of numpy has enough to do.
 BLOCKS = 16384
