@@ -29,9 +29,9 @@ def nth_lowest(values: np.ndarray, count: int) -> np.generic:
         low = sample[max(math.floor(middle - spread), 0)]
         high = sample[min(math.ceil(middle + spread), len(sample) - 1)]
         # The two may be equal to many others, so it is first seen whether it is one of them.
-        below, upto_low = np.count_nonzero(values < low), np.count_nonzero(values <= low)
+        below, upto_low = int(np.count_nonzero(values < low)), int(np.count_nonzero(values <= low))
         within = values[np.flatnonzero((values > low) & (values < high))]
-        upto_high = np.count_nonzero(values <= high)
+        upto_high = int(np.count_nonzero(values <= high))
         if below < count <= upto_low:
             return low
         if upto_low + len(within) < count <= upto_high:
