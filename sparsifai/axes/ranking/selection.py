@@ -170,10 +170,9 @@ def _bracket(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], share:
         order = np.argsort(sample)
         sample, upto = sample[order], np.cumsum(np.concatenate(sizes)[order])
         middle = float(np.searchsorted(upto, share * upto[-1]))
-    else:
-        sample.sort()
     spread = 4 * math.sqrt(len(sample) * share * (1 - share)) + 4
     first, end = math.floor(middle - spread), math.ceil(middle + spread)
+    sample.partition([place for place in (first, end) if 0 <= place < len(sample)])
     return (
         float(sample[first]) if first >= 0 else -np.inf,
         float(sample[end]) if end < len(sample) else np.inf,
