@@ -24,6 +24,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,14 @@ import torch
 from torch import Tensor
 
 from ..support.capability import capability
+from ..support.chunk import CHUNK
 from ..support.registry import Registry, name_of
 from .n_of_m import parse_blocks
 from .ranking.device_layer import DeviceLayer
 from .ranking.rows_on_device import kept_in_rows
 from .ranking.scored_layer import ScoredLayer
 from .ranking.selection import select_each, select_groups
-from .ranking.within_rows import lowest_of_rows, ranking_keys
+from .ranking.within_rows import ranking_keys, write_kept
 
 Context = Callable[[Sequence[ScoredLayer], float], "list[np.ndarray]"]
 
@@ -106,14 +108,19 @@ def _per_output(layer: Any, sparsity: float) -> Any:
     shape = tuple(layer.grid.values())
     outer = [axes.index(axis) for axis in ("groups", "out") if axis in axes]
     order = [*outer, *(place for place in range(len(axes)) if place not in outer)]
-    length = len(layer) // math.prod(shape[axis] for axis in outer)
-    count = min(math.floor(sparsity * length + 0.5), length - 1)
+    row = math.prod(shape[place] for place in order[len(outer) :])
+    count = min(math.floor(sparsity * row + 0.5), row - 1)
     if isinstance(layer, DeviceLayer):
         return kept_in_rows(layer, shape, order, len(outer), count)
-    keys = ranking_keys(layer).reshape(shape).transpose(order)
-    pruned = lowest_of_rows(keys.reshape(-1, length), count).reshape(keys.shape).transpose(np.argsort(order))
-    kept = np.logical_not(pruned).reshape(-1)
-    return kept & (layer.alive | layer.revives)
+    keys_of: Callable[[slice], np.ndarray] = partial(ranking_keys, layer)
+    if order != sorted(order):
+        keys_of = ranking_keys(layer).reshape(shape).transpose(order).reshape(-1).__getitem__
+    kept = np.empty(len(layer), bool)
+    many = max(CHUNK // row, 1) * row
+    for part in (slice(start, start + many) for start in range(0, len(layer), many)):
+        write_kept(kept[part].reshape(-1, row), keys_of(part).reshape(-1, row), 1, row, count)
+    in_order = kept.reshape([shape[place] for place in order])
+    return in_order.transpose(np.argsort(order)).reshape(-1) & (layer.alive | layer.revives)
 
 
 def ask(

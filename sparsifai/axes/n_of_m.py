@@ -21,7 +21,7 @@ from ..support.registry import name_of
 from .ranking.device_layer import DeviceLayer
 from .ranking.rows_on_device import kept_in_blocks
 from .ranking.scored_layer import ScoredLayer
-from .ranking.within_rows import ranking_keys, write_kept
+from .ranking.within_rows import BLOCKS, ranking_keys, write_kept
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Blocks:
         kept = np.empty(len(layer), bool)
         # Whole rows of the first axis at a time, unless the blocks run along it.
         row = math.prod(shape[1:])
-        rows = shape[0] if place == 0 else max(1, CHUNK // row)
+        rows = shape[0] if place == 0 else max(1, max(CHUNK, self.size * BLOCKS) // row)
         for start in range(0, shape[0], rows):
             part = slice(start * row, min(start + rows, shape[0]) * row)
             form = (-1, *shape[1:])

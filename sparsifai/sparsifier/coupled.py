@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..axes.ranking.scored_layer import ScoredLayer, bundle
+from ..axes.ranking.bundles import bundle
+from ..axes.ranking.scored_layer import ScoredLayer
 from ..model.channels.coupling import ChannelSet, find_channels
 from ..model.channels.removal import why_stuck
 from ..model.flow import NORMS_OVER_CHANNELS
@@ -218,5 +219,5 @@ def joint_layers(
         layers, split = coupling.join(layers)
     if round_to is None:
         return layers, split
-    bundles, of_groups = zip(*(bundle(layer, round_to) for layer in layers), strict=True)
-    return bundles, lambda kept: split([each[of] for each, of in zip(kept, of_groups, strict=True)])
+    bundles, spreads = zip(*(bundle(layer, round_to) for layer in layers), strict=True)
+    return bundles, lambda kept: split([spread(each) for each, spread in zip(kept, spreads, strict=True)])
