@@ -165,19 +165,18 @@ class CollectedQuantities:
         if quantity in self.begins:  # a mean stays until a batch replaces it
             self.begins.remove(quantity)
             counts.clear()
+        shares: dict[int, tuple[Any, Any]] = {}  # layers have the same count, as a rule, so it is computed once
         for name, value in values.items():
             value, earlier = value.as_subclass(Tensor), counts.get(name, 0)  # fastai's batches give tensors of its own
-            counted: Any = earlier
+            if id(earlier) not in shares:
+                shares[id(earlier)] = _counted(earlier, count, finite)
+            counts[name], share = shares[id(earlier)]
+            share = share.to(value.dtype) if isinstance(share, Tensor) else share
             if finite is not None:
-                counted += count * finite
-                share = (count * finite / counted.clamp(min=1)).to(means[name].dtype)
                 means[name] = torch.where(finite, means[name].lerp(value, share), means[name])
-            else:
-                counted += count
-                # A count of zero: what is stored is the mean of batches before the last update.
-                first = name not in means or (isinstance(earlier, int) and earlier == 0)
-                means[name] = value.clone() if first else means[name].lerp(value, count / counted)
-            counts[name] = counted
+            else:  # a share of one: what is stored is the mean of batches before the last update
+                first = name not in means or (isinstance(share, float) and share == 1)
+                means[name] = value.clone() if first else means[name].lerp(value, share)
 
     def _note_reached(self, quantity: str, names: Iterable[str]) -> None:
         """Note which layers the batch has reached."""
@@ -295,6 +294,14 @@ def _all_finite(tensors: Iterable[Tensor | None]) -> Tensor:
             # The largest magnitude is inf or NaN if any number is. A sum could overflow, or cancel.
             flags.append(torch.linalg.vector_norm(dense, float("inf")).isfinite())
     return torch.stack([flag.to(flags[0].device) for flag in flags]).all() if flags else torch.tensor(True)
+
+
+def _counted(earlier: Any, count: int, finite: Tensor | None) -> tuple[Any, Any]:
+    """The number of values in a mean after a batch, and the share that the batch has of them."""
+    if finite is None:
+        return earlier + count, count / (earlier + count)
+    counted = earlier + count * finite
+    return counted, count * finite / counted.clamp(min=1)
 
 
 def _is_known(flag: Tensor) -> bool:
