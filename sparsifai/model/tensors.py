@@ -1,13 +1,16 @@
-"""Finding tensors in the outputs of models, and copying and casting single tensors."""
+"""Finding tensors in the outputs of models, and copying, casting and checking single tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+from .parallel import whole
 
 
 def first_tensor(output: Any, whose: str) -> Tensor:
@@ -62,3 +65,14 @@ def sent(values: np.ndarray, device: torch.device) -> Tensor:
     """Numbers as a tensor on a device; a transfer to a GPU is not waited for."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def all_finite(tensors: Iterable[Tensor | None]) -> Tensor:
+    """Whether all numbers of some tensors are finite: a bool tensor on the device of the first."""
+    flags = []
+    for tensor in tensors:
+        if tensor is not None and tensor.numel():
+            dense = whole(tensor.detach().to_dense() if tensor.is_sparse else tensor.detach())
+            # The largest magnitude is inf or NaN if any number is. A sum could overflow, or cancel.
+            flags.append(torch.linalg.vector_norm(dense, float("inf")).isfinite())
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).all() if flags else torch.tensor(True)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from ..axes.criterion import quantities_of
 from ..axes.quantity import AVERAGED, STORED, quantities
 from ..model.layers import NamedWeight
-from ..model.parallel import whole
-from ..model.tensors import cloned
+from ..model.tensors import all_finite, cloned
 from ..support.registry import name_of
 
 
@@ -125,14 +124,14 @@ class CollectedQuantities:
         self.source.skipped = set()
         try:
             with self._zeros_for_missing(names) if moment == "backward" else nullcontext():
-                finite: Any = _all_finite(self._gradients(names) if moment == "backward" else ())
+                finite: Any = all_finite(self._gradients(names) if moment == "backward" else ())
                 taken = {
                     each: {name: quantities[each](self.source, name) for name in names} for each in self.at(moment)
                 }
         finally:
             self.source.forget()
         if moment == "loss":
-            finite = _all_finite(value for values in taken.values() for value in values.values())
+            finite = all_finite(value for values in taken.values() for value in values.values())
         # On a GPU the answer stays there, unless there is no earlier mean to fall back on.
         if _is_known(finite) or not all(self.stored.get(each, {}).keys() >= set(names) for each in taken):
             if not finite:
@@ -283,17 +282,6 @@ class CollectedQuantities:
     @property
     def _layers(self) -> Mapping[str, NamedWeight]:
         return self.source.layers
-
-
-def _all_finite(tensors: Iterable[Tensor | None]) -> Tensor:
-    """Whether all numbers of some tensors are finite: a bool tensor on the device of the first."""
-    flags = []
-    for tensor in tensors:
-        if tensor is not None and tensor.numel():
-            dense = whole(tensor.detach().to_dense() if tensor.is_sparse else tensor.detach())
-            # The largest magnitude is inf or NaN if any number is. A sum could overflow, or cancel.
-            flags.append(torch.linalg.vector_norm(dense, float("inf")).isfinite())
-    return torch.stack([flag.to(flags[0].device) for flag in flags]).all() if flags else torch.tensor(True)
 
 
 def _counted(earlier: Any, count: int, finite: Tensor | None) -> tuple[Any, Any]:
