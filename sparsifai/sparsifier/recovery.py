@@ -47,11 +47,12 @@ def recovered_masks(model: nn.Module, masks: Mapping[str, Tensor], example_input
     if with_filters:
         try:
             masks = merged(masks, _masks_behind_filters(model, example_input))
-        except ValueError as error:  # the data flow cannot be found
-            warn(
-                "whole filters are zero, but the biases and norm layers behind them are unknown, so that their zeros "
-                f"are not kept: {error}"
-            )
+        except ValueError:  # the data flow cannot be found
+            if partly := [name for name, each in model.named_parameters() if each.dim() == 1 and _is_partly_zero(each)]:
+                warn(
+                    f"whole filters are zero, but the data flow of {type(model).__name__} cannot be found, so that "
+                    f"zeros in biases and norm layers behind them, such as {partly[0]}, may not be kept"
+                )
     return dict(masks)
 
 
@@ -67,6 +68,12 @@ def _masks_behind_filters(model: nn.Module, example_input: Any) -> dict[str, Ten
         name: mask | (parameter_of(model, name, mask).detach() != 0)
         for name, mask in masks_of_followers(followers, zeros).items()
     }
+
+
+def _is_partly_zero(parameter: Tensor) -> bool:
+    """Whether some entries are zero and others are not."""
+    zero = whole(parameter.detach()) == 0
+    return bool(zero.any() & ~zero.all())
 
 
 def _has_zero_filters(kept: Tensor) -> bool:

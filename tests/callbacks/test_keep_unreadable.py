@@ -84,3 +84,14 @@ def test_zeros_of_a_model_that_cannot_be_read_are_kept(kind, asked, given):
 def test_single_weights_are_kept_without_a_word_of_whole_outputs(kind):
     learn = small_learner(MODELS[kind](*ASKED["single weights"]))
     learn.fit(1, 0.05, cbs=KeepSparsity())
+
+
+@pytest.mark.parametrize(("asked", "told"), [("single weights in whole filters", False), ("filters", True)])
+def test_zeros_of_biases_that_may_not_be_kept_are_told_if_there_are_any(asked, told):
+    learn = small_learner(prepared(*ASKED[asked]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        learn.fit(1, 0.05, cbs=KeepSparsity())
+    texts = [str(each.message) for each in caught if "whole filters are zero" in str(each.message)]
+    assert len(texts) == told
+    assert all("zeros in biases and norm layers behind them, such as 1.bias, may not be kept" in text for text in texts)
