@@ -34,6 +34,10 @@ _MARKS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: n
 UNKNOWN_PATH = "path through the model unknown"
 
 
+# Members that are no layers: the end of the model, and indices that no layer has. No module can have such a name.
+END, UNKNOWN = ".end", ".unknown"
+
+
 Member = tuple[str, str, Any]  # name of a layer; 'outputs', 'through' or 'inputs'; index
 Group = list[tuple[Member, int]]  # what the outputs of one layer are coupled with, each with the index of the output
 
@@ -92,8 +96,7 @@ def coupled_groups(
             if marked.add_ends(graph.module2node):
                 graph = build()
             _map_pixel_shuffles(graph)
-            _bound_mappings(graph, marked)
-            groups = list(_groups(graph, names, why_kept, library.ops.OPTYPE))
+            groups = list(_groups(graph, names, why_kept, marked))
     except Exception as error:  # torch-pruning raises errors of many types
         raise ValueError(
             f"torch-pruning cannot follow the computation of {kind_of(model)} ({type(error).__name__}: {error}), so it "
@@ -102,47 +105,91 @@ def coupled_groups(
     return groups, {name: number for number, name in enumerate(names.values())}
 
 
-def _groups(graph: Any, names: Mapping[Any, str], why_kept: dict[str, str], types: Any) -> Iterator[Group]:
+def _groups(graph: Any, names: Mapping[Any, str], why_kept: dict[str, str], marked: _MarkedModel) -> Iterator[Group]:
     """A group for each layer; reasons for keeping the channels of a layer are added to `why_kept`."""
+    types, marks = torch_pruning().ops.OPTYPE, set(marked.marks.values())
+    most = 4 * max(max(size_of(module, side) or 0 for side in ("inputs", "outputs")) for module in marked.modules())
     for root in list(graph.module2node):
         if not isinstance(root, CHANNEL_LAYERS) or root not in names:
             continue
-        pruner = graph.get_pruner_of_module(root)
-        every = list(range(pruner.get_out_channels(root)))
+        every = range(graph.get_pruner_of_module(root).get_out_channels(root))
         group: Group = []
         try:
-            items = list(graph.get_pruning_group(root, pruner.prune_out_channels, every))
+            reached = _reached(graph, root, every, most)
         except OverflowError:
             why_kept.setdefault(names[root], UNKNOWN_PATH)
             yield [((names[root], "outputs", index), index) for index in every]
             continue
-        for item in items:
-            module = item.dep.target.module
-            side, reason = "through", ""
-            if item.dep.target.type == types.OUTPUT:
-                reason = "yields the model's output"
-            elif module not in names or getattr(module, "num_parameters", 0) == 1:
+        for node, handler, pairs in reached:
+            module = node.module
+            name, side, reason = names.get(module, ""), "through", ""
+            if node.type == types.OUTPUT:
+                name, reason = END, "yields the model's output"
+            elif not name or getattr(module, "num_parameters", 0) == 1:
                 continue  # a PReLU with one parameter for all channels has none to remove
-            elif names[module].startswith("marks."):
+            elif module in marks:
                 reason = "coupled with the model's input"
             elif isinstance(module, nn.Parameter):
-                reason = f"coupled with {names[module]}, a parameter that belongs to no layer"
+                reason = f"coupled with {name}, a parameter that belongs to no layer"
             elif isinstance(module, CHANNEL_LAYERS):
-                is_input = graph.is_in_channel_pruning_fn(item.dep.handler) and not is_depthwise(module)
+                is_input = graph.is_in_channel_pruning_fn(handler) and not is_depthwise(module)
                 side = "inputs" if is_input else "outputs"
             elif isinstance(module, nn.PixelShuffle):
-                # The graph keeps only the first of the channels that become one. This group couples them.
-                yield [((names[module], side, index), index // module.upscale_factor**2) for index in item.idxs]
+                # Its own number of outputs is that of its inputs divided by r x r, which are one channel each.
+                yield [((name, side, index), index // module.upscale_factor**2) for index, _ in pairs]
             elif not isinstance(module, _BY_CHANNEL):
-                reason = f"goes through {names[module]} ({type(module).__name__}), which mixes channels"
-            name, size = names.get(module, "output"), size_of(module, side)
+                reason = f"goes through {name} ({type(module).__name__}), which mixes channels"
             if reason:
                 why_kept.setdefault(name, reason)
-            for index, channel in zip(item.idxs, item.root_idxs, strict=True):
+            size = size_of(module, side)
+            for index, channel in pairs:
                 is_known = size is None or 0 <= index < size
-                member = (name, side, index) if is_known else (UNKNOWN_PATH, "through", f"{name} {index}")
+                member = (name, side, index) if is_known else (UNKNOWN, "through", f"{name} {index}")
                 group.append((member, channel))
         yield group
+
+
+def _reached(
+    graph: Any, root: nn.Module, channels: Iterable[int], most: int
+) -> list[tuple[Any, Any, list[tuple[int, int]]]]:
+    """What is coupled with the outputs of a layer: a walk through the dependencies of the graph.
+
+    The graph misreads some reshapes, such as those of windows in a Swin transformer and of rotary embeddings. Indices
+    then grow without end, or multiply. So the walk follows each pair of an index and an output once per node, and stops
+    where there are more of them, or larger ones, than any layer can have.
+
+    Args:
+        graph: The graph.
+        root: The layer.
+        channels: Indices of its outputs.
+        most: A number that indices, and pairs of a node, do not reach.
+
+    Returns:
+        Triples of a node, the function that prunes it, and pairs of an index and the output it is coupled with.
+
+    Raises:
+        OverflowError: The graph has lost track of the indices.
+    """
+    prune = graph.get_pruner_of_module(root).prune_out_channels
+    index_of = torch_pruning()._helpers._HybridIndex
+    node, indices = graph.module2node[root], [index_of(idx=index, root_idx=index) for index in channels]
+    found = {(node, prune): dict.fromkeys(indices)}
+    waiting = [(node, prune, indices)]
+    while waiting:
+        node, prune, indices = waiting.pop()
+        for dependency in node.dependencies:
+            if not dependency.is_triggered_by(prune):
+                continue
+            mapped = indices
+            for mapping in dependency.index_mapping:
+                mapped = mapping(mapped) if mapping is not None else mapped
+            known = found.setdefault((dependency.target, dependency.handler), {})
+            if fresh := list(dict.fromkeys(index for index in mapped if index not in known)):
+                known.update(dict.fromkeys(fresh))
+                if len(known) > most or any(index.root_idx is None or abs(index.idx) > most for index in fresh):
+                    raise OverflowError(f"the indices of {dependency.target} are none of a channel")
+                waiting.append((dependency.target, dependency.handler, fresh))
+    return [(node, handler, [tuple(index) for index in pairs]) for (node, handler), pairs in found.items() if pairs]
 
 
 class _MarkedModel(nn.Module):
@@ -250,32 +297,3 @@ def _merged(size: int, indices: list) -> list:
 def _spread(size: int, indices: list) -> list:
     """Of the graph's indices of channels, those of the `size` channels that each is made of."""
     return [index._replace(idx=part) for index in indices for part in range(index.idx * size, (index.idx + 1) * size)]
-
-
-def _bound_mappings(graph: Any, model: nn.Module) -> None:
-    """Stop mappings that multiply indices without end."""
-    most = 4 * max(max(size_of(module, side) or 0 for side in ("inputs", "outputs")) for module in model.modules())
-    for node in graph.module2node.values():
-        for dependency in node.dependencies:
-            dependency.index_mapping = _BoundedMappings(dependency.index_mapping, most)
-
-
-class _BoundedMappings(list):
-    """Index mappings that raise OverflowError where they give more indices than any layer has.
-
-    The graph misreads some reshapes, such as those of windows in a Swin transformer. Their mappings, one after the
-    other, multiply the indices.
-    """
-
-    def __init__(self, mappings: Iterable[Callable | None], most: int):
-        super().__init__(mappings)
-        self.most = most
-
-    def __iter__(self) -> Iterator[Any]:
-        return (mapping and partial(self._mapped, mapping) for mapping in super().__iter__())
-
-    def _mapped(self, mapping: Callable, indices: list) -> list:
-        mapped = mapping(indices)
-        if len(mapped) > self.most:
-            raise OverflowError(f"{len(mapped)} indices, but no layer has more than {self.most}")
-        return mapped
