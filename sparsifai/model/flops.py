@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .hooks import hooked
 from .layers import CONVOLUTIONS, NamedWeight
-from .running import evaluating, run, untraced
+from .running import evaluating, run, untraced, without_fast_path
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -69,7 +69,7 @@ def count_flops(model: nn.Module, targets: Mapping[str, NamedWeight], example: A
         for weight in targets.values()
         for name, owner in weight.owners
     ]
-    with hooked(hooks), untraced(model), evaluating(model), torch.no_grad():
+    with hooked(hooks), untraced(model), evaluating(model), without_fast_path(), torch.no_grad():
         try:
             run(model, example)
         except Exception as error:

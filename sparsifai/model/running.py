@@ -79,6 +79,21 @@ def run(model: Callable, inputs: Any) -> Any:
 
 
 @contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Have torch compute attention and transformers layer by layer inside a `with` block, in evaluation mode too.
+
+    Their fast path calls no layers, so hooks on these see nothing; and torch.nn.TransformerEncoder hands its layers a
+    nested tensor of what is not padding, which they cannot handle once some of them have hooks.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
 def untraced(model: nn.Module) -> Iterator[None]:
     """Restore gradients, buffers and random generators at the end of the block; within it the gradients are None.
 

@@ -7,27 +7,22 @@ therefore allows only versions of torch-pruning that this file has been tested w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..hooks import hooked
-from ..layers import CHANNEL_LAYERS, is_depthwise, size_of
+from ..layers import CHANNEL_LAYERS, is_depthwise, outputs_of, size_of
 from ..parallel import kind_of, unwrapped
 from ..running import check_runs, copy_of, run
-from ..tensors import is_float, tensors_in
+from .marked_model import HiddenPart, MarkedModel
 
 # Layers that handle each channel by itself.
 _BY_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
-
-
-# Number of axes of an input -> a layer that has a parameter for each of its channels.
-_MARKS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
 # The reason for keeping a channel that the graph loses track of.
@@ -75,39 +70,89 @@ def coupled_groups(
         ImportError: torch-pruning is not installed.
         ValueError: The model does not run on the example, or torch-pruning cannot follow its computation.
     """
-    library = torch_pruning()
-    marked = _MarkedModel(copy_of(unwrapped(model)).eval(), example_input).requires_grad_(True)
+    torch_pruning()
+    marked = MarkedModel(copy_of(unwrapped(model)).eval(), example_input)
     with torch.random.fork_rng(), torch.no_grad():
         check_runs(marked.model, example_input)
-    names: dict[Any, str] = {module: name.removeprefix("model.") for name, module in marked.named_modules()}
-    names |= {parameter: name for name, parameter in marked.model.named_parameters()}
-    try:
-        with torch.random.fork_rng(), torch.enable_grad(), warnings.catch_warnings():
-            # torch-pruning warns of parameters outside of layers. Here they become reasons in `why_kept`.
-            warnings.simplefilter("ignore")
-            pruners = {nn.PixelShuffle: _PixelShuffles(_channels_of_shuffles(marked, example_input))}
-
-            def build() -> Any:
-                return library.DependencyGraph().build_dependency(
-                    marked, example_input, run, verbose=False, customized_pruners=pruners
-                )
-
-            graph = build()
-            if marked.add_ends(graph.module2node):
-                graph = build()
-            _map_pixel_shuffles(graph)
-            groups = list(_groups(graph, names, why_kept, marked))
-    except Exception as error:  # torch-pruning raises errors of many types
-        raise ValueError(
-            f"torch-pruning cannot follow the computation of {kind_of(model)} ({type(error).__name__}: {error}), so it "
-            "is unknown which channels are coupled"
-        ) from error
-    return groups, {name: number for number, name in enumerate(names.values())}
+    with torch.random.fork_rng(), torch.enable_grad(), warnings.catch_warnings():
+        # torch-pruning warns of parameters outside of layers. Here they become reasons in `why_kept`.
+        warnings.simplefilter("ignore")
+        try:
+            groups = _all_groups(marked, example_input, why_kept)
+        except Exception as error:  # torch-pruning raises errors of many types
+            if not _hide_what_fails(marked, example_input):
+                raise ValueError(
+                    f"torch-pruning cannot follow the computation of {kind_of(model)} ({type(error).__name__}: "
+                    f"{error}), so it is unknown which channels are coupled"
+                ) from error
+            groups = _all_groups(marked, example_input, why_kept)
+    return groups, {name: number for number, name in enumerate(marked.names.values())}
 
 
-def _groups(graph: Any, names: Mapping[Any, str], why_kept: dict[str, str], marked: _MarkedModel) -> Iterator[Group]:
+def _hide_what_fails(marked: MarkedModel, example_input: Any) -> bool:
+    """Hide the insides of the kinds of parts that torch-pruning fails at; returns whether it succeeds then.
+
+    The kinds are hidden one after the other, small parts first, until torch-pruning succeeds; those that it does not
+    fail at are shown again.
+    """
+
+    def succeeds() -> bool:
+        try:
+            _all_groups(marked, example_input, {})
+        except Exception:
+            return False
+        return True
+
+    hidden: list[type[nn.Module]] = []
+    for kind in marked.kinds_of_parts():
+        marked.hide(kind)
+        hidden.append(kind)
+        if succeeds():
+            break
+    else:
+        return False
+    for kind in hidden[:-1]:
+        marked.show(kind)
+        if not succeeds():
+            marked.hide(kind)
+    return True
+
+
+def _all_groups(marked: MarkedModel, example_input: Any, why_kept: dict[str, str]) -> list[Group]:
+    """The groups of all layers. Reasons that the graph shows are added to `why_kept`."""
+    reasons: dict[str, str] = {}
+    groups = list(_groups(_graph(marked, example_input), reasons, marked))
+    why_kept.update({name: why for name, why in reasons.items() if name not in why_kept})
+    return groups
+
+
+def _graph(marked: MarkedModel, example_input: Any) -> Any:
+    """The graph of one forward pass."""
+    library = torch_pruning()
+    pruners = {
+        nn.PixelShuffle: _PixelShuffles(_channels_of_shuffles(marked, example_input)),
+        HiddenPart: _HiddenParts(),
+    }
+
+    def build() -> Any:
+        return library.DependencyGraph().build_dependency(
+            marked, example_input, run, verbose=False, customized_pruners=pruners
+        )
+
+    marked.ends.clear()
+    graph = build()
+    if marked.add_ends(graph.module2node):
+        graph = build()
+    _map_pixel_shuffles(graph)
+    return graph
+
+
+def _groups(graph: Any, why_kept: dict[str, str], marked: MarkedModel) -> Iterator[Group]:
     """A group for each layer; reasons for keeping the channels of a layer are added to `why_kept`."""
-    types, marks = torch_pruning().ops.OPTYPE, set(marked.marks.values())
+    types, names, marks = torch_pruning().ops.OPTYPE, marked.names, set(marked.marks.values())
+    for name, part in marked.layers_in_hidden_parts():
+        why_kept.setdefault(name, f"inside {names[part]} ({type(part).__name__}), which torch-pruning cannot follow")
+        yield [((name, "outputs", index), index) for index in range(outputs_of(marked.model.get_submodule(name)))]
     most = 4 * max(max(size_of(module, side) or 0 for side in ("inputs", "outputs")) for module in marked.modules())
     for root in list(graph.module2node):
         if not isinstance(root, CHANNEL_LAYERS) or root not in names:
@@ -138,7 +183,8 @@ def _groups(graph: Any, names: Mapping[Any, str], why_kept: dict[str, str], mark
                 # Its own number of outputs is that of its inputs divided by r x r, which are one channel each.
                 yield [((name, side, index), index // module.upscale_factor**2) for index, _ in pairs]
             elif not isinstance(module, _BY_CHANNEL):
-                reason = f"goes through {name} ({type(module).__name__}), which mixes channels"
+                kind = type(module.part if isinstance(module, HiddenPart) else module).__name__
+                reason = f"goes through {name} ({kind}), which mixes channels"
             if reason:
                 why_kept.setdefault(name, reason)
             size = size_of(module, side)
@@ -192,50 +238,6 @@ def _reached(
     return [(node, handler, [tuple(index) for index in pairs]) for (node, handler), pairs in found.items() if pairs]
 
 
-class _MarkedModel(nn.Module):
-    """A model with a layer at each input and an operation at each output.
-
-    The graph thereby shows which channels are coupled with the inputs and outputs of the model.
-    """
-
-    def __init__(self, model: nn.Module, example_input: Any):
-        super().__init__()
-        self.model = model
-        self.marks = nn.ModuleDict()
-        self.called: dict[nn.Module, Tensor] = {}  # layer -> its last output
-        self.ends: list[nn.Module] = []  # layers whose output nothing reads
-        for module in model.modules():
-            if isinstance(module, CHANNEL_LAYERS):
-                module.register_forward_hook(lambda module, inputs, output: self.called.update({module: output}))
-        self._number = 0
-        self._each(example_input, self._add_mark)
-
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        """The outputs of the model, after an operation that the graph sees as the end of the model."""
-        inputs, named = self._each((inputs, named), self._mark)
-        outputs = [output for output in tensors_in(self.model(*inputs, **named)) if is_float(output)]
-        return [output * 1 for output in [*outputs, *(self.called[end] for end in self.ends)]]
-
-    def add_ends(self, known: Container[nn.Module]) -> bool:
-        """Make outputs of the called layers that are not known; returns whether there are any."""
-        self.ends = [module for module in self.called if module not in known]
-        return bool(self.ends)
-
-    def _each(self, tree: Any, function: Any) -> Any:
-        self._number = 0
-        return tree_map(function, tree)
-
-    def _add_mark(self, value: Any) -> None:
-        if is_float(value) and value.dim() in _MARKS:
-            kind = _MARKS[value.dim()]
-            self.marks[str(self._number)] = kind(value.shape[1], device=value.device, dtype=value.dtype)
-        self._number += 1
-
-    def _mark(self, value: Any) -> Any:
-        key, self._number = str(self._number), self._number + 1
-        return self.marks[key](value) if key in self.marks else value
-
-
 @dataclass
 class _PixelShuffles:
     """The pruner that the graph asks about PixelShuffle, which turns r x r channels into one.
@@ -259,6 +261,26 @@ class _PixelShuffles:
     def get_in_channels(self, module: nn.PixelShuffle) -> int:
         """Number of channels of the input, by which the graph numbers its indices."""
         return self.channels[module] * module.upscale_factor**2
+
+
+class _HiddenParts:
+    """The pruner that the graph asks about a part of the model that it does not see into."""
+
+    def prune_out_channels(self, module: nn.Module, indices: list[int]) -> nn.Module:
+        """Nothing to do: no channel of such a part is removed."""
+        return module
+
+    def prune_in_channels(self, module: nn.Module, indices: list[int]) -> nn.Module:
+        """Nothing to do. The graph tells inputs from outputs by the functions that prune them."""
+        return module
+
+    def get_out_channels(self, module: HiddenPart) -> int | None:
+        """Number of channels of the output."""
+        return module.out_channels
+
+    def get_in_channels(self, module: HiddenPart) -> int | None:
+        """Number of channels of the input."""
+        return module.in_channels
 
 
 def _channels_of_shuffles(model: nn.Module, example_input: Any) -> dict[nn.Module, int]:
