@@ -7,12 +7,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..model.channels.connections import zero_outputs
 from ..model.channels.removal import Removal, named_tensors
 from ..model.layers import outputs_of
 from ..model.parallel import unwrapped
+from ..model.tensors import with_autograd
 from ..model.zeros import Count
 from ..support.checks import check_is_module
 from ..support.table import Cells, Table, percent
@@ -85,11 +87,12 @@ def shrinkage(model: nn.Module, example_input: Any) -> Shrinkage:
     return _shrunk(model, example_input)[1]
 
 
+@torch.inference_mode(False)
 def _shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
     check_is_module("shrink", "model", model)
     model = unwrapped(model)
     dtypes = {name: value.dtype for name, value in named_tensors(model)}
-    removal = Removal(model, example_input).remove_all()
+    removal = Removal(model, with_autograd(example_input)).remove_all()
     small = removal.model
     for (_, part), (_, original) in zip(small.named_modules(), model.named_modules(), strict=True):
         part.training = original.training

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def first_tensor(output: Any, whose: str) -> Tensor:
@@ -54,3 +55,17 @@ def widened(value: Tensor) -> Tensor:
 def cloned(value: Any) -> Any:
     """Copy a tensor; return other values unchanged."""
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def with_autograd(tree: Any) -> Any:
+    """Replace tensors that were made under `torch.inference_mode`, which autograd refuses, by copies.
+
+    Args:
+        tree: A tensor, or nested containers of tensors and other values.
+    """
+
+    def ordinary(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+    with torch.inference_mode(False):
+        return tree_map(ordinary, tree)

@@ -13,6 +13,7 @@ from ..axes.quantity import UnsuitableLayerError
 from ..model.hooks import hooked
 from ..model.parallel import is_sharded
 from ..model.running import not_drawn_from, run, untraced
+from ..model.tensors import with_autograd
 from ..support.registry import name_of
 from .collection import CollectedQuantities, Source
 
@@ -39,11 +40,16 @@ def calibrate(collected: CollectedQuantities, batches: Iterable, loss_func: Call
     if needs_loss and loss_func is None:
         quantity = collected.at("loss", "backward")[0]
         raise TypeError(f"calibrate: {name_of(collected.criterion)} needs {quantity}; give it a loss_func")
+    if any(tensor.is_inference() for tensor in (*source.model.parameters(), *source.model.buffers())):
+        raise ValueError(
+            f"calibrate: the tensors of {type(source.model).__name__} were made under torch.inference_mode, which "
+            "autograd refuses; make the model outside of it, or take copy.deepcopy(model) outside of it"
+        )
     before, number = collected.state(), 0
     try:
-        with untraced(source.model), not_drawn_from(batches), torch.enable_grad():
+        with untraced(source.model), not_drawn_from(batches), torch.inference_mode(False), torch.enable_grad():
             for number, batch in enumerate(batches, 1):
-                inputs, targets = _parts_of(batch, needs_loss)
+                inputs, targets = _parts_of(with_autograd(batch), needs_loss)
                 try:
                     with _inputs_seen(collected):
                         output = run(source.model, inputs)

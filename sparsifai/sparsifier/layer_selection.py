@@ -14,7 +14,7 @@ from ..model.flow import Flow
 from ..model.layers import NamedWeight, find_weights
 from ..model.patterns import Pattern, as_patterns, matching
 from ..model.tracing import find_flow
-from .coupled import Coupling, couple
+from .coupled import Asked, Coupling, couple
 from .followers import Follower, find_followers
 from .layer import Layer, Layers, selected
 
@@ -36,7 +36,7 @@ def find_layers(
         granularity: How weights are grouped.
         layers: Patterns of the layers to prune, or None for the default.
         exclude: Patterns of the layers that stay dense, or None.
-        fewest: How many groups of a layer have to be kept at least.
+        fewest: How many groups of a layer have to be kept at least; 0 if it may lose all of them.
         coupled: Whether filters that can only be removed together are pruned together.
         example_input: A batch, for models that torch.fx cannot trace, and for `coupled`.
 
@@ -57,7 +57,7 @@ def find_layers(
 
     found, coupling = records(), None
     if coupled:
-        coupling, more = couple(model, example_input, found)
+        coupling, more = couple(model, example_input, found, may_empty=not fewest)
         reasons |= more
         found = records()
     followers = {each.name: each for each in find_followers(model, selected(found), flow)}
@@ -134,9 +134,6 @@ def _summary(reasons: Mapping[str, str]) -> str:
     shown = [f"{name}: {reason}" for name, reason in reasons.items()]
     more = f"; and {len(shown) - 5} more" if len(shown) > 5 else ""
     return f"{'; '.join(shown[:5])}{more}. Choose another granularity, or name layers in layers="
-
-
-Asked = list[tuple[float, list[str]]]  # (sparsity, names of the layers that are ranked for it together)
 
 
 def scopes(sparsity: float | Mapping[Pattern, float], layers: Layers, model: nn.Module) -> Asked:

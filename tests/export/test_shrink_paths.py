@@ -333,3 +333,35 @@ def test_relative_positions(kind, length):
     example = {"input_ids": ids} if kind == "T5EncoderModel" else {"input_ids": ids, "decoder_input_ids": ids}
     half_zero(model, "encoder.block.0.layer.1.DenseReluDense.wi")
     assert shrinkage(model, example).removed == 8
+
+
+# --- Tensors made under inference_mode --------------------------------------------------------------------------------
+
+
+def convolutions():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+
+
+@torch.inference_mode()
+def made_under_inference_mode():
+    return drawn(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: {"input": x}], ids=["one", "tuple", "keyword"])
+def test_examples_made_under_inference_mode(wrap):
+    example = wrap(made_under_inference_mode())
+    model = convolutions()
+    Sparsifier(model, "filter", coupled=True, example_input=example).sparsify(0.5)
+    assert shrinkage(model.eval(), example).removed == 4
+    assert SparsifyCallback(0.5, "filter", coupled=True).plan(model, 1, 4, example).selected.left
+
+
+def test_shrinking_inside_of_inference_mode_gives_a_model_that_trains():
+    model = half_zero(convolutions(), "0")
+    with torch.inference_mode():
+        small = shrink(model, drawn(2, 3, 8, 8))
+        assert set(Sparsifier(model, "filter", coupled=True, example_input=drawn(2, 3, 8, 8)).masks) == {"0.weight"}
+    assert small[0].out_channels == 4
+    small.train()(drawn(2, 3, 8, 8)).sum().backward()
+    assert small[3].weight.grad.any()

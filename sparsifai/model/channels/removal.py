@@ -27,6 +27,8 @@ from .coupling import ChannelSet, LayerIndex, find_channels
 from .cutting import cut, indices_of
 from .output_check import OutputCheck
 
+LAST_OUTPUT = "last output of a layer"
+
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and buffers, by name."""
@@ -123,7 +125,7 @@ class Removal:
         )
         for number, channel in enumerate(channels):
             if not all(kept[name] for name, _ in channel.outputs):
-                reasons[number] = "last output of a layer"
+                reasons[number] = LAST_OUTPUT
                 kept.update(name for name, _ in channel.outputs)
         why_kept = {
             (name, self.remaining[name][index]): why
