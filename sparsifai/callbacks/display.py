@@ -12,6 +12,8 @@ from fastai.learner import Learner, Recorder, ValueMetric, noop
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 
+from . import shrinking as shrinking  # adds `learn.shrink`, wherever callbacks are imported
+
 
 def notify(learn: Learner, message: str) -> None:
     """Print one line in the first process, unless the Learner shows no training table.

@@ -108,6 +108,9 @@ class KeepSparsity(TrainingCallback):
         else:
             self.learn.__dict__.pop(self.name, None)
 
+    def _model_replaced(self) -> None:
+        self.masks, self.held_model, self.recovers = {}, None, True  # from now on the zeros of the smaller model
+
     def before_fit(self):
         "Zero the masked weights and their moments, which may have been loaded or changed since the last fit"
         self._recovered = False

@@ -25,7 +25,8 @@ def shrink(model: nn.Module, example_input: Any) -> nn.Module:
 
     A filter is removed with all that belongs to its channel: its bias, its entries in norm layers, and the weights of
     the next layers that read it. If a zero filter leaves a constant channel, the constant is added to the biases of the
-    next layers. Channels that no layer reads are removed too. The copy trains like any other model, in a new Learner.
+    next layers. Channels that no layer reads are removed too. The copy trains like any other model, with a new
+    optimizer: in a Learner, `learn.shrink()` replaces the model and makes one.
 
     The outputs in evaluation mode are checked: on the example, on random inputs like it, and on an input of another
     size, they differ by at most 1e-5 of the largest output (in float32). Branches of the forward that these inputs do
@@ -58,15 +59,25 @@ def shrink(model: nn.Module, example_input: Any) -> nn.Module:
         >>> shrink(model, torch.rand(2, 3, 16, 16))[0]
         Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
     """
-    small, report = _shrunk(model, example_input)
-    if report.zeros_left:
+    small, table = shrunk(model, example_input)
+    warn_of_zeros_left(table, stacklevel=3)
+    return small
+
+
+def warn_of_zeros_left(table: Shrinkage, stacklevel: int) -> None:
+    """Warn of the zero filters that could not be removed, if there are any.
+
+    Args:
+        table: What was removed.
+        stacklevel: As of `warnings.warn`, from here.
+    """
+    if table.zeros_left:
         warnings.warn(
-            f"shrink: {report.zeros_left} of {report.zeros} zero filters cannot be removed: {report.reasons}. "
+            f"shrink: {table.zeros_left} of {table.zeros} zero filters cannot be removed: {table.reasons}. "
             "shrinkage(model, example_input) lists all of them; to prune only filters that can be removed, use "
             "granularity 'filter' with coupled=True",
-            stacklevel=2,
+            stacklevel=stacklevel,
         )
-    return small
 
 
 def shrinkage(model: nn.Module, example_input: Any) -> Shrinkage:
@@ -84,11 +95,12 @@ def shrinkage(model: nn.Module, example_input: Any) -> Shrinkage:
         TypeError: `model` is not a torch.nn.Module.
         ValueError: As for `shrink`.
     """
-    return _shrunk(model, example_input)[1]
+    return shrunk(model, example_input)[1]
 
 
 @torch.inference_mode(False)
-def _shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
+def shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
+    """The smaller copy of a model, as of `shrink`, and the table of what was removed."""
     check_is_module("shrink", "model", model)
     model = unwrapped(model)
     dtypes = {name: value.dtype for name, value in named_tensors(model)}
