@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from torch import nn
 from ..axes.ranking.scored_layer import ScoredLayer, bundle
 from ..model.channels.coupling import ChannelSet, find_channels
 from ..model.channels.removal import LAST_OUTPUT, why_stuck
-from ..model.flow import NORMS_OVER_CHANNELS
 from ..model.layers import parameter_name
+from ..model.norms import affine_names
 from ..model.tensors import with_autograd
 from .followers import Follower
 from .layer import Layers
@@ -122,7 +123,7 @@ class Coupling:
                     outputs, places = np.nonzero(channels[:, None] == numbers[None, :])
                     pairs = torch.from_numpy(outputs), torch.from_numpy(entries[places])
                     producers.setdefault(norm, {})[name] = pairs
-        return [Follower(norm, model.get_parameter(norm).numel(), those) for norm, those in producers.items()]
+        return [Follower(norm, attrgetter(norm)(model).numel(), those) for norm, those in producers.items()]
 
 
 @torch.inference_mode(False)
@@ -210,14 +211,15 @@ def _coupled_layers(model: nn.Module, part: Sequence[ChannelSet], names: Mapping
     """The layers and norm layers of one part. names: module -> layer name."""
     filters: dict[str, dict[int, int]] = {}
     norms: dict[str, dict[int, int]] = {}
+    affine: dict[str, list[str]] = {}
     for number, channel in enumerate(part):
         for module_name, place in channel.outputs:
             filters.setdefault(names[module_name], {})[place] = number
         for module_name, place in channel.through:
-            module = model.get_submodule(module_name)
-            if isinstance(module, NORMS_OVER_CHANNELS):
-                for attribute, _ in module.named_parameters(recurse=False):
-                    norms.setdefault(parameter_name(module_name, attribute), {})[place] = number
+            if module_name not in affine:
+                affine[module_name] = affine_names(model.get_submodule(module_name))
+            for attribute in affine[module_name]:
+                norms.setdefault(parameter_name(module_name, attribute), {})[place] = number
     return CoupledLayers(
         {name: np.array([numbers[place] for place in range(len(numbers))]) for name, numbers in filters.items()},
         {norm: (np.array(list(numbers)), np.array(list(numbers.values()))) for norm, numbers in norms.items()},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..axes.granularity import Granularity
 from ..axes.grouping import Grouping, grouping_of
 from ..model.flow import Flow
 from ..model.layers import NamedWeight, find_weights
+from ..model.norms import norms_not_followed
 from ..model.patterns import Pattern, as_patterns, matching
 from ..model.tracing import find_flow
 from .coupled import Asked, Coupling, couple
@@ -60,10 +62,24 @@ def find_layers(
         coupling, more = couple(model, example_input, found, may_empty=not fewest)
         reasons |= more
         found = records()
+    _warn_of_norms(model, selected(found).values())
     followers = {each.name: each for each in find_followers(model, selected(found), flow)}
     if coupling is not None:  # the dependency graph sees further than the data flow
         followers |= {each.name: each for each in coupling.followers(model)}
     return found, list(followers.values()), coupling
+
+
+def _warn_of_norms(model: nn.Module, layers: Iterable[Layer]) -> None:
+    """Warn of norm layers that may shift the channels of pruned outputs, at the line that makes the Sparsifier."""
+    norms = norms_not_followed(model, {layer.weight.out for layer in layers if layer.grouping.drops_outputs})
+    if norms:
+        shown = [f"{name} ({kind})" for name, kind in norms.items()]
+        warnings.warn(
+            f"Sparsifier: it is unknown by which parameters {', '.join(shown[:3])}{' and others' * (len(shown) > 3)} "
+            "shift their channels, so they are not pruned with the outputs before them: behind these layers a channel "
+            "of zeros becomes a constant, and shrink may have to keep it; use norm layers of torch, or prune weights",
+            stacklevel=4,
+        )
 
 
 def _reasons_to_stay_dense(

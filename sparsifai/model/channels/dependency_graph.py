@@ -19,10 +19,10 @@ from ..hooks import hooked
 from ..layers import CHANNEL_LAYERS, is_depthwise, outputs_of, size_of
 from ..parallel import kind_of, unwrapped
 from ..running import check_runs, copy_of, run
-from .marked_model import HiddenPart, MarkedModel
+from .marked_model import HiddenNorm, HiddenPart, MarkedModel
 
 # Layers that handle each channel by itself.
-_BY_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
+_BY_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU, HiddenNorm)
 
 
 # The reason for keeping a channel that the graph loses track of.
@@ -132,6 +132,7 @@ def _graph(marked: MarkedModel, example_input: Any) -> Any:
     pruners = {
         nn.PixelShuffle: _PixelShuffles(_channels_of_shuffles(marked, example_input)),
         HiddenPart: _HiddenParts(),
+        HiddenNorm: _HiddenNorms(),
     }
 
     def build() -> Any:
@@ -281,6 +282,12 @@ class _HiddenParts:
     def get_in_channels(self, module: HiddenPart) -> int | None:
         """Number of channels of the input."""
         return module.in_channels
+
+
+class _HiddenNorms(_HiddenParts):
+    """The same for a norm layer, whose output has the channels of its input."""
+
+    prune_in_channels = _HiddenParts.prune_out_channels
 
 
 def _channels_of_shuffles(model: nn.Module, example_input: Any) -> dict[nn.Module, int]:

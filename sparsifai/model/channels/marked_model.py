@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ..layers import CHANNEL_LAYERS
+from ..norms import is_norm_of_others, keeps_channels_apart
 from ..tensors import is_float, tensors_in
 
 # Number of axes of an input -> a layer that has a parameter for each of its channels.
@@ -50,6 +51,10 @@ class MarkedModel(nn.Module):
         self._each(example_input, self._add_mark)
         for kind in _ALWAYS_HIDDEN:
             self.hide(kind)
+        for part in model.modules():
+            if is_norm_of_others(part):
+                self._hide(HiddenNorm(part) if keeps_channels_apart(part) else HiddenPart(part))
+        self._always_hidden = {each.part for each in self.hidden}
         self.requires_grad_(True)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
@@ -96,16 +101,16 @@ class MarkedModel(nn.Module):
         already = [hidden.part for hidden in self.hidden]
         for part in self.model.modules():
             if part is not self.model and isinstance(part, kind) and part not in already:
-                hidden = HiddenPart(part)
-                self.hidden.append(hidden)
-                self.names[hidden] = self.names[part]
-                part.forward = hidden.around(part.forward)
+                self._hide(HiddenPart(part))
+
+    def _hide(self, hidden: HiddenPart) -> None:
+        self.hidden.append(hidden)
+        self.names[hidden] = self.names[hidden.part]
+        hidden.part.forward = hidden.around(hidden.part.forward)
 
     def show(self, kind: type[nn.Module]) -> None:
         """Undo `hide`."""
-        shown = [
-            each for each in self.hidden if isinstance(each.part, kind) and not isinstance(each.part, _ALWAYS_HIDDEN)
-        ]
+        shown = [each for each in self.hidden if isinstance(each.part, kind) and each.part not in self._always_hidden]
         for each in shown:
             vars(each.part).pop("forward")
         self.hidden = nn.ModuleList(each for each in self.hidden if each not in shown)
@@ -156,6 +161,10 @@ class HiddenPart(nn.Module):
         """What the module has made, as results of one operation on what it has read."""
         self.in_channels, self.out_channels = (_channels_of(values[0]) if values else None for values in (read, made))
         return _Operation.apply(len(read), self.anchor, *read, *made)
+
+
+class HiddenNorm(HiddenPart):
+    """One operation in place of a norm layer that handles each channel by itself."""
 
 
 def _channels_of(value: Tensor) -> int:
