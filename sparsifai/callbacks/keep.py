@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..axes.granularity import granularities
 from ..model.layers import find_weights, parameter_of
+from ..model.norms import check_fused_norms
 from ..model.parallel import unwrapped, whole
 from ..sparsifier.followers import masks_of_followers
 from ..sparsifier.layer_selection import find_layers
@@ -114,6 +115,7 @@ class KeepSparsity(TrainingCallback):
     def before_fit(self):
         "Zero the masked weights and their moments, which may have been loaded or changed since the last fit"
         self._recovered = False
+        check_fused_norms(self.learn.model)
         if self.held_model is not None and self.held_model is not unwrapped(self.learn.model):
             raise ValueError(
                 "KeepSparsity keeps the zeros of another model than the Learner's; remove it with "

@@ -51,6 +51,32 @@ def keeps_channels_apart(module: nn.Module) -> bool:
     return bool(is_nan[0].all()) and not is_nan[1:].any()
 
 
+def check_fused_norms(model: nn.Module) -> None:
+    """Refuse a model whose batch norms were fused for quantization-aware training, if a scale of them is zero.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: A scale is zero, as that of a pruned filter is. The fused layers divide by it, which gives NaN.
+    """
+    fused = {
+        name: norm
+        for name, module in model.named_modules()
+        if type(module).__module__.startswith("torch.ao.nn.intrinsic.qat")
+        and isinstance(norm := getattr(module, "bn", None), NORMS_OVER_CHANNELS)
+    }
+    zeros = {name: int((norm.weight == 0).sum()) for name, norm in fused.items() if norm.weight is not None}
+    if divided := [f"{name} ({count})" for name, count in zeros.items() if count]:
+        shown = f"{', '.join(divided[:3])}{' and others' * (len(divided) > 3)}"
+        raise ValueError(
+            "quantization-aware training divides by the scales of the batch norms that are fused into "
+            f"{type(model).__name__}, and some are zero, those of pruned filters: {shown}. "
+            "The outputs would be NaN; call shrink(model, example_input) before fuse_modules_qat, which removes them; "
+            "with coupled=True in the Sparsifier it can remove all"
+        )
+
+
 def norms_not_followed(model: nn.Module, sizes: Iterable[int]) -> dict[str, str]:
     """Find norm layers that shift their channels in a way that is not known.
 

@@ -13,7 +13,7 @@ from ..axes.granularity import Granularity
 from ..axes.grouping import Grouping, grouping_of
 from ..model.flow import Flow
 from ..model.layers import NamedWeight, find_weights
-from ..model.norms import norms_not_followed
+from ..model.norms import check_fused_norms, norms_not_followed
 from ..model.patterns import Pattern, as_patterns, matching
 from ..model.tracing import find_flow
 from .coupled import Asked, Coupling, couple
@@ -43,8 +43,10 @@ def find_layers(
         example_input: A batch, for models that torch.fx cannot trace, and for `coupled`.
 
     Raises:
-        ValueError: A pattern matches no layer, the data flow is needed but cannot be found, or no layer is left.
+        ValueError: A pattern matches no layer, batch norms with zeros were fused for quantization, the data flow is
+            needed but cannot be found, or no layer is left.
     """
+    check_fused_norms(model)
     flow = cache(partial(find_flow, model, example_input))
     weights = find_weights(model)
     groupings = {
