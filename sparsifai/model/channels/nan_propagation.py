@@ -47,6 +47,13 @@ _OF_SHAPES = {
 _LIKE_ANOTHER = {"expand_as", "view_as", "reshape_as", "type_as", "to"}
 
 
+# Functions that only move numbers, so that they drop no NaN.
+_MOVES = {
+    *("__getitem__", "index_select", "gather", "take_along_dim", "flip", "fliplr", "flipud", "roll", "rot90"),
+    *("channel_shuffle", "permute", "transpose", "contiguous", "clone"),
+}
+
+
 _CANNOT_INDEX = (torch.bool, torch.complex64, torch.complex128)
 
 
@@ -145,7 +152,7 @@ class NanPropagation(TorchFunctionMode):
         if self._pauses:
             return function(*args, **kwargs)
         with self.paused():
-            in_place = name.startswith("__i") or name.endswith("_")
+            in_place = name.startswith("__i") or name == "__setitem__" or name.endswith("_") and name[:2] != "__"
             read = args[:1] if name in _LIKE_ANOTHER else (args, kwargs)
             given = [value for value in tree_leaves(read) if isinstance(value, Tensor)]
             is_dependent = any(self._is_dependent(value) for value in given)
@@ -185,7 +192,7 @@ class NanPropagation(TorchFunctionMode):
             for value in given:
                 result = _filled(result, value == 0, 0.0)
             return result
-        for value in given:
+        for value in given if name not in _MOVES else ():
             # A view has the NaN of its base, at other positions.
             if value.shape == result.shape and is_float(value) and _address(value) != _address(result):
                 result = _filled(result, value.isnan(), NAN)

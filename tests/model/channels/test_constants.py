@@ -110,6 +110,23 @@ def test_a_product_with_zero_is_constant():
     assert math.isnan(found["last"][1])
 
 
+@pytest.mark.parametrize(
+    ("function", "depends"),
+    [
+        (lambda x: x.flip(1), [False, False, True]),
+        (lambda x: x.roll(1, 1), [False, True, False]),
+        (lambda x: x[:, [1, 2, 0]], [False, False, True]),
+        (lambda x: x.index_select(1, torch.tensor([2, 0, 1])), [False, True, False]),
+        (lambda x: x.gather(1, torch.tensor([[2, 0, 1]]).expand_as(x)), [False, True, False]),
+        (lambda x: x[:3].T, [True, True, True]),
+        (lambda x: x[:3].T.contiguous().mT, [True, False, False]),
+    ],
+)
+def test_functions_that_move_numbers_move_what_depends_on_the_input(function, depends):
+    found = constants_of(Dropping(lambda x: function(x * torch.tensor([1.0, 0.0, 0.0]))), torch.randn(3, 3))
+    assert [math.isnan(value) for value in found["last"]] == depends
+
+
 def test_a_value_that_only_nan_as_input_gives_is_not_constant():
     found = constants_of(
         Dropping(lambda x: torch.full((4, 3), 7.0 if bool(x.isnan().any()) else 5.0)), torch.ones(4, 3)
