@@ -1,4 +1,4 @@
-"""torch-pruning's dependency graph of one forward pass. No other file touches that library.
+"""torch-pruning's dependency graph of one forward pass. Only this file calls that library.
 
 It uses what is inside the graph: its nodes, their dependencies and the index mappings of these. pyproject.toml
 therefore allows only versions of torch-pruning that this file has been tested with.
@@ -7,19 +7,17 @@ therefore allows only versions of torch-pruning that this file has been tested w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..hooks import hooked
 from ..layers import CHANNEL_LAYERS, is_depthwise, outputs_of, size_of
 from ..parallel import kind_of, unwrapped
 from ..running import check_runs, copy_of, run
 from .marked_model import HiddenNorm, HiddenPart, MarkedModel
+from .pixel_shuffle import PixelShuffles, channels_of_shuffles, map_pixel_shuffles
 
 # Layers that handle each channel by itself.
 _BY_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU, HiddenNorm)
@@ -130,7 +128,7 @@ def _graph(marked: MarkedModel, example_input: Any) -> Any:
     """The graph of one forward pass."""
     library = torch_pruning()
     pruners = {
-        nn.PixelShuffle: _PixelShuffles(_channels_of_shuffles(marked, example_input)),
+        nn.PixelShuffle: PixelShuffles(channels_of_shuffles(marked, example_input)),
         HiddenPart: _HiddenParts(),
         HiddenNorm: _HiddenNorms(),
     }
@@ -144,7 +142,7 @@ def _graph(marked: MarkedModel, example_input: Any) -> Any:
     graph = build()
     if marked.add_ends(graph.module2node):
         graph = build()
-    _map_pixel_shuffles(graph)
+    map_pixel_shuffles(graph)
     return graph
 
 
@@ -239,31 +237,6 @@ def _reached(
     return [(node, handler, [tuple(index) for index in pairs]) for (node, handler), pairs in found.items() if pairs]
 
 
-@dataclass
-class _PixelShuffles:
-    """The pruner that the graph asks about PixelShuffle, which turns r x r channels into one.
-
-    Args:
-        channels: Layer -> number of channels of its output.
-    """
-
-    channels: Mapping[nn.Module, int]
-
-    def prune_out_channels(self, module: nn.Module, indices: list[int]) -> nn.Module:
-        """Nothing to do: the layer has no parameters."""
-        return module
-
-    prune_in_channels = prune_out_channels
-
-    def get_out_channels(self, module: nn.Module) -> int:
-        """Number of channels of the output."""
-        return self.channels[module]
-
-    def get_in_channels(self, module: nn.PixelShuffle) -> int:
-        """Number of channels of the input, by which the graph numbers its indices."""
-        return self.channels[module] * module.upscale_factor**2
-
-
 class _HiddenParts:
     """The pruner that the graph asks about a part of the model that it does not see into."""
 
@@ -288,41 +261,3 @@ class _HiddenNorms(_HiddenParts):
     """The same for a norm layer, whose output has the channels of its input."""
 
     prune_in_channels = _HiddenParts.prune_out_channels
-
-
-def _channels_of_shuffles(model: nn.Module, example_input: Any) -> dict[nn.Module, int]:
-    channels: dict[nn.Module, int] = {}
-
-    def count(module: nn.Module, inputs: Any, named: Any, output: Tensor) -> None:
-        channels[module] = output.shape[-3]
-
-    shuffles = [module for module in model.modules() if isinstance(module, nn.PixelShuffle)]
-    if shuffles:
-        with hooked([(module, count) for module in shuffles]):
-            run(model, example_input)
-    return channels
-
-
-def _map_pixel_shuffles(graph: Any) -> None:
-    """Have the graph map the r x r channels that a PixelShuffle reads to the one that it makes of them, and back."""
-    for module, node in graph.module2node.items():
-        if isinstance(module, nn.PixelShuffle):
-            size = module.upscale_factor**2
-            for dependency in node.dependencies:
-                if dependency.target in node.outputs:
-                    dependency.index_mapping[0] = partial(_merged, size)
-            for behind in node.outputs:
-                for dependency in behind.dependencies:
-                    if dependency.target is node:
-                        # Appended, as on the way back it comes after the offset in a concatenation.
-                        dependency.index_mapping.append(partial(_spread, size))
-
-
-def _merged(size: int, indices: list) -> list:
-    """Of the graph's indices of channels, those of the channels that `size` each become."""
-    return list({index._replace(idx=index.idx // size) for index in indices})
-
-
-def _spread(size: int, indices: list) -> list:
-    """Of the graph's indices of channels, those of the `size` channels that each is made of."""
-    return [index._replace(idx=part) for index in indices for part in range(index.idx * size, (index.idx + 1) * size)]
