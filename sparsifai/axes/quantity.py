@@ -38,8 +38,8 @@ from torch.utils._pytree import tree_map
 
 from ..model.layers import CONVOLUTIONS, NamedWeight
 from ..model.parallel import whole
-from ..model.running import evaluating, first_example, normal, run
-from ..model.tensors import is_float, tensors_in, widened
+from ..model.running import evaluating, first_example, run
+from ..model.tensors import is_float, tensors_in, widened, with_autograd
 from ..support.registry import Registry, name_of
 
 
@@ -289,7 +289,7 @@ def _synaptic_flow(source: QuantitySource) -> dict[str, Tensor]:
         try:
             output = run(
                 lambda *inputs, **named: functional_call(model, values, inputs, named),
-                tree_map(_ones, normal(first_example(source.example_input))),
+                tree_map(_ones, with_autograd(first_example(source.example_input))),
             )
         except Exception as error:
             raise ValueError(

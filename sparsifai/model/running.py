@@ -79,13 +79,6 @@ def run(model: Callable, inputs: Any) -> Any:
     return model(*(inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
 
 
-def normal(inputs: Any) -> Any:
-    """Copy the tensors of inputs that were made under `torch.inference_mode`: autograd refuses to record these."""
-    return tree_map(
-        lambda value: value.clone() if isinstance(value, Tensor) and value.is_inference() else value, inputs
-    )
-
-
 def first_example(inputs: Any) -> Any:
     """Copy the first example of a batch: the first entry of every tensor along its first axis.
 
@@ -113,6 +106,21 @@ def _has_list(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(map(_has_list, value.values()))
     return isinstance(value, list) or (isinstance(value, tuple) and any(map(_has_list, value)))
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Have torch compute attention and transformers layer by layer inside a `with` block, in evaluation mode too.
+
+    Their fast path calls no layers, so hooks on these see nothing; and torch.nn.TransformerEncoder hands its layers a
+    nested tensor of what is not padding, which they cannot handle once some of them have hooks.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

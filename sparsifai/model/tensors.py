@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .parallel import whole
 
@@ -76,3 +76,17 @@ def all_finite(tensors: Iterable[Tensor | None]) -> Tensor:
             # The largest magnitude is inf or NaN if any number is. A sum could overflow, or cancel.
             flags.append(torch.linalg.vector_norm(dense, float("inf")).isfinite())
     return torch.stack([flag.to(flags[0].device) for flag in flags]).all() if flags else torch.tensor(True)
+
+
+def with_autograd(tree: Any) -> Any:
+    """Replace tensors that were made under `torch.inference_mode`, which autograd refuses, by copies.
+
+    Args:
+        tree: A tensor, or nested containers of tensors and other values.
+    """
+
+    def ordinary(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+    with torch.inference_mode(False):
+        return tree_map(ordinary, tree)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..axes.quantity import UnsuitableLayerError
 from ..model.hooks import hooked
 from ..model.parallel import is_sharded
-from ..model.running import normal, not_drawn_from, run, untraced
-from ..model.tensors import tensors_in
+from ..model.running import not_drawn_from, run, untraced
+from ..model.tensors import tensors_in, with_autograd
 from ..support.registry import name_of
 from ..support.warning import warn
 from .collection import CollectedQuantities, Source
@@ -43,13 +43,18 @@ def calibrate(collected: CollectedQuantities, batches: Iterable, loss_func: Call
     if needs_loss and loss_func is None:
         quantity = collected.at("loss", "backward")[0]
         raise TypeError(f"calibrate: {name_of(collected.criterion)} needs {quantity}; give it a loss_func")
+    if any(tensor.is_inference() for tensor in (*source.model.parameters(), *source.model.buffers())):
+        raise ValueError(
+            f"calibrate: the tensors of {type(source.model).__name__} were made under torch.inference_mode, which "
+            "autograd refuses; make the model outside of it, or take copy.deepcopy(model) outside of it"
+        )
     before, unreached, number, used, infinite = collected.state(), collected.unreached, 0, 0, 0
     collected.unreached = {}
     try:
         # Within inference_mode no graph is recorded. It is left, and so is no_grad.
         with untraced(source.model), not_drawn_from(batches), torch.inference_mode(False), torch.enable_grad():
             for number, batch in enumerate(batches, 1):
-                inputs, targets = normal(_parts_of(batch, needs_loss))
+                inputs, targets = _parts_of(with_autograd(batch), needs_loss)
                 if not _has_rows(inputs):
                     continue
                 try:

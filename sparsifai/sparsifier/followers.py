@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..model.flow import NORMS_OVER_CHANNELS, NORMS_OVER_LAST_AXIS, Flow
+from ..model.flow import Flow
 from ..model.layers import NamedWeight, parameter_name
+from ..model.norms import NORMS_OVER_LAST_AXIS, affine_names
 from .layer import Layer, Layers
 
 
@@ -74,7 +75,7 @@ def find_followers(model: nn.Module, layers: Mapping[str, Layer], flow: Callable
     for (norm, moved), names in flow().norms_behind(model, dropping).items():
         module = model.get_submodule(norm)
         if all(_normalizes_outputs(module, dropping[name], moved) for name in names):
-            for attribute, _ in module.named_parameters(recurse=False):
+            for attribute in _affine_names(module):
                 producers[parameter_name(norm, attribute)] = dict.fromkeys(sorted(names))
     return [Follower(name, dropping[next(iter(those))].out, those) for name, those in producers.items()]
 
@@ -98,9 +99,16 @@ def _normalizes_outputs(norm: nn.Module, weight: NamedWeight, moved: bool) -> bo
     """
     # The outputs of a matrix are the last axis; those of a convolution the second, unless they were moved.
     last = moved or "w" not in weight.axes
-    if isinstance(norm, NORMS_OVER_LAST_AXIS) and not last or isinstance(norm, NORMS_OVER_CHANNELS) and moved:
+    is_over_last = isinstance(norm, NORMS_OVER_LAST_AXIS)
+    if is_over_last and not last or not is_over_last and moved:
         return False
-    return all(parameter.shape == (weight.out,) for parameter in norm.parameters(recurse=False))
+    return all(getattr(norm, name).shape == (weight.out,) for name in _affine_names(norm))
+
+
+def _affine_names(norm: nn.Module) -> list[str]:
+    if isinstance(norm, NORMS_OVER_LAST_AXIS):
+        return [name for name, _ in norm.named_parameters(recurse=False)]
+    return affine_names(norm)
 
 
 def rescaled_layers(model: nn.Module, layers: Layers, followers: Iterable[Follower]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -12,9 +12,11 @@ from ..axes.granularity import Granularity
 from ..axes.grouping import Grouping, grouping_of
 from ..model.flow import Flow
 from ..model.layers import NamedWeight, find_weights
+from ..model.norms import check_fused_norms, norms_not_followed
 from ..model.patterns import Pattern, as_patterns, matching
 from ..model.tracing import find_flow
-from .coupled import Coupling, couple
+from ..support.warning import warn
+from .coupled import Asked, Coupling, couple
 from .followers import Follower, find_followers
 from .layer import FROZEN, Layer, Layers, selected
 
@@ -39,13 +41,15 @@ def find_layers(
         granularity: How weights are grouped.
         layers: Patterns of the layers to prune, or None for the default.
         exclude: Patterns of the layers that stay dense, or None.
-        fewest: How many groups of a layer have to be kept at least.
+        fewest: How many groups of a layer have to be kept at least; 0 if it may lose all of them.
         coupled: Whether filters that can only be removed together are pruned together.
         example_input: A batch, for models that torch.fx cannot trace, and for `coupled`.
 
     Raises:
-        ValueError: A pattern matches no layer, the data flow is needed but cannot be found, or no layer is left.
+        ValueError: A pattern matches no layer, batch norms with zeros were fused for quantization, the data flow is
+            needed but cannot be found, or no layer is left.
     """
+    check_fused_norms(model)
     flow = cache(partial(find_flow, model, example_input))
     weights = find_weights(model)
     groupings = {
@@ -60,14 +64,27 @@ def find_layers(
 
     found, coupling = records(), None
     if coupled:
-        coupling, more = couple(model, example_input, found)
+        coupling, more = couple(model, example_input, found, may_empty=not fewest)
         reasons = {name: FROZEN_UNCOUPLED if reason == FROZEN else reason for name, reason in reasons.items()} | more
         found = records()
     prunable = {name: layer for name, layer in found.items() if layer.is_selected or layer.why_dense == FROZEN}
+    _warn_of_norms(model, prunable.values())
     followers = {each.name: each for each in find_followers(model, prunable, flow)}
     if coupling is not None:  # the dependency graph sees further than the data flow
         followers |= {each.name: each for each in coupling.followers(model)}
     return found, list(followers.values()), coupling
+
+
+def _warn_of_norms(model: nn.Module, layers: Iterable[Layer]) -> None:
+    """Warn of norm layers that may shift the channels of pruned outputs."""
+    norms = norms_not_followed(model, {layer.weight.out for layer in layers if layer.grouping.drops_outputs})
+    if norms:
+        shown = [f"{name} ({kind})" for name, kind in norms.items()]
+        warn(
+            f"Sparsifier: it is unknown by which parameters {', '.join(shown[:3])}{' and others' * (len(shown) > 3)} "
+            "shift their channels, so they are not pruned with the outputs before them: behind these layers a channel "
+            "of zeros becomes a constant, and shrink may have to keep it; use norm layers of torch, or prune weights"
+        )
 
 
 def _reasons_to_stay_dense(
@@ -140,9 +157,6 @@ def _summary(reasons: Mapping[str, str]) -> str:
     shown = [f"{name}: {reason}" for name, reason in reasons.items()]
     more = f"; and {len(shown) - 5} more" if len(shown) > 5 else ""
     return f"{'; '.join(shown[:5])}{more}. Choose another granularity, or name layers in layers="
-
-
-Asked = list[tuple[float, list[str]]]  # (sparsity, names of the layers that are ranked for it together)
 
 
 def scopes(sparsity: float | Mapping[Pattern, float], layers: Layers, model: nn.Module) -> Asked:

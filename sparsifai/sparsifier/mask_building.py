@@ -126,6 +126,8 @@ def build_masks(
     levels = {name: layer.level for name, layer in layers.items()}
     notices: list[str] = []
     nan: dict[str, Tensor] = {}
+    if ranking.coupling is not None:
+        asked = ranking.coupling.together(asked)
     on_device = ranking.stays_on_device(layers)
     how: Any = {"pool": options.pool, "may_empty": options.may_empty, "on_device": on_device}
     # The built-in contexts only rank scores; one of the user's own may read them.

@@ -110,7 +110,8 @@ class Sparsifier(MaskedModel):
         inner = unwrapped(model)
         found, followers, coupling = find_layers(
             inner, options.granularity, layers=options.layers, exclude=options.exclude,
-            fewest=options.round_to or 1, coupled=options.coupled, example_input=example_input,
+            fewest=0 if options.may_empty else options.round_to or 1,
+            coupled=options.coupled, example_input=example_input,
         )  # fmt: skip
         super().__init__(inner, found, followers)
         # The layers are found. Patterns, which can be modules and lambdas, would hold on to the model and not pickle.

@@ -9,6 +9,7 @@ from torch import nn
 from sparsifai import Sparsifier, register_layer
 from sparsifai.model.flops import count_flops
 from sparsifai.model.layers import find_weights, parameter_of
+from sparsifai.model.norms import check_fused_norms
 from sparsifai.model.patterns import as_patterns, name_matcher
 from sparsifai.model.running import check_runs
 from sparsifai.model.tensors import first_tensor
@@ -32,6 +33,15 @@ class Branching(nn.Module):
 
     def forward(self, x):
         return self.layer(x) if x.sum() > 0 else self.layer(-x)
+
+
+def fused_with_zeros():
+    qat = pytest.importorskip("torch.ao.nn.intrinsic.qat", reason="torch's own quantization, where it is still there")
+    fake = torch.ao.quantization.QConfig(activation=nn.Identity, weight=nn.Identity)
+    layer = qat.ConvBn2d(2, 4, 1, qconfig=fake)
+    with torch.no_grad():
+        layer.bn.weight[:3] = 0
+    return nn.Sequential(layer)
 
 
 def register(axes, kind=Conv1D):
@@ -185,6 +195,17 @@ MESSAGES = [
         [
             "the model does not run on example_input (",
             "); pass a batch of inputs on the device of the model: a tuple for several positional inputs",
+        ],
+    ),
+    (
+        "pruned filters in fused batch norms",
+        lambda: check_fused_norms(fused_with_zeros()),
+        ValueError,
+        [
+            "quantization-aware training divides by the scales of the batch norms that are fused into Sequential, and "
+            "some are zero, those of pruned filters: 0 (3). The outputs would be NaN; call shrink(model, "
+            "example_input) before fuse_modules_qat, which removes them; with coupled=True in the Sparsifier it can "
+            "remove all"
         ],
     ),
     (

@@ -10,7 +10,8 @@ from sparsifai import Sparsifier
 def test_by_default_frozen_layers_and_embeddings_stay_dense():
     model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4))
     model[1].requires_grad_(False)
-    sparsifier = Sparsifier(model)
+    with pytest.warns(UserWarning, match="are frozen, so they stay dense"):
+        sparsifier = Sparsifier(model)
     assert list(sparsifier.masks) == ["2.weight"]
     assert dense_of(sparsifier) == {"0.weight": "embedding", "1.weight": "frozen"}
     assert list(Sparsifier(model, layers=["0", nn.Linear]).masks) == ["0.weight", "1.weight", "2.weight"]
