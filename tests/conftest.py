@@ -120,6 +120,14 @@ def as_on_device(sparsifier):
     return sparsifier
 
 
+def without_values(sparsifier):
+    """Move the model of a Sparsifier and its masks to torch's meta device: to read a value there is an error."""
+    sparsifier.model.to("meta")
+    for layer in sparsifier.layers.values():
+        layer.mask = layer.mask.to("meta")
+    return as_on_device(sparsifier)
+
+
 def layers_of(sparsifier):
     """The named weights of the layers that are pruned."""
     return {name: layer.weight for name, layer in sparsifier.layers.items() if layer.is_selected}

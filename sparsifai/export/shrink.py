@@ -13,6 +13,7 @@ from ..model.channels.connections import zero_outputs
 from ..model.channels.removal import Removal, named_tensors
 from ..model.layers import outputs_of
 from ..model.parallel import unwrapped
+from ..model.tensors import check_values
 from ..model.zeros import Count
 from ..support.checks import check_is_module
 from ..support.table import Cells, Table, percent
@@ -88,6 +89,7 @@ def shrinkage(model: nn.Module, example_input: Any) -> Shrinkage:
 def _shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
     check_is_module("shrink", "model", model)
     model = unwrapped(model)
+    check_values("shrink", dict(model.named_parameters()))
     dtypes = {name: value.dtype for name, value in named_tensors(model)}
     removal = Removal(model, example_input).remove_all()
     small = removal.model

@@ -6,17 +6,23 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..axes.granularity import Granularity
 from ..axes.grouping import Grouping, grouping_of
 from ..model.flow import Flow
 from ..model.layers import NamedWeight, find_weights
+from ..model.parallel import kind_of
 from ..model.patterns import Pattern, as_patterns, matching
+from ..model.response import computes_its_weight
+from ..model.tensors import check_values
 from ..model.tracing import find_flow
+from ..support.table import percent
 from .coupled import Coupling, couple
 from .followers import Follower, find_followers
 from .layer import Layer, Layers, selected
+
+NOT_CHOSEN = "not in layers"
 
 
 def find_layers(
@@ -28,6 +34,7 @@ def find_layers(
     fewest: int = 1,
     coupled: bool = False,
     example_input: Any = None,
+    refuse: bool = True,
 ) -> tuple[dict[str, Layer], list[Follower], Coupling | None]:
     """The layers of a model, in its order, the followers of those that are pruned, and which filters are coupled.
 
@@ -39,17 +46,20 @@ def find_layers(
         fewest: How many groups of a layer have to be kept at least.
         coupled: Whether filters that can only be removed together are pruned together.
         example_input: A batch, for models that torch.fx cannot trace, and for `coupled`.
+        refuse: Whether to raise if zeros in a weight would not last; else such a weight stays dense.
 
     Raises:
-        ValueError: A pattern matches no layer, the data flow is needed but cannot be found, or no layer is left.
+        ValueError: A parameter has no values, a pattern matches no layer, the data flow is needed but cannot be found,
+            or no layer is left.
     """
+    check_values("Sparsifier", dict(model.named_parameters()))
     flow = cache(partial(find_flow, model, example_input))
     weights = find_weights(model)
     groupings = {
-        name: grouping_of(granularity, weight.axes, weight.convolution_groups, fewest)
+        name: weight.unfit or grouping_of(granularity, weight.axes, weight.convolution_groups, fewest)
         for name, weight in weights.items()
     }
-    reasons = _reasons_to_stay_dense(model, weights, groupings, flow, layers, exclude)
+    reasons = _reasons_to_stay_dense(model, weights, groupings, flow, layers, exclude, refuse)
 
     def records() -> dict[str, Layer]:
         usable = {name: each for name, each in groupings.items() if not isinstance(each, str)}
@@ -73,6 +83,7 @@ def _reasons_to_stay_dense(
     flow: Callable[[], Flow],
     layers: Any = None,
     exclude: Any = None,
+    refuse: bool = True,
 ) -> dict[str, str]:
     """Find which weights stay dense: parameter name -> reason.
 
@@ -83,6 +94,7 @@ def _reasons_to_stay_dense(
         flow: Gives the data flow of the model. It is called only if it is needed.
         layers: As of `find_layers`.
         exclude: As of `find_layers`.
+        refuse: As of `find_layers`.
     """
     patterns = [] if layers is None else as_patterns(layers)
     exclusions = [] if exclude is None else as_patterns(exclude)
@@ -97,19 +109,17 @@ def _reasons_to_stay_dense(
         if name in excluded:
             reasons[name] = "excluded"
         elif layers is not None and name not in chosen:
-            reasons[name] = "not in layers"
+            reasons[name] = NOT_CHOSEN
         elif layers is None and weight.is_frozen:
             reasons[name] = "frozen"
         elif layers is None and weight.is_embedding:
             reasons[name] = "embedding"
-        elif isinstance(grouping, str):
+        elif isinstance(grouping, str) and not weight.unfit:
             reasons[name] = grouping
-        elif weight.sources:
-            raise ValueError(
-                f"Sparsifier: {weight.attribute} of {weight.owners[0][0] or weight.kind} is computed from {name} in "
-                "each forward, so zeros in it do not last; remove the parametrization first (torch.nn.utils."
-                "parametrize.remove_parametrizations, remove_weight_norm, ...), or exclude the layer with exclude="
-            )
+        elif why := why_zeros_do_not_last(weight, grouping):
+            if refuse:
+                raise ValueError(f"Sparsifier: {why}")
+            reasons[name] = why
         elif not exact:
             whole_outputs |= {name} if grouping.drops_outputs else set()
             whole_inputs |= {name} if grouping.drops_inputs else set()
@@ -125,6 +135,62 @@ def _reasons_to_stay_dense(
     if len(reasons) == len(weights):
         raise ValueError(f"Sparsifier: no layer of {type(model).__name__} is left to prune; {_summary(reasons)}")
     return {name: reasons[name] for name in weights if name in reasons}
+
+
+def why_zeros_do_not_last(weight: NamedWeight, grouping: Grouping | str) -> str:
+    """Why a weight cannot be pruned, and what to do; empty if it can."""
+    place = weight.owners[0][0] or weight.kind
+    if weight.unfit or isinstance(grouping, str):
+        return weight.unfit
+    if weight.sources:
+        return (
+            f"{weight.attribute} of {place} is computed from {weight.name} in each forward, so zeros in it do not "
+            "last; remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations, "
+            "remove_weight_norm, ...), or exclude the layer with exclude="
+        )
+    if computes_its_weight(weight, grouping.spread_of):
+        return (
+            f"the forward of {place} ({weight.kind}) computes its own weight from {weight.name}, and where "
+            f"{weight.attribute} is zero, the computed weight is not, so pruning it has no effect; replace the layer "
+            "by one that uses its weight as it is, or exclude it with exclude="
+        )
+    return ""
+
+
+# With a smaller fraction of the parameters without named axes, nobody would miss it.
+SHARE = 0.1
+
+# Number of axes -> how they may be called, for messages.
+_EXAMPLES = {2: ("out", "in"), 3: ("expert", "out", "in"), 4: ("out", "in", "h", "w")}
+
+
+def notices_of_layers(model: nn.Module, layers: Layers) -> list[str]:
+    """Notice that a large part of a model stays dense, because the axes of its parameters have no names.
+
+    Args:
+        model: The model, without wrappers.
+        layers: Parameter name -> layer. Users who said which layers to prune know that others stay dense.
+    """
+    if any(layer.why_dense == NOT_CHOSEN for layer in layers.values()):
+        return []
+    known = {name for layer in layers.values() for name in layer.weight.names}
+    unnamed = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and parameter.requires_grad and name not in known
+    }
+    share = sum(map(Tensor.numel, unnamed.values())) / sum(map(Tensor.numel, model.parameters()))
+    if share < SHARE:
+        return []
+    name, largest = max(unnamed.items(), key=lambda item: item[1].numel())
+    holder, _, attribute = name.rpartition(".")
+    kind = kind_of(model.get_submodule(holder))
+    others = f" and {len(unnamed) - 1} others" if len(unnamed) > 1 else ""
+    return [
+        f"Sparsifier: {percent(share)} of the parameters stay dense, because their axes have no names: {name} of "
+        f"{kind} ({'x'.join(map(str, largest.shape))}){others}; name them, as in register_layer({kind}, "
+        f"{attribute}={_EXAMPLES.get(largest.dim(), '(...)')}), or say which layers are pruned with layers="
+    ]
 
 
 def _summary(reasons: Mapping[str, str]) -> str:

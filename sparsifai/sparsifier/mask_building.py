@@ -21,7 +21,7 @@ from ..axes.grouping import squared_sum
 from ..axes.ranking.device_layer import DeviceLayer
 from ..axes.ranking.scored_layer import ScoredLayer, all_equal, nan_message
 from ..model.parallel import agree, is_sharded, process_groups_of_shards
-from ..model.tensors import cloned, widened
+from ..model.tensors import check_values, cloned, widened
 from ..support.capability import capability
 from ..support.registry import name_of
 from .collection import CollectedQuantities
@@ -59,7 +59,7 @@ class Ranking:
         alone = self.process_group is None and not any(is_sharded(layer.parameter) for layer in layers.values())
         groups_alone = self.options.round_to is None and self.coupling is None
         can = capability(self.options.context, "on_device", False)
-        return can and alone and groups_alone and len(devices) == 1 and devices.pop().type in ("cuda", "meta")
+        return can and alone and groups_alone and len(devices) == 1 and devices.pop().type == "cuda"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ def build_masks(
         drop: Fraction of the remaining weights that is pruned first, for as many to regrow.
 
     Raises:
-        ValueError: The criterion or the context does not return what it should, or a score is NaN.
+        ValueError: A weight has no values, the criterion or the context does not return what it should, or a score is
+            NaN.
     """
     options, rng = ranking.options, collected.source.rng
     before = rng.get_state()
@@ -121,6 +122,8 @@ def build_masks(
     notices: list[str] = []
     nan: dict[str, Tensor] = {}
     on_device = ranking.stays_on_device(layers)
+    if not on_device:
+        check_values("sparsify", {name: layer.parameter for name, layer in layers.items()})
     how: Any = {"pool": options.pool, "may_empty": options.may_empty, "on_device": on_device}
     # The built-in contexts only rank scores; one of the user's own may read them.
     how["magnitudes"] = capability(options.context, "keeps_masked", False)

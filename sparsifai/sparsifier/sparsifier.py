@@ -25,7 +25,7 @@ from .calibration import calibrate
 from .collection import CollectedQuantities, Source
 from .followers import rescaled_layers
 from .layer import level_of
-from .layer_selection import Asked, find_layers, scopes
+from .layer_selection import Asked, find_layers, notices_of_layers, scopes
 from .mask_building import NewMasks, Ranking, build_masks
 from .masked_model import MaskedModel
 from .masking import NEXT_TO_ZERO, newly_masked, zero_moments, zero_weights
@@ -400,7 +400,7 @@ class Sparsifier(MaskedModel):
 
     def _notices(self) -> list[str]:
         """What the user should be warned of when the Sparsifier is made."""
-        notices, options = [], self.ranking.options
+        notices, options = notices_of_layers(self.model, self.layers), self.ranking.options
         if self._regrowth is not None and any(layer.grouping.drops_outputs for layer in self._selected.values()):
             notices.append(REGROWN_OUTPUTS)
         if options.pool is squared_sum and (
