@@ -179,9 +179,9 @@ class _Bounded:
 
 
 def _shapes(layer: ScoredLayer) -> list[tuple[int, ...]]:
-    """Shapes of the weight, or of all coupled ones: outputs, inputs, then the other axes; of one expert, if it has several.
+    """Shapes of the weight as it is stored, or of all coupled ones: outputs, inputs, then the other axes.
 
-    The outputs are those of all groups of a grouped convolution, as in the shape that is stored.
+    Of the matrices of several experts it is the shape of one.
     """
     named = [dict(zip(weight.axes, weight.parameter.shape, strict=True)) for weight in layer.targets]
     for sizes in named:

@@ -213,7 +213,7 @@ def _notices_of_limits(
         return []
     name = min(missing, key=lambda each: missing[each][1])
     return [
-        f"the sparsity that was asked for cannot be reached: {how} at most {percent(missing[name][1])} of {name} can be "
-        "pruned, because the best group of each scope is kept; choose smaller groups, another context, may_empty=True, "
-        "or leave such layers out with exclude="
+        f"the sparsity that was asked for cannot be reached: {how} at most {percent(missing[name][1])} of {name} can "
+        "be pruned, because the best group of each scope is kept; choose smaller groups, another context, "
+        "may_empty=True, or leave such layers out with exclude="
     ]

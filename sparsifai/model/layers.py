@@ -97,9 +97,11 @@ register_layer("transformers.models.*ParallelExperts", weight=("expert", "out", 
 
 def _axes_of_experts(experts: Any) -> tuple[str, ...]:
     """The axes of the projections of transformers' experts, some of which are stored as (in, out)."""
-    shapes = [getattr(getattr(experts, name, None), "shape", ()) for name in ("gate_up_proj", "down_proj")]
+    up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     # Outputs of the gate and the up projection are twice the inputs of the down projection, so shapes tell.
-    by_shape = [len(shape) for shape in shapes] == [3, 3] and shapes[0][1] == shapes[1][2]
+    by_shape = False
+    if isinstance(up, Tensor) and isinstance(down, Tensor) and up.dim() == down.dim() == 3:
+        by_shape = up.shape[1] == down.shape[2]
     transposed = getattr(experts, "is_transposed", by_shape)
     return ("expert", "in", "out") if transposed else ("expert", "out", "in")
 

@@ -114,12 +114,12 @@ def _reasons_to_stay_dense(
             reasons[name] = "frozen"
         elif layers is None and weight.is_embedding:
             reasons[name] = "embedding"
-        elif isinstance(grouping, str) and not weight.unfit:
-            reasons[name] = grouping
         elif why := why_zeros_do_not_last(weight, grouping):
             if refuse:
                 raise ValueError(f"Sparsifier: {why}")
             reasons[name] = why
+        elif isinstance(grouping, str):
+            reasons[name] = grouping
         elif not exact:
             whole_outputs |= {name} if grouping.drops_outputs else set()
             whole_inputs |= {name} if grouping.drops_inputs else set()

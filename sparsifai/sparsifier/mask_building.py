@@ -19,13 +19,14 @@ from ..axes.context import ask, ask_on_device
 from ..axes.criterion import is_elementwise
 from ..axes.grouping import squared_sum
 from ..axes.ranking.device_layer import DeviceLayer
-from ..axes.ranking.scored_layer import ScoredLayer, all_equal, nan_message
+from ..axes.ranking.scored_layer import ScoredLayer, all_equal
 from ..model.parallel import agree, is_sharded, process_groups_of_shards
 from ..model.tensors import check_values, cloned, widened
 from ..support.capability import capability
 from ..support.registry import name_of
 from .collection import CollectedQuantities
 from .coupled import Coupling, joint_layers
+from .findings import Finding, both, found_nan, found_ties, in_words
 from .layer import Layer, Layers
 from .layer_selection import Asked
 from .options import Options
@@ -71,25 +72,14 @@ class NewMasks:
         levels: Layer name -> the sparsity it was pruned to.
         random: State of the random generator after the scores were drawn.
         notices: What the user should be warned of.
-        nan: Layer name -> bool tensor on a GPU, whether a score was NaN. Reading it waits for the GPU.
+        found: What was found in scores on a GPU -> a tensor that says how often. Reading it waits for the GPU.
     """
 
     masks: dict[str, Tensor]
     levels: dict[str, float]
     random: Tensor
     notices: list[str] = field(default_factory=list)
-    nan: dict[str, Tensor] = field(default_factory=dict)
-
-    def check_nan(self) -> None:
-        """Raise a ValueError if a score was NaN."""
-        check_nan(self.nan)
-
-
-def check_nan(flags: dict[str, Tensor]) -> None:
-    """Raise a ValueError if a flag of `NewMasks.nan` is true."""
-    for name, flag in flags.items():
-        if flag:
-            raise ValueError(nan_message(name))
+    found: dict[Finding, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -120,7 +110,7 @@ def build_masks(
     masks = {name: layer.mask for name, layer in layers.items()}
     levels = {name: layer.level for name, layer in layers.items()}
     notices: list[str] = []
-    nan: dict[str, Tensor] = {}
+    found: dict[Finding, Tensor] = {}
     on_device = ranking.stays_on_device(layers)
     if not on_device:
         check_values("sparsify", {name: layer.parameter for name, layer in layers.items()})
@@ -137,7 +127,7 @@ def build_masks(
                 scored = [score_layer(layers[name], masks[name], by, revives=name in revived, **how) for name in names]
                 if on_device:
                     kept: Any = ask_on_device(options.context, scored, share)
-                    _note_nan(nan, scored)
+                    found = both(found, found_nan(scored))
                 else:
                     ranked, split = joint_layers(scored, ranking.coupling, options.round_to)
                     notices += _notices_of_scores(ranked, share, collected)
@@ -145,6 +135,8 @@ def build_masks(
                     kept = agree(
                         kept, ranking.process_groups(collected.source.model), layers[names[0]].parameter.device
                     )
+                if by is collected and ALL_EQUAL.format(name_of(by.criterion)) not in notices:
+                    found = both(found, found_ties(layers, scored, kept, by.criterion))
                 for layer, of_layer in zip(scored, kept, strict=True):
                     if of_layer is not layer.alive:
                         masks[layer.target.name] = layers[layer.target.name].mask_of(torch.as_tensor(of_layer))
@@ -155,15 +147,10 @@ def build_masks(
         collected.source.forget()
     if any(levels[name] < layer.level and layer.grouping.drops_outputs for name, layer in layers.items()):
         notices.append(REVIVED_OUTPUTS)
-    return NewMasks(masks, levels, random, notices, nan)
-
-
-def _note_nan(nan: dict[str, Tensor], scored: Sequence[DeviceLayer]) -> None:
-    """Note which layers on a GPU have NaN scores, without reading it. nan: as `NewMasks.nan`."""
-    names = [layer.target.name for layer in scored]
-    flags = torch.stack([layer.has_nan() for layer in scored])  # of all at once: each operation is a launch
-    earlier = torch.stack([nan.get(name, flag) for name, flag in zip(names, flags, strict=True)])
-    nan.update(zip(names, (flags | earlier).unbind(), strict=True))
+    if not on_device:
+        notices += in_words(found)
+        found = {}
+    return NewMasks(masks, levels, random, notices, found)
 
 
 def _notices_of_scores(ranked: Sequence[ScoredLayer], sparsity: float, by: CollectedQuantities) -> list[str]:

@@ -23,6 +23,7 @@ from ..support.checks import check_count
 from ..support.registry import name_of
 from .calibration import calibrate
 from .collection import CollectedQuantities, Source
+from .findings import both
 from .followers import rescaled_layers
 from .layer import level_of
 from .layer_selection import Asked, find_layers, notices_of_layers, scopes
@@ -250,8 +251,7 @@ class Sparsifier(MaskedModel):
         """Replace the masks, levels and random state. The weights are not changed."""
         for name, layer in self._selected.items():
             layer.mask, layer.level = new.masks[name], new.levels[name]
-        for name, flag in new.nan.items():  # those of earlier updates may not have been read yet
-            self._nan[name] = flag | self._nan.get(name, False)
+        self._found = both(self._found, new.found)  # that of earlier updates may not have been read yet
         self.collected.source.rng.set_state(new.random)
         self.all_masks.update_followers()
         if self._regrowth is not None:
@@ -333,7 +333,7 @@ class Sparsifier(MaskedModel):
             A table; its `plot` draws it.
         """
         self._check_held("report")
-        self._check_nan()
+        self._check_found()
         return Report.measure(self.model, self.layers, self.ranking.options.context, self._regrowth)
 
     def __repr__(self) -> str:
