@@ -20,6 +20,11 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+# The nets of some tests are so small, or so often tied, that users would be warned.
+misses_sparsity = pytest.mark.filterwarnings("ignore:the sparsity that was asked for cannot be reached")
+has_ties = pytest.mark.filterwarnings("ignore:[0-9]+ scores of .* are equal")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..axes.criterion import Criterion
+from ..axes.grouping import Grouping
 from ..axes.ranking.device_layer import DeviceLayer
 from ..axes.ranking.scored_layer import ScoredLayer, nan_message
 from ..model.parallel import whole
@@ -96,9 +97,9 @@ def found_ties(
         constant = _is_constant(layer)
         if isinstance(each, DeviceLayer):
             score = each.score.abs() if each.magnitude else each.score
-            number = _tied(score, each.alive, of_layer) * constant
+            number = _tied(layer.grouping, score, each.alive, of_layer) * constant
         elif constant:
-            number = _tied(*(torch.tensor(values) for values in (each.score, each.alive, of_layer)))
+            number = _tied(layer.grouping, *(torch.tensor(values) for values in (each.score, each.alive, of_layer)))
         else:
             continue
         found[ties_in(layer.name, criterion)] = number
@@ -111,12 +112,14 @@ def _is_constant(layer: Layer) -> Tensor:
     return ((sizes == 0).sum() * 100 >= sizes.numel() * PERCENT) | (sizes.amax() == sizes.amin())
 
 
-def _tied(score: Tensor, alive: Tensor, kept: Tensor) -> Tensor:
-    """Number of groups of one score of which some are pruned and others kept; 0 if they are few."""
+def _tied(grouping: Grouping, score: Tensor, alive: Tensor, kept: Tensor) -> Tensor:
+    """Number of groups of one score of which some are pruned and others kept; 0 if few, or pruned alike in all rows."""
     pruned = alive & ~kept
     equal = score == torch.where(pruned, score, -torch.inf).amax()
-    some = (equal & kept).any() & pruned.any() & (equal.sum() * 100 >= len(score) * PERCENT)
-    return equal.sum() * some
+    within_rows = [place for place, axis in enumerate(grouping.names) if axis not in ("groups", "expert", "out")]
+    by_row = (equal & pruned).view(grouping.grid).sum(within_rows) if within_rows else (equal & pruned).long()
+    some = (equal & kept).any() & (by_row.amax() - by_row.amin() > 1)
+    return equal.sum() * (some & (equal.sum() * 100 >= len(score) * PERCENT))
 
 
 def found_nan(scored: Sequence[DeviceLayer]) -> dict[Finding, Tensor]:

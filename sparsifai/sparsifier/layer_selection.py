@@ -165,7 +165,7 @@ _EXAMPLES = {2: ("out", "in"), 3: ("expert", "out", "in"), 4: ("out", "in", "h",
 
 
 def notices_of_layers(model: nn.Module, layers: Layers) -> list[str]:
-    """Notice that a large part of a model stays dense, because the axes of its parameters have no names.
+    """Notice that a large part of a model stays dense, because the axes of its weights have no names.
 
     Args:
         model: The model, without wrappers.
@@ -177,7 +177,7 @@ def notices_of_layers(model: nn.Module, layers: Layers) -> list[str]:
     unnamed = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.dim() > 1 and parameter.requires_grad and name not in known
+        if parameter.dim() > 1 and parameter.requires_grad and name not in known and "bias" not in name
     }
     share = sum(map(Tensor.numel, unnamed.values())) / sum(map(Tensor.numel, model.parameters()))
     if share < SHARE:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import layers_of
+from conftest import has_ties, layers_of, misses_sparsity
 from torch import nn
 
 from sparsifai import Sparsifier, bounded, contexts, select_groups
@@ -37,6 +37,8 @@ def test_a_context_of_your_own_is_one_function(registering):
 
 @pytest.mark.parametrize("level", [0.0, 0.1, 0.5, 0.73, 1.0])
 @pytest.mark.parametrize("masked", [0.0, 0.05])
+@misses_sparsity
+@has_ties
 def test_per_output_ranks_every_row_alone(level, masked):
     model = nn.Sequential(nn.Linear(30, 7), nn.Conv2d(6, 4, 3, groups=2), nn.ConvTranspose2d(4, 6, 3, groups=2))
     with torch.no_grad():
@@ -65,6 +67,8 @@ def test_per_output_ranks_every_row_alone(level, masked):
 
 
 @pytest.mark.parametrize("context", [*contexts, "2:4", bounded("erk", {"0": 0.2})])
+@misses_sparsity
+@has_ties
 def test_every_context_prunes_ties_in_index_order_empties_no_layer_and_refuses_nan(context):
     model = mlp()
     with torch.no_grad():
@@ -102,6 +106,7 @@ def test_what_is_masked_stays_masked_where_a_context_asks_for_less(context):
 
 
 @pytest.mark.parametrize("context", [name for name in contexts if name != "uniform_plus"])
+@misses_sparsity
 def test_may_empty_lets_a_context_empty_a_layer(context):
     model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
     with torch.no_grad():

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLE, as_on_device, masked_of, show_data, small_net, without_values
+from conftest import EXAMPLE, as_on_device, has_ties, masked_of, misses_sparsity, show_data, small_net, without_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -66,6 +66,8 @@ def test_the_same_groups_stay_as_on_the_host(layers, sparsity, equal, whole, rev
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("granularity", ["weight", "kernel", "filter", "channel", "layer", "row"])
 @pytest.mark.parametrize("context", ["local", "global"])
+@misses_sparsity
+@has_ties
 def test_masks_are_the_same_through_rising_and_falling_levels(context, granularity, dtype):
     models = []
     for make in (lambda sparsifier: sparsifier, as_on_device):
