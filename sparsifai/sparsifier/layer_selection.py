@@ -22,8 +22,6 @@ from .coupled import Coupling, couple
 from .followers import Follower, find_followers
 from .layer import Layer, Layers, selected
 
-NOT_CHOSEN = "not in layers"
-
 
 def find_layers(
     model: nn.Module,
@@ -109,7 +107,7 @@ def _reasons_to_stay_dense(
         if name in excluded:
             reasons[name] = "excluded"
         elif layers is not None and name not in chosen:
-            reasons[name] = NOT_CHOSEN
+            reasons[name] = "not in layers"
         elif layers is None and weight.is_frozen:
             reasons[name] = "frozen"
         elif layers is None and weight.is_embedding:
@@ -169,10 +167,8 @@ def notices_of_layers(model: nn.Module, layers: Layers) -> list[str]:
 
     Args:
         model: The model, without wrappers.
-        layers: Parameter name -> layer. Users who said which layers to prune know that others stay dense.
+        layers: Parameter name -> layer.
     """
-    if any(layer.why_dense == NOT_CHOSEN for layer in layers.values()):
-        return []
     known = {name for layer in layers.values() for name in layer.weight.names}
     unnamed = {
         name: parameter

@@ -122,7 +122,8 @@ class Sparsifier(MaskedModel):
         self._regrowth = None if options.regrow is None else Regrowth(options.regrow, source)
         self._take_quantities("start")
         self._calibration: tuple[Iterable, Callable | None] | None = None
-        _warn(self._notices())
+        # Users who say which layers are pruned know that others stay dense.
+        _warn([*self._notices(), *(notices_of_layers(inner, found) if options.layers is None else ())])
 
     # --- Building masks -----------------------------------------------------------------------------------------
 
@@ -400,7 +401,7 @@ class Sparsifier(MaskedModel):
 
     def _notices(self) -> list[str]:
         """What the user should be warned of when the Sparsifier is made."""
-        notices, options = notices_of_layers(self.model, self.layers), self.ranking.options
+        notices, options = [], self.ranking.options
         if self._regrowth is not None and any(layer.grouping.drops_outputs for layer in self._selected.values()):
             notices.append(REGROWN_OUTPUTS)
         if options.pool is squared_sum and (

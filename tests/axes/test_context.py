@@ -8,7 +8,7 @@ import torch
 from conftest import has_ties, layers_of, misses_sparsity
 from torch import nn
 
-from sparsifai import Sparsifier, bounded, contexts, select_groups
+from sparsifai import Sparsifier, blocks, bounded, contexts, select_groups
 from sparsifai.axes.ranking.scored_layer import ScoredLayer
 
 
@@ -118,3 +118,66 @@ def test_may_empty_lets_a_context_empty_a_layer(context):
         pytest.approx(0.95) if context == "per_output" else 1.0 if context != "global" else 0.5
     )
     assert sparsifier.masks["0.weight"].any() == (context == "per_output")
+
+
+# --- Limits of a layer ------------------------------------------------------------------------------------------------
+
+CANNOT = "the sparsity that was asked for cannot be reached: with granularity "
+
+
+def convolutions():
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 40, 3), nn.Conv2d(40, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "sparsity", "message"),
+    [
+        ({"granularity": "filter", "context": "local", "layers": "0"}, 0.9, "filter .* local at most 80.00% of 0"),
+        ({"granularity": "filter", "layers": "0"}, 0.9, "filter and context global at most 80.00% of 0"),
+        ({"granularity": "filter", "context": "erk", "layers": "0"}, 0.9, "filter and context erk at most 80.00% of 0"),
+        ({"granularity": "filter", "context": "local", "round_to": 8, "layers": "1"}, 0.9, "filter .* 80.00% of 1"),
+        ({"context": "2:4", "layers": "0"}, 0.5, "weight and context 2:4 at most 33.33% of 0"),
+        ({"context": "1:8", "layers": "1"}, 0.87, "weight and context 1:8 at most 80.00% of 1"),
+        ({"context": "blocks", "layers": "1"}, 0.9, r"weight and context blocks\(4\) at most 60.00% of 1"),
+        ({"context": "per_output", "layers": "0"}, 0.99, "weight and context per_output at most 96.30% of 0"),
+        ({"granularity": "channel", "layers": "0"}, 0.8, "channel and context global at most 66.67% of 0"),
+    ],
+)  # fmt: skip
+def test_a_layer_that_cannot_be_pruned_as_much_is_told_of(options, sparsity, message):
+    if options.get("context") == "blocks":
+        options = {**options, "context": blocks(4)}
+    model = convolutions()
+    with pytest.raises(UserWarning, match=f"{CANNOT}{message}.weight can be pruned"):
+        Sparsifier(model, **options).sparsify(sparsity)
+    assert not any((parameter == 0).any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("context", ["2:4", "1:4", blocks(4), blocks(2)])
+def test_that_nothing_can_be_pruned_is_told_of(context):
+    sparsifier = Sparsifier(nn.Conv2d(1, 8, 3), context=context)
+    with pytest.warns(UserWarning, match="no group can be pruned"):
+        sparsifier.sparsify(0.5)
+
+
+def test_the_warning_has_the_same_text_at_every_level():
+    sparsifier = Sparsifier(convolutions(), "filter", "local", layers="0")
+    texts = set()
+    for level in (0.82, 0.9, 1.0):
+        with pytest.warns(UserWarning, match=CANNOT) as told:
+            sparsifier.sparsify(level)
+        texts.add(str(told[0].message))
+    assert len(texts) == 1
+
+
+def test_rounding_is_not_told_of_nor_what_other_layers_make_up_for():
+    for granularity, context, level in [
+        ("filter", "local", 0.5), ("filter", "local", 0.8), ("filter", "global", 0.9), ("weight", blocks(4), 0.6),
+        ("weight", "local", 0.99), ("kernel", "local", 0.55),
+    ]:  # fmt: skip
+        Sparsifier(convolutions(), granularity, context).sparsify(level)
+
+
+def test_with_may_empty_the_whole_layer_can_be_pruned():
+    sparsifier = Sparsifier(convolutions(), "filter", "local", layers="0", may_empty=True)
+    sparsifier.sparsify(0.9)
+    assert sparsifier.sparsity == 1.0
