@@ -206,7 +206,7 @@ def test_biases_that_are_pruned_by_themselves_leave_the_norm_layer_alone(make, g
     sparsifier = Sparsifier(model, granularity, layers="*.bias")
     sparsifier.sparsify(0.5)
     assert list(sparsifier.masks) == ["0.bias", "3.bias"]
-    assert not sparsifier.followers
+    assert not followers_of(sparsifier)
     assert (model[1].weight == 1).all()
     assert int((model[0].bias == 0).sum() + (model[3].bias == 0).sum()) == 6
 
