@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,17 +153,22 @@ def ask(
     return all_kept
 
 
-def ask_on_device(context: Any, layers: Sequence[DeviceLayer], sparsity: float) -> list[Tensor]:
+def ask_on_device(
+    context: Any, layers: Sequence[DeviceLayer], sparsity: float, granularity: str, notices: list[str]
+) -> list[Tensor]:
     """Call a context that ranks on a GPU, and check what can be checked without waiting for it.
 
     Args:
         context: A context that declares on_device.
         layers: The layers to rank, with tensors.
         sparsity: Fraction of the weights of `layers` to prune, from 0 to 1.
+        granularity: Name of the granularity, for the notice.
+        notices: A list, to which a notice is added if shapes show that not as much can be pruned as was asked for.
 
     Raises:
         ValueError: If it does not return a bool tensor over the groups of each layer.
     """
+    notices += _notices_of_limits_on_device(context, layers, sparsity, granularity)
     all_kept = context(layers, sparsity)
     forms = [(kept.dtype, kept.shape) if isinstance(kept, Tensor) else type(kept).__name__ for kept in all_kept]
     if forms != [(torch.bool, layer.alive.shape) for layer in layers]:
@@ -211,9 +216,35 @@ def _notices_of_limits(
     each_alone = capability(context, "fixes_counts") is True
     if pruned != limits and not (each_alone and sum(weights for weights, _ in missing.values()) > MISSED * total):
         return []
-    name = min(missing, key=lambda each: missing[each][1])
-    return [
-        f"the sparsity that was asked for cannot be reached: {how} at most {percent(missing[name][1])} of {name} can "
-        "be pruned, because the best group of each scope is kept; choose smaller groups, another context, "
+    return [_cannot_be_reached(how, {name: share for name, (_, share) in missing.items()})]
+
+
+def _notices_of_limits_on_device(
+    context: Context, layers: Sequence[DeviceLayer], sparsity: float, granularity: str
+) -> list[str]:
+    """As `_notices_of_limits`, for layers on a GPU with groups of equal size, by shapes alone."""
+    rule, sizes = capability(context, "fixes_counts"), [layer.size for layer in layers]
+    if not rule or any(layer.may_empty or layer.whole for layer in layers):
+        return []
+    weights = [layer.weights for layer in layers]
+    limits = [total - size if isinstance(size, int) else total for total, size in zip(weights, sizes, strict=True)]
+    missing = [max(sparsity * total - limit, 0.0) for total, limit in zip(weights, limits, strict=True)]
+    missed = sum(missing) if rule is True else sparsity * sum(weights) - sum(limits)
+    if missed <= MISSED * sum(weights):
+        return []
+    shares = {
+        layer.target.name: limit / total
+        for layer, limit, total, weights_missing in zip(layers, limits, weights, missing, strict=True)
+        if weights_missing > 0
+    }
+    return [_cannot_be_reached(f"with granularity {granularity} and context {name_of(context)}", shares)]
+
+
+def _cannot_be_reached(how: str, shares: Mapping[str, float]) -> str:
+    """The notice that layers limit the sparsity. shares: layer name -> the fraction of it that can be pruned."""
+    name = min(shares, key=lambda each: shares[each])
+    return (
+        f"the sparsity that was asked for cannot be reached: {how} at most {percent(shares[name])} of {name} can be "
+        "pruned, because the best group of each scope is kept; choose smaller groups, another context, "
         "may_empty=True, or leave such layers out with exclude="
-    ]
+    )

@@ -126,7 +126,7 @@ def build_masks(
             for share, by, revived in rankings:
                 scored = [score_layer(layers[name], masks[name], by, revives=name in revived, **how) for name in names]
                 if on_device:
-                    kept: Any = ask_on_device(options.context, scored, share)
+                    kept: Any = ask_on_device(options.context, scored, share, name_of(options.granularity), notices)
                     found = both(found, found_nan(scored))
                 else:
                     ranked, split = joint_layers(scored, ranking.coupling, options.round_to)

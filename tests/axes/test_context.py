@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import has_ties, layers_of, misses_sparsity
+from conftest import as_on_device, has_ties, layers_of, misses_sparsity, without_values
 from torch import nn
 
 from sparsifai import Sparsifier, blocks, bounded, contexts, select_groups
@@ -150,6 +150,23 @@ def test_a_layer_that_cannot_be_pruned_as_much_is_told_of(options, sparsity, mes
     with pytest.raises(UserWarning, match=f"{CANNOT}{message}.weight can be pruned"):
         Sparsifier(model, **options).sparsify(sparsity)
     assert not any((parameter == 0).any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "sparsity", "message"),
+    [
+        ({"context": "local", "layers": "0"}, 0.9, "filter and context local at most 80.00% of 0"),
+        ({"context": "global", "layers": "0"}, 0.9, "filter and context global at most 80.00% of 0"),
+        ({"context": "local", "layers": ["0", "1"]}, 0.99, "filter and context local at most 80.00% of 0"),
+    ],
+)
+def test_it_is_told_of_where_nothing_is_read(options, sparsity, message):
+    for make in (lambda each: each, as_on_device, without_values):
+        sparsifier = make(Sparsifier(convolutions(), "filter", **options))
+        with pytest.raises(UserWarning, match=f"{CANNOT}{message}.weight can be pruned"):
+            sparsifier.sparsify(sparsity)
+    for make in (lambda each: each, as_on_device, without_values):
+        make(Sparsifier(convolutions(), "filter", **options)).sparsify(0.5)
 
 
 @pytest.mark.parametrize("context", ["2:4", "1:4", blocks(4), blocks(2)])

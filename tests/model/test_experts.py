@@ -100,6 +100,12 @@ def test_whole_experts_can_be_pruned(experts):
     assert (by_expert(experts, experts.weight) == 0).flatten(1).all(1).sum() == 1
 
 
+def test_the_inputs_of_each_expert_are_not_seen(experts):
+    sparsifier = Sparsifier(nn.Sequential(experts), criteria="wanda")
+    with pytest.raises(ValueError, match="every expert of 0.weight has inputs of its own.*exclude="):
+        sparsifier.calibrate([torch.randn(4, IN)])
+
+
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 
