@@ -258,10 +258,6 @@ class Grouping:
             mask = mask.expand(*self.shape[:2], *mask.shape[2:])
         return mask.flatten(0, 1)
 
-    def spread_of(self, kept: Tensor) -> Tensor:
-        """The mask of the groups in which any weight is kept. kept: bool per weight, in the shape of the weight."""
-        return self.spread(self.any_of(kept))
-
     def gather(self, mask: Tensor) -> Tensor:
         """Mask -> bool per group, the inverse of `spread`."""
         if self.split:

@@ -146,7 +146,7 @@ def why_zeros_do_not_last(weight: NamedWeight, grouping: Grouping | str) -> str:
             "last; remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations, "
             "remove_weight_norm, ...), or exclude the layer with exclude="
         )
-    if computes_its_weight(weight, grouping.spread_of):
+    if computes_its_weight(weight, lambda kept: grouping.spread(grouping.any_of(kept))):
         return (
             f"the forward of {place} ({weight.kind}) computes its own weight from {weight.name}, and where "
             f"{weight.attribute} is zero, the computed weight is not, so pruning it has no effect; replace the layer "
