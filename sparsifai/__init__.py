@@ -50,6 +50,7 @@ from .export.shrink import Shrinkage, shrink, shrinkage
 from .export.sparse_file import SparseFile, load_sparse, save_sparse
 from .export.two_four import SemiStructured, semi_structured_layers, to_semi_structured
 from .model.layers import register_layer
+from .sparsifier.given_masks import from_torch_prune
 from .sparsifier.report import Report
 from .sparsifier.sparsifier import Sparsifier
 from .support.version import __version__ as __version__
@@ -110,6 +111,7 @@ __all__ = [
     "dsd",
     "during",
     "fisher",
+    "from_torch_prune",
     "global_",
     "granularities",
     "grasp",

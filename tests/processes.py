@@ -121,7 +121,7 @@ def regrown(wrap):
             sparsifier.mask_gradients()
             optimizer.step()
             seen[regrow].append(dict(sparsifier.masks))
-        seen[regrow, "trained"], seen[regrow, "explored"] = values_of(net), sparsifier.explored
+        seen[regrow, "trained"], seen[regrow, "explored"] = values_of(net), sparsifier.report().explored
     return seen
 
 

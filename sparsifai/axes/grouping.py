@@ -272,17 +272,18 @@ class Grouping:
     @property
     def drops_outputs(self) -> bool:
         """Whether a group consists of whole outputs (filters) of the layer, or of an expert in it."""
-        return self._consists_of_whole("out")
+        return _consists_of_whole("out", self)
 
     @property
     def drops_inputs(self) -> bool:
         """Whether a group consists of whole inputs (channels) of the layer, or of an expert in it."""
-        return self._consists_of_whole("in")
+        return _consists_of_whole("in", self)
 
-    def _consists_of_whole(self, side: str) -> bool:
-        """Whether nothing but this axis indexes the mask. A vector, such as a bias, is no matrix with outputs."""
-        sides = {side, "expert", "groups"}
-        return set(self.indexed) <= sides and not set(self.names) <= sides
+
+def _consists_of_whole(side: str, grouping: Grouping) -> bool:
+    """Whether nothing but this axis indexes the mask. A vector, such as a bias, is no matrix with outputs."""
+    sides = {side, "expert", "groups"}
+    return set(grouping.indexed) <= sides and not set(grouping.names) <= sides
 
 
 def grouping_of(granularity: Granularity, axes: Axes, convolution_groups: int, fewest: int) -> Grouping | str:

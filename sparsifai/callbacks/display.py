@@ -12,16 +12,23 @@ from fastai.learner import Learner, Recorder, ValueMetric, noop
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 
+from ..support.warning import warn
 
-def notify(learn: Learner, message: str) -> None:
+
+def notify(learn: Learner, message: str, matters: bool = False) -> None:
     """Print one line in the first process, unless the Learner shows no training table.
 
     Args:
         learn: The Learner.
         message: The line.
+        matters: Whether to warn instead, if the Learner shows no training table. Default False.
     """
-    if learn.logger is not noop and rank_distrib() == 0:
+    if rank_distrib() != 0:
+        return
+    if learn.logger is not noop:
         print(message)
+    elif matters:
+        warn(message)
 
 
 class Column:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from fastai.learner import Learner
 from torch import Tensor
 
 from ..model.parallel import unwrapped
+from ..sparsifier.layer import count_of, unfrozen
+from ..sparsifier.layer_selection import scopes
 from ..sparsifier.model_masks import merged, prune_any
 from ..sparsifier.options import highest
 from ..sparsifier.report import Report
 from ..support.table import percent
+from ..support.warning import warn
 from .display import Column, Curves, Trackers, notify
 from .keep import KeepSparsity
 from .learner import show_data
@@ -103,18 +107,40 @@ class Fit:
         if pruned is not None:
             pruned.take_in(kept, self.learn)
             kept = pruned.masks
+            self._warn_of_higher_sparsity(start)
         for each in self.learn._grab_cbs(KeepSparsity):
             each.masks = {}  # those of others would hinder weights from regrowing or reviving
         self.keeper.masks = kept
         self.keeper.enforce()
 
+    def _warn_of_higher_sparsity(self, start: float) -> None:
+        """Warn if more is pruned already than this fit asks for, and stays so."""
+        sparsifier = self.pruned.sparsifier
+        revives = self.ramp.falls_after(start, self.floor) or sparsifier.ranking.options.regrow is not None
+        if not self.advances or revives:
+            return
+        for target, names in scopes(self.ramp.sparsity, sparsifier.layers, sparsifier.model):
+            layers = [sparsifier.layers[name] for name in names]
+            pruned = count_of(layers)
+            largest_group = max(float(torch.as_tensor(layer.grouping.size).max()) for layer in layers)
+            if pruned.zeros > target * pruned.weights + largest_group:
+                warn(
+                    f"SparsifyCallback: {percent(pruned.sparsity)} of the weights are pruned already, more than the "
+                    f"{percent(target)} asked for, and stay pruned. To let them go, call "
+                    "learn.remove_cb(KeepSparsity) and train without sparsity for a while, or load weights from before "
+                    "they were pruned"
+                )
+                return
+
     def go_to(self, t: float) -> None:
-        """Update the masks, if the ramp has another value at t."""
+        """Update the masks, if the ramp has another value at t, or if layers that were frozen are trained now."""
         reached, pruned = self.level_at(t), self.pruned
-        if reached != pruned.reached:
-            if pruned.sparsifier.collected.looks_at_data:
-                pruned.sparsifier.apply_masks()  # the last step may have moved masked weights
+        joining = unfrozen(pruned.sparsifier.layers)
+        if joining or reached != pruned.reached:
+            if joining or pruned.sparsifier.collected.looks_at_data:
+                pruned.sparsifier.apply_masks()  # the last step may have moved masked weights; frozen layers join
             show_data(self.learn, pruned.sparsifier, self.calibration)
+            self.moved |= bool(joining)
             self._update(reached)
 
     def collect_gradients(self, t: float, drop: float) -> None:

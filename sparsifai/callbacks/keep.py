@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +20,9 @@ from ..sparsifier.masking import (
 from ..sparsifier.recovery import recovered_masks
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
+from ..support.warning import warn
 from .base import TrainingCallback
+from .learner import check_steps_model
 from .others import are_all_known
 
 # Every so many steps, means of squares are set to NEXT_TO_ZERO again, before they decay to denormal numbers, with which
@@ -93,11 +94,11 @@ class KeepSparsity(TrainingCallback):
                 "KeepSparsity keeps the zeros of another model than the Learner's; remove it with "
                 "learn.remove_cb(KeepSparsity), or use KeepSparsity() to keep the zeros of this model"
             )
+        check_steps_model(self.learn)
         if not is_masked_zero(self._masked()):
-            warnings.warn(
+            warn(
                 "KeepSparsity: pruned weights were changed or loaded and are not zero any more; they are set to zero "
                 "again. To keep the new values, call learn.remove_cb(KeepSparsity) before the fit",
-                stacklevel=2,
             )
         self.enforce()
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..model.running import Split, not_drawn_from, untraced
+from ..sparsifier.masking import parameters_of
 from ..sparsifier.sparsifier import Sparsifier
 
 if TYPE_CHECKING:
@@ -38,6 +39,20 @@ def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None) 
         calibrate_with(learn, sparsifier, batches)
     # Start anew with the next gradients, so that no batch counts twice.
     collected.begins.update(collected.at("backward"))
+
+
+def check_steps_model(learn: Any) -> None:
+    """Check that the optimizer of a Learner steps its model.
+
+    Raises:
+        ValueError: The model has parameters, and the optimizer holds none of them.
+    """
+    parameters = {id(parameter) for parameter in learn.model.parameters()}
+    if learn.opt is not None and parameters and not any(id(each) in parameters for each in parameters_of(learn.opt)):
+        raise ValueError(
+            "the optimizer of the Learner holds no parameter of its model, so that nothing would be trained: the model "
+            "was replaced after the optimizer was made. Set learn.opt = None, and the fit makes a new optimizer"
+        )
 
 
 def is_learner(value: Any) -> bool:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,6 +32,7 @@ from ..support.capability import capability
 from ..support.checks import check_count
 from ..support.registry import name_of
 from ..support.table import percent
+from ..support.warning import warn
 from .plan_table import Plan, PlannedLayer, Size
 
 # Points of the timeline, besides the ends of epochs.
@@ -53,7 +53,6 @@ def plan_of(
     every: int | None = None,
     example_input: Any = None,
     initial_sparsity: float = 0.0,
-    stacklevel: int = 2,
 ) -> Plan:
     """Plan a fit of the model of a Sparsifier, from its present weights. Nothing is changed.
 
@@ -69,7 +68,6 @@ def plan_of(
         example_input: A batch in the form that Sparsifier takes. FLOPs are those of its first example. Default: FLOPs
             are not counted.
         initial_sparsity: The sparsity of all layers at which the schedule begins. Default 0.
-        stacklevel: Which line the warnings name, as in `warnings.warn`. Default 2: the line that calls this function.
 
     Returns:
         A `Plan`.
@@ -96,7 +94,7 @@ def plan_of(
         ranking = replace(ranking, options=ranking.options.with_criteria(large_final))
         collected = CollectedQuantities(large_final, collected.source)
     new = build_masks(pruned, asked, ranking, collected)
-    check_found(new.found, stacklevel + 1)
+    check_found(new.found)
     planned = {
         name: layer.with_mask(new.masks[name], new.levels[name]) if name in pruned else layer
         for name, layer in sparsifier.layers.items()
@@ -122,7 +120,7 @@ def plan_of(
     ]
     plan = Plan(layers, total, _whole(model, sizes), timeline, tuple(filter(None, notes)))
     for notice in (*new.notices, *_notices(plan, schedule, level)):
-        warnings.warn(notice, stacklevel=stacklevel)
+        warn(notice)
     return plan
 
 

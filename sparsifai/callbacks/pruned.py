@@ -52,7 +52,7 @@ class Pruned:
         others = {name: mask | ~own[name].to(mask.device) if name in own else mask for name, mask in kept.items()}
         self.others = merged(self.others, {name: mask for name, mask in others.items() if not mask.all()})
         sparsifier.ranking = replace(sparsifier.ranking, process_group=process_group_of(learn.model))
-        sparsifier.recover_masks(self.others)
+        sparsifier.all_masks.add(self.others)
         if sparsifier.ranking.options.regrow is not None:
             self._adopt_others()
 

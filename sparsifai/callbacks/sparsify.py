@@ -24,7 +24,7 @@ from .base import TrainingCallback
 from .display import notify
 from .fit import Fit
 from .keep import KeepSparsity
-from .learner import is_search, show_data
+from .learner import check_steps_model, is_search, show_data
 from .plan import every_of, plan_of
 from .pruned import Pruned
 from .ramp import Ramp
@@ -67,6 +67,8 @@ class SparsifyCallback(TrainingCallback):
             elsewhere. Default 0.3.
         decay: Schedule by which `drop` goes to 0. Default: cos over the first three quarters of the fit.
         calibration: Batches for criteria that need inputs or a loss. Default: the batch that is being trained on.
+        example_input: A batch, for models that torch.fx cannot trace, in the form that Sparsifier takes. Default: the
+            first example of the batch that is being trained on.
         round_to: Keep a multiple of this many groups in every layer, or all of them. Default: any number.
         coupled: Whether filters that can only be removed together are pruned together, for `shrink`. Default False.
         seed: Seed of the generator that random criteria draw from. Default 0.
@@ -111,6 +113,7 @@ class SparsifyCallback(TrainingCallback):
         drop=None,  # Initial fraction of the remaining weights that is pruned and regrown per update; by default 0.3
         decay=between("cos", 0, 0.75),  # The schedule along which that fraction goes to 0
         calibration=None,  # Batches for criteria that look at data; by default the present batch of the training
+        example_input=None,  # A batch for models that torch.fx cannot trace; by default from the present batch
         round_to=None,  # Keep a multiple of this many groups in every layer
         coupled=False,  # Whether filters that can only be removed together are pruned together
         seed=0,  # Seed of the generator that random criteria draw from
@@ -131,7 +134,7 @@ class SparsifyCallback(TrainingCallback):
         self.drop, self.decay = check_drop(0.3 if drop is None else drop), schedules.resolve(decay)
         if drop is not None and self.options.regrow is None:
             raise ValueError(f"drop={drop!r} needs regrow=: pass regrow='grad', 'random' or another criterion")
-        self.calibration = calibration
+        self.calibration, self.example_input = calibration, example_input
 
     @property
     def sparsifier(self):
@@ -157,6 +160,7 @@ class SparsifyCallback(TrainingCallback):
                 "two SparsifyCallbacks in one fit would undo each other; use one with a dictionary of sparsities by "
                 "layer, or remove the other with learn.remove_cb(SparsifyCallback)"
             )
+        check_steps_model(learn)
         if self._fit is not None:  # the last fit was interrupted
             self._fit.undo()
             self._fit = None
@@ -190,7 +194,8 @@ class SparsifyCallback(TrainingCallback):
             fit.go_to(self._start)
         else:
             held = percent(fit.measured())
-            notify(self.learn, f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit")
+            message = f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit"
+            notify(self.learn, message, matters=True)
 
     def before_step(self):
         "Collect the gradients, which are not masked yet, for the criterion; and regrow weights"
@@ -249,10 +254,11 @@ class SparsifyCallback(TrainingCallback):
         if not isinstance(model, nn.Module):
             raise TypeError(f"plan: model must be a torch.nn.Module, such as learn.model, not {type(model).__name__}")
         n_epoch, n_iter = check_count("n_epoch", n_epoch), check_count("n_iter", n_iter)
+        example_input = self.example_input if example_input is None else example_input
         every, inner = every_of(self.every, self.options.regrow is not None, n_epoch * n_iter), unwrapped(model)
         return plan_of(
             self._sparsifier_of(inner, example_input), self.sparsity, self.ramp.schedule, n_epoch, n_iter, every,
-            example_input, self.ramp.initial, stacklevel=3,
+            example_input, self.ramp.initial,
         )  # fmt: skip
 
     @property
@@ -263,7 +269,8 @@ class SparsifyCallback(TrainingCallback):
 
     def _new_sparsifier(self) -> Sparsifier:
         """Make the Sparsifier at the first batch: the data flow of some models can only be found with an example."""
-        sparsifier = self._sparsifier_of(unwrapped(self.learn.model), tree_map(first_example, self.learn.xb))
+        example = tree_map(first_example, self.learn.xb) if self.example_input is None else self.example_input
+        sparsifier = self._sparsifier_of(unwrapped(self.learn.model), example)
         show_data(self.learn, sparsifier, self.calibration)
         sparsifier.check(self.sparsity)
         if self.options.regrow is not None:  # an update prunes this much before weights regrow

@@ -18,6 +18,7 @@ from ..model.parallel import is_sharded, kind_of, unwrapped
 from ..model.tensors import check_values
 from ..support.checks import check_is_module
 from ..support.table import Cells, Table, percent
+from ..support.warning import warn
 from .conversion import check_for_inference, check_same_outputs, dtype_name, list_reasons
 
 # The dtypes that torch's 2:4 kernels multiply floats in.
@@ -137,9 +138,7 @@ def to_semi_structured(model: nn.Module) -> nn.Module:
     inner, found = unwrapped(model), semi_structured_layers(model)
     _check_convertible(inner, found)
     if missed := [layer for layer in found.layers if layer.is_two_four and layer.why_not]:
-        warnings.warn(
-            f"to_semi_structured: these layers are 2:4, but cannot be converted: {_reasons(missed)}", stacklevel=2
-        )
+        warn(f"to_semi_structured: these layers are 2:4, but cannot be converted: {_reasons(missed)}")
     converted = copy.deepcopy(inner).requires_grad_(False)
     converted.zero_grad()
     for name in found.convertible:

@@ -79,10 +79,17 @@ class CollectedQuantities:
         return [name for name in self.named if set(moments) & set(quantities[name].moments)]  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def take(self, moment: str) -> None:
-        """Store the quantities that are taken at 'start' or 'update'. After an update, means start anew."""
+    def take(self, moment: str, names: Iterable[str] | None = None) -> None:
+        """Store the quantities that are taken at 'start' or 'update'. After an update, means start anew.
+
+        Args:
+            moment: The moment.
+            names: The layers, by default all.
+        """
+        names = list(self._layers if names is None else names)
         for quantity in self.at(moment):
-            self.stored[quantity] = {name: cloned(quantities[quantity](self.source, name)) for name in self._layers}
+            values = {name: cloned(quantities[quantity](self.source, name)) for name in names}
+            self.stored[quantity] = self.stored.get(quantity, {}) | values
         if moment == "update":
             self.begins |= {name for name in self.at(*AVERAGED) if not quantities[name].running}  # type: ignore[attr-defined]
 

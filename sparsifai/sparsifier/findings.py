@@ -6,7 +6,6 @@ a layer that starts at zero this prunes whole rows and keeps others dense, so us
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from ..axes.ranking.device_layer import DeviceLayer
 from ..axes.ranking.scored_layer import ScoredLayer, nan_message
 from ..model.parallel import whole
 from ..support.registry import name_of
+from ..support.warning import warn_each
 from .layer import Layer, Layers
 
 # With a smaller percentage of ties in a layer, it matters little which of them are pruned.
@@ -59,17 +59,15 @@ def in_words(found: Mapping[Finding, Tensor]) -> list[str]:
     return [finding.text.format(number) for finding, number in numbers.items() if number]
 
 
-def check_found(found: Mapping[Finding, Tensor], stacklevel: int = 4) -> None:
+def check_found(found: Mapping[Finding, Tensor]) -> None:
     """Raise a ValueError for what is an error, and warn of the rest. On a GPU this waits.
 
     Args:
         found: Finding -> the number that was found, or a bool.
-        stacklevel: Which line the warnings name, as in `warnings.warn`.
     """
     for error in in_words({finding: number for finding, number in found.items() if finding.is_error}):
         raise ValueError(error)
-    for notice in in_words({finding: number for finding, number in found.items() if not finding.is_error}):
-        warnings.warn(notice, stacklevel=stacklevel)
+    warn_each(in_words({finding: number for finding, number in found.items() if not finding.is_error}))
 
 
 def found_ties(

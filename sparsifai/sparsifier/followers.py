@@ -52,11 +52,11 @@ class Follower:
 
 
 def masks_of_followers(followers: Iterable[Follower], layers: Layers) -> dict[str, Tensor]:
-    """Follower name -> its mask, from the masks of the layers."""
-    followers = list(followers)
-    kept_outputs = {name: layers[name].kept_outputs for each in followers for name in each.producers}
-    masks = {follower.name: follower.mask(kept_outputs) for follower in followers}
-    masks |= {each.name: masks[each.name].view(each.experts, -1) for each in followers if each.experts > 1}
+    """Follower name -> its mask, from the masks of the layers, if any layer that it follows is pruned."""
+    following = [each for each in followers if any(layers[name].is_selected for name in each.producers)]
+    kept_outputs = {name: layers[name].kept_outputs for each in following for name in each.producers}
+    masks = {follower.name: follower.mask(kept_outputs) for follower in following}
+    masks |= {each.name: masks[each.name].view(each.experts, -1) for each in following if each.experts > 1}
     # A bias whose axes have names can be pruned by itself, too.
     own = {name: layers[name].mask for name in masks if name in layers and layers[name].is_selected}
     return masks | {name: masks[name] & mask.to(masks[name].device) for name, mask in own.items()}

@@ -14,6 +14,9 @@ from ..model.parallel import is_sharded, whole
 from ..model.tensors import check_values
 from ..model.zeros import Count
 
+# Why a layer stays dense that no optimizer steps at present. It is selected once it is trained.
+FROZEN = "frozen"
+
 
 @dataclass(eq=False)
 class Layer:
@@ -39,7 +42,7 @@ class Layer:
         """A layer that keeps all its weights, because it stays dense or because nothing is pruned yet."""
         layer = cls(weight, grouping, why_dense, torch.ones([1] * weight.parameter.dim(), dtype=torch.bool))
         if grouping is not None and not why_dense:
-            layer.mask = layer.mask_of(grouping.all_kept())
+            layer.select()
         return layer
 
     @property
@@ -65,6 +68,8 @@ class Layer:
     @property
     def kept_outputs(self) -> Tensor:
         """Bool per output of the layer, for groups that are made of whole outputs: whether the mask keeps it."""
+        if not self.is_selected:
+            return torch.ones(self.weight.out, dtype=torch.bool, device=self.parameter.device)
         return self.grouping.outputs(self.kept, self.weight.out)
 
     def mask_of(self, kept: Tensor) -> Tensor:
@@ -82,6 +87,10 @@ class Layer:
         kept = self.grouping.any_of(whole(self.parameter.detach()) != 0)
         return self.mask_of(kept if kept.any() else torch.ones_like(kept))
 
+    def select(self) -> None:
+        """Prune the layer from now on."""
+        self.why_dense, self.mask = "", self.mask_of(self.grouping.all_kept())
+
     def count(self, mask: Tensor | None = None) -> Count:
         """The zeros of a mask, by default its own, in the shape of the weight."""
         return Count.of((self.mask if mask is None else mask).expand_as(self.parameter))
@@ -97,6 +106,11 @@ Layers = Mapping[str, Layer]
 def selected(layers: Layers) -> dict[str, Layer]:
     """The layers that are pruned, in the order of the model."""
     return {name: layer for name, layer in layers.items() if layer.is_selected}
+
+
+def unfrozen(layers: Layers) -> list[str]:
+    """Names of the layers that were frozen when the layers were selected, and are trained now."""
+    return [name for name, layer in layers.items() if layer.why_dense == FROZEN and not layer.weight.is_frozen]
 
 
 def count_of(layers: Iterable[Layer]) -> Count:

@@ -6,21 +6,22 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..axes.granularity import Granularity
 from ..axes.grouping import Grouping, grouping_of
 from ..model.flow import Flow
 from ..model.layers import NamedWeight, find_weights
-from ..model.parallel import kind_of
 from ..model.patterns import Pattern, as_patterns, matching
 from ..model.response import computes_its_weight
 from ..model.tensors import check_values
 from ..model.tracing import find_flow
-from ..support.table import percent
 from .coupled import Coupling, couple
 from .followers import Follower, find_followers
-from .layer import Layer, Layers, selected
+from .layer import FROZEN, Layer, Layers, selected
+
+# Which filters are coupled is found once, so layers that are frozen then are never pruned.
+FROZEN_UNCOUPLED = "frozen when coupled filters were found"
 
 
 def find_layers(
@@ -66,9 +67,10 @@ def find_layers(
     found, coupling = records(), None
     if coupled:
         coupling, more = couple(model, example_input, found)
-        reasons |= more
+        reasons = {name: FROZEN_UNCOUPLED if reason == FROZEN else reason for name, reason in reasons.items()} | more
         found = records()
-    followers = {each.name: each for each in find_followers(model, selected(found), flow)}
+    prunable = {name: layer for name, layer in found.items() if layer.is_selected or layer.why_dense == FROZEN}
+    followers = {each.name: each for each in find_followers(model, prunable, flow)}
     if coupling is not None:  # the dependency graph sees further than the data flow
         followers |= {each.name: each for each in coupling.followers(model)}
     return found, list(followers.values()), coupling
@@ -108,12 +110,12 @@ def _reasons_to_stay_dense(
             reasons[name] = "excluded"
         elif layers is not None and name not in chosen:
             reasons[name] = "not in layers"
-        elif layers is None and weight.is_frozen:
-            reasons[name] = "frozen"
+        elif layers is None and weight.is_frozen and (isinstance(grouping, str) or weight.sources):
+            reasons[name] = grouping if isinstance(grouping, str) else "computed from frozen parameters"
         elif layers is None and weight.is_embedding:
             reasons[name] = "embedding"
         elif why := why_zeros_do_not_last(weight, grouping):
-            if refuse:
+            if refuse and not (layers is None and weight.is_frozen):
                 raise ValueError(f"Sparsifier: {why}")
             reasons[name] = why
         elif isinstance(grouping, str):
@@ -130,6 +132,8 @@ def _reasons_to_stay_dense(
                 "this granularity that layer must stay dense; name the layers to prune exactly in layers="
             )
         reasons.update(dict.fromkeys(names & at_end, reason))
+    if layers is None:
+        reasons = {name: FROZEN for name, weight in weights.items() if weight.is_frozen} | reasons
     if len(reasons) == len(weights):
         raise ValueError(f"Sparsifier: no layer of {type(model).__name__} is left to prune; {_summary(reasons)}")
     return {name: reasons[name] for name in weights if name in reasons}
@@ -153,40 +157,6 @@ def why_zeros_do_not_last(weight: NamedWeight, grouping: Grouping | str) -> str:
             "by one that uses its weight as it is, or exclude it with exclude="
         )
     return ""
-
-
-# With a smaller fraction of the parameters without named axes, nobody would miss it.
-SHARE = 0.1
-
-# Number of axes -> how they may be called, for messages.
-_EXAMPLES = {2: ("out", "in"), 3: ("expert", "out", "in"), 4: ("out", "in", "h", "w")}
-
-
-def notices_of_layers(model: nn.Module, layers: Layers) -> list[str]:
-    """Notice that a large part of a model stays dense, because the axes of its weights have no names.
-
-    Args:
-        model: The model, without wrappers.
-        layers: Parameter name -> layer.
-    """
-    known = {name for layer in layers.values() for name in layer.weight.names}
-    unnamed = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.dim() > 1 and parameter.requires_grad and name not in known and "bias" not in name
-    }
-    share = sum(map(Tensor.numel, unnamed.values())) / sum(map(Tensor.numel, model.parameters()))
-    if share < SHARE:
-        return []
-    name, largest = max(unnamed.items(), key=lambda item: item[1].numel())
-    holder, _, attribute = name.rpartition(".")
-    kind = kind_of(model.get_submodule(holder))
-    others = f" and {len(unnamed) - 1} others" if len(unnamed) > 1 else ""
-    return [
-        f"Sparsifier: {percent(share)} of the parameters stay dense, because their axes have no names: {name} of "
-        f"{kind} ({'x'.join(map(str, largest.shape))}){others}; name them, as in register_layer({kind}, "
-        f"{attribute}={_EXAMPLES.get(largest.dim(), '(...)')}), or say which layers are pruned with layers="
-    ]
 
 
 def _summary(reasons: Mapping[str, str]) -> str:

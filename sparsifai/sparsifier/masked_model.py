@@ -12,6 +12,7 @@ from ..model.parallel import reshard
 from ..model.zeros import Count
 from .findings import Finding, check_found
 from .followers import Follower
+from .given_masks import check_masks
 from .layer import Layer, count_of, selected
 from .masking import masked_parameters, zero_gradients, zero_moments, zero_weights
 from .model_masks import ModelMasks
@@ -64,28 +65,42 @@ class MaskedModel:
         zero_moments(self._masked(), optimizer)
 
     @torch.no_grad()
-    def recover_masks(self, masks: Mapping[str, Tensor] | None = None) -> None:
+    def recover_masks(self) -> None:
         """Take the masks from the zeros of the model, as after loading a bare checkpoint of a sparse model.
 
         A group is pruned if all its weights are zero. A layer of zeros only, as some are initialized, is not pruned.
-
-        Args:
-            masks: Parameter name -> bool tensor that broadcasts to the weight. Given, the groups that are False as a
-                whole are pruned in addition to those that are pruned already, and levels stay as they are.
         """
         self._check_held("recover_masks")
+        self._replace_masks({name: layer.mask_of_zeros() for name, layer in self._selected.items()})
+
+    @torch.no_grad()
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace the masks of some layers, and set the weights that they prune to zero. Other layers stay as they are.
+
+        `sparsify` goes on from there: a higher sparsity prunes more, a lower one lets weights come back.
+
+        Args:
+            masks: Parameter name -> tensor of bools, or of zeros and ones, that broadcasts to the weight; False or 0
+                where it is pruned. Prefixes of wrappers, such as 'module.', are left out.
+
+        Raises:
+            TypeError: `masks` is no dictionary of tensors.
+            ValueError: A name is not that of a selected layer, or a mask has another shape, other values, or prunes
+                parts of a group. Nothing has changed then.
+        """
+        self._check_held("set_masks")
+        kept = check_masks(masks, self.layers)
+        self._replace_masks({name: self.layers[name].mask_of(groups) for name, groups in kept.items()})
+        self.apply_masks()
+
+    def _replace_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace the masks of some layers, and the levels by the sparsities that the masks have."""
         layers = self._selected
-        if masks is not None:
-            for name in layers.keys() & masks.keys():
-                layer = layers[name]
-                given = layer.grouping.any_of(masks[name].expand_as(layer.parameter))
-                layer.mask = layer.mask_of(layer.kept & given)
-        else:
-            recovered = {name: layer.with_mask(layer.mask_of_zeros(), 0.0) for name, layer in layers.items()}
-            # A layer that was ranked with others can have more or fewer zeros than the level that it was ranked for.
-            joint = count_of(recovered.values()).sparsity
-            for name, layer in layers.items():
-                layer.mask, layer.level = recovered[name].mask, min(recovered[name].count().sparsity, joint)
+        changed = {name: layers[name].with_mask(mask, 0.0) for name, mask in masks.items()}
+        # A layer that was ranked with others can have more or fewer zeros than the level that it was ranked for.
+        joint = count_of((layers | changed).values()).sparsity
+        for name, layer in changed.items():
+            layers[name].mask, layers[name].level = layer.mask, min(layer.count().sparsity, joint)
         self.all_masks.update_followers()
 
     @property

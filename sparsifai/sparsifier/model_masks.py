@@ -28,6 +28,14 @@ class ModelMasks(MutableMapping[str, Tensor]):
         """Mask the followers as the layers are masked now."""
         self._of_followers = masks_of_followers(self.followers, self.layers)
 
+    def add(self, masks: Mapping[str, Tensor]) -> None:
+        """Also prune the groups that other masks prune as a whole, in the layers that are pruned at all."""
+        pruned = selected(self.layers)
+        for name in pruned.keys() & masks.keys():
+            layer = pruned[name]
+            layer.mask = layer.mask_of(layer.kept & layer.grouping.any_of(masks[name].expand_as(layer.parameter)))
+        self.update_followers()
+
     def __getitem__(self, name: str) -> Tensor:
         if name in self._of_followers:
             return self._of_followers[name]

@@ -11,6 +11,7 @@ from ..axes.granularity import granularities
 from ..model.layers import find_weights, parameter_of
 from ..model.parallel import whole
 from ..model.tensors import check_values
+from ..support.warning import warn
 from .followers import masks_of_followers
 from .layer_selection import find_layers
 from .model_masks import merged
@@ -49,7 +50,13 @@ def recovered_masks(model: nn.Module, masks: Mapping[str, Tensor], example_input
     if zeros > CHANCE * weights or with_filters:
         masks = merged(masks, found)
     if with_filters:
-        masks = merged(masks, _masks_behind_filters(model, example_input))
+        try:
+            masks = merged(masks, _masks_behind_filters(model, example_input))
+        except ValueError as error:  # the data flow cannot be found
+            warn(
+                "whole filters are zero, but the biases and norm layers behind them are unknown, so that their zeros "
+                f"are not kept: {error}"
+            )
     return dict(masks)
 
 

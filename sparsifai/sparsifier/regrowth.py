@@ -7,7 +7,7 @@ et al., 2018, arXiv:1707.04780). The context ranks both times, first for the hig
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -36,9 +36,9 @@ class Regrowth(CollectedQuantities):
         """The call by which users collect gradients."""
         return "collect_gradients() after a backward, before gradients are masked,"
 
-    def take(self, moment: str) -> None:
+    def take(self, moment: str, names: Iterable[str] | None = None) -> None:
         """Do what `CollectedQuantities.take` does. After an update, the gradients of earlier batches are dropped."""
-        super().take(moment)
+        super().take(moment, names)
         if moment == "update":
             for quantity in self.begins & self.stored.keys():
                 del self.stored[quantity], self.counts[quantity]
@@ -65,12 +65,6 @@ class Regrowth(CollectedQuantities):
         """Load what `state` returned, to the devices of the parameters."""
         super().restore(state)
         self.used = {name: used.to(self._layers[name].parameter.device) for name, used in state["used"].items()}
-
-
-REGROWN_OUTPUTS = (
-    "regrow: whole outputs regrow from zero, and their bias and norm entries too. Behind a ReLU or a norm layer no "
-    "gradient reaches them, so they stay zero; choose smaller groups, such as kernels or weights"
-)
 
 
 def check_regrow(regrow: Any, context: Any) -> Any:

@@ -47,6 +47,8 @@ class Report(Table):
         rows: One `Row` per layer, in the order of the model.
         selected: Weights and zeros of the layers that are pruned.
         model: Weights and zeros of all parameters.
+        explored: With regrow=, the fraction of the selected weights that were kept by any mask since the first update
+            (Liu et al., 2021, arXiv:2102.02887); None without regrow=.
 
     Example:
         >>> import torch
@@ -59,6 +61,7 @@ class Report(Table):
     rows: tuple[Row, ...]
     selected: Count
     model: Count
+    explored: float | None = None
 
     @classmethod
     def of(cls, model: nn.Module, masks: Container[str] | None = None) -> Report:
@@ -106,8 +109,10 @@ class Report(Table):
             for name, parameter in model.named_parameters()
             if parameter.dim() > 1 and name not in known
         )
-        pruned = Count.of(*(layer.parameter for layer in selected(layers).values()))
-        return cls(rows, pruned, Count.of(*model.parameters()))
+        pruned = selected(layers)
+        explored = None if regrowth is None else regrowth.explored(pruned)
+        zeros = Count.of(*(layer.parameter for layer in pruned.values()))
+        return cls(rows, zeros, Count.of(*model.parameters()), explored)
 
     def _cells(self) -> Cells:
         last = "note" if any(row.note for row in self.rows) else "why dense"

@@ -5,8 +5,7 @@ The core of the library is `Sparsifier.sparsify`. It calls `build_masks`, which 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,29 +16,31 @@ from torch.utils._pytree import tree_map
 from ..axes.context import Context
 from ..axes.criterion import Criterion, is_elementwise
 from ..axes.granularity import Granularity
-from ..axes.grouping import squared_sum
 from ..model.parallel import is_sharded, process_group_of, unwrapped
 from ..support.checks import check_count
 from ..support.registry import name_of
+from ..support.warning import warn_each
 from .calibration import calibrate
 from .collection import CollectedQuantities, Source
 from .findings import both
-from .followers import rescaled_layers
-from .layer import level_of
-from .layer_selection import Asked, find_layers, notices_of_layers, scopes
+from .layer import level_of, unfrozen
+from .layer_selection import find_layers, scopes
 from .mask_building import NewMasks, Ranking, build_masks
 from .masked_model import MaskedModel
 from .masking import NEXT_TO_ZERO, newly_masked, zero_moments, zero_weights
+from .notices import notices_of_frozen, notices_of_outputs, notices_of_unnamed
 from .options import Options, Sparsity, check_sparsity
-from .regrowth import REGROWN_OUTPUTS, Regrowth, check_drop
+from .regrowth import Regrowth, check_drop
 from .report import Report
 from .saved_state import check_state
-from .steps import sparsity_at
+from .steps import check_repeatable, restored_on_failure, sparsity_at
 
 
 # Large, because it is the face of the core: a third of it are docstrings for its users.
 class Sparsifier(MaskedModel):
     """Makes any torch model sparse. The options say which weights are pruned and how they are chosen.
+
+    A layer that is frozen joins the selected layers when it is trained.
 
     Args:
         model: Any torch.nn.Module. Its parameters stay the same objects under the same names, and nothing is added to
@@ -122,8 +123,10 @@ class Sparsifier(MaskedModel):
         self._regrowth = None if options.regrow is None else Regrowth(options.regrow, source)
         self._take_quantities("start")
         self._calibration: tuple[Iterable, Callable | None] | None = None
-        # Users who say which layers are pruned know that others stay dense.
-        _warn([*self._notices(), *(notices_of_layers(inner, found) if options.layers is None else ())])
+        warn_each(notices_of_outputs(options, inner, self.layers, self.all_masks.followers))
+        warn_each(notices_of_frozen(self.layers))
+        if options.layers is None:  # who says which layers are pruned knows that others stay dense
+            warn_each(notices_of_unnamed(inner, self.layers))
 
     # --- Building masks -----------------------------------------------------------------------------------------
 
@@ -159,11 +162,10 @@ class Sparsifier(MaskedModel):
         if check_count("steps", steps) > 1 and drop:
             raise ValueError("sparsify: steps= and drop= do not go together; drop after the steps")
         if steps > 1:
-            _warn(self._sparsify_in_steps(wanted, steps))
+            warn_each(self._sparsify_in_steps(wanted, steps))
             return
-        asked = self._asked(wanted, drop)
-        new = build_masks(self._selected, asked, self.ranking, self.collected, self._regrowth, drop)
-        _warn(new.notices)  # before anything has changed, for those who make errors of warnings
+        new = self._new_masks(wanted, drop)
+        warn_each(new.notices)  # before anything has changed, for those who make errors of warnings
         self._apply(new)
 
     def update_masks(self, sparsity: Sparsity, optimizer: Any = None, *, drop: float = 0.0) -> None:
@@ -183,9 +185,8 @@ class Sparsifier(MaskedModel):
         self._check_held("update_masks")
         check_drop(drop, self._regrowth is not None)
         before = self.masks
-        asked = self._asked(check_sparsity(sparsity), drop)
-        new = build_masks(self._selected, asked, self.ranking, self.collected, self._regrowth, drop)
-        _warn(new.notices)
+        new = self._new_masks(check_sparsity(sparsity), drop)
+        warn_each(new.notices)
         self._take(new)
         earlier = {id(self.layers[name].parameter): mask for name, mask in before.items()}
         masked = [
@@ -207,46 +208,35 @@ class Sparsifier(MaskedModel):
         asked = scopes(check_sparsity(sparsity), self.layers, self.model)
         build_masks(self._selected, asked, self.ranking, self.collected)
 
-    def _asked(self, sparsity: Sparsity, drop: float = 0.0) -> Asked:
-        """The layers of each sparsity that is asked for. Pruned weights are zeroed where their values would matter."""
+    def _new_masks(self, sparsity: Sparsity, drop: float = 0.0) -> NewMasks:
+        """Build masks. Weights that are pruned already are set to zero before, where their values would matter."""
         asked = scopes(sparsity, self.layers, self.model)
         falling = any(fraction < self.layers[name].level for fraction, names in asked for name in names)
         if drop or falling or not is_elementwise(self.ranking.options.criteria) or self.collected.at("update"):
             # A step may have moved pruned weights. Their values must not reach a score, now or later, nor be revived.
             self.apply_masks()
-        return asked
+        return build_masks(self._selected, asked, self.ranking, self.collected, self._regrowth, drop)
+
+    def _sparsify_in_steps(self, sparsity: Sparsity, steps: int) -> list[str]:
+        """Build and apply masks in several steps; returns the notices. If a step fails, nothing has changed."""
+        calibration, notices = self._calibration, []
+        check_repeatable(self.collected, calibration)
+        scopes(sparsity, self.layers, self.model)  # raises if a pattern matches no selected layer
+        levels = {name: layer.level for name, layer in self._selected.items()}
+        with restored_on_failure(self):
+            for step in range(1, steps + 1):
+                if self.collected.looks_at_data and (step > 1 or self.collected.begins):
+                    self.calibrate(*calibration)  # type: ignore[misc]
+                new = self._new_masks(sparsity_at(step / steps, sparsity, levels, self.layers, self.model))
+                notices += new.notices
+                self._apply(new)
+        return list(dict.fromkeys(notices))
 
     def _apply(self, new: NewMasks) -> None:
         """Take new masks and apply them."""
         self._take(new)
         self.apply_masks()
         self._take_quantities("update")
-
-    def _sparsify_in_steps(self, sparsity: Sparsity, steps: int) -> list[str]:
-        """Build and apply masks in several steps; returns the notices. If a step fails, nothing has changed."""
-        state, calibration, notices = self.state_dict(), self._calibration, []
-        if self.collected.looks_at_data and (calibration is None or isinstance(calibration[0], Iterator)):
-            raise ValueError(
-                f"sparsify: with steps=, {name_of(self.collected.criterion)} looks at data in each step; call "
-                "calibrate before, with batches that can be iterated over again, such as a list"
-            )
-        scopes(sparsity, self.layers, self.model)  # raises if a pattern matches no selected layer
-        weights = [(parameter, parameter.detach().clone()) for parameter, _ in self._masked()]
-        try:
-            for step in range(1, steps + 1):
-                if self.collected.looks_at_data and (step > 1 or self.collected.begins):
-                    self.calibrate(*calibration)  # type: ignore[misc]
-                wanted = sparsity_at(step / steps, sparsity, state["levels"], self.layers, self.model)
-                new = build_masks(self._selected, self._asked(wanted), self.ranking, self.collected)
-                notices += new.notices
-                self._apply(new)
-        except BaseException:
-            self.load_state_dict(state)
-            with torch.no_grad():
-                for parameter, weight in weights:
-                    parameter.copy_(weight)
-            raise
-        return list(dict.fromkeys(notices))
 
     def _take(self, new: NewMasks) -> None:
         """Replace the masks, levels and random state. The weights are not changed."""
@@ -258,11 +248,19 @@ class Sparsifier(MaskedModel):
         if self._regrowth is not None:
             self._regrowth.note(new.masks)
 
-    def _take_quantities(self, moment: str) -> None:
-        """Store the quantities that are taken at 'start' or 'update'."""
-        self.collected.take(moment)
-        if self._regrowth is not None:
-            self._regrowth.take(moment)
+    def _take_quantities(self, moment: str, names: Iterable[str] | None = None) -> None:
+        """Store the quantities that are taken at 'start' or 'update'. names: the layers, by default all."""
+        for collected in filter(None, (self.collected, self._regrowth)):
+            collected.take(moment, names)
+
+    def _check_held(self, operation: str) -> None:
+        super()._check_held(operation)
+        if joining := unfrozen(self.layers):
+            for name in joining:
+                self.layers[name].select()
+            self.collected.source.layers = {name: layer.weight for name, layer in self._selected.items()}
+            self._take_quantities("start", joining)
+            self.all_masks.update_followers()
 
     # --- Data ---------------------------------------------------------------------------------------------------
 
@@ -313,19 +311,6 @@ class Sparsifier(MaskedModel):
     def level(self) -> float:
         """The sparsity that was last asked for, averaged over the weights of the selected layers."""
         return level_of(self._selected.values())
-
-    @property
-    def explored(self) -> float:
-        """Fraction of the weights that were ever active since the first update. Needs regrow=.
-
-        Liu et al., 2021, "Do We Actually Need Dense Over-Parameterization?" (arXiv:2102.02887).
-
-        Raises:
-            ValueError: The Sparsifier has no regrow=.
-        """
-        if self._regrowth is None:
-            raise ValueError("explored: only a Sparsifier with regrow= notes which weights were ever active")
-        return self._regrowth.explored(self._selected)
 
     def report(self) -> Report:
         """Count the zeros of each layer and of the whole model.
@@ -397,32 +382,9 @@ class Sparsifier(MaskedModel):
         self.collected = CollectedQuantities(options.criteria, Source(None, {}, self.collected.source.rng))  # type: ignore[arg-type]
         return model
 
-    # --- Helpers ------------------------------------------------------------------------------------------------
-
-    def _notices(self) -> list[str]:
-        """What the user should be warned of when the Sparsifier is made."""
-        notices, options = [], self.ranking.options
-        if self._regrowth is not None and any(layer.grouping.drops_outputs for layer in self._selected.values()):
-            notices.append(REGROWN_OUTPUTS)
-        if options.pool is squared_sum and (
-            rescaled := rescaled_layers(self.model, self.layers, self.all_masks.followers)
-        ):
-            notices.append(
-                f"{name_of(options.criteria)}: a batch norm undoes the scale of the outputs of "
-                f"{', '.join(rescaled[:3])}{' and others' if len(rescaled) > 3 else ''}, so the sum of w g over a "
-                "filter is zero but for rounding; choose snip or fisher, or smaller groups such as kernels"
-            )
-        return notices
-
     def __getstate__(self) -> dict[str, Any]:
         # A process group cannot be copied or pickled, so a copy works alone.
         return {**vars(self), "ranking": replace(self.ranking, process_group=None), "_calibration": None}
-
-
-def _warn(notices: Iterable[str]) -> None:
-    """Warn of each notice, at the line that has called the public method."""
-    for notice in notices:
-        warnings.warn(notice, stacklevel=3)
 
 
 def first_example(value: Any) -> Any:

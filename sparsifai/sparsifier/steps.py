@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..model.patterns import matching
+from ..support.registry import name_of
+from .collection import CollectedQuantities
 from .layer import Layers
 from .options import Sparsity
 
@@ -40,3 +45,39 @@ def sparsity_at(
         pattern: min(levels[name] for name in matching(pattern, weights, model) & levels.keys()) for pattern in sparsity
     }
     return {pattern: exponential(starts[pattern], end, t) for pattern, end in sparsity.items()}
+
+
+def check_repeatable(collected: CollectedQuantities, calibration: tuple | None) -> None:
+    """Check that a criterion that looks at data can do so in every step.
+
+    Args:
+        collected: The criterion and its quantities.
+        calibration: The batches and the loss of the last `calibrate`, or None.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if collected.looks_at_data and (calibration is None or isinstance(calibration[0], Iterator)):
+        raise ValueError(
+            f"sparsify: with steps=, {name_of(collected.criterion)} looks at data in each step; call calibrate before, "
+            "with batches that can be iterated over again, such as a list"
+        )
+
+
+@contextmanager
+def restored_on_failure(sparsifier: Any) -> Iterator[None]:
+    """Restore a Sparsifier and the weights of its layers, if an exception ends the block.
+
+    Args:
+        sparsifier: The Sparsifier.
+    """
+    state = sparsifier.state_dict()
+    weights = [(each, each.detach().clone()) for each in map(sparsifier.model.get_parameter, sparsifier.all_masks)]
+    try:
+        yield
+    except BaseException:
+        sparsifier.load_state_dict(state)
+        with torch.no_grad():
+            for parameter, weight in weights:
+                parameter.copy_(weight)
+        raise

@@ -97,7 +97,7 @@ def test_what_is_masked_stays_masked_where_a_context_asks_for_less(context):
     sparsifier = Sparsifier(model, context=context)
     adopted = {name: torch.ones_like(mask) for name, mask in sparsifier.masks.items()}
     adopted["1.weight"][:, :200] = False  # whole blocks, and more than any level below
-    sparsifier.recover_masks(adopted)
+    sparsifier.all_masks.add(adopted)
     sparsifier.apply_masks()
     for level in (0.25, 0.5):
         sparsifier.sparsify(level)

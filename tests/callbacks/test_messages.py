@@ -141,6 +141,33 @@ def fit_with_sneaky_schedule():
     small_learner(steps=3).fit(1, cbs=sparsifai.SparsifyCallback(0.5, schedule=sneaky))
 
 
+def fit_at_a_lower_sparsity(**arguments):
+    learn = small_learner(steps=3)
+    learn.fit(1, cbs=sparsifai.SparsifyCallback(0.8))
+    learn.fit(1, cbs=sparsifai.SparsifyCallback(**arguments))
+
+
+def fit_a_replaced_model(*callbacks):
+    def mistake():
+        learn = small_learner(steps=3)
+        learn.fit(1)
+        learn.model = small_net()
+        learn.fit(1, cbs=[make() for make in callbacks])
+
+    return mistake
+
+
+REPLACED = [
+    "the optimizer of the Learner holds no parameter of its model, so that nothing would be trained: the model was "
+    "replaced after the optimizer was made. Set learn.opt = None, and the fit makes a new optimizer"
+]
+LOWER = [
+    "SparsifyCallback: 79.", "% of the weights are pruned already, more than the 50.00% asked for, and stay pruned. To "
+    "let them go, call learn.remove_cb(KeepSparsity) and train without sparsity for a while, or load weights from "
+    "before they were pruned"
+]  # fmt: skip
+
+
 def fit_with_two():
     small_learner(cbs=sparsifai.SparsifyCallback(0.5)).fit(1, cbs=sparsifai.SparsifyCallback(0.8))
 
@@ -189,6 +216,11 @@ SPARSIFY = [
         "schedule that fails at one point", fit_with_sneaky_schedule, ValueError,
         ["schedule sneaky gives 2.0 at t=0.333333"],
     ),
+    ("a replaced model", fit_a_replaced_model(lambda: sparsifai.SparsifyCallback(0.5)), ValueError, REPLACED),
+    ("a replaced model, kept", fit_a_replaced_model(lambda: sparsifai.KeepSparsity()), ValueError, REPLACED),
+    ("a lower sparsity", lambda: fit_at_a_lower_sparsity(sparsity=0.5), UserWarning, LOWER),
+    ("a lower sparsity of a layer", lambda: fit_at_a_lower_sparsity(sparsity={"3": 0.5}), UserWarning,
+     ["more than the 50.00% asked for"]),
     (
         "two callbacks", fit_with_two, ValueError,
         [

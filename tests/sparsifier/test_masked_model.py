@@ -143,13 +143,13 @@ def test_given_masks_are_taken_and_stay_pruned_while_the_sparsity_rises(net):
     earlier.sparsify(0.3)
     for granularity in ("weight", "kernel"):
         later = Sparsifier(net, granularity)
-        later.recover_masks(earlier.masks)
+        later.all_masks.add(earlier.masks)
         later.sparsify(0.1)
         for name, mask in earlier.masks.items():
             assert torch.equal(later.masks[name].expand_as(later.layers[name].parameter),
                                mask.expand_as(later.layers[name].parameter))  # fmt: skip
     rows = Sparsifier(net, "filter")
-    rows.recover_masks(earlier.masks)
+    rows.all_masks.add(earlier.masks)
     whole = (earlier.masks["3.weight"] == 0).flatten(1).all(1)
     assert torch.equal(~rows.masks["3.weight"].flatten(), whole)
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from updates import BAD_CALIBRATIONS, batches
 
-from sparsifai import Sparsifier, bounded, criteria, schedules, sensitivity
+from sparsifai import Sparsifier, bounded, criteria, from_torch_prune, schedules, sensitivity
 
 NAN = float("nan")
 
@@ -206,10 +206,39 @@ MASKS = [
     *((f"{call} after release", lambda call=call, given=given: released(call, *given), RuntimeError,
        f"{call}: this Sparsifier has released its model; make a new one")
       for call, *given in (["apply_masks"], ["mask_gradients"], ["mask_moments", None], ["report"], ["state_dict"],
-                           ["release"], ["recover_masks"], ["sparsify", 0.5], ["update_masks", 0.5], ["check", 0.5],
-                           ["calibrate", []], ["collect_gradients"], ["load_state_dict", {}])),
+                           ["release"], ["recover_masks"], ["set_masks", {}], ["sparsify", 0.5],
+                           ["update_masks", 0.5], ["check", 0.5], ["calibrate", []],
+                           ["collect_gradients"], ["load_state_dict", {}])),
     ("a list for an optimizer", lambda: Sparsifier(mlp()).mask_moments([]), TypeError,
      "list is no optimizer, because it has no `state` by parameter; pass an optimizer of torch or fastai"),
+    *((name, lambda masks=masks, options=options: Sparsifier(mlp(), **options).set_masks(masks), error, message)
+      for name, masks, options, error, message in [
+        ("masks in a list", [1], {}, TypeError,
+         "set_masks: masks must be a dictionary from parameter names to masks, not [1]"),
+        ("an unknown mask", {"0.wieght": torch.ones(8, 4)}, {}, ValueError,
+         "set_masks: the model has no weight with named axes '0.wieght'; did you mean '0.weight'..."),
+        ("a mask of torch's prune", {"0.weight_mask": torch.ones(8, 4)}, {}, ValueError,
+         "set_masks: the model has no weight with named axes '0.weight_mask'; did you mean '0.weight'..."),
+        ("a mask of a dense layer", {"0.weight": torch.ones(8, 4)}, {"exclude": "0"}, ValueError,
+         "set_masks: 0.weight stays dense (excluded), so it has no mask; name it in layers= of the Sparsifier"),
+        ("a mask that is a list", {"0.weight": [1, 0]}, {}, TypeError,
+         "set_masks: the mask of 0.weight must be a tensor, not list"),
+        ("a mask of another shape", {"0.weight": torch.ones(4, 8)}, {}, ValueError,
+         "set_masks: the mask of 0.weight has the shape (4, 8), which does not fit its weight of (8, 4); an axis has "
+         "its size or 1"),
+        ("a mask of scores", {"0.weight": torch.full((8, 4), 0.5)}, {}, ValueError,
+         "set_masks: the mask of 0.weight must be of bools, or of 0 and 1; compare it: mask > threshold"),
+        ("a mask of parts of rows", {"0.weight": torch.eye(8, 4)}, {"granularity": "filter"}, ValueError,
+         "set_masks: the mask of 0.weight prunes parts of 4 groups, which this granularity keeps or prunes as a whole; "
+         "use granularity='weight'"),
+      ]),
+    *((name, lambda state=state: from_torch_prune(state), ValueError,
+       "from_torch_prune: a checkpoint of torch.nn.utils.prune has NAME_orig and NAME_mask, but " + message)
+      for name, state, message in [
+        ("a checkpoint without masks", {"0.weight": torch.ones(2)}, "it has none; load it as it is"),
+        ("a checkpoint that lacks a mask", {"0.weight_orig": torch.ones(2)},
+         "0.weight has only one of them; load it as it is"),
+      ]),
 ]  # fmt: skip
 
 # --- Data -------------------------------------------------------------------------------------------------------------
@@ -328,8 +357,6 @@ REGROWTH = [
      "gradients are masked, before sparsify"),
     ("drop without regrow", lambda: sparsify(0.5, drop=0.3), ValueError,
      "drop=0.3: nothing says what regrows; make the Sparsifier with regrow="),
-    ("explored without regrow", lambda: Sparsifier(mlp()).explored, ValueError,
-     "explored: only a Sparsifier with regrow= notes which weights were ever active"),
     *((f"drop {wrong}", lambda wrong=wrong: sparsify(0.5, regrow="random", drop=wrong), ValueError, f"{DROP}{wrong!r}")
       for wrong in (-0.1, 1, 30, True, "much", NAN)),
 ]  # fmt: skip

@@ -65,7 +65,7 @@ def test_a_case_by_hand():
     sparsifier.sparsify(0.5, drop=0.5)  # 6 and 5 are pruned; the highest gradients of zeros are those of 6 and -6
     assert model.weight.tolist() == [[8, 7, 6, 0, 0, 0, 0, 0]]
     assert sparsifier.masks["weight"].tolist() == [[True, True, True, False, False, False, True, False]]
-    assert sparsifier.explored == 5 / 8
+    assert sparsifier.report().explored == 5 / 8
     assert "62% ever used" in str(sparsifier.report())
 
 

@@ -36,7 +36,7 @@ def test_the_number_of_zeros_is_constant_while_masks_move(make_learner, optimize
     # Every fourth step in the first three quarters of training, after which no weight is pruned and regrown.
     assert moved == [step for step in range(3, 30, 4) if step in moved]
     assert len(moved) >= 6
-    assert 0.1 < callback.sparsifier.explored < 0.5
+    assert 0.1 < callback.sparsifier.report().explored < 0.5
 
 
 @pytest.mark.parametrize("criteria", ["large_final", "snip"])
@@ -117,10 +117,10 @@ def test_masks_do_not_move_in_lr_find_after_an_interrupted_fit(make_learner, tmp
     learn = make_learner(steps=12, cbs=callback, path=tmp_path)
     with pytest.raises(KeyboardInterrupt):
         learn.fit(1, cbs=Callback(after_step=stop))
-    before, explored = alive(callback.sparsifier), callback.sparsifier.explored
+    before, explored = alive(callback.sparsifier), callback.sparsifier.report().explored
     learn.lr_find(num_it=12, show_plot=False)
     assert torch.equal(before, alive(callback.sparsifier))
-    assert explored == callback.sparsifier.explored
+    assert explored == callback.sparsifier.report().explored
     learn.fit(1)
     assert not torch.equal(before, alive(callback.sparsifier))
 

@@ -123,10 +123,10 @@ def test_regrowth_continues_from_a_saved_state(mlp):
     run(first, range(3))
     weights, state = {name: value.clone() for name, value in mlp.state_dict().items()}, first.state_dict()
     run(first, range(3, 6))
-    expected, explored = alive(first), first.explored
+    expected, explored = alive(first), first.report().explored
     mlp.load_state_dict(weights)
     second = Sparsifier(mlp, context="local", regrow=increase)
     second.load_state_dict(state)
     run(second, range(3, 6))
     assert torch.equal(alive(second), expected)
-    assert second.explored == explored
+    assert second.report().explored == explored

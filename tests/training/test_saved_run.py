@@ -61,6 +61,7 @@ def test_a_resumed_run_ends_like_one_that_was_not_interrupted(after, criteria, r
     assert str(again) == str(expected)
 
 
+@pytest.mark.filterwarnings("ignore:(?s).*are frozen, so they stay dense")
 def test_a_run_with_frozen_layers_is_resumed(make_learner, tmp_path):
     fits = []
 

@@ -1,0 +1,111 @@
+"""Masks that come from elsewhere: checked against the layers, and read from checkpoints that torch has pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..support.registry import close_matches
+from .layer import Layer, Layers
+
+# What wrappers of torch put before the names of parameters.
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+def check_masks(masks: Any, layers: Layers) -> dict[str, Tensor]:
+    """Check masks from elsewhere.
+
+    Args:
+        masks: Parameter name -> tensor of bools, or of zeros and ones, that broadcasts to the weight.
+        layers: All layers of the Sparsifier.
+
+    Returns:
+        Layer name -> bool per group, False where it is pruned.
+
+    Raises:
+        TypeError: `masks` is no dictionary, or a value is no tensor.
+        ValueError: A name is not that of a selected layer, or a mask does not fit.
+    """
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"set_masks: masks must be a dictionary from parameter names to masks, not {masks!r:.80}")
+    kept = {}
+    for given, mask in masks.items():
+        name = given
+        for prefix in _PREFIXES:
+            name = name.removeprefix(prefix)
+        if name not in layers:
+            raise ValueError(
+                f"set_masks: the model has no weight with named axes {given!r}; {close_matches(name, layers)}"
+            )
+        if layers[name].why_dense:
+            raise ValueError(
+                f"set_masks: {name} stays dense ({layers[name].why_dense}), so it has no mask; name it in layers= of "
+                "the Sparsifier"
+            )
+        kept[name] = _kept_groups(name, mask, layers[name])
+    return kept
+
+
+def _kept_groups(name: str, mask: Any, layer: Layer) -> Tensor:
+    """Bool per group of a layer, by a mask."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"set_masks: the mask of {name} must be a tensor, not {type(mask).__name__}")
+    shape = layer.parameter.shape
+    if mask.dim() != len(shape) or any(size not in (1, full) for size, full in zip(mask.shape, shape, strict=True)):
+        raise ValueError(
+            f"set_masks: the mask of {name} has the shape {tuple(mask.shape)}, which does not fit its weight of "
+            f"{tuple(shape)}; an axis has its size or 1"
+        )
+    if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"set_masks: the mask of {name} must be of bools, or of 0 and 1; compare it: mask > threshold")
+    full = mask.bool().to(layer.parameter.device).expand(shape)
+    kept, lost = layer.grouping.any_of(full), layer.grouping.any_of(~full)
+    if (kept & lost).any():
+        raise ValueError(
+            f"set_masks: the mask of {name} prunes parts of {int((kept & lost).sum())} groups, which this "
+            "granularity keeps or prunes as a whole; use granularity='weight'"
+        )
+    return kept
+
+
+def from_torch_prune(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Split a checkpoint of a model that torch.nn.utils.prune has pruned into weights and masks.
+
+    Such a checkpoint has `weight_orig` and `weight_mask` in place of each pruned `weight`.
+
+    Args:
+        state: The state_dict.
+
+    Returns:
+        A state_dict with the usual names, where pruned weights are zero, for `model.load_state_dict`. And parameter
+        name -> bool mask, for `Sparsifier.set_masks`.
+
+    Raises:
+        ValueError: An original weight has no mask, or a mask no original weight, or none is there at all.
+
+    Example:
+        >>> state = {"0.weight_orig": torch.tensor([[1.0, 2.0]]), "0.weight_mask": torch.tensor([[0.0, 1.0]])}
+        >>> from_torch_prune(state)
+        ({'0.weight': tensor([[0., 2.]])}, {'0.weight': tensor([[False,  True]])})
+    """
+    pruned = {name.removesuffix("_orig") for name in state if name.endswith("_orig")}
+    masked = {name.removesuffix("_mask") for name in state if name.endswith("_mask")}
+    if pruned != masked or not pruned:
+        name = min(pruned ^ masked, default="")
+        missing = f"{name} has only one of them" if name else "it has none"
+        raise ValueError(
+            f"from_torch_prune: a checkpoint of torch.nn.utils.prune has NAME_orig and NAME_mask, but {missing}; load "
+            "it as it is"
+        )
+    masks = {name: state[f"{name}_mask"] != 0 for name in sorted(pruned)}
+    weights: dict[str, Any] = {}
+    for name, value in state.items():
+        plain = name.removesuffix("_orig").removesuffix("_mask")
+        if plain not in pruned:
+            weights[name] = value
+        elif name.endswith("_orig"):
+            weights[plain] = torch.where(masks[plain], value, torch.zeros_like(value))
+    return weights, masks

@@ -1,0 +1,97 @@
+"""What users are warned of: where masks of whole outputs, or criteria, do not do what one might expect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..axes.grouping import squared_sum
+from ..model.parallel import kind_of
+from ..support.registry import name_of
+from ..support.table import percent
+from .followers import Follower, rescaled_layers
+from .layer import FROZEN, Layers, selected
+from .layer_selection import FROZEN_UNCOUPLED
+from .options import Options
+
+REGROWN_OUTPUTS = (
+    "regrow: whole outputs regrow from zero, and their bias and norm entries too. Behind a ReLU or a norm layer no "
+    "gradient reaches them, so they stay zero; choose smaller groups, such as kernels or weights"
+)
+
+# If more than this fraction of the weights is frozen, the user is warned.
+LARGE_PART = 0.2
+
+# If at least this fraction of the parameters has no named axes, the user is warned.
+UNNAMED_PART = 0.1
+
+# Number of axes -> how they may be called, for messages.
+_EXAMPLES = {2: ("out", "in"), 3: ("expert", "out", "in"), 4: ("out", "in", "h", "w")}
+
+
+def notices_of_frozen(layers: Layers) -> list[str]:
+    """What the user should be warned of when a large part of the model is frozen, and so stays dense.
+
+    Args:
+        layers: All layers.
+    """
+    later = {FROZEN: "until they are trained", FROZEN_UNCOUPLED: "even if they are trained later, because of coupled="}
+    frozen = [name for name, layer in layers.items() if layer.why_dense in later]
+    weights = sum(layers[name].parameter.numel() for name in frozen)
+    part = weights / max(1, sum(layer.parameter.numel() for layer in layers.values()))
+    if part <= LARGE_PART:
+        return []
+    return [
+        f"{percent(part)} of the weights ({len(frozen)} of {len(layers)} layers, such as {frozen[0]}) are frozen, so "
+        f"they stay dense {later[layers[frozen[0]].why_dense]}; unfreeze them, or name them in layers= to prune them "
+        "as they are"
+    ]
+
+
+def notices_of_unnamed(model: nn.Module, layers: Layers) -> list[str]:
+    """Notice that a large part of a model stays dense, because the axes of its weights have no names.
+
+    Args:
+        model: The model, without wrappers.
+        layers: Parameter name -> layer.
+    """
+    known = {name for layer in layers.values() for name in layer.weight.names}
+    unnamed = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and parameter.requires_grad and name not in known and "bias" not in name
+    }
+    share = sum(map(Tensor.numel, unnamed.values())) / sum(map(Tensor.numel, model.parameters()))
+    if share < UNNAMED_PART:
+        return []
+    name, largest = max(unnamed.items(), key=lambda item: item[1].numel())
+    holder, _, attribute = name.rpartition(".")
+    kind = kind_of(model.get_submodule(holder))
+    others = f" and {len(unnamed) - 1} others" if len(unnamed) > 1 else ""
+    return [
+        f"Sparsifier: {percent(share)} of the parameters stay dense, because their axes have no names: {name} of "
+        f"{kind} ({'x'.join(map(str, largest.shape))}){others}; name them, as in register_layer({kind}, "
+        f"{attribute}={_EXAMPLES.get(largest.dim(), '(...)')}), or say which layers are pruned with layers="
+    ]
+
+
+def notices_of_outputs(options: Options, model: nn.Module, layers: Layers, followers: Sequence[Follower]) -> list[str]:
+    """What the user should be warned of when whole outputs are pruned.
+
+    Args:
+        options: The options of the Sparsifier.
+        model: The model.
+        layers: All layers.
+        followers: The biases and norm parameters that are masked with whole outputs.
+    """
+    notices = []
+    if options.regrow is not None and any(layer.grouping.drops_outputs for layer in selected(layers).values()):
+        notices.append(REGROWN_OUTPUTS)
+    if options.pool is squared_sum and (rescaled := rescaled_layers(model, layers, followers)):
+        notices.append(
+            f"{name_of(options.criteria)}: a batch norm undoes the scale of the outputs of "
+            f"{', '.join(rescaled[:3])}{' and others' if len(rescaled) > 3 else ''}, so the sum of w g over a "
+            "filter is zero but for rounding; choose snip or fisher, or smaller groups such as kernels"
+        )
+    return notices
