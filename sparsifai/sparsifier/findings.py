@@ -105,9 +105,9 @@ def found_ties(
 
 
 def _is_constant(layer: Layer) -> Tensor:
-    """Whether a large part of a weight is zero, or all of it has one magnitude."""
+    """Whether a weight is zero, or has one magnitude everywhere. Zeros of a part of it are those of pruning before."""
     sizes = whole(layer.parameter.detach()).abs()
-    return ((sizes == 0).sum() * 100 >= sizes.numel() * PERCENT) | (sizes.amax() == sizes.amin())
+    return sizes.amax() == sizes.amin()
 
 
 def _tied(grouping: Grouping, score: Tensor, alive: Tensor, kept: Tensor) -> Tensor:

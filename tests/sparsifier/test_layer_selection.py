@@ -21,6 +21,7 @@ from sparsifai import (
 )
 
 
+@pytest.mark.filterwarnings("ignore:.*are frozen")
 def test_by_default_frozen_layers_and_embeddings_stay_dense():
     model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4))
     model[1].requires_grad_(False)
