@@ -193,6 +193,7 @@ def test_without_fastprogress_there_is_no_progress_bar(mlp, monkeypatch):
 
 @pytest.mark.parametrize("precision", [0.005, 0.01, 0.03, 0.25])
 @pytest.mark.parametrize("tolerance", [0, 0.3, 4, 17.5, 40, 100])
+@pytest.mark.filterwarnings("ignore:the sparsity that was asked for cannot be reached")
 def test_highest_sparsity_equals_the_one_found_by_trying_all(precision, tolerance):
     model = nn.Sequential(nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 5))
 
