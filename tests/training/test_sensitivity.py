@@ -226,6 +226,7 @@ def test_highest_sparsity_of_a_loss_and_of_values_that_are_not_finite(mlp):
     assert highest_sparsity(mlp, 100, zeros_loss) == 46 / 48  # each layer keeps its best weight
 
 
+@pytest.mark.filterwarnings("ignore:the sparsity that was asked for cannot be reached")
 def test_highest_sparsity_is_counted_and_obeys_the_limit_of_the_context(mlp):
     met = lambda model: 1.0  # noqa: E731
     assert highest_sparsity(mlp, 0.1, met, context="2:4") == 0.5
