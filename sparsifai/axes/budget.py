@@ -174,8 +174,13 @@ class _Bounded:
 
 
 def _shapes(layer: ScoredLayer) -> list[tuple[int, ...]]:
-    """Shapes of the weight as it is stored, or of all coupled ones: outputs, inputs, then the other axes."""
+    """Shapes of the weight as it is stored, or of all coupled ones: outputs, inputs, then the other axes.
+
+    Of the matrices of several experts it is the shape of one.
+    """
     named = [dict(zip(weight.axes, weight.parameter.shape, strict=True)) for weight in layer.targets]
+    for sizes in named:
+        sizes.pop("expert", None)
     return [(sizes.pop("out", 1), sizes.pop("in", 1), *sizes.values()) for sizes in named]
 
 

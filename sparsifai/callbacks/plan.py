@@ -20,6 +20,7 @@ from ..model.linear import why_not_two_four
 from ..model.running import first_example
 from ..model.zeros import Count
 from ..sparsifier.collection import CollectedQuantities
+from ..sparsifier.findings import check_found
 from ..sparsifier.followers import masks_of_followers
 from ..sparsifier.layer import Layer, Layers, level_of, selected
 from ..sparsifier.layer_selection import Asked, scopes
@@ -93,7 +94,7 @@ def plan_of(
         ranking = replace(ranking, options=ranking.options.with_criteria(large_final))
         collected = CollectedQuantities(large_final, collected.source)
     new = build_masks(pruned, asked, ranking, collected)
-    new.check_nan()
+    check_found(new.found)
     planned = {
         name: layer.with_mask(new.masks[name], new.levels[name]) if name in pruned else layer
         for name, layer in sparsifier.layers.items()

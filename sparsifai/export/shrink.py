@@ -14,7 +14,7 @@ from ..model.channels.removal import Removal, named_tensors
 from ..model.layers import outputs_of
 from ..model.norms import check_fused_norms
 from ..model.parallel import unwrapped
-from ..model.tensors import with_autograd
+from ..model.tensors import check_values, with_autograd
 from ..model.zeros import Count
 from ..support.checks import check_is_module
 from ..support.table import Cells, Table, percent
@@ -102,6 +102,7 @@ def shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
     """The smaller copy of a model, as of `shrink`, and the table of what was removed."""
     check_is_module("shrink", "model", model)
     model = unwrapped(model)
+    check_values("shrink", dict(model.named_parameters()))
     check_fused_norms(model)
     dtypes = {name: value.dtype for name, value in named_tensors(model)}
     removal = Removal(model, with_autograd(example_input)).remove_all()

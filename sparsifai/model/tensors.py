@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,26 @@ def tensors_in(tree: Any) -> list[Tensor]:
         elif hasattr(leaf, "__dict__") and not callable(leaf):  # modules, classes and functions are callable
             tensors += [held for held in tree_leaves(vars(leaf)) if isinstance(held, Tensor)]
     return tensors
+
+
+def check_values(caller: str, tensors: Mapping[str, Tensor]) -> None:
+    """Check that tensors have values.
+
+    Args:
+        caller: Name of the function that was called, for the message.
+        tensors: The parameters of a model by name.
+
+    Raises:
+        ValueError: One of them is on torch's meta device, because it was made there or because its values are
+            offloaded.
+    """
+    without = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if without:
+        count = f" ({len(without)} of {len(tensors)} parameters are)" if len(without) > 1 else ""
+        raise ValueError(
+            f"{caller}: {without[0]} is on the meta device, without values{count}; load the whole model into memory "
+            "first, by model.to_empty(device='cpu') and load_state_dict, or without offloading (device_map=None)"
+        )
 
 
 def is_float(value: Any) -> bool:

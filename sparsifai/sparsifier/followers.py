@@ -30,11 +30,13 @@ class Follower:
         size: Number of its entries.
         producers: Layer name -> which of its outputs act on which entries, two long tensors of the same length; None
             where output i acts on entry i. An entry that no output acts on is kept.
+        experts: Number of experts in the layer. With several, the parameter has a row of entries for each.
     """
 
     name: str
     size: int
     producers: Mapping[str, tuple[Tensor, Tensor] | None]
+    experts: int = 1
 
     def mask(self, kept_outputs: Mapping[str, Tensor]) -> Tensor:
         """The mask of the parameter. kept_outputs: layer name -> bool per output, False where it is pruned."""
@@ -54,7 +56,11 @@ def masks_of_followers(followers: Iterable[Follower], layers: Layers) -> dict[st
     """Follower name -> its mask, from the masks of the layers, if any layer that it follows is pruned."""
     following = [each for each in followers if any(layers[name].is_selected for name in each.producers)]
     kept_outputs = {name: layers[name].kept_outputs for each in following for name in each.producers}
-    return {follower.name: follower.mask(kept_outputs) for follower in following}
+    masks = {follower.name: follower.mask(kept_outputs) for follower in following}
+    masks |= {each.name: masks[each.name].view(each.experts, -1) for each in following if each.experts > 1}
+    # A bias whose axes have names can be pruned by itself, too.
+    own = {name: layers[name].mask for name in masks if name in layers and layers[name].is_selected}
+    return masks | {name: masks[name] & mask.to(masks[name].device) for name, mask in own.items()}
 
 
 def find_followers(model: nn.Module, layers: Mapping[str, Layer], flow: Callable[[], Flow]) -> list[Follower]:
@@ -77,16 +83,20 @@ def find_followers(model: nn.Module, layers: Mapping[str, Layer], flow: Callable
         if all(_normalizes_outputs(module, dropping[name], moved) for name in names):
             for attribute in _affine_names(module):
                 producers[parameter_name(norm, attribute)] = dict.fromkeys(sorted(names))
-    return [Follower(name, dropping[next(iter(those))].out, those) for name, those in producers.items()]
+    first = {name: dropping[next(iter(those))] for name, those in producers.items()}
+    return [
+        Follower(name, first[name].out, those, first[name].axes.get("expert", 1)) for name, those in producers.items()
+    ]
 
 
 def _biases(weight: NamedWeight) -> list[str]:
     """Names of the biases that are added to the outputs of a layer; weight_ih_l0 has bias_ih_l0."""
     names: dict[int, str] = {}
     for owner, module in weight.owners:
-        for attribute in (weight.attribute.replace("weight", "bias"), "bias"):
+        shape = (weight.axes["expert"], weight.axes["out"]) if "expert" in weight.axes else (weight.out,)
+        for attribute in (weight.attribute.replace("weight", "bias"), f"{weight.attribute}_bias", "bias"):
             bias = getattr(module, attribute, None)
-            if isinstance(bias, nn.Parameter) and bias.shape == (weight.out,):
+            if isinstance(bias, nn.Parameter) and bias.shape == shape:
                 names.setdefault(id(bias), parameter_name(owner, attribute))
                 break
     return list(names.values())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..axes.granularity import granularities
 from ..model.layers import find_weights, parameter_of
 from ..model.parallel import whole
+from ..model.tensors import check_values
 from ..support.warning import warn
 from .followers import masks_of_followers
 from .layer_selection import find_layers
@@ -32,7 +33,11 @@ def recovered_masks(model: nn.Module, masks: Mapping[str, Tensor], example_input
 
     Returns:
         Parameter name -> mask.
+
+    Raises:
+        ValueError: A parameter has no values.
     """
+    check_values("the zeros of a model", dict(model.named_parameters()))
     found, zeros, weights = {}, 0, 0
     for name, weight in find_weights(model).items():
         kept = whole(weight.parameter.detach()) != 0
@@ -58,11 +63,9 @@ def recovered_masks(model: nn.Module, masks: Mapping[str, Tensor], example_input
 
 def _masks_behind_filters(model: nn.Module, example_input: Any) -> dict[str, Tensor]:
     """The masks that prune the zeros of the biases and norm layers of zero filters."""
-    computed = [name for name, weight in find_weights(model).items() if weight.sources]
     layers, followers, _ = find_layers(
-        model, granularities["filter"], layers=lambda name, module: True, exclude=computed or None,
-        example_input=example_input,
-    )  # fmt: skip
+        model, granularities["filter"], layers=lambda name, module: True, example_input=example_input, refuse=False
+    )
     zeros = {name: layer.with_mask(layer.mask_of_zeros(), 0.0) for name, layer in layers.items() if layer.is_selected}
     return {
         name: mask | (parameter_of(model, name, mask).detach() != 0)

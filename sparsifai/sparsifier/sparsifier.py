@@ -22,12 +22,13 @@ from ..support.registry import name_of
 from ..support.warning import warn_each
 from .calibration import calibrate
 from .collection import CollectedQuantities, Source
+from .findings import both
 from .layer import level_of, unfrozen
 from .layer_selection import find_layers, scopes
-from .mask_building import NewMasks, Ranking, build_masks, note_nan
+from .mask_building import NewMasks, Ranking, build_masks
 from .masked_model import MaskedModel
 from .masking import NEXT_TO_ZERO, newly_masked, zero_moments, zero_weights
-from .notices import notices_of_frozen, notices_of_outputs
+from .notices import notices_of_frozen, notices_of_outputs, notices_of_unnamed
 from .options import Options, Sparsity, check_sparsity
 from .regrowth import Regrowth, check_drop
 from .report import Report
@@ -125,6 +126,8 @@ class Sparsifier(MaskedModel):
         self._calibration: tuple[Iterable, Callable | None] | None = None
         warn_each(notices_of_outputs(options, inner, self.layers, self.all_masks.followers))
         warn_each(notices_of_frozen(self.layers))
+        if options.layers is None:  # who says which layers are pruned knows that others stay dense
+            warn_each(notices_of_unnamed(inner, self.layers))
 
     # --- Building masks -----------------------------------------------------------------------------------------
 
@@ -240,7 +243,7 @@ class Sparsifier(MaskedModel):
         """Replace the masks, levels and random state. The weights are not changed."""
         for name, layer in self._selected.items():
             layer.mask, layer.level = new.masks[name], new.levels[name]
-        note_nan(self._nan, new.nan)
+        self._found = both(self._found, new.found)  # that of earlier updates may not have been read yet
         self.collected.source.rng.set_state(new.random)
         self.all_masks.update_followers()
         if self._regrowth is not None:
@@ -320,7 +323,7 @@ class Sparsifier(MaskedModel):
             A table; its `plot` draws it.
         """
         self._check_held("report")
-        self._check_nan()
+        self._check_found()
         return Report.measure(self.model, self.layers, self.ranking.options.context, self._regrowth)
 
     def __repr__(self) -> str:

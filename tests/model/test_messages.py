@@ -44,6 +44,14 @@ def fused_with_zeros():
     return nn.Sequential(layer)
 
 
+class Wrapper(nn.Module):
+    """A wrapper that this library does not know, such as those that average weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = nn.ModuleDict({"inner": nn.Sequential(nn.Linear(4, 2))})
+
+
 def register(axes, kind=Conv1D):
     return lambda: register_layer(kind, weight=axes)
 
@@ -53,7 +61,7 @@ def too_many_axes():
         """A class of its own, since a kind stays registered."""
 
     register_layer(Own, weight=("in", "out", "h"))
-    find_weights(Own())
+    Sparsifier(Own())
 
 
 def selects(pattern, argument="layers"):
@@ -98,8 +106,9 @@ MESSAGES = [
         too_many_axes,
         ValueError,
         [
-            "Own.weight is registered with the axes ('in', 'out', 'h'), but has the shape (4, 6)",
-            "correct the call of register_layer",
+            "Sparsifier: Own.weight is registered with the axes ('in', 'out', 'h'), but has the shape (4, 6)",
+            "leave it out with exclude=, or name the axes by a function of the layer: register_layer(Own, "
+            "weight=function)",
         ],
     ),
     (
@@ -112,13 +121,28 @@ MESSAGES = [
         "a mask of another model",
         lambda: parameter_of(nn.Linear(4, 2), "0.weight", torch.ones(2, 4)),
         ValueError,
-        ["Linear is not a copy of the masked model; 0.weight: "],
+        ["Linear is not a copy of the masked model: it has no parameter '0.weight'; did you mean 'weight'?"],
+    ),
+    (
+        "a mask of a model in a wrapper",
+        lambda: parameter_of(Wrapper(), "0.weight", torch.ones(2, 4)),
+        ValueError,
+        [
+            "Wrapper is not a copy of the masked model: it has no parameter '0.weight'; it holds one as "
+            "'average.inner': pass that module, model.average.inner"
+        ],
+    ),
+    (
+        "a mask of a model without parameters",
+        lambda: parameter_of(nn.ReLU(), "weight", torch.ones(2, 4)),
+        ValueError,
+        ["ReLU is not a copy of the masked model: it has no parameter 'weight'; it has no parameters"],
     ),
     (
         "a mask of another shape",
         lambda: parameter_of(nn.Linear(4, 2), "weight", torch.ones(3, 4)),
         ValueError,
-        ["Linear is not a copy of the masked model; weight: "],
+        ["Linear is not a copy of the masked model: 'weight' has the shape (2, 4), and its mask (3, 4)"],
     ),
     ("a name in layers=", selects("heed.*"), ValueError, [f"{NO_LAYER}'heed.*'; did you mean 'head"]),
     ("a name in exclude=", selects("heed.*", "exclude"), ValueError, [f"{NO_LAYER}'heed.*'; did you mean 'head"]),
