@@ -13,14 +13,14 @@ from benchmarks.timing import copying, interleaved, milliseconds, ratio, seconds
 from sparsifai import Sparsifier, blocks
 
 
-def update_seconds(make_model, granularity, context, criteria, rounds, slow_rounds, peers):
+def update_seconds(make_model, granularity, context, criteria, rounds, slow_rounds, peers, round_to=None):
     """Median seconds of a copy, of building masks, of building and applying them, and of the peers' updates.
 
     make_model: gives a fresh model, of which each library gets one. peers: which of them can do the same.
     """
     levels = [0.45 + 0.1 * number / rounds for number in range(rounds + 1)]
     model = make_model()
-    sparsifier = Sparsifier(model, granularity, context, criteria, layers=kinds_of(model))
+    sparsifier = Sparsifier(model, granularity, context, criteria, layers=kinds_of(model), round_to=round_to)
     move(model)
     sparsifier.sparsify(levels[0])
     # In this order: `check` builds masks and drops them, so both start from the level of the round before.
@@ -56,28 +56,32 @@ def _prune_update(model, context, levels):
 
 
 HEAD_OF_ZEROS = "global magnitude, head of zeros"
-TWO_OF_FOUR = "2:4"
+ROUNDED = "global magnitude, round_to=8"
+# Contexts that the peers do not have.
+OWN = {"2:4": blocks(4), "8:16": blocks(16), "per_output": "per_output", "lamp": "lamp"}
 
 
 def build(quick):
     "Mask updates at a level that rises a little each time"
     axes = {
+        "local magnitude": ("weight", "local", "large_final"),
         "global magnitude": ("weight", "global", "large_final"),
         HEAD_OF_ZEROS: ("weight", "global", "large_final"),
-        "local magnitude": ("weight", "local", "large_final"),
         "global movement": ("weight", "global", "movement"),
         "global filter": ("filter", "global", "large_final"),
         "global kernel": ("kernel", "global", "large_final"),
         "global channel": ("channel", "global", "large_final"),
-        TWO_OF_FOUR: ("weight", blocks(4), "large_final"),
+        **{case: ("weight", context, "large_final") for case, context in OWN.items()},
+        ROUNDED: ("weight", "global", "large_final"),
     }
     rows = []
     with threads(1):
         for name in ("resnet18",) if quick else ("resnet18", "resnet50", "vit_b_16"):
+            local = None
             for case, (granularity, context, criteria) in axes.items():
                 can = ["FasterAI"] if granularity == "weight" or "resnet" in name else []
                 can += ["torch prune"] if (granularity, criteria) == ("weight", "large_final") else []
-                can = [] if case in (HEAD_OF_ZEROS, TWO_OF_FOUR) else can  # alike to them, or not theirs
+                can = [] if case in (HEAD_OF_ZEROS, ROUNDED, *OWN) else can  # alike to them, or not theirs
                 peers = [peer for peer in can if peer != "FasterAI" or fasterai_is_installed()]
                 seconds = update_seconds(
                     partial(random_model, name, zeros=case == HEAD_OF_ZEROS),
@@ -87,14 +91,19 @@ def build(quick):
                     rounds=7 if quick else 15,
                     slow_rounds=1 if quick else 3,
                     peers=peers,
+                    round_to=8 if case == ROUNDED else None,
                 )
-                rows.append({"model": name, "case": case, **_update_columns(seconds, can)})
+                copies = seconds["update"] / seconds["copy"]
+                local = copies if case == "local magnitude" else local
+                of_local = {"update / local": ratio(copies, local)}
+                rows.append({"model": name, "case": case, **_update_columns(seconds, can), **of_local})
     return Table(
         "build",
         "one mask update near 0.5, one thread",
         rows,
-        "ms; `update` is build and apply; peers build and apply too. With filters, kernels and channels FasterAI masks "
-        "convolutions only; sparsifai masks linear layers too, and with filters their biases and norm layers.",
+        "ms; `update` is build and apply; peers build and apply too. `update / local`: copies that updates take, over "
+        "those of local magnitude. With filters, kernels and channels FasterAI masks convolutions only; "
+        "sparsifai masks linear layers too, and with filters their biases and norm layers.",
     )
 
 

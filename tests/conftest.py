@@ -20,6 +20,11 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+# The nets of some tests are so small, or so often tied, that users would be warned.
+misses_sparsity = pytest.mark.filterwarnings("ignore:the sparsity that was asked for cannot be reached")
+has_ties = pytest.mark.filterwarnings("ignore:[0-9]+ scores of .* are equal")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
@@ -118,6 +123,14 @@ def as_on_device(sparsifier):
     """Have a Sparsifier on the CPU do what it does on a GPU."""
     sparsifier.ranking = OnDevice(**vars(sparsifier.ranking))
     return sparsifier
+
+
+def without_values(sparsifier):
+    """Move the model of a Sparsifier and its masks to torch's meta device: to read a value there is an error."""
+    sparsifier.model.to("meta")
+    for layer in sparsifier.layers.values():
+        layer.mask = layer.mask.to("meta")
+    return as_on_device(sparsifier)
 
 
 def layers_of(sparsifier):

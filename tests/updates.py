@@ -1,6 +1,8 @@
 """What tests do between two updates of masks: train a little, run batches, make up gradients, and count."""
 
 import math
+import warnings
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +81,18 @@ def counting(callback_of, masks, counts):
 
     Watch.__module__ = "fastai.watching"  # as KeepSparsity trusts callbacks of fastai
     return Watch()
+
+
+@contextmanager
+def no_waiting():
+    """Within, what makes the host wait for the GPU is an error."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def no_gradient(output, target):

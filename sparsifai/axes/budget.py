@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..model.layers import NamedWeight
+from ..model.parallel import whole
 from ..model.patterns import matching
 from ..support.capability import capability
 from ..support.registry import name_of
 from .context import Context, contexts, local
-from .criterion import lamp as lamp_score
+from .ranking.lamp_counts import lamp_counts
 from .ranking.scored_layer import ScoredLayer
 from .ranking.selection import select_groups
 
@@ -70,18 +70,13 @@ def lamp(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     The ranking within a layer is by the criterion. Lee et al., 2021, "Layer-Adaptive Sparsity for the Magnitude-based
     Pruning" (arXiv:2010.07611).
     """
-    scored = [
-        ScoredLayer(layer.target, score.__getitem__, np.ones(len(score), bool), may_empty=layer.may_empty)
+    weights = [
+        [(weight.name, whole(weight.parameter.detach()).flatten().cpu()) for weight in layer.targets]
         for layer in layers
-        for score in [np.concatenate([_lamp_scores(weight) for weight in layer.targets])]
     ]
-    sparsities = [1 - kept.mean() for kept in select_groups(scored, sparsity)]
-    return _each(layers, sparsities)
-
-
-def _lamp_scores(weight: NamedWeight) -> np.ndarray:
-    """The LAMP scores of a weight, in index order."""
-    return lamp_score(weight.parameter.detach()).flatten().cpu().numpy()
+    counts = lamp_counts(weights, sparsity, any(layer.may_empty for layer in layers))
+    sizes = [sum(len(values) for _, values in each) for each in weights]
+    return _each(layers, [1 - (size - count) / size for size, count in zip(sizes, counts, strict=True)])
 
 
 def bounded(context: str | Context, bounds: Mapping[str, float | tuple[float, float]]) -> Context:
@@ -179,8 +174,13 @@ class _Bounded:
 
 
 def _shapes(layer: ScoredLayer) -> list[tuple[int, ...]]:
-    """Shapes of the weight as it is stored, or of all coupled ones: outputs, inputs, then the other axes."""
+    """Shapes of the weight as it is stored, or of all coupled ones: outputs, inputs, then the other axes.
+
+    Of the matrices of several experts it is the shape of one.
+    """
     named = [dict(zip(weight.axes, weight.parameter.shape, strict=True)) for weight in layer.targets]
+    for sizes in named:
+        sizes.pop("expert", None)
     return [(sizes.pop("out", 1), sizes.pop("in", 1), *sizes.values()) for sizes in named]
 
 

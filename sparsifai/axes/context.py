@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,13 +33,15 @@ import torch
 from torch import Tensor
 
 from ..support.capability import capability
+from ..support.chunk import CHUNK
 from ..support.registry import Registry, name_of
+from ..support.table import percent
 from .n_of_m import parse_blocks
 from .ranking.device_layer import DeviceLayer
 from .ranking.rows_on_device import Rows, kept_in_rows
 from .ranking.scored_layer import ScoredLayer
 from .ranking.selection import select_each, select_groups
-from .ranking.within_rows import lowest_of_rows, ranking_keys
+from .ranking.within_rows import ranking_keys, write_kept
 
 Context = Callable[[Sequence[ScoredLayer], float], "list[np.ndarray]"]
 
@@ -108,39 +112,47 @@ def _outputs_first(layer: Any) -> tuple[tuple[int, ...], list[int], int]:
             "parts of outputs; choose another granularity, such as 'weight', or leave the layer out with exclude="
         )
     shape = tuple(layer.grid.values())
-    outer = [axes.index(axis) for axis in ("groups", "out") if axis in axes]
+    outer = [axes.index(axis) for axis in ("groups", "expert", "out") if axis in axes]
     order = [*outer, *(place for place in range(len(axes)) if place not in outer)]
-    return shape, order, len(layer) // math.prod(shape[axis] for axis in outer)
+    return shape, order, math.prod(shape[place] for place in order[len(outer) :])
 
 
 def _per_output(layer: ScoredLayer, form: tuple[tuple[int, ...], list[int], int], count: int) -> np.ndarray:
     """Which groups of one layer are kept."""
-    shape, order, length = form
-    keys = ranking_keys(layer).reshape(shape).transpose(order)
-    pruned = lowest_of_rows(keys.reshape(-1, length), count).reshape(keys.shape).transpose(np.argsort(order))
-    kept = np.logical_not(pruned).reshape(-1)
-    return kept & (layer.alive | layer.revives)
+    shape, order, row = form
+    keys_of: Callable[[slice], np.ndarray] = partial(ranking_keys, layer)
+    if order != sorted(order):
+        keys_of = ranking_keys(layer).reshape(shape).transpose(order).reshape(-1).__getitem__
+    kept = np.empty(len(layer), bool)
+    many = max(CHUNK // row, 1) * row
+    for part in (slice(start, start + many) for start in range(0, len(layer), many)):
+        write_kept(kept[part].reshape(-1, row), keys_of(part).reshape(-1, row), 1, row, count)
+    in_order = kept.reshape([shape[place] for place in order])
+    return in_order.transpose(np.argsort(order)).reshape(-1) & (layer.alive | layer.revives)
 
 
 def _per_output_on_device(
     layers: Sequence[DeviceLayer], forms: Sequence[tuple[tuple[int, ...], list[int], int]], counts: Sequence[int]
 ) -> list[Tensor]:
     """Which groups of all layers are kept."""
+    in_order = []  # others, for these belong to the caller
     for layer, (shape, order, _) in zip(layers, forms, strict=True):
-        if order == sorted(order):
-            continue
-        layer.score, layer.alive = (
-            values.reshape(shape).permute(order).reshape(-1) for values in (layer.score, layer.alive)
-        )
+        score, alive = layer.score, layer.alive
+        if order != sorted(order):
+            score, alive = (values.reshape(shape).permute(order).reshape(-1) for values in (score, alive))
+        in_order.append(replace(layer, score=score, alive=alive))
     rows = [
         Rows(len(layer) // length, length, 1, length, count)
         for layer, (*_, length), count in zip(layers, forms, counts, strict=True)
     ]
+    all_kept = kept_in_rows(in_order, rows)
+    for layer, ranked in zip(layers, in_order, strict=True):
+        layer.nan = ranked.nan
     return [
         kept.reshape([shape[axis] for axis in order])
         .permute([order.index(axis) for axis in range(len(order))])
         .reshape(-1)
-        for kept, (shape, order, _) in zip(kept_in_rows(layers, rows), forms, strict=True)
+        for kept, (shape, order, _) in zip(all_kept, forms, strict=True)
     ]
 
 
@@ -154,7 +166,7 @@ def ask(
         layers: The layers to rank.
         sparsity: Fraction of the weights of `layers` to prune, from 0 to 1.
         granularity: Name of the granularity, for the notice.
-        notices: A list, to which a notice is added if nothing can be pruned although a sparsity was asked for.
+        notices: A list, to which a notice is added if the context cannot prune as much as was asked for.
 
     Returns:
         For each layer a bool array with one entry per group, True where the group is kept.
@@ -179,26 +191,27 @@ def ask(
                 f"context {name_of(context)} prunes all of {layer.target.name}; every layer must keep at least one "
                 "group, unless may_empty=True is given"
             )
-    if sparsity > 0 and all(kept.all() for kept in all_kept) and _nothing_can_be_pruned(context, layers):
-        notices.append(
-            f"sparsity {sparsity:g} was asked for, but with granularity {granularity} and context {name_of(context)} "
-            "no group can be pruned, because the best group of each scope is kept; choose smaller groups, or context "
-            "'global'",
-        )
+    if sparsity > 0:
+        notices += _notices_of_limits(context, layers, sparsity, granularity, all_kept)
     return all_kept
 
 
-def ask_on_device(context: Any, layers: Sequence[DeviceLayer], sparsity: float) -> list[Tensor]:
+def ask_on_device(
+    context: Any, layers: Sequence[DeviceLayer], sparsity: float, granularity: str, notices: list[str]
+) -> list[Tensor]:
     """Call a context that ranks on a GPU, and check what can be checked without waiting for it.
 
     Args:
         context: A context that declares on_device.
         layers: The layers to rank, with tensors.
         sparsity: Fraction of the weights of `layers` to prune, from 0 to 1.
+        granularity: Name of the granularity, for the notice.
+        notices: A list, to which a notice is added if shapes show that not as much can be pruned as was asked for.
 
     Raises:
         ValueError: If it does not return a bool tensor over the groups of each layer.
     """
+    notices += _notices_of_limits_on_device(context, layers, sparsity, granularity)
     all_kept = context(layers, sparsity)
     forms = [(kept.dtype, kept.shape) if isinstance(kept, Tensor) else type(kept).__name__ for kept in all_kept]
     if forms != [(torch.bool, layer.alive.shape) for layer in layers]:
@@ -211,9 +224,70 @@ def ask_on_device(context: Any, layers: Sequence[DeviceLayer], sparsity: float) 
     return [kept & (layer.alive | layer.revives) for layer, kept in zip(layers, all_kept, strict=True)]
 
 
-def _nothing_can_be_pruned(context: Context, layers: Sequence[ScoredLayer]) -> bool:
-    """Whether the context keeps every group even at sparsity 1."""
+# Fraction of the weights by which a sparsity may be missed before there is a notice.
+MISSED = 0.01
+
+
+def _notices_of_limits(
+    context: Context, layers: Sequence[ScoredLayer], sparsity: float, granularity: str, all_kept: list[np.ndarray]
+) -> list[str]:
+    """Notice that no group can be pruned, or that layers in which no more can be pruned miss the sparsity.
+
+    The text is the same at all sparsities of a schedule, so that a warning is shown once.
+    """
+    total = sum(layer.total for layer in layers)
+    pruned = [layer.weights(~kept) for layer, kept in zip(layers, all_kept, strict=True)]
+    if sparsity * total - sum(pruned) <= MISSED * total and any(pruned):
+        return []
     try:
-        return all(kept.all() for kept in context(layers, 1.0))
+        most = context(layers, capability(context, "highest_sparsity") or 1.0)
     except ValueError:  # some contexts refuse so high a sparsity
-        return False
+        return []
+    how = f"with granularity {granularity} and context {name_of(context)}"
+    limits = [layer.weights(~np.asarray(kept)) for layer, kept in zip(layers, most, strict=True)]
+    if not any(limits):
+        return [
+            f"sparsity {sparsity:g} was asked for, but {how} no group can be pruned, because the best group of each "
+            "scope is kept; choose smaller groups, or context 'global'"
+        ]
+    # Weights that are missing in layers of which no more can be pruned, and the fraction that can be.
+    missing = {
+        layer.target.name: (sparsity * layer.total - now, limit / layer.total)
+        for layer, now, limit in zip(layers, pruned, limits, strict=True)
+        if now == limit < sparsity * layer.total
+    }
+    each_alone = capability(context, "fixes_counts") is True
+    if pruned != limits and not (each_alone and sum(weights for weights, _ in missing.values()) > MISSED * total):
+        return []
+    return [_cannot_be_reached(how, {name: share for name, (_, share) in missing.items()})]
+
+
+def _notices_of_limits_on_device(
+    context: Context, layers: Sequence[DeviceLayer], sparsity: float, granularity: str
+) -> list[str]:
+    """As `_notices_of_limits`, for layers on a GPU with groups of equal size, by shapes alone."""
+    rule, sizes = capability(context, "fixes_counts"), [layer.size for layer in layers]
+    if not rule or any(layer.may_empty or layer.whole for layer in layers):
+        return []
+    weights = [layer.weights for layer in layers]
+    limits = [total - size if isinstance(size, int) else total for total, size in zip(weights, sizes, strict=True)]
+    missing = [max(sparsity * total - limit, 0.0) for total, limit in zip(weights, limits, strict=True)]
+    missed = sum(missing) if rule is True else sparsity * sum(weights) - sum(limits)
+    if missed <= MISSED * sum(weights):
+        return []
+    shares = {
+        layer.target.name: limit / total
+        for layer, limit, total, weights_missing in zip(layers, limits, weights, missing, strict=True)
+        if weights_missing > 0
+    }
+    return [_cannot_be_reached(f"with granularity {granularity} and context {name_of(context)}", shares)]
+
+
+def _cannot_be_reached(how: str, shares: Mapping[str, float]) -> str:
+    """The notice that layers limit the sparsity. shares: layer name -> the fraction of it that can be pruned."""
+    name = min(shares, key=lambda each: shares[each])
+    return (
+        f"the sparsity that was asked for cannot be reached: {how} at most {percent(shares[name])} of {name} can be "
+        "pruned, because the best group of each scope is kept; choose smaller groups, another context, "
+        "may_empty=True, or leave such layers out with exclude="
+    )

@@ -56,7 +56,7 @@ class Grouping:
         Args:
             granularity: A function of the axes.
             axes: Axis name -> size, in the order of the weight's shape. In a grouped convolution the sizes are those
-                within one convolution group.
+                within one convolution group. The granularity does not see an axis 'expert', but may name it.
             convolution_groups: `groups` of the convolution.
 
         Returns:
@@ -67,11 +67,12 @@ class Grouping:
             TypeError: The granularity returns neither axis names nor a dictionary of extents.
             ValueError: The granularity fails, or an extent is not a whole number of at least 1.
         """
+        of_one = {axis: size for axis, size in axes.items() if axis != "expert"}
         try:
-            answer = granularity(dict(axes))
+            answer = granularity(of_one)
         except Exception as error:
             raise ValueError(
-                f"granularity {name_of(granularity)} fails on the axes {dict(axes)} ({error}); a granularity is a "
+                f"granularity {name_of(granularity)} fails on the axes {of_one} ({error}); a granularity is a "
                 "function of a layer's axes that returns those that index the mask, such as ('out',)"
             ) from error
         if isinstance(answer, str) or not isinstance(answer, Iterable):
@@ -92,10 +93,12 @@ class Grouping:
                     f"of at least 1, not {extent!r}"
                 )
         shape = list(axes.values())
+        # A channel or filter belongs to one expert or convolution group. Without 'out' and 'in' it spans all of them.
+        if {"out", "in"} & indexed.keys() and "expert" in axes:
+            indexed.setdefault("expert", 1)
         extents = [min(indexed.get(axis, size), size) for axis, size in axes.items()]
         split = convolution_groups > 1
         if split:
-            # A channel or filter belongs to one convolution group. A group without 'out' and 'in' spans all of them.
             shape.insert(0, convolution_groups)
             extents.insert(0, 1 if {"out", "in"} & indexed.keys() else convolution_groups)
         return cls(indexed, tuple(shape), tuple(extents), split, ("groups",) * split + tuple(axes))
@@ -260,13 +263,19 @@ class Grouping:
 
     @property
     def drops_outputs(self) -> bool:
-        """Whether a group consists of whole outputs (filters) of the layer."""
-        return set(self.indexed) <= {"out"}
+        """Whether a group consists of whole outputs (filters) of the layer, or of an expert in it."""
+        return _consists_of_whole("out", self)
 
     @property
     def drops_inputs(self) -> bool:
-        """Whether a group consists of whole inputs (channels) of the layer."""
-        return set(self.indexed) <= {"in"}
+        """Whether a group consists of whole inputs (channels) of the layer, or of an expert in it."""
+        return _consists_of_whole("in", self)
+
+
+def _consists_of_whole(side: str, grouping: Grouping) -> bool:
+    """Whether nothing but this axis indexes the mask. A vector, such as a bias, is no matrix with outputs."""
+    sides = {side, "expert", "groups"}
+    return set(grouping.indexed) <= sides and not set(grouping.names) <= sides
 
 
 def sides_of(grouping: Grouping) -> tuple[int, ...] | None:

@@ -21,7 +21,7 @@ from ..support.registry import name_of
 from .ranking.device_layer import DeviceLayer
 from .ranking.rows_on_device import Rows, kept_in_rows
 from .ranking.scored_layer import ScoredLayer
-from .ranking.within_rows import ranking_keys, write_kept
+from .ranking.within_rows import BLOCKS, ranking_keys, write_kept
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Blocks:
         """Which groups of a layer are kept, when `count` of every block are pruned."""
         outer, length, inner = form
         kept = np.empty(len(layer), bool)
-        rows = max(1, CHUNK // (length * inner))
+        rows = max(1, max(CHUNK, self.size * BLOCKS) // (length * inner))
         for start in range(0, outer, rows):
             part = slice(start * length * inner, min(start + rows, outer) * length * inner)
             keys = ranking_keys(layer, part).reshape(-1, length, inner)

@@ -7,7 +7,8 @@ computed if a criterion names it. `taken` marks the function with the moments at
 - 'score': whenever scores are computed. Nothing is stored.
 - 'start': when the Sparsifier is made. A copy of the result is stored.
 - 'update': after each mask update. A copy of the result is stored.
-- 'backward': after a backward pass, when `.grad` is there: in training, or in a batch of `calibrate`.
+- 'backward': after a backward pass, when `.grad` is there: in training, or in a batch of `calibrate`. A layer that the
+  batch has skipped has zeros for `.grad`.
 - 'forward': in a batch of `calibrate`, when a layer computes; its input is `inputs[name]`.
 - 'loss': in a batch of `calibrate`, when its `loss` is there, for quantities that need more than the gradient.
 
@@ -28,18 +29,17 @@ A quantity of your own is such a function. Criteria can then name it:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ..model.layers import CONVOLUTIONS, NamedWeight
 from ..model.parallel import whole
-from ..model.running import evaluating, run
-from ..model.tensors import widened
+from ..model.running import evaluating, first_example, run
+from ..model.tensors import is_float, tensors_in, widened, with_autograd
 from ..support.registry import Registry, name_of
 
 
@@ -53,6 +53,7 @@ class QuantitySource(Protocol):
         example_input: A batch, or None.
         inputs: Parameter name -> the input of its layer, at the moment 'forward'.
         loss: The loss of the batch, a tensor, at the moment 'loss'.
+        skipped: The layers that no gradient of the batch reaches; theirs is zero.
     """
 
     model: nn.Module
@@ -61,6 +62,7 @@ class QuantitySource(Protocol):
     example_input: Any
     inputs: dict[str, Tensor]
     loss: Any
+    skipped: set[str]
 
     def once(self, compute: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Compute something for all layers, once at each moment.
@@ -230,18 +232,22 @@ def _gradient(layer: NamedWeight) -> Tensor:
     """The gradient of a weight, dense and whole."""
     gradient = layer.parameter.grad
     if gradient is None:
-        raise ValueError(
-            f"no gradient has reached {layer.name}: it is frozen, or the loss does not depend on it; leave it out with "
-            "exclude="
-        )
+        raise ValueError(f"no gradient has reached {layer.name}, which is frozen; leave it out with exclude=")
     return widened(whole(gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()))
 
 
 def _by_channel(layer: NamedWeight, value: Tensor) -> Tensor:
     """Reshape the input of a layer to (channels, everything else)."""
+    if "expert" in layer.axes:
+        raise UnsuitableLayerError(
+            f"activation: every expert of {layer.name} has inputs of its own, which are not seen; leave the experts "
+            f"out with exclude=, such as the class {layer.kind}, or choose a criterion without activations, such as "
+            "large_final with context 'per_output'"
+        )
     channels = layer.axes["in"] * layer.convolution_groups
     # Channels are the second axis in a convolution (the first without a batch), and the last axis in other layers.
     axis = -1 if not isinstance(layer.module, CONVOLUTIONS) else 1 if value.dim() == len(layer.axes) else 0
+    value = value.abs() if value.is_complex() else value
     if layer.attribute != "weight" or not value.is_floating_point() or value.shape[axis] != channels:
         raise UnsuitableLayerError(
             f"activation: {layer.name} is not multiplied with the input of {layer.kind}, of shape "
@@ -258,11 +264,10 @@ def _hessian_gradients(source: QuantitySource) -> dict[str, Tensor]:
     if frozen:
         raise UnsuitableLayerError(f"no gradient reaches {frozen[0]}, which is frozen; leave it out with exclude=")
     gradients = torch.autograd.grad(source.loss, list(parameters.values()), create_graph=True, allow_unused=True)
-    unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
-    if unused:
-        raise ValueError(
-            f"no gradient has reached {unused[0]}: the loss does not depend on it; leave it out with exclude="
-        )
+    source.skipped = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None}
+    gradients = tuple(gradient for gradient in gradients if gradient is not None)
+    if not gradients:
+        return {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     squares = torch.stack([(gradient * gradient.detach()).sum() for gradient in gradients]).sum()
     if not squares.requires_grad:  # the loss is linear in all weights
         return {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
@@ -274,6 +279,7 @@ def _hessian_gradients(source: QuantitySource) -> dict[str, Tensor]:
     }
 
 
+@torch.inference_mode(False)
 def _synaptic_flow(source: QuantitySource) -> dict[str, Tensor]:
     """dR/d|w| of all layers."""
     if source.example_input is None:
@@ -287,13 +293,17 @@ def _synaptic_flow(source: QuantitySource) -> dict[str, Tensor]:
     parameters = {name: values[name].requires_grad_() for name in source.layers}
     with torch.enable_grad(), evaluating(model):
         try:
-            output = run(partial(functional_call, model, values), tree_map(_ones, source.example_input))
+            output = run(
+                lambda *inputs, **named: functional_call(model, values, inputs, named),
+                tree_map(_ones, with_autograd(first_example(source.example_input))),
+            )
         except Exception as error:
             raise ValueError(
                 f"synflow: the model fails on ones in float64 in the shape of example_input ({error}); pass an "
-                "example_input= that fits, and cast nothing to another type in forward"
+                "example_input= that fits, a tuple for several inputs or one list, a dictionary for named ones, and "
+                "cast nothing to another type in forward"
             ) from error
-        total = torch.stack([each.sum() for each in tree_leaves(output) if isinstance(each, Tensor)]).sum()
+        total = torch.stack([each.sum() for each in tensors_in(output) if each.requires_grad]).sum()
         gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
     if unused:
@@ -302,7 +312,5 @@ def _synaptic_flow(source: QuantitySource) -> dict[str, Tensor]:
 
 
 def _ones(value: Any) -> Any:
-    """The first example of a batch, with ones for its floats; tokens and other integers are kept."""
-    if not isinstance(value, Tensor):
-        return value
-    return torch.ones_like(value[:1], dtype=torch.float64) if value.is_floating_point() else value[:1]
+    """Ones for floats; tokens and other integers are kept."""
+    return torch.ones_like(value, dtype=torch.float64) if is_float(value) else value

@@ -49,6 +49,9 @@ class TrainingCallback(Callback):
     def _taken_off(self) -> None:
         """Called before the callback is removed from the Learner."""
 
+    def _model_replaced(self) -> None:
+        """Called when `learn.shrink` has replaced the model of the Learner by a smaller one."""
+
     def __reduce_ex__(self, protocol):
         learn = self.learn
         if learn is not None and learn.opt is None and len(learn.dls.train_ds) == 0:  # in `learn.export`

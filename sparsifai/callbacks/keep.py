@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..model.norms import check_fused_norms
 from ..model.parallel import unwrapped
 from ..sparsifier.masking import (
     NEXT_TO_ZERO,
@@ -86,9 +87,13 @@ class KeepSparsity(TrainingCallback):
         else:
             self.learn.__dict__.pop(self.name, None)
 
+    def _model_replaced(self) -> None:
+        self.masks, self.held_model, self.recovers = {}, None, True  # from now on the zeros of the smaller model
+
     def before_fit(self):
         "Zero the masked weights and their moments, which may have been loaded or changed since the last fit"
         self._recovered = False
+        check_fused_norms(self.learn.model)
         if self.held_model is not None and self.held_model is not unwrapped(self.learn.model):
             raise ValueError(
                 "KeepSparsity keeps the zeros of another model than the Learner's; remove it with "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..model.running import Split, not_drawn_from, untraced
 from ..sparsifier.masking import parameters_of
 from ..sparsifier.sparsifier import Sparsifier
+from ..support.warning import warn
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
@@ -27,14 +28,16 @@ def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None) 
     Args:
         learn: The Learner.
         sparsifier: A Sparsifier of its model.
-        batches: The batches. Default: in a fit the present batch, else the first one of the training data.
+        batches: The batches. Default: in a fit the present batch, else the first one of the training data. That batch
+            may skip layers: others will not, and the training goes on.
     """
     collected = sparsifier.collected
     if not collected.at("forward", "loss") and collected.missing() is None:
         return
 
+    collected.may_skip = batches is None
     if batches is None and learn.xb[0] is not None:
-        sparsifier.calibrate([(*learn.xb, learn.yb)], loss_of(learn))
+        sparsifier.calibrate([(*learn.xb, learn.yb)], _loss_of(learn.loss_func))
     else:
         calibrate_with(learn, sparsifier, batches)
     # Start anew with the next gradients, so that no batch counts twice.
@@ -124,13 +127,30 @@ def calibrate_with(learn: Any, sparsifier: Sparsifier, batches: Iterable | None)
 
 
 def loss_of(learn: Any) -> Callable:
-    """The loss of a Learner as a function of (output, targets).
+    """The loss of a Learner as a function of (output, targets), for batches that no callback has changed.
 
-    If the output is a tuple, as that of language models, the loss is that of its first element.
+    While it trains, MixUp and CutMix put a loss on the Learner that mixes the targets of the present batch. The loss of
+    the user is the one that they keep. If the output is a tuple, as that of language models, the loss is that of its
+    first element.
     """
+    loss = learn.loss_func
+    callback: Any = getattr(loss, "__self__", None)
+    while hasattr(callback, "old_lf"):
+        loss = callback.old_lf
+        callback = getattr(loss, "__self__", None)
+    if callback in learn.cbs:
+        warn(
+            f"{callback.name} has put its own loss on the Learner, which may mix the targets of the present batch; the "
+            "batches of calibration= are scored by it. Let the callback keep the loss it replaces as `old_lf`"
+        )
+    return _loss_of(loss)
+
+
+def _loss_of(loss: Callable) -> Callable:
+    """A loss as a function of (output, tuple of targets) that takes the first output of several, and the mean."""
 
     def loss_func(output: Any, targets: tuple) -> Tensor:
         output = output[0] if isinstance(output, tuple) else output
-        return learn.loss_func(output, *targets).mean()
+        return loss(output, *targets).mean()
 
     return loss_func

@@ -11,22 +11,23 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..axes.changed_schedule import raised
 from ..axes.criterion import large_final
 from ..axes.schedule import Schedule, progress, schedules
-from ..model.flops import count_flops
+from ..model.flops import Flops, all_flops
 from ..model.linear import why_not_two_four
+from ..model.running import first_example
 from ..model.zeros import Count
 from ..sparsifier.collection import CollectedQuantities
+from ..sparsifier.findings import check_found
 from ..sparsifier.followers import masks_of_followers
 from ..sparsifier.layer import Layer, Layers, level_of, selected
 from ..sparsifier.layer_selection import Asked, scopes
 from ..sparsifier.mask_building import Ranking, build_masks, compares_with_itself
 from ..sparsifier.options import Options, Sparsity, check_sparsity
 from ..sparsifier.report import Report
-from ..sparsifier.sparsifier import Sparsifier, first_example
+from ..sparsifier.sparsifier import Sparsifier
 from ..support.capability import capability
 from ..support.checks import check_count
 from ..support.registry import name_of
@@ -83,7 +84,7 @@ def plan_of(
     measured = sparsifier.report()  # raises if the model is released
     model, ranking, collected = sparsifier.model, sparsifier.ranking, sparsifier.collected
     if example_input is not None:
-        example = tree_map(first_example, example_input)
+        example = first_example(example_input)
         collected = collected.on(replace(collected.source, example_input=example))
     pruned = selected(sparsifier.layers)
     asked = scopes(sparsity, sparsifier.layers, model)
@@ -93,7 +94,7 @@ def plan_of(
         ranking = replace(ranking, options=ranking.options.with_criteria(large_final))
         collected = CollectedQuantities(large_final, collected.source)
     new = build_masks(pruned, asked, ranking, collected)
-    new.check_nan()
+    check_found(new.found)
     planned = {
         name: layer.with_mask(new.masks[name], new.levels[name]) if name in pruned else layer
         for name, layer in sparsifier.layers.items()
@@ -102,8 +103,8 @@ def plan_of(
     if initial_sparsity:
         schedule = raised(schedule, min(initial_sparsity / level, 1.0))
     weights = {name: layer.weight for name, layer in planned.items()}
-    flops = {} if example_input is None else count_flops(model, weights, collected.source.example_input)
-    layers = _planned_layers(model, planned, measured, flops)
+    flops = Flops({}, 0) if example_input is None else all_flops(model, weights, collected.source.example_input)
+    layers = _planned_layers(model, planned, measured, flops.of_weights)
     sizes = [layer.size for layer in layers]
     total = Size.total([layer.size for layer in layers if not layer.why_dense])
     timeline = timeline_of(schedule, n_epoch, n_iter, every, level)
@@ -113,7 +114,7 @@ def plan_of(
         _note_of_scores(sparsifier.ranking.options, unscored, fixed),
         _note_of_zeros(pruned),
         _note_of_followers(masks_of_followers(sparsifier.all_masks.followers, planned)),
-        _note_of_flops(layers) if flops else "",
+        _note_of_flops(layers, flops) if flops.of_weights else "",
         NEAR_COLLAPSE if any(layer.near_collapse for layer in layers) else "",
         "Bytes left: 1 bit per weight and the element size per remaining weight, or as dense.",
     ]
@@ -240,9 +241,15 @@ def _note_of_followers(masks: Mapping[str, Tensor]) -> str:
     return f"Not counted: {masked:,} entries of biases and norm layers that are masked together with whole outputs."
 
 
-def _note_of_flops(layers: Sequence[PlannedLayer]) -> str:
+def _note_of_flops(layers: Sequence[PlannedLayer], flops: Flops) -> str:
     unknown = [layer.name for layer in layers if layer.size.flops is None]
     note = "FLOPs: 2 x multiply-adds with weights, per example; left is x density, which only sparse kernels keep"
+    if flops.others:
+        share = percent(Count(sum(flops.of_weights.values()) + flops.others, flops.others).sparsity)
+        note += (
+            "; products that read none of these weights, such as those of attention, are another "
+            f"{flops.others:,}, {share} of all"
+        )
     return f"{note}; not known of {_some(unknown)}." if unknown else f"{note}."
 
 

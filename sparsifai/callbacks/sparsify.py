@@ -9,15 +9,15 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from ..axes.changed_schedule import between
 from ..axes.n_of_m import check_reachable
 from ..axes.schedule import progress, schedules
 from ..model.parallel import unwrapped
+from ..model.running import first_example
 from ..sparsifier.options import Options, check_sparsity, highest, mapped
 from ..sparsifier.regrowth import check_drop, sparsity_of_drop
-from ..sparsifier.sparsifier import Sparsifier, first_example
+from ..sparsifier.sparsifier import Sparsifier
 from ..support.checks import check_count, check_fraction
 from ..support.table import percent
 from .base import TrainingCallback
@@ -269,7 +269,7 @@ class SparsifyCallback(TrainingCallback):
 
     def _new_sparsifier(self) -> Sparsifier:
         """Make the Sparsifier at the first batch: the data flow of some models can only be found with an example."""
-        example = tree_map(first_example, self.learn.xb) if self.example_input is None else self.example_input
+        example = first_example(self.learn.xb) if self.example_input is None else self.example_input
         sparsifier = self._sparsifier_of(unwrapped(self.learn.model), example)
         show_data(self.learn, sparsifier, self.calibration)
         sparsifier.check(self.sparsity)

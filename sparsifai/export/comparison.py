@@ -19,6 +19,7 @@ from ..model.flops import count_flops
 from ..model.layers import find_weights
 from ..model.parallel import unwrapped
 from ..model.running import evaluating, run, untraced
+from ..model.tensors import check_values
 from ..model.zeros import Count
 from ..support.checks import check_count, check_is_module
 from .comparison_table import Comparison, Form, caption
@@ -68,6 +69,7 @@ def compare(dense: nn.Module, sparse: nn.Module, example_input: Any, repeats: in
     """
     for name, model in (("dense", dense), ("sparse", sparse)):
         check_is_module("compare", name, model)
+        check_values("compare", dict(model.named_parameters()))
     if repeats is not None and check_count("repeats", repeats) < 3:
         raise ValueError(f"compare: repeats must be at least 3, not {repeats}; fewer runs cannot be told from noise")
     dense, sparse = unwrapped(dense), unwrapped(sparse)

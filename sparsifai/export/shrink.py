@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..model.channels.connections import zero_outputs
 from ..model.channels.removal import Removal, named_tensors
 from ..model.layers import outputs_of
+from ..model.norms import check_fused_norms
 from ..model.parallel import unwrapped
+from ..model.tensors import check_values, with_autograd
 from ..model.zeros import Count
 from ..support.checks import check_is_module
 from ..support.table import Cells, Table, percent
+from ..support.warning import warn
 
 
 def shrink(model: nn.Module, example_input: Any) -> nn.Module:
@@ -23,7 +26,8 @@ def shrink(model: nn.Module, example_input: Any) -> nn.Module:
 
     A filter is removed with all that belongs to its channel: its bias, its entries in norm layers, and the weights of
     the next layers that read it. If a zero filter leaves a constant channel, the constant is added to the biases of the
-    next layers. Channels that no layer reads are removed too. The copy trains like any other model, in a new Learner.
+    next layers. Channels that no layer reads are removed too. The copy trains like any other model, with a new
+    optimizer: in a Learner, `learn.shrink()` replaces the model and makes one.
 
     The outputs in evaluation mode are checked: on the example, on random inputs like it, and on an input of another
     size, they differ by at most 1e-5 of the largest output (in float32). Branches of the forward that these inputs do
@@ -56,15 +60,23 @@ def shrink(model: nn.Module, example_input: Any) -> nn.Module:
         >>> shrink(model, torch.rand(2, 3, 16, 16))[0]
         Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
     """
-    small, report = _shrunk(model, example_input)
-    if report.zeros_left:
-        warnings.warn(
-            f"shrink: {report.zeros_left} of {report.zeros} zero filters cannot be removed: {report.reasons}. "
+    small, table = shrunk(model, example_input)
+    warn_of_zeros_left(table)
+    return small
+
+
+def warn_of_zeros_left(table: Shrinkage) -> None:
+    """Warn of the zero filters that could not be removed, if there are any.
+
+    Args:
+        table: What was removed.
+    """
+    if table.zeros_left:
+        warn(
+            f"shrink: {table.zeros_left} of {table.zeros} zero filters cannot be removed: {table.reasons}. "
             "shrinkage(model, example_input) lists all of them; to prune only filters that can be removed, use "
             "granularity 'filter' with coupled=True",
-            stacklevel=2,
         )
-    return small
 
 
 def shrinkage(model: nn.Module, example_input: Any) -> Shrinkage:
@@ -82,14 +94,18 @@ def shrinkage(model: nn.Module, example_input: Any) -> Shrinkage:
         TypeError: `model` is not a torch.nn.Module.
         ValueError: As for `shrink`.
     """
-    return _shrunk(model, example_input)[1]
+    return shrunk(model, example_input)[1]
 
 
-def _shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
+@torch.inference_mode(False)
+def shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
+    """The smaller copy of a model, as of `shrink`, and the table of what was removed."""
     check_is_module("shrink", "model", model)
     model = unwrapped(model)
+    check_values("shrink", dict(model.named_parameters()))
+    check_fused_norms(model)
     dtypes = {name: value.dtype for name, value in named_tensors(model)}
-    removal = Removal(model, example_input).remove_all()
+    removal = Removal(model, with_autograd(example_input)).remove_all()
     small = removal.model
     for (_, part), (_, original) in zip(small.named_modules(), model.named_modules(), strict=True):
         part.training = original.training

@@ -15,6 +15,7 @@ from ..axes.n_of_m import is_nm
 from ..model.layers import NamedWeight, find_weights
 from ..model.linear import why_not_two_four
 from ..model.parallel import is_sharded, kind_of, unwrapped
+from ..model.tensors import check_values
 from ..support.checks import check_is_module
 from ..support.table import Cells, Table, percent
 from ..support.warning import warn
@@ -98,6 +99,7 @@ def semi_structured_layers(model: nn.Module) -> SemiStructured:
     """
     check_is_module("semi_structured_layers", "model", model)
     inner = unwrapped(model)
+    check_values("semi_structured_layers", dict(inner.named_parameters()))
     weights = find_weights(inner)
     layers = [_layer(inner, name, weight) for name, weight in weights.items()]
     # Matrices of layers whose axes have no names are listed too.

@@ -12,10 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-NORMS_OVER_CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
-
-
-NORMS_OVER_LAST_AXIS = (nn.LayerNorm, nn.RMSNorm)
+from .norms import NORMS_OVER_CHANNELS, NORMS_OVER_LAST_AXIS
 
 
 @dataclass
@@ -28,12 +25,14 @@ class Operation:
         keeps_zeros: Whether each channel of its result depends on the same channel of its input alone, and is zero if
             that is. Default False.
         moved: The new order of the axes if it permutes them, else None.
+        norm: Name of the norm layer that is this operation as a whole, for those that are not of torch. Default none.
     """
 
     reads: list[int]
     parameters: set[str]
     keeps_zeros: bool = False
     moved: tuple[int, ...] | None = None
+    norm: str = ""
 
 
 @dataclass
@@ -134,6 +133,7 @@ def _moves_channels_last(order: Sequence[int]) -> bool:
 def _norms_of(model: nn.Module, step: Operation) -> set[str]:
     """Names of the norm layers whose parameters an operation uses."""
     holders = {name.rpartition(".")[0] for name in step.parameters}
-    return {
+    whole = {step.norm} if step.norm else set()
+    return whole | {
         name for name in holders if isinstance(model.get_submodule(name), NORMS_OVER_CHANNELS + NORMS_OVER_LAST_AXIS)
     }

@@ -6,20 +6,23 @@ register_layer(Conv1D, weight=('in', 'out')).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..support.registry import close_matches
 from .parallel import kind_of, unwrapped
 from .running import evaluating
 
-_AXES_OF_KIND: dict[type[nn.Module] | str, dict[str, tuple[str, ...]]] = {}
+# Names of the axes of a parameter, or a function of the layer that returns them.
+AxisNames = Sequence[str] | Callable[[Any], Sequence[str]]
+
+_AXES_OF_KIND: dict[type[nn.Module] | str, dict[str, AxisNames]] = {}
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -28,17 +31,19 @@ CHANNEL_LAYERS = (nn.Linear, *CONVOLUTIONS)
 
 
 def register_layer(
-    kind: type[nn.Module] | str, axes: Mapping[str, Sequence[str]] | None = None, /, **named: Sequence[str]
+    kind: type[nn.Module] | str, axes: Mapping[str, AxisNames] | None = None, /, **named: AxisNames
 ) -> None:
     """Name the axes of the weights of a kind of layer, in the order of the axes of the tensor.
 
     The names are 'out' and 'in' for the outputs and inputs of the layer, 'd', 'h' and 'w' for the depth, height and
-    width of a kernel, or any other names.
+    width of a kernel, 'expert' for matrices of the same shape that are used side by side, or any other names. Filters,
+    channels and the like belong to one expert, as they belong to one group of a grouped convolution.
 
     Args:
-        kind: A module class, or its full name, such as 'package.module.Class', for a class that is not to be imported.
-            Subclasses have the same axes.
-        axes: Parameter name -> tuple of axis names; the names may be globs, such as 'weight_*'. Default none.
+        kind: A module class, or its full name, such as 'package.module.Class', for a class that is not to be imported;
+            the full name may be a glob. Subclasses have the same axes.
+        axes: Parameter name -> tuple of axis names, or a function of the layer that returns it, for a kind whose layers
+            differ; the parameter names may be globs, such as 'weight_*'. Default none.
         **named: The same as keyword arguments, such as weight=('in', 'out').
 
     Raises:
@@ -55,13 +60,19 @@ def register_layer(
             "'package.module.Class'"
         )
     patterns = {**(axes or {}), **named}
-    for pattern, names in patterns.items():
-        if isinstance(names, str) or len(set(names)) != len(names):
-            raise ValueError(
-                f"register_layer: {pattern}={names!r} does not name the axes; give a tuple of different axis names, "
-                "such as ('out', 'in')"
-            )
-    _AXES_OF_KIND[kind] = {pattern: tuple(names) for pattern, names in patterns.items()}
+    _AXES_OF_KIND[kind] = {
+        pattern: names if callable(names) else _checked_axes(pattern, names) for pattern, names in patterns.items()
+    }
+
+
+def _checked_axes(parameter: str, names: Any) -> tuple[str, ...]:
+    """The names of the axes of a parameter, as a tuple; ValueError if they are no different names."""
+    if not isinstance(names, (tuple, list)) or len(set(names)) != len(names):
+        raise ValueError(
+            f"register_layer: {parameter}={names!r} does not name the axes; give a tuple of different axis names, such "
+            "as ('out', 'in')"
+        )
+    return tuple(names)
 
 
 register_layer(nn.Linear, weight=("out", "in"))
@@ -81,6 +92,21 @@ register_layer(nn.Bilinear, weight=("out", "in", "second"))
 # Layers of other libraries, by name: the libraries need not be installed.
 register_layer("fastai.text.models.awdlstm.WeightDropout", {"weight_*_raw": ("out", "in")})
 register_layer("transformers.pytorch_utils.Conv1D", weight=("in", "out"))
+register_layer("transformers.models.*ParallelExperts", weight=("expert", "out", "in"))
+
+
+def _axes_of_experts(experts: Any) -> tuple[str, ...]:
+    """The axes of the projections of transformers' experts, some of which are stored as (in, out)."""
+    up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
+    # Outputs of the gate and the up projection are twice the inputs of the down projection, so shapes tell.
+    by_shape = False
+    if isinstance(up, Tensor) and isinstance(down, Tensor) and up.dim() == down.dim() == 3:
+        by_shape = up.shape[1] == down.shape[2]
+    transposed = getattr(experts, "is_transposed", by_shape)
+    return ("expert", "in", "out") if transposed else ("expert", "out", "in")
+
+
+register_layer("transformers.models.*Experts", {"*_proj": _axes_of_experts})
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,11 +117,12 @@ class NamedWeight:
         name: Name of the parameter, such as 'layer1.0.conv1.weight'.
         attribute: Its name in its layer, such as 'weight'.
         owners: All (name, module) that hold it; more than one if it is tied. The first determines its kind.
-        axes: Axis name -> size, within one group of a grouped convolution.
+        axes: Axis name -> size, within one group of a grouped convolution. Empty if `unfit`.
         convolution_groups: Number of groups of the convolution; 1 for other layers.
         names: All names of the parameter in the model.
         sources: For a weight that is computed in each forward, as by weight_norm, the parameters of the layer that it
             is computed from; `name` is then the name of the first of them. Empty for a parameter.
+        unfit: Why the axes that its kind is registered with do not fit its shape. Mostly empty.
     """
 
     name: str
@@ -105,6 +132,7 @@ class NamedWeight:
     convolution_groups: int = 1
     names: frozenset[str] = field(default_factory=frozenset)
     sources: tuple[str, ...] = ()
+    unfit: str = ""
 
     @property
     def module(self) -> nn.Module:
@@ -128,8 +156,8 @@ class NamedWeight:
 
     @property
     def out(self) -> int:
-        """Number of outputs of the whole layer, over all convolution groups; 0 if there is no axis 'out'."""
-        return self.axes.get("out", 0) * self.convolution_groups
+        """Number of outputs of the whole layer, over all convolution groups or experts; 0 without an axis 'out'."""
+        return self.axes.get("out", 0) * self.convolution_groups * self.axes.get("expert", 1)
 
     @property
     def is_embedding(self) -> bool:
@@ -148,11 +176,18 @@ def axes_of(module: nn.Module, attribute: str) -> tuple[str, ...] | None:
         The names in the order of the axes; None if no kind of this layer is registered with them.
     """
     for kind in type(module).__mro__:
-        for key in (kind, f"{kind.__module__}.{kind.__qualname__}"):
-            for pattern, axes in _AXES_OF_KIND.get(key, {}).items():
-                if fnmatchcase(attribute, pattern):
-                    return axes
+        for pattern, axes in _registered_with(kind):
+            if fnmatchcase(attribute, pattern):
+                return _checked_axes(attribute, axes(module)) if callable(axes) else tuple(axes)
     return None
+
+
+def _registered_with(kind: type) -> list[tuple[str, AxisNames]]:
+    """Parameter names or globs, and their axes: of a class itself, then of its full name, then of globs that match."""
+    full_name = f"{kind.__module__}.{kind.__qualname__}"
+    keys = [key for key in (kind, full_name) if key in _AXES_OF_KIND]
+    keys += [key for key in _AXES_OF_KIND if isinstance(key, str) and key != full_name and fnmatchcase(full_name, key)]
+    return [named for key in keys for named in _AXES_OF_KIND[key].items()]
 
 
 def find_weights(model: nn.Module) -> dict[str, NamedWeight]:
@@ -166,8 +201,7 @@ def find_weights(model: nn.Module) -> dict[str, NamedWeight]:
         computed from parameters, as by weight_norm, occurs under the name of the first of these parameters.
 
     Raises:
-        ValueError: A layer is lazy and has no shape yet, or a parameter has another number of axes than its kind of
-            layer was registered with.
+        ValueError: A layer is lazy and has no shape yet.
     """
     found: dict[int, list[tuple[str, nn.Module, str]]] = {}
     computed = {}
@@ -186,34 +220,33 @@ def find_weights(model: nn.Module) -> dict[str, NamedWeight]:
 
 
 def _has_axes(module_name: str, module: nn.Module, attribute: str, parameter: nn.Parameter) -> bool:
-    """Whether a kind of layer names the axes of a parameter; ValueError if their number differs or is not known yet."""
+    """Whether a kind of layer names the axes of a parameter; ValueError if the parameter has no shape yet."""
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise ValueError(
             f"Sparsifier: {module_name or type(module).__name__} is lazy and has no shape yet; "
             "run one batch through the model first"
         )
-    axes = axes_of(module, attribute)
-    if axes is None or not parameter.numel():
-        return False
-    if len(axes) != parameter.dim():
-        raise ValueError(
-            f"{type(module).__name__}.{attribute} is registered with the axes {axes}, but has the shape "
-            f"{tuple(parameter.shape)}; correct the call of register_layer"
-        )
-    return True
+    return bool(parameter.numel()) and axes_of(module, attribute) is not None
 
 
 def _named_weight(places: Sequence[tuple[str, nn.Module, str]], sources: Sequence[str] = ()) -> NamedWeight:
     """The weight that is at one or several places: (name of the module, module, attribute)."""
     _, module, attribute = places[0]
-    axes = axes_of(module, attribute) or ()
-    sizes = dict(zip(axes, _read(module, attribute).shape, strict=True))
-    groups = module.groups if isinstance(module, CONVOLUTIONS) else 1
-    sizes[axes[0]] //= groups
+    axes, shape = axes_of(module, attribute) or (), _read(module, attribute).shape
+    sizes, groups, unfit = {}, module.groups if isinstance(module, CONVOLUTIONS) else 1, ""
+    if len(axes) == len(shape):
+        sizes = dict(zip(axes, shape, strict=True))
+        sizes[axes[0]] //= groups
+    else:
+        kind = type(module).__name__
+        unfit = (
+            f"{kind}.{attribute} is registered with the axes {axes}, but has the shape {tuple(shape)}; leave it out "
+            f"with exclude=, or name the axes by a function of the layer: register_layer({kind}, {attribute}=function)"
+        )
     names = [parameter_name(name, attribute) for name, _, attribute in places]
     names = [parameter_name(places[0][0], source) for source in sources] + names
     owners = tuple((name, module) for name, module, _ in places)
-    return NamedWeight(names[0], attribute, owners, sizes, groups, frozenset(names), tuple(sources))
+    return NamedWeight(names[0], attribute, owners, sizes, groups, frozenset(names), tuple(sources), unfit)
 
 
 def _read(module: nn.Module, attribute: str) -> nn.Parameter:
@@ -259,12 +292,28 @@ def parameter_of(model: nn.Module, name: str, mask: Tensor) -> nn.Parameter:
     Raises:
         ValueError: There is no such parameter, or the mask does not fit its shape.
     """
+    inner = unwrapped(model)
     try:
-        parameter = attrgetter(name)(unwrapped(model))
-        if parameter.shape != mask.shape:
-            torch.broadcast_shapes(parameter.shape, mask.shape)
-    except (AttributeError, RuntimeError) as error:
-        raise ValueError(f"{type(model).__name__} is not a copy of the masked model; {name}: {error}") from error
+        parameter = attrgetter(name)(inner)
+    except AttributeError:
+        known = [other for other, _ in inner.named_parameters()]
+        longer = sorted((other for other in known if other.endswith(f".{name}")), key=len)
+        if longer:
+            inside = longer[0][: -len(name) - 1]
+            hint = f"it holds one as {inside!r}: pass that module, model.{inside}"
+        else:
+            hint = close_matches(name, known) if known else "it has no parameters"
+        raise ValueError(
+            f"{type(model).__name__} is not a copy of the masked model: it has no parameter {name!r}; {hint}"
+        ) from None
+    fits = mask.dim() <= parameter.dim() and all(
+        size in (1, length) for size, length in zip(mask.shape[::-1], parameter.shape[::-1], strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"{type(model).__name__} is not a copy of the masked model: {name!r} has the shape "
+            f"{tuple(parameter.shape)}, and its mask {tuple(mask.shape)}"
+        )
     return parameter
 
 

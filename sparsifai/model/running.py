@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .parallel import kind_of, reshard
 from .tensors import cloned
@@ -59,7 +60,7 @@ def check_runs(model: nn.Module, example_input: Any) -> Any:
     except Exception as error:
         raise ValueError(
             f"example_input does not run through {kind_of(model)} ({error}); pass a batch that the model accepts, on "
-            "its device: a tuple for several positional arguments, a dictionary for keywords"
+            "its device: a tuple for several positional arguments, or for one list: ([...],); a dictionary for keywords"
         ) from error
 
 
@@ -76,6 +77,50 @@ def run(model: Callable, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*(inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
+
+
+def first_example(inputs: Any) -> Any:
+    """Copy the first example of a batch: the first entry of every tensor along its first axis.
+
+    Where that axis is not known to run over the examples, all is copied: if the tensors have different sizes along it,
+    or are held by a list, as the images of a detection model are.
+
+    Args:
+        inputs: The `inputs` of `run`.
+    """
+    arguments = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    arguments = arguments if isinstance(arguments, (tuple, list)) else (arguments,)
+    sizes = {len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()}
+    whole = len(sizes - {1}) > 1 or any(_has_list(argument) for argument in arguments)
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return (value if whole or not value.dim() else value[:1]).detach().clone()
+
+    return tree_map(copied, inputs)
+
+
+def _has_list(value: Any) -> bool:
+    """Whether a list is nested in a value."""
+    if isinstance(value, Mapping):
+        return any(map(_has_list, value.values()))
+    return isinstance(value, list) or (isinstance(value, tuple) and any(map(_has_list, value)))
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Have torch compute attention and transformers layer by layer inside a `with` block, in evaluation mode too.
+
+    Their fast path calls no layers, so hooks on these see nothing; and torch.nn.TransformerEncoder hands its layers a
+    nested tensor of what is not padding, which they cannot handle once some of them have hooks.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

@@ -1,13 +1,16 @@
-"""Finding tensors in the outputs of models, and copying and casting single tensors."""
+"""Finding tensors in the outputs of models, and copying, casting and checking single tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .parallel import whole
 
 
 def first_tensor(output: Any, whose: str) -> Tensor:
@@ -42,6 +45,26 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return tensors
 
 
+def check_values(caller: str, tensors: Mapping[str, Tensor]) -> None:
+    """Check that tensors have values.
+
+    Args:
+        caller: Name of the function that was called, for the message.
+        tensors: The parameters of a model by name.
+
+    Raises:
+        ValueError: One of them is on torch's meta device, because it was made there or because its values are
+            offloaded.
+    """
+    without = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if without:
+        count = f" ({len(without)} of {len(tensors)} parameters are)" if len(without) > 1 else ""
+        raise ValueError(
+            f"{caller}: {without[0]} is on the meta device, without values{count}; load the whole model into memory "
+            "first, by model.to_empty(device='cpu') and load_state_dict, or without offloading (device_map=None)"
+        )
+
+
 def is_float(value: Any) -> bool:
     """Tell whether a value is a floating-point tensor."""
     return isinstance(value, Tensor) and value.is_floating_point()
@@ -62,3 +85,28 @@ def sent(values: np.ndarray, device: torch.device) -> Tensor:
     """Numbers as a tensor on a device; a transfer to a GPU is not waited for."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def all_finite(tensors: Iterable[Tensor | None]) -> Tensor:
+    """Whether all numbers of some tensors are finite: a bool tensor on the device of the first."""
+    flags = []
+    for tensor in tensors:
+        if tensor is not None and tensor.numel():
+            dense = whole(tensor.detach().to_dense() if tensor.is_sparse else tensor.detach())
+            # The largest magnitude is inf or NaN if any number is. A sum could overflow, or cancel.
+            flags.append(torch.linalg.vector_norm(dense, float("inf")).isfinite())
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).all() if flags else torch.tensor(True)
+
+
+def with_autograd(tree: Any) -> Any:
+    """Replace tensors that were made under `torch.inference_mode`, which autograd refuses, by copies.
+
+    Args:
+        tree: A tensor, or nested containers of tensors and other values.
+    """
+
+    def ordinary(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+    with torch.inference_mode(False):
+        return tree_map(ordinary, tree)

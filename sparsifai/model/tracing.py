@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch.fx
@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .flow import Flow, Operation
+from .norms import is_norm_of_others
 from .parallel import is_fully_sharded, kind_of, unwrapped
 from .running import check_runs
 from .tensors import tensors_in
@@ -84,6 +85,10 @@ def _shell(model: nn.Module) -> nn.Module:
     return shell
 
 
+def _norms_of_others(shell: nn.Module) -> dict[nn.Module, str]:
+    return {module: name for name, module in shell.named_modules() if is_norm_of_others(module)}
+
+
 def _names(model: nn.Module) -> dict[int, str]:
     """id -> name of each parameter of a model; the names in its shell lack those of wrappers."""
     return {id(parameter): name for name, parameter in model.named_parameters()}
@@ -103,10 +108,18 @@ def _add_operation(flow: Flow, step: Operation) -> int:
 
 
 class _Tracer(torch.fx.Tracer):
-    """Traces into every module that has submodules, so that an operation is never more than one layer."""
+    """Traces into every module that has submodules, so that an operation is never more than one layer.
+
+    Args:
+        norms: Norm layers that are one operation.
+    """
+
+    def __init__(self, norms: Collection[nn.Module]):
+        super().__init__()
+        self._norms = norms
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        if isinstance(module, _ONE_STEP):
+        if isinstance(module, _ONE_STEP) or module in self._norms:
             return True
         return super().is_leaf_module(module, name) and not any(module.children())
 
@@ -125,16 +138,19 @@ def traced_flow(model: nn.Module) -> Flow:
     index: dict[torch.fx.Node, int] = {}
     carried: dict[torch.fx.Node, set[str]] = {}  # nodes that hold only parameters or views of them
     sizes: set[torch.fx.Node] = set()  # shapes and the like: an operation that reads x.shape does not read x
-    for node in _Tracer().trace(shell).nodes:
+    norms = _norms_of_others(shell)  # before tracing, in which no module computes
+    for node in _Tracer(norms).trace(shell).nodes:
         if _is_size(node) or (node.all_input_nodes and sizes.issuperset(node.all_input_nodes)):
             sizes.add(node)
             continue
         reads = [index[read] for read in node.all_input_nodes if read in index]
         parameters = {name for read in node.all_input_nodes for name in carried.get(read, ())}
         kind: Any = node.target
+        norm = ""
         if node.op == "call_module":
             module = shell.get_submodule(node.target)
             kind = type(module)
+            norm = norms.get(module, "")
             parameters |= {names[id(parameter)] for parameter in module.parameters()}
         if node.op == "get_attr":
             held = operator.attrgetter(node.target)(shell)
@@ -144,7 +160,7 @@ def traced_flow(model: nn.Module) -> Flow:
         elif parameters and not reads:
             carried[node] = parameters
         else:
-            step = Operation(reads, parameters, _keeps_zeros(kind), _order_of_axes(kind, node.args))
+            step = Operation(reads, parameters, _keeps_zeros(kind), _order_of_axes(kind, node.args), norm)
             index[node] = _add_operation(flow, step)
             if _writes_in_place(kind) and node.args[0] in index:
                 index[node.args[0]] = index[node]  # later operations read what was written
@@ -187,6 +203,7 @@ class _Recorder(TorchFunctionMode):
         self.made_by: dict[int, int] = {}
         self.carried = {identity: {name} for identity, name in names.items()}
         self.alive: list[Any] = []  # keeps the tensors, so that their ids are not used again
+        self._in_norm = False
 
     def record(self, made: Any, step: Operation) -> int:
         """Add an operation and note which tensors it returned."""
@@ -207,8 +224,25 @@ class _Recorder(TorchFunctionMode):
                 steps += [self.made_by[key] for key in keys if key in self.made_by][:1]
         return list(dict.fromkeys(steps))
 
+    def one_step(self, name: str, norm: nn.Module, parameters: set[str]) -> None:
+        """Have the forward of a norm layer recorded as one operation."""
+        forward = norm.forward
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            reads, self._in_norm = self.steps_of((args, kwargs)), True
+            try:
+                made = forward(*args, **kwargs)
+            finally:
+                self._in_norm = False
+            self.record(made, Operation(reads, parameters, norm=name))
+            return made
+
+        norm.forward = recorded
+
     def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
+        if self._in_norm:
+            return made
         parameters = {name for tensor in tensors_in((args, kwargs)) for name in self.carried.get(id(tensor), ())}
         result = args[0] if _writes_in_place(function) else made
         reads = self.steps_of((args, kwargs))
@@ -231,7 +265,10 @@ def recorded_flow(model: nn.Module, example_input: Any) -> Flow:
     Raises:
         ValueError: The model fails on the example.
     """
-    shell, recorder = _shell(model), _Recorder(_names(model))
+    names = _names(model)
+    shell, recorder = _shell(model), _Recorder(names)
+    for norm, name in _norms_of_others(shell).items():
+        recorder.one_step(name, norm, {names[id(parameter)] for parameter in norm.parameters()})
     recorder.flow.sources.add(recorder.record(example_input, Operation([], set())))
     with torch.random.fork_rng(), torch.no_grad(), recorder:
         output = check_runs(shell, (example_input,) if isinstance(example_input, list) else example_input)

@@ -39,7 +39,16 @@ class Count:
 
     @classmethod
     def of(cls, *tensors: Tensor) -> Count:
-        """Count the zeros of tensors; sharded ones are gathered, so every process of the mesh must call this."""
+        """Count the zeros of tensors; sharded ones are gathered, so every process of the mesh must call this.
+
+        Raises:
+            ValueError: A tensor is on the meta device.
+        """
+        if any(tensor.is_meta for tensor in tensors):
+            raise ValueError(
+                "zeros cannot be counted: a parameter is on the meta device, without values; load the model into "
+                "memory first"
+            )
         weights = sum(tensor.numel() for tensor in tensors)
         return cls(weights, weights - sum(int(torch.count_nonzero(whole(tensor.detach()))) for tensor in tensors))
 

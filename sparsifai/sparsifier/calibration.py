@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from ..axes.quantity import UnsuitableLayerError
 from ..model.hooks import hooked
 from ..model.parallel import is_sharded
 from ..model.running import not_drawn_from, run, untraced
+from ..model.tensors import tensors_in, with_autograd
 from ..support.registry import name_of
+from ..support.warning import warn
 from .collection import CollectedQuantities, Source
 
 
@@ -21,7 +24,7 @@ def calibrate(collected: CollectedQuantities, batches: Iterable, loss_func: Call
     """Run batches through the model, for the quantities that are means over batches.
 
     Modes, buffers, gradients and random generators are restored. What a model keeps elsewhere, such as the hidden
-    state of AWD_LSTM, is not.
+    state of AWD_LSTM, is not. Batches without rows are skipped, and batches whose gradients are not finite left out.
 
     Args:
         collected: The quantities to collect.
@@ -31,7 +34,8 @@ def calibrate(collected: CollectedQuantities, batches: Iterable, loss_func: Call
 
     Raises:
         TypeError: `batches` is not a list of batches, or a loss is needed and missing.
-        ValueError: The model or the loss fails on a batch, or a layer sees no batch. Nothing has changed then.
+        ValueError: The model or the loss fails on a batch, or no batch reaches a layer, unless `collected.may_skip`.
+            Nothing has changed then.
     """
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise TypeError(f"calibrate: batches is a list or a data loader of batches, not {_shown(batches)}")
@@ -39,11 +43,20 @@ def calibrate(collected: CollectedQuantities, batches: Iterable, loss_func: Call
     if needs_loss and loss_func is None:
         quantity = collected.at("loss", "backward")[0]
         raise TypeError(f"calibrate: {name_of(collected.criterion)} needs {quantity}; give it a loss_func")
-    before, number = collected.state(), 0
+    if any(tensor.is_inference() for tensor in (*source.model.parameters(), *source.model.buffers())):
+        raise ValueError(
+            f"calibrate: the tensors of {type(source.model).__name__} were made under torch.inference_mode, which "
+            "autograd refuses; make the model outside of it, or take copy.deepcopy(model) outside of it"
+        )
+    before, unreached, number, used, infinite = collected.state(), collected.unreached, 0, 0, 0
+    collected.unreached = {}
     try:
-        with untraced(source.model), not_drawn_from(batches), torch.enable_grad():
+        # Within inference_mode no graph is recorded. It is left, and so is no_grad.
+        with untraced(source.model), not_drawn_from(batches), torch.inference_mode(False), torch.enable_grad():
             for number, batch in enumerate(batches, 1):
-                inputs, targets = _parts_of(batch, needs_loss)
+                inputs, targets = _parts_of(with_autograd(batch), needs_loss)
+                if not _has_rows(inputs):
+                    continue
                 try:
                     with _inputs_seen(collected):
                         output = run(source.model, inputs)
@@ -55,25 +68,54 @@ def calibrate(collected: CollectedQuantities, batches: Iterable, loss_func: Call
                         f"calibrate: batch {number} fails ({error}); a batch is (input, target), (input, input, "
                         "target) or a dictionary of named inputs, and the loss is loss_func(output, target)"
                     ) from error
+                used += 1
                 if needs_loss:
-                    _take_loss(collected, loss, number)
+                    infinite += not _take_loss(collected, loss, number)
                     source.model.zero_grad(set_to_none=True)
-        if not number:
-            raise ValueError("calibrate: there are no batches; give it a list or a data loader that has some")
-        if (missing := collected.missing()) is not None:
-            unseen = [name for name in source.layers if name not in collected.stored.get(missing, {})]
-            raise ValueError(
-                f"calibrate: {', '.join(unseen)}: the module is not called in these batches (attention, for instance, "
-                "reads the weights of its projections itself); exclude the layer with exclude="
-            )
+        if not used:
+            empty = ", or all are without rows" if number else ""
+            raise ValueError(f"calibrate: there are no batches{empty}; give it a list or a data loader that has some")
+        if infinite == used:
+            raise ValueError("calibrate: the gradients of all batches have inf or NaN; look for it in the model")
+        for quantity, layers in collected.unreached.items():
+            layers &= unreached.get(quantity, layers)
+        collected.unreached = {**unreached, **collected.unreached}
+        if not collected.may_skip:
+            _check_reached(collected)
     except BaseException:
         collected.restore(before)
+        collected.unreached = unreached
         raise
+    if infinite:
+        warn(f"calibrate: {infinite} of {used} batches are left out, because their gradients have inf or NaN")
 
 
-def _take_loss(collected: CollectedQuantities, loss: Any, number: int) -> None:
-    """Collect the quantities that are taken from the loss of a batch, or from its gradients."""
-    source = collected.source
+def _check_reached(collected: CollectedQuantities) -> None:
+    """Raise a ValueError if no batch has used a layer."""
+    layers = collected.source.layers
+    for quantity in collected.at("backward", "loss"):
+        if unused := [name for name in layers if name in collected.unreached.get(quantity, ())]:
+            raise ValueError(
+                f"calibrate: no gradient has reached {', '.join(unused)}: the loss does not depend on it, or all of "
+                "these batches skip it; leave it out with exclude=, or add batches that use it"
+            )
+    if (missing := collected.missing()) is not None:
+        unseen = [name for name in layers if name not in collected.stored.get(missing, {})]
+        raise ValueError(
+            f"calibrate: {', '.join(unseen)}: the module is not called in these batches, or only with inputs that have "
+            "no rows (attention, for instance, reads the weights of its projections itself); exclude the layer with "
+            "exclude=, or add batches that use it"
+        )
+
+
+def _take_loss(collected: CollectedQuantities, loss: Any, number: int) -> bool:
+    """Collect the quantities that are taken from the loss of a batch, or from its gradients.
+
+    Returns:
+        Whether all gradients are finite. A batch where they are not is left out.
+    """
+    source, earlier = collected.source, collected.left_out
+    collected.left_out = False
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(f"calibrate: loss_func must return one number, a mean over the batch; got {_shown(loss)}")
     if not loss.requires_grad:
@@ -92,6 +134,9 @@ def _take_loss(collected: CollectedQuantities, loss: Any, number: int) -> None:
     if collected.at("backward"):
         _backward(source, loss)
         collected.add("backward")
+    finite = not collected.left_out
+    collected.left_out |= earlier
+    return finite
 
 
 def _backward(source: Source, loss: Tensor) -> None:
@@ -117,6 +162,12 @@ def _parts_of(batch: Any, needs_loss: bool) -> tuple[Any, tuple]:
     return batch, ()
 
 
+def _has_rows(inputs: Any) -> bool:
+    """Whether any tensor of the inputs has a number in it, or there is none."""
+    tensors = tensors_in(inputs)
+    return not tensors or any(tensor.numel() for tensor in tensors)
+
+
 def _shown(value: Any) -> str:
     return f"a tensor of the shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
@@ -126,17 +177,20 @@ def _inputs_seen(collected: CollectedQuantities) -> Iterator[None]:
     """Collect from the input of every layer when it runs, if a quantity is taken then."""
     source = collected.source
 
-    def hook(name: str) -> Callable:
+    def hook(name: str, owner: nn.Module) -> Callable:
+        first = next(iter(signature(owner.forward).parameters), "")
+
         def see(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
-            if inputs and isinstance(inputs[0], Tensor):
-                source.inputs[name] = inputs[0]
-                collected.add("forward", [name], count=inputs[0].numel())
+            value = inputs[0] if inputs else named.get(first, next(iter(named.values()), None))
+            if isinstance(value, Tensor) and value.numel():
+                source.inputs[name] = value
+                collected.add("forward", [name], count=value.numel())
 
         return see
 
     layers = source.layers.items() if collected.at("forward") else ()
     try:
-        with hooked(before=[(owner, hook(name)) for name, layer in layers for _, owner in layer.owners]):
+        with hooked(before=[(owner, hook(name, owner)) for name, layer in layers for _, owner in layer.owners]):
             yield
     finally:
         source.inputs.clear()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..axes.criterion import quantities_of
 from ..axes.quantity import AVERAGED, STORED, quantities
 from ..model.layers import NamedWeight
-from ..model.tensors import cloned
+from ..model.tensors import all_finite, cloned
 from ..support.registry import name_of
 
 
@@ -28,6 +29,7 @@ class Source:
         example_input: A batch of one example, or None.
         inputs: Parameter name -> the input of the layer, while the layer runs (moment 'forward').
         loss: The loss of a batch, with its graph (moment 'loss').
+        skipped: Layers that no gradient of the present batch reaches (moments 'backward' and 'loss').
     """
 
     model: nn.Module
@@ -36,6 +38,7 @@ class Source:
     example_input: Any = None
     inputs: dict[str, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
+    skipped: set[str] = field(default_factory=set)
     _computed: dict[Callable, dict[str, Tensor]] = field(default_factory=dict)
 
     def once(self, compute: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -57,16 +60,22 @@ class CollectedQuantities:
         source: What they are computed from.
         named: Names of the quantities.
         stored: Quantity -> parameter name -> value, for quantities that are not computed at each scoring.
-        counts: Quantity -> parameter name -> the number of batches, or of values, in the mean.
+        counts: Quantity -> parameter name -> the number of batches, or of values, in the mean; a tensor on a GPU, where
+            the host does not know whether a gradient was finite.
         begins: Quantities whose mean starts anew with the next batch.
+        unreached: Quantity -> the layers that no batch so far has reached.
+        left_out: Whether a batch was left out since the last update, because its gradients are not finite.
+        may_skip: Whether a layer that no batch has reached has a value of zero; else the value is missing.
     """
 
     def __init__(self, criterion: Callable, source: Source):
         self.criterion, self.source = criterion, source
         self.named = tuple(quantities_of(criterion))
         self.stored: dict[str, dict[str, Tensor]] = {}
-        self.counts: dict[str, dict[str, int]] = {}
+        self.counts: dict[str, dict[str, int | Tensor]] = {}
         self.begins: set[str] = set()
+        self.unreached: dict[str, set[str]] = {}
+        self.left_out, self.may_skip = False, False
 
     def on(self, source: Source) -> CollectedQuantities:
         """The same quantities, with another source for those that are computed at each scoring."""
@@ -92,36 +101,123 @@ class CollectedQuantities:
             self.stored[quantity] = self.stored.get(quantity, {}) | values
         if moment == "update":
             self.begins |= {name for name in self.at(*AVERAGED) if not quantities[name].running}  # type: ignore[attr-defined]
+            self.left_out = False
 
     @torch.no_grad()
     def add(self, moment: str, names: Iterable[str] | None = None, count: int = 1) -> None:
         """Add a batch to the means of the quantities that are taken at 'backward', 'forward' or 'loss'.
 
+        A layer that the batch has skipped has a gradient of zero. A batch whose gradients are not all finite is left
+        out, as the step of an optimizer is by a GradScaler.
+
         Args:
             moment: The moment.
             names: The layers, by default all.
             count: The weight of the batch in the mean.
+
+        Raises:
+            ValueError: A layer is frozen and has no gradient.
         """
         names = list(self._layers if names is None else names)
+        if not self.at(moment):
+            return
+        self.source.skipped = set()
         try:
-            taken = {each: {name: quantities[each](self.source, name) for name in names} for each in self.at(moment)}
+            with self._zeros_for_missing(names) if moment == "backward" else nullcontext():
+                finite: Any = all_finite(self._gradients(names) if moment == "backward" else ())
+                taken = {
+                    each: {name: quantities[each](self.source, name) for name in names} for each in self.at(moment)
+                }
         finally:
             self.source.forget()
+        if moment == "loss":
+            finite = all_finite(value for values in taken.values() for value in values.values())
+        # On a GPU the answer stays there, unless there is no earlier mean to fall back on.
+        if _is_known(finite) or not all(self.stored.get(each, {}).keys() >= set(names) for each in taken):
+            if not finite:
+                self.left_out = True
+                return
+            finite = None
         for quantity, values in taken.items():
-            if quantity in self.begins:
-                self.begins.remove(quantity)
-                self.stored.pop(quantity, None)
-                self.counts.pop(quantity, None)
-            means, counts = self.stored.setdefault(quantity, {}), self.counts.setdefault(quantity, {})
-            for name, value in values.items():
-                value = value.as_subclass(Tensor)  # fastai's batches give tensors of fastai's classes
-                counts[name] = counts.get(name, 0) + count
-                means[name] = means[name].lerp(value, count / counts[name]) if name in means else value.clone()
+            self._add_to_means(quantity, values, count, finite)
+            self._note_reached(quantity, names)
+
+    def add_gradients(self) -> None:
+        """Add the gradients of a backward pass.
+
+        Raises:
+            ValueError: No selected layer has a gradient, or one is frozen.
+        """
+        if self.at("backward") and all(gradient is None for gradient in self._gradients(self._layers)):
+            raise ValueError(
+                f"collect_gradients: no gradient has reached {next(iter(self._layers))} or any other selected layer; "
+                "call it after a backward of a loss that depends on them, and before zero_grad"
+            )
+        self.add("backward")
+
+    def _gradients(self, names: Iterable[str]) -> list[Tensor | None]:
+        return [self._layers[name].parameter.grad for name in names]
+
+    def _add_to_means(self, quantity: str, values: Mapping[str, Tensor], count: int, finite: Tensor | None) -> None:
+        """Add the values of a batch to their means. finite: None, or a flag on a GPU that nobody waits for."""
+        means, counts = self.stored.setdefault(quantity, {}), self.counts.setdefault(quantity, {})
+        if quantity in self.begins:  # a mean stays until a batch replaces it
+            self.begins.remove(quantity)
+            counts.clear()
+        shares: dict[int, tuple[Any, Any]] = {}  # layers have the same count, as a rule, so it is computed once
+        for name, value in values.items():
+            value, earlier = value.as_subclass(Tensor), counts.get(name, 0)  # fastai's batches give tensors of its own
+            if id(earlier) not in shares:
+                shares[id(earlier)] = _counted(earlier, count, finite)
+            counts[name], share = shares[id(earlier)]
+            share = share.to(value.dtype) if isinstance(share, Tensor) else share
+            if finite is not None:
+                means[name] = torch.where(finite, means[name].lerp(value, share), means[name])
+            else:  # a share of one: what is stored is the mean of batches before the last update
+                first = name not in means or (isinstance(share, float) and share == 1)
+                means[name] = value.clone() if first else means[name].lerp(value, share)
+
+    def _note_reached(self, quantity: str, names: Iterable[str]) -> None:
+        """Note which layers the batch has reached."""
+        unreached = self.unreached.setdefault(quantity, set(self._layers))
+        unreached -= set(names) - self.source.skipped
+
+    @contextmanager
+    def _zeros_for_missing(self, names: Iterable[str]) -> Iterator[None]:
+        """Give zeros for a gradient to the layers that the batch has skipped, and take them away at the end."""
+        parameters = {name: self._layers[name].parameter for name in names}
+        missing = {name: each for name, each in parameters.items() if each.grad is None and each.requires_grad}
+        self.source.skipped = set(missing)
+        try:
+            for parameter in missing.values():
+                parameter.grad = torch.zeros_like(parameter)
+            yield
+        finally:
+            for parameter in missing.values():
+                parameter.grad = None
 
     def missing(self) -> str | None:
         """The first named quantity that is a mean over batches and lacks a batch for some layer; None if none does."""
         needed = self._layers.keys()
-        return next((each for each in self.at(*AVERAGED) if not needed <= self.stored.get(each, {}).keys()), None)
+        for quantity in self.at(*AVERAGED):
+            stored = self.stored.get(quantity, {}).keys()
+            if not stored or not (self.may_skip or needed <= stored):
+                return quantity
+        return None
+
+    def notices(self, names: Container[str]) -> list[str]:
+        """What the user should be warned of at an update of these layers: those that no batch has reached."""
+        unreached = [
+            name for each in self.at(*AVERAGED) for name in self._layers if name in self.unreached.get(each, ())
+        ]
+        listed = [name for name in dict.fromkeys(unreached) if name in names]
+        if not listed:
+            return []
+        return [
+            f"{name_of(self.criterion)}: no batch so far has used {', '.join(listed[:3])}"
+            f"{f' and {len(listed) - 3} others' if len(listed) > 3 else ''}, so the scores are zero and these weights "
+            "are pruned first; leave them out with exclude=, or score with more batches (calibration=, every=)"
+        ]
 
     def value(self, quantity: str, name: str) -> Any:
         """A quantity of a layer: computed now, or the stored value.
@@ -132,12 +228,15 @@ class CollectedQuantities:
         function: Any = quantities[quantity]
         if "score" in function.moments:
             return function(self.source, name)
-        if name not in self.stored.get(quantity, {}):
+        stored, parameter = self.stored.get(quantity, {}), self._layers[name].parameter
+        if name not in stored and not (stored and self.may_skip):
+            finite = " with finite gradients" if self.left_out else ""
             raise ValueError(
-                f"criterion {name_of(self.criterion)} needs {quantity}, but has seen no batch; call "
+                f"criterion {name_of(self.criterion)} needs {quantity}, but has seen no batch{finite}; call "
                 f"{self.how(function.moments)} before sparsify"
             )
-        value = self.stored[quantity][name].to(self._layers[name].parameter.device)
+        value = stored[name] if name in stored else torch.zeros((1,) * parameter.dim())
+        value = value.to(parameter.device)
         return function.finish(value) if function.finish else value
 
     def values(self, name: str) -> dict[str, Any]:
@@ -153,7 +252,10 @@ class CollectedQuantities:
         """The stored values and the number of batches in each mean, for `restore`."""
         return {
             "stored": {quantity: dict(values) for quantity, values in self.stored.items()},
-            "counts": {quantity: dict(counts) for quantity, counts in self.counts.items()},
+            "counts": {
+                quantity: {name: int(count) for name, count in counts.items()}
+                for quantity, counts in self.counts.items()
+            },
             "begins": sorted(self.begins),
         }
 
@@ -165,6 +267,7 @@ class CollectedQuantities:
         }
         self.counts = {quantity: dict(counts) for quantity, counts in state["counts"].items()}
         self.begins = set(state["begins"])
+        self.unreached = {quantity: set() for quantity in self.stored}
 
     @property
     def looks_at_data(self) -> bool:
@@ -179,3 +282,16 @@ class CollectedQuantities:
     @property
     def _layers(self) -> Mapping[str, NamedWeight]:
         return self.source.layers
+
+
+def _counted(earlier: Any, count: int, finite: Tensor | None) -> tuple[Any, Any]:
+    """The number of values in a mean after a batch, and the share that the batch has of them."""
+    if finite is None:
+        return earlier + count, count / (earlier + count)
+    counted = earlier + count * finite
+    return counted, count * finite / counted.clamp(min=1)
+
+
+def _is_known(flag: Tensor) -> bool:
+    """Whether the host can read a flag without waiting for a GPU."""
+    return flag.device.type == "cpu"

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..axes.ranking.scored_layer import ScoredLayer, bundle
+from ..axes.ranking.bundles import bundle
+from ..axes.ranking.scored_layer import ScoredLayer
 from ..model.channels.coupling import ChannelSet, find_channels
-from ..model.channels.removal import why_stuck
-from ..model.flow import NORMS_OVER_CHANNELS
+from ..model.channels.removal import LAST_OUTPUT, why_stuck
 from ..model.layers import parameter_name
+from ..model.norms import affine_names
+from ..model.tensors import with_autograd
 from .followers import Follower
 from .layer import Layers
 
+Asked = list[tuple[float, list[str]]]  # (sparsity, names of the layers that are ranked for it together)
 Kept = Sequence[np.ndarray]  # for each layer, a bool per group
 
 
@@ -65,6 +69,22 @@ class Coupling:
     def __init__(self, parts: Sequence[CoupledLayers]):
         self.part_of = {name: part for part in parts for name in part.channels}
 
+    def together(self, asked: Asked) -> Asked:
+        """Ask for coupled layers in one scope, that of the first of them, where they are asked for the same sparsity.
+
+        Args:
+            asked: Each sparsity that is asked for, with the names of the layers that are ranked for it together.
+
+        Returns:
+            The same, with some layers moved.
+        """
+        first_scope: dict[tuple[CoupledLayers, float], int] = {}
+        moved: list[list[str]] = [[] for _ in asked]
+        for number, (sparsity, names) in enumerate(asked):
+            for name in names:
+                moved[first_scope.setdefault((self.part_of[name], sparsity), number)].append(name)
+        return [(sparsity, names) for (sparsity, _), names in zip(asked, moved, strict=True) if names]
+
     def join(self, layers: Sequence[ScoredLayer]) -> tuple[list[ScoredLayer], Callable[[Kept], Kept]]:
         """Join the layers that are coupled.
 
@@ -104,10 +124,13 @@ class Coupling:
                     outputs, places = np.nonzero(channels[:, None] == numbers[None, :])
                     pairs = torch.from_numpy(outputs), torch.from_numpy(entries[places])
                     producers.setdefault(norm, {})[name] = pairs
-        return [Follower(norm, model.get_parameter(norm).numel(), those) for norm, those in producers.items()]
+        return [Follower(norm, attrgetter(norm)(model).numel(), those) for norm, those in producers.items()]
 
 
-def couple(model: nn.Module, example_input: Any, layers: Layers) -> tuple[Coupling, dict[str, str]]:
+@torch.inference_mode(False)
+def couple(
+    model: nn.Module, example_input: Any, layers: Layers, may_empty: bool = False
+) -> tuple[Coupling, dict[str, str]]:
     """Find which filters of the selected layers are coupled.
 
     A layer stays dense if one of its channels cannot be removed, or is coupled with a layer that stays dense.
@@ -116,6 +139,7 @@ def couple(model: nn.Module, example_input: Any, layers: Layers) -> tuple[Coupli
         model: The model, without wrappers.
         example_input: A batch, which is run through the model once.
         layers: All layers.
+        may_empty: Whether a layer may lose its last filter, too.
 
     Returns:
         The coupling, and why further layers stay dense: layer name -> reason.
@@ -131,6 +155,7 @@ def couple(model: nn.Module, example_input: Any, layers: Layers) -> tuple[Coupli
         grouping, out = layer.grouping, layer.weight.out
         if grouping is not None and not (grouping.drops_outputs and len(grouping.all_kept()) == out):
             raise ValueError("coupled=True couples whole filters; give granularity 'filter'")
+    example_input = with_autograd(example_input)
     name_of_module = {
         module: name
         for name, layer in layers.items()
@@ -156,6 +181,8 @@ def couple(model: nn.Module, example_input: Any, layers: Layers) -> tuple[Coupli
     # The dependency graph can be wrong, so one channel of each kind is removed from a copy of the model.
     kinds = {tuple(dict.fromkeys(module for module, _ in each.outputs)): each for part in parts for each in part}
     for channel, why in why_stuck(model, example_input, kinds.values()).items():
+        if why == LAST_OUTPUT and may_empty:
+            continue
         part = next(part for part in parts if channel in part)
         reasons |= {name_of_module[module]: why for each in part for module, _ in each.outputs}
     removable = [part for part in parts if name_of_module[part[0].outputs[0][0]] not in reasons]
@@ -185,14 +212,15 @@ def _coupled_layers(model: nn.Module, part: Sequence[ChannelSet], names: Mapping
     """The layers and norm layers of one part. names: module -> layer name."""
     filters: dict[str, dict[int, int]] = {}
     norms: dict[str, dict[int, int]] = {}
+    affine: dict[str, list[str]] = {}
     for number, channel in enumerate(part):
         for module_name, place in channel.outputs:
             filters.setdefault(names[module_name], {})[place] = number
         for module_name, place in channel.through:
-            module = model.get_submodule(module_name)
-            if isinstance(module, NORMS_OVER_CHANNELS):
-                for attribute, _ in module.named_parameters(recurse=False):
-                    norms.setdefault(parameter_name(module_name, attribute), {})[place] = number
+            if module_name not in affine:
+                affine[module_name] = affine_names(model.get_submodule(module_name))
+            for attribute in affine[module_name]:
+                norms.setdefault(parameter_name(module_name, attribute), {})[place] = number
     return CoupledLayers(
         {name: np.array([numbers[place] for place in range(len(numbers))]) for name, numbers in filters.items()},
         {norm: (np.array(list(numbers)), np.array(list(numbers.values()))) for norm, numbers in norms.items()},
@@ -218,5 +246,5 @@ def joint_layers(
         layers, split = coupling.join(layers)
     if round_to is None:
         return layers, split
-    bundles, of_groups = zip(*(bundle(layer, round_to) for layer in layers), strict=True)
-    return bundles, lambda kept: split([each[of] for each, of in zip(kept, of_groups, strict=True)])
+    bundles, spreads = zip(*(bundle(layer, round_to) for layer in layers), strict=True)
+    return bundles, lambda kept: split([spread(each) for each, spread in zip(kept, spreads, strict=True)])

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..model.flow import NORMS_OVER_CHANNELS, NORMS_OVER_LAST_AXIS, Flow
+from ..model.flow import Flow
 from ..model.layers import NamedWeight, parameter_name
+from ..model.norms import NORMS_OVER_LAST_AXIS, affine_names
 from .layer import Layer, Layers
 
 
@@ -29,11 +30,13 @@ class Follower:
         size: Number of its entries.
         producers: Layer name -> which of its outputs act on which entries, two long tensors of the same length; None
             where output i acts on entry i. An entry that no output acts on is kept.
+        experts: Number of experts in the layer. With several, the parameter has a row of entries for each.
     """
 
     name: str
     size: int
     producers: Mapping[str, tuple[Tensor, Tensor] | None]
+    experts: int = 1
 
     def mask(self, kept_outputs: Mapping[str, Tensor]) -> Tensor:
         """The mask of the parameter. kept_outputs: layer name -> bool per output, False where it is pruned."""
@@ -53,7 +56,11 @@ def masks_of_followers(followers: Iterable[Follower], layers: Layers) -> dict[st
     """Follower name -> its mask, from the masks of the layers, if any layer that it follows is pruned."""
     following = [each for each in followers if any(layers[name].is_selected for name in each.producers)]
     kept_outputs = {name: layers[name].kept_outputs for each in following for name in each.producers}
-    return {follower.name: follower.mask(kept_outputs) for follower in following}
+    masks = {follower.name: follower.mask(kept_outputs) for follower in following}
+    masks |= {each.name: masks[each.name].view(each.experts, -1) for each in following if each.experts > 1}
+    # A bias whose axes have names can be pruned by itself, too.
+    own = {name: layers[name].mask for name in masks if name in layers and layers[name].is_selected}
+    return masks | {name: masks[name] & mask.to(masks[name].device) for name, mask in own.items()}
 
 
 def find_followers(model: nn.Module, layers: Mapping[str, Layer], flow: Callable[[], Flow]) -> list[Follower]:
@@ -74,18 +81,22 @@ def find_followers(model: nn.Module, layers: Mapping[str, Layer], flow: Callable
     for (norm, moved), names in flow().norms_behind(model, dropping).items():
         module = model.get_submodule(norm)
         if all(_normalizes_outputs(module, dropping[name], moved) for name in names):
-            for attribute, _ in module.named_parameters(recurse=False):
+            for attribute in _affine_names(module):
                 producers[parameter_name(norm, attribute)] = dict.fromkeys(sorted(names))
-    return [Follower(name, dropping[next(iter(those))].out, those) for name, those in producers.items()]
+    first = {name: dropping[next(iter(those))] for name, those in producers.items()}
+    return [
+        Follower(name, first[name].out, those, first[name].axes.get("expert", 1)) for name, those in producers.items()
+    ]
 
 
 def _biases(weight: NamedWeight) -> list[str]:
     """Names of the biases that are added to the outputs of a layer; weight_ih_l0 has bias_ih_l0."""
     names: dict[int, str] = {}
     for owner, module in weight.owners:
-        for attribute in (weight.attribute.replace("weight", "bias"), "bias"):
+        shape = (weight.axes["expert"], weight.axes["out"]) if "expert" in weight.axes else (weight.out,)
+        for attribute in (weight.attribute.replace("weight", "bias"), f"{weight.attribute}_bias", "bias"):
             bias = getattr(module, attribute, None)
-            if isinstance(bias, nn.Parameter) and bias.shape == (weight.out,):
+            if isinstance(bias, nn.Parameter) and bias.shape == shape:
                 names.setdefault(id(bias), parameter_name(owner, attribute))
                 break
     return list(names.values())
@@ -98,9 +109,16 @@ def _normalizes_outputs(norm: nn.Module, weight: NamedWeight, moved: bool) -> bo
     """
     # The outputs of a matrix are the last axis; those of a convolution the second, unless they were moved.
     last = moved or "w" not in weight.axes
-    if isinstance(norm, NORMS_OVER_LAST_AXIS) and not last or isinstance(norm, NORMS_OVER_CHANNELS) and moved:
+    is_over_last = isinstance(norm, NORMS_OVER_LAST_AXIS)
+    if is_over_last and not last or not is_over_last and moved:
         return False
-    return all(parameter.shape == (weight.out,) for parameter in norm.parameters(recurse=False))
+    return all(getattr(norm, name).shape == (weight.out,) for name in _affine_names(norm))
+
+
+def _affine_names(norm: nn.Module) -> list[str]:
+    if isinstance(norm, NORMS_OVER_LAST_AXIS):
+        return [name for name, _ in norm.named_parameters(recurse=False)]
+    return affine_names(norm)
 
 
 def rescaled_layers(model: nn.Module, layers: Layers, followers: Iterable[Follower]) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..model.layers import NamedWeight
 from ..model.parallel import is_sharded, whole
+from ..model.tensors import check_values
 from ..model.zeros import Count
 
 # Why a layer stays dense that no optimizer steps at present. It is selected once it is trained.
@@ -82,6 +83,7 @@ class Layer:
 
     def mask_of_zeros(self) -> Tensor:
         """The mask that prunes the groups whose weights are all zero; nothing in a layer that is zero as a whole."""
+        check_values("recover_masks", {self.name: self.parameter})
         kept = self.grouping.any_of(whole(self.parameter.detach()) != 0)
         return self.mask_of(kept if kept.any() else torch.ones_like(kept))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -12,9 +12,13 @@ from ..axes.granularity import Granularity
 from ..axes.grouping import Grouping, grouping_of
 from ..model.flow import Flow
 from ..model.layers import NamedWeight, find_weights
+from ..model.norms import check_fused_norms, norms_not_followed
 from ..model.patterns import Pattern, as_patterns, matching
+from ..model.response import computes_its_weight
+from ..model.tensors import check_values
 from ..model.tracing import find_flow
-from .coupled import Coupling, couple
+from ..support.warning import warn
+from .coupled import Asked, Coupling, couple
 from .followers import Follower, find_followers
 from .layer import FROZEN, Layer, Layers, selected
 
@@ -31,6 +35,7 @@ def find_layers(
     fewest: int = 1,
     coupled: bool = False,
     example_input: Any = None,
+    refuse: bool = True,
 ) -> tuple[dict[str, Layer], list[Follower], Coupling | None]:
     """The layers of a model, in its order, the followers of those that are pruned, and which filters are coupled.
 
@@ -39,20 +44,24 @@ def find_layers(
         granularity: How weights are grouped.
         layers: Patterns of the layers to prune, or None for the default.
         exclude: Patterns of the layers that stay dense, or None.
-        fewest: How many groups of a layer have to be kept at least.
+        fewest: How many groups of a layer have to be kept at least; 0 if it may lose all of them.
         coupled: Whether filters that can only be removed together are pruned together.
         example_input: A batch, for models that torch.fx cannot trace, and for `coupled`.
+        refuse: Whether to raise if zeros in a weight would not last; else such a weight stays dense.
 
     Raises:
-        ValueError: A pattern matches no layer, the data flow is needed but cannot be found, or no layer is left.
+        ValueError: A parameter has no values, a pattern matches no layer, batch norms with zeros were fused for
+            quantization, the data flow is needed but cannot be found, or no layer is left.
     """
+    check_values("Sparsifier", dict(model.named_parameters()))
+    check_fused_norms(model)
     flow = cache(partial(find_flow, model, example_input))
     weights = find_weights(model)
     groupings = {
-        name: grouping_of(granularity, weight.axes, weight.convolution_groups, fewest)
+        name: weight.unfit or grouping_of(granularity, weight.axes, weight.convolution_groups, fewest)
         for name, weight in weights.items()
     }
-    reasons = _reasons_to_stay_dense(model, weights, groupings, flow, layers, exclude)
+    reasons = _reasons_to_stay_dense(model, weights, groupings, flow, layers, exclude, refuse)
 
     def records() -> dict[str, Layer]:
         usable = {name: each for name, each in groupings.items() if not isinstance(each, str)}
@@ -60,14 +69,27 @@ def find_layers(
 
     found, coupling = records(), None
     if coupled:
-        coupling, more = couple(model, example_input, found)
+        coupling, more = couple(model, example_input, found, may_empty=not fewest)
         reasons = {name: FROZEN_UNCOUPLED if reason == FROZEN else reason for name, reason in reasons.items()} | more
         found = records()
     prunable = {name: layer for name, layer in found.items() if layer.is_selected or layer.why_dense == FROZEN}
+    _warn_of_norms(model, prunable.values())
     followers = {each.name: each for each in find_followers(model, prunable, flow)}
     if coupling is not None:  # the dependency graph sees further than the data flow
         followers |= {each.name: each for each in coupling.followers(model)}
     return found, list(followers.values()), coupling
+
+
+def _warn_of_norms(model: nn.Module, layers: Iterable[Layer]) -> None:
+    """Warn of norm layers that may shift the channels of pruned outputs."""
+    norms = norms_not_followed(model, {layer.weight.out for layer in layers if layer.grouping.drops_outputs})
+    if norms:
+        shown = [f"{name} ({kind})" for name, kind in norms.items()]
+        warn(
+            f"Sparsifier: it is unknown by which parameters {', '.join(shown[:3])}{' and others' * (len(shown) > 3)} "
+            "shift their channels, so they are not pruned with the outputs before them: behind these layers a channel "
+            "of zeros becomes a constant, and shrink may have to keep it; use norm layers of torch, or prune weights"
+        )
 
 
 def _reasons_to_stay_dense(
@@ -77,6 +99,7 @@ def _reasons_to_stay_dense(
     flow: Callable[[], Flow],
     layers: Any = None,
     exclude: Any = None,
+    refuse: bool = True,
 ) -> dict[str, str]:
     """Find which weights stay dense: parameter name -> reason.
 
@@ -87,6 +110,7 @@ def _reasons_to_stay_dense(
         flow: Gives the data flow of the model. It is called only if it is needed.
         layers: As of `find_layers`.
         exclude: As of `find_layers`.
+        refuse: As of `find_layers`.
     """
     patterns = [] if layers is None else as_patterns(layers)
     exclusions = [] if exclude is None else as_patterns(exclude)
@@ -106,14 +130,12 @@ def _reasons_to_stay_dense(
             reasons[name] = grouping if isinstance(grouping, str) else "computed from frozen parameters"
         elif layers is None and weight.is_embedding:
             reasons[name] = "embedding"
+        elif why := why_zeros_do_not_last(weight, grouping):
+            if refuse and not (layers is None and weight.is_frozen):
+                raise ValueError(f"Sparsifier: {why}")
+            reasons[name] = why
         elif isinstance(grouping, str):
             reasons[name] = grouping
-        elif weight.sources:
-            raise ValueError(
-                f"Sparsifier: {weight.attribute} of {weight.owners[0][0] or weight.kind} is computed from {name} in "
-                "each forward, so zeros in it do not last; remove the parametrization first (torch.nn.utils."
-                "parametrize.remove_parametrizations, remove_weight_norm, ...), or exclude the layer with exclude="
-            )
         elif not exact:
             whole_outputs |= {name} if grouping.drops_outputs else set()
             whole_inputs |= {name} if grouping.drops_inputs else set()
@@ -133,6 +155,26 @@ def _reasons_to_stay_dense(
     return {name: reasons[name] for name in weights if name in reasons}
 
 
+def why_zeros_do_not_last(weight: NamedWeight, grouping: Grouping | str) -> str:
+    """Why a weight cannot be pruned, and what to do; empty if it can."""
+    place = weight.owners[0][0] or weight.kind
+    if weight.unfit or isinstance(grouping, str):
+        return weight.unfit
+    if weight.sources:
+        return (
+            f"{weight.attribute} of {place} is computed from {weight.name} in each forward, so zeros in it do not "
+            "last; remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations, "
+            "remove_weight_norm, ...), or exclude the layer with exclude="
+        )
+    if computes_its_weight(weight, lambda kept: grouping.spread(grouping.any_of(kept))):
+        return (
+            f"the forward of {place} ({weight.kind}) computes its own weight from {weight.name}, and where "
+            f"{weight.attribute} is zero, the computed weight is not, so pruning it has no effect; replace the layer "
+            "by one that uses its weight as it is, or exclude it with exclude="
+        )
+    return ""
+
+
 def _summary(reasons: Mapping[str, str]) -> str:
     """Why all layers stay dense, and what to do."""
     if not reasons:
@@ -140,9 +182,6 @@ def _summary(reasons: Mapping[str, str]) -> str:
     shown = [f"{name}: {reason}" for name, reason in reasons.items()]
     more = f"; and {len(shown) - 5} more" if len(shown) > 5 else ""
     return f"{'; '.join(shown[:5])}{more}. Choose another granularity, or name layers in layers="
-
-
-Asked = list[tuple[float, list[str]]]  # (sparsity, names of the layers that are ranked for it together)
 
 
 def scopes(sparsity: float | Mapping[Pattern, float], layers: Layers, model: nn.Module) -> Asked:

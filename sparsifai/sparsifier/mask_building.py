@@ -20,13 +20,14 @@ from ..axes.criterion import is_elementwise
 from ..axes.grouping import mean, squared_sum, total
 from ..axes.pooling import pool_magnitudes
 from ..axes.ranking.device_layer import DeviceLayer
-from ..axes.ranking.scored_layer import ScoredLayer, all_equal, nan_message
+from ..axes.ranking.scored_layer import ScoredLayer, all_equal
 from ..model.parallel import agree, is_sharded, process_groups_of_shards
-from ..model.tensors import cloned, widened
+from ..model.tensors import check_values, cloned, widened
 from ..support.capability import capability
 from ..support.registry import name_of
 from .collection import CollectedQuantities
 from .coupled import Coupling, joint_layers
+from .findings import Finding, both, found_nan, found_ties, in_words
 from .layer import Layer, Layers
 from .layer_selection import Asked
 from .options import Options
@@ -39,6 +40,10 @@ REVIVED_OUTPUTS = (
 ALL_EQUAL = (
     "criterion {} compares with an earlier value, and nothing has changed since then: all scores are equal, so weights "
     "are pruned in index order; train before the first update"
+)
+NOTHING_REGROWS = (
+    "regrow: the gradients since the last update have inf or NaN, as after an overflow in mixed precision, so nothing "
+    "regrows in this update"
 )
 
 
@@ -61,7 +66,7 @@ class Ranking:
         alone = self.process_group is None and not any(map(is_sharded, parameters))
         groups_alone = self.options.round_to is None and self.coupling is None
         can = capability(self.options.context, "on_device", False)
-        return can and alone and groups_alone and len(devices) == 1 and devices.pop().type in ("cuda", "meta")
+        return can and alone and groups_alone and len(devices) == 1 and devices.pop().type == "cuda"
 
 
 @dataclass(frozen=True)
@@ -73,26 +78,14 @@ class NewMasks:
         levels: Layer name -> the sparsity it was pruned to.
         random: State of the random generator after the scores were drawn.
         notices: What the user should be warned of.
-        nan: Names of layers -> bool tensor on a GPU, whether a score of each was NaN. Reading it waits for the GPU.
+        found: What was found in scores on a GPU -> a tensor that says how often. Reading it waits for the GPU.
     """
 
     masks: dict[str, Tensor]
     levels: dict[str, float]
     random: Tensor
     notices: list[str] = field(default_factory=list)
-    nan: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
-
-    def check_nan(self) -> None:
-        """Raise a ValueError if a score was NaN."""
-        check_nan(self.nan)
-
-
-def check_nan(flags: dict[tuple[str, ...], Tensor]) -> None:
-    """Raise a ValueError if a flag of `NewMasks.nan` is true."""
-    for names, of_layers in flags.items():
-        for name, is_nan in zip(names, of_layers.tolist(), strict=True):
-            if is_nan:
-                raise ValueError(nan_message(name))
+    found: dict[Finding, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -115,18 +108,26 @@ def build_masks(
         drop: Fraction of the remaining weights that is pruned first, for as many to regrow.
 
     Raises:
-        ValueError: The criterion or the context does not return what it should, or a score is NaN.
+        ValueError: A weight has no values, the criterion or the context does not return what it should, or a score is
+            NaN.
     """
     options, rng = ranking.options, collected.source.rng
     before = rng.get_state()
     masks = {name: layer.mask for name, layer in layers.items()}
     levels = {name: layer.level for name, layer in layers.items()}
     notices: list[str] = []
-    nan: dict[tuple[str, ...], Tensor] = {}
+    found: dict[Finding, Tensor] = {}
+    if ranking.coupling is not None:
+        asked = ranking.coupling.together(asked)
     on_device = ranking.stays_on_device(layers)
+    if not on_device:
+        check_values("sparsify", {name: layer.parameter for name, layer in layers.items()})
     how: Any = {"pool": options.pool, "may_empty": options.may_empty, "on_device": on_device}
     # The built-in contexts only rank scores; one of the user's own may read them.
     how["magnitudes"] = capability(options.context, "keeps_masked", False)
+    if drop and regrowth is not None and regrowth.left_out and regrowth.missing():
+        drop = 0.0
+        notices.append(NOTHING_REGROWS)
     try:
         for sparsity, names in asked:
             # Layers whose sparsity falls may have pruned groups revived.
@@ -138,9 +139,8 @@ def build_masks(
                 if on_device:
                     if unpooled := [layer for layer in scored if layer.unpooled is not None]:
                         pool_magnitudes(unpooled, options.pool)
-                    kept: Any = ask_on_device(options.context, scored, share)
-                    flags = torch.stack([layer.has_nan() for layer in scored])  # at once: each operation is a launch
-                    note_nan(nan, {tuple(names): flags})
+                    kept: Any = ask_on_device(options.context, scored, share, name_of(options.granularity), notices)
+                    found = both(found, found_nan(scored))
                 else:
                     ranked, split = joint_layers(scored, ranking.coupling, options.round_to)
                     notices += _notices_of_scores(ranked, share, collected)
@@ -148,23 +148,23 @@ def build_masks(
                     kept = agree(
                         kept, ranking.process_groups(collected.source.model), layers[names[0]].parameter.device
                     )
+                if by is collected and ALL_EQUAL.format(name_of(by.criterion)) not in notices:
+                    found = both(found, found_ties(layers, scored, kept, by.criterion))
                 for layer, of_layer in zip(scored, kept, strict=True):
                     if of_layer is not layer.alive:
                         masks[layer.target.name] = layers[layer.target.name].mask_of(torch.as_tensor(of_layer))
             levels.update(dict.fromkeys(names, sparsity))
         random = rng.get_state()
+        notices += collected.notices({name for sparsity, names in asked if sparsity for name in names})
     finally:
         rng.set_state(before)
         collected.source.forget()
     if any(levels[name] < layer.level and layer.grouping.drops_outputs for name, layer in layers.items()):
         notices.append(REVIVED_OUTPUTS)
-    return NewMasks(masks, levels, random, notices, nan)
-
-
-def note_nan(nan: dict[tuple[str, ...], Tensor], flags: dict[tuple[str, ...], Tensor]) -> None:
-    """Note in `nan` which layers on a GPU have NaN scores, without reading it; both are as `NewMasks.nan`."""
-    for names, of_layers in flags.items():  # those of earlier updates may not have been read yet
-        nan[names] = of_layers | nan[names] if names in nan else of_layers
+    if not on_device:
+        notices += in_words(found)
+        found = {}
+    return NewMasks(masks, levels, random, notices, found)
 
 
 def _notices_of_scores(ranked: Sequence[ScoredLayer], sparsity: float, by: CollectedQuantities) -> list[str]:

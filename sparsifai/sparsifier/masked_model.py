@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ..model.parallel import reshard
 from ..model.zeros import Count
+from .findings import Finding, check_found
 from .followers import Follower
 from .given_masks import check_masks
 from .layer import Layer, count_of, selected
-from .mask_building import check_nan
 from .masking import masked_parameters, zero_gradients, zero_moments, zero_weights
 from .model_masks import ModelMasks
+from .optimizer_state import check_reachable
 
 
 class MaskedModel:
@@ -31,7 +32,7 @@ class MaskedModel:
     def __init__(self, model: nn.Module, layers: dict[str, Layer], followers: Sequence[Follower]):
         self.model: Any = model
         self.layers, self.all_masks = layers, ModelMasks(layers, followers)
-        self._nan: dict[tuple[str, ...], Tensor] = {}  # names of layers -> whether scores on a GPU were NaN
+        self._found: dict[Finding, Tensor] = {}  # what was found in scores on a GPU and is not read yet
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -59,10 +60,15 @@ class MaskedModel:
         """Set the optimizer's moments of pruned weights to zero, so that these are not moved. Call it after sparsify.
 
         Args:
-            optimizer: torch's or fastai's.
+            optimizer: torch's or fastai's, or a wrapper that holds one.
+
+        Raises:
+            TypeError: It keeps moments where they are not found, or as codes that cannot be set to zero.
         """
         self._check_held("mask_moments")
-        zero_moments(self._masked(), optimizer)
+        masked = self._masked()
+        check_reachable((parameter for parameter, _ in masked), optimizer)
+        zero_moments(masked, optimizer)
 
     @torch.no_grad()
     def recover_masks(self) -> None:
@@ -107,7 +113,7 @@ class MaskedModel:
     def sparsity(self) -> float:
         """Measured sparsity: zeros over weights of the selected layers."""
         self._check_held("sparsity")
-        self._check_nan()
+        self._check_found()
         return Count.of(*(layer.parameter for layer in self._selected.values())).sparsity
 
     def release(self) -> nn.Module:
@@ -118,7 +124,7 @@ class MaskedModel:
         """
         self._check_held("release")
         model = self.model
-        self.model, self.layers, self._nan = None, {}, {}
+        self.model, self.layers, self._found = None, {}, {}
         self.all_masks = ModelMasks({}, [])
         return model
 
@@ -135,6 +141,6 @@ class MaskedModel:
             raise RuntimeError(f"{operation}: this Sparsifier has released its model; make a new one")
         reshard(self.model)
 
-    def _check_nan(self) -> None:
-        flags, self._nan = self._nan, {}
-        check_nan(flags)
+    def _check_found(self) -> None:
+        found, self._found = self._found, {}
+        check_found(found)

@@ -20,6 +20,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from ..model.layers import parameter_of
 from ..model.parallel import is_sharded, own_shard
 from ..support.chunk import CHUNK
+from .optimizer_state import is_plain, moments_of, states_of, wrapped_by
 
 Masked = Iterable[tuple[nn.Parameter, Tensor]]
 
@@ -104,6 +105,8 @@ def zero_masked(tensor: Tensor, mask: Tensor, zero: float = 0.0) -> None:
             return
         mask = torch.ones(tensor.numel(), dtype=torch.bool).index_fill(0, mask, False).view(tensor.shape)
     tensor, mask = own_shard(tensor.detach(), mask)
+    if tensor.is_complex():
+        tensor, mask = torch.view_as_real(tensor), mask.unsqueeze(-1)
     # Times zero, inf and NaN would give NaN. Their bits, read as an integer, times zero are the bits of zero.
     bits = tensor.view(_INTEGER[tensor.element_size()])
     if mask.shape != bits.shape or bits.numel() <= 2 * CHUNK or bits.device.type != "cpu":
@@ -185,7 +188,7 @@ def zero_gradients(masked: Masked) -> bool:
 
 @torch.no_grad()
 def zero_moments(masked: Masked, optimizer: Any, squares: float = 0.0) -> None:
-    """Set the moments of masked values to zero: all floating point state in the shape of the parameter.
+    """Set the moments of masked values to zero: all real or complex state in the shape of the parameter.
 
     Args:
         masked: Pairs of a parameter and its bool mask, or the indices that `newly_masked` gives.
@@ -196,13 +199,12 @@ def zero_moments(masked: Masked, optimizer: Any, squares: float = 0.0) -> None:
     Raises:
         TypeError: The optimizer has no state by parameter.
     """
-    states = list(_states_of(optimizer))
+    states = states_of(optimizer)
     moments: dict[float, list[tuple[Tensor, Tensor]]] = {}
     for parameter, mask in masked:
-        for state in states:
-            for name, value in state.get(parameter, {}).items():
-                if _is_floating_point(value) and value.shape == parameter.shape:
-                    moments.setdefault(squares if name in _SQUARES else 0.0, []).append((value, mask))
+        for name, value in moments_of(parameter, states):
+            if is_plain(value):
+                moments.setdefault(squares if name in _SQUARES else 0.0, []).append((value, mask))
     for zero, pairs in moments.items():
         _zero_all_masked(pairs, zero)
 
@@ -214,9 +216,9 @@ def holds_zeros(optimizer: Any) -> bool:
         optimizer: torch's or fastai's optimizer, or a wrapper around one. A subclass, an optimizer with hooks, and any
             other class are not known.
     """
-    kind, inner = type(optimizer), _inner_of(optimizer)
-    if inner is not None:
-        return kind.__module__ in ("fastai.optimizer", "accelerate.optimizer") and holds_zeros(inner)
+    kind, wrapped = type(optimizer), wrapped_by(optimizer)
+    if wrapped:
+        return kind.__module__ in ("fastai.optimizer", "accelerate.optimizer") and all(map(holds_zeros, wrapped))
     if kind.__module__ == "fastai.optimizer":
         return all(getattr(step, "func", step).__module__ == "fastai.optimizer" for step in optimizer.cbs)
     if not any(kind is getattr(torch.optim, name) for name in _BY_WEIGHT):
@@ -235,35 +237,3 @@ def parameters_of(optimizer: Any) -> Iterator[nn.Parameter]:
         yield from (parameter for group in optimizer.param_lists for parameter in group)
     else:
         yield from (parameter for group in optimizer.param_groups for parameter in group["params"])
-
-
-def _inner_of(optimizer: Any) -> Any:
-    """The optimizer in a wrapper of fastai or accelerate, or None."""
-    held = vars(optimizer) if hasattr(optimizer, "__dict__") else {}
-    return held.get("opt", held.get("optimizer"))
-
-
-def _is_floating_point(value: Any) -> bool:
-    """Whether an entry of the state is a tensor of floating point numbers, and not the codes of a quantized tensor."""
-    return isinstance(value, Tensor) and (type(value) is Tensor or is_sharded(value)) and value.is_floating_point()
-
-
-def _states_of(optimizer: Any) -> Iterator[dict[nn.Parameter, dict[str, Any]]]:
-    """The states of an optimizer and of the optimizers that it wraps, each as {parameter: {name: value}}."""
-    if getattr(optimizer, "slow_weights", None) is not None:  # of fastai's Lookahead, which copies them to the weights
-        of_groups = zip(optimizer.param_lists, optimizer.slow_weights, strict=True)
-        yield {
-            parameter: {"slow": slow}
-            for group, slow_group in of_groups
-            for parameter, slow in zip(group, slow_group, strict=True)
-        }
-    inner = _inner_of(optimizer)
-    if inner is not None:
-        yield from _states_of(inner)
-    elif isinstance(getattr(optimizer, "state", None), dict):
-        yield optimizer.state
-    else:
-        raise TypeError(
-            f"{type(optimizer).__name__} is no optimizer, because it has no `state` by parameter; pass an optimizer of "
-            "torch or fastai"
-        )

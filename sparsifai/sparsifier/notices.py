@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..axes.context import contexts
 from ..axes.criterion import quantities_of
 from ..axes.grouping import squared_sum
+from ..model.parallel import kind_of
 from ..support.capability import capability
 from ..support.registry import name_of
 from ..support.table import percent
@@ -24,6 +25,12 @@ REGROWN_OUTPUTS = (
 
 # If more than this fraction of the weights is frozen, the user is warned.
 LARGE_PART = 0.2
+
+# If at least this fraction of the parameters has no named axes, the user is warned.
+UNNAMED_PART = 0.1
+
+# Number of axes -> how they may be called, for messages.
+_EXAMPLES = {2: ("out", "in"), 3: ("expert", "out", "in"), 4: ("out", "in", "h", "w")}
 
 
 def notices_of_frozen(layers: Layers) -> list[str]:
@@ -73,6 +80,33 @@ def notices_of_host(options: Options, layers: Layers) -> list[str]:
             f"the GPU: contexts {stay}, blocks(n) and N:M such as 2:4, without round_to= and coupled="
         )
     return notices
+
+
+def notices_of_unnamed(model: nn.Module, layers: Layers) -> list[str]:
+    """Notice that a large part of a model stays dense, because the axes of its weights have no names.
+
+    Args:
+        model: The model, without wrappers.
+        layers: Parameter name -> layer.
+    """
+    known = {name for layer in layers.values() for name in layer.weight.names}
+    unnamed = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and parameter.requires_grad and name not in known and "bias" not in name
+    }
+    share = sum(map(Tensor.numel, unnamed.values())) / sum(map(Tensor.numel, model.parameters()))
+    if share < UNNAMED_PART:
+        return []
+    name, largest = max(unnamed.items(), key=lambda item: item[1].numel())
+    holder, _, attribute = name.rpartition(".")
+    kind = kind_of(model.get_submodule(holder))
+    others = f" and {len(unnamed) - 1} others" if len(unnamed) > 1 else ""
+    return [
+        f"Sparsifier: {percent(share)} of the parameters stay dense, because their axes have no names: {name} of "
+        f"{kind} ({'x'.join(map(str, largest.shape))}){others}; name them, as in register_layer({kind}, "
+        f"{attribute}={_EXAMPLES.get(largest.dim(), '(...)')}), or say which layers are pruned with layers="
+    ]
 
 
 def notices_of_outputs(options: Options, model: nn.Module, layers: Layers, followers: Sequence[Follower]) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..axes.granularity import granularities
 from ..model.layers import find_weights, parameter_of
 from ..model.parallel import whole
+from ..model.tensors import check_values
 from ..support.warning import warn
 from .followers import masks_of_followers
 from .layer_selection import find_layers
@@ -32,7 +33,11 @@ def recovered_masks(model: nn.Module, masks: Mapping[str, Tensor], example_input
 
     Returns:
         Parameter name -> mask.
+
+    Raises:
+        ValueError: A parameter has no values.
     """
+    check_values("the zeros of a model", dict(model.named_parameters()))
     found, zeros, weights = {}, 0, 0
     for name, weight in find_weights(model).items():
         kept = whole(weight.parameter.detach()) != 0
@@ -47,26 +52,31 @@ def recovered_masks(model: nn.Module, masks: Mapping[str, Tensor], example_input
     if with_filters:
         try:
             masks = merged(masks, _masks_behind_filters(model, example_input))
-        except ValueError as error:  # the data flow cannot be found
-            warn(
-                "whole filters are zero, but the biases and norm layers behind them are unknown, so that their zeros "
-                f"are not kept: {error}"
-            )
+        except ValueError:  # the data flow cannot be found
+            if partly := [name for name, each in model.named_parameters() if each.dim() == 1 and _is_partly_zero(each)]:
+                warn(
+                    f"whole filters are zero, but the data flow of {type(model).__name__} cannot be found, so that "
+                    f"zeros in biases and norm layers behind them, such as {partly[0]}, may not be kept"
+                )
     return dict(masks)
 
 
 def _masks_behind_filters(model: nn.Module, example_input: Any) -> dict[str, Tensor]:
     """The masks that prune the zeros of the biases and norm layers of zero filters."""
-    computed = [name for name, weight in find_weights(model).items() if weight.sources]
     layers, followers, _ = find_layers(
-        model, granularities["filter"], layers=lambda name, module: True, exclude=computed or None,
-        example_input=example_input,
-    )  # fmt: skip
+        model, granularities["filter"], layers=lambda name, module: True, example_input=example_input, refuse=False
+    )
     zeros = {name: layer.with_mask(layer.mask_of_zeros(), 0.0) for name, layer in layers.items() if layer.is_selected}
     return {
         name: mask | (parameter_of(model, name, mask).detach() != 0)
         for name, mask in masks_of_followers(followers, zeros).items()
     }
+
+
+def _is_partly_zero(parameter: Tensor) -> bool:
+    """Whether some entries are zero and others are not."""
+    zero = whole(parameter.detach()) == 0
+    return bool(zero.any() & ~zero.all())
 
 
 def _has_zero_filters(kept: Tensor) -> bool:

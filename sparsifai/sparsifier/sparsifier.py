@@ -10,24 +10,25 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from ..axes.context import Context
 from ..axes.criterion import Criterion, is_elementwise
 from ..axes.granularity import Granularity
 from ..model.parallel import is_sharded, process_group_of, unwrapped
+from ..model.running import first_example
 from ..support.checks import check_count
 from ..support.registry import name_of
 from ..support.warning import warn_each
 from .calibration import calibrate
 from .collection import CollectedQuantities, Source
+from .findings import both
 from .layer import level_of, unfrozen
 from .layer_selection import find_layers, scopes
-from .mask_building import NewMasks, Ranking, build_masks, note_nan
+from .mask_building import NewMasks, Ranking, build_masks
 from .masked_model import MaskedModel
 from .masking import NEXT_TO_ZERO, newly_masked, zero_moments, zero_weights
-from .notices import notices_of_frozen, notices_of_host, notices_of_outputs
+from .notices import notices_of_frozen, notices_of_host, notices_of_outputs, notices_of_unnamed
 from .options import Options, Sparsity, check_sparsity
 from .regrowth import Regrowth, check_drop
 from .report import Report
@@ -110,14 +111,15 @@ class Sparsifier(MaskedModel):
         inner = unwrapped(model)
         found, followers, coupling = find_layers(
             inner, options.granularity, layers=options.layers, exclude=options.exclude,
-            fewest=options.round_to or 1, coupled=options.coupled, example_input=example_input,
+            fewest=0 if options.may_empty else options.round_to or 1,
+            coupled=options.coupled, example_input=example_input,
         )  # fmt: skip
         super().__init__(inner, found, followers)
         # The layers are found. Patterns, which can be modules and lambdas, would hold on to the model and not pickle.
         self.ranking = Ranking(replace(options, layers=None, exclude=None), coupling, process_group_of(model))
         weights = {name: layer.weight for name, layer in self._selected.items()}
         rng = torch.Generator().manual_seed(options.seed)
-        source = Source(inner, weights, rng, tree_map(first_example, example_input))
+        source = Source(inner, weights, rng, first_example(example_input))
         self.collected = CollectedQuantities(options.criteria, source)
         self._regrowth = None if options.regrow is None else Regrowth(options.regrow, source)
         self._take_quantities("start")
@@ -125,6 +127,8 @@ class Sparsifier(MaskedModel):
         self._has_ranked = False
         warn_each(notices_of_outputs(options, inner, self.layers, self.all_masks.followers))
         warn_each(notices_of_frozen(self.layers))
+        if options.layers is None:  # who says which layers are pruned knows that others stay dense
+            warn_each(notices_of_unnamed(inner, self.layers))
 
     # --- Building masks -----------------------------------------------------------------------------------------
 
@@ -243,7 +247,7 @@ class Sparsifier(MaskedModel):
         """Replace the masks, levels and random state. The weights are not changed."""
         for name, layer in self._selected.items():
             layer.mask, layer.level = new.masks[name], new.levels[name]
-        note_nan(self._nan, new.nan)
+        self._found = both(self._found, new.found)  # that of earlier updates may not have been read yet
         self.collected.source.rng.set_state(new.random)
         self.all_masks.update_followers()
         if self._regrowth is not None:
@@ -288,21 +292,24 @@ class Sparsifier(MaskedModel):
 
         `mask_gradients` calls it, so a plain training loop need not. Regrowth by gradients needs it before `sparsify`.
 
+        A layer without a gradient, as one that the batch has skipped, counts as zero. A batch whose gradients are not
+        all finite, as after an overflow under a GradScaler, is left out.
+
         Raises:
-            ValueError: No gradient has reached a selected layer.
+            ValueError: No selected layer has a gradient, or one is frozen.
         """
         self._check_held("collect_gradients")
         for collected in filter(None, (self.collected, self._regrowth)):
-            collected.add("backward")
+            collected.add_gradients()
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping.
 
-        A criterion that needs gradients collects them first, if every selected layer has one.
+        A criterion that needs gradients collects them first, if a selected layer has one.
         """
         self._check_held("mask_gradients")
         parameters = [layer.parameter for layer in self._selected.values()]
-        if self.collected.at("backward") and all(parameter.grad is not None for parameter in parameters):
+        if self.collected.at("backward") and any(parameter.grad is not None for parameter in parameters):
             self.collect_gradients()
         super().mask_gradients()
 
@@ -320,7 +327,7 @@ class Sparsifier(MaskedModel):
             A table; its `plot` draws it.
         """
         self._check_held("report")
-        self._check_nan()
+        self._check_found()
         return Report.measure(self.model, self.layers, self.ranking.options.context, self._regrowth)
 
     def __repr__(self) -> str:
@@ -386,8 +393,3 @@ class Sparsifier(MaskedModel):
     def __getstate__(self) -> dict[str, Any]:
         # A process group cannot be copied or pickled, so a copy works alone.
         return {**vars(self), "ranking": replace(self.ranking, process_group=None), "_calibration": None}
-
-
-def first_example(value: Any) -> Any:
-    """The first example of a batch."""
-    return value[:1].detach().clone() if isinstance(value, Tensor) and value.dim() else value

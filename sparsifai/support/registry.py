@@ -11,7 +11,7 @@ from .capability import declare
 
 
 def close_matches(name: str, known: Iterable[str]) -> str:
-    """Write the end of an error message on an unknown name: the most similar names, or else all of them.
+    """Write the end of an error message on an unknown name: the most similar names, or else all, of many the nearest.
 
     Args:
         name: The name that the user gave.
@@ -27,7 +27,29 @@ def close_matches(name: str, known: Iterable[str]) -> str:
     likely = get_close_matches(name, known, n=3, cutoff=0.5)
     if likely:
         return f"did you mean {' or '.join(repr(match) for match in likely)}?"
-    return f"choose from {', '.join(repr(match) for match in known)}"
+    if len(known) > LISTED:
+        return f"the nearest names are {listed(get_close_matches(name, known, n=5, cutoff=0.0))}"
+    return f"choose from {listed(known, most=LISTED)}"
+
+
+# So many names are listed in a message: those of every axis of the library, but not those of every layer of a model.
+LISTED = 40
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Join names for a message, quoted; of many only the first.
+
+    Args:
+        names: The names.
+        most: How many are written at most.
+
+    Example:
+        >>> listed(['a', 'b', 'c'], most=2)
+        "'a', 'b' and 1 more"
+    """
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(repr(name) for name in names[:most])}{more}"
 
 
 def name_of(function: Any) -> str:

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import layers_of
+from conftest import as_on_device, has_ties, layers_of, misses_sparsity, without_values
 from torch import nn
 
-from sparsifai import Sparsifier, bounded, contexts, select_groups
+from sparsifai import Sparsifier, blocks, bounded, contexts, select_groups
 from sparsifai.axes.ranking.scored_layer import ScoredLayer
 
 
@@ -37,6 +37,8 @@ def test_a_context_of_your_own_is_one_function(registering):
 
 @pytest.mark.parametrize("level", [0.0, 0.1, 0.5, 0.73, 1.0])
 @pytest.mark.parametrize("masked", [0.0, 0.05])
+@misses_sparsity
+@has_ties
 def test_per_output_ranks_every_row_alone(level, masked):
     model = nn.Sequential(nn.Linear(30, 7), nn.Conv2d(6, 4, 3, groups=2), nn.ConvTranspose2d(4, 6, 3, groups=2))
     with torch.no_grad():
@@ -65,6 +67,8 @@ def test_per_output_ranks_every_row_alone(level, masked):
 
 
 @pytest.mark.parametrize("context", [*contexts, "2:4", bounded("erk", {"0": 0.2})])
+@misses_sparsity
+@has_ties
 def test_every_context_prunes_ties_in_index_order_empties_no_layer_and_refuses_nan(context):
     model = mlp()
     with torch.no_grad():
@@ -102,6 +106,7 @@ def test_what_is_masked_stays_masked_where_a_context_asks_for_less(context):
 
 
 @pytest.mark.parametrize("context", [name for name in contexts if name != "uniform_plus"])
+@misses_sparsity
 def test_may_empty_lets_a_context_empty_a_layer(context):
     model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
     with torch.no_grad():
@@ -113,3 +118,83 @@ def test_may_empty_lets_a_context_empty_a_layer(context):
         pytest.approx(0.95) if context == "per_output" else 1.0 if context != "global" else 0.5
     )
     assert sparsifier.masks["0.weight"].any() == (context == "per_output")
+
+
+# --- Limits of a layer ------------------------------------------------------------------------------------------------
+
+CANNOT = "the sparsity that was asked for cannot be reached: with granularity "
+
+
+def convolutions():
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 40, 3), nn.Conv2d(40, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "sparsity", "message"),
+    [
+        ({"granularity": "filter", "context": "local", "layers": "0"}, 0.9, "filter .* local at most 80.00% of 0"),
+        ({"granularity": "filter", "layers": "0"}, 0.9, "filter and context global at most 80.00% of 0"),
+        ({"granularity": "filter", "context": "erk", "layers": "0"}, 0.9, "filter and context erk at most 80.00% of 0"),
+        ({"granularity": "filter", "context": "local", "round_to": 8, "layers": "1"}, 0.9, "filter .* 80.00% of 1"),
+        ({"context": "2:4", "layers": "0"}, 0.5, "weight and context 2:4 at most 33.33% of 0"),
+        ({"context": "1:8", "layers": "1"}, 0.87, "weight and context 1:8 at most 80.00% of 1"),
+        ({"context": "blocks", "layers": "1"}, 0.9, r"weight and context blocks\(4\) at most 60.00% of 1"),
+        ({"context": "per_output", "layers": "0"}, 0.99, "weight and context per_output at most 96.30% of 0"),
+        ({"granularity": "channel", "layers": "0"}, 0.8, "channel and context global at most 66.67% of 0"),
+    ],
+)  # fmt: skip
+def test_a_layer_that_cannot_be_pruned_as_much_is_told_of(options, sparsity, message):
+    if options.get("context") == "blocks":
+        options = {**options, "context": blocks(4)}
+    model = convolutions()
+    with pytest.raises(UserWarning, match=f"{CANNOT}{message}.weight can be pruned"):
+        Sparsifier(model, **options).sparsify(sparsity)
+    assert not any((parameter == 0).any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "sparsity", "message"),
+    [
+        ({"context": "local", "layers": "0"}, 0.9, "filter and context local at most 80.00% of 0"),
+        ({"context": "global", "layers": "0"}, 0.9, "filter and context global at most 80.00% of 0"),
+        ({"context": "local", "layers": ["0", "1"]}, 0.99, "filter and context local at most 80.00% of 0"),
+    ],
+)
+def test_it_is_told_of_where_nothing_is_read(options, sparsity, message):
+    for make in (lambda each: each, as_on_device, without_values):
+        sparsifier = make(Sparsifier(convolutions(), "filter", **options))
+        with pytest.raises(UserWarning, match=f"{CANNOT}{message}.weight can be pruned"):
+            sparsifier.sparsify(sparsity)
+    for make in (lambda each: each, as_on_device, without_values):
+        make(Sparsifier(convolutions(), "filter", **options)).sparsify(0.5)
+
+
+@pytest.mark.parametrize("context", ["2:4", "1:4", blocks(4), blocks(2)])
+def test_that_nothing_can_be_pruned_is_told_of(context):
+    sparsifier = Sparsifier(nn.Conv2d(1, 8, 3), context=context)
+    with pytest.warns(UserWarning, match="no group can be pruned"):
+        sparsifier.sparsify(0.5)
+
+
+def test_the_warning_has_the_same_text_at_every_level():
+    sparsifier = Sparsifier(convolutions(), "filter", "local", layers="0")
+    texts = set()
+    for level in (0.82, 0.9, 1.0):
+        with pytest.warns(UserWarning, match=CANNOT) as told:
+            sparsifier.sparsify(level)
+        texts.add(str(told[0].message))
+    assert len(texts) == 1
+
+
+def test_rounding_is_not_told_of_nor_what_other_layers_make_up_for():
+    for granularity, context, level in [
+        ("filter", "local", 0.5), ("filter", "local", 0.8), ("filter", "global", 0.9), ("weight", blocks(4), 0.6),
+        ("weight", "local", 0.99), ("kernel", "local", 0.55),
+    ]:  # fmt: skip
+        Sparsifier(convolutions(), granularity, context).sparsify(level)
+
+
+def test_with_may_empty_the_whole_layer_can_be_pruned():
+    sparsifier = Sparsifier(convolutions(), "filter", "local", layers="0", may_empty=True)
+    sparsifier.sparsify(0.9)
+    assert sparsifier.sparsity == 1.0

@@ -207,6 +207,10 @@ CONTEXT = [
      "is_nm: needs 0 < n < m and an axis of the weight, got 2:4 along axis 1 of 1 axes"),
 ]  # fmt: skip
 
+UNUSED = (
+    "no gradient has reached unused.weight: the loss does not depend on it, or all of these batches skip it; leave it "
+    "out with exclude=, or add batches that use it"
+)
 CRITERION = [
     ("unknown criterion", lambda: criteria.resolve("movment"), ValueError,
      "unknown criterion 'movment'; did you mean 'movement'...?"),
@@ -247,10 +251,9 @@ CRITERION = [
      "quantity print does not say when it is computed; mark it with @taken(...) below the registration, and with one "
      "or more of score, start, update, backward, forward, loss"),
     ("gradients of a layer without any", lambda: calibrated("snip", Halves()), ValueError,
-     "...no gradient has reached unused.weight: it is frozen, or the loss does not depend on it; leave it out with "
-     "exclude=..."),
+     f"calibrate: {UNUSED}"),
     ("the Hessian of a layer without gradients", lambda: calibrated("grasp", Halves()), ValueError,
-     "...no gradient has reached unused.weight: the loss does not depend on it; leave it out with exclude=..."),
+     f"calibrate: {UNUSED}"),
     ("the Hessian of a frozen layer", lambda: calibrated("grasp", frozen()), UnsuitableLayerError,
      "no gradient reaches 0.weight, which is frozen; leave it out with exclude="),
     ("an input of another size",
@@ -262,7 +265,8 @@ CRITERION = [
     ("synflow of a layer that casts",
      lambda: sparsify(model=Casting(4, 3), criteria="synflow", example_input=torch.ones(2, 4)), ValueError,
      "synflow: the model fails on ones in float64 in the shape of example_input (...); pass an example_input= that "
-     "fits, and cast nothing to another type in forward"),
+     "fits, a tuple for several inputs or one list, a dictionary for named ones, and cast nothing to another type in "
+     "forward"),
     ("synflow of an unused layer",
      lambda: sparsify(model=Halves(), criteria="synflow", example_input=torch.ones(2, 4)), ValueError,
      "synflow: the output does not depend on unused.weight; leave it out with exclude="),

@@ -61,6 +61,7 @@ def test_bytes_are_those_of_dense_weights_if_that_is_less(mlp):
     assert [layer.size.bytes_left for layer in plan.layers] == [128, 64]
 
 
+@pytest.mark.filterwarnings("ignore:the sparsity that was asked for cannot be reached")
 def test_the_plan_has_the_remaining_weights_of_sparsify():
     for axes in [
         ("weight", "global"), ("weight", "erk"), ("weight", "2:4"), ("filter", "global"), ("row", "local"),
@@ -101,6 +102,7 @@ def test_filters_and_the_biases_and_norm_layers_that_are_masked_with_them(net):
     assert not plan.collapsing
 
 
+@pytest.mark.filterwarnings("ignore:the sparsity that was asked for cannot be reached")
 def test_notes_of_the_context_and_why_dense(net):
     plan = planned(net, 0.5, "weight", "2:4", layers=["3", "12"])
     lines = str(plan).splitlines()
@@ -108,6 +110,7 @@ def test_notes_of_the_context_and_why_dense(net):
     assert next(line for line in lines if line.startswith("0.weight")).endswith("not in layers")
 
 
+@pytest.mark.filterwarnings("ignore:.*their axes have no names")
 def test_matrices_without_named_axes_are_listed():
     class Own(nn.Module):
         def __init__(self):

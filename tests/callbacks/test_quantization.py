@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsifai import Sparsifier
+from sparsifai import KeepSparsity, Sparsifier, SparsifyCallback, shrink
 
 quantization = pytest.importorskip("torch.ao.quantization", reason="torch's own quantization, where it is still there")
 
@@ -130,3 +130,66 @@ def test_a_sparse_model_stays_sparse_when_it_is_prepared_and_trained_further():
         optimizer.step()
         second.apply_masks()
     assert second.sparsity == before >= 0.8 - 1e-3
+
+
+class Convolutions(nn.Module):
+    """Two convolutions with norm layers that are fused, and a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.quant, self.dequant = quantization.QuantStub(), quantization.DeQuantStub()
+        self.conv, self.norm, self.relu = nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+        self.second, self.last = nn.Conv2d(8, 6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.second(self.relu(self.norm(self.conv(self.quant(x)))))
+        return self.dequant(self.last(F.adaptive_avg_pool2d(x, 1).flatten(1)))
+
+
+def with_pruned_filters():
+    model = Convolutions()
+    Sparsifier(model, "filter", "local").sparsify(0.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: Sparsifier(model),
+        lambda model: Sparsifier(model, "filter", layers="second"),
+        lambda model: shrink(model, batch(0)[0]),
+        lambda model: learner(model).fit(1, cbs=KeepSparsity()),
+        lambda model: learner(model).fit(1, cbs=SparsifyCallback(0.5)),
+    ],
+    ids=["Sparsifier", "filters", "shrink", "KeepSparsity", "SparsifyCallback"],
+)
+def test_pruned_filters_that_quantization_aware_training_would_divide_by_are_refused(use):
+    model = prepare(with_pruned_filters())
+    with torch.no_grad():
+        assert model(batch(0)[0]).isnan().all()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"divides by the scales of the batch norms that are fused into Conv") as error:
+        use(model)
+    assert "conv (4). The outputs would be NaN; call shrink(model, example_input) before fuse_modules_qat" in str(
+        error.value
+    )
+    assert all(torch.equal(value.nan_to_num(), state[name].nan_to_num()) for name, value in model.state_dict().items())
+
+
+def test_a_model_that_was_shrunk_before_trains_in_it():
+    pytest.importorskip("torch_pruning", reason="shrink needs it")
+    model = prepare(shrink(with_pruned_filters().eval(), batch(0)[0]))
+    assert model.conv.out_channels == 4
+    sparsifier = Sparsifier(model)
+    trained(sparsifier, model)
+    assert sparsifier.sparsity == pytest.approx(0.75, abs=0.01)
+    assert model(batch(0)[0]).isfinite().all()
+
+
+def learner(model):
+    from fastai.vision.all import DataLoader, DataLoaders, Learner
+
+    pairs = [(inputs, label) for inputs, label in zip(*batch(0), strict=True)]
+    dls = DataLoaders(DataLoader(pairs, bs=4), DataLoader(pairs, bs=4), device="cpu")
+    return Learner(dls, model, loss_func=nn.CrossEntropyLoss())

@@ -1,10 +1,13 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsifai.model.flops import count_flops
+from sparsifai import SparsifyCallback
+from sparsifai.model.flops import all_flops, count_flops
 from sparsifai.model.layers import find_weights
+from sparsifai.model.running import without_fast_path
 
 
 def flops_of(model, *inputs):
@@ -83,3 +86,55 @@ def test_flops_need_no_values():
     assert count_flops(model, find_weights(model), torch.zeros(1, 4, device="meta")) == {
         "0.weight": 64, "2.weight": 32,
     }  # fmt: skip
+
+
+class Functional(nn.Module):
+    """Reads the weights of its layers by functions, as Swin transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.conv, self.embed = nn.Linear(4, 6), nn.Conv1d(6, 8, 3), nn.Embedding(5, 4)
+        self.attention, self.called = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, ids):
+        x = F.linear(self.embed(ids), self.linear.weight, self.linear.bias)  # 5 positions
+        x = F.conv1d(x.transpose(1, 2), self.conv.weight).transpose(1, 2)  # 3 positions
+        query, key, value = (x @ self.attention.weight.t()).chunk(3, -1)
+        x = F.scaled_dot_product_attention(query, key, value)
+        x = self.called(x) + F.linear(x, self.called.weight)
+        return x[..., :4] @ self.embed.weight.t()
+
+
+def test_flops_of_weights_that_functions_read():
+    model, ids = Functional(), torch.zeros(2, 5, dtype=torch.long)
+    found = all_flops(model, find_weights(model), ids)
+    assert found.of_weights == {
+        "linear.weight": 2 * 10 * 24, "conv.weight": 2 * 6 * 144, "embed.weight": 2 * 6 * 20,
+        "attention.weight": 2 * 6 * 192, "called.weight": 2 * 2 * 6 * 64,
+    }  # fmt: skip
+    assert found.others == 2 * 2 * (2 * 3 * 3 * 8)  # scores and their products with values, of 2 examples
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_t", "swin_v2_t", "vit_b_16"])
+def test_flops_of_models_are_those_of_torch(name):
+    models = pytest.importorskip("torchvision", reason="its models are the test").models
+    with torch.device("meta"):
+        model = getattr(models, name)().eval()
+        image = torch.zeros(1, 3, 224, 224)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        if name.startswith("vit"):
+            with without_fast_path():
+                model(image)
+        else:
+            model(image)
+    found = all_flops(model, find_weights(model), image)
+    assert sum(found.of_weights.values()) + found.others == counter.get_total_flops()
+    assert sum(found.of_weights.values()) > 0.9 * counter.get_total_flops()
+
+
+def test_a_plan_says_what_its_flops_leave_out():
+    model = Functional()
+    plan = SparsifyCallback(0.5).plan(model, 1, 4, torch.zeros(2, 5, dtype=torch.long))
+    assert plan.model.flops == 2 * (5 * 24 + 3 * 144 + 3 * 20 + 3 * 192 + 2 * 3 * 64)
+    share = 288 / (288 + plan.model.flops)
+    assert f"such as those of attention, are another 288, {100 * share:.2f}% of all" in str(plan)

@@ -9,6 +9,7 @@ from torch import nn
 from sparsifai import Sparsifier, register_layer
 from sparsifai.model.flops import count_flops
 from sparsifai.model.layers import find_weights, parameter_of
+from sparsifai.model.norms import check_fused_norms
 from sparsifai.model.patterns import as_patterns, name_matcher
 from sparsifai.model.running import check_runs
 from sparsifai.model.tensors import first_tensor
@@ -34,6 +35,23 @@ class Branching(nn.Module):
         return self.layer(x) if x.sum() > 0 else self.layer(-x)
 
 
+def fused_with_zeros():
+    qat = pytest.importorskip("torch.ao.nn.intrinsic.qat", reason="torch's own quantization, where it is still there")
+    fake = torch.ao.quantization.QConfig(activation=nn.Identity, weight=nn.Identity)
+    layer = qat.ConvBn2d(2, 4, 1, qconfig=fake)
+    with torch.no_grad():
+        layer.bn.weight[:3] = 0
+    return nn.Sequential(layer)
+
+
+class Wrapper(nn.Module):
+    """A wrapper that this library does not know, such as those that average weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = nn.ModuleDict({"inner": nn.Sequential(nn.Linear(4, 2))})
+
+
 def register(axes, kind=Conv1D):
     return lambda: register_layer(kind, weight=axes)
 
@@ -43,7 +61,7 @@ def too_many_axes():
         """A class of its own, since a kind stays registered."""
 
     register_layer(Own, weight=("in", "out", "h"))
-    find_weights(Own())
+    Sparsifier(Own())
 
 
 def selects(pattern, argument="layers"):
@@ -63,7 +81,10 @@ NO_PATTERN = (
     "regular expression, or a function of (name, module)"
 )
 NO_DICTIONARY = "{'0': 1} cannot select layers; pass a dictionary of sparsities as the first argument, `sparsity`"
-BATCH = "pass a batch that the model accepts, on its device: a tuple for several positional arguments, a dictionary for"
+BATCH = (
+    "pass a batch that the model accepts, on its device: a tuple for several positional arguments, or for one list: "
+    "([...],); a dictionary for"
+)
 
 # Name, mistake, class of the error, parts of the message in their order.
 MESSAGES = [
@@ -85,8 +106,9 @@ MESSAGES = [
         too_many_axes,
         ValueError,
         [
-            "Own.weight is registered with the axes ('in', 'out', 'h'), but has the shape (4, 6)",
-            "correct the call of register_layer",
+            "Sparsifier: Own.weight is registered with the axes ('in', 'out', 'h'), but has the shape (4, 6)",
+            "leave it out with exclude=, or name the axes by a function of the layer: register_layer(Own, "
+            "weight=function)",
         ],
     ),
     (
@@ -99,13 +121,28 @@ MESSAGES = [
         "a mask of another model",
         lambda: parameter_of(nn.Linear(4, 2), "0.weight", torch.ones(2, 4)),
         ValueError,
-        ["Linear is not a copy of the masked model; 0.weight: "],
+        ["Linear is not a copy of the masked model: it has no parameter '0.weight'; did you mean 'weight'?"],
+    ),
+    (
+        "a mask of a model in a wrapper",
+        lambda: parameter_of(Wrapper(), "0.weight", torch.ones(2, 4)),
+        ValueError,
+        [
+            "Wrapper is not a copy of the masked model: it has no parameter '0.weight'; it holds one as "
+            "'average.inner': pass that module, model.average.inner"
+        ],
+    ),
+    (
+        "a mask of a model without parameters",
+        lambda: parameter_of(nn.ReLU(), "weight", torch.ones(2, 4)),
+        ValueError,
+        ["ReLU is not a copy of the masked model: it has no parameter 'weight'; it has no parameters"],
     ),
     (
         "a mask of another shape",
         lambda: parameter_of(nn.Linear(4, 2), "weight", torch.ones(3, 4)),
         ValueError,
-        ["Linear is not a copy of the masked model; weight: "],
+        ["Linear is not a copy of the masked model: 'weight' has the shape (2, 4), and its mask (3, 4)"],
     ),
     ("a name in layers=", selects("heed.*"), ValueError, [f"{NO_LAYER}'heed.*'; did you mean 'head"]),
     ("a name in exclude=", selects("heed.*", "exclude"), ValueError, [f"{NO_LAYER}'heed.*'; did you mean 'head"]),
@@ -182,6 +219,17 @@ MESSAGES = [
         [
             "the model does not run on example_input (",
             "); pass a batch of inputs on the device of the model: a tuple for several positional inputs",
+        ],
+    ),
+    (
+        "pruned filters in fused batch norms",
+        lambda: check_fused_norms(fused_with_zeros()),
+        ValueError,
+        [
+            "quantization-aware training divides by the scales of the batch norms that are fused into Sequential, and "
+            "some are zero, those of pruned filters: 0 (3). The outputs would be NaN; call shrink(model, "
+            "example_input) before fuse_modules_qat, which removes them; with coupled=True in the Sparsifier it can "
+            "remove all"
         ],
     ),
     (

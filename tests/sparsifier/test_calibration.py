@@ -186,3 +186,41 @@ def test_a_layer_that_is_not_used_is_named(criterion):
     sparsifier.calibrate([batch], F.cross_entropy)
     sparsifier.sparsify(0.5)
     assert sparsifier.sparsity == 0.5
+
+
+@torch.inference_mode()
+def made_under_inference_mode():
+    return torch.randn(5, 4), torch.randint(3, (5,)), nn.Linear(4, 3)
+
+
+@pytest.mark.parametrize("criterion", ["snip", "grasp", "wanda", "taylor"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_batches_made_under_inference_mode(criterion, inside):
+    inputs, targets, _ = made_under_inference_mode()
+    torch.manual_seed(0)
+    model, masks = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), []
+    for batch in ((inputs, targets), (inputs.clone(), targets.clone())):
+        sparsifier = Sparsifier(copy.deepcopy(model), criteria=criterion)
+        with torch.inference_mode(inside):
+            sparsifier.calibrate([batch], F.cross_entropy)
+        sparsifier.sparsify(0.5)
+        masks.append(sparsifier.masks)
+    assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+
+
+def test_targets_and_dictionaries_made_under_inference_mode():
+    model, batch = nn.Linear(4, 3), dict(zip(("input", "target"), made_under_inference_mode(), strict=False))
+    model.forward = lambda input, target: F.linear(input, model.weight, model.bias)
+    sparsifier = Sparsifier(model, criteria="snip", layers="*")
+    sparsifier.calibrate([batch], lambda output, batch: F.cross_entropy(output, batch["target"]))
+    sparsifier.sparsify(0.5)
+    assert sparsifier.sparsity == 0.5
+
+
+def test_a_model_made_under_inference_mode_is_refused():
+    inputs, targets, model = made_under_inference_mode()
+    sparsifier = Sparsifier(model, criteria="snip", layers="*")
+    with pytest.raises(ValueError, match=r"^calibrate: the tensors of Linear were made under torch.inference_mode"):
+        sparsifier.calibrate([(inputs, targets)], F.cross_entropy)
+    sparsifier = Sparsifier(copy.deepcopy(model), criteria="snip", layers="*")
+    sparsifier.calibrate([(inputs, targets)], F.cross_entropy)

@@ -13,7 +13,7 @@ pytest.importorskip("torch_pruning", reason="what is coupled torch-pruning knows
 
 from conftest import dense_of, small_learner  # noqa: E402
 
-from sparsifai import Sparsifier, bounded, shrinkage  # noqa: E402
+from sparsifai import Sparsifier, SparsifyCallback, bounded, shrinkage  # noqa: E402
 
 EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -360,3 +360,58 @@ def test_coupled_in_a_recipe_and_in_a_plan(tmp_path):
         bad.write_text(file.read_text().replace("true", "perhaps"))
         with pytest.raises(ValueError, match="coupled"):
             Recipe.load(bad)
+
+
+@pytest.mark.parametrize("context", ["local", "global"])
+@pytest.mark.parametrize("order", [["stem", "branch", "head"], ["head", "branch", "stem"]])
+def test_coupled_layers_may_be_asked_for_by_several_keys_with_the_same_sparsity(context, order):
+    model, both = Residual(), Residual()
+    sparsifier = coupled(model, context=context)
+    sparsifier.sparsify(dict.fromkeys(order, 0.5))
+    expected = coupled(both, context=context)
+    expected.sparsify({"re:stem|branch": 0.5, "head": 0.5})
+    assert all(torch.equal(mask, expected.masks[name]) for name, mask in sparsifier.masks.items())
+    assert sum(alive(sparsifier.masks["stem.weight"])) == 4
+    assert alive(sparsifier.masks["stem.weight"]) == alive(sparsifier.masks["branch.weight"])
+    assert {name: sparsifier.layers[name].level for name in expected.masks} == {
+        name: layer.level for name, layer in expected.layers.items() if layer.is_selected
+    }
+
+
+def test_equal_sparsities_by_key_in_steps_and_in_a_learner():
+    model = Residual()
+    sparsifier = coupled(model)
+    sparsifier.sparsify({"stem": 0.75, "branch": 0.75}, steps=3)
+    assert sum(alive(sparsifier.masks["stem.weight"])) == 2
+    assert alive(sparsifier.masks["stem.weight"]) == alive(sparsifier.masks["branch.weight"])
+    callback = SparsifyCallback({"stem": 0.5, "branch": 0.5}, "filter", "local", coupled=True)
+    plan = callback.plan(Residual(), 1, 4, EXAMPLE)
+    assert {row.name: row.size.sparsity for row in plan.layers if row.size.sparsity} == {
+        "stem.weight": 0.5,
+        "branch.weight": 0.5,
+    }
+
+
+def test_different_sparsities_of_coupled_layers_are_refused():
+    sparsifier = coupled(Residual())
+    with pytest.raises(ValueError, match=r"stem.weight and branch.weight are coupled, so both need the same sparsity"):
+        sparsifier.sparsify({"stem": 0.5, "branch": 0.25})
+    assert all(mask.all() for mask in sparsifier.masks.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"coupled": True, "example_input": EXAMPLE}], ids=["plain", "coupled"])
+@pytest.mark.parametrize("round_to", [None, 2])
+def test_a_layer_of_one_filter_may_be_emptied(options, round_to):
+    model = nn.Sequential(nn.Conv2d(3, 1, 1), nn.ReLU(), nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    sparsifier = Sparsifier(model, "filter", "local", may_empty=True, round_to=round_to, **options)
+    sparsifier.sparsify(1.0)
+    assert {name: int(mask.sum()) for name, mask in sparsifier.masks.items()} == {"0.weight": 0, "2.weight": 0}
+    kept = Sparsifier(model, "filter", "local", round_to=round_to, **options)
+    assert kept.layers["0.weight"].why_dense.startswith("has 1 group")
+
+
+def test_a_single_input_channel_may_be_emptied():
+    model = nn.Sequential(nn.Linear(3, 1), nn.ReLU(), nn.Linear(1, 4))
+    sparsifier = Sparsifier(model, "channel", "local", may_empty=True, layers="2")
+    sparsifier.sparsify(1.0)
+    assert not model[2].weight.any()

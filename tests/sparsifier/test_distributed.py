@@ -13,7 +13,7 @@ import forked
 import processes
 import pytest
 import torch
-from conftest import EXAMPLE, follower_masks, small_net
+from conftest import EXAMPLE, follower_masks, misses_sparsity, small_net
 from filelock import FileLock
 
 from sparsifai import Sparsifier, criteria
@@ -169,6 +169,7 @@ def test_a_sparsifier_of_replicas_can_be_copied_and_pickled(replicated):
 @shards_on_the_cpu
 @pytest.mark.parametrize("optimizer", processes.OPTIMIZERS)
 @pytest.mark.parametrize("axes", processes.SHARDED_AXES, ids=str)
+@misses_sparsity
 def test_shards_get_the_masks_of_one_process(sharded, axes, optimizer):
     first, second = (seen["runs"][axes, optimizer] for seen in sharded)
     check_same_in_both(first, second)

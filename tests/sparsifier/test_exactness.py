@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import as_on_device, layers_of, levels_of
+from conftest import as_on_device, layers_of, levels_of, misses_sparsity
 from torch import nn
 
 from sparsifai import Sparsifier, criteria
@@ -100,6 +100,7 @@ def test_masks_do_not_depend_on_the_memory_order(kind, grouped, layout):
 
 @pytest.mark.parametrize("grouped", ["weight", "kernel", "filter", "channel", "row", "layer"])
 @pytest.mark.parametrize("part", [7, 1000, 10**9])
+@misses_sparsity
 def test_masks_do_not_depend_on_the_chunk_size(part, grouped, monkeypatch):
     masks = []
     for size in (selection.CHUNK, part):

@@ -5,7 +5,7 @@ import torch
 from conftest import dense_of, followers_of
 from torch import nn
 
-from sparsifai import Sparsifier
+from sparsifai import Sparsifier, register_layer
 from sparsifai.sparsifier.followers import Follower
 
 
@@ -132,7 +132,6 @@ def test_the_bias_of_a_registered_layer_is_a_follower():
         def forward(self, x):
             return x @ self.kernel + self.bias
 
-    from sparsifai import register_layer
     from sparsifai.model import layers as target
 
     register_layer(Kernel, kernel=("in", "out"))
@@ -173,3 +172,52 @@ def test_the_mask_of_a_follower_by_hand(producers, kept, expected):
     mask = follower.mask({name: bools(text) for name, text in kept.items()})
     assert mask.dtype == torch.bool
     assert torch.equal(mask, bools(expected))
+
+
+# --- Vectors with a named axis are no outputs -------------------------------------------------------------------------
+
+
+class WithBias(nn.Linear):
+    """A Linear whose bias can be pruned, too."""
+
+
+register_layer(WithBias, weight=("out", "in"), bias=("out",))
+
+
+class Shifted(nn.Conv2d):
+    """A convolution whose bias can be pruned, too."""
+
+
+register_layer(Shifted, weight=("out", "in", "h", "w"), bias=("out",))
+
+
+@pytest.mark.parametrize("granularity", ["weight", "filter", ("out",)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(WithBias(4, 8), nn.LayerNorm(8), nn.ReLU(), WithBias(8, 4)),
+        lambda: nn.Sequential(Shifted(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), Shifted(8, 4, 3)),
+    ],
+)
+def test_biases_that_are_pruned_by_themselves_leave_the_norm_layer_alone(make, granularity):
+    model = make()
+    for layer in (model[0], model[3]):
+        nn.init.normal_(layer.bias)
+    sparsifier = Sparsifier(model, granularity, layers="*.bias")
+    sparsifier.sparsify(0.5)
+    assert list(sparsifier.masks) == ["0.bias", "3.bias"]
+    assert not followers_of(sparsifier)
+    assert (model[1].weight == 1).all()
+    assert int((model[0].bias == 0).sum() + (model[3].bias == 0).sum()) == 6
+
+
+def test_a_bias_that_is_pruned_by_itself_also_follows_its_weight():
+    model = nn.Sequential(WithBias(4, 8), nn.ReLU(), WithBias(8, 4))
+    nn.init.normal_(model[0].bias)
+    sparsifier = Sparsifier(model, "filter", layers=["0.weight", "0.bias"])
+    sparsifier.sparsify({"0.weight": 0.5, "0.bias": 0.25})
+    dead = (model[0].weight == 0).all(1)
+    assert dead.sum() == 4
+    own = ~sparsifier.masks["0.bias"]
+    assert own.sum() == 2
+    assert torch.equal(model[0].bias == 0, own | dead)

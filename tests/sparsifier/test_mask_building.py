@@ -9,7 +9,17 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import EXAMPLE, as_on_device, dense_of, layers_of, levels_of, show_data, small_net
+from conftest import (
+    EXAMPLE,
+    as_on_device,
+    dense_of,
+    has_ties,
+    layers_of,
+    levels_of,
+    misses_sparsity,
+    show_data,
+    small_net,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -48,6 +58,7 @@ def expected_masks(sparsifier, scores, masks, sparsity, context):
 @pytest.mark.parametrize("criterion", criteria)
 @pytest.mark.parametrize("context", ["local", "global"])
 @pytest.mark.parametrize("granularity", granularities)
+@misses_sparsity
 def test_every_combination_prunes_what_the_oracle_prunes(granularity, context, criterion):
     model = small_net()
     sparsifier = Sparsifier(model, granularity, context, criterion, example_input=EXAMPLE)
@@ -102,6 +113,8 @@ VALUES = {
     channels_last=st.booleans(),
     seed=st.integers(0, 1000),
 )
+@misses_sparsity
+@has_ties
 def test_random_shapes_dtypes_ties_layouts_and_levels(
     shapes, dtype, values, level, context, granularity, channels_last, seed
 ):
@@ -132,6 +145,7 @@ def test_random_shapes_dtypes_ties_layouts_and_levels(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("level", [0.1, 0.29, 0.5, 0.777, 0.95])
+@has_ties
 def test_all_equal_weights_are_counted_exactly(dtype, level):
     model = nn.Linear(37, 41, bias=False).to(dtype)
     nn.init.constant_(model.weight, 0.3)
@@ -162,6 +176,7 @@ GENERAL = [name for name in contexts if name not in ("per_output", "uniform_plus
 @pytest.mark.filterwarnings("ignore:a falling sparsity revives whole outputs")
 @pytest.mark.parametrize("granularity", ["weight", "filter", "kernel"])
 @pytest.mark.parametrize("context", GENERAL)
+@misses_sparsity
 def test_a_rising_sparsity_only_prunes_and_a_falling_one_revives(granularity, context):
     model = small_net()
     sparsifier = Sparsifier(model, granularity, context)
@@ -182,6 +197,7 @@ def test_a_rising_sparsity_only_prunes_and_a_falling_one_revives(granularity, co
 
 @pytest.mark.parametrize("level", [0.1, 0.5, 0.7, 1.0])
 @pytest.mark.parametrize("context", GENERAL)
+@misses_sparsity
 def test_round_to_keeps_multiples_in_every_layer(level, context, net):
     sparsifier = Sparsifier(net, "filter", context, round_to=4)
     sparsifier.sparsify(level)
@@ -194,6 +210,7 @@ def test_round_to_keeps_multiples_in_every_layer(level, context, net):
         Sparsifier(small_net(), "filter", round_to=5)
 
 
+@misses_sparsity
 def test_with_round_to_pruned_groups_stay_pruned_while_scores_change():
     model = small_net()
     sparsifier = Sparsifier(model, "filter", round_to=2)

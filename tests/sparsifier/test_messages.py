@@ -15,7 +15,7 @@ from updates import BAD_CALIBRATIONS, batches
 
 from sparsifai import Sparsifier, bounded, criteria, from_torch_prune, schedules, sensitivity
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 
 
 def mlp():
@@ -170,6 +170,13 @@ def batch_norm_behind_filters():
     Sparsifier(small_net(), "filter", criteria="taylor")
 
 
+def moments_by_name():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer.state["0.weight"] = {"momentum_buffer": torch.ones(8, 4)}
+    Sparsifier(model).mask_moments(optimizer)
+
+
 SCORES = "criterion <lambda> must return one real score per weight: for 0.weight a tensor of the shape (8, 4), not "
 MASKS = [
     ("an answer of a context for no layer", lambda: sparsify(0.5, context=lambda layers, sparsity: []), ValueError,
@@ -211,6 +218,9 @@ MASKS = [
                            ["collect_gradients"], ["load_state_dict", {}])),
     ("a list for an optimizer", lambda: Sparsifier(mlp()).mask_moments([]), TypeError,
      "list is no optimizer, because it has no `state` by parameter; pass an optimizer of torch or fastai"),
+    ("moments that are kept by name", moments_by_name, TypeError,
+     "mask_moments: SGD keeps its state by str, not by parameter, so moments of pruned weights cannot be set to zero; "
+     "call apply_masks() after each step instead"),
     *((name, lambda masks=masks, options=options: Sparsifier(mlp(), **options).set_masks(masks), error, message)
       for name, masks, options, error, message in [
         ("masks in a list", [1], {}, TypeError,
@@ -278,6 +288,23 @@ def calibrate_attention(**options):
     Sparsifier(layer, criteria="wanda", **options).calibrate([torch.randn(2, 5, 8)])
 
 
+def root_of_zero(output, target):
+    return F.cross_entropy(output, target) + (0 * output.sum()).abs().sqrt()
+
+
+def calibrate_empty():
+    Sparsifier(mlp(), criteria="wanda").calibrate([torch.ones(0, 4)])
+
+
+def collected_halves(value=1.0, **options):
+    """A Sparsifier that has seen the gradients of one batch, in which a layer was skipped."""
+    model = Halves()
+    sparsifier = Sparsifier(model, **options)
+    (value * model(torch.ones(5, 4)).square().sum()).backward()
+    sparsifier.collect_gradients()
+    return sparsifier
+
+
 def second_batch():
     wrong = torch.randn(4, 5, 8, 8), torch.zeros(4).long()
     Sparsifier(small_net(), criteria="snip").calibrate([*batches(1), wrong], F.cross_entropy)
@@ -305,10 +332,23 @@ TEXTS = {
 }  # fmt: skip
 DATA = [
     *((name, lambda given=given: calibrate(*given), *TEXTS[name]) for name, given in BAD_CALIBRATIONS.items()),
+    ("batches without rows", calibrate_empty, ValueError,
+     "calibrate: there are no batches, or all are without rows; give it a list or a data loader that has some"),
+    ("gradients that are NaN in all batches", lambda: calibrate("snip", batches(2), root_of_zero), ValueError,
+     "calibrate: the gradients of all batches have inf or NaN; look for it in the model"),
+    ("gradients that are inf in the only batch", lambda: collected_halves(INF, criteria="snip").sparsify(0.5),
+     ValueError, "criterion snip needs grad, but has seen no batch with finite gradients; call calibrate(...) ..."),
+    ("a layer that no batch has used", lambda: collected_halves(criteria="snip").sparsify(0.5), UserWarning,
+     "snip: no batch so far has used unused.weight, so the scores are zero and these weights are pruned first; leave "
+     "them out with exclude=, or score with more batches (calibration=, every=)"),
+    ("regrowth after an overflow", lambda: collected_halves(INF, regrow="grad").sparsify(0.5, drop=0.3), UserWarning,
+     "regrow: the gradients since the last update have inf or NaN, as after an overflow in mixed precision, so nothing "
+     "regrows in this update"),
     ("a second batch that fails", second_batch, ValueError, "calibrate: batch 2 fails (...); a batch is ..."),
     ("attention without a call of its projection", lambda: calibrate_attention(exclude="*in_proj*"), ValueError,
-     "calibrate: self_attn.out_proj.weight: the module is not called in these batches (attention, for instance, reads "
-     "the weights of its projections itself); exclude the layer with exclude="),
+     "calibrate: self_attn.out_proj.weight: the module is not called in these batches, or only with inputs that have "
+     "no rows (attention, for instance, reads the weights of its projections itself); exclude the layer with exclude=, "
+     "or add batches that use it"),
     ("attention with its own projection", calibrate_attention, ValueError,
      "activation: self_attn.in_proj_weight is not multiplied with the input of MultiheadAttention, of shape (2, 5, 8);"
      " leave it out with exclude="),
@@ -324,6 +364,9 @@ DATA = [
     *((f"{criterion} without data", lambda criterion=criterion: sparsify(0.5, criteria=criterion), ValueError,
        f"criterion {criterion} needs {quantity}, but has seen no batch; call calibrate(batches, loss_func)...before "
        "sparsify") for criterion, quantity in (("snip", "grad"), ("wanda", "activation"), ("grasp", "hessian_grad"))),
+    ("gradients before a backward", lambda: Sparsifier(mlp(), criteria="snip").collect_gradients(), ValueError,
+     "collect_gradients: no gradient has reached 0.weight or any other selected layer; call it after a backward of a "
+     "loss that depends on them, and before zero_grad"),
     ("snip without data", lambda: sparsify(0.5, criteria="snip"), ValueError,
      "criterion snip needs grad, but has seen no batch; call calibrate(batches, loss_func), or collect_gradients() "
      "after a backward, before sparsify"),

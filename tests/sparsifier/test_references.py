@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from conftest import has_ties
 from torch import nn
 
 from sparsifai import Sparsifier, quantities, taken
@@ -67,6 +68,7 @@ def test_a_pattern_that_means_no_sparse_layer_is_an_error_in_steps_too(net):
         Sparsifier(net, exclude="0").sparsify({"0": 0.5}, steps=2)
 
 
+@has_ties
 def test_a_criterion_of_ones_own_that_declares_that_it_is_elementwise():
     sizes = []
 

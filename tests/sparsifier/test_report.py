@@ -75,6 +75,7 @@ def test_matrices_without_named_axes_are_listed():
             super().__init__()
             self.table, self.inner = nn.Parameter(torch.zeros(2, 3)), nn.Linear(3, 3)
 
-    row = Sparsifier(Own()).report().rows[-1]
+    with pytest.warns(UserWarning, match="table of Own"):
+        row = Sparsifier(Own()).report().rows[-1]
     assert (row.name, row.kind, row.count.zeros) == ("table", "Own", 6)
     assert row.why_dense == "no named axes: register_layer"

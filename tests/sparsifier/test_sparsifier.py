@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import masked_of, small_net
+from conftest import masked_of, misses_sparsity, small_net
 from torch import nn
 from updates import moved, same_state, scores_of
 
@@ -139,6 +139,7 @@ def test_check_raises_what_sparsify_raises_and_warns_of_nothing():
 
 
 @pytest.mark.parametrize(("granularity", "level_before"), [("weight", 0.7), ("filter", 0.3)])
+@misses_sparsity
 def test_update_masks_does_the_same_as_sparsify_and_mask_moments(granularity, level_before):
     made = []
     for cheaply in (False, True):

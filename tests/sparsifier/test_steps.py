@@ -23,10 +23,10 @@ def test_each_step_scores_anew_and_the_density_falls_exponentially(net, criterio
     levels, moments = [], []
     take, add = CollectedQuantities.take, CollectedQuantities.add
 
-    def seen_update(self, moment):
+    def seen_update(self, moment, *rest):
         if moment == "update":
             levels.append(sparsifier.layers["0.weight"].level)
-        take(self, moment)
+        take(self, moment, *rest)
 
     def seen_add(self, moment, *rest):
         moments.append(moment)

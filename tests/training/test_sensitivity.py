@@ -193,6 +193,7 @@ def test_without_fastprogress_there_is_no_progress_bar(mlp, monkeypatch):
 
 @pytest.mark.parametrize("precision", [0.005, 0.01, 0.03, 0.25])
 @pytest.mark.parametrize("tolerance", [0, 0.3, 4, 17.5, 40, 100])
+@pytest.mark.filterwarnings("ignore:the sparsity that was asked for cannot be reached")
 def test_highest_sparsity_equals_the_one_found_by_trying_all(precision, tolerance):
     model = nn.Sequential(nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 5))
 
@@ -225,6 +226,7 @@ def test_highest_sparsity_of_a_loss_and_of_values_that_are_not_finite(mlp):
     assert highest_sparsity(mlp, 100, zeros_loss) == 46 / 48  # each layer keeps its best weight
 
 
+@pytest.mark.filterwarnings("ignore:the sparsity that was asked for cannot be reached")
 def test_highest_sparsity_is_counted_and_obeys_the_limit_of_the_context(mlp):
     met = lambda model: 1.0  # noqa: E731
     assert highest_sparsity(mlp, 0.1, met, context="2:4") == 0.5

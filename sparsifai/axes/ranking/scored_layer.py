@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...support.chunk import CHUNK
+
 if TYPE_CHECKING:
     from ...model.layers import NamedWeight
 
@@ -93,43 +95,70 @@ class ScoredLayer:
         if nan.any() and (nan & where).any():
             raise ValueError(nan_message(self.target.name))
 
+    def sample(self, step: int, candidate: np.ndarray) -> np.ndarray:
+        """The scores of every `step`-th group, without those that are not candidates."""
+        every = slice(None, None, step)
+        return self.part(every)[candidate[every]]
+
+    def divide(self, candidate: np.ndarray, low: float, high: float) -> Divided:
+        """Compare the groups with a bracket, in one pass.
+
+        Args:
+            candidate: Bool per group; the others are left out.
+            low: Lower end of the bracket.
+            high: Upper end of the bracket.
+
+        Raises:
+            ValueError: A candidate's score is NaN.
+        """
+        kept, places, scores, weights, has_above = np.empty(len(self), bool), [], [], 0, False
+        scratch = np.empty(CHUNK, bool)
+        with np.errstate(over="ignore"):  # a bracket of float64 scores may be infinite as a float32
+            for start in range(0, len(self), CHUNK):
+                part = slice(start, start + CHUNK)
+                score, of_part = self.part(part), kept[part]
+                flag = scratch[: len(score)]
+                np.less(score, low, out=flag)
+                np.greater(candidate[part], flag, out=of_part)
+                weights += self.weights(of_part, part)
+                np.greater(score, high, out=flag)
+                has_above = has_above or bool((of_part & flag).any())
+                np.greater(of_part, flag, out=flag)
+                # NaN is neither below nor above the bracket, so it is among these and found at no extra cost.
+                within = np.flatnonzero(flag)
+                scores.append(score[within])
+                self.check(scores[-1])
+                places.append(start + within)
+        return Divided(kept, np.concatenate(places), np.concatenate(scores), weights, has_above)
+
+    def best(self) -> np.ndarray:
+        """Index of the best group that is not masked: the highest score, the last of equal ones. Empty if all are."""
+        highest = self.score[self.alive].max(initial=-np.inf)
+        return np.flatnonzero((self.score == highest) & self.alive)[-1:]
+
+
+@dataclass
+class Divided:
+    """The candidates of a layer, compared with a bracket.
+
+    Attributes:
+        kept: Bool per group, True at candidates that do not score below the bracket.
+        places: Index of each candidate within the bracket.
+        scores: Their scores.
+        weights: Number of weights in the candidates that do not score below the bracket.
+        has_above: Whether candidates score above the bracket.
+    """
+
+    kept: np.ndarray
+    places: np.ndarray
+    scores: np.ndarray
+    weights: int
+    has_above: bool
+
 
 def nan_message(name: str) -> str:
     """The error message for a layer whose scores are NaN."""
     return f"NaN scores for {name}: look for NaN or inf in its weights, or in what the criterion computes from them"
-
-
-def bundle(layer: ScoredLayer, count: int) -> tuple[ScoredLayer, np.ndarray]:
-    """Join groups that follow each other in rank into bundles of `count`; the lowest bundle takes the remainder.
-
-    Whole bundles are pruned, so the number of groups kept is a multiple of `count`, or all of them. The score of a
-    bundle is the score in its middle.
-
-    Args:
-        layer: The layer whose groups are joined.
-        count: Number of groups in a bundle.
-
-    Returns:
-        The layer with bundles for groups, and the number of the bundle of every group.
-    """
-    order = np.lexsort((layer.score, ~layer.masked))
-    remainder = len(order) % count
-    of_rank = (np.arange(len(order)) + (count - remainder) % count) // count
-    of_group = np.empty(len(order), int)
-    of_group[order] = of_rank
-    starts = np.flatnonzero(np.diff(of_rank, prepend=-1))
-    lengths = np.diff(starts, append=len(order))
-    joined = ScoredLayer(
-        layer.target,
-        layer.score[order][starts + lengths // 2].__getitem__,
-        alive=np.bincount(of_group, weights=layer.masked) == 0,
-        size=np.bincount(of_group, weights=np.broadcast_to(layer.size, len(order))).astype(np.int64),
-        whole=layer.whole,
-        revives=layer.revives,
-        may_empty=layer.may_empty,
-        others=layer.others,
-    )
-    return joined, of_group
 
 
 def all_equal(layers: Sequence[ScoredLayer]) -> bool:

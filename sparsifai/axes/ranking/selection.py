@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from ...support.chunk import CHUNK
 from .device_layer import DeviceLayer
 from .on_device import select_on_device
-from .scored_layer import ScoredLayer
+from .order_statistic import nth_lowest
+from .scored_layer import Divided, ScoredLayer
 
 
 def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
@@ -131,18 +130,20 @@ def _all_but_lowest(
         score that is pruned. A bracket that misses this score, or holds many equal scores, only costs time.
     """
     low, high = _bracket(layers, candidates, min(amount / max(available, 1), 1.0))
-    all_kept, within, weights, far = _divide(layers, candidates, low, high)
-    below = available - weights
-    ahead = below + sum(each.weights for each in within)
+    divided = _divide(layers, candidates, low, high)
+    below = available - sum(each.weights for each in divided)
+    sizes = [_sizes(layer, each.places) for layer, each in zip(layers, divided, strict=True)]
+    ahead = below + sum(int(size.sum()) for size in sizes)
     if amount < below or (amount >= ahead and high < np.inf):
         low, high = (-np.inf, low) if amount < below else (high, np.inf)
-        all_kept, within, weights, far = _divide(layers, candidates, low, high)
-        below = available - weights
-    pruned = _first(within, amount - below, _equal_size(layers))
-    ends = np.cumsum([len(each.places) for each in within])
-    for each, of_part in zip(within, np.split(pruned, ends[:-1]), strict=True):
-        all_kept[each.layer][each.places[of_part]] = False
-    return all_kept, far
+        divided = _divide(layers, candidates, low, high)
+        below = available - sum(each.weights for each in divided)
+        sizes = [_sizes(layer, each.places) for layer, each in zip(layers, divided, strict=True)]
+    pruned = _first(divided, sizes, amount - below, _equal_size(layers))
+    ends = np.cumsum([len(each.places) for each in divided])
+    for each, of_layer in zip(divided, np.split(pruned, ends[:-1]), strict=True):
+        each.kept[each.places[of_layer]] = False
+    return [each.kept for each in divided], all(each.has_above for each in divided)
 
 
 def _bracket(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], share: float) -> tuple[float, float]:
@@ -154,8 +155,8 @@ def _bracket(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], share:
     if count < 10_000:
         return -np.inf, np.inf
     # Groups of the sample are far apart in memory: to read one costs as much as to rank eight within the bracket.
-    step = slice(None, None, round(2.5 * count ** (1 / 3)))
-    drawn = [layer.part(step)[candidate[step]] for layer, candidate in zip(layers, candidates, strict=True)]
+    step = round(2.5 * count ** (1 / 3))
+    drawn = [layer.sample(step, candidate) for layer, candidate in zip(layers, candidates, strict=True)]
     sample = np.concatenate(drawn)
     if not len(sample):
         return -np.inf, np.inf
@@ -163,90 +164,50 @@ def _bracket(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], share:
     if _equal_size(layers) is None:
         of_layer = [layer.size for layer in layers]
         sizes = [
-            np.full(len(scores), size) if isinstance(size, int) else size[step][candidate[step]]
+            np.full(len(scores), size) if isinstance(size, int) else size[::step][candidate[::step]]
             for scores, size, candidate in zip(drawn, of_layer, candidates, strict=True)
         ]
         order = np.argsort(sample)
         sample, upto = sample[order], np.cumsum(np.concatenate(sizes)[order])
         middle = float(np.searchsorted(upto, share * upto[-1]))
-    else:
-        sample.sort()
     spread = 4 * math.sqrt(len(sample) * share * (1 - share)) + 4
     first, end = math.floor(middle - spread), math.ceil(middle + spread)
+    sample.partition([place for place in (first, end) if 0 <= place < len(sample)])
     return (
         float(sample[first]) if first >= 0 else -np.inf,
         float(sample[end]) if end < len(sample) else np.inf,
     )
 
 
-@dataclass
-class _Within:
-    """The groups of one part of a layer that lie within the bracket. layer: its number. places: index of each group."""
-
-    layer: int
-    places: np.ndarray
-    score: np.ndarray
-    size: int | np.ndarray
-
-    @property
-    def weights(self) -> int:
-        """Number of weights in these groups."""
-        return int(np.sum(self.size) if isinstance(self.size, np.ndarray) else self.size * len(self.places))
+def _divide(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], low: float, high: float) -> list[Divided]:
+    """Compare the candidates of all layers with the bracket."""
+    return [layer.divide(candidate, low, high) for layer, candidate in zip(layers, candidates, strict=True)]
 
 
-def _divide(
-    layers: Sequence[ScoredLayer], candidates: list[np.ndarray], low: float, high: float
-) -> tuple[list[np.ndarray], list[_Within], int, bool]:
-    """Compare all groups with the bracket.
-
-    Returns:
-        For each layer, True at the candidates that do not score below `low`; the groups among them within the bracket,
-        which do not score above `high` either; the number of weights in all candidates not below `low`; and whether
-        every layer has candidates above `high`.
-    """
-    all_kept, within, weights, far = [], [], 0, True
-    scratch = np.empty(CHUNK, bool)
-    with np.errstate(over="ignore"):  # a bracket of float64 scores may be infinite as a float32
-        for number, (layer, candidate) in enumerate(zip(layers, candidates, strict=True)):
-            of_layer, has_above = np.empty(len(layer), bool), False
-            for start in range(0, len(layer), CHUNK):
-                part = slice(start, start + CHUNK)
-                score, kept = layer.part(part), of_layer[part]
-                flag = scratch[: len(score)]
-                np.less(score, low, out=flag)
-                np.greater(candidate[part], flag, out=kept)
-                weights += layer.weights(kept, part)
-                np.greater(score, high, out=flag)
-                has_above = has_above or bool((kept & flag).any())
-                np.greater(kept, flag, out=flag)
-                # NaN is neither below nor above the bracket, so it is among these and found at no extra cost.
-                places = np.flatnonzero(flag)
-                layer.check(score[places])
-                size = layer.size if isinstance(layer.size, int) else layer.size[part][places]
-                within.append(_Within(number, start + places, score[places], size))
-            all_kept.append(of_layer)
-            far = far and has_above
-    return all_kept, within, weights, far
+def _sizes(layer: ScoredLayer, places: np.ndarray) -> np.ndarray:
+    """The sizes of some groups of a layer."""
+    return np.full(len(places), layer.size) if isinstance(layer.size, int) else layer.size[places]
 
 
-def _first(within: list[_Within], amount: float, size: int | None) -> np.ndarray:
+def _first(within: list[Divided], sizes: list[np.ndarray], amount: float, size: int | None) -> np.ndarray:
     """Which groups within the bracket are pruned: the lowest, ties in index order, whose sizes add up to `amount`.
 
+    sizes: Size of each group.
     size: Size of all groups, if they have the same. Then no order is needed, only the last score to be pruned.
     """
-    score = np.concatenate([each.score for each in within])
+    score = np.concatenate([each.scores for each in within])
     if size is None:
-        sizes = np.concatenate([np.broadcast_to(each.size, each.score.shape) for each in within])
+        size_of = np.concatenate(sizes)
         order = np.argsort(score, kind="stable")
         # Group i is pruned if the sum with it is at least as near to the amount as the sum without it.
-        count = int(np.searchsorted(np.cumsum(sizes[order]) - sizes[order] / 2, amount, side="right"))
+        count = int(np.searchsorted(np.cumsum(size_of[order]) - size_of[order] / 2, amount, side="right"))
         pruned = np.zeros(len(score), bool)
         pruned[order[:count]] = True
         return pruned
     count = min(max(math.floor(amount / size + 0.5), 0), len(score))
     if count == 0:
         return np.zeros(len(score), bool)
-    last = np.partition(score, count - 1)[count - 1]
+    last = nth_lowest(score, count)
     pruned = score < last
     pruned[np.flatnonzero(score == last)[: count - np.count_nonzero(pruned)]] = True
     return pruned
@@ -269,12 +230,16 @@ def _best(layers: Sequence[ScoredLayer]) -> list[np.ndarray]:
 
     If groups are whole layers, only the best of all layers has an index.
     """
-    best = []
-    for layer in layers:
-        highest = layer.score[layer.alive].max(initial=-np.inf)
-        best.append((highest, np.flatnonzero((layer.score == highest) & layer.alive)[-1:]))
+    best = [layer.best() for layer in layers]
     if all(layer.whole for layer in layers):
-        highest = max(score for score, index in best if len(index))
-        last = max(position for position, (score, index) in enumerate(best) if score == highest and len(index))
-        best = [(score, index if position == last else index[:0]) for position, (score, index) in enumerate(best)]
-    return [index for _, index in best]
+        scores = [float(layer.score[0]) if len(index) else -np.inf for layer, index in zip(layers, best, strict=True)]
+        last = max(number for number, index in enumerate(best) if len(index) and scores[number] == max(scores))
+        best = [index if number == last else index[:0] for number, index in enumerate(best)]
+    return best
+
+
+def keep_all_but_lowest(layer: ScoredLayer, candidate: np.ndarray, count: int) -> np.ndarray:
+    """Of the candidates of one layer, keep all but the `count` lowest; ties in index order. Groups have one size."""
+    size = layer.size if isinstance(layer.size, int) else 1
+    (kept,), _ = _all_but_lowest([layer], [candidate], layer.weights(candidate), count * size)
+    return kept

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
+from .order_statistic import SHORT
 from .scored_layer import ScoredLayer
 
-# Blocks of at most this size are ranked by comparing all pairs, larger ones by partition.
-PAIRS = 8
+# Blocks of at most this size are ranked by comparing all pairs. Numpy takes too long to start on each of so short ones.
+PAIRS = 32
+
+# Number of blocks that are compared at once, so many that each call of numpy has enough to do.
+BLOCKS = 16384
 
 
 def write_kept(kept: np.ndarray, keys: np.ndarray, axis: int, size: int, count: int) -> None:
@@ -28,37 +34,72 @@ def write_kept(kept: np.ndarray, keys: np.ndarray, axis: int, size: int, count: 
             continue
         where = (slice(None),) * axis + (slice(start, end),)
         form = (*keys.shape[:axis], (end - start) // block, block, *keys.shape[axis + 1 :])
-        # The place within a block becomes the first axis, so that the arrays that are compared are contiguous.
-        by_place = np.moveaxis(keys[where].reshape(form), axis + 1, 0).copy()
-        written = np.moveaxis(kept[where].reshape(form), axis + 1, 0)  # a view, because an axis is only split
-        for place, is_kept in enumerate(_all_but_lowest(by_place, max(count - (size - block), 0))):
-            written[place] = is_kept
+        # The place within a block becomes the first axis, to compare many blocks at once, or the last one.
+        place, write = (0, _write_by_pairs) if block <= PAIRS else (-1, _write_by_row)
+        ordered = np.ascontiguousarray(np.moveaxis(keys[where].reshape(form), axis + 1, place))
+        written = np.moveaxis(kept[where].reshape(form), axis + 1, place)  # a view, because an axis is only split
+        write(written, ordered, max(count - (size - block), 0))
 
 
-def _all_but_lowest(keys: np.ndarray, count: int) -> np.ndarray:
-    """False at the `count` lowest along the first axis, ties in index order."""
-    size = len(keys)
-    if size > PAIRS:
-        return np.moveaxis(~lowest_of_rows(np.moveaxis(keys, 0, -1), count), -1, 0)
+def _write_by_pairs(kept: np.ndarray, keys: np.ndarray, count: int) -> None:
+    """Write False at the `count` lowest along the first axis, True elsewhere; ties in index order."""
     # Rank = number of keys in the block that are lower. At first each key counts as higher than all that follow it.
     rank = np.empty(keys.shape, np.int8)
-    rank[...] = np.arange(size - 1, -1, -1).reshape(-1, *[1] * (keys.ndim - 1))
-    for first in range(size):
-        for second in range(first + 1, size):
-            is_no_higher = np.less_equal(keys[first], keys[second]).view(np.int8)
-            rank[first] -= is_no_higher
-            rank[second] += is_no_higher
-    return rank >= count
+    rank[...] = np.arange(len(keys) - 1, -1, -1).reshape(-1, *[1] * (keys.ndim - 1))
+    is_no_lower = np.empty(keys.shape, bool)
+    for first in range(len(keys) - 1):
+        np.less_equal(keys[first], keys[first + 1 :], out=is_no_lower[first + 1 :])
+        following = is_no_lower[first + 1 :].view(np.int8)
+        rank[first + 1 :] += following
+        rank[first] -= following.sum(0, dtype=np.int8)
+    np.greater_equal(rank, count, out=kept)
 
 
-def lowest_of_rows(keys: np.ndarray, count: int) -> np.ndarray:
-    """True at the `count` lowest along the last axis, ties in index order."""
+def _write_by_row(kept: np.ndarray, keys: np.ndarray, count: int) -> None:
+    """Write False at the `count` lowest along the last axis, True elsewhere; ties in index order."""
     if count == 0:
-        return np.zeros(keys.shape, bool)
-    last = np.partition(keys, count - 1, axis=-1)[..., count - 1 : count]
-    lowest, ties = keys < last, keys == last
-    needed = count - lowest.sum(-1, keepdims=True)
-    return lowest | (ties & (ties.cumsum(-1) <= needed))
+        kept[...] = True
+        return
+    rows = keys.reshape(-1, keys.shape[-1])
+    last = _last_pruned(rows, count)[:, None]
+    above = rows > last
+    # Of the ties at the last key the first are pruned, and so many of them are kept.
+    spared = rows.shape[1] - count - np.count_nonzero(above, axis=1)
+    tied = np.flatnonzero(spared)
+    ties = rows[tied] == last[tied]
+    from_the_end = ties[:, ::-1].cumsum(1)[:, ::-1]
+    above[tied] |= ties & (from_the_end <= spared[tied, None])
+    kept[...] = above.reshape(keys.shape)
+
+
+def _last_pruned(rows: np.ndarray, count: int) -> np.ndarray:
+    """The `count`-th lowest key of each row.
+
+    A sample of the row gives a bracket, as in the ranking of whole layers. A bracket that misses the key costs time.
+    np.partition takes many times as long where half of the keys are equal, as those of masked weights are.
+    """
+    length = rows.shape[1]
+    if length <= SHORT:
+        return np.sort(rows, axis=1)[:, count - 1]
+    sample = np.sort(rows[:, :: length // SHORT], axis=1)
+    middle, spread = sample.shape[1] * count / length, 1.5 * math.sqrt(sample.shape[1])
+    first, end = math.floor(middle - spread), math.ceil(middle + spread)
+    low = sample[:, first] if first >= 0 else np.full(len(rows), -np.inf, rows.dtype)
+    within = rows > low[:, None]
+    below = length - np.count_nonzero(within, axis=1)
+    if end < sample.shape[1]:
+        within &= rows <= sample[:, end, None]
+    counts = np.count_nonzero(within, axis=1)
+    table = np.full((len(rows), counts.max(initial=0) + 1), np.inf, rows.dtype)
+    # By index, because numpy takes three times as long to select by a bool array.
+    table[np.arange(table.shape[1]) < counts[:, None]] = rows.reshape(-1)[np.flatnonzero(within)]
+    table[:, -1] = low
+    table.sort(axis=1)
+    place = count - below  # in the sorted table, whose first entry is `low`
+    last = np.take_along_axis(table, np.clip(place, 0, table.shape[1] - 1)[:, None], 1)[:, 0]
+    missed = np.flatnonzero((place < 0) | (place > counts))
+    last[missed] = np.sort(rows[missed], axis=1)[:, count - 1]
+    return last
 
 
 def ranking_keys(layer: ScoredLayer, part: slice = slice(None)) -> np.ndarray:
@@ -80,7 +121,7 @@ def ranking_keys(layer: ScoredLayer, part: slice = slice(None)) -> np.ndarray:
         layer.check(score, alive | layer.revives)
     if layer.revives and not alive.all():
         # Masked groups may be revived, so they are ranked among themselves too.
-        ranks = np.empty(len(score), np.int64)
+        ranks = np.empty(len(score))
         ranks[np.lexsort((score, alive))] = np.arange(len(score))
         return ranks
     # Magnitudes are such keys already if the weights are zero where they are masked, and nowhere else.

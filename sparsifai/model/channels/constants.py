@@ -35,7 +35,7 @@ def constant_inputs(model: nn.Module, example_input: Any, *others: Any) -> dict[
         ValueError: The model does not run with NaN as its input.
     """
     measured = [_channel_values(model, example) for example in (example_input, *others)]
-    nan, of_nan = NanPropagation(), with_nan(example_input)
+    nan, of_nan = NanPropagation(example_input), with_nan(example_input)
     try:
         with nan:
             constants = _channel_values(model, of_nan, nan)

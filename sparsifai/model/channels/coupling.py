@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..layers import CHANNEL_LAYERS, CONVOLUTIONS, is_depthwise
 from ..parallel import unwrapped
-from .dependency_graph import UNKNOWN_PATH, Group, Member, coupled_groups
+from .dependency_graph import UNKNOWN, UNKNOWN_PATH, Group, Member, coupled_groups
 
 LayerIndex = tuple[str, int]  # name of a layer, index of one of its outputs or inputs
 
@@ -57,7 +57,7 @@ def find_channels(model: nn.Module, example_input: Any) -> list[ChannelSet]:
 def _layers_to_keep(model: nn.Module) -> dict[str, str]:
     """Layers of which no channel can be removed, and why."""
     owners: dict[int, list[str]] = {}
-    why_kept = {UNKNOWN_PATH: UNKNOWN_PATH}
+    why_kept = {UNKNOWN: UNKNOWN_PATH}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:

@@ -82,7 +82,10 @@ def _cut_layer(module: Any, outputs: set[int], inputs: set[int]) -> None:
     out_axis = 0 if is_depthwise(module) or not isinstance(module, CHANNEL_LAYERS) else 1 - in_axis
     narrow("weight", out_axis, outputs)
     narrow("weight", in_axis, inputs)
-    for name in ("bias", "running_mean", "running_var"):
+    # A norm layer has any number of vectors with an entry per channel: statistics, and what it scales and shifts by.
+    own = {**module._parameters, **module._buffers}
+    vectors = {name for name, value in own.items() if value is not None and value.dim() == 1} - {"weight"}
+    for name in ["bias"] if isinstance(module, CHANNEL_LAYERS) else sorted(vectors):
         narrow(name, 0, outputs)
     if is_depthwise(module):
         module.groups -= len(outputs)

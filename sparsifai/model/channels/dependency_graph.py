@@ -1,4 +1,4 @@
-"""torch-pruning's dependency graph of one forward pass. No other file touches that library.
+"""torch-pruning's dependency graph of one forward pass. Only this file calls that library.
 
 It uses what is inside the graph: its nodes, their dependencies and the index mappings of these. pyproject.toml
 therefore allows only versions of torch-pruning that this file has been tested with.
@@ -7,31 +7,28 @@ therefore allows only versions of torch-pruning that this file has been tested w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
-from ..hooks import hooked
-from ..layers import CHANNEL_LAYERS, is_depthwise, size_of
+from ..layers import CHANNEL_LAYERS, is_depthwise, outputs_of, size_of
 from ..parallel import kind_of, unwrapped
 from ..running import check_runs, copy_of, run
-from ..tensors import is_float, tensors_in
+from .marked_model import HiddenNorm, HiddenPart, MarkedModel
+from .pixel_shuffle import PixelShuffles, channels_of_shuffles, map_pixel_shuffles
 
 # Layers that handle each channel by itself.
-_BY_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
-
-
-# Number of axes of an input -> a layer that has a parameter for each of its channels.
-_MARKS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+_BY_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU, HiddenNorm)
 
 
 # The reason for keeping a channel that the graph loses track of.
 UNKNOWN_PATH = "path through the model unknown"
+
+
+# Members that are no layers: the end of the model, and indices that no layer has. No module can have such a name.
+END, UNKNOWN = ".end", ".unknown"
 
 
 Member = tuple[str, str, Any]  # name of a layer; 'outputs', 'through' or 'inputs'; index
@@ -71,211 +68,196 @@ def coupled_groups(
         ImportError: torch-pruning is not installed.
         ValueError: The model does not run on the example, or torch-pruning cannot follow its computation.
     """
-    library = torch_pruning()
-    marked = _MarkedModel(copy_of(unwrapped(model)).eval(), example_input).requires_grad_(True)
+    torch_pruning()
+    marked = MarkedModel(copy_of(unwrapped(model)).eval(), example_input)
     with torch.random.fork_rng(), torch.no_grad():
         check_runs(marked.model, example_input)
-    names: dict[Any, str] = {module: name.removeprefix("model.") for name, module in marked.named_modules()}
-    names |= {parameter: name for name, parameter in marked.model.named_parameters()}
-    try:
-        with torch.random.fork_rng(), torch.enable_grad(), warnings.catch_warnings():
-            # torch-pruning warns of parameters outside of layers. Here they become reasons in `why_kept`.
-            warnings.simplefilter("ignore")
-            pruners = {nn.PixelShuffle: _PixelShuffles(_channels_of_shuffles(marked, example_input))}
-
-            def build() -> Any:
-                return library.DependencyGraph().build_dependency(
-                    marked, example_input, run, verbose=False, customized_pruners=pruners
-                )
-
-            graph = build()
-            if marked.add_ends(graph.module2node):
-                graph = build()
-            _map_pixel_shuffles(graph)
-            _bound_mappings(graph, marked)
-            groups = list(_groups(graph, names, why_kept, library.ops.OPTYPE))
-    except Exception as error:  # torch-pruning raises errors of many types
-        raise ValueError(
-            f"torch-pruning cannot follow the computation of {kind_of(model)} ({type(error).__name__}: {error}), so it "
-            "is unknown which channels are coupled"
-        ) from error
-    return groups, {name: number for number, name in enumerate(names.values())}
+    with torch.random.fork_rng(), torch.enable_grad(), warnings.catch_warnings():
+        # torch-pruning warns of parameters outside of layers. Here they become reasons in `why_kept`.
+        warnings.simplefilter("ignore")
+        try:
+            groups = _all_groups(marked, example_input, why_kept)
+        except Exception as error:  # torch-pruning raises errors of many types
+            if not _hide_what_fails(marked, example_input):
+                raise ValueError(
+                    f"torch-pruning cannot follow the computation of {kind_of(model)} ({type(error).__name__}: "
+                    f"{error}), so it is unknown which channels are coupled"
+                ) from error
+            groups = _all_groups(marked, example_input, why_kept)
+    return groups, {name: number for number, name in enumerate(marked.names.values())}
 
 
-def _groups(graph: Any, names: Mapping[Any, str], why_kept: dict[str, str], types: Any) -> Iterator[Group]:
+def _hide_what_fails(marked: MarkedModel, example_input: Any) -> bool:
+    """Hide the insides of the kinds of parts that torch-pruning fails at; returns whether it succeeds then.
+
+    The kinds are hidden one after the other, small parts first, until torch-pruning succeeds; those that it does not
+    fail at are shown again.
+    """
+
+    def succeeds() -> bool:
+        try:
+            _all_groups(marked, example_input, {})
+        except Exception:
+            return False
+        return True
+
+    hidden: list[type[nn.Module]] = []
+    for kind in marked.kinds_of_parts():
+        marked.hide(kind)
+        hidden.append(kind)
+        if succeeds():
+            break
+    else:
+        return False
+    for kind in hidden[:-1]:
+        marked.show(kind)
+        if not succeeds():
+            marked.hide(kind)
+    return True
+
+
+def _all_groups(marked: MarkedModel, example_input: Any, why_kept: dict[str, str]) -> list[Group]:
+    """The groups of all layers. Reasons that the graph shows are added to `why_kept`."""
+    reasons: dict[str, str] = {}
+    groups = list(_groups(_graph(marked, example_input), reasons, marked))
+    why_kept.update({name: why for name, why in reasons.items() if name not in why_kept})
+    return groups
+
+
+def _graph(marked: MarkedModel, example_input: Any) -> Any:
+    """The graph of one forward pass."""
+    library = torch_pruning()
+    pruners = {
+        nn.PixelShuffle: PixelShuffles(channels_of_shuffles(marked, example_input)),
+        HiddenPart: _HiddenParts(),
+        HiddenNorm: _HiddenNorms(),
+    }
+
+    def build() -> Any:
+        return library.DependencyGraph().build_dependency(
+            marked, example_input, run, verbose=False, customized_pruners=pruners
+        )
+
+    marked.ends.clear()
+    graph = build()
+    if marked.add_ends(graph.module2node):
+        graph = build()
+    map_pixel_shuffles(graph)
+    return graph
+
+
+def _groups(graph: Any, why_kept: dict[str, str], marked: MarkedModel) -> Iterator[Group]:
     """A group for each layer; reasons for keeping the channels of a layer are added to `why_kept`."""
+    types, names, marks = torch_pruning().ops.OPTYPE, marked.names, set(marked.marks.values())
+    for name, part in marked.layers_in_hidden_parts():
+        why_kept.setdefault(name, f"inside {names[part]} ({type(part).__name__}), which torch-pruning cannot follow")
+        yield [((name, "outputs", index), index) for index in range(outputs_of(marked.model.get_submodule(name)))]
+    most = 4 * max(max(size_of(module, side) or 0 for side in ("inputs", "outputs")) for module in marked.modules())
     for root in list(graph.module2node):
         if not isinstance(root, CHANNEL_LAYERS) or root not in names:
             continue
-        pruner = graph.get_pruner_of_module(root)
-        every = list(range(pruner.get_out_channels(root)))
+        every = range(graph.get_pruner_of_module(root).get_out_channels(root))
         group: Group = []
         try:
-            items = list(graph.get_pruning_group(root, pruner.prune_out_channels, every))
+            reached = _reached(graph, root, every, most)
         except OverflowError:
             why_kept.setdefault(names[root], UNKNOWN_PATH)
             yield [((names[root], "outputs", index), index) for index in every]
             continue
-        for item in items:
-            module = item.dep.target.module
-            side, reason = "through", ""
-            if item.dep.target.type == types.OUTPUT:
-                reason = "yields the model's output"
-            elif module not in names or getattr(module, "num_parameters", 0) == 1:
+        for node, handler, pairs in reached:
+            module = node.module
+            name, side, reason = names.get(module, ""), "through", ""
+            if node.type == types.OUTPUT:
+                name, reason = END, "yields the model's output"
+            elif not name or getattr(module, "num_parameters", 0) == 1:
                 continue  # a PReLU with one parameter for all channels has none to remove
-            elif names[module].startswith("marks."):
+            elif module in marks:
                 reason = "coupled with the model's input"
             elif isinstance(module, nn.Parameter):
-                reason = f"coupled with {names[module]}, a parameter that belongs to no layer"
+                reason = f"coupled with {name}, a parameter that belongs to no layer"
             elif isinstance(module, CHANNEL_LAYERS):
-                is_input = graph.is_in_channel_pruning_fn(item.dep.handler) and not is_depthwise(module)
+                is_input = graph.is_in_channel_pruning_fn(handler) and not is_depthwise(module)
                 side = "inputs" if is_input else "outputs"
             elif isinstance(module, nn.PixelShuffle):
-                # The graph keeps only the first of the channels that become one. This group couples them.
-                yield [((names[module], side, index), index // module.upscale_factor**2) for index in item.idxs]
+                # Its own number of outputs is that of its inputs divided by r x r, which are one channel each.
+                yield [((name, side, index), index // module.upscale_factor**2) for index, _ in pairs]
             elif not isinstance(module, _BY_CHANNEL):
-                reason = f"goes through {names[module]} ({type(module).__name__}), which mixes channels"
-            name, size = names.get(module, "output"), size_of(module, side)
+                kind = type(module.part if isinstance(module, HiddenPart) else module).__name__
+                reason = f"goes through {name} ({kind}), which mixes channels"
             if reason:
                 why_kept.setdefault(name, reason)
-            for index, channel in zip(item.idxs, item.root_idxs, strict=True):
+            size = size_of(module, side)
+            for index, channel in pairs:
                 is_known = size is None or 0 <= index < size
-                member = (name, side, index) if is_known else (UNKNOWN_PATH, "through", f"{name} {index}")
+                member = (name, side, index) if is_known else (UNKNOWN, "through", f"{name} {index}")
                 group.append((member, channel))
         yield group
 
 
-class _MarkedModel(nn.Module):
-    """A model with a layer at each input and an operation at each output.
+def _reached(
+    graph: Any, root: nn.Module, channels: Iterable[int], most: int
+) -> list[tuple[Any, Any, list[tuple[int, int]]]]:
+    """What is coupled with the outputs of a layer: a walk through the dependencies of the graph.
 
-    The graph thereby shows which channels are coupled with the inputs and outputs of the model.
-    """
-
-    def __init__(self, model: nn.Module, example_input: Any):
-        super().__init__()
-        self.model = model
-        self.marks = nn.ModuleDict()
-        self.called: dict[nn.Module, Tensor] = {}  # layer -> its last output
-        self.ends: list[nn.Module] = []  # layers whose output nothing reads
-        for module in model.modules():
-            if isinstance(module, CHANNEL_LAYERS):
-                module.register_forward_hook(lambda module, inputs, output: self.called.update({module: output}))
-        self._number = 0
-        self._each(example_input, self._add_mark)
-
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        """The outputs of the model, after an operation that the graph sees as the end of the model."""
-        inputs, named = self._each((inputs, named), self._mark)
-        outputs = [output for output in tensors_in(self.model(*inputs, **named)) if is_float(output)]
-        return [output * 1 for output in [*outputs, *(self.called[end] for end in self.ends)]]
-
-    def add_ends(self, known: Container[nn.Module]) -> bool:
-        """Make outputs of the called layers that are not known; returns whether there are any."""
-        self.ends = [module for module in self.called if module not in known]
-        return bool(self.ends)
-
-    def _each(self, tree: Any, function: Any) -> Any:
-        self._number = 0
-        return tree_map(function, tree)
-
-    def _add_mark(self, value: Any) -> None:
-        if is_float(value) and value.dim() in _MARKS:
-            kind = _MARKS[value.dim()]
-            self.marks[str(self._number)] = kind(value.shape[1], device=value.device, dtype=value.dtype)
-        self._number += 1
-
-    def _mark(self, value: Any) -> Any:
-        key, self._number = str(self._number), self._number + 1
-        return self.marks[key](value) if key in self.marks else value
-
-
-@dataclass
-class _PixelShuffles:
-    """The pruner that the graph asks about PixelShuffle, which turns r x r channels into one.
+    The graph misreads some reshapes, such as those of windows in a Swin transformer and of rotary embeddings. Indices
+    then grow without end, or multiply. So the walk follows each pair of an index and an output once per node, and stops
+    where there are more of them, or larger ones, than any layer can have.
 
     Args:
-        channels: Layer -> number of channels of its output.
-    """
+        graph: The graph.
+        root: The layer.
+        channels: Indices of its outputs.
+        most: A number that indices, and pairs of a node, do not reach.
 
-    channels: Mapping[nn.Module, int]
+    Returns:
+        Triples of a node, the function that prunes it, and pairs of an index and the output it is coupled with.
+
+    Raises:
+        OverflowError: The graph has lost track of the indices.
+    """
+    prune = graph.get_pruner_of_module(root).prune_out_channels
+    index_of = torch_pruning()._helpers._HybridIndex
+    node, indices = graph.module2node[root], [index_of(idx=index, root_idx=index) for index in channels]
+    found = {(node, prune): dict.fromkeys(indices)}
+    waiting = [(node, prune, indices)]
+    while waiting:
+        node, prune, indices = waiting.pop()
+        for dependency in node.dependencies:
+            if not dependency.is_triggered_by(prune):
+                continue
+            mapped = indices
+            for mapping in dependency.index_mapping:
+                mapped = mapping(mapped) if mapping is not None else mapped
+            known = found.setdefault((dependency.target, dependency.handler), {})
+            if fresh := list(dict.fromkeys(index for index in mapped if index not in known)):
+                known.update(dict.fromkeys(fresh))
+                if len(known) > most or any(index.root_idx is None or abs(index.idx) > most for index in fresh):
+                    raise OverflowError(f"the indices of {dependency.target} are none of a channel")
+                waiting.append((dependency.target, dependency.handler, fresh))
+    return [(node, handler, [tuple(index) for index in pairs]) for (node, handler), pairs in found.items() if pairs]
+
+
+class _HiddenParts:
+    """The pruner that the graph asks about a part of the model that it does not see into."""
 
     def prune_out_channels(self, module: nn.Module, indices: list[int]) -> nn.Module:
-        """Nothing to do: the layer has no parameters."""
+        """Nothing to do: no channel of such a part is removed."""
         return module
 
-    prune_in_channels = prune_out_channels
+    def prune_in_channels(self, module: nn.Module, indices: list[int]) -> nn.Module:
+        """Nothing to do. The graph tells inputs from outputs by the functions that prune them."""
+        return module
 
-    def get_out_channels(self, module: nn.Module) -> int:
+    def get_out_channels(self, module: HiddenPart) -> int | None:
         """Number of channels of the output."""
-        return self.channels[module]
+        return module.out_channels
 
-    def get_in_channels(self, module: nn.PixelShuffle) -> int:
-        """Number of channels of the input, by which the graph numbers its indices."""
-        return self.channels[module] * module.upscale_factor**2
-
-
-def _channels_of_shuffles(model: nn.Module, example_input: Any) -> dict[nn.Module, int]:
-    channels: dict[nn.Module, int] = {}
-
-    def count(module: nn.Module, inputs: Any, named: Any, output: Tensor) -> None:
-        channels[module] = output.shape[-3]
-
-    shuffles = [module for module in model.modules() if isinstance(module, nn.PixelShuffle)]
-    if shuffles:
-        with hooked([(module, count) for module in shuffles]):
-            run(model, example_input)
-    return channels
+    def get_in_channels(self, module: HiddenPart) -> int | None:
+        """Number of channels of the input."""
+        return module.in_channels
 
 
-def _map_pixel_shuffles(graph: Any) -> None:
-    """Have the graph map the r x r channels that a PixelShuffle reads to the one that it makes of them, and back."""
-    for module, node in graph.module2node.items():
-        if isinstance(module, nn.PixelShuffle):
-            size = module.upscale_factor**2
-            for dependency in node.dependencies:
-                if dependency.target in node.outputs:
-                    dependency.index_mapping[0] = partial(_merged, size)
-            for behind in node.outputs:
-                for dependency in behind.dependencies:
-                    if dependency.target is node:
-                        # Appended, as on the way back it comes after the offset in a concatenation.
-                        dependency.index_mapping.append(partial(_spread, size))
+class _HiddenNorms(_HiddenParts):
+    """The same for a norm layer, whose output has the channels of its input."""
 
-
-def _merged(size: int, indices: list) -> list:
-    """Of the graph's indices of channels, those of the channels that `size` each become."""
-    return list({index._replace(idx=index.idx // size) for index in indices})
-
-
-def _spread(size: int, indices: list) -> list:
-    """Of the graph's indices of channels, those of the `size` channels that each is made of."""
-    return [index._replace(idx=part) for index in indices for part in range(index.idx * size, (index.idx + 1) * size)]
-
-
-def _bound_mappings(graph: Any, model: nn.Module) -> None:
-    """Stop mappings that multiply indices without end."""
-    most = 4 * max(max(size_of(module, side) or 0 for side in ("inputs", "outputs")) for module in model.modules())
-    for node in graph.module2node.values():
-        for dependency in node.dependencies:
-            dependency.index_mapping = _BoundedMappings(dependency.index_mapping, most)
-
-
-class _BoundedMappings(list):
-    """Index mappings that raise OverflowError where they give more indices than any layer has.
-
-    The graph misreads some reshapes, such as those of windows in a Swin transformer. Their mappings, one after the
-    other, multiply the indices.
-    """
-
-    def __init__(self, mappings: Iterable[Callable | None], most: int):
-        super().__init__(mappings)
-        self.most = most
-
-    def __iter__(self) -> Iterator[Any]:
-        return (mapping and partial(self._mapped, mapping) for mapping in super().__iter__())
-
-    def _mapped(self, mapping: Callable, indices: list) -> list:
-        mapped = mapping(indices)
-        if len(mapped) > self.most:
-            raise OverflowError(f"{len(mapped)} indices, but no layer has more than {self.most}")
-        return mapped
+    prune_in_channels = _HiddenParts.prune_out_channels

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..layers import CHANNEL_LAYERS, is_depthwise, outputs_of
+from ..norms import affine_names
 from ..parallel import unwrapped
 from ..running import copy_of, untraced
 from ..tensors import is_float
@@ -26,6 +27,8 @@ from .constants import constant_inputs, has_other_path
 from .coupling import ChannelSet, LayerIndex, find_channels
 from .cutting import cut, indices_of
 from .output_check import OutputCheck
+
+LAST_OUTPUT = "last output of a layer"
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -48,8 +51,9 @@ def why_stuck(model: nn.Module, example_input: Any, channels: Iterable[ChannelSe
             if isinstance(getattr(module, "weight", None), Tensor):
                 out_axis = 1 if getattr(module, "transposed", False) and not is_depthwise(module) else 0
                 module.weight.select(out_axis, index).zero_()
-            if isinstance(getattr(module, "bias", None), Tensor):
-                module.bias[index] = 0
+            for other in {"bias", *affine_names(module)} - {"weight"}:
+                if isinstance(getattr(module, other, None), Tensor):
+                    getattr(module, other)[index] = 0
     why_kept = Removal(trial, example_input).remove_all().why_kept
     return {each: why_kept[each.outputs[0]] for each in channels if each.outputs[0] in why_kept}
 
@@ -123,7 +127,7 @@ class Removal:
         )
         for number, channel in enumerate(channels):
             if not all(kept[name] for name, _ in channel.outputs):
-                reasons[number] = "last output of a layer"
+                reasons[number] = LAST_OUTPUT
                 kept.update(name for name, _ in channel.outputs)
         why_kept = {
             (name, self.remaining[name][index]): why

@@ -41,6 +41,12 @@ def written_by_mask(x):
     return y
 
 
+def written_to_a_view(x):
+    y = torch.zeros(4, 3, dtype=torch.bool)
+    y[0].copy_(x[0] > 10)
+    return y
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -57,6 +63,12 @@ def written_by_mask(x):
         lambda x: F.one_hot(x.argmax(1), 3).float(),
         lambda x: x.clamp(0, 1),
         lambda x: F.hardswish(x) * 2,
+        lambda x: ((x > 10).long() + 1).expand_as(x) * 1.0,
+        lambda x: torch.ones(2, 3)[(x[:, 0] > 10).int()],
+        lambda x: torch.ones(2, 3)[x[:, 0].to(torch.long)],
+        lambda x: torch.ones(4, 3).masked_fill(written_to_a_view(x), 0.0),
+        lambda x: (x.isnan() | (x > 10)).logical_not().double().float(),
+        lambda x: torch.bucketize(x, torch.arange(3.0)).float(),
     ],
 )
 def test_operations_that_drop_nan_still_depend_on_the_input(function):
@@ -64,6 +76,27 @@ def test_operations_that_drop_nan_still_depend_on_the_input(function):
     # With this example all values are constant, so only NaN can show that they depend on the input.
     found = constants_of(Dropping(function), torch.zeros(4, 3))
     assert all(map(math.isnan, found["last"]))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.zeros_like(x),
+        lambda x: x.new_ones(4, 3) * torch.arange(4)[:, None],
+        lambda x: torch.arange(x.shape[0])[:, None].expand_as(x).float(),
+        lambda x: torch.ones_like(x, dtype=torch.bool).float(),
+    ],
+)
+def test_functions_of_the_shape_of_the_input_do_not_depend_on_its_values(function):
+    taken = []
+
+    class Taking(Dropping):
+        def forward(self, x):
+            taken.append(self.function(x))
+            return self.last(taken[-1])
+
+    constants_of(Taking(function), torch.ones(4, 3))
+    assert not any(value.isnan().any() for value in taken)
 
 
 def test_a_row_of_an_embedding_depends_on_the_input():
@@ -75,6 +108,23 @@ def test_a_product_with_zero_is_constant():
     found = constants_of(Dropping(lambda x: x * torch.tensor([0.0, 1.0, 0.0])), torch.randn(4, 3))
     assert found["last"][0] == found["last"][2] == 0
     assert math.isnan(found["last"][1])
+
+
+@pytest.mark.parametrize(
+    ("function", "depends"),
+    [
+        (lambda x: x.flip(1), [False, False, True]),
+        (lambda x: x.roll(1, 1), [False, True, False]),
+        (lambda x: x[:, [1, 2, 0]], [False, False, True]),
+        (lambda x: x.index_select(1, torch.tensor([2, 0, 1])), [False, True, False]),
+        (lambda x: x.gather(1, torch.tensor([[2, 0, 1]]).expand_as(x)), [False, True, False]),
+        (lambda x: x[:3].T, [True, True, True]),
+        (lambda x: x[:3].T.contiguous().mT, [True, False, False]),
+    ],
+)
+def test_functions_that_move_numbers_move_what_depends_on_the_input(function, depends):
+    found = constants_of(Dropping(lambda x: function(x * torch.tensor([1.0, 0.0, 0.0]))), torch.randn(3, 3))
+    assert [math.isnan(value) for value in found["last"]] == depends
 
 
 def test_a_value_that_only_nan_as_input_gives_is_not_constant():

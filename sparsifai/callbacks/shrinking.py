@@ -1,0 +1,77 @@
+"""`learn.shrink()`: a Learner goes on with the smaller model that `shrink` makes of its model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastai.learner import Learner
+from fastai.optimizer import OptimWrapper
+from fastcore.basics import patch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ..export.shrink import Shrinkage, shrunk, warn_of_zeros_left
+from .base import TrainingCallback
+from .learner import first_batch
+
+
+@patch
+def shrink(
+    self: Learner,
+    example_input: Any = None,  # A batch that the model accepts, a tuple of inputs, or a dictionary of named ones
+) -> Shrinkage:
+    """Replace the model by the smaller one that `sparsifai.shrink` makes of it, and make a new optimizer for it.
+
+    The optimizer of the Learner holds the parameters of the larger model, so it would train nothing. The new one is
+    made by the `opt_func` and the `splitter` of the Learner; groups that were frozen stay frozen. KeepSparsity goes on
+    with the zeros of the smaller model. If the model was in a wrapper (compiled, data parallel), the smaller model is
+    not.
+
+    Args:
+        example_input: A batch that the model accepts, a tuple of several positional inputs, or a dictionary of named
+            ones. Default: the inputs of two examples of the training data.
+
+    Returns:
+        The table of what was removed from each layer. A UserWarning says how many zero filters could not be removed.
+
+    Raises:
+        ImportError: torch-pruning is not installed.
+        ValueError: As `sparsifai.shrink`; or there is no data and no example, or `opt_func` is an optimizer that was
+            already made. Nothing has changed then.
+    """
+    if isinstance(self.opt_func, OptimWrapper):
+        raise ValueError(
+            f"learn.shrink: opt_func is an {type(self.opt_func).__name__} that was already made for the parameters of "
+            "the larger model; give the Learner a function that makes one, such as partial(OptimWrapper, "
+            "opt=torch.optim.AdamW)"
+        )
+    example = _first_two(self) if example_input is None else example_input
+    model, table = shrunk(self.model, example)
+    frozen = getattr(self.opt, "frozen_idx", 0)
+    before = self.model, self.opt
+    try:
+        self.model = model
+        self.create_opt()
+        if frozen:
+            self.opt.freeze_to(frozen)
+    except BaseException:  # a splitter, or a function that makes an optimizer, can raise anything
+        self.model, self.opt = before
+        raise
+    for callback in self.cbs:
+        if isinstance(callback, TrainingCallback):
+            callback._model_replaced()
+    warn_of_zeros_left(table)
+    return table
+
+
+def _first_two(learn: Learner) -> Any:
+    """The inputs of the first two examples of the training data, on the device of the model."""
+    device = next((parameter.device for parameter in learn.model.parameters()), None)
+
+    def part(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return (value[:2] if value.dim() else value).as_subclass(Tensor).to(device)
+
+    inputs = tuple(tree_map(part, first_batch(learn)[:-1]))
+    return inputs[0] if len(inputs) == 1 else inputs

@@ -1,0 +1,144 @@
+"""`learn.shrink()` replaces the model of a Learner, and later fits train the smaller one."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import small_learner
+from fastai.vision.all import Adam, Callback, L, OptimWrapper, params
+from torch import nn
+
+pytest.importorskip("torch_pruning", reason="shrink needs it")
+
+from sparsifai import KeepSparsity, SparsifyCallback, shrink  # noqa: E402
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), nn.Conv2d(8, 6, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
+    )  # fmt: skip
+
+
+def sparse_learner(model=None, **options):
+    learn = small_learner(net() if model is None else model, **options)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-2, cbs=SparsifyCallback(0.5, "filter", "local", coupled=True))
+    return learn
+
+
+def weights(learn):
+    """Copies of the weights, without biases: before a norm layer these have no gradient."""
+    return [each.detach().clone() for name, each in learn.model.named_parameters() if name.endswith("weight")]
+
+
+def fit(learn, epochs=1, **options):
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(epochs, 1e-2, **options)
+
+
+@pytest.mark.parametrize("opt_func", [None, Adam, partial(OptimWrapper, opt=torch.optim.AdamW)])
+def test_a_fit_after_it_trains_the_smaller_model(opt_func):
+    learn = sparse_learner(opt_func=opt_func)
+    larger, optimizer = learn.model, learn.opt
+    expected = shrink(larger.eval(), torch.randn(2, 2, 8, 8))
+    table = learn.shrink()
+    assert (table.zeros, table.removed, table.zeros_left) == (7, 7, 0)
+    assert [layer.weight.shape for layer in (learn.model[0][0], learn.model[1])] == [(4, 2, 3, 3), (3, 4, 3, 3)]
+    assert all(torch.equal(each, expected.get_parameter(name)) for name, each in learn.model.named_parameters())
+    assert learn.opt is not optimizer
+    before, of_larger = weights(learn), [parameter.detach().clone() for parameter in larger.parameters()]
+    fit(learn)
+    assert all(not torch.equal(old, new) for old, new in zip(before, weights(learn), strict=True))
+    assert all(map(torch.equal, of_larger, larger.parameters()))
+
+
+def test_a_fit_after_replacing_the_model_by_hand_trains_nothing():
+    learn = sparse_learner()
+    learn.model = shrink(learn.model.eval(), torch.randn(2, 2, 8, 8))
+    before = weights(learn)
+    try:
+        fit(learn)
+    except ValueError:
+        return  # refused
+    assert all(map(torch.equal, before, weights(learn)))
+
+
+def test_it_goes_before_the_first_fit_too():
+    model = net()
+    with torch.no_grad():
+        model[0][0].weight[:4] = model[0][0].bias[:4] = 0
+    learn = small_learner(model)
+    assert learn.shrink(torch.randn(3, 2, 8, 8)).removed == 4
+    before = weights(learn)
+    fit(learn)
+    assert not any(map(torch.equal, before, weights(learn)))
+
+
+def test_groups_that_are_frozen_stay_frozen():
+    learn = sparse_learner(splitter=lambda model: L(model[0], model[1:]).map(params))
+    learn.freeze()
+    learn.shrink()
+    assert learn.opt.frozen_idx == 1
+    before = weights(learn)
+    fit(learn)
+    moved = [not torch.equal(old, new) for old, new in zip(before, weights(learn), strict=True)]
+    assert moved == [False, True, True, True]  # norm layers train
+    learn.unfreeze()
+    fit(learn)
+    assert not torch.equal(before[0], weights(learn)[0])
+
+
+def test_callbacks_of_the_learner_go_on():
+    learn = sparse_learner(cbs=KeepSparsity())
+    learn.shrink()
+    fit(learn)
+    fit(learn, cbs=SparsifyCallback(0.5, "filter", "local", coupled=True))
+    assert learn.shrink().removed == 4
+    assert [learn.model[0][0].out_channels, learn.model[1].out_channels] == [2, 1]
+
+
+def test_zeros_that_stay_are_kept_in_later_fits():
+    learn = sparse_learner()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-2, cbs=SparsifyCallback(0.8, layers="1"))
+    learn.shrink()
+    zeros = learn.model[1].weight == 0
+    assert 0 < zeros.float().mean() < 1
+    fit(learn, 2)
+    assert torch.equal(learn.model[1].weight == 0, zeros)
+
+
+def test_no_callback_has_its_name():
+    import sparsifai
+
+    values = [getattr(sparsifai, name) for name in sparsifai.__all__]
+    kinds = [value for value in values if isinstance(value, type) and issubclass(value, Callback)]
+    assert kinds
+    assert "shrink" not in {getattr(kind, "name", None) for kind in kinds}
+
+
+def test_errors_change_nothing():
+    made = OptimWrapper(opt=torch.optim.SGD(net().parameters(), lr=0.1))
+    learn = small_learner(net(), opt_func=made)
+    model, optimizer = learn.model, learn.opt
+    with pytest.raises(ValueError, match="^learn.shrink: opt_func is an OptimWrapper that was already made for the"):
+        learn.shrink()
+    learn.opt_func = Adam
+    with pytest.raises(ValueError, match="^example_input does not run through Sequential"):
+        learn.shrink(torch.randn(2, 5, 8, 8))
+    learn.splitter = lambda model: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        learn.shrink()
+    assert learn.model is model
+    assert learn.opt is optimizer
+
+
+def test_zero_filters_that_stay_are_told_at_the_line_of_the_caller():
+    model = net()
+    with torch.no_grad():
+        model[5].weight[:2] = 0
+    with pytest.warns(UserWarning, match=r"^shrink: 2 of 2 zero filters cannot be removed: 5 \(2: yields") as warned:
+        small_learner(model).shrink()
+    assert warned[0].filename == __file__
