@@ -60,7 +60,8 @@ def notices_of_host(options: Options, layers: Layers) -> list[str]:
         layers: All layers.
     """
     weights = [layer.parameter for layer in selected(layers).values()]
-    if not any(weight.device.type in ("cuda", "meta") for weight in weights):
+    devices = {weight.device for weight in weights}
+    if not any(device.type == "cuda" for device in devices):
         return []
     count = sum(weight.numel() for weight in weights)
     notices = []
@@ -72,12 +73,13 @@ def notices_of_host(options: Options, layers: Layers) -> list[str]:
         )
     reasons = [f"context {name_of(options.context)}"] * (not capability(options.context, "on_device", False))
     reasons += ["round_to="] * (options.round_to is not None) + ["coupled="] * options.coupled
+    reasons += [f"layers on {len(devices)} devices"] * (len(devices) > 1)
     if reasons:
         stay = ", ".join(name for name in contexts if capability(contexts[name], "on_device", False))
         notices.append(
             f"{' and '.join(reasons)}: the model is on a GPU, but its {count} weights are scored there, sent to the "
             "host and ranked by it, and training waits for it at every update; update less often, or use what stays on "
-            f"the GPU: contexts {stay}, blocks(n) and N:M such as 2:4, without round_to= and coupled="
+            f"the GPU: contexts {stay}, blocks(n) and N:M such as 2:4, on one device, without round_to= and coupled="
         )
     return notices
 

@@ -29,6 +29,7 @@ from sparsifai.axes.ranking.device_layer import DeviceLayer
 from sparsifai.axes.ranking.on_device import select_on_device
 from sparsifai.axes.ranking.scored_layer import ScoredLayer
 from sparsifai.axes.ranking.selection import select_groups
+from sparsifai.sparsifier.notices import notices_of_host
 
 groups = st.lists(
     st.tuples(st.sampled_from([-1.0, -0.0, 0.0, 0.25, 0.5, float("inf")]), st.integers(1, 5), st.booleans()),
@@ -335,11 +336,15 @@ def test_a_context_of_ones_own_is_given_arrays_of_the_host_unless_it_declares_on
     assert not stays_on_device(wrapped)  # which is another function
 
 
-def test_scores_that_are_drawn_on_the_host_are_told_of_once():
-    sparsifier = Sparsifier(small_net(), criteria="random")
-    with pytest.warns(UserWarning, match="random: 474 random scores are drawn on the host"):
-        without_values(sparsifier).sparsify(0.3)
-    sparsifier.sparsify(0.5)
+def notices_on(*devices, **options):
+    """What is told of the options of a Sparsifier whose layers are on these devices."""
+    layers = {
+        str(number): SimpleNamespace(
+            parameter=SimpleNamespace(device=torch.device(device), numel=lambda: 237), is_selected=True
+        )
+        for number, device in enumerate(devices)
+    }
+    return notices_of_host(Sparsifier(small_net(), **options).ranking.options, layers)
 
 
 @pytest.mark.parametrize(
@@ -350,14 +355,29 @@ def test_scores_that_are_drawn_on_the_host_are_told_of_once():
         ({"round_to": 2, "granularity": "filter"}, "round_to=:"),
     ],
 )
-def test_what_is_ranked_on_the_host_is_told_of_once(options, reason):
-    sparsifier = Sparsifier(small_net(), **options)
-    sparsifier.model.to("meta")
-    told = pytest.warns(UserWarning, match=f"{reason}.* weights are scored there.*local, global, per_output, blocks")
-    with told, pytest.raises(ValueError, match="values"):  # of which the host needs some
-        sparsifier.sparsify(0.5)
-    with pytest.raises(ValueError, match="values"):
-        sparsifier.sparsify(0.5)
+def test_what_is_ranked_on_the_host_is_told_of(options, reason):
+    (notice,) = notices_on("cuda", "cuda", **options)
+    assert notice.startswith(reason)
+    assert "its 474 weights are scored there" in notice
+    assert "contexts local, global, per_output, blocks(n) and N:M" in notice
+    assert not notices_on("cpu", "cpu", **options)
+
+
+def test_scores_that_are_drawn_on_the_host_and_layers_on_several_gpus_are_told_of():
+    (notice,) = notices_on("cuda", "cuda", criteria="random")
+    assert notice.startswith("criterion random: 474 random scores are drawn on the host")
+    (notice,) = notices_on("cuda:0", "cuda:1")
+    assert notice.startswith("layers on 2 devices: ")
+    assert not notices_on("cuda", "cuda", context="2:4", criteria="movement")
+
+
+def test_what_is_ranked_on_the_host_is_told_of_once(monkeypatch):
+    monkeypatch.setattr("sparsifai.sparsifier.sparsifier.notices_of_host", lambda *_: ["it is slow"])
+    sparsifier = Sparsifier(small_net())
+    with pytest.warns(UserWarning, match="it is slow"):
+        sparsifier.sparsify(0.3)
+    sparsifier.sparsify(0.5)
+    sparsifier.update_masks(0.6)
 
 
 def test_a_context_of_ones_own_that_is_on_the_device_gives_the_same_masks_and_revives_nothing():
