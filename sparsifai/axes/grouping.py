@@ -252,6 +252,8 @@ class Grouping:
 
     def gather(self, mask: Tensor) -> Tensor:
         """Mask -> bool per group, the inverse of `spread`."""
+        if self.single:
+            return mask.reshape(-1)
         if self.split:
             mask = mask.unflatten(0, self.shape[:2] if mask.shape[0] > 1 else (1, 1))
         return mask[tuple(slice(None, None, extent) for extent in self.extents)].flatten()

@@ -48,13 +48,17 @@ def set_masked(table, tensor_of, zero, wide: tl.constexpr, block: tl.constexpr, 
 
 def fits(tensor: Tensor, mask: Tensor) -> bool:
     """Whether a tensor and its mask are in the same order of memory, in whole words, and of a type that is handled."""
+    if mask.dtype != torch.bool or tensor.shape != mask.shape:
+        return False
     dense = tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
-    strides = [
-        [stride for stride, side in zip(each.stride(), each.shape, strict=True) if side > 1] for each in (tensor, mask)
-    ]
-    same = mask.dtype == torch.bool and tensor.shape == mask.shape and strides[0] == strides[1]
+    same = tensor.stride() == mask.stride() or _strides(tensor) == _strides(mask)
     aligned = tensor.data_ptr() % 16 == mask.data_ptr() % 16 == 0 and tensor.numel() % WORD == 0
     return tensor.dtype in _INTEGER and same and dense and aligned and 0 < tensor.numel() < 2**30
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Strides of the axes along which they matter."""
+    return [stride for stride, side in zip(tensor.stride(), tensor.shape, strict=True) if side > 1]
 
 
 def zero_masked_at_once(tensors: Sequence[Tensor], masks: Sequence[Tensor], zero: float = 0.0) -> None:

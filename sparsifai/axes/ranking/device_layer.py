@@ -47,7 +47,7 @@ class DeviceLayer:
         return (self.score.isnan() & (self.alive | self.revives)).any() if self.nan is None else self.nan
 
     def __len__(self) -> int:
-        return len(self.alive)
+        return self.alive.numel()  # len() of a tensor takes the host several times as long
 
     @property
     def weights(self) -> int:
