@@ -18,8 +18,8 @@ from sparsifai import Sparsifier, blocks
 from sparsifai.axes import pooling_triton
 from sparsifai.axes.grouping import grouping_of, mean, sides_of, total
 from sparsifai.axes.ranking import on_device, on_device_triton, rows_on_device, rows_triton
-from sparsifai.axes.ranking.device_layer import DeviceLayer
-from sparsifai.axes.ranking.rows_on_device import Rows, kept_in_rows
+from sparsifai.axes.ranking.device_layer import DeviceLayer, Rows
+from sparsifai.axes.ranking.rows_on_device import kept_in_rows
 from sparsifai.axes.ranking.scored_layer import ScoredLayer
 from sparsifai.axes.ranking.selection import select_groups
 from sparsifai.sparsifier import masking_triton

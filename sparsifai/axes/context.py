@@ -37,8 +37,8 @@ from ..support.chunk import CHUNK
 from ..support.registry import Registry, name_of
 from ..support.table import percent
 from .n_of_m import parse_blocks
-from .ranking.device_layer import DeviceLayer
-from .ranking.rows_on_device import Rows, kept_in_rows
+from .ranking.device_layer import DeviceLayer, Rows
+from .ranking.rows_on_device import kept_in_rows
 from .ranking.scored_layer import ScoredLayer
 from .ranking.selection import select_each, select_groups
 from .ranking.within_rows import ranking_keys, write_kept

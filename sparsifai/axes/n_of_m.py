@@ -18,8 +18,8 @@ from torch import Tensor
 from ..support.capability import capability
 from ..support.chunk import CHUNK
 from ..support.registry import name_of
-from .ranking.device_layer import DeviceLayer
-from .ranking.rows_on_device import Rows, kept_in_rows
+from .ranking.device_layer import DeviceLayer, Rows
+from .ranking.rows_on_device import kept_in_rows
 from .ranking.scored_layer import ScoredLayer
 from .ranking.within_rows import BLOCKS, ranking_keys, write_kept
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -53,3 +53,31 @@ class DeviceLayer:
     def weights(self) -> int:
         """Number of weights of the layer, known without reading a tensor."""
         return self.size * len(self) if isinstance(self.size, int) else self.target.parameter.numel()
+
+
+class Rows(NamedTuple):
+    """How the groups of a layer form rows: as an array (outer, length, inner), cut along `length`.
+
+    Attributes:
+        outer: Number of groups along the axes before.
+        length: Number of groups along the axis of the rows.
+        inner: Number of groups along the axes behind.
+        size: Groups of a row. A last one along the axis may be shorter; what it lacks counts as pruned.
+        pruned: Groups to prune in a whole row.
+    """
+
+    outer: int
+    length: int
+    inner: int
+    size: int
+    pruned: int
+
+    @property
+    def along(self) -> int:
+        """Number of rows along the axis."""
+        return -(-self.length // self.size)
+
+    @property
+    def number(self) -> int:
+        """Number of rows."""
+        return self.outer * self.along * self.inner

@@ -4,41 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .device_layer import DeviceLayer
+from .device_layer import DeviceLayer, Rows
 from .on_device import can_have_keys, for_kernels
-
-
-class Rows(NamedTuple):
-    """How the groups of a layer form rows: as an array (outer, length, inner), cut along `length`.
-
-    Attributes:
-        outer: Number of groups along the axes before.
-        length: Number of groups along the axis of the rows.
-        inner: Number of groups along the axes behind.
-        size: Groups of a row. A last one along the axis may be shorter; what it lacks counts as pruned.
-        pruned: Groups to prune in a whole row.
-    """
-
-    outer: int
-    length: int
-    inner: int
-    size: int
-    pruned: int
-
-    @property
-    def along(self) -> int:
-        """Number of rows along the axis."""
-        return -(-self.length // self.size)
-
-    @property
-    def number(self) -> int:
-        """Number of rows."""
-        return self.outer * self.along * self.inner
 
 
 def kept_in_rows(layers: Sequence[DeviceLayer], all_rows: Sequence[Rows]) -> list[Tensor]:

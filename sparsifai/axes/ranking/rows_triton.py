@@ -21,8 +21,7 @@ from .on_device_kernels import key_of, mask_of, scores_of
 from .on_device_triton import ALIGNED, KEYS
 
 if TYPE_CHECKING:
-    from .device_layer import DeviceLayer
-    from .rows_on_device import Rows
+    from .device_layer import DeviceLayer, Rows
 
 COLUMNS = tl.constexpr(11)
 # Groups of a tile, and members of the longest rows that are ranked here.
