@@ -427,6 +427,24 @@ def test_on_a_gpu_masks_are_those_of_the_cpu_and_no_step_waits(granularity, cont
         assert all(torch.equal(host.masks[name], mask.cpu()) for name, mask in device.masks.items())
 
 
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:a falling sparsity revives")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("context", ["2:4", blocks(10), blocks(40), "per_output"], ids=str)
+def test_on_a_gpu_masks_within_rows_are_those_of_the_cpu_and_no_step_waits(context, dtype):
+    models = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(48, 50, 3), nn.Conv2d(50, 64, (3, 2), groups=2), nn.Linear(256, 300))
+        models.append(Sparsifier(model.to(device, dtype), context=context))
+    host, device = models
+    for level in (0.3, 0.5, 0.2):
+        host.sparsify(level)
+        with no_waiting():
+            device.sparsify(level)
+        assert all(torch.equal(host.masks[name], mask.cpu()) for name, mask in device.masks.items())
+
+
 def large_layers(draw):
     """Layers of several million weights, of several thousand and of few."""
     torch.manual_seed(0)
