@@ -10,9 +10,8 @@ from fastai.learner import Learner
 from torch import Tensor
 
 from ..model.parallel import unwrapped
-from ..sparsifier.layer import count_of, unfrozen
 from ..sparsifier.layer_selection import scopes
-from ..sparsifier.model_masks import merged, prune_any
+from ..sparsifier.model_masks import merged, prune_any, prunes
 from ..sparsifier.options import highest
 from ..sparsifier.report import Report
 from ..support.table import percent
@@ -22,6 +21,9 @@ from .keep import KeepSparsity
 from .learner import show_data
 from .pruned import Pruned
 from .ramp import Ramp
+
+# By less than this fraction of the weights, a sparsity above the target is not worth a warning.
+EXCESS = 0.01
 
 
 @dataclass(eq=False)
@@ -38,6 +40,8 @@ class Fit:
         keeper: The KeepSparsity that keeps the pruned weights at zero. None before the first batch.
         updated: How many batches were done at the last mask update.
         moved: Whether the level has changed or weights have regrown since the trackers last compared an epoch.
+        emptied: Other KeepSparsity callbacks on the Learner, and the masks that they get back at the end of the fit.
+        warned: Whether the user was warned of a higher sparsity than asked for.
         column: The column `sparsity` of the training table.
         curves: The curves for the Recorder.
         trackers: Pauses SaveModelCallback and the like.
@@ -47,11 +51,13 @@ class Fit:
     ramp: Ramp
     calibration: Any
     pruned: Any
-    advances: bool
+    advances: bool = False
     floor: float = field(init=False)
     keeper: Any = None
     updated: int = 0
     moved: bool = False
+    emptied: list[tuple[KeepSparsity, Any]] = field(default_factory=list)
+    warned: bool = False
     column: Column = field(init=False)
     curves: Curves = field(default_factory=Curves)
     trackers: Trackers = field(default_factory=Trackers)
@@ -107,40 +113,46 @@ class Fit:
         if pruned is not None:
             pruned.take_in(kept, self.learn)
             kept = pruned.masks
-            self._warn_of_higher_sparsity(start)
+            self._warn_of_higher_sparsity(self.ramp.falls_after(start, self.floor))
         for each in self.learn._grab_cbs(KeepSparsity):
-            each.masks = {}  # those of others would hinder weights from regrowing or reviving
+            if each is not self.keeper:  # its masks would hinder weights from regrowing or reviving
+                self.emptied.append((each, each.masks))
+                each.masks = {}
         self.keeper.masks = kept
         self.keeper.enforce()
 
-    def _warn_of_higher_sparsity(self, start: float) -> None:
-        """Warn if more is pruned already than this fit asks for, and stays so."""
+    def _warn_of_higher_sparsity(self, revives: bool) -> None:
+        """Warn once if more is pruned than this fit asks for, and stays so. revives: whether the schedule will fall."""
         sparsifier = self.pruned.sparsifier
-        revives = self.ramp.falls_after(start, self.floor) or sparsifier.ranking.options.regrow is not None
-        if not self.advances or revives:
+        if self.warned or revives or not self.advances or sparsifier.ranking.options.regrow is not None:
             return
-        for target, names in scopes(self.ramp.sparsity, sparsifier.layers, sparsifier.model):
+        kept = self.pruned.masks
+        for target, names in scopes(self.ramp.sparsity_at(self.level_at(1.0)), sparsifier.layers, sparsifier.model):
             layers = [sparsifier.layers[name] for name in names]
-            pruned = count_of(layers)
+            counts = [layer.count(kept[layer.name]) for layer in layers]
+            zeros, weights = sum(each.zeros for each in counts), sum(each.weights for each in counts)
+            # Groups are pruned as a whole, so that the sparsity can be above the target by one of them.
             largest_group = max(float(torch.as_tensor(layer.grouping.size).max()) for layer in layers)
-            if pruned.zeros > target * pruned.weights + largest_group:
+            if target and zeros > target * weights + max(EXCESS * weights, largest_group):
+                self.warned = True
+                instead = "call learn.remove_cb(KeepSparsity) and train without sparsity for a while, or "
+                outputs = any(layer.grouping.drops_outputs for layer in layers)  # these do not come back by themselves
                 warn(
-                    f"SparsifyCallback: {percent(pruned.sparsity)} of the weights are pruned already, more than the "
-                    f"{percent(target)} asked for, and stay pruned. To let them go, call "
-                    "learn.remove_cb(KeepSparsity) and train without sparsity for a while, or load weights from before "
-                    "they were pruned"
+                    f"SparsifyCallback: {percent(zeros / weights)} of the weights are pruned, more than the "
+                    f"{percent(target)} asked for, because zeros of earlier fits stay; to let them go, "
+                    f"{'' if outputs else instead}load weights from before they were pruned"
                 )
                 return
 
     def go_to(self, t: float) -> None:
         """Update the masks, if the ramp has another value at t, or if layers that were frozen are trained now."""
         reached, pruned = self.level_at(t), self.pruned
-        joining = unfrozen(pruned.sparsifier.layers)
+        joining = pruned.join()
         if joining or reached != pruned.reached:
-            if joining or pruned.sparsifier.collected.looks_at_data:
-                pruned.sparsifier.apply_masks()  # the last step may have moved masked weights; frozen layers join
-            show_data(self.learn, pruned.sparsifier, self.calibration)
-            self.moved |= bool(joining)
+            if pruned.sparsifier.collected.looks_at_data:
+                pruned.sparsifier.apply_masks()  # the last step may have moved masked weights
+            show_data(self.learn, pruned.sparsifier, self.calibration, anew=joining)
+            self.moved |= joining
             self._update(reached)
 
     def collect_gradients(self, t: float, drop: float) -> None:
@@ -170,7 +182,7 @@ class Fit:
             pruned.sparsifier.mask_moments(self.learn.opt)
         # After regrowth, too, trackers must forget their best epoch: it has other masks than those that are kept.
         self.moved |= bool(drop) or reached != pruned.reached
-        pruned.reached = reached
+        pruned.reached, pruned.layers = reached, set(pruned.sparsifier.masks)
 
     # --- What keeps the zeros -----------------------------------------------------------------------------------
 
@@ -220,21 +232,28 @@ class Fit:
         if self.begun:
             self.curves.hand_over(self.learn)
             if self.advances:
+                self._warn_of_higher_sparsity(revives=False)
                 self.trackers.pause_loading(self.learn, self.is_short)
                 self.trackers.paused = []  # fastai switches all callbacks on again at the end of a fit
 
     def end(self) -> None:
         """Restore the Learner, except for the zeros and the KeepSparsity, and tell the user what is left."""
         if self.begun:
+            self._give_back_masks()
             if self.is_short:
                 notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did")
             self._announce_keeper()
         self.undo()
 
+    def _give_back_masks(self) -> None:
+        """Give other KeepSparsity callbacks their masks again, or the present ones if pruned weights have come back."""
+        for keeper, masks in self.emptied:
+            keeper.masks = masks if prunes(self.keeper.masks, masks) else dict(self.keeper.masks)
+
     def _announce_keeper(self) -> None:
         """Tell the user that the keeper stays on the Learner; or remove it, if nothing is pruned."""
         for keeper in self.learn._grab_cbs(KeepSparsity):
-            keeper.enforce()  # an interrupt can come between a step and the event after it
+            keeper.restore()  # an interrupt can come between a step and the event after it
         if self.keeper.learn is None:  # removed by the user
             return
         if not prune_any(self.keeper.masks):

@@ -70,7 +70,7 @@ class KeepSparsity(TrainingCallback):
         self.recovers = sparsifier is None  # whether the zeros of the model are added to the masks in each fit
         self.left_by_fit = False  # whether SparsifyCallback has added it to the Learner
         self.announced = False  # whether SparsifyCallback has told the user of it
-        self._recovered = False  # whether that is done in this fit
+        self._recovered = False  # whether the zeros of the model were added in this fit
         self._steps = 0
         self._gradients_zeroed = False  # whether the gradients of all masked weights were zeroed in this step
 
@@ -164,6 +164,11 @@ class KeepSparsity(TrainingCallback):
         zero_weights(masked)
         if self.learn.opt is not None:
             zero_moments(masked, self.learn.opt, squares=NEXT_TO_ZERO)
+
+    def restore(self) -> None:
+        "Zero the masked weights, if any of them is not zero: else a forward that is under way would lose its gradients"
+        if not is_masked_zero(self._masked()):
+            self.enforce()
 
     def begin(self) -> None:
         "Do not add the zeros of the model to the masks in this fit: SparsifyCallback assigns the masks"

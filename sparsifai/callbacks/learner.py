@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..model.running import Split, not_drawn_from, untraced
 from ..sparsifier.masking import parameters_of
+from ..sparsifier.notices import LARGE_PART
 from ..sparsifier.sparsifier import Sparsifier
+from ..support.table import percent
 from ..support.warning import warn
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ def is_search(learn: Learner) -> bool:
     return hasattr(learn, "lr_finder")
 
 
-def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None) -> None:
+def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None, anew: bool = False) -> None:
     """Collect the quantities of a criterion that looks at data, unless the gradients of past steps are enough.
 
     Args:
@@ -30,11 +33,11 @@ def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None) 
         sparsifier: A Sparsifier of its model.
         batches: The batches. Default: in a fit the present batch, else the first one of the training data. That batch
             may skip layers: others will not, and the training goes on.
+        anew: Whether gradients of past steps are not enough in any case, because layers have joined. Default False.
     """
     collected = sparsifier.collected
-    if not collected.at("forward", "loss") and collected.missing() is None:
+    if not collected.looks_at_data or not (anew or collected.at("forward", "loss") or collected.missing()):
         return
-
     collected.may_skip = batches is None
     if batches is None and learn.xb[0] is not None:
         sparsifier.calibrate([(*learn.xb, learn.yb)], _loss_of(learn.loss_func))
@@ -50,11 +53,53 @@ def check_steps_model(learn: Any) -> None:
     Raises:
         ValueError: The model has parameters, and the optimizer holds none of them.
     """
-    parameters = {id(parameter) for parameter in learn.model.parameters()}
-    if learn.opt is not None and parameters and not any(id(each) in parameters for each in parameters_of(learn.opt)):
+    if learn.opt is None or not list(learn.model.parameters()):
+        return
+    held = list(parameters_of(learn.opt))
+    if not _any_of(held, learn.model) and not _are_copies(held, learn.model):
         raise ValueError(
             "the optimizer of the Learner holds no parameter of its model, so that nothing would be trained: the model "
             "was replaced after the optimizer was made. Set learn.opt = None, and the fit makes a new optimizer"
+        )
+
+
+def _any_of(held: Sequence[Tensor], model: nn.Module) -> bool:
+    """Whether any of these parameters is one of the model."""
+    own = {id(parameter) for parameter in model.parameters()}
+    return any(id(each) in own for each in held)
+
+
+def _are_copies(held: Sequence[Tensor], model: nn.Module) -> bool:
+    """Whether an optimizer steps copies of the weights of a model, as with half precision, or one copy of all."""
+    weights = [each.detach() for each in model.parameters() if each.dim() > 1]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return any(each.dim() == 1 and each.numel() >= total for each in held) or any(
+        torch.equal(copy.detach().to(weight), weight)
+        for weight in weights[:1]
+        for copy in held
+        if copy.shape == weight.shape
+    )
+
+
+def warn_of_unstepped(learn: Learner, sparsifier: Sparsifier) -> None:
+    """Warn if a large part of what is pruned is not in the optimizer, so that it is never trained.
+
+    Args:
+        learn: The Learner.
+        sparsifier: A Sparsifier of its model.
+    """
+    held = list(parameters_of(learn.opt))
+    if not _any_of(held, sparsifier.model):  # they are copies
+        return
+    stepped = {id(each) for each in held}
+    pruned = [layer for layer in sparsifier.layers.values() if layer.is_selected]
+    left = [layer for layer in pruned if id(layer.parameter) not in stepped]
+    part = sum(each.parameter.numel() for each in left) / sum(each.parameter.numel() for each in pruned)
+    if part > LARGE_PART:
+        warn(
+            f"SparsifyCallback: {percent(part)} of the weights to prune ({left[0].name} and others) are not in the "
+            "optimizer, so they are pruned but never trained; give the Learner a splitter with all parameters, or name "
+            "the layers to prune in layers="
         )
 
 
@@ -135,7 +180,7 @@ def loss_of(learn: Any) -> Callable:
     """
     loss = learn.loss_func
     callback: Any = getattr(loss, "__self__", None)
-    while hasattr(callback, "old_lf"):
+    while hasattr(callback, "old_lf") and callback.old_lf is not loss:
         loss = callback.old_lf
         callback = getattr(loss, "__self__", None)
     if callback in learn.cbs:

@@ -23,16 +23,27 @@ class Pruned:
         reached: The level that was last asked for, as a fraction of the target sparsity.
         others: Parameter name -> mask of the zeros that the Sparsifier did not prune itself, such as those of earlier
             fits. They are never revived.
+        layers: Names of the layers that were ranked at the last mask update.
     """
 
     sparsifier: Sparsifier
     reached: float = 0.0
     others: dict[str, Tensor] = field(default_factory=dict)
+    layers: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.layers = set(self.sparsifier.masks)
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """Parameter name -> mask of everything that is to be kept at zero."""
         return merged(self.sparsifier.all_masks, self.others)
+
+    def join(self) -> bool:
+        """Let layers join that were frozen and are trained now. Returns whether layers wait for their first update."""
+        if self.sparsifier.select_unfrozen():
+            self.sparsifier.all_masks.add(self.others)
+        return self.sparsifier.masks.keys() != self.layers
 
     def is_kept_on(self, learn: Any) -> bool:
         """Whether the Sparsifier belongs to the model of this Learner, and its zeros were kept since the last fit."""

@@ -24,7 +24,7 @@ from .base import TrainingCallback
 from .display import notify
 from .fit import Fit
 from .keep import KeepSparsity
-from .learner import check_steps_model, is_search, show_data
+from .learner import check_steps_model, is_search, show_data, warn_of_unstepped
 from .plan import every_of, plan_of
 from .pruned import Pruned
 from .ramp import Ramp
@@ -168,8 +168,7 @@ class SparsifyCallback(TrainingCallback):
             return
         if self._pruned is not None and not self._pruned.is_kept_on(learn):
             self._pruned = None
-        advances = getattr(learn.opt, "frozen_idx", 0) == 0
-        self._fit = Fit(learn, self.ramp, self.calibration, self._pruned, advances)
+        self._fit = Fit(learn, self.ramp, self.calibration, self._pruned)
 
     def before_epoch(self):
         "Switch the trackers on again"
@@ -183,9 +182,11 @@ class SparsifyCallback(TrainingCallback):
 
     def before_batch(self):
         "At the first batch, make the Sparsifier and prune to where the schedule begins"
-        fit = self._fit
-        if fit.begun:
+        fit, learn = self._fit, self.learn
+        is_frozen = getattr(learn.opt, "frozen_idx", 0) > 0
+        if fit.begun and (fit.advances or is_frozen):
             return
+        fit.advances = not is_frozen  # layers can be unfrozen in the middle of a fit
         if fit.advances and self._pruned is None:
             self._pruned = Pruned(self._new_sparsifier())
         fit.begin(self._pruned, self._start)
@@ -195,7 +196,7 @@ class SparsifyCallback(TrainingCallback):
         else:
             held = percent(fit.measured())
             message = f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit"
-            notify(self.learn, message, matters=True)
+            notify(learn, message, matters=True)
 
     def before_step(self):
         "Collect the gradients, which are not masked yet, for the criterion; and regrow weights"
@@ -273,6 +274,7 @@ class SparsifyCallback(TrainingCallback):
         sparsifier = self._sparsifier_of(unwrapped(self.learn.model), example)
         show_data(self.learn, sparsifier, self.calibration)
         sparsifier.check(self.sparsity)
+        warn_of_unstepped(self.learn, sparsifier)
         if self.options.regrow is not None:  # an update prunes this much before weights regrow
             sparsifier.check(mapped(self.sparsity, partial(sparsity_of_drop, drop=self.drop)))
         return sparsifier

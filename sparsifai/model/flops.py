@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from .hooks import hooked
 from .layers import CONVOLUTIONS, NamedWeight
@@ -135,6 +134,8 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         operation = getattr(function, "_overloadpacket", None)
+        from torch.utils.flop_counter import flop_registry  # it imports Triton where that is installed
+
         formula = _flops_of_attention if operation is _ATTENTION_ON_CPU else flop_registry.get(operation)
         if formula is not None:
             flops = formula(*args, **(kwargs or {}), out_val=result)

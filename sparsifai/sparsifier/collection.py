@@ -118,9 +118,10 @@ class CollectedQuantities:
         Raises:
             ValueError: A layer is frozen and has no gradient.
         """
-        names = list(self._layers if names is None else names)
         if not self.at(moment):
             return
+        # A layer that is not trained at present, as the other net of a pair, keeps its last mean.
+        names = list(names) if names is not None else [name for name in self._layers if not self._rests(name, moment)]
         self.source.skipped = set()
         try:
             with self._zeros_for_missing(names) if moment == "backward" else nullcontext():
@@ -141,6 +142,11 @@ class CollectedQuantities:
         for quantity, values in taken.items():
             self._add_to_means(quantity, values, count, finite)
             self._note_reached(quantity, names)
+
+    def _rests(self, name: str, moment: str) -> bool:
+        """Whether a layer is frozen at present and has means of earlier batches."""
+        is_frozen = moment in ("backward", "loss") and self._layers[name].is_frozen
+        return is_frozen and all(name in self.stored.get(each, {}) for each in self.at(moment))
 
     def add_gradients(self) -> None:
         """Add the gradients of a backward pass.
@@ -235,8 +241,11 @@ class CollectedQuantities:
                 f"criterion {name_of(self.criterion)} needs {quantity}, but has seen no batch{finite}; call "
                 f"{self.how(function.moments)} before sparsify"
             )
-        value = stored[name] if name in stored else torch.zeros((1,) * parameter.dim())
-        value = value.to(parameter.device)
+        if name in stored:
+            value = stored[name].to(parameter.device)
+        else:
+            of_weights = {"backward", "loss"} & set(function.moments)
+            value = torch.zeros(parameter.shape if of_weights else (1,) * parameter.dim(), device=parameter.device)
         return function.finish(value) if function.finish else value
 
     def values(self, name: str) -> dict[str, Any]:

@@ -15,12 +15,13 @@ from .layer import Layer, Layers
 _PREFIXES = ("module.", "_orig_mod.")
 
 
-def check_masks(masks: Any, layers: Layers) -> dict[str, Tensor]:
+def check_masks(masks: Any, layers: Layers, may_empty: bool = False) -> dict[str, Tensor]:
     """Check masks from elsewhere.
 
     Args:
         masks: Parameter name -> tensor of bools, or of zeros and ones, that broadcasts to the weight.
         layers: All layers of the Sparsifier.
+        may_empty: Whether a layer may lose all its groups.
 
     Returns:
         Layer name -> bool per group, False where it is pruned.
@@ -33,26 +34,39 @@ def check_masks(masks: Any, layers: Layers) -> dict[str, Tensor]:
         raise TypeError(f"set_masks: masks must be a dictionary from parameter names to masks, not {masks!r:.80}")
     kept = {}
     for given, mask in masks.items():
-        name = given
-        for prefix in _PREFIXES:
-            name = name.removeprefix(prefix)
+        name = _without_prefixes(str(given), layers)
         if name not in layers:
             raise ValueError(
                 f"set_masks: the model has no weight with named axes {given!r}; {close_matches(name, layers)}"
             )
+        if name in kept:
+            raise ValueError(f"set_masks: there are two masks of {name}, with a prefix and without; pass one of them")
         if layers[name].why_dense:
             raise ValueError(
                 f"set_masks: {name} stays dense ({layers[name].why_dense}), so it has no mask; name it in layers= of "
                 "the Sparsifier"
             )
         kept[name] = _kept_groups(name, mask, layers[name])
+        if not (kept[name].any() or may_empty or not layers[name].grouping.indexed):
+            raise ValueError(
+                f"set_masks: the mask of {name} prunes the whole layer; keep at least one group of it, or make the "
+                "Sparsifier with may_empty=True"
+            )
     return kept
+
+
+def _without_prefixes(name: str, layers: Layers) -> str:
+    """The name of a parameter without what wrappers of torch put before it; unchanged if it is that of a layer."""
+    while name not in layers and name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    return name
 
 
 def _kept_groups(name: str, mask: Any, layer: Layer) -> Tensor:
     """Bool per group of a layer, by a mask."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"set_masks: the mask of {name} must be a tensor, not {type(mask).__name__}")
+    if not isinstance(mask, Tensor) or mask.layout != torch.strided or mask.is_meta:
+        kind = type(mask).__name__ if not isinstance(mask, Tensor) else "a sparse one, or one on the meta device"
+        raise TypeError(f"set_masks: the mask of {name} must be a dense tensor with values, not {kind}")
     shape = layer.parameter.shape
     if mask.dim() != len(shape) or any(size not in (1, full) for size, full in zip(mask.shape, shape, strict=True)):
         raise ValueError(
@@ -84,18 +98,20 @@ def from_torch_prune(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
         name -> bool mask, for `Sparsifier.set_masks`.
 
     Raises:
-        ValueError: An original weight has no mask, or a mask no original weight, or none is there at all.
+        TypeError: `state` is no dictionary.
+        ValueError: An original weight has no mask, or none is there at all.
 
     Example:
         >>> state = {"0.weight_orig": torch.tensor([[1.0, 2.0]]), "0.weight_mask": torch.tensor([[0.0, 1.0]])}
         >>> from_torch_prune(state)
         ({'0.weight': tensor([[0., 2.]])}, {'0.weight': tensor([[False,  True]])})
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"from_torch_prune: state must be a state_dict, not {type(state).__name__}")
     pruned = {name.removesuffix("_orig") for name in state if name.endswith("_orig")}
-    masked = {name.removesuffix("_mask") for name in state if name.endswith("_mask")}
-    if pruned != masked or not pruned:
-        name = min(pruned ^ masked, default="")
-        missing = f"{name} has only one of them" if name else "it has none"
+    unmasked = [name for name in sorted(pruned) if f"{name}_mask" not in state]  # masks of attention have no _orig
+    if unmasked or not pruned:
+        missing = f"{unmasked[0]} has no mask" if unmasked else "it has none"
         raise ValueError(
             f"from_torch_prune: a checkpoint of torch.nn.utils.prune has NAME_orig and NAME_mask, but {missing}; load "
             "it as it is"

@@ -14,7 +14,7 @@ from ..model.parallel import is_sharded, whole
 from ..model.tensors import check_values
 from ..model.zeros import Count
 
-# Why a layer stays dense that no optimizer steps at present. It is selected once it is trained.
+# Why a layer stays dense whose weight needs no gradient at present. It is selected once that has changed.
 FROZEN = "frozen"
 
 

@@ -197,7 +197,7 @@ def scopes(sparsity: float | Mapping[Pattern, float], layers: Layers, model: nn.
     position_of: dict[str, int] = {}
     for position, pattern in enumerate(sparsity):
         matched = matching(pattern, weights, model)
-        if not matched & pruned.keys():
+        if not any(name in pruned or layers[name].why_dense == FROZEN for name in matched):
             reasons = "; ".join(f"{name}: {layers[name].why_dense}" for name in sorted(matched)[:3])
             raise ValueError(f"sparsity: {pattern!r} matches only layers that stay dense ({reasons})")
         position_of.update(dict.fromkeys(matched, position))

@@ -12,7 +12,6 @@ from ..model.parallel import reshard
 from ..model.zeros import Count
 from .findings import Finding, check_found
 from .followers import Follower
-from .given_masks import check_masks
 from .layer import Layer, count_of, selected
 from .masking import masked_parameters, zero_gradients, zero_moments, zero_weights
 from .model_masks import ModelMasks
@@ -78,26 +77,6 @@ class MaskedModel:
         """
         self._check_held("recover_masks")
         self._replace_masks({name: layer.mask_of_zeros() for name, layer in self._selected.items()})
-
-    @torch.no_grad()
-    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """Replace the masks of some layers, and set the weights that they prune to zero. Other layers stay as they are.
-
-        `sparsify` goes on from there: a higher sparsity prunes more, a lower one lets weights come back.
-
-        Args:
-            masks: Parameter name -> tensor of bools, or of zeros and ones, that broadcasts to the weight; False or 0
-                where it is pruned. Prefixes of wrappers, such as 'module.', are left out.
-
-        Raises:
-            TypeError: `masks` is no dictionary of tensors.
-            ValueError: A name is not that of a selected layer, or a mask has another shape, other values, or prunes
-                parts of a group. Nothing has changed then.
-        """
-        self._check_held("set_masks")
-        kept = check_masks(masks, self.layers)
-        self._replace_masks({name: self.layers[name].mask_of(groups) for name, groups in kept.items()})
-        self.apply_masks()
 
     def _replace_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Replace the masks of some layers, and the levels by the sparsities that the masks have."""

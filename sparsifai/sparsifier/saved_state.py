@@ -53,7 +53,7 @@ def check_state(state: Any, layers: Layers, collected: CollectedQuantities, regr
                 raise ValueError(
                     f"load_state_dict: the {what} of {name} is {_form(given.get(name))} in the state and "
                     f"{_form(known.get(name))} here; use the same model, granularity, layers and exclude as when it "
-                    "was saved"
+                    "was saved, and freeze the same layers"
                 )
     torch.Generator().set_state(state["rng"].cpu())  # else it would fail after half of the state is loaded
 

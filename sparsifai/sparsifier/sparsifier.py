@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..axes.context import Context
 from ..axes.criterion import Criterion, is_elementwise
@@ -23,6 +23,7 @@ from ..support.warning import warn_each
 from .calibration import calibrate
 from .collection import CollectedQuantities, Source
 from .findings import both
+from .given_masks import check_masks
 from .layer import level_of, unfrozen
 from .layer_selection import find_layers, scopes
 from .mask_building import NewMasks, Ranking, build_masks
@@ -200,6 +201,28 @@ class Sparsifier(MaskedModel):
             zero_moments(masked, optimizer, squares=NEXT_TO_ZERO)
         self._take_quantities("update")
 
+    @torch.no_grad()
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace the masks of some layers, and set the weights that they prune to zero. Other layers stay as they are.
+
+        `sparsify` goes on from there: a higher sparsity prunes more, a lower one lets weights come back.
+
+        Args:
+            masks: Parameter name -> tensor of bools, or of zeros and ones, that broadcasts to the weight; False or 0
+                where it is pruned. Prefixes of wrappers, such as 'module.', are left out.
+
+        Raises:
+            TypeError: `masks` is no dictionary of tensors.
+            ValueError: A name is not that of a selected layer, or a mask has another shape, other values, or prunes
+                parts of a group. Nothing has changed then.
+        """
+        self._check_held("set_masks")
+        kept = check_masks(masks, self.layers, self.ranking.options.may_empty)
+        self._replace_masks({name: self.layers[name].mask_of(groups) for name, groups in kept.items()})
+        if self._regrowth is not None:
+            self._regrowth.note(self.masks)
+        self.apply_masks()
+
     def check(self, sparsity: Sparsity) -> None:
         """Raise what `sparsify` would raise, and change nothing.
 
@@ -207,11 +230,28 @@ class Sparsifier(MaskedModel):
             sparsity: As of `sparsify`.
         """
         self._check_held("check")
+        self.select_unfrozen()
         asked = scopes(check_sparsity(sparsity), self.layers, self.model)
         build_masks(self._selected, asked, self.ranking, self.collected)
 
+    def select_unfrozen(self) -> list[str]:
+        """Select the layers that were frozen and are trained now. Building masks and collecting data do it themselves.
+
+        Returns:
+            Names of the layers that join.
+        """
+        joining = unfrozen(self.layers)
+        if joining:
+            for name in joining:
+                self.layers[name].select()
+            self.collected.source.layers = {name: layer.weight for name, layer in self._selected.items()}
+            self._take_quantities("start", joining)
+            self.all_masks.update_followers()
+        return joining
+
     def _new_masks(self, sparsity: Sparsity, drop: float = 0.0) -> NewMasks:
         """Build masks. Weights that are pruned already are set to zero before, where their values would matter."""
+        self.select_unfrozen()
         asked = scopes(sparsity, self.layers, self.model)
         if not self._has_ranked:  # not when it is made: a model is often moved to a GPU later
             self._has_ranked = True
@@ -258,15 +298,6 @@ class Sparsifier(MaskedModel):
         for collected in filter(None, (self.collected, self._regrowth)):
             collected.take(moment, names)
 
-    def _check_held(self, operation: str) -> None:
-        super()._check_held(operation)
-        if joining := unfrozen(self.layers):
-            for name in joining:
-                self.layers[name].select()
-            self.collected.source.layers = {name: layer.weight for name, layer in self._selected.items()}
-            self._take_quantities("start", joining)
-            self.all_masks.update_followers()
-
     # --- Data ---------------------------------------------------------------------------------------------------
 
     def calibrate(self, batches: Iterable, loss_func: Callable | None = None) -> None:
@@ -284,6 +315,7 @@ class Sparsifier(MaskedModel):
                 changed then.
         """
         self._check_held("calibrate")
+        self.select_unfrozen()
         calibrate(self.collected, batches, loss_func)
         self._calibration = batches, loss_func
 
@@ -299,6 +331,7 @@ class Sparsifier(MaskedModel):
             ValueError: No selected layer has a gradient, or one is frozen.
         """
         self._check_held("collect_gradients")
+        self.select_unfrozen()
         for collected in filter(None, (self.collected, self._regrowth)):
             collected.add_gradients()
 
@@ -367,6 +400,7 @@ class Sparsifier(MaskedModel):
             ValueError: Names, shapes or quantities differ. Nothing has changed then.
         """
         self._check_held("load_state_dict")
+        self.select_unfrozen()
         layers = self._selected
         check_state(state, layers, self.collected, self._regrowth)
         for name, layer in layers.items():

@@ -455,6 +455,7 @@ def test_a_copy_of_the_model_can_be_validated_but_is_refused_by_the_next_fit(mak
         learn.fit(1)
 
 
+@pytest.mark.filterwarnings("ignore:(?s).*of the weights are pruned, more than")
 @pytest.mark.parametrize("first", [[], [SparsifyCallback(0.3)], [KeepSparsity()]])
 def test_zeros_that_are_made_between_fits_are_kept(make_learner, first):
     learn = make_learner(cbs=None if first else KeepSparsity())

@@ -162,9 +162,9 @@ REPLACED = [
     "replaced after the optimizer was made. Set learn.opt = None, and the fit makes a new optimizer"
 ]
 LOWER = [
-    "SparsifyCallback: 79.", "% of the weights are pruned already, more than the 50.00% asked for, and stay pruned. To "
-    "let them go, call learn.remove_cb(KeepSparsity) and train without sparsity for a while, or load weights from "
-    "before they were pruned"
+    "SparsifyCallback: 79.", "% of the weights are pruned, more than the 50.00% asked for, because zeros of earlier "
+    "fits stay; to let them go, call learn.remove_cb(KeepSparsity) and train without sparsity for a while, or load "
+    "weights from before they were pruned"
 ]  # fmt: skip
 
 

@@ -174,6 +174,6 @@ Walk.TestCase.settings = settings(
 
 @pytest.mark.fastai
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:(?s).*(sparsity is held at|of the weights are pruned already)")
+@pytest.mark.filterwarnings("ignore:(?s).*(sparsity is held at|of the weights are pruned, more than)")
 class TestWalk(Walk.TestCase):
     pass

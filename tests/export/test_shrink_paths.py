@@ -177,6 +177,7 @@ RECURRENT = {
 
 
 @pytest.mark.parametrize("layer", RECURRENT.values(), ids=RECURRENT)
+@pytest.mark.filterwarnings("ignore:.*their axes have no names")
 def test_recurrent_layers_stay_and_the_rest_shrinks(layer):
     example = drawn(2, 3, 7)
     model = half_zero(Between(layer()), "conv", "narrow", "hidden")

@@ -12,7 +12,7 @@ from torch import nn
 from sparsifai import Sparsifier, criteria
 from sparsifai.axes import grouping
 from sparsifai.axes.criterion import is_elementwise
-from sparsifai.axes.ranking import selection
+from sparsifai.axes.ranking import scored_layer
 
 LAYOUTS = {
     "contiguous": lambda weight: weight,
@@ -103,8 +103,8 @@ def test_masks_do_not_depend_on_the_memory_order(kind, grouped, layout):
 @misses_sparsity
 def test_masks_do_not_depend_on_the_chunk_size(part, grouped, monkeypatch):
     masks = []
-    for size in (selection.CHUNK, part):
-        monkeypatch.setattr(selection, "CHUNK", size)
+    for size in (scored_layer.CHUNK, part):
+        monkeypatch.setattr(scored_layer, "CHUNK", size)
         monkeypatch.setattr(grouping, "CHUNK", size)
         sparsifier = Sparsifier(model_of("many ties", torch.float32, "contiguous"), grouped, layers=["0", "1"])
         sparsifier.sparsify(0.5)

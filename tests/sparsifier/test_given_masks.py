@@ -97,3 +97,33 @@ def test_a_keeper_of_the_sparsifier_keeps_the_masks_that_are_set(make_learner):
     learn.fit(1, 0.1, cbs=keeper)
     assert (learn.model[0].weight[4:] == 0).all()
     assert (learn.model[0].weight[:4] != 0).all()
+
+
+def test_a_model_with_a_child_of_the_name_of_a_wrapper_has_its_own_names():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Linear(4, 4)
+
+    sparsifier = Sparsifier(Model())
+    sparsifier.set_masks({"module.weight": torch.eye(4)})
+    assert sparsifier.sparsity == 0.75
+    sparsifier.set_masks({"_orig_mod.module.module.weight": 1 - torch.eye(4)})
+    assert int((~sparsifier.masks["module.weight"]).sum()) == 4
+
+
+def test_masks_that_are_no_masks_of_pruning_stay_in_a_checkpoint(mlp):
+    prune.l1_unstructured(mlp[0], "weight", 0.5)
+    state = {**mlp.state_dict(), "attn_mask": torch.ones(2)}
+    weights, masks = from_torch_prune(state)
+    assert set(weights) == {"0.weight", "0.bias", "2.weight", "2.bias", "attn_mask"}
+    assert set(masks) == {"0.weight"}
+
+
+def test_weights_that_were_active_by_given_masks_were_explored(mlp):
+    sparsifier = Sparsifier(mlp, regrow="random")
+    sparsifier.sparsify(0.5)
+    before = sparsifier.report().explored
+    sparsifier.set_masks({name: ~mask for name, mask in sparsifier.masks.items()})
+    assert before == pytest.approx(0.5)
+    assert sparsifier.report().explored == 1

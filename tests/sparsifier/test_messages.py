@@ -232,7 +232,17 @@ MASKS = [
         ("a mask of a dense layer", {"0.weight": torch.ones(8, 4)}, {"exclude": "0"}, ValueError,
          "set_masks: 0.weight stays dense (excluded), so it has no mask; name it in layers= of the Sparsifier"),
         ("a mask that is a list", {"0.weight": [1, 0]}, {}, TypeError,
-         "set_masks: the mask of 0.weight must be a tensor, not list"),
+         "set_masks: the mask of 0.weight must be a dense tensor with values, not list"),
+        ("a sparse mask", {"0.weight": torch.ones(8, 4).to_sparse()}, {}, TypeError,
+         "set_masks: the mask of 0.weight must be a dense tensor with values, not a sparse one, or one on the meta "
+         "device"),
+        ("a name that is a number", {0: torch.ones(8, 4)}, {}, ValueError,
+         "set_masks: the model has no weight with named axes 0; ..."),
+        ("two masks of a weight", {"0.weight": torch.ones(8, 4), "module.0.weight": torch.ones(8, 4)}, {}, ValueError,
+         "set_masks: there are two masks of 0.weight, with a prefix and without; pass one of them"),
+        ("a mask that empties a layer", {"0.weight": torch.zeros(8, 4)}, {}, ValueError,
+         "set_masks: the mask of 0.weight prunes the whole layer; keep at least one group of it, or make the "
+         "Sparsifier with may_empty=True"),
         ("a mask of another shape", {"0.weight": torch.ones(4, 8)}, {}, ValueError,
          "set_masks: the mask of 0.weight has the shape (4, 8), which does not fit its weight of (8, 4); an axis has "
          "its size or 1"),
@@ -242,12 +252,14 @@ MASKS = [
          "set_masks: the mask of 0.weight prunes parts of 4 groups, which this granularity keeps or prunes as a whole; "
          "use granularity='weight'"),
       ]),
+    ("a checkpoint that is a number", lambda: from_torch_prune(3), TypeError,
+     "from_torch_prune: state must be a state_dict, not int"),
     *((name, lambda state=state: from_torch_prune(state), ValueError,
        "from_torch_prune: a checkpoint of torch.nn.utils.prune has NAME_orig and NAME_mask, but " + message)
       for name, state, message in [
         ("a checkpoint without masks", {"0.weight": torch.ones(2)}, "it has none; load it as it is"),
         ("a checkpoint that lacks a mask", {"0.weight_orig": torch.ones(2)},
-         "0.weight has only one of them; load it as it is"),
+         "0.weight has no mask; load it as it is"),
       ]),
 ]  # fmt: skip
 
@@ -435,7 +447,7 @@ def load(changes=None, into=None, **options):
 
 def misfit(what, there, here):
     return (f"load_state_dict: the {what} is {there} in the state and {here} here; use the same model, granularity, "
-            "layers and exclude as when it was saved")  # fmt: skip
+            "layers and exclude as when it was saved, and freeze the same layers")  # fmt: skip
 
 
 def collected(change):

@@ -172,7 +172,8 @@ def _bracket(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], share:
         middle = float(np.searchsorted(upto, share * upto[-1]))
     spread = 4 * math.sqrt(len(sample) * share * (1 - share)) + 4
     first, end = math.floor(middle - spread), math.ceil(middle + spread)
-    sample.partition([place for place in (first, end) if 0 <= place < len(sample)])
+    if places := [place for place in (first, end) if 0 <= place < len(sample)]:
+        sample.partition(places)
     return (
         float(sample[first]) if first >= 0 else -np.inf,
         float(sample[end]) if end < len(sample) else np.inf,
