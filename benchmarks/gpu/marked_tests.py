@@ -18,6 +18,7 @@ def tests(section):
 def _tests(section):
     marked = [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.cuda" in file.read_text()]
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "-rfEs", *map(str, marked)]
+    command += ["-p", "no:benchmark"]  # where it is installed, its warning beside xdist would be an error
     if find_spec("xdist"):  # several at once, for most of the time kernels are compiled
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
