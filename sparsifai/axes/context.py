@@ -246,10 +246,8 @@ def _notices_of_limits(
     how = f"with granularity {granularity} and context {name_of(context)}"
     limits = [layer.weights(~np.asarray(kept)) for layer, kept in zip(layers, most, strict=True)]
     if not any(limits):
-        return [
-            f"sparsity {sparsity:g} was asked for, but {how} no group can be pruned, because the best group of each "
-            "scope is kept; choose smaller groups, or context 'global'"
-        ]
+        advice = "choose smaller groups, or context 'global'"
+        return [f"sparsity {sparsity:g} was asked for, but {how} no group can be pruned, {_why_not(context, advice)}"]
     # Weights that are missing in layers of which no more can be pruned, and the fraction that can be.
     missing = {
         layer.target.name: (sparsity * layer.total - now, limit / layer.total)
@@ -259,7 +257,7 @@ def _notices_of_limits(
     each_alone = capability(context, "fixes_counts") is True
     if pruned != limits and not (each_alone and sum(weights for weights, _ in missing.values()) > MISSED * total):
         return []
-    return [_cannot_be_reached(how, {name: share for name, (_, share) in missing.items()})]
+    return [_cannot_be_reached(how, {name: share for name, (_, share) in missing.items()}, context)]
 
 
 def _notices_of_limits_on_device(
@@ -280,14 +278,24 @@ def _notices_of_limits_on_device(
         for layer, limit, total, weights_missing in zip(layers, limits, weights, missing, strict=True)
         if weights_missing > 0
     }
-    return [_cannot_be_reached(f"with granularity {granularity} and context {name_of(context)}", shares)]
+    return [_cannot_be_reached(f"with granularity {granularity} and context {name_of(context)}", shares, context)]
 
 
-def _cannot_be_reached(how: str, shares: Mapping[str, float]) -> str:
+def _cannot_be_reached(how: str, shares: Mapping[str, float], context: Context) -> str:
     """The notice that layers limit the sparsity. shares: layer name -> the fraction of it that can be pruned."""
     name = min(shares, key=lambda each: shares[each])
+    advice = "choose smaller groups, another context, may_empty=True, or leave such layers out with exclude="
     return (
         f"the sparsity that was asked for cannot be reached: {how} at most {percent(shares[name])} of {name} can be "
-        "pruned, because the best group of each scope is kept; choose smaller groups, another context, "
-        "may_empty=True, or leave such layers out with exclude="
+        f"pruned, {_why_not(context, advice)}"
+    )
+
+
+def _why_not(context: Context, advice: str) -> str:
+    """Why a context prunes no more, and what to do. advice: what to do if the best groups are kept."""
+    if capability(context, "highest_sparsity") is None:
+        return f"because the best group of each scope is kept; {advice}"
+    return (
+        "because whole blocks alone are pruned, and its axis has none, or a rest beyond them; leave such layers out "
+        "with exclude=, or choose another context"
     )

@@ -169,6 +169,8 @@ def _called_layer(model: nn.Module, name: str, owner: nn.Module) -> nn.Module:
 def _multiply_adds(weight: NamedWeight, layer: nn.Module, inputs: tuple, named: Mapping[str, Any], output: Any) -> Any:
     """Multiply-adds with a weight in one call of its layer, None if they are not known."""
     size = weight.parameter.numel()
+    if "expert" in weight.axes:
+        return None  # which tokens an expert gets is not known from the inputs
     if isinstance(layer, _LOOK_UPS):
         return 0
     if isinstance(layer, nn.MultiheadAttention):

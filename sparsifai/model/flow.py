@@ -113,6 +113,26 @@ class Flow:
                     others.add(norm)
         return {key: made for key, made in producers.items() if key[0] not in others}
 
+    def reads_only(self, tensors: Iterable[str], layers: Iterable[str]) -> bool:
+        """Tell whether what uses some tensors reads the outputs of layers alone, or is not in the flow.
+
+        Args:
+            tensors: Names of the tensors, such as those of a norm layer.
+            layers: Names of the weights of the layers.
+        """
+        own, names = set(tensors), set(layers)
+        first = next((step for step in self.steps if step.parameters & own), None)
+        pending, seen = list(first.reads) if first is not None else [], set()
+        while pending:
+            index = pending.pop()
+            others = self.steps[index].parameters - own
+            if index in self.sources or others and not others & names:
+                return False
+            if not others and index not in seen:
+                seen.add(index)
+                pending += self.steps[index].reads
+        return True
+
     def _producers(self, index: int, names: set[str]) -> tuple[set[str], bool]:
         """The parameters of `names` whose zero channels reach an operation as zeros, and whether as the last axis."""
         step, moved = self.steps[index], False

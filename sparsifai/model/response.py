@@ -1,35 +1,41 @@
 """Whether a layer uses its weight as it is, or computes another weight from it in its forward.
 
 Weight standardization subtracts a mean, so zeros in the parameter are not zeros in what the layer multiplies with. No
-attribute of a layer says so, but its response to a unit input does: with W[o, i] = 0, output o must not depend on
-input i.
+attribute of a layer says so. So a copy of the layer is run, and what it multiplies its input with is compared with its
+weight: where the weight is zero, that factor must be, too.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .layers import NamedWeight
 from .parallel import is_sharded
 from .running import copy_of
 
-# Code that is known to use weights as they are. What torch's parametrizations compute is found without a response.
+# Code that is known to use weights as they are. What torch's parametrizations compute is found without a run.
 _KNOWN = ("torch.nn.modules.", "transformers.pytorch_utils")
 
-# A response up to this fraction of the largest one is rounding.
+# Functions of torch that multiply an input with a weight. Those of the first line take it as their second argument.
+_SECOND = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+_ANY = ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__")
+
+# A value up to this fraction of the largest one is rounding.
 _ROUNDING = 1e-3
 
 
 def computes_its_weight(weight: NamedWeight, mask_of: Callable[[Tensor], Tensor]) -> bool:
     """Tell whether zeros of a weight do not last, because the forward of its layer computes another weight from it.
 
-    A copy of the layer is run on a unit input. A layer of torch, or one that does not run on it, counts as using its
-    weight as it is.
+    A layer of torch, one that does not run on an input of ones, and one that multiplies with no factor of the size of
+    the weight count as using their weight as it is.
 
     Args:
         weight: The weight.
@@ -43,10 +49,7 @@ def computes_its_weight(weight: NamedWeight, mask_of: Callable[[Tensor], Tensor]
         return False
     if is_sharded(weight.parameter) or weight.parameter.is_meta or not weight.parameter.is_floating_point():
         return False
-    try:
-        return _responds_where_pruned(weight, kernel, mask_of)
-    except Exception:  # of the layer, which may need other inputs
-        return False
+    return _is_factor_where_pruned(weight, kernel, mask_of)
 
 
 def _is_known(layer: nn.Module, method: str) -> bool:
@@ -55,65 +58,85 @@ def _is_known(layer: nn.Module, method: str) -> bool:
     return function is None or inspect.unwrap(function).__module__.startswith(_KNOWN)
 
 
+class _Factor(TorchFunctionMode):
+    """Takes what a layer multiplies its input with: the factor of the first product that has the size of its weight."""
+
+    def __init__(self, parameter: Tensor):
+        super().__init__()
+        self.parameter = parameter
+        self.found: Tensor | None = None
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        if self.found is None and name in _SECOND:
+            self._take([kwargs.get("weight", args[1] if len(args) > 1 else None)])
+        elif self.found is None and name in _ANY:
+            self._take([*args, *kwargs.values()])
+        return function(*args, **kwargs)
+
+    def _take(self, factors: list[Any]) -> None:
+        size = self.parameter.numel()
+        for factor in factors:
+            if isinstance(factor, Tensor) and factor.dim() > 1 and factor.numel() == size:
+                self.found = factor
+
+
 @torch.no_grad()
-def _responds_where_pruned(weight: NamedWeight, kernel: list[str], mask_of: Callable[[Tensor], Tensor]) -> bool:
-    """Whether an output of the layer responds to an input although all weights between them are zero."""
+def _is_factor_where_pruned(weight: NamedWeight, kernel: list[str], mask_of: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a layer multiplies its input with another factor than zero where its weight is zero."""
     probe: Any = copy_of(weight.module).eval().float()
     values = getattr(probe, weight.attribute)
-    drawn = torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
-    dense = drawn.to(values.device) * (values.std() if values.numel() > 1 and values.std() > 0 else 1.0)
-    mask, kept = _half_pruned(weight, values, kernel, mask_of)
+    sizes = [_extent(weight, axis, place) for place, axis in enumerate(kernel)]
+    ones = torch.ones(1, weight.convolution_groups * weight.axes["in"], *sizes, device=values.device)
+
+    def factor() -> Tensor | None:
+        """What the input is multiplied with at present."""
+        # The layer may fail, if it needs other inputs; the factor may be known by then.
+        with suppress(Exception), _Factor(values) as taken, torch.random.fork_rng(devices=[]):
+            probe.forward(ones)
+        return taken.found
+
+    found = factor()
+    if found is None or found.untyped_storage().data_ptr() == values.untyped_storage().data_ptr():
+        return False  # it is the weight itself, the most common case
+    drawn = torch.randn(values.shape, generator=torch.Generator().manual_seed(0)).to(values.device)
+    dense = drawn * (values.std() if values.numel() > 1 and values.std() > 0 else 1.0)
+    mask = _half_pruned(weight, values, mask_of)
     if mask is None:
         return False
-    number = int((~kept).any(0).nonzero()[0])  # an input with pruned weights
-    pruned = ~kept[:, number]
 
-    sizes = [_extent(weight, axis, place) for place, axis in enumerate(kernel)]
-    zeros = torch.zeros(1, weight.convolution_groups, weight.axes["in"], *sizes, device=values.device)
-    ones = zeros.clone()
-    ones[:, :, number] = 1
-
-    def response(now: Tensor) -> Tensor:
-        """What the input changes in every output, in the shape (outputs, places)."""
+    def with_weights(now: Tensor) -> Tensor:
         values.copy_(now)
-        with torch.random.fork_rng(devices=[]):
-            change = probe.forward(ones.flatten(1, 2)) - probe.forward(zeros.flatten(1, 2))
-        return change.reshape(weight.out, -1).nan_to_num(0.0)  # scaling by the mean of no weights gives NaN
+        used: Any = factor()
+        used = used.detach().nan_to_num(0.0)  # scaling by the mean of no weights gives NaN
+        if used.dim() == 2 and used.stride(0) < used.stride(1):  # it was transposed for the product
+            used = used.t()
+        return used.reshape(values.shape).clone()
 
-    of_none, of_half, of_all = response(torch.zeros_like(dense)), response(dense * mask), response(dense)
+    of_none, of_half, of_all = with_weights(torch.zeros_like(dense)), with_weights(dense * mask), with_weights(dense)
     rounding = _ROUNDING * float(torch.maximum(of_all.abs().max(), of_none.abs().max()))
-    if bool(((of_half - of_none)[pruned].abs() > rounding).any()):
+    if bool(((of_half - of_none)[~mask].abs() > rounding).any()):
         return True
-    # A response without weights can come from something that is added, such as a low-rank term. It then stays the same
+    # A factor without weights can come from something that is added, such as a low-rank term. It then stays the same
     # with weights of twice the size. Else zeros become other values, as with signs.
     added = of_none.abs().max() <= rounding or bool(
-        ((response(2 * dense) - of_none) - 2 * (of_all - of_none)).abs().max() <= 4 * rounding
+        ((with_weights(2 * dense) - of_none) - 2 * (of_all - of_none)).abs().max() <= 4 * rounding
     )
     return not added
 
 
-def _half_pruned(
-    weight: NamedWeight, values: Tensor, kernel: list[str], mask_of: Callable[[Tensor], Tensor]
-) -> tuple[Tensor | None, Tensor]:
-    """A mask of whole groups that prunes every weight between some outputs and inputs, and which pairs it keeps.
-
-    The pairs are bools in the shape (all outputs, inputs of one convolution group). None if there is no such mask.
-    """
-    names, groups = list(weight.axes), weight.convolution_groups
+def _half_pruned(weight: NamedWeight, values: Tensor, mask_of: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """A mask of whole groups that prunes about half of a weight; None if there is no such mask."""
+    names = list(weight.axes)
     outputs, inputs = (
         torch.arange(values.shape[place], device=values.device).view([-1] + [1] * (values.dim() - 1 - place))
         for place in (names.index("out"), names.index("in"))
     )
-    kept = torch.ones((), dtype=torch.bool)
     for halves in (outputs + inputs, outputs, inputs):
         mask = mask_of((halves % 2 == 1).expand_as(values)).expand_as(values)
-        by_pair = mask.unflatten(0, (groups, -1)).movedim(
-            [1 + names.index(axis) for axis in ("out", "in", *kernel)], list(range(1, values.dim() + 1))
-        )
-        kept = by_pair.reshape(weight.out, weight.axes["in"], -1).any(2)
-        if not kept.all():
-            return mask, kept
-    return None, kept
+        if not mask.all():
+            return mask
+    return None
 
 
 def _extent(weight: NamedWeight, axis: str, place: int) -> int:

@@ -96,16 +96,21 @@ def _check_reached(collected: CollectedQuantities) -> None:
     for quantity in collected.at("backward", "loss"):
         if unused := [name for name in layers if name in collected.unreached.get(quantity, ())]:
             raise ValueError(
-                f"calibrate: no gradient has reached {', '.join(unused)}: the loss does not depend on it, or all of "
+                f"calibrate: no gradient has reached {_some(unused)}: the loss does not depend on it, or all of "
                 "these batches skip it; leave it out with exclude=, or add batches that use it"
             )
     if (missing := collected.missing()) is not None:
         unseen = [name for name in layers if name not in collected.stored.get(missing, {})]
         raise ValueError(
-            f"calibrate: {', '.join(unseen)}: the module is not called in these batches, or only with inputs that have "
+            f"calibrate: {_some(unseen)}: the module is not called in these batches, or only with inputs that have "
             "no rows (attention, for instance, reads the weights of its projections itself); exclude the layer with "
             "exclude=, or add batches that use it"
         )
+
+
+def _some(names: list[str]) -> str:
+    """The first names of a list, and how many others there are."""
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} others' if len(names) > 3 else ''}"
 
 
 def _take_loss(collected: CollectedQuantities, loss: Any, number: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -73,18 +73,25 @@ def find_layers(
         reasons = {name: FROZEN_UNCOUPLED if reason == FROZEN else reason for name, reason in reasons.items()} | more
         found = records()
     prunable = {name: layer for name, layer in found.items() if layer.is_selected or layer.why_dense == FROZEN}
-    _warn_of_norms(model, prunable.values())
+    _warn_of_norms(model, prunable, flow)
     followers = {each.name: each for each in find_followers(model, prunable, flow)}
     if coupling is not None:  # the dependency graph sees further than the data flow
         followers |= {each.name: each for each in coupling.followers(model)}
     return found, list(followers.values()), coupling
 
 
-def _warn_of_norms(model: nn.Module, layers: Iterable[Layer]) -> None:
+def _warn_of_norms(model: nn.Module, layers: Layers, flow: Callable[[], Flow]) -> None:
     """Warn of norm layers that may shift the channels of pruned outputs."""
-    norms = norms_not_followed(model, {layer.weight.out for layer in layers if layer.grouping.drops_outputs})
-    if norms:
-        shown = [f"{name} ({kind})" for name, kind in norms.items()]
+    dropping = {name: layer.weight.out for name, layer in layers.items() if layer.grouping.drops_outputs}
+
+    def reads_them(norm: str) -> bool:
+        """Whether a norm layer reads pruned outputs alone. Behind a sum with others it follows no layer anyway."""
+        tensors = [f"{norm}.{name}" for name, _ in model.get_submodule(norm).named_parameters()]
+        return flow().reads_only(tensors, dropping)
+
+    norms = norms_not_followed(model, dropping.values())
+    shown = [f"{name} ({kind})" for name, kind in norms.items() if reads_them(name)]
+    if shown:
         warn(
             f"Sparsifier: it is unknown by which parameters {', '.join(shown[:3])}{' and others' * (len(shown) > 3)} "
             "shift their channels, so they are not pruned with the outputs before them: behind these layers a channel "

@@ -95,7 +95,7 @@ def notices_of_unnamed(model: nn.Module, layers: Layers) -> list[str]:
     unnamed = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.dim() > 1 and parameter.requires_grad and name not in known and "bias" not in name
+        if parameter.dim() > 1 and parameter.requires_grad and name not in known and not _is_no_matrix(model, name)
     }
     share = sum(map(Tensor.numel, unnamed.values())) / sum(map(Tensor.numel, model.parameters()))
     if share < UNNAMED_PART:
@@ -106,9 +106,16 @@ def notices_of_unnamed(model: nn.Module, layers: Layers) -> list[str]:
     others = f" and {len(unnamed) - 1} others" if len(unnamed) > 1 else ""
     return [
         f"Sparsifier: {percent(share)} of the parameters stay dense, because their axes have no names: {name} of "
-        f"{kind} ({'x'.join(map(str, largest.shape))}){others}; name them, as in register_layer({kind}, "
-        f"{attribute}={_EXAMPLES.get(largest.dim(), '(...)')}), or say which layers are pruned with layers="
+        f"{kind} ({'x'.join(map(str, largest.shape))}){others}. Embeddings, positions and learned inputs rightly stay "
+        f"dense; if a layer multiplies with it, name its axes, as in register_layer({kind}, "
+        f"{attribute}={_EXAMPLES.get(largest.dim(), '(...)')}); or say which layers are pruned with layers="
     ]
+
+
+def _is_no_matrix(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is a bias, belongs to a norm layer, or has one entry for all examples, as positions have."""
+    holder = kind_of(model.get_submodule(name.rpartition(".")[0])).lower()
+    return "bias" in name or "norm" in holder or model.get_parameter(name).shape[0] == 1
 
 
 def notices_of_outputs(options: Options, model: nn.Module, layers: Layers, followers: Sequence[Follower]) -> list[str]:

@@ -221,3 +221,35 @@ def test_functions_of_the_norm_layer_do_not_run_in_the_flow():
 
     sparsifier = Sparsifier(Net(), "filter", "local")
     assert not any(name.startswith("norm") for name in sparsifier.all_masks)  # behind a sum
+
+
+class OwnLayerNorm(nn.Module):
+    """As small language models write it, to have no bias."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.randn(size))
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias)
+
+
+class Residual(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.words, self.norm = nn.Embedding(9, 8), norm(8)
+        self.first, self.second, self.last = nn.Linear(8, 32), nn.Linear(32, 8), nn.Linear(8, 9)
+
+    def forward(self, x):
+        x = self.words(x)
+        return self.last(self.norm(x + self.second(self.first(x).relu())))
+
+
+def test_a_norm_layer_behind_a_sum_with_what_is_not_pruned_is_not_told_of():
+    sparsifier = Sparsifier(Residual(OwnLayerNorm), "filter", "local")
+    assert set(sparsifier.all_masks) == set(Sparsifier(Residual(nn.LayerNorm), "filter", "local").all_masks)
+
+
+def test_directly_behind_a_pruned_layer_it_is_told_of():
+    with pytest.warns(UserWarning, match=r"unknown by which parameters 1 \(OwnLayerNorm\) shift"):
+        Sparsifier(nn.Sequential(nn.Linear(4, 8), OwnLayerNorm(8), nn.Linear(8, 2)), "filter", "local")

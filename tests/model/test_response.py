@@ -76,7 +76,45 @@ class PaddedConv2d(nn.Conv2d):
         return self._conv_forward(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
 
 
+class SoftmaxHead(nn.Linear):
+    """What a layer does with its outputs, or its inputs, does not concern its weight."""
+
+    def forward(self, x):
+        return F.log_softmax(super().forward(x), -1)
+
+
+class NormalizedLinear(nn.Linear):
+    def forward(self, x):
+        return F.layer_norm(F.linear(F.layer_norm(x, x.shape[-1:]), self.weight.to(x.dtype)), (self.out_features,))
+
+
+class GroupNormalizedConv2d(nn.Conv2d):
+    def forward(self, x):
+        y = F.group_norm(super().forward(x), 1)
+        return y * y.mean(1, keepdim=True).sigmoid()
+
+
+class ByMatmul(nn.Linear):
+    def forward(self, x):
+        return x @ (2 * self.weight).t()
+
+
+class CentredByMatmul(nn.Linear):
+    def forward(self, x):
+        return x @ (self.weight - self.weight.mean()).t()
+
+
+class FailingBehind(nn.Linear):
+    """Its forward fails on an example, but by then it has multiplied."""
+
+    def forward(self, x):
+        y = F.linear(x, self.weight - self.weight.mean(1, keepdim=True))
+        return y.view(3, 5, 7)
+
+
 COMPUTE = {
+    "centred, by matmul": lambda: CentredByMatmul(6, 6),
+    "centred, and then it fails": lambda: FailingBehind(5, 7),
     "standardized": lambda: StandardizedConv2d(3, 16, 3),
     "standardized in groups": lambda: StandardizedConv2d(6, 16, 3, groups=2, dilation=2, padding=4),
     "standardized, half precision": lambda: StandardizedConv2d(3, 16, 3).half(),
@@ -87,6 +125,10 @@ COMPUTE = {
     "centred signs": lambda: CentredSigns(6, 8),
 }
 USE = {
+    "softmax": lambda: SoftmaxHead(5, 8),
+    "normalized": lambda: NormalizedLinear(5, 8),
+    "group norm and attention": lambda: GroupNormalizedConv2d(4, 8, 3),
+    "by matmul": lambda: ByMatmul(6, 6),
     "ternary": lambda: TernaryLinear(5, 8),
     "low rank": lambda: LowRankLinear(5, 8),
     "scaled": lambda: ScaledLinear(5, 8),

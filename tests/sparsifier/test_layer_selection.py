@@ -87,7 +87,7 @@ class Table(nn.Module):
 
 @pytest.mark.parametrize(
     ("shape", "example"),
-    [((6, 8), r"\('out', 'in'\)"), ((2, 6, 8), r"\('expert', 'out', 'in'\)"), ((1, 1, 1, 6, 8), "")],
+    [((6, 8), r"\('out', 'in'\)"), ((2, 6, 8), r"\('expert', 'out', 'in'\)"), ((2, 1, 1, 6, 8), "")],
 )
 def test_a_large_share_of_weights_without_named_axes_is_told(shape, example):
     model = nn.Sequential(nn.Linear(8, 8), Table(*shape))
@@ -99,6 +99,17 @@ def test_a_large_share_of_weights_without_named_axes_is_told(shape, example):
     Sparsifier(model, layers="*")  # whoever names layers knows that others stay dense
     model[1].table.requires_grad_(False)  # as does who freezes them
     Sparsifier(model)
+
+
+@pytest.mark.parametrize("shape", [(1, 784, 64), (16, 26, 26)])
+def test_positions_and_norm_layers_are_not_told_of(shape):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(8, 8), nn.LayerNorm(shape)
+            self.pos_embed = nn.Parameter(torch.randn(1, *shape))
+
+    assert list(Sparsifier(Model()).masks) == ["layer.weight"]
 
 
 def test_a_small_share_is_not_told_nor_are_biases():
