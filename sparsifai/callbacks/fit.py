@@ -124,7 +124,7 @@ class Fit:
     def _warn_of_higher_sparsity(self, revives: bool) -> None:
         """Warn once if more is pruned than this fit asks for, and stays so. revives: whether the schedule will fall."""
         sparsifier = self.pruned.sparsifier
-        if self.warned or revives or not self.advances or sparsifier.ranking.options.regrow is not None:
+        if self.warned or revives or sparsifier.ranking.options.regrow is not None:
             return
         kept = self.pruned.masks
         for target, names in scopes(self.ramp.sparsity_at(self.level_at(1.0)), sparsifier.layers, sparsifier.model):

@@ -15,6 +15,10 @@ from sparsifai.all import KeepSparsity, Sparsifier, SparsifyCallback  # noqa: E4
 MORE = "of the weights are pruned, more than the 50.00% asked for, because zeros of earlier fits stay"
 
 
+# Of 8 filters 3.6 are to be pruned, and 4 are.
+FILTERS = {"sparsity": 0.45, "granularity": "filter", "context": "local", "layers": ["0", "3", "5"]}
+
+
 def test_a_checkpoint_that_is_sparser_than_asked_for_stays_so_and_is_told(make_learner):
     model = small_net()
     Sparsifier(model).sparsify(0.8)
@@ -46,6 +50,7 @@ def test_the_advice_lets_the_zeros_go(make_learner):
     ({"sparsity": 0.5}, {"sparsity": 0.5}),
     ({"sparsity": 0.5}, {"sparsity": 0.8}),
     ({"sparsity": 0.5, "granularity": "filter"}, {"sparsity": 0.5, "granularity": "filter"}),
+    (FILTERS, FILTERS),
 ])  # fmt: skip
 def test_a_sparsity_that_can_be_reached_is_not_warned_of(make_learner, first, second):
     learn = make_learner(steps=8)
@@ -97,3 +102,11 @@ def test_a_keeper_of_the_user_has_its_masks_again_after_the_fit(make_learner):
     sparsifier.sparsify(0.9)
     learn.fit(1, 0.01)
     assert sparsifier.sparsity == pytest.approx(0.9, abs=0.005)
+
+
+def test_a_fit_of_frozen_groups_asks_for_nothing(make_learner):
+    learn = make_learner(splitter=lambda model: [list(each.parameters()) for each in (model[:5], model[5:])])
+    learn.fit(1, cbs=SparsifyCallback(0.8))
+    learn.freeze()
+    learn.fit(1, cbs=SparsifyCallback(0.5))
+    assert learn.keep_sparsity.report().selected.sparsity == pytest.approx(0.8, abs=0.005)

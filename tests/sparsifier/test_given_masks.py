@@ -127,3 +127,12 @@ def test_weights_that_were_active_by_given_masks_were_explored(mlp):
     sparsifier.set_masks({name: ~mask for name, mask in sparsifier.masks.items()})
     assert before == pytest.approx(0.5)
     assert sparsifier.report().explored == 1
+
+
+def test_sparsifying_to_the_sparsity_of_given_masks_changes_nothing():
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
+    sparsifier = Sparsifier(model, criteria="random")
+    masks = {f"{index}.weight": torch.arange(100).view(10, 10) >= pruned for index, pruned in ((0, 90), (1, 10))}
+    sparsifier.set_masks(masks)
+    sparsifier.sparsify(0.5)
+    assert all(torch.equal(mask, masks[name]) for name, mask in sparsifier.masks.items())
