@@ -588,3 +588,14 @@ def test_a_sparsity_that_a_context_of_ones_own_cannot_reach_is_refused_at_once()
         SparsifyCallback(0.6, context=half)
     with pytest.raises(ValueError, match="regrowth first prunes more than context half allows"):
         SparsifyCallback(0.5, context=half, regrow="grad")
+
+
+@pytest.mark.parametrize("event", ["after_pred", "after_loss", "before_backward"])
+def test_a_callback_that_is_taken_off_within_a_step_leaves_the_step_whole(make_learner, event):
+    def take_off(self):
+        if self.training and (self.epoch, self.iter) == (0, 3) and hasattr(self.learn, "sparsify"):
+            self.learn.remove_cb(SparsifyCallback)
+
+    learn, callback = make_learner(steps=6, opt_func=fastai.Adam), SparsifyCallback(0.8, schedule="lin")
+    learn.fit(2, 0.01, cbs=[callback, Callback(**{event: take_off})])
+    assert learn.keep_sparsity.report().selected.sparsity == share(0.8 * 3 / 12)
