@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsifai import SparsifyCallback
+from sparsifai import Sparsifier
+from sparsifai.callbacks.plan import plan_of
 from sparsifai.model.flops import all_flops, count_flops
 from sparsifai.model.layers import find_weights
 from sparsifai.model.running import without_fast_path
@@ -134,7 +135,7 @@ def test_flops_of_models_are_those_of_torch(name):
 
 def test_a_plan_says_what_its_flops_leave_out():
     model = Functional()
-    plan = SparsifyCallback(0.5).plan(model, 1, 4, torch.zeros(2, 5, dtype=torch.long))
+    plan = plan_of(Sparsifier(model), 0.5, "lin", 1, 4, example_input=torch.zeros(2, 5, dtype=torch.long))
     assert plan.model.flops == 2 * (5 * 24 + 3 * 144 + 3 * 20 + 3 * 192 + 2 * 3 * 64)
     share = 288 / (288 + plan.model.flops)
     assert f"such as those of attention, are another 288, {100 * share:.2f}% of all" in str(plan)

@@ -8,7 +8,8 @@ import torch
 from conftest import as_on_device
 from torch import nn
 
-from sparsifai import Sparsifier, SparsifyCallback
+from sparsifai import Sparsifier
+from sparsifai.callbacks.plan import plan_of
 
 
 def with_zero_head():
@@ -63,7 +64,7 @@ def test_where_scores_are_not_read_they_are_told_of_when_something_is(make, mess
 
 def test_a_plan_tells_of_ties():
     with pytest.warns(UserWarning, match=re.escape(TIED["zero head"][1])):
-        SparsifyCallback(0.5, context="local").plan(with_zero_head(), 1, 4)
+        plan_of(Sparsifier(with_zero_head(), context="local"), 0.5, "lin", 1, 4)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from torch import nn
 from sparsifai import (
     Regularizer,
     Sparsifier,
-    SparsifyCallback,
     compare,
     register_layer,
     save_sparse,
@@ -19,6 +18,7 @@ from sparsifai import (
     shrink,
     shrinkage,
 )
+from sparsifai.callbacks.plan import plan_of
 
 
 @pytest.mark.filterwarnings("ignore:.*are frozen")
@@ -116,7 +116,11 @@ def test_a_small_share_is_not_told_nor_are_biases():
     Sparsifier(nn.Sequential(nn.Linear(80, 80), Table(6, 8)))
 
 
-def test_the_callback_and_the_plan_tell_it_too():
+@pytest.mark.fastai
+def test_the_callback_and_its_plan_tell_it_too():
+    pytest.importorskip("fastai", reason="the callback is fastai's")
+    from sparsifai import SparsifyCallback
+
     model = nn.Sequential(nn.Linear(8, 8), Table(60, 8))
     with pytest.warns(UserWarning, match="1.table of Table"):
         SparsifyCallback(0.5).plan(model, 1, 2)
@@ -186,7 +190,7 @@ EXAMPLE = torch.zeros(2, 8)
 USES = {
     "Sparsifier": lambda model: Sparsifier(model),
     "Sparsifier of other layers": lambda model: Sparsifier(model, layers="0"),
-    "plan": lambda model: SparsifyCallback(0.5).plan(model, 1, 2),
+    "plan": lambda model: plan_of(Sparsifier(model), 0.5, "lin", 1, 2),
     "shrink": lambda model: shrink(model, EXAMPLE),
     "shrinkage": lambda model: shrinkage(model, EXAMPLE),
     "compare": lambda model: compare(nn.Linear(8, 8), model, EXAMPLE),

@@ -11,6 +11,8 @@ import os
 import subprocess
 import sys
 import warnings
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -180,6 +182,14 @@ def test_no_value_is_read_in_a_step(granularity, context, criterion):
         sparsifier.sparsity  # noqa: B018
 
 
+# torch 2.6 brings Triton 3.2, whose interpreter does not run with numpy 2 and whose compiler is called otherwise.
+old_triton = pytest.mark.skipif(
+    find_spec("triton") is not None and not hasattr(import_module("triton"), "set_allocator"),
+    reason="the interpreter of Triton 3.2 does not run with numpy 2",
+)
+
+
+@old_triton
 @pytest.mark.parametrize("of", ["models", "scores"])
 def test_the_triton_kernels_in_their_interpreter_give_the_same_masks(of):
     pytest.importorskip("triton", reason="torch brings Triton on some platforms only")
@@ -199,6 +209,7 @@ POINTED_TO = {
 }
 
 
+@old_triton
 def test_the_triton_kernels_compile_for_an_h100():
     triton = pytest.importorskip("triton", reason="torch brings Triton on some platforms only")
     from triton.backends.compiler import GPUTarget
