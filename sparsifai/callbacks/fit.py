@@ -106,14 +106,14 @@ class Fit:
             pruned: What the callback has pruned so far, with its Sparsifier; None if it stays without one.
             start: The fraction of the fit that is skipped, as when training is resumed.
         """
-        self.pruned = pruned
+        self.pruned, revives = pruned, self.ramp.falls_after(start, self.floor)
         if not self._find_keeper() and highest(self.ramp.sparsity):
-            self._recover_zeros(start)
+            self._recover_zeros(revives)
         kept = self._kept_masks()
         if pruned is not None:
             pruned.take_in(kept, self.learn)
             kept = pruned.masks
-            self._warn_of_higher_sparsity(self.ramp.falls_after(start, self.floor))
+            self._warn_of_higher_sparsity(revives)
         for each in self.learn._grab_cbs(KeepSparsity):
             if each is not self.keeper:  # its masks would hinder weights from regrowing or reviving
                 self.emptied.append((each, each.masks))
@@ -206,9 +206,9 @@ class Fit:
             masks = merged(masks, keeper.masks)
         return masks
 
-    def _recover_zeros(self, start: float) -> None:
-        """Keep the zeros of a model that is sparse already, such as a checkpoint."""
-        if self.advances and self.ramp.falls_after(start, self.floor):
+    def _recover_zeros(self, revives: bool) -> None:
+        """Keep the zeros of a model that is sparse already. revives: whether the schedule will fall."""
+        if self.advances and revives:
             self.pruned.sparsifier.recover_masks()  # this schedule pruned them, and will revive them
             return
         self.keeper.recover(force=True)

@@ -30,6 +30,7 @@ from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
 from ..support.capability import capability
 from ..support.checks import check_count
+from ..support.listing import in_short
 from ..support.registry import name_of
 from ..support.table import percent
 from ..support.warning import warn
@@ -250,7 +251,7 @@ def _note_of_flops(layers: Sequence[PlannedLayer], flops: Flops) -> str:
             "; products that read none of these weights, such as those of attention, are another "
             f"{flops.others:,}, {share} of all"
         )
-    return f"{note}; not known of {_some(unknown)}." if unknown else f"{note}."
+    return f"{note}; not known of {in_short(unknown, 5, 'more')}." if unknown else f"{note}."
 
 
 def _notices(plan: Plan, schedule: Schedule, level: float) -> list[str]:
@@ -258,8 +259,8 @@ def _notices(plan: Plan, schedule: Schedule, level: float) -> list[str]:
     notices = []
     if plan.collapsing:
         notices.append(
-            f"near collapse at a sparsity of {percent(level)}: {_some(plan.collapsing)}; lower the sparsity, choose "
-            "context='erk', limit these layers with bounded(...), or exclude them with exclude="
+            f"near collapse at a sparsity of {percent(level)}: {in_short(plan.collapsing, 5, 'more')}; lower the "
+            "sparsity, choose context='erk', limit these layers with bounded(...), or exclude them with exclude="
         )
     if (end := progress(schedule, 1.0)) < 1:
         notices.append(
@@ -267,7 +268,3 @@ def _notices(plan: Plan, schedule: Schedule, level: float) -> list[str]:
             f"those at {percent(level)}"
         )
     return notices
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"

@@ -29,7 +29,7 @@ class Pruned:
     sparsifier: Sparsifier
     reached: float = 0.0
     others: dict[str, Tensor] = field(default_factory=dict)
-    layers: set[str] = field(default_factory=set)
+    layers: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.layers = set(self.sparsifier.masks)

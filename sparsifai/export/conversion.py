@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..support.checks import check_is_module
+from ..support.listing import in_short
 
 # Rows of the random input that a converted layer is checked on. It is no multiple of 8, so that kernels that need one
 # have to pad.
@@ -29,10 +30,7 @@ def list_reasons(reasons: Mapping[str, str]) -> str:
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)
-    shown = [
-        f"{', '.join(those[:3])}{f' and {len(those) - 3} more' if len(those) > 3 else ''} ({reason})"
-        for reason, those in islice(names.items(), 5)
-    ]
+    shown = [f"{in_short(those, others='more')} ({reason})" for reason, those in islice(names.items(), 5)]
     more = f"; and {len(names) - 5} more reasons" if len(names) > 5 else ""
     return f"{'; '.join(shown)}{more}" if shown else "it has no weights with named axes"
 

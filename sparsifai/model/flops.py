@@ -125,7 +125,10 @@ class _Products(TorchDispatchMode):
     """
 
     def __init__(self, targets: Mapping[str, NamedWeight]):
+        from torch.utils.flop_counter import flop_registry  # it imports Triton where that is installed
+
         super().__init__()
+        self._formulas = flop_registry
         self.of_weights: dict[str, int] = {}
         self.others = 0
         # The address of the storage itself: on the meta device there is no memory.
@@ -134,9 +137,7 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         operation = getattr(function, "_overloadpacket", None)
-        from torch.utils.flop_counter import flop_registry  # it imports Triton where that is installed
-
-        formula = _flops_of_attention if operation is _ATTENTION_ON_CPU else flop_registry.get(operation)
+        formula = _flops_of_attention if operation is _ATTENTION_ON_CPU else self._formulas.get(operation)
         if formula is not None:
             flops = formula(*args, **(kwargs or {}), out_val=result)
             # The first argument of addmm and baddbmm is a bias, which has the shape of no factor.

@@ -15,6 +15,7 @@ from ..model.hooks import hooked
 from ..model.parallel import is_sharded
 from ..model.running import not_drawn_from, run, untraced
 from ..model.tensors import tensors_in, with_autograd
+from ..support.listing import in_short
 from ..support.registry import name_of
 from ..support.warning import warn
 from .collection import CollectedQuantities, Source
@@ -96,21 +97,16 @@ def _check_reached(collected: CollectedQuantities) -> None:
     for quantity in collected.at("backward", "loss"):
         if unused := [name for name in layers if name in collected.unreached.get(quantity, ())]:
             raise ValueError(
-                f"calibrate: no gradient has reached {_some(unused)}: the loss does not depend on it, or all of "
+                f"calibrate: no gradient has reached {in_short(unused)}: the loss does not depend on it, or all of "
                 "these batches skip it; leave it out with exclude=, or add batches that use it"
             )
     if (missing := collected.missing()) is not None:
         unseen = [name for name in layers if name not in collected.stored.get(missing, {})]
         raise ValueError(
-            f"calibrate: {_some(unseen)}: the module is not called in these batches, or only with inputs that have "
+            f"calibrate: {in_short(unseen)}: the module is not called in these batches, or only with inputs that have "
             "no rows (attention, for instance, reads the weights of its projections itself); exclude the layer with "
             "exclude=, or add batches that use it"
         )
-
-
-def _some(names: list[str]) -> str:
-    """The first names of a list, and how many others there are."""
-    return f"{', '.join(names[:3])}{f' and {len(names) - 3} others' if len(names) > 3 else ''}"
 
 
 def _take_loss(collected: CollectedQuantities, loss: Any, number: int) -> bool:

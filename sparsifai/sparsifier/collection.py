@@ -15,6 +15,7 @@ from ..axes.criterion import quantities_of
 from ..axes.quantity import AVERAGED, STORED, quantities
 from ..model.layers import NamedWeight
 from ..model.tensors import all_finite, cloned
+from ..support.listing import in_short
 from ..support.registry import name_of
 
 
@@ -220,9 +221,9 @@ class CollectedQuantities:
         if not listed:
             return []
         return [
-            f"{name_of(self.criterion)}: no batch so far has used {', '.join(listed[:3])}"
-            f"{f' and {len(listed) - 3} others' if len(listed) > 3 else ''}, so the scores are zero and these weights "
-            "are pruned first; leave them out with exclude=, or score with more batches (calibration=, every=)"
+            f"{name_of(self.criterion)}: no batch so far has used {in_short(listed)}, so the scores are zero and "
+            "these weights are pruned first; leave them out with exclude=, or score with more batches (calibration=, "
+            "every=)"
         ]
 
     def value(self, quantity: str, name: str) -> Any:
