@@ -242,8 +242,13 @@ def bracket(
             begin_end = tl.where(before_begin, begin_end, half)
             end = tl.where(before_end & (end < end_end), end_half + 1, end)
             end_end = tl.where(before_end, end_end, end_half)
-        begin = tl.where((first > 0) & (first < drawn), begin, lowest).to(tl.int64)
-        end = tl.where(last < drawn, tl.maximum(begin, end.to(tl.int64)), highest)
+        end = tl.where(last < drawn, end.to(tl.int64), highest)
+        # If little more is pruned than before, pruning ends near the lowest key that was drawn. Few keys are below it,
+        # for those are pruned already; so as far below it is looked as the bracket goes above it.
+        lowest_drawn = tl.min(every, 0).to(tl.int64)
+        far_below = tl.where(last < drawn, tl.maximum(2 * lowest_drawn - end, lowest), lowest)
+        begin = tl.where(first > 0, begin.to(tl.int64), far_below)
+        end = tl.maximum(begin, end)
         base = tl.where((end - begin < bins) & in_rows, begin, NO_BASE)
         store_state(after, begin, end, False, wanted, wanted * 0, base, bins)
         tl.atomic_add(undone, 1, sem="relaxed")
