@@ -236,7 +236,7 @@ def _notices_of_limits(
     The text is the same at all sparsities of a schedule, so that a warning is shown once.
     """
     total = sum(layer.total for layer in layers)
-    pruned = [layer.weights(~kept) for layer, kept in zip(layers, all_kept, strict=True)]
+    pruned = [layer.total - layer.weights(kept) for layer, kept in zip(layers, all_kept, strict=True)]
     if sparsity * total - sum(pruned) <= MISSED * total and any(pruned):
         return []
     try:

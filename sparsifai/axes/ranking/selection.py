@@ -132,14 +132,12 @@ def _all_but_lowest(
     low, high = _bracket(layers, candidates, min(amount / max(available, 1), 1.0))
     divided = _divide(layers, candidates, low, high)
     below = available - sum(each.weights for each in divided)
-    sizes = [_sizes(layer, each.places) for layer, each in zip(layers, divided, strict=True)]
-    ahead = below + sum(int(size.sum()) for size in sizes)
+    ahead = below + sum(map(_weights_within, layers, divided))
     if amount < below or (amount >= ahead and high < np.inf):
         low, high = (-np.inf, low) if amount < below else (high, np.inf)
         divided = _divide(layers, candidates, low, high)
         below = available - sum(each.weights for each in divided)
-        sizes = [_sizes(layer, each.places) for layer, each in zip(layers, divided, strict=True)]
-    pruned = _first(divided, sizes, amount - below, _equal_size(layers))
+    pruned = _first(layers, divided, amount - below)
     ends = np.cumsum([len(each.places) for each in divided])
     for each, of_layer in zip(divided, np.split(pruned, ends[:-1]), strict=True):
         each.kept[each.places[of_layer]] = False
@@ -185,26 +183,26 @@ def _divide(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], low: fl
     return [layer.divide(candidate, low, high) for layer, candidate in zip(layers, candidates, strict=True)]
 
 
-def _sizes(layer: ScoredLayer, places: np.ndarray) -> np.ndarray:
-    """The sizes of some groups of a layer."""
-    return np.full(len(places), layer.size) if isinstance(layer.size, int) else layer.size[places]
+def _weights_within(layer: ScoredLayer, divided: Divided) -> int:
+    """Number of weights in the groups of a layer that are within the bracket."""
+    return layer.size * len(divided.places) if isinstance(layer.size, int) else int(layer.size[divided.places].sum())
 
 
-def _first(within: list[Divided], sizes: list[np.ndarray], amount: float, size: int | None) -> np.ndarray:
-    """Which groups within the bracket are pruned: the lowest, ties in index order, whose sizes add up to `amount`.
-
-    sizes: Size of each group.
-    size: Size of all groups, if they have the same. Then no order is needed, only the last score to be pruned.
-    """
-    score = np.concatenate([each.scores for each in within])
+def _first(layers: Sequence[ScoredLayer], divided: list[Divided], amount: float) -> np.ndarray:
+    """Which groups within the bracket are pruned: the lowest, ties in index order, whose sizes add up to `amount`."""
+    score = np.concatenate([each.scores for each in divided])
+    size = _equal_size(layers)
     if size is None:
-        size_of = np.concatenate(sizes)
+        size_of = np.concatenate(
+            [np.broadcast_to(layer.size, len(layer))[each.places] for layer, each in zip(layers, divided, strict=True)]
+        )
         order = np.argsort(score, kind="stable")
         # Group i is pruned if the sum with it is at least as near to the amount as the sum without it.
         count = int(np.searchsorted(np.cumsum(size_of[order]) - size_of[order] / 2, amount, side="right"))
         pruned = np.zeros(len(score), bool)
         pruned[order[:count]] = True
         return pruned
+    # With groups of one size no order is needed, only the last score to be pruned.
     count = min(max(math.floor(amount / size + 0.5), 0), len(score))
     if count == 0:
         return np.zeros(len(score), bool)
