@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.zeros import why_not_counted
 from ..support.registry import close_matches
 from .layer import Layer, Layers
 
@@ -99,7 +100,7 @@ def from_torch_prune(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
     Raises:
         TypeError: `state` is no dictionary.
-        ValueError: An original weight has no mask, or none is there at all.
+        ValueError: An original weight has no mask, or none is there at all, or it has no values that can be masked.
 
     Example:
         >>> state = {"0.weight_orig": torch.tensor([[1.0, 2.0]]), "0.weight_mask": torch.tensor([[0.0, 1.0]])}
@@ -116,6 +117,10 @@ def from_torch_prune(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
             f"from_torch_prune: a checkpoint of torch.nn.utils.prune has NAME_orig and NAME_mask, but {missing}; load "
             "it as it is"
         )
+    for name in sorted(pruned):
+        for given in (f"{name}_orig", f"{name}_mask"):
+            if why := why_not_counted(state[given]):
+                raise ValueError(f"from_torch_prune: {given} cannot be masked, because it is {why}")
     masks = {name: state[f"{name}_mask"] != 0 for name in sorted(pruned)}
     weights: dict[str, Any] = {}
     for name, value in state.items():
