@@ -34,7 +34,7 @@ def why_not_prunable(tensor: Tensor) -> str:
         return why
     if tensor.dtype not in _FLOATS:
         kind = str(tensor.dtype).removeprefix("torch.")
-        return f"of {kind}, and only floating-point and complex weights can be pruned; cast it, as float() does"
+        return f"of {kind}, a type that is not pruned; cast it to float32, or to complex64 if it is complex"
     if tensor.is_conj() or tensor.is_neg():
         return "a conjugate or negative view; copy it, as resolve_conj() or resolve_neg() does"
     if not is_sharded(tensor) and _overlaps_itself(tensor):
@@ -121,7 +121,7 @@ def _overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements of a tensor are at the same place."""
     axes = [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
     reached = 0
-    for stride, size in sorted(axes):
+    for stride, size in sorted(axes) if tensor.numel() else ():
         if stride <= reached:  # what is along this axis may be at places along those of smaller strides
             places = np.zeros(_extent(tensor) // tensor.element_size(), np.bool_)
             _elements(places, tensor)[...] = True

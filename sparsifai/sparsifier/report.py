@@ -144,7 +144,7 @@ class Report(Table):
         last = "note" if any(row.note for row in self.rows) else "why dense"
         caption = ""
         if self.not_counted:
-            names = [f"{name} is {why}" for name, why in self.not_counted.items()]
+            names = [f"{name} ({why})" for name, why in self.not_counted.items()]
             caption = f"Not counted: {self.left_out:,} values of {in_short(names)}."
         return Cells(
             ("layer", "kind", "shape", "weights", "zeros", "sparsity", last),
