@@ -90,7 +90,9 @@ def _has_memory(tensor: Tensor) -> bool:
     """Whether a tensor has elements, and these are at strides from its address."""
     if is_lazy(tensor) or tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta:
         return False
-    return not is_sharded(tensor) and not is_made_of_others(tensor) and bool(tensor.numel() and tensor.data_ptr())
+    if is_sharded(tensor) or is_made_of_others(tensor) or tensor.device.type not in ("cpu", "cuda"):
+        return False
+    return bool(tensor.numel() and tensor.data_ptr())
 
 
 def _extent(tensor: Tensor) -> int:
@@ -109,10 +111,10 @@ def _meeting(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     owners, shared = np.zeros((max(ends) - first) // unit, np.int32), {}
     for number, (name, tensor) in enumerate(tensors.items(), 1):
         own = _elements(owners[(tensor.data_ptr() - first) // unit :], tensor, tensor.element_size() // unit)
-        if earlier := own.max():
-            other = names[earlier - 1]
-            shared[name] = other
-            shared.setdefault(other, name)
+        if own.any():
+            for earlier in np.unique(own[own > 0]):
+                shared[name] = names[earlier - 1]
+                shared.setdefault(names[earlier - 1], name)
         own[...] = number
     return shared
 

@@ -160,3 +160,32 @@ def test_gradients_that_are_conjugate_or_negative_views_are_masked():
         gradient, before = (each.resolve_conj().resolve_neg() for each in (model[0].weight.grad, make()))
         assert torch.equal(gradient[mask], before[mask])
         assert not masked_bits(gradient, mask).any()
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "fisher", "movement_pruning"])
+def test_criteria_whose_scores_of_complex_weights_are_complex_are_refused(criterion):
+    model, inputs = two_layers(torch.complex64), typed(torch.complex64, 8, IN)
+    sparsifier = Sparsifier(model, criteria=criterion)
+    sparsifier.calibrate([(inputs, inputs)], lambda output, target: output.abs().sum())
+    with pytest.raises(ValueError, match=rf"criterion {criterion} must return one real score per weight: for 0.weight"):
+        sparsifier.sparsify(0.5)
+    assert all(mask.all() for mask in sparsifier.masks.values())
+
+
+@pytest.mark.parametrize("criterion", ["snip", "wanda"])
+def test_criteria_that_look_at_data_score_complex_weights_by_magnitude(criterion):
+    model, inputs = two_layers(torch.complex64), typed(torch.complex64, 8, IN)
+    sparsifier = Sparsifier(model, context="local", criteria=criterion, layers=["0"])
+    sparsifier.calibrate([(inputs, inputs)], lambda output, target: output.abs().sum())
+    before = model[0].weight.detach().clone()
+    with torch.enable_grad():
+        model(inputs).abs().sum().backward()
+    scores = {
+        "snip": (before * model[0].weight.grad).abs(),
+        "wanda": before.abs() * inputs.abs().square().mean(0).sqrt(),
+    }[criterion]
+    sparsifier.sparsify(0.5)
+    kept = sparsifier.masks["0.weight"]
+    if criterion == "wanda":
+        assert kept.sum() == kept.numel() / 2
+    assert scores[~kept].max() <= scores[kept].min() * (1 + 1e-5)

@@ -106,7 +106,32 @@ REMOVE_IT = (
     "in each forward, so zeros in it do not last; remove the parametrization first (...), or exclude the layer with "
     "exclude="
 )
+
+
+def with_weight(weight, bias=None):
+    """A net whose first layer has this weight, and this bias."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    trains = weight.is_floating_point()
+    model[0].weight = nn.Parameter(weight, requires_grad=trains)
+    if bias is not None:
+        model[0].bias = nn.Parameter(bias, requires_grad=bias.is_floating_point())
+    return model
+
+
+INTEGERS = "of int8, a type that is not pruned; cast it to float32, or to complex64 if it is complex"
+EXPANDED = "a view whose elements share memory with each other, as expand() gives; copy it with clone()"
 LAYERS = [
+    ("a weight of integers by name", lambda: Sparsifier(with_weight(torch.ones(8, 4).char()), layers="0"), ValueError,
+     f"Sparsifier: 0.weight cannot be pruned, because it is {INTEGERS}; or exclude it with exclude="),
+    ("a weight of integers", lambda: Sparsifier(with_weight(torch.ones(8, 4).char())), UserWarning,
+     "Sparsifier: 1 of 2 layers stay dense, because their weights cannot be pruned: 0.weight is "
+     f"{INTEGERS}; or leave them out with exclude="),
+    ("an expanded weight by its class", lambda: Sparsifier(with_weight(torch.ones(4).expand(8, 4)), layers=nn.Linear),
+     ValueError, f"Sparsifier: 0.weight cannot be pruned, because it is {EXPANDED}; or exclude it with exclude="),
+    ("an expanded bias of filters",
+     lambda: Sparsifier(with_weight(torch.ones(8, 4), torch.ones(1).expand(8)), "filter", layers="0"), ValueError,
+     f"Sparsifier: 0.bias, which is pruned with outputs of 0.weight, is {EXPANDED}; or exclude these layers with "
+     "exclude="),
     ("a pattern of a sparsity that matches nothing", lambda: sparsify({"0": 0.5, "nothing": 0.5}), ValueError,
      "...matches 'nothing'..."),
     ("a pattern of dense layers only", lambda: sparsify({"0": 0.5, "2": 0.5}, exclude="2"), ValueError,
@@ -252,6 +277,9 @@ MASKS = [
          "set_masks: the mask of 0.weight prunes parts of 4 groups, which this granularity keeps or prunes as a whole; "
          "use granularity='weight'"),
       ]),
+    ("a checkpoint of quantized weights",
+     lambda: from_torch_prune({"w_orig": torch.ones(2).to_sparse(), "w_mask": torch.ones(2)}), ValueError,
+     "from_torch_prune: w_orig cannot be masked, because it is in the layout sparse_coo; to_dense() makes it ..."),
     ("a checkpoint that is a number", lambda: from_torch_prune(3), TypeError,
      "from_torch_prune: state must be a state_dict, not int"),
     *((name, lambda state=state: from_torch_prune(state), ValueError,
