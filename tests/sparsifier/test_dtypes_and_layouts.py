@@ -104,6 +104,32 @@ def test_ranking_where_the_weights_are_gives_the_same_masks(dtype, axes):
     assert torch.equal(*masks)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("axes", AXES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.filterwarnings("ignore:the sparsity that was asked", "ignore:[0-9]+ scores of .* are equal")
+@pytest.mark.filterwarnings("ignore:criterion .*", "ignore:context .* the model is on a GPU")
+def test_masks_on_a_gpu_are_those_of_the_cpu_and_zero_bits(dtype, axes, transposed):
+    masks = []
+    for device in ("cpu", "cuda"):
+        weight = typed(dtype, IN, OUT).t() if transposed else typed(dtype)
+        model = net(weight).to(device)
+        before = {name: each.detach().cpu() for name, each in model.named_parameters()}
+        sparsifier = Sparsifier(model, *axes, layers=["0"])
+        for level in (0.3, 0.4):
+            sparsifier.update_masks(level)
+        masks.append(sparsifier.masks["0.weight"].cpu())
+        for name, own in model.named_parameters():
+            mask = sparsifier.all_masks.get(name, torch.ones([1] * own.dim(), dtype=torch.bool)).cpu()
+            assert not masked_bits(own.cpu(), mask).any()
+            assert torch.equal(masked_bits(own.cpu(), ~mask), masked_bits(before[name], ~mask))
+        assert sparsifier.sparsity == sparsifier.report().selected.sparsity
+        sparsifier.recover_masks()
+        assert not masked_bits(model[0].weight.cpu(), sparsifier.masks["0.weight"].cpu()).any()
+    assert torch.equal(*masks)
+
+
 OPTIMIZERS = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
     "maximize": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9, maximize=True),
