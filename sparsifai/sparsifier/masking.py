@@ -142,7 +142,8 @@ def _zero_all_masked(pairs: Iterable[tuple[Tensor, Tensor]], zero: float = 0.0) 
 def _is_for_kernel(tensor: Tensor, mask: Tensor) -> bool:
     """Whether the Triton kernel can mask a tensor."""
     # A CUDA graph is replayed when the addresses that the host has sent may be freed.
-    on_gpu = tensor.is_cuda and mask.is_cuda and not is_sharded(tensor) and find_spec("triton") is not None
+    plain = not is_sharded(tensor) and not tensor.is_neg()
+    on_gpu = tensor.is_cuda and mask.is_cuda and plain and find_spec("triton") is not None
     return on_gpu and not torch.cuda.is_current_stream_capturing() and _kernel().fits(tensor, mask)
 
 

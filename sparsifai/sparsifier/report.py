@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ..model.layers import NamedWeight, find_weights
 from ..model.parallel import kind_of
@@ -17,6 +16,9 @@ from ..support.listing import in_short
 from ..support.table import Cells, Table, percent
 from .layer import Layer, Layers, selected
 from .regrowth import Regrowth
+
+# Why a parameter stays dense whose layer is of an unknown kind.
+UNNAMED = "no named axes: register_layer"
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,9 @@ class Report(Table):
         # Parameters whose axes have no names cannot be pruned. They are listed, so that users see them.
         known = {name for layer in layers.values() for name in layer.weight.names}
         rows += tuple(
-            Row(name, _holder(model, name), shape_of(each), count_of(each), "no named axes: register_layer")
+            Row(name, _holder(model, name), shape_of(each), count_of(each), UNNAMED if size_of(each) else "no elements")
             for name, each in parameters.items()
-            if name not in known and not is_lazy(each) and each.dim() > 1
+            if name not in known and each.dim() > 1
         )
         pruned = selected(layers)
         explored = None if regrowth is None else regrowth.explored(pruned)

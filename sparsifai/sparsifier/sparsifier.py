@@ -53,8 +53,9 @@ class Sparsifier(MaskedModel):
         criteria: How weights are scored: a name of `criteria` or a function of named quantities. The groups with
             the lowest scores are pruned. Default 'large_final', the magnitude.
         layers: Which layers are pruned: module classes, modules, names, globs, containers, functions of (name,
-            module), or a list of these. Default: all weights with named axes, except frozen ones and embeddings. With
-            a granularity of whole outputs (inputs) the last (first) layer stays dense, unless it is named exactly.
+            module), or a list of these. Default: all weights with named axes, except frozen ones, embeddings, and with
+            a warning those that cannot be pruned, as quantized ones. With a granularity of whole outputs (inputs) the
+            last (first) layer stays dense, unless it is named exactly.
         exclude: Which layers stay dense, in the same form. Default none.
         pool: How the scores of a group become one: 'mean', 'sum', 'max', 'l2', or a function. Default: the pooling of
             the criterion's definition, which is 'mean' except for taylor.

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import warnings
 from unittest import mock
 
 import numpy as np
@@ -118,6 +119,9 @@ def with_weight(weight, bias=None):
     return model
 
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of torch: nested tensors are a prototype
+    NESTED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
 INTEGERS = "of int8, a type that is not pruned; cast it to float32, or to complex64 if it is complex"
 EXPANDED = "a view whose elements share memory with each other, as expand() gives; copy it with clone()"
 LAYERS = [
@@ -257,10 +261,11 @@ MASKS = [
         ("a mask of a dense layer", {"0.weight": torch.ones(8, 4)}, {"exclude": "0"}, ValueError,
          "set_masks: 0.weight stays dense (excluded), so it has no mask; name it in layers= of the Sparsifier"),
         ("a mask that is a list", {"0.weight": [1, 0]}, {}, TypeError,
-         "set_masks: the mask of 0.weight must be a dense tensor with values, not list"),
+         "set_masks: the mask of 0.weight must be a dense tensor with values, but it is of type list"),
         ("a sparse mask", {"0.weight": torch.ones(8, 4).to_sparse()}, {}, TypeError,
-         "set_masks: the mask of 0.weight must be a dense tensor with values, not a sparse one, or one on the meta "
-         "device"),
+         "set_masks: the mask of 0.weight must be a dense tensor with values, but it is in the layout sparse_coo; ..."),
+        ("a nested mask", {"0.weight": NESTED}, {}, TypeError,
+         "set_masks: the mask of 0.weight must be a dense tensor with values, but it is a nested tensor; ..."),
         ("a name that is a number", {0: torch.ones(8, 4)}, {}, ValueError,
          "set_masks: the model has no weight with named axes 0; ..."),
         ("two masks of a weight", {"0.weight": torch.ones(8, 4), "module.0.weight": torch.ones(8, 4)}, {}, ValueError,
@@ -277,7 +282,10 @@ MASKS = [
          "set_masks: the mask of 0.weight prunes parts of 4 groups, which this granularity keeps or prunes as a whole; "
          "use granularity='weight'"),
       ]),
-    ("a checkpoint of quantized weights",
+    ("a checkpoint with a mask of another shape",
+     lambda: from_torch_prune({"w_orig": torch.ones(2, 3), "w_mask": torch.ones(2, 1)}), ValueError,
+     "from_torch_prune: w_orig has the shape (2, 3), but w_mask (2, 1)"),
+    ("a checkpoint of a sparse layout",
      lambda: from_torch_prune({"w_orig": torch.ones(2).to_sparse(), "w_mask": torch.ones(2)}), ValueError,
      "from_torch_prune: w_orig cannot be masked, because it is in the layout sparse_coo; to_dense() makes it ..."),
     ("a checkpoint that is a number", lambda: from_torch_prune(3), TypeError,
