@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .export.checkpoint import Checkpoint
 from .export.sparse_file import SparseFile
 from .export.sparse_format import is_safetensors
-from .model.zeros import Count, figures
 from .recipes.recipe import Recipe
-from .support.table import Cells
 
 _PLAN = """Show what a recipe would do to a model, without data or training.
 
@@ -29,8 +28,9 @@ example: sparsifai plan examples/recipes/training_aware.yaml --model torchvision
 
 _REPORT = """Count the zeros of a checkpoint.
 
-The table has the weights and zeros of every matrix and of the whole file. Tensors whose zeros cannot be counted
-(quantized, in a sparse layout, without values on the meta device) are listed with the reason.
+The table has the weights and zeros of every matrix and of the whole file; tensors that share their memory count once in
+the totals. What is not counted is listed with the reason: tensors that are quantized, nested, in a sparse layout or
+without values on the meta device, the state of optimizers, and what stands beside the weights in a training checkpoint.
 
 For a file of save_sparse, the table has the form in which each tensor is stored, its bytes, and the bytes that it would
 take dense.
@@ -120,31 +120,15 @@ def _report(given: Any) -> None:
     if is_safetensors(given.checkpoint):
         print(SparseFile.read(given.checkpoint))
         return
-    tensors = _tensors_of(given.checkpoint)
-    skipped = {name: why for name, value in tensors.items() if (why := _why_skipped(value))}
-    counted = {name: value for name, value in tensors.items() if name not in skipped}
-    if not counted:
-        reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items())
-        raise ValueError(f"{given.checkpoint} has no tensors whose zeros can be counted ({reasons})")
-    matrices = {name: value for name, value in counted.items() if value.dim() > 1}
-    rows = [_counted(name, _shape_of(value), value) for name, value in matrices.items()]
-    whole = "all that are counted" if skipped else "whole file"
-    totals = [_counted("all of these", "", *matrices.values()), _counted(whole, "", *counted.values())]
-    print(Cells(("weight", "shape", "weights", "zeros", "sparsity"), rows, totals, left=(0, 1)).text())
-    if skipped:
-        print(f"\n{_not_counted(tensors, skipped).text()}")
+    found = _checkpoint(given.checkpoint)
+    if not found.counted:
+        reasons = [f"{name}: {each.why}" for name, each in found.left_out.items()]
+        raise ValueError(f"{given.checkpoint} has no tensors whose zeros can be counted ({'; '.join(reasons)})")
+    print("\n\n".join(table.text() for table in found.tables()))
 
 
-def _not_counted(tensors: dict[str, Tensor], skipped: dict[str, str]) -> Cells:
-    """The table of the tensors that are not counted. skipped: name -> reason."""
-    rows = [(name, _shape_of(tensors[name]), f"{tensors[name].numel():,}", why) for name, why in skipped.items()]
-    total = sum(tensors[name].numel() for name in skipped)
-    header = ("not counted", "shape", "weights", "why")
-    return Cells(header, rows, [("all of these", "", f"{total:,}", "")], left=(0, 1, 3))
-
-
-def _tensors_of(checkpoint: Path) -> dict[str, Tensor]:
-    """The tensors of a file of torch.save by name; 'name[0]' is the first of a tuple, as quantized layers have them."""
+def _checkpoint(checkpoint: Path) -> Checkpoint:
+    """The tensors of a file of torch.save by name."""
     try:
         with warnings.catch_warnings():  # torch's, about how it stores sparse and quantized tensors
             warnings.simplefilter("ignore")
@@ -156,40 +140,10 @@ def _tensors_of(checkpoint: Path) -> dict[str, Tensor]:
             f"{checkpoint} is not a state_dict written by torch.save; whole models and other pickles are not loaded, "
             f"as they can run code ({type(error).__name__})"
         ) from None
-    for key in ("model", "state_dict"):  # as learn.save and other libraries write it
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    tensors: dict[str, Tensor] = {}
-    for name, value in state.items() if isinstance(state, dict) else ():
-        several = isinstance(value, (tuple, list))
-        named = {f"{name}[{place}]": each for place, each in enumerate(value)} if several else {str(name): value}
-        tensors |= {name: each for name, each in named.items() if isinstance(each, Tensor)}
-    if not tensors:
+    found = Checkpoint.of(state)
+    if not (isinstance(state, dict) and (found.counted or found.left_out)):
         raise ValueError(f"{checkpoint} has no tensors by name; give a file of torch.save(model.state_dict(), path)")
-    return tensors
-
-
-def _why_skipped(value: Tensor) -> str:
-    """Why the zeros of a tensor cannot be counted; empty if they can."""
-    if value.is_quantized:
-        return f"quantized ({_short(value.dtype)}); dequantize() makes it countable"
-    if value.layout != torch.strided:
-        return f"in the layout {_short(value.layout)}; to_dense() makes it countable"
-    if value.is_meta:
-        return "on the meta device, which holds no values"
-    try:
-        torch.count_nonzero(torch.zeros(1, dtype=value.dtype))
-    except RuntimeError:
-        return f"torch cannot count zeros of {_short(value.dtype)}; float() makes it countable"
-    return ""
-
-
-def _short(value: Any) -> str:
-    return str(value).removeprefix("torch.")
-
-
-def _shape_of(value: Tensor) -> str:
-    return "x".join(map(str, value.shape))
+    return found
 
 
 def _convert(given: Any) -> None:
@@ -200,10 +154,6 @@ def _convert(given: Any) -> None:
         recipe.save(given.to)
     for notice in recipe.notices:
         print(notice, file=sys.stderr)
-
-
-def _counted(name: str, shape: str, *tensors: Tensor) -> tuple[str, ...]:
-    return name, shape, *figures(Count.of(*tensors))
 
 
 def _model(name: str) -> nn.Module:

@@ -150,8 +150,8 @@ def small_final(weight: Tensor) -> Tensor:
 @criteria.register
 @elementwise
 def squared_final(weight: Tensor) -> Tensor:
-    """w^2: the order of large_final; the scores of groups differ."""
-    return weight.square()
+    """|w|^2: the order of large_final; the scores of groups differ."""
+    return weight.abs().square()
 
 
 @criteria.register(name="grad")
@@ -163,18 +163,18 @@ def large_gradient(grad: Tensor) -> Tensor:
 @criteria.register
 def normalized_final(weight: Tensor) -> Tensor:
     """|w| / ||W||, ||W|| being the l2 norm of the layer: for ranking layers of different scale together."""
-    weight = weight.double()
-    return weight.abs() / weight.norm().clamp(min=1e-300)
+    sizes = weight.abs().double()
+    return sizes / sizes.norm().clamp(min=1e-300)
 
 
 @criteria.register
 def lamp(weight: Tensor) -> Tensor:
-    """w^2 over the sum of v^2, v being all weights of the layer that rank no lower.
+    """|w|^2 over the sum of |v|^2, v being all weights of the layer that rank no lower.
 
     Of equal weights the later ranks higher. For contexts that rank layers together. Lee et al., 2021, "Layer-Adaptive
     Sparsity for the Magnitude-based Pruning" (arXiv:2010.07611).
     """
-    squares = weight.double().square().flatten()
+    squares = weight.abs().double().square().flatten()
     order = squares.argsort(stable=True)
     ranked = squares[order]
     above = ranked.flip(0).cumsum(0).flip(0)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..model.zeros import is_nonzero, why_not_counted
 from ..support.capability import capability
 from ..support.chunk import CHUNK
 from ..support.registry import name_of
@@ -177,7 +178,7 @@ def is_nm(weight: Tensor, n: int, m: int, axis: int = 1) -> bool:
         True if every block has at most `n` nonzero weights.
 
     Raises:
-        ValueError: `n` is not from 1 to m - 1, or the weight does not have the axis.
+        ValueError: `n` is not from 1 to m - 1, the weight does not have the axis, or its zeros cannot be counted.
 
     Example:
         >>> import torch
@@ -188,5 +189,7 @@ def is_nm(weight: Tensor, n: int, m: int, axis: int = 1) -> bool:
         raise ValueError(
             f"is_nm: needs 0 < n < m and an axis of the weight, got {n}:{m} along axis {axis} of {weight.dim()} axes"
         )
-    counts = [(piece != 0).sum(axis) for piece in weight.detach().split(m, axis)]
+    if why := why_not_counted(weight):
+        raise ValueError(f"is_nm: zeros of the weight cannot be counted: it is {why}")
+    counts = [piece.sum(axis) for piece in is_nonzero(weight).split(m, axis)]
     return all(bool((count <= n).all()) for count in counts)

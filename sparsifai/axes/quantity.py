@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_map
 from ..model.layers import CONVOLUTIONS, NamedWeight
 from ..model.parallel import whole
 from ..model.running import evaluating, first_example, run
-from ..model.tensors import is_float, tensors_in, widened, with_autograd
+from ..model.tensors import computable, is_float, tensors_in, widened, with_autograd
 from ..support.registry import Registry, name_of
 
 
@@ -286,8 +286,7 @@ def _synaptic_flow(source: QuantitySource) -> dict[str, Tensor]:
         raise ValueError("synflow needs the shape of an input: give the Sparsifier a batch, example_input=")
     model = source.model
     values = {
-        # An attention mask holds -inf, which must stay so.
-        name: torch.where(value.isinf(), value, value.abs()).detach().double() if value.is_floating_point() else value
+        name: _magnitudes(computable(value.detach())).double() if value.is_floating_point() else value
         for name, value in (*model.named_parameters(), *model.named_buffers())
     }
     parameters = {name: values[name].requires_grad_() for name in source.layers}
@@ -309,6 +308,11 @@ def _synaptic_flow(source: QuantitySource) -> dict[str, Tensor]:
     if unused:
         raise ValueError(f"synflow: the output does not depend on {unused[0]}; leave it out with exclude=")
     return dict(zip(parameters, gradients, strict=True))
+
+
+def _magnitudes(value: Tensor) -> Tensor:
+    # An attention mask holds -inf, which must stay so.
+    return torch.where(value.isinf(), value, value.abs())
 
 
 def _ones(value: Any) -> Any:

@@ -158,7 +158,7 @@ def _planned_layers(
     elements = {name: parameter.element_size() for name, parameter in model.named_parameters()}
     planned = []
     for row in measured.rows:
-        layer, weights = layers.get(row.name), row.count.weights
+        layer, weights = layers.get(row.name), math.prod(row.shape)
         pruned = layer is not None and layer.is_selected
         left = weights - layer.count().zeros if layer is not None and pruned else weights
         collapses = layer is not None and pruned and _is_near_collapse(layer, left)

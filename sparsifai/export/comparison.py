@@ -19,8 +19,7 @@ from ..model.flops import count_flops
 from ..model.layers import find_weights
 from ..model.parallel import unwrapped
 from ..model.running import evaluating, run, untraced
-from ..model.tensors import check_values
-from ..model.zeros import Count
+from ..model.zeros import Count, check_counted, is_nonzero
 from ..support.checks import check_count, check_is_module
 from .comparison_table import Comparison, Form, caption
 from .csr import CSRLinear, to_sparse_layout
@@ -69,7 +68,7 @@ def compare(dense: nn.Module, sparse: nn.Module, example_input: Any, repeats: in
     """
     for name, model in (("dense", dense), ("sparse", sparse)):
         check_is_module("compare", name, model)
-        check_values("compare", dict(model.named_parameters()))
+        check_counted("compare", dict(model.named_parameters()))
     if repeats is not None and check_count("repeats", repeats) < 3:
         raise ValueError(f"compare: repeats must be at least 3, not {repeats}; fewer runs cannot be told from noise")
     dense, sparse = unwrapped(dense), unwrapped(sparse)
@@ -138,7 +137,7 @@ def _has_zero_slices(model: nn.Module) -> bool:
     Without one there is nothing to shrink, and the attempt could take minutes.
     """
     return any(
-        not (parameter != 0).unsqueeze(-1).movedim(axis, 0).flatten(1).any(1).all()
+        not is_nonzero(parameter).unsqueeze(-1).movedim(axis, 0).flatten(1).any(1).all()
         for parameter in model.parameters()
         for axis in range(min(parameter.dim(), 2))
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from ..model.layers import NamedWeight, find_weights
 from ..model.linear import why_not_linear
 from ..model.parallel import unwrapped
-from ..model.zeros import Count
+from ..model.running import copy_of
+from ..model.zeros import Count, why_not_counted
 from ..support.checks import check_fraction
 from ..support.table import percent
 from .conversion import check_for_inference, check_same_outputs, dtype_name, list_reasons
@@ -115,7 +115,7 @@ def to_sparse_layout(model: nn.Module, sparsity: float = 0.8) -> nn.Module:
             f"to_sparse_layout: no layer of {type(inner).__name__} can be converted: {list_reasons(why_dense)}"
         )
     _check_device(chosen)
-    converted = copy.deepcopy(inner).requires_grad_(False)
+    converted = copy_of(inner).requires_grad_(False)
     converted.zero_grad()
     for named in chosen:
         weight, bias = named.parameter.detach(), named.module.bias
@@ -137,6 +137,8 @@ def _why_dense(model: nn.Module, named: NamedWeight, least: float) -> str:
         return f"{dtype_name(weight.dtype)}: float32 is needed"
     if weight.numel() < WEIGHTS:
         return f"fewer than {WEIGHTS:,} weights"
+    if not weight.is_meta and (why := why_not_counted(weight)):
+        return why
     found = Count.of(weight)
     # A layer pruned to the sparsity s has s x N zeros rounded to a whole number, perhaps down.
     return f"{percent(found.sparsity)} zeros" if found.zeros < math.floor(least * found.weights) else ""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..model.parallel import is_sharded, unwrapped
+from ..model.tensors import is_fixed
 from ..model.zeros import Count, figures
 from ..support.checks import check_is_module
 from ..support.registry import close_matches
@@ -276,17 +277,11 @@ def _check_fits(path: Path, name: str, tensor: Tensor, stored: StoredTensor) -> 
             f"load_sparse: {name} is {dtype} in {path}, but {own} in the model, and a cast would lose bits; load into "
             f"a model of that dtype, as model.to(torch.{dtype}) gives, and cast it afterwards"
         )
-    if _is_fixed(tensor):
+    if tensor.is_inference() or is_fixed(tensor):
         raise ValueError(
             f"load_sparse: the values in {path} cannot be written to {name} of the model, which was made in inference "
             "mode or has elements that share memory; replace it with a copy, such as clone() gives"
         )
-
-
-def _is_fixed(tensor: Tensor) -> bool:
-    """Whether a tensor cannot be written to: made in inference mode, or with elements that share memory."""
-    axes = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.is_inference() or any(size > 1 and stride == 0 for size, stride in axes)
 
 
 def _torch_name(dtype: str) -> str:

@@ -12,7 +12,7 @@ shares its memory with an earlier one has {"same_as": NAME} instead. Depending o
     index    values/NAME: as above
              index/NAME: the indices of these elements in row-major order, in the smallest of uint8, int16, int32, int64
 
-An element is zero if all its bits are zero. To read one tensor with numpy:
+In this format an element is zero if all its bits are zero, so -0.0 is none. To read one tensor with numpy:
 
     with safetensors.safe_open(path, "np") as file:
         entry = json.loads(file.metadata()["tensors"])[name]

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.zeros import Count
+from ..model.tensors import computable
+from ..model.zeros import Count, has_zero
 
 # safetensors' names of torch's dtypes, in the order in which it writes tensors to a file.
 DTYPES: dict[str, torch.dtype] = {
@@ -157,7 +158,15 @@ class StoredTensor:
 
     @property
     def count(self) -> Count:
-        """Elements, and how many of them are zero."""
+        """Elements, and how many of them are zero: 0.0 or -0.0."""
+        weights, dtype = math.prod(self.shape), DTYPES[self.dtype]
+        if not has_zero(dtype):
+            return Count(weights, 0)
+        return Count(weights, weights - int(torch.count_nonzero(computable(torch.from_numpy(self.values).view(dtype)))))
+
+    @property
+    def unset(self) -> Count:
+        """Elements, and how many of them have no bit set."""
         weights = math.prod(self.shape)
         return Count(weights, weights - int(np.count_nonzero(self.values)))
 
@@ -173,7 +182,7 @@ class StoredTensor:
 
     def entry(self) -> dict[str, Any]:
         """Its entry in the metadata. The crc32 is over the bytes of `places`, if there are any, and of `values`."""
-        count, checksum = self.count, 0 if self.places is None else zlib.crc32(self.places.data)
+        count, checksum = self.unset, 0 if self.places is None else zlib.crc32(self.places.data)
         return {
             "form": self.form, "shape": list(self.shape), "weights": count.weights, "zeros": count.zeros,
             "sparsity": round(count.sparsity, 6), "crc32": zlib.crc32(self.values.data, checksum),

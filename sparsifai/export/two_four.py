@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ from ..axes.n_of_m import is_nm
 from ..model.layers import NamedWeight, find_weights
 from ..model.linear import why_not_two_four
 from ..model.parallel import is_sharded, kind_of, unwrapped
-from ..model.tensors import check_values
+from ..model.running import copy_of
+from ..model.tensors import check_values, shape_of
+from ..model.zeros import is_nonzero, why_not_counted
 from ..support.checks import check_is_module
 from ..support.table import Cells, Table, percent
 from ..support.warning import warn
@@ -106,7 +107,7 @@ def semi_structured_layers(model: nn.Module) -> SemiStructured:
     known = {name for weight in weights.values() for name in weight.names}
     layers += [
         SemiStructuredLayer(
-            name, kind_of(inner.get_submodule(name.rpartition(".")[0])), tuple(parameter.shape), parameter.dtype, False,
+            name, kind_of(inner.get_submodule(name.rpartition(".")[0])), shape_of(parameter), parameter.dtype, False,
             why_not_two_four(inner, None),
         )
         for name, parameter in inner.named_parameters()
@@ -139,7 +140,7 @@ def to_semi_structured(model: nn.Module) -> nn.Module:
     _check_convertible(inner, found)
     if missed := [layer for layer in found.layers if layer.is_two_four and layer.why_not]:
         warn(f"to_semi_structured: these layers are 2:4, but cannot be converted: {_reasons(missed)}")
-    converted = copy.deepcopy(inner).requires_grad_(False)
+    converted = copy_of(inner).requires_grad_(False)
     converted.zero_grad()
     for name in found.convertible:
         layer_name = name.rpartition(".")[0]
@@ -151,6 +152,8 @@ def _layer(model: nn.Module, name: str, named: NamedWeight) -> SemiStructuredLay
     weight = named.parameter.detach()
     if isinstance(weight, torch.sparse.SparseSemiStructuredTensor):
         return SemiStructuredLayer(name, named.kind, tuple(weight.shape), weight.dtype, True, "already converted")
+    if why := why_not_counted(weight):
+        return SemiStructuredLayer(name, named.kind, tuple(weight.shape), weight.dtype, False, why)
     # With fewer than four inputs every weight would count as 2:4.
     has_blocks = not is_sharded(weight) and named.axes.get("in", 0) >= 4
     axis = list(named.axes).index("in") if has_blocks else 0
@@ -164,7 +167,7 @@ def _layer(model: nn.Module, name: str, named: NamedWeight) -> SemiStructuredLay
 
 def _share_of_other_blocks(weight: torch.Tensor) -> str:
     """The share of blocks that are not 2:4, as a reason."""
-    has_more = (weight.unflatten(1, (-1, 4)) != 0).sum(2) > 2
+    has_more = is_nonzero(weight).unflatten(1, (-1, 4)).sum(2) > 2
     return f"not 2:4: {percent(has_more.double().mean().item())} of the blocks have more than two nonzero weights"
 
 

@@ -226,6 +226,8 @@ def _has_axes(module_name: str, module: nn.Module, attribute: str, parameter: nn
             f"Sparsifier: {module_name or type(module).__name__} is lazy and has no shape yet; "
             "run one batch through the model first"
         )
+    if parameter.is_nested:
+        return False  # its rows have different lengths, so it has no axes
     return bool(parameter.numel()) and axes_of(module, attribute) is not None
 
 

@@ -84,7 +84,10 @@ class _Factor(TorchFunctionMode):
 @torch.no_grad()
 def _is_factor_where_pruned(weight: NamedWeight, kernel: list[str], mask_of: Callable[[Tensor], Tensor]) -> bool:
     """Whether a layer multiplies its input with another factor than zero where its weight is zero."""
-    probe: Any = copy_of(weight.module).eval().float()
+    try:
+        probe: Any = copy_of(weight.module).eval().float()
+    except ValueError:  # it cannot be copied, so it cannot be tried out
+        return False
     values = getattr(probe, weight.attribute)
     sizes = [_extent(weight, axis, place) for place, axis in enumerate(kernel)]
     ones = torch.ones(1, weight.convolution_groups * weight.axes["in"], *sizes, device=values.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .parallel import kind_of, reshard
-from .tensors import cloned
+from .parallel import is_sharded, kind_of, reshard
+from .tensors import cloned, is_fixed, shape_of
 
 
 @contextmanager
@@ -37,9 +37,43 @@ def copy_of(model: nn.Module) -> nn.Module:
     """Copy a model, also one that holds tensors computed in a forward, as `torch.nn.utils.spectral_norm` leaves them.
 
     `copy.deepcopy` refuses such tensors; the copy holds them without their graph.
+
+    Raises:
+        ValueError: A parameter cannot be copied, as one in a sparse layout.
     """
     held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    for name, parameter in model.named_parameters():
+        if why := _why_not_copied(parameter):
+            raise ValueError(f"{name} of {kind_of(model)} cannot be copied ({why}); replace it by a plain dense tensor")
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in held if not value.is_leaf})
+
+
+def _why_not_copied(parameter: Tensor) -> str:
+    """The first sentence of torch's error if a parameter cannot be copied; empty if it can."""
+    if parameter.layout == torch.strided and (type(parameter) is nn.Parameter or is_sharded(parameter)):
+        return ""  # without a trial, which needs the memory of the copy
+    try:
+        copy.deepcopy(parameter)
+    except RuntimeError as error:
+        return str(error).partition(".")[0]
+    return ""
+
+
+def check_autograd(caller: str, model: nn.Module) -> None:
+    """Check that autograd takes the tensors of a model.
+
+    Args:
+        caller: Name of the function that was called, for the message.
+        model: The model.
+
+    Raises:
+        ValueError: They were made under `torch.inference_mode`.
+    """
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            f"{caller}: the tensors of {type(model).__name__} were made under torch.inference_mode, which autograd "
+            "refuses; make the model outside of it, or take copy.deepcopy(model) outside of it"
+        )
 
 
 def check_runs(model: nn.Module, example_input: Any) -> Any:
@@ -227,7 +261,11 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def _restore(parameter: nn.Parameter, data: Tensor, copy: Tensor, requires_grad: bool) -> None:
     # model.half() and the like give a parameter other memory.
-    if (parameter.device, parameter.dtype, parameter.shape) != (data.device, data.dtype, data.shape):
+    if (parameter.device, parameter.dtype, shape_of(parameter)) != (data.device, data.dtype, shape_of(data)):
         parameter.data = data
-    parameter.copy_(copy)
-    parameter.requires_grad_(requires_grad)
+    if not is_fixed(parameter):
+        # Outside of it torch refuses to write to such a tensor.
+        with torch.inference_mode() if parameter.is_inference() else nullcontext():
+            parameter.copy_(copy)
+    if parameter.requires_grad != requires_grad:
+        parameter.requires_grad_(requires_grad)

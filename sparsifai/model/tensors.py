@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .parallel import whole
+from .parallel import is_sharded, whole
+
+_UNSIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
 def first_tensor(output: Any, whose: str) -> Tensor:
@@ -65,15 +68,50 @@ def check_values(caller: str, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """Return the shape of a tensor; () where it has none, as a nested or a lazy one."""
+    return () if is_lazy(tensor) or tensor.is_nested else tuple(tensor.shape)
+
+
+def size_of(tensor: Tensor) -> int:
+    """Return the number of elements of a tensor, zeros of a sparse one included; 0 while it is lazy."""
+    return 0 if is_lazy(tensor) else tensor.numel()
+
+
+def is_fixed(tensor: Tensor) -> bool:
+    """Tell whether a tensor cannot be written to: it is made of other tensors, or elements are at one place."""
+    if is_made_of_others(tensor):
+        return True
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return False
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def is_made_of_others(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a subclass without memory of its own, as for quantized weights. A shard is none."""
+    return hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor)
+
+
 def is_float(value: Any) -> bool:
     """Tell whether a value is a floating-point tensor."""
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def widened(value: Tensor) -> Tensor:
-    """Cast a tensor in half precision to float32, which loses nothing; return others unchanged."""
+    """Cast a tensor in half precision or float8 to float32, which loses nothing; return others unchanged."""
     half = value.is_floating_point() and value.element_size() < 4
     return value.float() if half else value
+
+
+def computable(value: Tensor) -> Tensor:
+    """Return a tensor of a type that torch compares and takes magnitudes of, with the same zeros.
+
+    float8 is cast to float32, which loses nothing. Unsigned integers of several bytes are read as signed ones. Others
+    are returned unchanged.
+    """
+    if value.dtype in _UNSIGNED:
+        return value.view(_UNSIGNED[value.dtype])
+    return value.float() if value.is_floating_point() and value.element_size() == 1 else value
 
 
 def cloned(value: Any) -> Any:

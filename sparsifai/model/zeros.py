@@ -1,14 +1,21 @@
-"""Counting zeros in weights. Reports use these counts, never the sparsity that a schedule asked for."""
+"""Counting zeros in weights. Reports use these counts, never the sparsity that a schedule asked for.
+
+0.0 and -0.0 are both zero, in every type of number.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..support.table import percent
 from .parallel import whole
+from .tensors import check_values, computable, is_made_of_others
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,7 @@ class Count:
         zeros: How many of them are zero.
 
     Example:
-        >>> Count.of(torch.tensor([0.0, 1.0, 0.0, 2.0])).sparsity
+        >>> Count.of(torch.tensor([0.0, 1.0, -0.0, 2.0])).sparsity
         0.5
     """
 
@@ -42,15 +49,74 @@ class Count:
         """Count the zeros of tensors; sharded ones are gathered, so every process of the mesh must call this.
 
         Raises:
-            ValueError: A tensor is on the meta device.
+            ValueError: The zeros of a tensor cannot be counted; see `why_not_counted`.
         """
-        if any(tensor.is_meta for tensor in tensors):
-            raise ValueError(
-                "zeros cannot be counted: a parameter is on the meta device, without values; load the model into "
-                "memory first"
-            )
+        for tensor in tensors:
+            if why := why_not_counted(tensor):
+                raise ValueError(f"zeros cannot be counted: a tensor is {why}")
         weights = sum(tensor.numel() for tensor in tensors)
-        return cls(weights, weights - sum(int(torch.count_nonzero(whole(tensor.detach()))) for tensor in tensors))
+        return cls(weights, weights - sum(int(torch.count_nonzero(_values(tensor))) for tensor in tensors))
+
+
+def check_counted(caller: str, tensors: Mapping[str, Tensor]) -> None:
+    """Check that the zeros of tensors can be counted.
+
+    Args:
+        caller: Name of the function that was called, for the message.
+        tensors: The parameters of a model by name.
+
+    Raises:
+        ValueError: Those of one of them cannot be counted.
+    """
+    check_values(caller, tensors)
+    for name, tensor in tensors.items():
+        if why := why_not_counted(tensor):
+            raise ValueError(f"{caller}: the zeros of {name} cannot be counted, because it is {why}")
+
+
+def is_nonzero(tensor: Tensor) -> Tensor:
+    """Which elements of a tensor, gathered if it is sharded, are not zero: bool in its shape."""
+    return _values(tensor) != 0
+
+
+def _values(tensor: Tensor) -> Tensor:
+    return computable(whole(tensor.detach()))
+
+
+def why_not_counted(tensor: Tensor) -> str:
+    """Why the zeros of a tensor cannot be counted, and what to do, as the end of 'it is ...'; empty if they can."""
+    if is_lazy(tensor):
+        return "lazy and has no shape yet; run one batch through the model first"
+    if tensor.is_nested:
+        return "a nested tensor; count its parts, which unbind() gives"
+    if tensor.is_quantized:
+        return f"quantized ({_short(tensor.dtype)}); dequantize() makes it countable"
+    if tensor.layout != torch.strided:
+        return f"in the layout {_short(tensor.layout)}; to_dense() makes it countable"
+    if tensor.is_meta:
+        return "on the meta device, without values; load the model into memory first"
+    if is_made_of_others(tensor):
+        return f"a {type(tensor).__name__}, which holds its values in other tensors; count those, or make it dense"
+    if not has_zero(tensor.dtype):
+        return f"of {_short(tensor.dtype)}, which torch cannot compare with zero; float() makes it countable"
+    return ""
+
+
+@cache
+def has_zero(dtype: torch.dtype) -> bool:
+    """Tell whether zero bits are a zero of a type, and torch can compare its numbers with zero.
+
+    Those of float8_e8m0fnu are powers of two, so none is zero.
+    """
+    try:
+        bits = torch.zeros(dtype.itemsize, dtype=torch.uint8).view(dtype)
+        return not torch.count_nonzero(computable(bits))
+    except RuntimeError:
+        return False
+
+
+def _short(value: torch.dtype | torch.layout) -> str:
+    return str(value).removeprefix("torch.")
 
 
 def figures(count: Count) -> tuple[str, str, str]:

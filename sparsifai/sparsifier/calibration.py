@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..axes.quantity import UnsuitableLayerError
 from ..model.hooks import hooked
 from ..model.parallel import is_sharded
-from ..model.running import not_drawn_from, run, untraced
+from ..model.running import check_autograd, not_drawn_from, run, untraced
 from ..model.tensors import tensors_in, with_autograd
 from ..support.listing import in_short
 from ..support.registry import name_of
@@ -44,11 +44,7 @@ def calibrate(collected: CollectedQuantities, batches: Iterable, loss_func: Call
     if needs_loss and loss_func is None:
         quantity = collected.at("loss", "backward")[0]
         raise TypeError(f"calibrate: {name_of(collected.criterion)} needs {quantity}; give it a loss_func")
-    if any(tensor.is_inference() for tensor in (*source.model.parameters(), *source.model.buffers())):
-        raise ValueError(
-            f"calibrate: the tensors of {type(source.model).__name__} were made under torch.inference_mode, which "
-            "autograd refuses; make the model outside of it, or take copy.deepcopy(model) outside of it"
-        )
+    check_autograd("calibrate", source.model)
     before, unreached, number, used, infinite = collected.state(), collected.unreached, 0, 0, 0
     collected.unreached = {}
     try:

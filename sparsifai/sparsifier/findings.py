@@ -18,6 +18,7 @@ from ..axes.grouping import Grouping
 from ..axes.ranking.device_layer import DeviceLayer
 from ..axes.ranking.scored_layer import ScoredLayer, nan_message
 from ..model.parallel import whole
+from ..model.tensors import computable
 from ..support.registry import name_of
 from ..support.warning import warn_each
 from .layer import Layer, Layers
@@ -106,7 +107,7 @@ def found_ties(
 
 def _is_constant(layer: Layer) -> Tensor:
     """Whether a weight is zero, or has one magnitude everywhere. Zeros of a part of it are those of pruning before."""
-    sizes = whole(layer.parameter.detach()).abs()
+    sizes = computable(whole(layer.parameter.detach())).abs()
     return sizes.amax() == sizes.amin()
 
 

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.tensors import computable
+from ..model.zeros import is_nonzero, why_not_counted
 from ..support.registry import close_matches
 from .layer import Layer, Layers
+from .masking import zero_masked
 
 # What wrappers of torch put before the names of parameters.
 _PREFIXES = ("module.", "_orig_mod.")
@@ -64,18 +67,18 @@ def _without_prefixes(name: str, layers: Layers) -> str:
 
 def _kept_groups(name: str, mask: Any, layer: Layer) -> Tensor:
     """Bool per group of a layer, by a mask."""
-    if not isinstance(mask, Tensor) or mask.layout != torch.strided or mask.is_meta:
-        kind = type(mask).__name__ if not isinstance(mask, Tensor) else "a sparse one, or one on the meta device"
-        raise TypeError(f"set_masks: the mask of {name} must be a dense tensor with values, not {kind}")
+    if why := why_not_counted(mask) if isinstance(mask, Tensor) else f"of type {type(mask).__name__}":
+        raise TypeError(f"set_masks: the mask of {name} must be a dense tensor with values, but it is {why}")
     shape = layer.parameter.shape
     if mask.dim() != len(shape) or any(size not in (1, full) for size, full in zip(mask.shape, shape, strict=True)):
         raise ValueError(
             f"set_masks: the mask of {name} has the shape {tuple(mask.shape)}, which does not fit its weight of "
             f"{tuple(shape)}; an axis has its size or 1"
         )
-    if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+    numbers = computable(mask)
+    if mask.dtype != torch.bool and not ((numbers == 0) | (numbers == 1)).all():
         raise ValueError(f"set_masks: the mask of {name} must be of bools, or of 0 and 1; compare it: mask > threshold")
-    full = mask.bool().to(layer.parameter.device).expand(shape)
+    full = (numbers != 0).to(layer.parameter.device).expand(shape)
     kept, lost = layer.grouping.any_of(full), layer.grouping.any_of(~full)
     if (kept & lost).any():
         raise ValueError(
@@ -99,7 +102,7 @@ def from_torch_prune(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
     Raises:
         TypeError: `state` is no dictionary.
-        ValueError: An original weight has no mask, or none is there at all.
+        ValueError: An original weight has no mask, or none is there at all, or it has no values that can be masked.
 
     Example:
         >>> state = {"0.weight_orig": torch.tensor([[1.0, 2.0]]), "0.weight_mask": torch.tensor([[0.0, 1.0]])}
@@ -116,12 +119,20 @@ def from_torch_prune(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
             f"from_torch_prune: a checkpoint of torch.nn.utils.prune has NAME_orig and NAME_mask, but {missing}; load "
             "it as it is"
         )
-    masks = {name: state[f"{name}_mask"] != 0 for name in sorted(pruned)}
+    for name in sorted(pruned):
+        for given in (f"{name}_orig", f"{name}_mask"):
+            if why := why_not_counted(state[given]):
+                raise ValueError(f"from_torch_prune: {given} cannot be masked, because it is {why}")
+        shapes = [tuple(state[f"{name}{end}"].shape) for end in ("_orig", "_mask")]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"from_torch_prune: {name}_orig has the shape {shapes[0]}, but {name}_mask {shapes[1]}")
+    masks = {name: is_nonzero(state[f"{name}_mask"]) for name in sorted(pruned)}
     weights: dict[str, Any] = {}
     for name, value in state.items():
         plain = name.removesuffix("_orig").removesuffix("_mask")
         if plain not in pruned:
             weights[name] = value
         elif name.endswith("_orig"):
-            weights[plain] = torch.where(masks[plain], value, torch.zeros_like(value))
+            weights[plain] = value.detach().clone()
+            zero_masked(weights[plain], masks[plain])
     return weights, masks

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..model.layers import NamedWeight
-from ..model.parallel import is_sharded, whole
+from ..model.parallel import is_sharded
 from ..model.tensors import check_values
-from ..model.zeros import Count
+from ..model.zeros import Count, is_nonzero
 
 # Why a layer stays dense whose weight needs no gradient at present. It is selected once that has changed.
 FROZEN = "frozen"
@@ -78,13 +78,13 @@ class Layer:
         mask = self.grouping.spread(kept).to(parameter.device)
         if mask.shape == parameter.shape and not is_sharded(parameter) and mask.stride() != parameter.stride():
             # In another memory order than its weight, a mask is slow to apply.
-            return torch.empty_like(parameter, dtype=torch.bool).copy_(mask)
+            return torch.empty_like(parameter.detach().as_subclass(Tensor), dtype=torch.bool).copy_(mask)
         return mask
 
     def mask_of_zeros(self) -> Tensor:
         """The mask that prunes the groups whose weights are all zero; nothing in a layer that is zero as a whole."""
         check_values("recover_masks", {self.name: self.parameter})
-        kept = self.grouping.any_of(whole(self.parameter.detach()) != 0)
+        kept = self.grouping.any_of(is_nonzero(self.parameter))
         return self.mask_of(kept if kept.any() else torch.ones_like(kept))
 
     def select(self) -> None:

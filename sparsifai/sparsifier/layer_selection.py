@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from ..model.flow import Flow
 from ..model.layers import NamedWeight, find_weights
 from ..model.norms import check_fused_norms, norms_not_followed
 from ..model.patterns import Pattern, as_patterns, matching
+from ..model.prunable import unprunable
 from ..model.response import computes_its_weight
 from ..model.tensors import check_values
 from ..model.tracing import find_flow
@@ -24,6 +26,9 @@ from .layer import FROZEN, Layer, Layers, selected
 
 # Which filters are coupled is found once, so layers that are frozen then are never pruned.
 FROZEN_UNCOUPLED = "frozen when coupled filters were found"
+
+# Why a layer stays dense whose weight is of a type or layout in which zeros cannot be written; the reason follows.
+CANNOT_BE_PRUNED = "cannot be pruned: "
 
 
 def find_layers(
@@ -61,7 +66,8 @@ def find_layers(
         name: weight.unfit or grouping_of(granularity, weight.axes, weight.convolution_groups, fewest)
         for name, weight in weights.items()
     }
-    reasons = _reasons_to_stay_dense(model, weights, groupings, flow, layers, exclude, refuse)
+    fixed = {id(model.get_parameter(name)): why for name, why in unprunable(model).items()}
+    reasons = _reasons_to_stay_dense(model, weights, groupings, flow, fixed, layers, exclude, refuse)
 
     def records() -> dict[str, Layer]:
         usable = {name: each for name, each in groupings.items() if not isinstance(each, str)}
@@ -77,7 +83,13 @@ def find_layers(
     followers = {each.name: each for each in find_followers(model, prunable, flow)}
     if coupling is not None:  # the dependency graph sees further than the data flow
         followers |= {each.name: each for each in coupling.followers(model)}
-    return found, list(followers.values()), coupling
+    unfit = {name: why for name in followers if (why := fixed.get(id(attrgetter(name)(model))))}
+    for name, why in unfit.items() if refuse else ():
+        raise ValueError(
+            f"Sparsifier: {name}, which is pruned with outputs of {', '.join(followers[name].producers)}, is {why}; or "
+            "exclude these layers with exclude="
+        )
+    return found, [each for name, each in followers.items() if name not in unfit], coupling
 
 
 def _warn_of_norms(model: nn.Module, layers: Layers, flow: Callable[[], Flow]) -> None:
@@ -104,6 +116,7 @@ def _reasons_to_stay_dense(
     weights: Mapping[str, NamedWeight],
     groupings: Mapping[str, Grouping | str],
     flow: Callable[[], Flow],
+    fixed: Mapping[int, str],
     layers: Any = None,
     exclude: Any = None,
     refuse: bool = True,
@@ -115,6 +128,7 @@ def _reasons_to_stay_dense(
         weights: All weights with named axes.
         groupings: Parameter name -> its grouping, or why the layer cannot have the granularity.
         flow: Gives the data flow of the model. It is called only if it is needed.
+        fixed: id of a parameter that cannot be pruned -> why.
         layers: As of `find_layers`.
         exclude: As of `find_layers`.
         refuse: As of `find_layers`.
@@ -137,6 +151,12 @@ def _reasons_to_stay_dense(
             reasons[name] = grouping if isinstance(grouping, str) else "computed from frozen parameters"
         elif layers is None and weight.is_embedding:
             reasons[name] = "embedding"
+        elif not weight.sources and (why := fixed.get(id(weight.parameter))):
+            if refuse and layers is not None:
+                raise ValueError(
+                    f"Sparsifier: {name} cannot be pruned, because it is {why}; or exclude it with exclude="
+                )
+            reasons[name] = f"{CANNOT_BE_PRUNED}{why}"
         elif why := why_zeros_do_not_last(weight, grouping):
             if refuse and not (layers is None and weight.is_frozen):
                 raise ValueError(f"Sparsifier: {why}")
@@ -180,6 +200,12 @@ def why_zeros_do_not_last(weight: NamedWeight, grouping: Grouping | str) -> str:
             "by one that uses its weight as it is, or exclude it with exclude="
         )
     return ""
+
+
+def cannot_be_pruned(layers: Layers) -> dict[str, str]:
+    """Name -> why, for layers that stay dense because zeros cannot be written to their weights."""
+    reasons = {name: layer.why_dense for name, layer in layers.items()}
+    return {name: why[len(CANNOT_BE_PRUNED) :] for name, why in reasons.items() if why.startswith(CANNOT_BE_PRUNED)}
 
 
 def _summary(reasons: Mapping[str, str]) -> str:

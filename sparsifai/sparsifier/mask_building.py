@@ -22,7 +22,7 @@ from ..axes.pooling import pool_magnitudes
 from ..axes.ranking.device_layer import DeviceLayer
 from ..axes.ranking.scored_layer import ScoredLayer, all_equal
 from ..model.parallel import agree, is_sharded, process_groups_of_shards
-from ..model.tensors import check_values, cloned, widened
+from ..model.tensors import check_values, cloned, computable, widened
 from ..support.capability import capability
 from ..support.registry import name_of
 from .collection import CollectedQuantities
@@ -209,12 +209,13 @@ def score_layer(
     is_magnitude = capability(criterion, "numpy") is np.abs and by.named == ("weight",) and pool is not squared_sum
     if on_device and magnitudes and is_magnitude and (grouping.single or pool in (mean, total)):
         # Absolute values are taken on the way through the weights: by the ranking, or when all layers are pooled.
-        weights, alive, whole = parameter.detach(), grouping.gather(mask), not grouping.indexed
+        weights, alive, whole = computable(parameter.detach()), grouping.gather(mask), not grouping.indexed
         given, unpooled = (weights.reshape(-1), None) if grouping.single else (weights, grouping)
         size = grouping.size_on(mask.device)
         return DeviceLayer(layer.weight, given, alive, size, whole, **options, magnitude=True, unpooled=unpooled)
     values = by.values(layer.name)
-    by_element = is_elementwise(criterion)
+    # Complex weights can have complex scores, which are found when they are checked as a whole.
+    by_element = is_elementwise(criterion) and not parameter.is_complex()
     # Single weights are not pooled. But this pooling belongs to the formula of its criterion, so it is applied.
     finished = torch.square if grouping.single and pool is squared_sum else (lambda scores: scores)
     if by_element:

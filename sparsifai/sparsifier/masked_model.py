@@ -77,6 +77,8 @@ class MaskedModel:
         """
         self._check_held("recover_masks")
         self._replace_masks({name: layer.mask_of_zeros() for name, layer in self._selected.items()})
+        # Biases and norm layers stay as they are until apply_masks. Of weights, -0.0 becomes 0.0 as in all masks.
+        zero_weights([(layer.parameter, layer.mask) for layer in self._selected.values()])
 
     def _replace_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Replace the masks of some layers, and the levels by the sparsities that the masks have."""

@@ -19,6 +19,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from ..model.layers import parameter_of
 from ..model.parallel import is_sharded, own_shard
+from ..model.zeros import is_nonzero
 from ..support.chunk import CHUNK
 from .optimizer_state import is_plain, moments_of, states_of, wrapped_by
 
@@ -100,11 +101,14 @@ def zero_masked(tensor: Tensor, mask: Tensor, zero: float = 0.0) -> None:
         zero: The number to set masked values to instead of zero.
     """
     if mask.dtype == torch.long:
-        if tensor.is_contiguous():
+        if tensor.is_contiguous() and not tensor.is_inference():
             tensor.detach().view(-1)[mask] = zero
             return
         mask = torch.ones(tensor.numel(), dtype=torch.bool).index_fill(0, mask, False).view(tensor.shape)
     tensor, mask = own_shard(tensor.detach(), mask)
+    if tensor.is_conj() or tensor.is_neg():  # bits of such a view, as a gradient may be, are not its values
+        tensor.masked_fill_(~mask, zero)
+        return
     if tensor.is_complex():
         tensor, mask = torch.view_as_real(tensor), mask.unsqueeze(-1)
     # Times zero, inf and NaN would give NaN. Their bits, read as an integer, times zero are the bits of zero.
@@ -138,7 +142,8 @@ def _zero_all_masked(pairs: Iterable[tuple[Tensor, Tensor]], zero: float = 0.0) 
 def _is_for_kernel(tensor: Tensor, mask: Tensor) -> bool:
     """Whether the Triton kernel can mask a tensor."""
     # A CUDA graph is replayed when the addresses that the host has sent may be freed.
-    on_gpu = tensor.is_cuda and mask.is_cuda and not is_sharded(tensor) and find_spec("triton") is not None
+    plain = not is_sharded(tensor) and not tensor.is_neg()
+    on_gpu = tensor.is_cuda and mask.is_cuda and plain and find_spec("triton") is not None
     return on_gpu and not torch.cuda.is_current_stream_capturing() and _kernel().fits(tensor, mask)
 
 
@@ -165,7 +170,7 @@ def is_masked_zero(masked: Masked) -> bool:
     """
     for parameter, mask in masked:
         values, kept = own_shard(parameter.detach(), mask)
-        if torch.logical_and(values != 0, ~kept).any():
+        if torch.logical_and(is_nonzero(values), ~kept).any():
             return False
     return True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -10,7 +10,9 @@ from ..axes.context import contexts
 from ..axes.criterion import quantities_of
 from ..axes.grouping import squared_sum
 from ..model.parallel import kind_of
+from ..model.tensors import shape_of
 from ..support.capability import capability
+from ..support.listing import in_short
 from ..support.registry import name_of
 from ..support.table import percent
 from .followers import Follower, rescaled_layers
@@ -49,6 +51,23 @@ def notices_of_frozen(layers: Layers) -> list[str]:
         f"{percent(part)} of the weights ({len(frozen)} of {len(layers)} layers, such as {frozen[0]}) are frozen, so "
         f"they stay dense {later[layers[frozen[0]].why_dense]}; unfreeze them, or name them in layers= to prune them "
         "as they are"
+    ]
+
+
+def notices_of_unprunable(caller: str, reasons: Mapping[str, str], total: int) -> list[str]:
+    """What the user should be warned of when layers stay dense, because zeros cannot be written to their weights.
+
+    Args:
+        caller: Name of the class that was called, for the message.
+        reasons: Name of a weight -> why it cannot be pruned, as the end of 'it is ...'.
+        total: Number of all weights with named axes.
+    """
+    if not reasons:
+        return []
+    shown = in_short([f"{name} is {why}" for name, why in reasons.items()])
+    return [
+        f"{caller}: {len(reasons)} of {total} layers stay dense, because their weights cannot be pruned: "
+        f"{shown}; or leave them out with exclude="
     ]
 
 
@@ -106,8 +125,8 @@ def notices_of_unnamed(model: nn.Module, layers: Layers) -> list[str]:
     others = f" and {len(unnamed) - 1} others" if len(unnamed) > 1 else ""
     return [
         f"Sparsifier: {percent(share)} of the parameters stay dense, because their axes have no names: {name} of "
-        f"{kind} ({'x'.join(map(str, largest.shape))}){others}. Embeddings, positions and learned inputs rightly stay "
-        f"dense; if a layer multiplies with it, name its axes, as in register_layer({kind}, "
+        f"{kind} ({'x'.join(map(str, shape_of(largest)))}){others}. Embeddings, positions and learned inputs rightly "
+        f"stay dense; if a layer multiplies with it, name its axes, as in register_layer({kind}, "
         f"{attribute}={_EXAMPLES.get(largest.dim(), '(...)')}); or say which layers are pruned with layers="
     ]
 
@@ -115,7 +134,7 @@ def notices_of_unnamed(model: nn.Module, layers: Layers) -> list[str]:
 def _is_no_matrix(model: nn.Module, name: str) -> bool:
     """Whether a parameter is a bias, belongs to a norm layer, or has one entry for all examples, as positions have."""
     holder = kind_of(model.get_submodule(name.rpartition(".")[0])).lower()
-    return "bias" in name or "norm" in holder or model.get_parameter(name).shape[0] == 1
+    return "bias" in name or "norm" in holder or shape_of(model.get_parameter(name))[:1] == (1,)
 
 
 def notices_of_outputs(options: Options, model: nn.Module, layers: Layers, followers: Sequence[Follower]) -> list[str]:

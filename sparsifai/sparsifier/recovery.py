@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..axes.granularity import granularities
 from ..model.layers import find_weights, parameter_of
-from ..model.parallel import whole
+from ..model.prunable import unprunable
 from ..model.tensors import check_values
+from ..model.zeros import is_nonzero, why_not_counted
 from ..support.warning import warn
 from .followers import masks_of_followers
 from .layer_selection import find_layers
@@ -38,10 +39,12 @@ def recovered_masks(model: nn.Module, masks: Mapping[str, Tensor], example_input
         ValueError: A parameter has no values.
     """
     check_values("the zeros of a model", dict(model.named_parameters()))
-    found, zeros, weights = {}, 0, 0
+    found, zeros, weights, fixed = {}, 0, 0, unprunable(model)
     for name, weight in find_weights(model).items():
-        kept = whole(weight.parameter.detach()) != 0
-        if kept.any() and not weight.sources:
+        if weight.sources or weight.names & fixed.keys():  # masks would not hold there
+            continue
+        kept = is_nonzero(weight.parameter)
+        if kept.any():
             kept = kept | ~masks[name] if name in masks else kept
             zeros, weights = zeros + int((~kept).sum()), weights + kept.numel()
             if not kept.all():
@@ -68,15 +71,17 @@ def _masks_behind_filters(model: nn.Module, example_input: Any) -> dict[str, Ten
     )
     zeros = {name: layer.with_mask(layer.mask_of_zeros(), 0.0) for name, layer in layers.items() if layer.is_selected}
     return {
-        name: mask | (parameter_of(model, name, mask).detach() != 0)
+        name: mask | is_nonzero(parameter_of(model, name, mask))
         for name, mask in masks_of_followers(followers, zeros).items()
     }
 
 
 def _is_partly_zero(parameter: Tensor) -> bool:
     """Whether some entries are zero and others are not."""
-    zero = whole(parameter.detach()) == 0
-    return bool(zero.any() & ~zero.all())
+    if why_not_counted(parameter):
+        return False
+    kept = is_nonzero(parameter)
+    return bool(kept.any() & ~kept.all())
 
 
 def _has_zero_filters(kept: Tensor) -> bool:

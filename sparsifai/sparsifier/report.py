@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..model.layers import find_weights
+from ..model.layers import NamedWeight, find_weights
 from ..model.parallel import kind_of
-from ..model.zeros import Count, figures
+from ..model.tensors import shape_of, size_of
+from ..model.zeros import Count, figures, why_not_counted
+from ..support.listing import in_short
 from ..support.table import Cells, Table, percent
 from .layer import Layer, Layers, selected
 from .regrowth import Regrowth
+
+# Why a parameter stays dense whose layer is of an unknown kind.
+UNNAMED = "no named axes: register_layer"
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Row:
         name: Name of the parameter, such as 'layer1.0.conv1.weight'.
         kind: Class of the layer.
         shape: Shape of the weight.
-        count: Its weights and its zeros.
+        count: Its weights and its zeros; Count(0, 0) if its zeros cannot be counted, as `Report.not_counted` says.
         why_dense: Why the layer stays dense. Empty if it is pruned.
         note: What the context or regrowth notes about a pruned layer. Often empty.
     """
@@ -49,6 +54,9 @@ class Report(Table):
         model: Weights and zeros of all parameters.
         explored: With regrow=, the fraction of the selected weights that were kept by any mask since the first update
             (Liu et al., 2021, arXiv:2102.02887); None without regrow=.
+        not_counted: Name -> why, for parameters whose zeros cannot be counted, such as quantized ones. No other number
+            includes them.
+        left_out: Number of values of these parameters.
 
     Example:
         >>> import torch
@@ -62,6 +70,8 @@ class Report(Table):
     selected: Count
     model: Count
     explored: float | None = None
+    not_counted: Mapping[str, str] = field(default_factory=dict)
+    left_out: int = 0
 
     @classmethod
     def of(cls, model: nn.Module, masks: Container[str] | None = None) -> Report:
@@ -73,10 +83,18 @@ class Report(Table):
 
         Returns:
             The report.
+
+        Raises:
+            ValueError: The zeros of no parameter can be counted, or not those of a parameter in `masks`.
         """
+
+        def why_dense(name: str, weight: NamedWeight) -> str:
+            if masks is not None:
+                return "" if name in masks else "not kept sparse"
+            return "not counted" if why_not_counted(weight.parameter) else ""
+
         layers = {
-            name: Layer.dense(weight, None, "" if masks is None or name in masks else "not kept sparse")
-            for name, weight in find_weights(model).items()
+            name: Layer.dense(weight, None, why_dense(name, weight)) for name, weight in find_weights(model).items()
         }
         return cls.measure(model, layers, None)
 
@@ -92,34 +110,48 @@ class Report(Table):
 
         Returns:
             The report.
+
+        Raises:
+            ValueError: The zeros of no parameter, or of a selected layer, cannot be counted.
         """
+        parameters = dict(model.named_parameters())
+        not_counted = {name: why for name, each in parameters.items() if (why := why_not_counted(each))}
+        if not_counted and len(not_counted) == len(parameters):
+            name, why = next(iter(not_counted.items()))
+            raise ValueError(f"zeros cannot be counted in any parameter of {type(model).__name__}: {name} is {why}")
+
+        def count_of(parameter: Tensor) -> Count:
+            return Count(0, 0) if why_not_counted(parameter) else Count.of(parameter)
 
         def row_of(name: str, layer: Layer) -> Row:
             shape = tuple(layer.parameter.shape)
             note = note_of(layer, context, regrowth)
-            return Row(name, layer.weight.kind, shape, Count.of(layer.parameter), layer.why_dense, note)
+            return Row(name, layer.weight.kind, shape, count_of(layer.parameter), layer.why_dense, note)
 
         rows = tuple(row_of(name, layer) for name, layer in layers.items())
         # Parameters whose axes have no names cannot be pruned. They are listed, so that users see them.
         known = {name for layer in layers.values() for name in layer.weight.names}
         rows += tuple(
-            Row(
-                name, _holder(model, name), tuple(parameter.shape), Count.of(parameter), "no named axes: register_layer"
-            )
-            for name, parameter in model.named_parameters()
-            if parameter.dim() > 1 and name not in known
+            Row(name, _holder(model, name), shape_of(each), count_of(each), UNNAMED if size_of(each) else "no elements")
+            for name, each in parameters.items()
+            if name not in known and each.dim() > 1
         )
         pruned = selected(layers)
         explored = None if regrowth is None else regrowth.explored(pruned)
         zeros = Count.of(*(layer.parameter for layer in pruned.values()))
-        return cls(rows, zeros, Count.of(*model.parameters()), explored)
+        whole = Count.of(*(each for name, each in parameters.items() if name not in not_counted))
+        return cls(rows, zeros, whole, explored, not_counted, sum(size_of(parameters[name]) for name in not_counted))
 
     def _cells(self) -> Cells:
         last = "note" if any(row.note for row in self.rows) else "why dense"
+        caption = ""
+        if self.not_counted:
+            names = [f"{name} ({why})" for name, why in self.not_counted.items()]
+            caption = f"Not counted: {self.left_out:,} values of {in_short(names)}."
         return Cells(
             ("layer", "kind", "shape", "weights", "zeros", "sparsity", last),
             [
-                (row.name, row.kind, "x".join(map(str, row.shape)), *figures(row.count), row.why_dense or row.note)
+                (row.name, row.kind, "x".join(map(str, row.shape)), *self._figures(row), row.why_dense or row.note)
                 for row in self.rows
             ],
             totals=[
@@ -127,7 +159,11 @@ class Report(Table):
                 ("whole model", "", "", *figures(self.model), ""),
             ],
             left=(0, 1, 2, -1),
+            caption=caption,
         )
+
+    def _figures(self, row: Row) -> tuple[str, str, str]:
+        return ("", "", "") if row.name in self.not_counted else figures(row.count)
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the sparsity of each layer as a bar. Layers that stay dense are grey.
@@ -146,7 +182,11 @@ class Report(Table):
         places = range(len(self.rows))
         ax.barh(places, [row.count.sparsity for row in self.rows], color=colours)
         for place, row in enumerate(self.rows):
-            label = row.why_dense or f"{row.count.weights - row.count.zeros:,} of {row.count.weights:,} left"
+            label = (
+                self.not_counted.get(row.name)
+                or row.why_dense
+                or f"{row.count.weights - row.count.zeros:,} of {row.count.weights:,} left"
+            )
             inside = row.count.sparsity > 0.5
             offset, side, colour = (-0.01, "right", "white") if inside else (0.01, "left", "black")
             ax.text(row.count.sparsity + offset, place, label, va="center", ha=side, color=colour, fontsize="small")

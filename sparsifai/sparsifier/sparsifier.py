@@ -25,11 +25,11 @@ from .collection import CollectedQuantities, Source
 from .findings import both
 from .given_masks import check_masks
 from .layer import level_of, unfrozen
-from .layer_selection import find_layers, scopes
+from .layer_selection import cannot_be_pruned, find_layers, scopes
 from .mask_building import NewMasks, Ranking, build_masks
 from .masked_model import MaskedModel
 from .masking import NEXT_TO_ZERO, newly_masked, zero_moments, zero_weights
-from .notices import notices_of_frozen, notices_of_host, notices_of_outputs, notices_of_unnamed
+from .notices import notices_of_frozen, notices_of_host, notices_of_outputs, notices_of_unnamed, notices_of_unprunable
 from .options import Options, Sparsity, check_sparsity
 from .regrowth import Regrowth, check_drop
 from .report import Report
@@ -53,8 +53,9 @@ class Sparsifier(MaskedModel):
         criteria: How weights are scored: a name of `criteria` or a function of named quantities. The groups with
             the lowest scores are pruned. Default 'large_final', the magnitude.
         layers: Which layers are pruned: module classes, modules, names, globs, containers, functions of (name,
-            module), or a list of these. Default: all weights with named axes, except frozen ones and embeddings. With
-            a granularity of whole outputs (inputs) the last (first) layer stays dense, unless it is named exactly.
+            module), or a list of these. Default: all weights with named axes, except frozen ones, embeddings, and with
+            a warning those that cannot be pruned, as quantized ones. With a granularity of whole outputs (inputs) the
+            last (first) layer stays dense, unless it is named exactly.
         exclude: Which layers stay dense, in the same form. Default none.
         pool: How the scores of a group become one: 'mean', 'sum', 'max', 'l2', or a function. Default: the pooling of
             the criterion's definition, which is 'mean' except for taylor.
@@ -127,6 +128,7 @@ class Sparsifier(MaskedModel):
         self._calibration: tuple[Iterable, Callable | None] | None = None
         self._has_ranked = False
         warn_each(notices_of_outputs(options, inner, self.layers, self.all_masks.followers))
+        warn_each(notices_of_unprunable("Sparsifier", cannot_be_pruned(found), len(found)))
         warn_each(notices_of_frozen(self.layers))
         if options.layers is None:  # who says which layers are pruned knows that others stay dense
             warn_each(notices_of_unnamed(inner, self.layers))

@@ -19,12 +19,16 @@ from ..axes.grouping import Grouping
 from ..axes.quantity import STORED, quantities
 from ..model.layers import NamedWeight, find_weights
 from ..model.parallel import own_shard, reshard, whole
-from ..model.tensors import cloned, widened
+from ..model.prunable import unprunable
+from ..model.running import check_autograd
+from ..model.tensors import check_values, cloned, widened
 from ..sparsifier.layer import Layer, selected
 from ..sparsifier.mask_building import checked_scores
+from ..sparsifier.notices import notices_of_unprunable
 from ..sparsifier.sparsifier import Sparsifier
 from ..support.capability import capability
 from ..support.registry import close_matches, name_of
+from ..support.warning import warn_each
 
 
 class Regularizer:
@@ -65,6 +69,9 @@ class Regularizer:
         exclude: Any = None,
         example_input: Any = None,
     ):
+        if isinstance(model, nn.Module):
+            check_values("Regularizer", dict(model.named_parameters()))
+            check_autograd("Regularizer", model)
         if isinstance(model, nn.Module) and layers is None:
             layers = _DefaultLayers(model)
         self.sparsifier = Sparsifier(
@@ -125,7 +132,7 @@ class Regularizer:
                 bounds = thresholds[layer.name] * self._size_root(layer.name, norms)
                 factors = torch.where(norms > bounds, 1 - bounds / norms, 0)
                 values, factors = own_shard(weight, layer.grouping.spread(factors))
-                values.copy_(widened(values) * factors)
+                values.copy_(widened(values) * factors + 0.0)  # -1.0 times zero is -0.0
 
     @property
     def weights(self) -> dict[str, NamedWeight]:
@@ -142,7 +149,7 @@ class Regularizer:
     def _penalty_of(self, layer: Layer) -> Tensor:
         weight = layer.parameter
         norms = _norms(layer.grouping, self._scores(layer.name, widened(whole(weight))))
-        return (norms * self._size_root(layer.name, norms)).sum().to(torch.promote_types(weight.dtype, torch.float32))
+        return (norms * self._size_root(layer.name, norms)).sum().to(torch.promote_types(norms.dtype, torch.float32))
 
     def _scores(self, name: str, weight: Tensor) -> Tensor:
         """The scores of a layer, with gradients to `weight`."""
@@ -228,7 +235,10 @@ class _DefaultLayers:
     """Selects the layers that are regularized by default: frozen ones too, since they may be trained later."""
 
     def __init__(self, model: nn.Module):
-        weights = [weight for weight in find_weights(model).values() if not weight.is_embedding]
+        named, fixed = find_weights(model), unprunable(model)
+        reasons = {name: fixed[own] for name, weight in named.items() for own in weight.names & fixed.keys()}
+        warn_each(notices_of_unprunable("Regularizer", reasons, len(named)))
+        weights = [weight for name, weight in named.items() if not weight.is_embedding and name not in reasons]
         # Selecting a weight that is computed from others is an error; a frozen one can be left out without a loss.
         chosen = [weight for weight in weights if not (weight.sources and weight.is_frozen)]
         self.modules = {id(module) for weight in chosen for _, module in weight.owners}

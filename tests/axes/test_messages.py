@@ -203,6 +203,8 @@ CONTEXT = [
      "blocks: axis must be the name of an axis, such as 'in' or 'out', not 1"),
     ("is_nm with 4:4", lambda: is_nm(torch.ones(4, 4), 4, 4), ValueError,
      "is_nm: needs 0 < n < m and an axis of the weight, got 4:4 along axis 1 of 2 axes"),
+    ("is_nm of a sparse layout", lambda: is_nm(torch.eye(4).to_sparse(), 2, 4), ValueError,
+     "is_nm: zeros of the weight cannot be counted: it is in the layout sparse_coo; to_dense() makes it countable"),
     ("is_nm of a vector", lambda: is_nm(torch.ones(4), 2, 4), ValueError,
      "is_nm: needs 0 < n < m and an axis of the weight, got 2:4 along axis 1 of 1 axes"),
 ]  # fmt: skip

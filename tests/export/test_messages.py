@@ -55,6 +55,12 @@ def mlp(inputs=16):
     return nn.Sequential(nn.Linear(inputs, 32), nn.ReLU(), nn.Linear(32, 8))
 
 
+def sparse_bias():
+    model = mlp()
+    model[0].bias = nn.Parameter(torch.ones(32).to_sparse())
+    return model
+
+
 COMPARE = [
     ("dense does not run", lambda folder: compare(mlp(), mlp(), EXAMPLE[:, :3]), ValueError,
      ["compare: dense: ", "example_input", "a tuple for"]),
@@ -64,6 +70,9 @@ COMPARE = [
     ("few repeats", lambda folder: compare(mlp(), mlp(), EXAMPLE, repeats=2), ValueError,
      ["compare: repeats must be at least 3, not 2; fewer runs cannot be told from noise"]),
     ("repeats", lambda folder: compare(mlp(), mlp(), EXAMPLE, repeats=1.5), ValueError, ["repeats ", "1.5"]),
+    ("a sparse layout", lambda folder: compare(mlp(), sparse_bias(), EXAMPLE), ValueError,
+     ["compare: the zeros of 0.bias cannot be counted, because it is in the layout sparse_coo; to_dense() makes it "
+      "countable"]),
     ("unknown form", lambda folder: Comparison((Form("dense"), Form("masked")), "")["smaller"], KeyError,
      ["no form is named 'smaller'; choose from dense, masked"]),
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """The messages of all errors of this folder; those of channels are beside its tests."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from sparsifai.model.flops import count_flops
 from sparsifai.model.layers import find_weights, parameter_of
 from sparsifai.model.norms import check_fused_norms
 from sparsifai.model.patterns import as_patterns, name_matcher
-from sparsifai.model.running import check_runs
+from sparsifai.model.running import check_runs, copy_of
 from sparsifai.model.tensors import first_tensor
 from sparsifai.model.tracing import find_flow
+from sparsifai.model.zeros import Count, check_counted
 
 
 class Conv1D(nn.Module):
@@ -85,6 +87,18 @@ BATCH = (
     "pass a batch that the model accepts, on its device: a tuple for several positional arguments, or for one list: "
     "([...],); a dictionary for"
 )
+
+
+def sparse_layer():
+    layer = nn.Linear(3, 4)
+    layer.weight = nn.Parameter(torch.eye(4, 3).to_sparse())
+    return layer
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    NESTED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
 
 # Name, mistake, class of the error, parts of the message in their order.
 MESSAGES = [
@@ -237,6 +251,24 @@ MESSAGES = [
         lambda: first_tensor({"logits": torch.ones(2)}, "the teacher"),
         ValueError,
         ["the teacher returns dict, but only tensors can be compared; wrap it in a module that returns a tensor"],
+    ),
+    (
+        "a copy of a sparse layout",
+        lambda: copy_of(sparse_layer()),
+        ValueError,
+        ["weight of Linear cannot be copied (", "); replace it by a plain dense tensor"],
+    ),
+    (
+        "zeros of a nested tensor",
+        lambda: Count.of(NESTED),
+        ValueError,
+        ["zeros cannot be counted: a tensor is a nested tensor; count its parts, which unbind() gives"],
+    ),
+    (
+        "zeros of a lazy layer",
+        lambda: check_counted("compare", {"weight": nn.LazyLinear(3).weight}),
+        ValueError,
+        ["compare: the zeros of weight cannot be counted, because it is lazy and has no shape yet; run one batch "],
     ),
 ]
 

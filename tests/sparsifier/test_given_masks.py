@@ -137,3 +137,27 @@ def test_given_masks_stay_while_the_sparsity_of_all_layers_rises():
     sparsifier.sparsify(0.5)
     assert not sparsifier.masks["0.weight"][~mask].any()
     assert sparsifier.sparsity == 0.5
+
+
+TYPES = [
+    getattr(torch, name)
+    for name in (
+        "float16", "bfloat16", "float64", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz",
+        "float8_e5m2fnuz", "bool", "uint8", "int8", "int64", "uint16", "uint32", "uint64",
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_masks_and_pruned_checkpoints_of_every_type(dtype):
+    mask, model = torch.eye(4), nn.Linear(4, 4)
+    sparsifier = Sparsifier(model)
+    sparsifier.set_masks({"weight": mask.to(dtype)})
+    assert torch.equal(sparsifier.masks["weight"], mask.bool())
+    signed = -torch.ones(4, 4) if dtype.is_signed else torch.ones(4, 4)
+    weights, masks = from_torch_prune({"w_orig": signed.to(dtype), "w_mask": mask.to(dtype)})
+    assert torch.equal(masks["w"], mask.bool())
+    assert weights["w"].dtype == dtype
+    zeros = weights["w"].view(torch.uint8).reshape(16, -1)
+    assert not zeros[~mask.bool().flatten()].any()
+    assert zeros[mask.bool().flatten()].any(1).all()

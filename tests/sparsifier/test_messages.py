@@ -2,6 +2,7 @@
 
 import re
 import sys
+import warnings
 from unittest import mock
 
 import numpy as np
@@ -106,7 +107,35 @@ REMOVE_IT = (
     "in each forward, so zeros in it do not last; remove the parametrization first (...), or exclude the layer with "
     "exclude="
 )
+
+
+def with_weight(weight, bias=None):
+    """A net whose first layer has this weight, and this bias."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    trains = weight.is_floating_point()
+    model[0].weight = nn.Parameter(weight, requires_grad=trains)
+    if bias is not None:
+        model[0].bias = nn.Parameter(bias, requires_grad=bias.is_floating_point())
+    return model
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of torch: nested tensors are a prototype
+    NESTED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+INTEGERS = "of int8, a type that is not pruned; cast it to float32, or to complex64 if it is complex"
+EXPANDED = "a view whose elements share memory with each other, as expand() gives; copy it with clone()"
 LAYERS = [
+    ("a weight of integers by name", lambda: Sparsifier(with_weight(torch.ones(8, 4).char()), layers="0"), ValueError,
+     f"Sparsifier: 0.weight cannot be pruned, because it is {INTEGERS}; or exclude it with exclude="),
+    ("a weight of integers", lambda: Sparsifier(with_weight(torch.ones(8, 4).char())), UserWarning,
+     "Sparsifier: 1 of 2 layers stay dense, because their weights cannot be pruned: 0.weight is "
+     f"{INTEGERS}; or leave them out with exclude="),
+    ("an expanded weight by its class", lambda: Sparsifier(with_weight(torch.ones(4).expand(8, 4)), layers=nn.Linear),
+     ValueError, f"Sparsifier: 0.weight cannot be pruned, because it is {EXPANDED}; or exclude it with exclude="),
+    ("an expanded bias of filters",
+     lambda: Sparsifier(with_weight(torch.ones(8, 4), torch.ones(1).expand(8)), "filter", layers="0"), ValueError,
+     f"Sparsifier: 0.bias, which is pruned with outputs of 0.weight, is {EXPANDED}; or exclude these layers with "
+     "exclude="),
     ("a pattern of a sparsity that matches nothing", lambda: sparsify({"0": 0.5, "nothing": 0.5}), ValueError,
      "...matches 'nothing'..."),
     ("a pattern of dense layers only", lambda: sparsify({"0": 0.5, "2": 0.5}, exclude="2"), ValueError,
@@ -232,10 +261,11 @@ MASKS = [
         ("a mask of a dense layer", {"0.weight": torch.ones(8, 4)}, {"exclude": "0"}, ValueError,
          "set_masks: 0.weight stays dense (excluded), so it has no mask; name it in layers= of the Sparsifier"),
         ("a mask that is a list", {"0.weight": [1, 0]}, {}, TypeError,
-         "set_masks: the mask of 0.weight must be a dense tensor with values, not list"),
+         "set_masks: the mask of 0.weight must be a dense tensor with values, but it is of type list"),
         ("a sparse mask", {"0.weight": torch.ones(8, 4).to_sparse()}, {}, TypeError,
-         "set_masks: the mask of 0.weight must be a dense tensor with values, not a sparse one, or one on the meta "
-         "device"),
+         "set_masks: the mask of 0.weight must be a dense tensor with values, but it is in the layout sparse_coo; ..."),
+        ("a nested mask", {"0.weight": NESTED}, {}, TypeError,
+         "set_masks: the mask of 0.weight must be a dense tensor with values, but it is a nested tensor; ..."),
         ("a name that is a number", {0: torch.ones(8, 4)}, {}, ValueError,
          "set_masks: the model has no weight with named axes 0; ..."),
         ("two masks of a weight", {"0.weight": torch.ones(8, 4), "module.0.weight": torch.ones(8, 4)}, {}, ValueError,
@@ -252,6 +282,12 @@ MASKS = [
          "set_masks: the mask of 0.weight prunes parts of 4 groups, which this granularity keeps or prunes as a whole; "
          "use granularity='weight'"),
       ]),
+    ("a checkpoint with a mask of another shape",
+     lambda: from_torch_prune({"w_orig": torch.ones(2, 3), "w_mask": torch.ones(2, 1)}), ValueError,
+     "from_torch_prune: w_orig has the shape (2, 3), but w_mask (2, 1)"),
+    ("a checkpoint of a sparse layout",
+     lambda: from_torch_prune({"w_orig": torch.ones(2).to_sparse(), "w_mask": torch.ones(2)}), ValueError,
+     "from_torch_prune: w_orig cannot be masked, because it is in the layout sparse_coo; to_dense() makes it ..."),
     ("a checkpoint that is a number", lambda: from_torch_prune(3), TypeError,
      "from_torch_prune: state must be a state_dict, not int"),
     *((name, lambda state=state: from_torch_prune(state), ValueError,

@@ -1,10 +1,12 @@
 """Reports: measured sparsity as text, HTML and plot."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
-from sparsifai import Sparsifier
+from sparsifai import Report, Sparsifier
 
 
 @pytest.fixture
@@ -79,3 +81,51 @@ def test_matrices_without_named_axes_are_listed():
         row = Sparsifier(Own()).report().rows[-1]
     assert (row.name, row.kind, row.count.zeros) == ("table", "Own", 6)
     assert row.why_dense == "no named axes: register_layer"
+
+
+@pytest.fixture
+def uncounted():
+    """A report of a model with parameters whose zeros cannot be counted."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2), nn.BatchNorm1d(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch: both are prototypes, or deprecated
+        nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+        model[0].weight = nn.Parameter(torch.quantize_per_tensor(torch.eye(4), 0.1, 0, torch.qint8), False)
+    model.parts, model[2].bias = nn.Parameter(nested), nn.Parameter(torch.ones(2, device="meta"))
+    model.none = nn.Parameter(torch.zeros(0, 3))
+    with torch.no_grad():
+        model[1].weight[0] = -0.0
+    return Report.of(model)
+
+
+def test_what_cannot_be_counted_is_left_out_and_said(uncounted):
+    why = {name: reason.split()[0] for name, reason in uncounted.not_counted.items()}
+    assert why == {"parts": "a", "0.weight": "quantized", "2.bias": "on"}
+    assert uncounted.left_out == 5 + 16 + 2
+    assert (uncounted.selected.weights, uncounted.selected.zeros) == (8, 4)
+    assert (uncounted.model.weights, uncounted.model.zeros) == (4 + 8 + 2 + 2, 4)
+    assert {row.name: (row.shape, row.count.weights, row.why_dense) for row in uncounted.rows} == {
+        "0.weight": ((4, 4), 0, "not counted"), "1.weight": ((2, 4), 8, ""),
+        "parts": ((), 0, "no named axes: register_layer"), "none": ((0, 3), 0, "no elements"),
+    }  # fmt: skip
+    first, *lines = str(uncounted).splitlines()
+    assert first.startswith("Not counted: 23 values of parts (a nested tensor; count its parts, which unbind() ")
+    assert first.endswith("2.bias (on the meta device, without values; load the model into memory first).")
+    assert ["0.weight", "Linear", "4x4", "not", "counted"] in [line.split() for line in lines]
+    assert "Not counted: 23 values" in uncounted._repr_html_()
+
+
+def test_the_plot_says_what_is_not_counted(uncounted):
+    matplotlib = pytest.importorskip("matplotlib", reason="the plot is drawn with it")
+    matplotlib.use("Agg")
+    texts = [text.get_text() for text in uncounted.plot().texts]
+    assert texts[0] == "quantized (qint8); dequantize() makes it countable"
+    matplotlib.pyplot.close("all")
+
+
+def test_a_selected_layer_that_cannot_be_counted_is_an_error():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[1].weight = nn.Parameter(torch.ones(2, 4).to_sparse())
+    with pytest.raises(ValueError, match="zeros cannot be counted: a tensor is in the layout sparse_coo"):
+        Report.of(model, ["0.weight", "1.weight"])
+    assert Report.of(model, ["0.weight"]).selected.weights == 16

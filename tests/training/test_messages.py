@@ -440,7 +440,20 @@ CHOOSE = (
 NO_GRADIENT = ", through which no gradient reaches the weight" + CHOOSE
 NO_PROXIMAL_STEP = "; for other criteria, add the penalty to the loss instead"
 
+
+@torch.inference_mode()
+def made_in_inference_mode():
+    return nn.Linear(3, 4)
+
+
 REGULARIZER = [
+    (
+        "inference", lambda: Regularizer(made_in_inference_mode()), ValueError,
+        [
+            "Regularizer: the tensors of Linear were made under torch.inference_mode, which autograd refuses; make the "
+            "model outside of it, or take copy.deepcopy(model) outside of it"
+        ],
+    ),
     ("random", regularizer("random"), ValueError, ["criterion random uses rng" + NO_GRADIENT]),
     ("snip", regularizer("snip"), ValueError, ["criterion snip uses grad" + NO_GRADIENT]),
     ("synflow", regularizer("synflow"), ValueError, ["criterion synflow uses flow" + NO_GRADIENT]),

@@ -1,0 +1,160 @@
+"""The zeros of a checkpoint, whatever else it holds: what cannot be counted is left out and listed with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.tensors import is_made_of_others, shape_of, size_of
+from ..model.zeros import Count, figures, why_not_counted
+from ..support.listing import in_short
+from ..support.table import Cells
+
+# Where learn.save and other libraries write the weights, beside the state of the optimizer and the like.
+_OF_MODELS = ("model", "state_dict")
+
+# Containers that are nested deeper than this hold no weights of a model.
+DEPTH = 20
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Entries of a checkpoint that are not counted.
+
+    Attributes:
+        shape: Shape of a tensor; () for several.
+        values: Number of values.
+        why: The reason.
+    """
+
+    shape: tuple[int, ...]
+    values: int
+    why: str
+
+
+@dataclass
+class Checkpoint:
+    """The tensors of a checkpoint.
+
+    Attributes:
+        counted: Name -> tensor whose zeros can be counted.
+        left_out: Name -> what is not counted, and why.
+        others: Names of entries that are no tensors.
+    """
+
+    counted: dict[str, Tensor] = field(default_factory=dict)
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, state: Any) -> Checkpoint:
+        """Find the tensors of a state_dict, or of what a library saves around one.
+
+        Dictionaries and lists in it are looked through. If one is called 'model' or 'state_dict', what stands beside it
+        is left out, as is the state of an optimizer anywhere.
+
+        Args:
+            state: What torch.load returned.
+        """
+        found, seen = cls(), set[int]()
+        for key in _OF_MODELS:
+            if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+                for name, value in state.items():
+                    if name != key:
+                        found._leave_out(str(name), value, f"beside {key!r}, which is counted", seen)
+                state = state[key]
+        waiting = [("", state, 0)]
+        while waiting:  # a loop, because others' files may be nested deeper than Python's stack is
+            name, value, depth = waiting.pop()
+            if isinstance(value, Tensor):
+                found._add(name, value)
+            elif not isinstance(value, (Mapping, list, tuple)):
+                found.others += [] if value is None else [name]
+            elif _is_optimizer_state(value):
+                found._leave_out(name or "the whole file", value, "the state of an optimizer", seen)
+            elif depth > DEPTH:
+                found._leave_out(name, value, f"nested more than {DEPTH} deep", seen)
+            elif id(value) not in seen:  # a container that is held twice is listed under its first name
+                seen.add(id(value))
+                waiting += [(inner, each, depth + 1) for inner, each in reversed([*_entries(name, value)])]
+        return found
+
+    def _add(self, name: str, tensor: Tensor) -> None:
+        if why := why_not_counted(tensor):
+            self.left_out[name] = LeftOut(shape_of(tensor), size_of(tensor), why)
+        else:
+            self.counted[name] = tensor
+
+    def _leave_out(self, name: str, value: Any, why: str, seen: set[int]) -> None:
+        """Leave out all tensors in an entry. seen: ids of the containers that were looked through."""
+        tensors, values, waiting = 0, 0, [value]
+        while waiting:
+            each = waiting.pop()
+            if isinstance(each, Tensor):
+                tensors, values = tensors + 1, values + size_of(each)
+            elif isinstance(each, (Mapping, list, tuple)) and id(each) not in seen:
+                seen.add(id(each))
+                waiting += each.values() if isinstance(each, Mapping) else each
+        if tensors:
+            shape = shape_of(value) if isinstance(value, Tensor) else ()
+            self.left_out[name] = LeftOut(shape, values, why)
+        elif value is not None and value not in ({}, [], ()):
+            self.others.append(name)
+
+    def tables(self) -> list[Cells]:
+        """The table of what is counted, and the table of what is not, if there is such."""
+        matrices = {name: value for name, value in self.counted.items() if value.dim() > 1}
+        rows = [_counted(name, _size(value.shape), value) for name, value in matrices.items()]
+        whole = "all that are counted" if self.left_out else "whole file"
+        totals = [
+            _counted("all of these", "", *_apart(matrices.values())),
+            _counted(whole, "", *_apart(self.counted.values())),
+        ]
+        tables = [Cells(("weight", "shape", "weights", "zeros", "sparsity"), rows, totals, left=(0, 1))]
+        if self.left_out or self.others:
+            tables.append(self._not_counted())
+        return tables
+
+    def _not_counted(self) -> Cells:
+        rows = [(name, _size(each.shape), f"{each.values:,}", each.why) for name, each in self.left_out.items()]
+        if self.others:
+            count = len(self.others)
+            rows.append((in_short(self.others), "", "", "no tensor" if count == 1 else f"{count} entries, no tensors"))
+        total = sum(each.values for each in self.left_out.values())
+        header = ("not counted", "shape", "weights", "why")
+        return Cells(header, rows, [("all of these", "", f"{total:,}", "")], left=(0, 1, 3))
+
+
+def _entries(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The entries of a container, each with its name: 'name.key', or 'name[0]' for the first of a list."""
+    if isinstance(value, Mapping):
+        yield from ((f"{name}.{key}" if name else str(key), each) for key, each in value.items())
+    else:
+        yield from ((f"{name}[{place}]", each) for place, each in enumerate(value))
+
+
+def _is_optimizer_state(value: Any) -> bool:
+    """Whether an entry is what the state_dict of an optimizer of torch or fastai looks like."""
+    return isinstance(value, Mapping) and "state" in value and ("param_groups" in value or "hypers" in value)
+
+
+def _apart(tensors: Any) -> list[Tensor]:
+    """Tensors without those that are the same as an earlier one, as tied weights are."""
+    apart: dict[Any, Tensor] = {}
+    for tensor in tensors:
+        plain = not is_made_of_others(tensor) and tensor.numel()
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if plain else id(tensor)
+        apart.setdefault(key, tensor)
+    return list(apart.values())
+
+
+def _size(shape: tuple[int, ...] | torch.Size) -> str:
+    return "x".join(map(str, shape))
+
+
+def _counted(name: str, shape: str, *tensors: Tensor) -> tuple[str, ...]:
+    return name, shape, *figures(Count.of(*tensors))
