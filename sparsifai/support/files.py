@@ -73,6 +73,21 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> No
     _sync_folder(folder)
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text in UTF-8 with `write_whole`.
+
+    Args:
+        path: The file.
+        text: The text.
+
+    Raises:
+        OSError: The file cannot be written. What was there is unchanged.
+        UnicodeEncodeError: The text has surrogates, which UTF-8 cannot write. What was there is unchanged.
+    """
+    data = text.encode()
+    write_whole(path, lambda file: file.write(data))
+
+
 def open_regular(path: str | os.PathLike) -> BinaryIO:
     """Open a regular file for reading, without ever waiting.
 
