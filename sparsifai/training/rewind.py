@@ -141,6 +141,83 @@ def random_states(learn: Learner) -> dict[str, Any]:
     }
 
 
+def check_optimizer(learn: Learner, state: Any, where: str) -> None:
+    """Check what should be the state of an optimizer against a new optimizer of a Learner.
+
+    Args:
+        learn: The Learner. Its own optimizer stays as it is.
+        state: The state_dict, of values that `check_plain` has passed.
+        where: Its name, for messages.
+
+    Raises:
+        ValueError: It is something else, or has moments of other shapes than the parameters, or that are not finite.
+    """
+    if not isinstance(state, Mapping) or not {"state"} < state.keys() or not state.keys() & {"hypers", "param_groups"}:
+        raise ValueError(f"{where} is not the state of an optimizer; it lacks state, and hypers or param_groups")
+    if isinstance(learn.opt_func, OptimWrapper):
+        return  # an optimizer that is already made; another one of its kind cannot be had
+    trial = learn.opt_func(learn.splitter(learn.model), lr=learn.lr)
+    parameters = [parameter for group in trial.param_lists for parameter in group]
+    try:
+        if "hypers" in state:
+            states, expected = list(state["state"]), [sorted(group) for group in trial.hypers]
+            if len(states) != len(parameters) or [sorted(group) for group in state["hypers"]] != expected:
+                raise ValueError(f"it is of {len(states)} parameters or other options, not of {len(parameters)}")
+        else:
+            states = [state["state"].get(number, {}) for number in range(len(parameters))]
+            if not set(state["state"]) <= set(range(len(parameters))):
+                raise ValueError(f"it is of more than {len(parameters)} parameters")
+            trial.load_state_dict(deepcopy(state))
+        for number, (parameter, moments) in enumerate(zip(parameters, states, strict=True)):
+            for name, value in moments.items():
+                if isinstance(value, Tensor):
+                    _check_moment(value, parameter, f"{name} of parameter {number}")
+    except Exception as error:  # the optimizers raise whatever comes up
+        raise ValueError(f"{where} is not the state of this optimizer ({error})") from None
+
+
+def _check_moment(value: Tensor, parameter: Tensor, name: str) -> None:
+    # Adafactor keeps means over an axis, and some optimizers a single number.
+    axes = zip(value.shape, parameter.shape, strict=False)
+    fits = value.dim() == parameter.dim() and all(size in (1, length) for size, length in axes)
+    if value.numel() != 1 and not fits:
+        raise ValueError(f"{name} has the shape {tuple(value.shape)}, and the parameter {tuple(parameter.shape)}")
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        raise ValueError(f"{name} has values that are inf or NaN")
+
+
+def check_random_states(states: Any) -> None:
+    """Check what should be states of `random_states`, by setting generators of no one to them.
+
+    Args:
+        states: The states.
+
+    Raises:
+        ValueError: They are something else. The message names the generator.
+    """
+    names = {"python", "numpy", "torch", "cuda", "loader"}
+    if not isinstance(states, Mapping) or not names <= states.keys():
+        raise ValueError(f"run.random lacks one of {', '.join(sorted(names))}")
+    name = "python"
+    try:
+        random.Random().setstate(states["python"])
+        name = "numpy"
+        _, keys, position, *_ = states["numpy"]
+        if len(keys) != 624 or not 0 <= position <= 624:  # numpy would read memory that is not its own
+            raise ValueError(f"it has {len(keys)} numbers, and the position {position}")
+        np.random.RandomState().set_state(tuple(states["numpy"]))
+        name = "torch"
+        torch.Generator().set_state(states["torch"])
+        name = "cuda"
+        if not all(isinstance(each, Tensor) and each.dtype == torch.uint8 for each in states["cuda"]):
+            raise ValueError("it is no list of states")
+        name = "loader"
+        if states["loader"] is not None:
+            random.Random().setstate(states["loader"])
+    except Exception as error:  # the generators raise whatever comes up
+        raise ValueError(f"run.random[{name!r}] is not the state of a generator ({error})") from None
+
+
 def restore_random_states(learn: Learner, states: Mapping[str, Any]) -> None:
     """Set the random generators to states that `random_states` returned."""
     random.setstate(states["python"])
