@@ -1,7 +1,8 @@
 """Files of torch.save: checked from the outside in, then read without running code, within limits of time and memory.
 
 A file is a zip archive of records that are not compressed: the pickle, and each storage. torch.load would expand what
-is compressed, and would believe the sizes in the pickle; both are checked before it sees the file.
+is compressed, would believe the sizes in the pickle, and compares no checksums; all that is checked before it sees the
+file.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import os
 import struct
 import warnings
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, BinaryIO
@@ -22,6 +24,8 @@ from .pickles import PickleCheck
 # Limits, more than ten times what the checkpoint of a large language model needs.
 MOST_RECORDS = 200_000
 LARGEST_PICKLE = 2**26
+
+_CHUNK = 2**20
 
 _BEGIN_OF_OLD_FILES = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickle of a number, before torch 1.6
 
@@ -46,7 +50,9 @@ def load_checkpoint(path: str | os.PathLike, *, old_format: bool = False) -> Any
         OSError: The file cannot be read, or is a folder, a device, a pipe or a socket.
         ValueError: It is not a file of torch.save, is damaged, or holds what is not read.
     """
-    with open_regular(path) as file:
+    # Warnings: torch's, about how it stores sparse and quantized tensors, and pickletools', about damaged texts.
+    with open_regular(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         size = os.fstat(file.fileno()).st_size
         begin = file.read(len(_BEGIN_OF_OLD_FILES))
         file.seek(0)
@@ -60,9 +66,7 @@ def load_checkpoint(path: str | os.PathLike, *, old_format: bool = False) -> Any
             raise ValueError("it does not begin as a file of torch.save does")
         file.seek(0)
         try:
-            with warnings.catch_warnings():  # torch's, about how it stores sparse and quantized tensors
-                warnings.simplefilter("ignore")
-                return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
         except OSError:
             raise
         except Exception as error:  # torch raises whatever it finds in a file
@@ -76,6 +80,7 @@ def load_checkpoint(path: str | os.PathLike, *, old_format: bool = False) -> Any
 class _Record:
     offset: int
     bytes: int
+    crc32: int
 
 
 def _check_archive(file: BinaryIO, size: int) -> None:
@@ -91,7 +96,13 @@ def _check_archive(file: BinaryIO, size: int) -> None:
     storages = {
         name[len(data) :].decode("latin1"): record.bytes for name, record in records.items() if name.startswith(data)
     }
-    PickleCheck(size, storages).follow(BytesIO(_content(file, pickle)))
+    PickleCheck(size, storages).follow(BytesIO(b"".join(_content(file, pickle))))
+    for name, record in records.items():  # torch compares none
+        checksum = 0
+        for part in _content(file, record):
+            checksum = zlib.crc32(part, checksum)
+        if record.crc32 not in (checksum, 0):  # 0 with torch.serialization.set_crc32_options(False)
+            raise ValueError(f"the checksum of its record {name[-100:].decode('latin1')!r} is wrong")
 
 
 def _records(file: BinaryIO, size: int) -> dict[bytes, _Record]:
@@ -104,8 +115,8 @@ def _records(file: BinaryIO, size: int) -> dict[bytes, _Record]:
     place = 0
     for _ in range(count):
         entry = _unpack(_ENTRY, directory, place, b"PK\x01\x02")
-        flags, method, packed, unpacked, name_bytes, extra_bytes, comment_bytes, offset = (
-            entry[3], entry[4], entry[8], entry[9], entry[10], entry[11], entry[12], entry[16],
+        flags, method, crc32, packed, unpacked, name_bytes, extra_bytes, comment_bytes, offset = (
+            entry[3], entry[4], *entry[7:13], entry[16],
         )  # fmt: skip
         place += _ENTRY.size
         name = directory[place : place + name_bytes].lower()
@@ -116,7 +127,7 @@ def _records(file: BinaryIO, size: int) -> dict[bytes, _Record]:
             raise ValueError("its records are compressed or encrypted; torch.save does neither")
         if name in records:
             raise ValueError("it has two records of one name")
-        records[name] = _Record(offset, packed)
+        records[name] = _Record(offset, packed, crc32)
     if place != len(directory):
         raise ValueError("its directory has another length than it says")
     _check_apart(records, begin)
@@ -184,10 +195,12 @@ def _in_64_bits(extra: bytes, unpacked: int, packed: int, offset: int) -> tuple[
     return values[1], values[0], values[2]
 
 
-def _content(file: BinaryIO, record: _Record) -> bytes:
-    """The bytes of a record."""
+def _content(file: BinaryIO, record: _Record) -> Iterator[bytes]:
+    """The bytes of a record, in parts."""
     local = _unpack(_LOCAL, _read(file, record.offset, _LOCAL.size), 0, b"PK\x03\x04")
-    return _read(file, record.offset + _LOCAL.size + local[9] + local[10], record.bytes)
+    begin = record.offset + _LOCAL.size + local[9] + local[10]
+    for done in range(0, record.bytes, _CHUNK):
+        yield _read(file, begin + done, min(_CHUNK, record.bytes - done))
 
 
 def _read(file: BinaryIO, begin: int, count: int) -> bytes:
