@@ -1,7 +1,6 @@
 """Random changes of what a file holds: seeded, so that a failure comes back."""
 
 import math
-from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -40,35 +39,36 @@ def places(value, at=()):
         yield from places(value[key], (*at, key))
 
 
+def with_entry(value, way, new):
+    """A copy with another entry at a place; the rest is shared."""
+    if not way:
+        return new
+    kind, copy = type(value), dict(value) if isinstance(value, dict) else list(value)
+    copy[way[0]] = with_entry(copy[way[0]], way[1:], new)
+    return tuple(copy) if kind is tuple else copy
+
+
 def mutated(value, random):
-    """A copy with one change, and what was changed."""
-    copy = deepcopy(value)
-    *way, key = random.choice(list(places(copy)))
-    parents = [copy]
-    for step in way:
-        parents.append(parents[-1][step])
-    if isinstance(parents[-1], tuple):
-        as_list = list(parents[-1])
-        parents[-2][way[-1]] = as_list
-        as_list[key] = random.choice(WRONG)
-        parents[-2][way[-1]] = tuple(as_list)
-        return copy, (*way, key), "replaced"
-    holder = parents[-1]
-    kinds = ["removed", "replaced", "replaced", "swapped"] + ["renamed"] * isinstance(holder, dict)
-    kind = random.choice(kinds)
-    if isinstance(holder[key], Tensor) and random.random() < 0.6:
-        kind, holder[key] = "another tensor", of_tensor(holder[key], random)
-    elif kind == "removed":
-        del holder[key]
-    elif kind == "replaced":
-        holder[key] = random.choice(WRONG)
-    elif kind == "renamed":
-        holder[random.choice([f"{key}x", "__class__", "0", 7, "*"])] = holder.pop(key)
-    elif isinstance(holder, dict):
-        holder[key] = holder.pop(key)  # now the last
-    else:
-        holder.insert(0, holder.pop(key))
-    return copy, (*way, key), kind
+    """A copy with one change, the place of the change, and its kind."""
+    way = random.choice(list(places(value)))
+    holder = value
+    for step in way[:-1]:
+        holder = holder[step]
+    key, entry = way[-1], holder[way[-1]]
+    kind = random.choice(["removed", "replaced", "replaced", "swapped", *["renamed"] * isinstance(holder, dict)])
+    if isinstance(entry, Tensor) and random.random() < 0.6:
+        return with_entry(value, way, of_tensor(entry, random)), way, "another tensor"
+    if kind == "replaced" or isinstance(holder, tuple):
+        return with_entry(value, way, random.choice(WRONG)), way, "replaced"
+    changed = dict(holder) if isinstance(holder, dict) else list(holder)
+    changed.pop(key)
+    if kind == "renamed":
+        changed[random.choice([f"{key}x", "__class__", "0", 7, "*"])] = entry
+    elif kind == "swapped" and isinstance(changed, dict):
+        changed[key] = entry  # now the last
+    elif kind == "swapped":
+        changed.insert(0, entry)
+    return with_entry(value, way[:-1], changed), way, kind
 
 
 def damaged(data, random):
