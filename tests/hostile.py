@@ -218,7 +218,7 @@ def safetensors_file(header, data=b"", length=None):
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-ENTRY = {"form": "dense", "shape": [2], "weights": 2, "zeros": 0, "sparsity": 0.0, "crc32": 0x28FD2EB0}
+ENTRY = {"form": "dense", "shape": [2], "weights": 2, "zeros": 0, "sparsity": 0.0, "crc32": 3066839698}
 PIECE = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
 VALUES = b"\x01\x02"
 
