@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +16,8 @@ from .export.checkpoint import Checkpoint
 from .export.sparse_file import SparseFile
 from .export.sparse_format import is_safetensors
 from .recipes.recipe import Recipe
+from .support.checkpoints import load_checkpoint
+from .support.files import write_whole
 
 _PLAN = """Show what a recipe would do to a model, without data or training.
 
@@ -113,7 +114,8 @@ def _plan(given: Any) -> None:
 
         _, axes = plt.subplots(2, 1, figsize=(9, 4 + 0.25 * len(plan.layers)), layout="constrained")
         plan.plot_schedule(axes[0])
-        plan.plot(axes[1]).figure.savefig(given.picture)
+        figure, kind = plan.plot(axes[1]).figure, given.picture.suffix[1:] or "png"
+        write_whole(given.picture, lambda file: figure.savefig(file, format=kind))
 
 
 def _report(given: Any) -> None:
@@ -130,15 +132,11 @@ def _report(given: Any) -> None:
 def _checkpoint(checkpoint: Path) -> Checkpoint:
     """The tensors of a file of torch.save by name."""
     try:
-        with warnings.catch_warnings():  # torch's, about how it stores sparse and quantized tensors
-            warnings.simplefilter("ignore")
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises whatever it finds in a file
+        state = load_checkpoint(checkpoint, old_format=True)
+    except ValueError as error:
         raise ValueError(
             f"{checkpoint} is not a state_dict written by torch.save; whole models and other pickles are not loaded, "
-            f"as they can run code ({type(error).__name__})"
+            f"as they can run code ({error})"
         ) from None
     found = Checkpoint.of(state)
     if not (isinstance(state, dict) and (found.counted or found.left_out)):
