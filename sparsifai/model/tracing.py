@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.fx
@@ -21,9 +20,8 @@ from .flow import Flow, Operation
 from .norms import is_norm_of_others
 from .parallel import is_fully_sharded, kind_of, unwrapped
 from .running import check_runs
+from .symbolic import Tracer
 from .tensors import tensors_in
-
-_ONE_STEP = (nn.MultiheadAttention, nn.RNNBase)
 
 # Operations that keep channels separate and a channel of zeros zero: classes of torch.nn, functions and methods.
 _ZERO_KEEPING = {
@@ -107,23 +105,6 @@ def _add_operation(flow: Flow, step: Operation) -> int:
     return len(flow.steps) - 1
 
 
-class _Tracer(torch.fx.Tracer):
-    """Traces into every module that has submodules, so that an operation is never more than one layer.
-
-    Args:
-        norms: Norm layers that are one operation.
-    """
-
-    def __init__(self, norms: Collection[nn.Module]):
-        super().__init__()
-        self._norms = norms
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        if isinstance(module, _ONE_STEP) or module in self._norms:
-            return True
-        return super().is_leaf_module(module, name) and not any(module.children())
-
-
 def traced_flow(model: nn.Module) -> Flow:
     """Find the flow by torch.fx; a module without submodules is one operation, which uses all its parameters.
 
@@ -139,7 +120,8 @@ def traced_flow(model: nn.Module) -> Flow:
     carried: dict[torch.fx.Node, set[str]] = {}  # nodes that hold only parameters or views of them
     sizes: set[torch.fx.Node] = set()  # shapes and the like: an operation that reads x.shape does not read x
     norms = _norms_of_others(shell)  # before tracing, in which no module computes
-    for node in _Tracer(norms).trace(shell).nodes:
+    held = {name: names[id(each)] for name, each in shell.named_parameters(remove_duplicate=False) if id(each) in names}
+    for node in Tracer(norms).trace(shell).nodes:
         if _is_size(node) or (node.all_input_nodes and sizes.issuperset(node.all_input_nodes)):
             sizes.add(node)
             continue
@@ -153,8 +135,7 @@ def traced_flow(model: nn.Module) -> Flow:
             norm = norms.get(module, "")
             parameters |= {names[id(parameter)] for parameter in module.parameters()}
         if node.op == "get_attr":
-            held = operator.attrgetter(node.target)(shell)
-            carried[node] = {names[id(held)]} if id(held) in names else set()
+            carried[node] = {held[node.target]} if node.target in held else set()
         elif node.op == "output":
             flow.results.update(reads)
         elif parameters and not reads:
