@@ -7,7 +7,6 @@ modules and buffers and shares its parameters. Hooks that the user has put on th
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from .flow import Flow, Operation
 from .norms import is_norm_of_others
-from .parallel import is_fully_sharded, kind_of, unwrapped
-from .running import check_runs
+from .parallel import is_fully_sharded, kind_of
+from .running import check_runs, in_modes, random_restored, shell_of
 from .symbolic import Tracer
 from .tensors import tensors_in
 
@@ -72,17 +71,6 @@ def find_flow(model: nn.Module, example_input: Any = None) -> Flow:
     return recorded_flow(model, example_input)
 
 
-def _shell(model: nn.Module) -> nn.Module:
-    """A copy of the modules and buffers of a model with the same parameters, in evaluation mode, unwrapped."""
-    # Activations that a forward has stored on a module cannot be copied; they are shared like the parameters.
-    kept = [tensor for module in model.modules() for tensor in tensors_in(vars(module)) if not tensor.is_leaf]
-    shell = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *kept)}).eval()
-    for part in list(shell.modules()):
-        for name, child in part.named_children():
-            setattr(part, name, unwrapped(child))  # neither tracing nor recording sees into compiled modules
-    return shell
-
-
 def _norms_of_others(shell: nn.Module) -> dict[nn.Module, str]:
     return {module: name for name, module in shell.named_modules() if is_norm_of_others(module)}
 
@@ -114,7 +102,7 @@ def traced_flow(model: nn.Module) -> Flow:
     Raises:
         Exception: Anything that the code of the model or torch.fx raises, if it cannot be traced.
     """
-    shell, names = _shell(model), _names(model)
+    shell, names = shell_of(model), _names(model)
     flow = Flow([], set(), set())
     index: dict[torch.fx.Node, int] = {}
     carried: dict[torch.fx.Node, set[str]] = {}  # nodes that hold only parameters or views of them
@@ -247,11 +235,11 @@ def recorded_flow(model: nn.Module, example_input: Any) -> Flow:
         ValueError: The model fails on the example.
     """
     names = _names(model)
-    shell, recorder = _shell(model), _Recorder(names)
+    shell, recorder = shell_of(model), _Recorder(names)
     for norm, name in _norms_of_others(shell).items():
         recorder.one_step(name, norm, {names[id(parameter)] for parameter in norm.parameters()})
     recorder.flow.sources.add(recorder.record(example_input, Operation([], set())))
-    with torch.random.fork_rng(), torch.no_grad(), recorder:
+    with random_restored(shell), in_modes(torch.no_grad(), recorder):
         output = check_runs(shell, (example_input,) if isinstance(example_input, list) else example_input)
     recorder.flow.results.update(recorder.steps_of(output))
     return recorder.flow
