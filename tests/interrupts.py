@@ -8,9 +8,9 @@ import torch
 
 import sparsifai
 
-LIBRARY = str(Path(sparsifai.__file__).parent)
-# With what the library enters and leaves: managers of contexts, modes, hooks and random states.
-MANAGERS = (LIBRARY, sys.modules["contextlib"].__file__, str(Path(torch.__file__).parent))
+LIBRARY = (str(Path(sparsifai.__file__).parent),)
+# With the managers of contexts, modes, hooks and random states that the library uses.
+WITH_TORCH = (*LIBRARY, sys.modules["contextlib"].__file__, str(Path(torch.__file__).parent))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,7 +39,7 @@ class _Tracer:
         return self._line
 
 
-def interrupted(function, at=0, folders=(LIBRARY,)):
+def interrupted(function, at=0, folders=LIBRARY):
     """Call a function; at the line that is number `at`, raise Interrupted. Returns the tracer: how many lines ran."""
     tracer, earlier = _Tracer(folders, at), sys.gettrace()
     sys.settrace(tracer)
