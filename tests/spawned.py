@@ -1,5 +1,7 @@
 """What a process does that was started with 'spawn': it gets Sparsifiers and uses them."""
 
+import pickle
+
 import torch
 from conftest import EXAMPLE, show_data, small_net
 
@@ -65,7 +67,8 @@ def used(sparsifier):
     }
 
 
-def use(sparsifiers, path):
+def use(sparsifiers, pickled, path):
     """What the process does."""
     torch.set_num_threads(1)
+    sparsifiers["as bytes"] = pickle.loads(pickled)
     torch.save({name: used(sparsifier) for name, sparsifier in sparsifiers.items()}, path)

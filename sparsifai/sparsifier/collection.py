@@ -53,6 +53,16 @@ class Source:
         """Drop what `once` has computed."""
         self._computed.clear()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # As bytes: a tensor that a generator makes of its state when it is pickled does not last until another process
+        # has read it.
+        return {**vars(self), "rng": self.rng.get_state().numpy().tobytes()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.rng = torch.Generator()
+        self.rng.set_state(torch.frombuffer(bytearray(state["rng"]), dtype=torch.uint8))
+
 
 class CollectedQuantities:
     """The quantities that a criterion names, of the selected layers.
