@@ -1,4 +1,6 @@
+import math
 import pickletools
+import random
 import re
 import zipfile
 
@@ -28,6 +30,64 @@ has_ties = pytest.mark.filterwarnings("ignore:[0-9]+ scores of .* are equal")
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def process_state():
+    """What code can change for the whole process, or leave behind in its thread, beside random generators."""
+    return {
+        "nn.Module": dict(vars(nn.Module)),
+        "torch.Tensor": dict(vars(torch.Tensor)),
+        "math": dict(vars(math)),
+        "hooks of all modules": [
+            len(hooks) for name, hooks in sorted(vars(nn.modules.module).items()) if "_hooks" in name
+        ],
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "fast path of attention": torch.backends.mha.get_fastpath_enabled(),
+        "modes of torch functions": torch._C._len_torch_function_stack(),
+        "modes of operators": torch._C._len_torch_dispatch_stack(),
+        "autocast": (torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()),
+    }
+
+
+PROCESS_AT_START = process_state()
+
+
+def changed_in_process(before=PROCESS_AT_START):
+    """Names of what is no longer as it was, for methods with their names."""
+    now, changed = process_state(), []
+    for part, value in before.items():
+        if isinstance(value, dict):  # fastai adds methods of its own; torch.compile replaces two for good when imported
+            changed += [f"{part}.{name}" for name, each in value.items() if not _is_same(each, now[part].get(name))]
+        elif now[part] != value:
+            changed.append(part)
+    return changed
+
+
+def _is_same(before, now):
+    return now is before or (getattr(now, "__module__", None) or "").startswith("torch._dynamo")
+
+
+@pytest.fixture(autouse=True)
+def unchanged_process():
+    """Every test leaves nn.Module, torch.Tensor, math and the modes of torch as they were."""
+    yield
+    assert changed_in_process() == []
+
+
+def random_state():
+    """The states of the random generators of torch, numpy and Python, to be compared with ==."""
+    numpy_state = np.random.get_state()
+    return torch.get_rng_state().tolist(), numpy_state[1].tolist(), numpy_state[2:], random.getstate()
+
+
+@pytest.fixture
+def unchanged_random():
+    """A test that asks for it draws no random number that others miss."""
+    before = random_state()
+    yield
+    assert random_state() == before
 
 
 def small_net():

@@ -33,12 +33,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from ..model.layers import CONVOLUTIONS, NamedWeight
 from ..model.parallel import whole
-from ..model.running import evaluating, first_example, run
+from ..model.running import first_example, in_modes, run, shell_of
 from ..model.tensors import computable, is_float, tensors_in, widened, with_autograd
 from ..support.registry import Registry, name_of
 
@@ -286,16 +285,16 @@ def _synaptic_flow(source: QuantitySource) -> dict[str, Tensor]:
         raise ValueError("synflow needs the shape of an input: give the Sparsifier a batch, example_input=")
     model = source.model
     values = {
-        name: _magnitudes(computable(value.detach())).double() if value.is_floating_point() else value
-        for name, value in (*model.named_parameters(), *model.named_buffers())
+        value: _magnitudes(computable(value.detach())).double()
+        for value in (*model.parameters(), *model.buffers())
+        if value.is_floating_point()
     }
-    parameters = {name: values[name].requires_grad_() for name in source.layers}
-    with torch.enable_grad(), evaluating(model):
+    parameters = {name: values[layer.parameter].requires_grad_() for name, layer in source.layers.items()}
+    with in_modes(torch.enable_grad()):
+        inputs = tree_map(_ones, with_autograd(first_example(source.example_input)))
         try:
-            output = run(
-                lambda *inputs, **named: functional_call(model, values, inputs, named),
-                tree_map(_ones, with_autograd(first_example(source.example_input))),
-            )
+            # A copy, because the model can be in use by other threads, and this can be interrupted.
+            output = run(shell_of(model, values), inputs)
         except Exception as error:
             raise ValueError(
                 f"synflow: the model fails on ones in float64 in the shape of example_input ({error}); pass an "

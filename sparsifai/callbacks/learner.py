@@ -13,6 +13,7 @@ from ..model.running import Split, not_drawn_from, untraced
 from ..sparsifier.masking import parameters_of
 from ..sparsifier.notices import LARGE_PART
 from ..sparsifier.sparsifier import Sparsifier
+from ..support.at_end import AtEnd
 from ..support.table import percent
 from ..support.warning import warn
 
@@ -122,17 +123,20 @@ def unchanged(learn: Any) -> Iterator[None]:
     # Metrics, and the running means of a Recorder, change in place.
     counted = [each for callback in learn.cbs for each in _means_of(callback)] + list(learn.metrics)
     of_callbacks = [(each, dict(vars(each))) for each in (*learn.cbs, *counted)]
-    learn.cbs = learn.cbs.filter(lambda callback: callback.name != "progress")
-    vars(learn).pop("progress", None)
-    # fastai's trackers, loggers and plots do nothing on a Learner that has these attributes.
-    learn.gather_preds = learn.lr_finder = None
-    try:
-        with learn.no_logging():
-            yield
-    finally:
+
+    def undo() -> None:
         for holder, attributes in [(learn, held), *of_callbacks]:
             vars(holder).clear()
             vars(holder).update(attributes)
+
+    at_end = AtEnd(undo)
+    with at_end, at_end:
+        learn.cbs = learn.cbs.filter(lambda callback: callback.name != "progress")
+        vars(learn).pop("progress", None)
+        # fastai's trackers, loggers and plots do nothing on a Learner that has these attributes.
+        learn.gather_preds = learn.lr_finder = None
+        with learn.no_logging():
+            yield
 
 
 def _means_of(callback: Any) -> list[Any]:
@@ -158,10 +162,14 @@ def first_batch(learn: Any) -> tuple:
         raise ValueError("the Learner has no data to train on, but an example is needed; pass example_input=")
     order: Any = getattr(getattr(loader, "items", None), "idxs", [])  # loaders of texts shuffle it in place
     before = list(order)
-    with untraced(learn.model), not_drawn_from(loader):
+
+    def undo() -> None:
+        if before:
+            order[:] = before
+
+    at_end = AtEnd(undo)
+    with untraced(learn.model), not_drawn_from(loader), at_end, at_end:
         batch = loader.one_batch() if hasattr(loader, "one_batch") else next(iter(loader))  # fastai's, torch's
-    if before:
-        order[:] = before
     return next(iter(Split([batch], getattr(learn.dls, "n_inp", None))))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,11 +71,7 @@ def compare(dense: nn.Module, sparse: nn.Module, example_input: Any, repeats: in
     if repeats is not None and check_count("repeats", repeats) < 3:
         raise ValueError(f"compare: repeats must be at least 3, not {repeats}; fewer runs cannot be told from noise")
     dense, sparse = unwrapped(dense), unwrapped(sparse)
-    with ExitStack() as stack:
-        for model in (dense, sparse):
-            stack.enter_context(untraced(model))
-            stack.enter_context(evaluating(model))
-        stack.enter_context(torch.no_grad())
+    with untraced(dense), untraced(sparse), evaluating(dense), evaluating(sparse), torch.no_grad():
         flops = {name: _flops(name, model, example_input) for name, model in (("dense", dense), ("sparse", sparse))}
         models, forms = {"dense": dense, "masked": sparse}, [_form("dense", dense, flops["dense"])]
         masked = _form("masked", sparse, flops["sparse"])

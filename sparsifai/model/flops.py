@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any
 
 import torch
@@ -19,7 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .hooks import hooked
 from .layers import CONVOLUTIONS, NamedWeight
-from .running import evaluating, run, untraced, without_fast_path
+from .running import evaluating, in_modes, run, untraced, without_fast_path
+
+# torch keeps a flag for the whole process while a TorchDispatchMode is active. Threads that take turns restore it.
+_ONE_AT_A_TIME = RLock()
+
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -103,14 +108,15 @@ def all_flops(model: nn.Module, targets: Mapping[str, NamedWeight], example: Any
         for name, owner in weight.owners
     ]
     products = _Products(targets)
-    with hooked(hooks), untraced(model), evaluating(model), without_fast_path(), torch.no_grad(), products:
-        try:
+    modes = in_modes(torch.no_grad(), products)
+    try:
+        with _ONE_AT_A_TIME, untraced(model), hooked(hooks), evaluating(model), without_fast_path(), modes:
             run(model, example)
-        except Exception as error:
-            raise ValueError(
-                f"the model does not run on example_input ({error}); pass a batch of inputs on the device of the "
-                "model: a tuple for several positional inputs, a dictionary for named ones"
-            ) from error
+    except Exception as error:
+        raise ValueError(
+            f"the model does not run on example_input ({error}); pass a batch of inputs on the device of the model: a "
+            "tuple for several positional inputs, a dictionary for named ones"
+        ) from error
     # A layer whose products torch's formulas do not know is counted by its calls; one whose weight is read by functions
     # too, by its products.
     for name, flops in products.of_weights.items():

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from .layers import NamedWeight
 from .parallel import is_sharded
-from .running import copy_of
+from .running import copy_of, in_modes, random_restored
 
 # Code that is known to use weights as they are. What torch's parametrizations compute is found without a run.
 _KNOWN = ("torch.nn.modules.", "transformers.pytorch_utils")
@@ -95,7 +95,8 @@ def _is_factor_where_pruned(weight: NamedWeight, kernel: list[str], mask_of: Cal
     def factor() -> Tensor | None:
         """What the input is multiplied with at present."""
         # The layer may fail, if it needs other inputs; the factor may be known by then.
-        with suppress(Exception), _Factor(values) as taken, torch.random.fork_rng(devices=[]):
+        taken = _Factor(values)
+        with suppress(Exception), random_restored(probe), in_modes(taken):
             probe.forward(ones)
         return taken.found
 

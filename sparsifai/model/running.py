@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
+from torch.utils._python_dispatch import _get_dispatch_stack_at, _pop_mode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .parallel import is_sharded, kind_of, reshard
-from .tensors import cloned, is_fixed, shape_of
+from ..support.at_end import AtEnd
+from .parallel import is_sharded, kind_of, reshard, unwrapped
+from .tensors import cloned, is_fixed, shape_of, tensors_in
 
 
 @contextmanager
@@ -25,12 +29,15 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module: The module, or a whole model.
     """
     modes = {part: part.training for part in module.modules()}
-    try:
-        module.eval()
-        yield
-    finally:
+
+    def undo() -> None:
         for part, training in modes.items():
             part.training = training
+
+    at_end = AtEnd(undo)
+    with at_end, at_end:
+        module.eval()
+        yield
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -74,6 +81,24 @@ def check_autograd(caller: str, model: nn.Module) -> None:
             f"{caller}: the tensors of {type(model).__name__} were made under torch.inference_mode, which autograd "
             "refuses; make the model outside of it, or take copy.deepcopy(model) outside of it"
         )
+
+
+def shell_of(model: nn.Module, instead: Mapping[Tensor, Tensor] | None = None) -> nn.Module:
+    """Copy the modules and buffers of a model, in evaluation mode and without wrappers; its parameters are shared.
+
+    Args:
+        model: The model.
+        instead: Parameters and buffers -> tensors that the copy has in their place.
+    """
+    # Activations that a forward has stored on a module cannot be copied; they are shared like the parameters.
+    kept = [tensor for module in model.modules() for tensor in tensors_in(vars(module)) if not tensor.is_leaf]
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *kept)}
+    memo |= {id(tensor): other for tensor, other in (instead or {}).items()}
+    shell = copy.deepcopy(model, memo).eval()
+    for part in list(shell.modules()):
+        for name, child in part.named_children():
+            setattr(part, name, unwrapped(child))  # nothing sees into compiled modules
+    return shell
 
 
 def check_runs(model: nn.Module, example_input: Any) -> Any:
@@ -143,18 +168,73 @@ def _has_list(value: Any) -> bool:
 
 
 @contextmanager
-def without_fast_path() -> Iterator[None]:
+def in_modes(*modes: Any) -> Iterator[None]:
+    """Enter modes of torch, such as `torch.no_grad()` or a TorchFunctionMode, until the end of the block.
+
+    The gradient mode and the stacks of modes of this thread are then as they were. torch's own `with` blocks leave them
+    otherwise if they are interrupted at their end.
+
+    Args:
+        *modes: The modes, in the order in which they are entered.
+    """
+    grad, functions, operators = torch.is_grad_enabled(), _function_modes(), _len_torch_dispatch_stack()
+
+    def undo() -> None:
+        torch._C._set_grad_enabled(grad)
+        if _function_modes() != functions:
+            while _len_torch_function_stack():
+                torch._C._pop_torch_function_stack()
+            for mode in functions:
+                torch._C._push_on_torch_function_stack(mode)
+        while _len_torch_dispatch_stack() > operators:
+            top: Any = _get_dispatch_stack_at(_len_torch_dispatch_stack() - 1)
+            if top.old_dispatch_mode_flags:
+                top.__exit__(None, None, None)
+            else:  # that was interrupted
+                _pop_mode()
+
+    at_end = AtEnd(undo)
+    with at_end, at_end:
+        for mode in modes:
+            mode.__enter__()
+        yield
+
+
+def _function_modes() -> list[TorchFunctionMode]:
+    return [torch._C._get_function_stack_at(place) for place in range(_len_torch_function_stack())]
+
+
+def without_fast_path() -> AbstractContextManager[None]:
     """Have torch compute attention and transformers layer by layer inside a `with` block, in evaluation mode too.
 
     Their fast path calls no layers, so hooks on these see nothing; and torch.nn.TransformerEncoder hands its layers a
-    nested tensor of what is not padding, which they cannot handle once some of them have hooks.
+    nested tensor of what is not padding, which they cannot handle once some of them have hooks. torch does not take the
+    fast path in a thread that has a mode of torch functions, so other threads are not affected.
     """
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
+    return in_modes(BaseTorchFunctionMode())
+
+
+@contextmanager
+def random_restored(model: nn.Module) -> Iterator[None]:
+    """Restore the random generators of Python, NumPy and torch at the end of the block.
+
+    Args:
+        model: A model, on whose devices the generators are restored, too.
+    """
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    states_on_devices = {device: torch.cuda.get_rng_state(device) for device in devices}
+
+    def undo() -> None:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        for device, state in states_on_devices.items():
+            torch.cuda.set_rng_state(state, device)
+
+    at_end = AtEnd(undo)
+    with at_end, at_end:
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager
@@ -169,27 +249,30 @@ def untraced(model: nn.Module) -> Iterator[None]:
         (module, dict(module._buffers), [cloned(buffer) for buffer in module._buffers.values()])
         for module in model.modules()
     ]
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=list(devices)):
+
+    def undo() -> None:
+        torch.clear_autocast_cache()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for module, named, values in buffers:
+                _set_items(module._buffers, named)
+                for buffer, value in zip(named.values(), values, strict=True):
+                    if buffer is not None and value is not None:
+                        buffer.copy_(value)
+
+    at_end = AtEnd(undo)
+    with random_restored(model), in_modes(), at_end, at_end:
         # Autocast caches casts of weights; they would be out of date once the weights are masked.
         torch.clear_autocast_cache()
-        try:
-            model.zero_grad(set_to_none=True)
-            yield
-        finally:
-            torch.clear_autocast_cache()
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-            with torch.no_grad():
-                for module, named, values in buffers:
-                    module._buffers.clear()
-                    module._buffers.update(named)
-                    for buffer, value in zip(named.values(), values, strict=True):
-                        if buffer is not None and value is not None:
-                            buffer.copy_(value)
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+        model.zero_grad(set_to_none=True)
+        yield
+
+
+def _set_items(held: dict, items: Mapping) -> None:
+    """Give a dictionary these items and no others, in this order."""
+    held.clear()
+    held.update(items)
 
 
 @contextmanager
@@ -205,14 +288,17 @@ def not_drawn_from(batches: Any) -> Iterator[None]:
     holders = loader, getattr(loader, "sampler", None)
     generators = [getattr(holder, "generator", None) for holder in holders]
     states = [(generator, generator.get_state()) for generator in generators if isinstance(generator, torch.Generator)]
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         if state is not None:
             rng.setstate(state)
             loader.rng = rng
         for generator, earlier in states:
             generator.set_state(earlier)
+
+    at_end = AtEnd(undo)
+    with at_end, at_end:
+        yield
 
 
 class Split:
@@ -245,17 +331,18 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     reshard(model)
     parameters = {each: (each.data, each.detach().clone(), each.requires_grad) for each in model.parameters()}
     modules = [(module, module.training, dict(module._parameters)) for module in model.modules()]
-    with untraced(model):
-        try:
-            yield
-        finally:
-            reshard(model)
-            for module, training, named in modules:
-                module.training = training
-                module._parameters.clear()
-                module._parameters.update(named)
-            for parameter, saved in parameters.items():
-                _restore(parameter, *saved)
+
+    def undo() -> None:
+        reshard(model)
+        for module, training, named in modules:
+            module.training = training
+            _set_items(module._parameters, named)
+        for parameter, saved in parameters.items():
+            _restore(parameter, *saved)
+
+    at_end = AtEnd(undo)
+    with untraced(model), at_end, at_end:
+        yield
 
 
 @torch.no_grad()

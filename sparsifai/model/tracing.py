@@ -7,10 +7,8 @@ modules and buffers and shares its parameters. Hooks that the user has put on th
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.fx
@@ -19,11 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from .flow import Flow, Operation
 from .norms import is_norm_of_others
-from .parallel import is_fully_sharded, kind_of, unwrapped
-from .running import check_runs
+from .parallel import is_fully_sharded, kind_of
+from .running import check_runs, in_modes, random_restored, shell_of
+from .symbolic import Tracer
 from .tensors import tensors_in
-
-_ONE_STEP = (nn.MultiheadAttention, nn.RNNBase)
 
 # Operations that keep channels separate and a channel of zeros zero: classes of torch.nn, functions and methods.
 _ZERO_KEEPING = {
@@ -74,17 +71,6 @@ def find_flow(model: nn.Module, example_input: Any = None) -> Flow:
     return recorded_flow(model, example_input)
 
 
-def _shell(model: nn.Module) -> nn.Module:
-    """A copy of the modules and buffers of a model with the same parameters, in evaluation mode, unwrapped."""
-    # Activations that a forward has stored on a module cannot be copied; they are shared like the parameters.
-    kept = [tensor for module in model.modules() for tensor in tensors_in(vars(module)) if not tensor.is_leaf]
-    shell = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *kept)}).eval()
-    for part in list(shell.modules()):
-        for name, child in part.named_children():
-            setattr(part, name, unwrapped(child))  # neither tracing nor recording sees into compiled modules
-    return shell
-
-
 def _norms_of_others(shell: nn.Module) -> dict[nn.Module, str]:
     return {module: name for name, module in shell.named_modules() if is_norm_of_others(module)}
 
@@ -107,23 +93,6 @@ def _add_operation(flow: Flow, step: Operation) -> int:
     return len(flow.steps) - 1
 
 
-class _Tracer(torch.fx.Tracer):
-    """Traces into every module that has submodules, so that an operation is never more than one layer.
-
-    Args:
-        norms: Norm layers that are one operation.
-    """
-
-    def __init__(self, norms: Collection[nn.Module]):
-        super().__init__()
-        self._norms = norms
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        if isinstance(module, _ONE_STEP) or module in self._norms:
-            return True
-        return super().is_leaf_module(module, name) and not any(module.children())
-
-
 def traced_flow(model: nn.Module) -> Flow:
     """Find the flow by torch.fx; a module without submodules is one operation, which uses all its parameters.
 
@@ -133,13 +102,14 @@ def traced_flow(model: nn.Module) -> Flow:
     Raises:
         Exception: Anything that the code of the model or torch.fx raises, if it cannot be traced.
     """
-    shell, names = _shell(model), _names(model)
+    shell, names = shell_of(model), _names(model)
     flow = Flow([], set(), set())
     index: dict[torch.fx.Node, int] = {}
     carried: dict[torch.fx.Node, set[str]] = {}  # nodes that hold only parameters or views of them
     sizes: set[torch.fx.Node] = set()  # shapes and the like: an operation that reads x.shape does not read x
     norms = _norms_of_others(shell)  # before tracing, in which no module computes
-    for node in _Tracer(norms).trace(shell).nodes:
+    held = {name: names[id(each)] for name, each in shell.named_parameters(remove_duplicate=False) if id(each) in names}
+    for node in Tracer(norms).trace(shell).nodes:
         if _is_size(node) or (node.all_input_nodes and sizes.issuperset(node.all_input_nodes)):
             sizes.add(node)
             continue
@@ -153,8 +123,7 @@ def traced_flow(model: nn.Module) -> Flow:
             norm = norms.get(module, "")
             parameters |= {names[id(parameter)] for parameter in module.parameters()}
         if node.op == "get_attr":
-            held = operator.attrgetter(node.target)(shell)
-            carried[node] = {names[id(held)]} if id(held) in names else set()
+            carried[node] = {held[node.target]} if node.target in held else set()
         elif node.op == "output":
             flow.results.update(reads)
         elif parameters and not reads:
@@ -266,11 +235,11 @@ def recorded_flow(model: nn.Module, example_input: Any) -> Flow:
         ValueError: The model fails on the example.
     """
     names = _names(model)
-    shell, recorder = _shell(model), _Recorder(names)
+    shell, recorder = shell_of(model), _Recorder(names)
     for norm, name in _norms_of_others(shell).items():
         recorder.one_step(name, norm, {names[id(parameter)] for parameter in norm.parameters()})
     recorder.flow.sources.add(recorder.record(example_input, Operation([], set())))
-    with torch.random.fork_rng(), torch.no_grad(), recorder:
+    with random_restored(shell), in_modes(torch.no_grad(), recorder):
         output = check_runs(shell, (example_input,) if isinstance(example_input, list) else example_input)
     recorder.flow.results.update(recorder.steps_of(output))
     return recorder.flow

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..axes.quantity import UnsuitableLayerError
 from ..model.hooks import hooked
 from ..model.parallel import is_sharded
-from ..model.running import check_autograd, not_drawn_from, run, untraced
+from ..model.running import not_drawn_from, run, untraced
 from ..model.tensors import tensors_in, with_autograd
+from ..support.at_end import AtEnd
 from ..support.listing import in_short
 from ..support.registry import name_of
 from ..support.warning import warn
@@ -44,10 +45,24 @@ def calibrate(collected: CollectedQuantities, batches: Iterable, loss_func: Call
     if needs_loss and loss_func is None:
         quantity = collected.at("loss", "backward")[0]
         raise TypeError(f"calibrate: {name_of(collected.criterion)} needs {quantity}; give it a loss_func")
-    check_autograd("calibrate", source.model)
-    before, unreached, number, used, infinite = collected.state(), collected.unreached, 0, 0, 0
-    collected.unreached = {}
-    try:
+    if any(tensor.is_inference() for tensor in (*source.model.parameters(), *source.model.buffers())):
+        raise ValueError(
+            f"calibrate: the tensors of {type(source.model).__name__} were made under torch.inference_mode, which "
+            "autograd refuses; make the model outside of it, or take copy.deepcopy(model) outside of it"
+        )
+    before, unreached, number, used, infinite, is_done = collected.state(), collected.unreached, 0, 0, 0, False
+
+    def undo() -> None:
+        source.inputs.clear()
+        source.loss = None
+        source.forget()
+        if not is_done:
+            collected.restore(before)
+            collected.unreached = unreached
+
+    at_end = AtEnd(undo)
+    with at_end, at_end:
+        collected.unreached = {}
         # Within inference_mode no graph is recorded. It is left, and so is no_grad.
         with untraced(source.model), not_drawn_from(batches), torch.inference_mode(False), torch.enable_grad():
             for number, batch in enumerate(batches, 1):
@@ -79,10 +94,7 @@ def calibrate(collected: CollectedQuantities, batches: Iterable, loss_func: Call
         collected.unreached = {**unreached, **collected.unreached}
         if not collected.may_skip:
             _check_reached(collected)
-    except BaseException:
-        collected.restore(before)
-        collected.unreached = unreached
-        raise
+        is_done = True
     if infinite:
         warn(f"calibrate: {infinite} of {used} batches are left out, because their gradients have inf or NaN")
 
@@ -124,10 +136,8 @@ def _take_loss(collected: CollectedQuantities, loss: Any, number: int) -> bool:
         raise ValueError(f"calibrate: the loss of batch {number} is {loss.item()}")
     if collected.at("loss"):
         source.loss = loss
-        try:
-            collected.add("loss")
-        finally:
-            source.loss = None
+        collected.add("loss")
+        source.loss = None
     if collected.at("backward"):
         _backward(source, loss)
         collected.add("backward")
@@ -186,8 +196,6 @@ def _inputs_seen(collected: CollectedQuantities) -> Iterator[None]:
         return see
 
     layers = source.layers.items() if collected.at("forward") else ()
-    try:
-        with hooked(before=[(owner, hook(name, owner)) for name, layer in layers for _, owner in layer.owners]):
-            yield
-    finally:
-        source.inputs.clear()
+    with hooked(before=[(owner, hook(name, owner)) for name, layer in layers for _, owner in layer.owners]):
+        yield
+    source.inputs.clear()

@@ -15,6 +15,7 @@ from ..axes.criterion import quantities_of
 from ..axes.quantity import AVERAGED, STORED, quantities
 from ..model.layers import NamedWeight
 from ..model.tensors import all_finite, cloned
+from ..support.at_end import AtEnd
 from ..support.listing import in_short
 from ..support.registry import name_of
 
@@ -51,6 +52,16 @@ class Source:
     def forget(self) -> None:
         """Drop what `once` has computed."""
         self._computed.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As bytes: a tensor that a generator makes of its state when it is pickled does not last until another process
+        # has read it.
+        return {**vars(self), "rng": self.rng.get_state().numpy().tobytes()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.rng = torch.Generator()
+        self.rng.set_state(torch.frombuffer(bytearray(state["rng"]), dtype=torch.uint8))
 
 
 class CollectedQuantities:
@@ -124,14 +135,10 @@ class CollectedQuantities:
         # A layer that is not trained at present, as the other net of a pair, keeps its last mean.
         names = list(names) if names is not None else [name for name in self._layers if not self._rests(name, moment)]
         self.source.skipped = set()
-        try:
-            with self._zeros_for_missing(names) if moment == "backward" else nullcontext():
-                finite: Any = all_finite(self._gradients(names) if moment == "backward" else ())
-                taken = {
-                    each: {name: quantities[each](self.source, name) for name in names} for each in self.at(moment)
-                }
-        finally:
-            self.source.forget()
+        at_end = AtEnd(self.source.forget)
+        with at_end, at_end, self._zeros_for_missing(names) if moment == "backward" else nullcontext():
+            finite: Any = all_finite(self._gradients(names) if moment == "backward" else ())
+            taken = {each: {name: quantities[each](self.source, name) for name in names} for each in self.at(moment)}
         if moment == "loss":
             finite = all_finite(value for values in taken.values() for value in values.values())
         # On a GPU the answer stays there, unless there is no earlier mean to fall back on.
@@ -195,13 +202,16 @@ class CollectedQuantities:
         parameters = {name: self._layers[name].parameter for name in names}
         missing = {name: each for name, each in parameters.items() if each.grad is None and each.requires_grad}
         self.source.skipped = set(missing)
-        try:
+
+        def undo() -> None:
+            for parameter in missing.values():
+                parameter.grad = None
+
+        at_end = AtEnd(undo)
+        with at_end, at_end:
             for parameter in missing.values():
                 parameter.grad = torch.zeros_like(parameter)
             yield
-        finally:
-            for parameter in missing.values():
-                parameter.grad = None
 
     def missing(self) -> str | None:
         """The first named quantity that is a mean over batches and lacks a batch for some layer; None if none does."""

@@ -22,6 +22,7 @@ from ..support.registry import name_of
 from ..support.warning import warn_each
 from .calibration import calibrate
 from .collection import CollectedQuantities, Source
+from .copying import CopiedWithModel
 from .findings import both
 from .given_masks import check_masks
 from .layer import level_of, unfrozen
@@ -38,7 +39,7 @@ from .steps import check_repeatable, restored_on_failure, sparsity_at
 
 
 # Large, because it is the face of the core: a third of it are docstrings for its users.
-class Sparsifier(MaskedModel):
+class Sparsifier(CopiedWithModel, MaskedModel):
     """Makes any torch model sparse. The options say which weights are pruned and how they are chosen.
 
     A layer that is frozen joins the selected layers when it is trained.

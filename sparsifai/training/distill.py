@@ -16,7 +16,7 @@ from ..axes.schedule import progress, schedules
 from ..callbacks.base import TrainingCallback
 from ..model.hooks import RecordedOutputs
 from ..model.parallel import unwrapped
-from ..model.running import evaluating
+from ..model.running import evaluating, in_modes
 from ..model.tensors import first_tensor
 from ..support.checks import check_number
 from ..support.registry import close_matches
@@ -145,6 +145,7 @@ class DistillCallback(TrainingCallback):
         "Hook the layers of the model whose outputs are compared"
         self._remove_hooks()
         self._recorded = RecordedOutputs(unwrapped(self.learn.model), self.features)
+        self._recorded.start()  # once it is known here, an interrupt cannot leave hooks behind
 
     def after_pred(self):
         "Remove the hooks, keep the outputs of the layers"
@@ -181,7 +182,7 @@ class DistillCallback(TrainingCallback):
     def _run_teacher(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The output of the teacher for the batch, and the outputs of its layers by name."""
         recorded = RecordedOutputs(self.teacher, self.features.values())
-        with torch.no_grad(), evaluating(self.teacher), recorded as features:
+        with in_modes(torch.no_grad()), evaluating(self.teacher), recorded, recorded as features:
             return first_tensor(self.teacher(*self.learn.xb), "the teacher"), features
 
     def _loss_of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..callbacks.learner import is_learner, metric_names, unchanged
-from ..model.running import as_it_was, evaluating, not_drawn_from
+from ..model.running import as_it_was, evaluating, in_modes, not_drawn_from
 from ..support.registry import close_matches, name_of
 
 # A metric with one of these words in its name is lower for a better model: fastai's own metrics, and the usual ones.
@@ -146,5 +146,5 @@ def _validate(learn: Any, position: int) -> Any:
 
 
 def _evaluate(metric: Callable, model: nn.Module) -> Any:
-    with evaluating(model), torch.no_grad():
+    with in_modes(torch.no_grad()), evaluating(model):
         return metric(model)

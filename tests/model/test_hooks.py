@@ -64,6 +64,7 @@ def test_recorded_outputs_are_copies_of_the_latest():
 
 def test_a_copy_of_a_model_with_hooks_has_no_outputs(mlp):
     recorded = RecordedOutputs(mlp, ["0"])
+    recorded.start()
     mlp(torch.ones(2, 4))
     for copied in (copy.deepcopy(mlp), pickle.loads(pickle.dumps(mlp))):
         (hook,) = copied[0]._forward_hooks.values()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..parallel import kind_of
-from ..running import run
+from ..running import in_modes, run
 from ..tensors import tensors_in
 from .connections import channel_axis, keeps_constants
 from .nan_propagation import NAN, NanPropagation, replaced_at_layers, with_nan
@@ -37,7 +37,7 @@ def constant_inputs(model: nn.Module, example_input: Any, *others: Any) -> dict[
     measured = [_channel_values(model, example) for example in (example_input, *others)]
     nan, of_nan = NanPropagation(example_input), with_nan(example_input)
     try:
-        with nan:
+        with in_modes(nan):
             constants = _channel_values(model, of_nan, nan)
     except Exception as error:
         raise ValueError(
@@ -106,6 +106,6 @@ def has_other_path(
             indices = torch.tensor(sorted(outputs.get(name, ())), dtype=torch.long, device=output.device)
             return output.index_fill(channel_axis(layer, output), indices, NAN)
 
-    with replaced_at_layers(model, mark_input, mark_output), nan:
+    with replaced_at_layers(model, mark_input, mark_output), in_modes(nan):
         output = run(model, example_input)
     return any(bool(value.isnan().any()) for value in tensors_in(output) if value.is_floating_point())

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..layers import CHANNEL_LAYERS, is_depthwise, outputs_of, size_of
 from ..parallel import kind_of, unwrapped
-from ..running import check_runs, copy_of, run
+from ..running import check_runs, copy_of, in_modes, random_restored, run
 from .marked_model import HiddenNorm, HiddenPart, MarkedModel
 from .pixel_shuffle import PixelShuffles, channels_of_shuffles, map_pixel_shuffles
 
@@ -70,9 +70,9 @@ def coupled_groups(
     """
     torch_pruning()
     marked = MarkedModel(copy_of(unwrapped(model)).eval(), example_input)
-    with torch.random.fork_rng(), torch.no_grad():
+    with random_restored(model), in_modes(torch.no_grad()):
         check_runs(marked.model, example_input)
-    with torch.random.fork_rng(), torch.enable_grad(), warnings.catch_warnings():
+    with random_restored(model), in_modes(torch.enable_grad()), warnings.catch_warnings():
         # torch-pruning warns of parameters outside of layers. Here they become reasons in `why_kept`.
         warnings.simplefilter("ignore")
         try:

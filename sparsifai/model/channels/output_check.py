@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..running import check_runs, run, untraced
+from ..running import check_runs, random_restored, run, untraced
 from ..tensors import is_float, tensors_in
 
 TOLERANCE = 1e-5  # largest difference between outputs, relative to the largest of them
@@ -29,7 +29,7 @@ class OutputCheck:
     """
 
     def __init__(self, model: nn.Module, example_input: Any):
-        with torch.random.fork_rng():
+        with random_restored(model):
             self.others = _example_of_other_size(model, example_input)
             self._inputs = [example_input, tree_map(_random_like, example_input), *self.others]
             self._outputs = self._outputs_of(model)
