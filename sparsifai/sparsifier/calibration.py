@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from inspect import signature
 from typing import Any
 
@@ -21,22 +22,24 @@ from ..support.warning import warn
 from .collection import CollectedQuantities, Source
 
 
-def calibrate(collected: CollectedQuantities, batches: Iterable, loss_func: Callable | None) -> None:
+def calibrated(collected: CollectedQuantities, batches: Iterable, loss_func: Callable | None) -> dict[str, Any]:
     """Run batches through the model, for the quantities that are means over batches.
 
     Modes, buffers, gradients and random generators are restored. What a model keeps elsewhere, such as the hidden
     state of AWD_LSTM, is not. Batches without rows are skipped, and batches whose gradients are not finite left out.
 
     Args:
-        collected: The quantities to collect.
+        collected: The quantities, which are not changed.
         batches: Batches: (input, target), (input, input, target), or dictionaries of named inputs.
         loss_func: A function of (output, target), or of (output, dictionary). Only quantities that are taken from a
             gradient or from the loss need it.
 
+    Returns:
+        The attributes of `collected` that have these batches in their means.
+
     Raises:
         TypeError: `batches` is not a list of batches, or a loss is needed and missing.
         ValueError: The model or the loss fails on a batch, or no batch reaches a layer, unless `collected.may_skip`.
-            Nothing has changed then.
     """
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise TypeError(f"calibrate: batches is a list or a data loader of batches, not {_shown(batches)}")
@@ -49,46 +52,44 @@ def calibrate(collected: CollectedQuantities, batches: Iterable, loss_func: Call
             f"calibrate: the tensors of {type(source.model).__name__} were made under torch.inference_mode, which "
             "autograd refuses; make the model outside of it, or take copy.deepcopy(model) outside of it"
         )
-    before, unreached, number, used, infinite = collected.state(), collected.unreached, 0, 0, 0
+    # The means are collected in a copy, so that a batch that fails changes nothing.
+    unreached, number, used, infinite = collected.unreached, 0, 0, 0
+    collected = copy(collected)
     collected.unreached = {}
-    try:
-        # Within inference_mode no graph is recorded. It is left, and so is no_grad.
-        with untraced(source.model), not_drawn_from(batches), torch.inference_mode(False), torch.enable_grad():
-            for number, batch in enumerate(batches, 1):
-                inputs, targets = _parts_of(with_autograd(batch), needs_loss)
-                if not _has_rows(inputs):
-                    continue
-                try:
-                    with _inputs_seen(collected):
-                        output = run(source.model, inputs)
-                    loss = loss_func(output, *targets) if needs_loss and loss_func is not None else None
-                except UnsuitableLayerError:
-                    raise
-                except Exception as error:
-                    raise ValueError(
-                        f"calibrate: batch {number} fails ({error}); a batch is (input, target), (input, input, "
-                        "target) or a dictionary of named inputs, and the loss is loss_func(output, target)"
-                    ) from error
-                used += 1
-                if needs_loss:
-                    infinite += not _take_loss(collected, loss, number)
-                    source.model.zero_grad(set_to_none=True)
-        if not used:
-            empty = ", or all are without rows" if number else ""
-            raise ValueError(f"calibrate: there are no batches{empty}; give it a list or a data loader that has some")
-        if infinite == used:
-            raise ValueError("calibrate: the gradients of all batches have inf or NaN; look for it in the model")
-        for quantity, layers in collected.unreached.items():
-            layers &= unreached.get(quantity, layers)
-        collected.unreached = {**unreached, **collected.unreached}
-        if not collected.may_skip:
-            _check_reached(collected)
-    except BaseException:
-        collected.restore(before)
-        collected.unreached = unreached
-        raise
+    # Within inference_mode no graph is recorded. It is left, and so is no_grad.
+    with untraced(source.model), not_drawn_from(batches), torch.inference_mode(False), torch.enable_grad():
+        for number, batch in enumerate(batches, 1):
+            inputs, targets = _parts_of(with_autograd(batch), needs_loss)
+            if not _has_rows(inputs):
+                continue
+            try:
+                with _inputs_seen(collected):
+                    output = run(source.model, inputs)
+                loss = loss_func(output, *targets) if needs_loss and loss_func is not None else None
+            except UnsuitableLayerError:
+                raise
+            except Exception as error:
+                raise ValueError(
+                    f"calibrate: batch {number} fails ({error}); a batch is (input, target), (input, input, "
+                    "target) or a dictionary of named inputs, and the loss is loss_func(output, target)"
+                ) from error
+            used += 1
+            if needs_loss:
+                infinite += not _take_loss(collected, loss, number)
+                source.model.zero_grad(set_to_none=True)
+    if not used:
+        empty = ", or all are without rows" if number else ""
+        raise ValueError(f"calibrate: there are no batches{empty}; give it a list or a data loader that has some")
+    if infinite == used:
+        raise ValueError("calibrate: the gradients of all batches have inf or NaN; look for it in the model")
+    for quantity, layers in collected.unreached.items():
+        collected.unreached[quantity] = layers & unreached.get(quantity, layers)
+    collected.unreached = {**unreached, **collected.unreached}
+    if not collected.may_skip:
+        _check_reached(collected)
     if infinite:
         warn(f"calibrate: {infinite} of {used} batches are left out, because their gradients have inf or NaN")
+    return {name: getattr(collected, name) for name in ("stored", "counts", "begins", "unreached", "left_out")}
 
 
 def _check_reached(collected: CollectedQuantities) -> None:
