@@ -114,7 +114,7 @@ def _quantities(what: str, saved: Any, layers: Layers, collected: CollectedQuant
     if not isinstance(begins, (list, tuple, set)) or not all(isinstance(each, str) for each in begins):
         raise _wrong(f"begins of {what}", begins, "a list of quantities")
     _check_quantities(begins, (), means, collected)
-    unreached: dict[str, set[str]] = {quantity: set() for quantity in stored}
+    unreached: dict[str, set[str]] = {quantity: set() for quantity in stored if quantity in means}
     return {"stored": stored, "counts": counts, "begins": set(begins), "unreached": unreached}
 
 
@@ -181,7 +181,7 @@ def _mask(what: str, mask: Any, layer: Layer) -> Tensor:
 
 
 def _level(name: str, level: Any) -> float:
-    if isinstance(level, bool) or not isinstance(level, Real) or not 0 <= float(level) <= 1:
+    if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level <= 1:
         raise _wrong(f"level of {name}", level, "a number from 0 to 1")
     return float(level)
 
