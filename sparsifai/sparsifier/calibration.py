@@ -94,7 +94,7 @@ def calibrated(collected: CollectedQuantities, batches: Iterable, loss_func: Cal
 
 def _check_reached(collected: CollectedQuantities) -> None:
     """Raise a ValueError if no batch has used a layer."""
-    layers = collected.source.layers
+    layers = [name for name in collected.source.layers if name not in collected.resting]
     for quantity in collected.at("backward", "loss"):
         if unused := [name for name in layers if name in collected.unreached.get(quantity, ())]:
             raise ValueError(

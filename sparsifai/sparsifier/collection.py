@@ -76,6 +76,8 @@ class CollectedQuantities:
         unreached: Quantity -> the layers that no batch so far has reached.
         left_out: Whether a batch was left out since the last update, because its gradients are not finite.
         may_skip: Whether a layer that no batch has reached has a value of zero; else the value is missing.
+        waits_for_frozen: Whether a frozen layer that lacks a mean of gradients rests until it is trained; else this is
+            an error.
     """
 
     def __init__(self, criterion: Callable, source: Source):
@@ -85,7 +87,7 @@ class CollectedQuantities:
         self.counts: dict[str, dict[str, int | Tensor]] = {}
         self.begins: set[str] = set()
         self.unreached: dict[str, set[str]] = {}
-        self.left_out, self.may_skip = False, False
+        self.left_out, self.may_skip, self.waits_for_frozen = False, False, False
 
     def on(self, source: Source) -> CollectedQuantities:
         """The same quantities, with another source for those that are computed at each scoring."""
@@ -140,6 +142,8 @@ class CollectedQuantities:
         """The attributes that `add` sets."""
         if not self.at(moment):
             return {}
+        if self.waits_for_frozen and moment in ("backward", "loss"):
+            return self.trained().with_batch(moment, names, count) if self._trained else {}
         # A layer that is not trained at present, as the other net of a pair, keeps its last mean.
         names = list(names) if names is not None else [name for name in self._layers if not self._rests(name, moment)]
         self.source.skipped = set()
@@ -164,6 +168,23 @@ class CollectedQuantities:
             unreached[quantity] = unreached.get(quantity, set(self._layers)) - (set(names) - self.source.skipped)
         return {"stored": stored, "counts": counts, "unreached": unreached, "begins": self.begins - taken.keys()}
 
+    def trained(self) -> CollectedQuantities:
+        """The same quantities, of the layers that are trained at present."""
+        other = self.on(replace(self.source, layers=self._trained, skipped=set(), _computed={}))
+        other.waits_for_frozen = False
+        return other
+
+    @property
+    def resting(self) -> set[str]:
+        """The frozen layers that lack a mean of gradients, and wait until they are trained."""
+        means = self.at("backward", "loss") if self.waits_for_frozen else []
+        frozen = self._layers.keys() - self._trained.keys() if means else ()
+        return {name for name in frozen if any(name not in self.stored.get(each, {}) for each in means)}
+
+    @property
+    def _trained(self) -> dict[str, NamedWeight]:
+        return {name: layer for name, layer in self._layers.items() if not layer.is_frozen}
+
     def _rests(self, name: str, moment: str) -> bool:
         """Whether a layer is frozen at present and has means of earlier batches."""
         is_frozen = moment in ("backward", "loss") and self._layers[name].is_frozen
@@ -175,6 +196,8 @@ class CollectedQuantities:
         Raises:
             ValueError: No selected layer has a gradient, or one is frozen.
         """
+        if self.waits_for_frozen and not self._trained:
+            return {}
         if self.at("backward") and all(gradient is None for gradient in self._gradients(self._layers)):
             raise ValueError(
                 f"collect_gradients: no gradient has reached {next(iter(self._layers))} or any other selected layer; "
@@ -222,7 +245,7 @@ class CollectedQuantities:
 
     def missing(self) -> str | None:
         """The first named quantity that is a mean over batches and lacks a batch for some layer; None if none does."""
-        needed = self._layers.keys()
+        needed = self._layers.keys() - self.resting
         for quantity in self.at(*AVERAGED):
             stored = self.stored.get(quantity, {}).keys()
             if not stored or not (self.may_skip or needed <= stored):

@@ -5,7 +5,7 @@ The core of the library is `Sparsifier.sparsify`. It calls `build_masks`, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from .collection import CollectedQuantities, Source
 from .findings import both
 from .given_masks import check_masks
 from .layer import level_of, selected, unfrozen
-from .layer_selection import find_layers, scopes
+from .layer_selection import Asked, find_layers, scopes
 from .mask_building import NewMasks, Ranking, build_masks
 from .masked_model import MaskedModel
 from .masking import NEXT_TO_ZERO, Masked, masked_parameters, moments_to_zero, newly_masked
@@ -259,7 +259,7 @@ class Sparsifier(MaskedModel):
     def _new_masks(self, sparsity: Sparsity, drop: float = 0.0) -> NewMasks:
         """Build masks. Weights that are pruned already are set to zero before, where their values would matter."""
         self.select_unfrozen()
-        asked = scopes(sparsity, self.layers, self.model)
+        asked = self._without(self.resting(drop), scopes(sparsity, self.layers, self.model))
         if not self._has_ranked:  # not when it is made: a model is often moved to a GPU later
             self._has_ranked = True
             warn_each(notices_of_host(self.ranking.options, self.layers))
@@ -268,6 +268,30 @@ class Sparsifier(MaskedModel):
             # A step may have moved pruned weights. Their values must not reach a score, now or later, nor be revived.
             self.apply_masks()
         return build_masks(self._selected, asked, self.ranking, self.collected, self._regrowth, drop)
+
+    def wait_for_frozen(self) -> None:
+        """From now on, leave out of an update the frozen layers that lack the gradients that it needs."""
+        for each in self._all_collected:
+            each.waits_for_frozen = True
+
+    def resting(self, drop: float = 0.0) -> set[str]:
+        """The layers that an update leaves out, with the masks that they have: see `wait_for_frozen`.
+
+        Args:
+            drop: As of `sparsify`. Weights only regrow in a layer that gradients reach, if they regrow by gradients.
+        """
+        resting = set().union(*(each.resting for each in self._all_collected[: 2 if drop else 1]))
+        coupling = self.ranking.coupling
+        if coupling is None:
+            return resting
+        coupled = {coupling.part_of[name] for name in resting}
+        return {name for name in self._selected if coupling.part_of[name] in coupled}
+
+    @staticmethod
+    def _without(resting: Collection[str], asked: Asked) -> Asked:
+        """What is asked for, without some layers."""
+        left = [(sparsity, [name for name in names if name not in resting]) for sparsity, names in asked]
+        return [(sparsity, names) for sparsity, names in left if names]
 
     def _sparsify_in_steps(self, sparsity: Sparsity, steps: int) -> list[str]:
         """Build and apply masks in several steps; returns the notices. If a step fails, nothing has changed."""
