@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..sparsifier.layer_selection import scopes
 from ..sparsifier.model_masks import merged, prune_any, prunes
 from ..sparsifier.options import highest
 from ..sparsifier.report import Report
+from ..support.listing import in_short
 from ..support.table import percent
 from ..support.warning import warn
 from .display import Column, Curves, Trackers, notify
@@ -42,6 +44,8 @@ class Fit:
         moved: Whether the level has changed or weights have regrown since the trackers last compared an epoch.
         emptied: Other KeepSparsity callbacks on the Learner, and the masks that they get back at the end of the fit.
         warned: Whether the user was warned of a higher sparsity than asked for.
+        regrowing: Whether weights have regrown in the last update that was due.
+        told: The layers of which the user was told that they rest because they are frozen.
         column: The column `sparsity` of the training table.
         curves: The curves for the Recorder.
         trackers: Pauses SaveModelCallback and the like.
@@ -58,6 +62,8 @@ class Fit:
     moved: bool = False
     emptied: list[tuple[KeepSparsity, Any]] = field(default_factory=list)
     warned: bool = False
+    regrowing: bool = False
+    told: set[str] = field(default_factory=set)
     column: Column = field(init=False)
     curves: Curves = field(default_factory=Curves)
     trackers: Trackers = field(default_factory=Trackers)
@@ -111,6 +117,7 @@ class Fit:
             self._recover_zeros(revives)
         kept = self._kept_masks()
         if pruned is not None:
+            pruned.sparsifier.wait_for_frozen()
             pruned.take_in(kept, self.learn)
             kept = pruned.masks
             self._warn_of_higher_sparsity(revives)
@@ -147,7 +154,8 @@ class Fit:
     def go_to(self, t: float) -> None:
         """Update the masks, if the ramp has another value at t, or if layers that were frozen are trained now."""
         reached, pruned = self.level_at(t), self.pruned
-        joining = pruned.join()
+        # While weights regrow, layers that cannot regrow rest: an update of all would prune what has just regrown.
+        joining = pruned.join(pruned.sparsifier.resting(drop=float(self.regrowing)))
         if joining or reached != pruned.reached:
             if pruned.sparsifier.collected.looks_at_data:
                 pruned.sparsifier.apply_masks()  # the last step may have moved masked weights
@@ -155,14 +163,17 @@ class Fit:
             self.moved |= joining
             self._update(reached)
 
-    def collect_gradients(self, t: float, drop: float) -> None:
+    def collect_gradients(self, t: float, drop: float, is_due: bool) -> None:
         """Collect the gradients for the criterion. They are not masked yet.
 
         Args:
             t: The fraction of the fit that is done after the present batch.
             drop: Fraction of the remaining weights that is pruned and regrown now, or 0.
+            is_due: Whether the masks are updated in this step.
         """
         reached, sparsifier = self.level_at(t), self.pruned.sparsifier
+        if is_due:
+            self.regrowing = drop > 0
         if drop and reached > 0:
             show_data(self.learn, sparsifier, self.calibration)
             sparsifier.collect_gradients()
@@ -175,6 +186,8 @@ class Fit:
     def _update(self, reached: float, drop: float = 0.0) -> None:
         """Update the masks. drop: fraction of the remaining weights that is pruned and regrown."""
         pruned = self.pruned
+        resting = pruned.sparsifier.resting(drop)
+        self._tell_of_resting(resting)
         pruned.sparsifier.update_masks(self.ramp.sparsity_at(reached), self.learn.opt, drop=drop)
         self.keeper.masks = pruned.masks
         if self.keeper.learn is None:  # the user has removed it during the fit
@@ -182,7 +195,18 @@ class Fit:
             pruned.sparsifier.mask_moments(self.learn.opt)
         # After regrowth, too, trackers must forget their best epoch: it has other masks than those that are kept.
         self.moved |= bool(drop) or reached != pruned.reached
-        pruned.reached, pruned.layers = reached, set(pruned.sparsifier.masks)
+        pruned.reached, pruned.layers = reached, set(pruned.sparsifier.masks) - resting
+
+    def _tell_of_resting(self, resting: Collection[str]) -> None:
+        """Tell the user once of each layer that updates leave out because it is frozen."""
+        new = [name for name in self.pruned.sparsifier.masks if name in resting and name not in self.told]
+        self.told.update(new)
+        if new:
+            message = (
+                f"SparsifyCallback: no gradient reaches {in_short(new)}, frozen at present, so its sparsity stays as "
+                "it is until it is trained"
+            )
+            notify(self.learn, message, matters=True)
 
     # --- What keeps the zeros -----------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,11 +39,18 @@ class Pruned:
         """Parameter name -> mask of everything that is to be kept at zero."""
         return merged(self.sparsifier.all_masks, self.others)
 
-    def join(self) -> bool:
-        """Let layers join that were frozen and are trained now. Returns whether layers wait for their first update."""
+    def join(self, resting: Collection[str] = ()) -> bool:
+        """Let layers join that were frozen and are trained now.
+
+        Args:
+            resting: Layers that the present update leaves out.
+
+        Returns:
+            Whether layers that the last update has left out wait for this one.
+        """
         if self.sparsifier.select_unfrozen():
             self.sparsifier.all_masks.add(self.others)
-        return self.sparsifier.masks.keys() != self.layers
+        return not self.sparsifier.masks.keys() <= {*self.layers, *resting}
 
     def is_kept_on(self, learn: Any) -> bool:
         """Whether the Sparsifier belongs to the model of this Learner, and its zeros were kept since the last fit."""

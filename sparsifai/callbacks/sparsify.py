@@ -202,9 +202,10 @@ class SparsifyCallback(TrainingCallback):
         "Collect the gradients, which are not masked yet, for the criterion; and regrow weights"
         # Weights regrow before the step, so that this step already moves them away from zero.
         if self._fit.moves:
-            regrows = self.options.regrow is not None and self._is_due
+            is_due = self._is_due
+            regrows = self.options.regrow is not None and is_due
             drop = self.drop * (1 - progress(self.decay, self._start)) if regrows else 0.0
-            self._fit.collect_gradients(self._batches(1) / self._batches_of_fit, drop)
+            self._fit.collect_gradients(self._batches(1) / self._batches_of_fit, drop, is_due)
 
     def after_step(self):
         "Prune to where the schedule is after this step"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from inspect import signature
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..axes.quantity import UnsuitableLayerError
 from ..model.hooks import hooked
 from ..model.parallel import is_sharded
-from ..model.running import not_drawn_from, run, untraced
+from ..model.running import check_autograd, not_drawn_from, run, untraced
 from ..model.tensors import tensors_in, with_autograd
 from ..support.at_end import AtEnd
 from ..support.listing import in_short
@@ -22,22 +23,24 @@ from ..support.warning import warn
 from .collection import CollectedQuantities, Source
 
 
-def calibrate(collected: CollectedQuantities, batches: Iterable, loss_func: Callable | None) -> None:
+def calibrated(collected: CollectedQuantities, batches: Iterable, loss_func: Callable | None) -> dict[str, Any]:
     """Run batches through the model, for the quantities that are means over batches.
 
     Modes, buffers, gradients and random generators are restored. What a model keeps elsewhere, such as the hidden
     state of AWD_LSTM, is not. Batches without rows are skipped, and batches whose gradients are not finite left out.
 
     Args:
-        collected: The quantities to collect.
+        collected: The quantities, which are not changed.
         batches: Batches: (input, target), (input, input, target), or dictionaries of named inputs.
         loss_func: A function of (output, target), or of (output, dictionary). Only quantities that are taken from a
             gradient or from the loss need it.
 
+    Returns:
+        The attributes of `collected` that have these batches in their means.
+
     Raises:
         TypeError: `batches` is not a list of batches, or a loss is needed and missing.
         ValueError: The model or the loss fails on a batch, or no batch reaches a layer, unless `collected.may_skip`.
-            Nothing has changed then.
     """
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise TypeError(f"calibrate: batches is a list or a data loader of batches, not {_shown(batches)}")
@@ -45,24 +48,19 @@ def calibrate(collected: CollectedQuantities, batches: Iterable, loss_func: Call
     if needs_loss and loss_func is None:
         quantity = collected.at("loss", "backward")[0]
         raise TypeError(f"calibrate: {name_of(collected.criterion)} needs {quantity}; give it a loss_func")
-    if any(tensor.is_inference() for tensor in (*source.model.parameters(), *source.model.buffers())):
-        raise ValueError(
-            f"calibrate: the tensors of {type(source.model).__name__} were made under torch.inference_mode, which "
-            "autograd refuses; make the model outside of it, or take copy.deepcopy(model) outside of it"
-        )
-    before, unreached, number, used, infinite, is_done = collected.state(), collected.unreached, 0, 0, 0, False
+    check_autograd("calibrate", source.model)
+    # The means are collected in a copy, so that a batch that fails changes nothing.
+    unreached, number, used, infinite = collected.unreached, 0, 0, 0
+    collected = copy(collected)
+    collected.unreached = {}
 
-    def undo() -> None:
+    def forget() -> None:
         source.inputs.clear()
         source.loss = None
         source.forget()
-        if not is_done:
-            collected.restore(before)
-            collected.unreached = unreached
 
-    at_end = AtEnd(undo)
+    at_end = AtEnd(forget)
     with at_end, at_end:
-        collected.unreached = {}
         # Within inference_mode no graph is recorded. It is left, and so is no_grad.
         with untraced(source.model), not_drawn_from(batches), torch.inference_mode(False), torch.enable_grad():
             for number, batch in enumerate(batches, 1):
@@ -84,24 +82,24 @@ def calibrate(collected: CollectedQuantities, batches: Iterable, loss_func: Call
                 if needs_loss:
                     infinite += not _take_loss(collected, loss, number)
                     source.model.zero_grad(set_to_none=True)
-        if not used:
-            empty = ", or all are without rows" if number else ""
-            raise ValueError(f"calibrate: there are no batches{empty}; give it a list or a data loader that has some")
-        if infinite == used:
-            raise ValueError("calibrate: the gradients of all batches have inf or NaN; look for it in the model")
-        for quantity, layers in collected.unreached.items():
-            layers &= unreached.get(quantity, layers)
-        collected.unreached = {**unreached, **collected.unreached}
-        if not collected.may_skip:
-            _check_reached(collected)
-        is_done = True
+    if not used:
+        empty = ", or all are without rows" if number else ""
+        raise ValueError(f"calibrate: there are no batches{empty}; give it a list or a data loader that has some")
+    if infinite == used:
+        raise ValueError("calibrate: the gradients of all batches have inf or NaN; look for it in the model")
+    for quantity, layers in collected.unreached.items():
+        collected.unreached[quantity] = layers & unreached.get(quantity, layers)
+    collected.unreached = {**unreached, **collected.unreached}
+    if not collected.may_skip:
+        _check_reached(collected)
     if infinite:
         warn(f"calibrate: {infinite} of {used} batches are left out, because their gradients have inf or NaN")
+    return {name: getattr(collected, name) for name in ("stored", "counts", "begins", "unreached", "left_out")}
 
 
 def _check_reached(collected: CollectedQuantities) -> None:
     """Raise a ValueError if no batch has used a layer."""
-    layers = collected.source.layers
+    layers = [name for name in collected.source.layers if name not in collected.resting]
     for quantity in collected.at("backward", "loss"):
         if unused := [name for name in layers if name in collected.unreached.get(quantity, ())]:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,12 @@ class Source:
             self._computed[compute] = compute(self)
         return self._computed[compute]
 
+    def apart(self) -> Source:
+        """A source of the same values, whose random generator and whose `once` are its own."""
+        rng = torch.Generator()
+        rng.set_state(self.rng.get_state())
+        return replace(self, rng=rng, _computed={})
+
     def forget(self) -> None:
         """Drop what `once` has computed."""
         self._computed.clear()
@@ -67,6 +73,9 @@ class Source:
 class CollectedQuantities:
     """The quantities that a criterion names, of the selected layers.
 
+    What is stored is never changed in place: a method computes all new attributes, and sets them by one call. So an
+    error or an interrupt leaves all of them as they were, and so does `copy.copy`.
+
     Attributes:
         criterion: The criterion.
         source: What they are computed from.
@@ -78,6 +87,8 @@ class CollectedQuantities:
         unreached: Quantity -> the layers that no batch so far has reached.
         left_out: Whether a batch was left out since the last update, because its gradients are not finite.
         may_skip: Whether a layer that no batch has reached has a value of zero; else the value is missing.
+        waits_for_frozen: Whether a frozen layer that lacks a mean of gradients rests until it is trained; else this is
+            an error.
     """
 
     def __init__(self, criterion: Callable, source: Source):
@@ -87,7 +98,7 @@ class CollectedQuantities:
         self.counts: dict[str, dict[str, int | Tensor]] = {}
         self.begins: set[str] = set()
         self.unreached: dict[str, set[str]] = {}
-        self.left_out, self.may_skip = False, False
+        self.left_out, self.may_skip, self.waits_for_frozen = False, False, False
 
     def on(self, source: Source) -> CollectedQuantities:
         """The same quantities, with another source for those that are computed at each scoring."""
@@ -99,7 +110,6 @@ class CollectedQuantities:
         """The named quantities that are taken at one of these moments."""
         return [name for name in self.named if set(moments) & set(quantities[name].moments)]  # type: ignore[attr-defined]
 
-    @torch.no_grad()
     def take(self, moment: str, names: Iterable[str] | None = None) -> None:
         """Store the quantities that are taken at 'start' or 'update'. After an update, means start anew.
 
@@ -107,15 +117,21 @@ class CollectedQuantities:
             moment: The moment.
             names: The layers, by default all.
         """
-        names = list(self._layers if names is None else names)
-        for quantity in self.at(moment):
-            values = {name: cloned(quantities[quantity](self.source, name)) for name in names}
-            self.stored[quantity] = self.stored.get(quantity, {}) | values
-        if moment == "update":
-            self.begins |= {name for name in self.at(*AVERAGED) if not quantities[name].running}  # type: ignore[attr-defined]
-            self.left_out = False
+        vars(self).update(self.after(moment, names))
 
     @torch.no_grad()
+    def after(self, moment: str, names: Iterable[str] | None = None) -> dict[str, Any]:
+        """The attributes that `take` sets."""
+        names = list(self._layers if names is None else names)
+        stored = dict(self.stored)
+        for quantity in self.at(moment):
+            values = {name: cloned(quantities[quantity](self.source, name)) for name in names}
+            stored[quantity] = stored.get(quantity, {}) | values
+        if moment != "update":
+            return {"stored": stored}
+        begins = {name for name in self.at(*AVERAGED) if not quantities[name].running}  # type: ignore[attr-defined]
+        return {"stored": stored, "begins": self.begins | begins, "left_out": False}
+
     def add(self, moment: str, names: Iterable[str] | None = None, count: int = 1) -> None:
         """Add a batch to the means of the quantities that are taken at 'backward', 'forward' or 'loss'.
 
@@ -130,8 +146,15 @@ class CollectedQuantities:
         Raises:
             ValueError: A layer is frozen and has no gradient.
         """
+        vars(self).update(self.with_batch(moment, names, count))
+
+    @torch.no_grad()
+    def with_batch(self, moment: str, names: Iterable[str] | None = None, count: int = 1) -> dict[str, Any]:
+        """The attributes that `add` sets."""
         if not self.at(moment):
-            return
+            return {}
+        if self.waits_for_frozen and moment in ("backward", "loss"):
+            return self.trained().with_batch(moment, names, count) if self._trained else {}
         # A layer that is not trained at present, as the other net of a pair, keeps its last mean.
         names = list(names) if names is not None else [name for name in self._layers if not self._rests(name, moment)]
         self.source.skipped = set()
@@ -144,40 +167,61 @@ class CollectedQuantities:
         # On a GPU the answer stays there, unless there is no earlier mean to fall back on.
         if _is_known(finite) or not all(self.stored.get(each, {}).keys() >= set(names) for each in taken):
             if not finite:
-                self.left_out = True
-                return
+                return {"left_out": True}
             finite = None
+        stored, counts, unreached = dict(self.stored), dict(self.counts), dict(self.unreached)
         for quantity, values in taken.items():
-            self._add_to_means(quantity, values, count, finite)
-            self._note_reached(quantity, names)
+            stored[quantity], counts[quantity] = self._with_means(quantity, values, count, finite)
+            unreached[quantity] = unreached.get(quantity, set(self._layers)) - (set(names) - self.source.skipped)
+        return {"stored": stored, "counts": counts, "unreached": unreached, "begins": self.begins - taken.keys()}
+
+    def trained(self) -> CollectedQuantities:
+        """The same quantities, of the layers that are trained at present."""
+        other = self.on(replace(self.source, layers=self._trained, skipped=set(), _computed={}))
+        other.waits_for_frozen = False
+        return other
+
+    @property
+    def resting(self) -> set[str]:
+        """The frozen layers that lack a mean of gradients, and wait until they are trained."""
+        means = self.at("backward", "loss") if self.waits_for_frozen else []
+        frozen = self._layers.keys() - self._trained.keys() if means else ()
+        return {name for name in frozen if any(name not in self.stored.get(each, {}) for each in means)}
+
+    @property
+    def _trained(self) -> dict[str, NamedWeight]:
+        return {name: layer for name, layer in self._layers.items() if not layer.is_frozen}
 
     def _rests(self, name: str, moment: str) -> bool:
         """Whether a layer is frozen at present and has means of earlier batches."""
         is_frozen = moment in ("backward", "loss") and self._layers[name].is_frozen
         return is_frozen and all(name in self.stored.get(each, {}) for each in self.at(moment))
 
-    def add_gradients(self) -> None:
-        """Add the gradients of a backward pass.
+    def with_gradients(self) -> dict[str, Any]:
+        """The attributes after the gradients of a backward pass are added to the means.
 
         Raises:
             ValueError: No selected layer has a gradient, or one is frozen.
         """
+        if self.waits_for_frozen and not self._trained:
+            return {}
         if self.at("backward") and all(gradient is None for gradient in self._gradients(self._layers)):
             raise ValueError(
                 f"collect_gradients: no gradient has reached {next(iter(self._layers))} or any other selected layer; "
                 "call it after a backward of a loss that depends on them, and before zero_grad"
             )
-        self.add("backward")
+        return self.with_batch("backward")
 
     def _gradients(self, names: Iterable[str]) -> list[Tensor | None]:
         return [self._layers[name].parameter.grad for name in names]
 
-    def _add_to_means(self, quantity: str, values: Mapping[str, Tensor], count: int, finite: Tensor | None) -> None:
-        """Add the values of a batch to their means. finite: None, or a flag on a GPU that nobody waits for."""
-        means, counts = self.stored.setdefault(quantity, {}), self.counts.setdefault(quantity, {})
-        if quantity in self.begins:  # a mean stays until a batch replaces it
-            self.begins.remove(quantity)
-            counts.clear()
+    def _with_means(
+        self, quantity: str, values: Mapping[str, Tensor], count: int, finite: Tensor | None
+    ) -> tuple[dict[str, Tensor], dict[str, int | Tensor]]:
+        """The means with the values of a batch, and their counts. finite: None, or a flag on a GPU, not waited for."""
+        means = dict(self.stored.get(quantity, {}))
+        # A mean stays until a batch replaces it.
+        counts = {} if quantity in self.begins else dict(self.counts.get(quantity, {}))
         shares: dict[int, tuple[Any, Any]] = {}  # layers have the same count, as a rule, so it is computed once
         for name, value in values.items():
             value, earlier = value.as_subclass(Tensor), counts.get(name, 0)  # fastai's batches give tensors of its own
@@ -190,11 +234,7 @@ class CollectedQuantities:
             else:  # a share of one: what is stored is the mean of batches before the last update
                 first = name not in means or (isinstance(share, float) and share == 1)
                 means[name] = value.clone() if first else means[name].lerp(value, share)
-
-    def _note_reached(self, quantity: str, names: Iterable[str]) -> None:
-        """Note which layers the batch has reached."""
-        unreached = self.unreached.setdefault(quantity, set(self._layers))
-        unreached -= set(names) - self.source.skipped
+        return means, counts
 
     @contextmanager
     def _zeros_for_missing(self, names: Iterable[str]) -> Iterator[None]:
@@ -215,7 +255,7 @@ class CollectedQuantities:
 
     def missing(self) -> str | None:
         """The first named quantity that is a mean over batches and lacks a batch for some layer; None if none does."""
-        needed = self._layers.keys()
+        needed = self._layers.keys() - self.resting
         for quantity in self.at(*AVERAGED):
             stored = self.stored.get(quantity, {}).keys()
             if not stored or not (self.may_skip or needed <= stored):
@@ -269,7 +309,7 @@ class CollectedQuantities:
         return f"calibrate(batches, loss_func){gradients}"
 
     def state(self) -> dict[str, Any]:
-        """The stored values and the number of batches in each mean, for `restore`."""
+        """The stored values and the number of batches in each mean, for `Sparsifier.state_dict`."""
         return {
             "stored": {quantity: dict(values) for quantity, values in self.stored.items()},
             "counts": {
@@ -278,16 +318,6 @@ class CollectedQuantities:
             },
             "begins": sorted(self.begins),
         }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Load what `state` returned, to the devices of the parameters."""
-        self.stored = {
-            quantity: {name: value.to(self._layers[name].parameter.device) for name, value in values.items()}
-            for quantity, values in state["stored"].items()
-        }
-        self.counts = {quantity: dict(counts) for quantity, counts in state["counts"].items()}
-        self.begins = set(state["begins"])
-        self.unreached = {quantity: set() for quantity in self.stored}
 
     @property
     def looks_at_data(self) -> bool:

@@ -41,9 +41,7 @@ class Layer:
     def dense(cls, weight: NamedWeight, grouping: Any, why_dense: str) -> Layer:
         """A layer that keeps all its weights, because it stays dense or because nothing is pruned yet."""
         layer = cls(weight, grouping, why_dense, torch.ones([1] * weight.parameter.dim(), dtype=torch.bool))
-        if grouping is not None and not why_dense:
-            layer.select()
-        return layer
+        return layer.as_selected() if grouping is not None and not why_dense else layer
 
     @property
     def name(self) -> str:
@@ -87,9 +85,9 @@ class Layer:
         kept = self.grouping.any_of(is_nonzero(self.parameter))
         return self.mask_of(kept if kept.any() else torch.ones_like(kept))
 
-    def select(self) -> None:
-        """Prune the layer from now on."""
-        self.why_dense, self.mask = "", self.mask_of(self.grouping.all_kept())
+    def as_selected(self) -> Layer:
+        """The same layer, but pruned from now on."""
+        return replace(self, why_dense="", mask=self.mask_of(self.grouping.all_kept()))
 
     def count(self, mask: Tensor | None = None) -> Count:
         """The zeros of a mask, by default its own, in the shape of the weight."""

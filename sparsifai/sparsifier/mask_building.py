@@ -111,8 +111,10 @@ def build_masks(
         ValueError: A weight has no values, the criterion or the context does not return what it should, or a score is
             NaN.
     """
-    options, rng = ranking.options, collected.source.rng
-    before = rng.get_state()
+    # Random scores are drawn from a generator of its own, so that a failure changes nothing.
+    options, source = ranking.options, collected.source.apart()
+    collected = collected.on(source)
+    regrowing = None if regrowth is None else regrowth.on(source)
     masks = {name: layer.mask for name, layer in layers.items()}
     levels = {name: layer.level for name, layer in layers.items()}
     notices: list[str] = []
@@ -125,46 +127,39 @@ def build_masks(
     how: Any = {"pool": options.pool, "may_empty": options.may_empty, "on_device": on_device}
     # The built-in contexts only rank scores; one of the user's own may read them.
     how["magnitudes"] = capability(options.context, "keeps_masked", False)
-    if drop and regrowth is not None and regrowth.left_out and regrowth.missing():
+    if drop and regrowing is not None and regrowing.left_out and regrowing.missing():
         drop = 0.0
         notices.append(NOTHING_REGROWS)
-    try:
-        for sparsity, names in asked:
-            # Layers whose sparsity falls may have pruned groups revived.
-            rankings: list = [(sparsity, collected, [name for name in names if sparsity < levels[name]])]
-            if drop and regrowth is not None:  # first more is pruned, then the regrowing criterion revives as much
-                rankings = [(sparsity_of_drop(sparsity, drop), collected, []), (sparsity, regrowth, names)]
-            for share, by, revived in rankings:
-                scored = [score_layer(layers[name], masks[name], by, revives=name in revived, **how) for name in names]
-                if on_device:
-                    if unpooled := [layer for layer in scored if layer.unpooled is not None]:
-                        pool_magnitudes(unpooled, options.pool)
-                    kept: Any = ask_on_device(options.context, scored, share, name_of(options.granularity), notices)
-                    found = both(found, found_nan(scored))
-                else:
-                    ranked, split = joint_layers(scored, ranking.coupling, options.round_to)
-                    notices += _notices_of_scores(ranked, share, collected)
-                    kept = split(ask(options.context, ranked, share, name_of(options.granularity), notices))
-                    kept = agree(
-                        kept, ranking.process_groups(collected.source.model), layers[names[0]].parameter.device
-                    )
-                if by is collected and ALL_EQUAL.format(name_of(by.criterion)) not in notices:
-                    found = both(found, found_ties(layers, scored, kept, by.criterion))
-                for layer, of_layer in zip(scored, kept, strict=True):
-                    if of_layer is not layer.alive:
-                        masks[layer.target.name] = layers[layer.target.name].mask_of(torch.as_tensor(of_layer))
-            levels.update(dict.fromkeys(names, sparsity))
-        random = rng.get_state()
-        notices += collected.notices({name for sparsity, names in asked if sparsity for name in names})
-    finally:
-        rng.set_state(before)
-        collected.source.forget()
+    for sparsity, names in asked:
+        # Layers whose sparsity falls may have pruned groups revived.
+        rankings: list = [(sparsity, collected, [name for name in names if sparsity < levels[name]])]
+        if drop and regrowing is not None:  # first more is pruned, then the regrowing criterion revives as much
+            rankings = [(sparsity_of_drop(sparsity, drop), collected, []), (sparsity, regrowing, names)]
+        for share, by, revived in rankings:
+            scored = [score_layer(layers[name], masks[name], by, revives=name in revived, **how) for name in names]
+            if on_device:
+                if unpooled := [layer for layer in scored if layer.unpooled is not None]:
+                    pool_magnitudes(unpooled, options.pool)
+                kept: Any = ask_on_device(options.context, scored, share, name_of(options.granularity), notices)
+                found = both(found, found_nan(scored))
+            else:
+                ranked, split = joint_layers(scored, ranking.coupling, options.round_to)
+                notices += _notices_of_scores(ranked, share, collected)
+                kept = split(ask(options.context, ranked, share, name_of(options.granularity), notices))
+                kept = agree(kept, ranking.process_groups(collected.source.model), layers[names[0]].parameter.device)
+            if by is collected and ALL_EQUAL.format(name_of(by.criterion)) not in notices:
+                found = both(found, found_ties(layers, scored, kept, by.criterion))
+            for layer, of_layer in zip(scored, kept, strict=True):
+                if of_layer is not layer.alive:
+                    masks[layer.target.name] = layers[layer.target.name].mask_of(torch.as_tensor(of_layer))
+        levels.update(dict.fromkeys(names, sparsity))
+    notices += collected.notices({name for sparsity, names in asked if sparsity for name in names})
     if any(levels[name] < layer.level and layer.grouping.drops_outputs for name, layer in layers.items()):
         notices.append(REVIVED_OUTPUTS)
     if not on_device:
         notices += in_words(found)
         found = {}
-    return NewMasks(masks, levels, random, notices, found)
+    return NewMasks(masks, levels, source.rng.get_state(), notices, found)
 
 
 def _notices_of_scores(ranked: Sequence[ScoredLayer], sparsity: float, by: CollectedQuantities) -> list[str]:
@@ -271,13 +266,9 @@ def checked_scores(scores: Any, by: CollectedQuantities, layer: Layer) -> Tensor
 @torch.no_grad()
 def compares_with_itself(layers: Layers, ranking: Ranking, by: CollectedQuantities) -> bool:
     """Whether the criterion compares with an earlier value, and nothing has changed since: all scores are equal."""
-    pool, rng = ranking.options.pool, by.source.rng
-    before = rng.get_state()
-    try:
-        return by.compares and all_equal([score_layer(layer, layer.mask, by, pool=pool) for layer in layers.values()])
-    finally:
-        rng.set_state(before)
-        by.source.forget()
+    by = by.on(by.source.apart())
+    pool = ranking.options.pool
+    return by.compares and all_equal([score_layer(layer, layer.mask, by, pool=pool) for layer in layers.values()])
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from ..model.parallel import reshard
 from ..model.zeros import Count
+from .change import Change
 from .findings import Finding, check_found
 from .followers import Follower
 from .layer import Layer, count_of, selected
-from .masking import masked_parameters, zero_gradients, zero_moments, zero_weights
+from .masking import Masked, masked_parameters, zero_found, zero_gradients, zero_moments, zero_weights
 from .model_masks import ModelMasks
 from .optimizer_state import check_reachable
 
@@ -32,6 +34,7 @@ class MaskedModel:
         self.model: Any = model
         self.layers, self.all_masks = layers, ModelMasks(layers, followers)
         self._found: dict[Finding, Tensor] = {}  # what was found in scores on a GPU and is not read yet
+        self._change: Change | None = None  # what an interrupted call has not finished
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -76,19 +79,50 @@ class MaskedModel:
         A group is pruned if all its weights are zero. A layer of zeros only, as some are initialized, is not pruned.
         """
         self._check_held("recover_masks")
-        self._replace_masks({name: layer.mask_of_zeros() for name, layer in self._selected.items()})
+        layers = self._with_masks({name: layer.mask_of_zeros() for name, layer in self._selected.items()})
+        self._take(Change(layers, self.all_masks.followers_of(layers)))
         # Biases and norm layers stay as they are until apply_masks. Of weights, -0.0 becomes 0.0 as in all masks.
-        zero_weights([(layer.parameter, layer.mask) for layer in self._selected.values()])
+        zero_weights([(layer.parameter, layer.mask) for layer in layers.values()])
 
-    def _replace_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """Replace the masks of some layers, and the levels by the sparsities that the masks have."""
+    def _with_masks(self, masks: Mapping[str, Tensor]) -> dict[str, Layer]:
+        """Some layers with other masks, and with the sparsities that these have for levels."""
         layers = self._selected
         changed = {name: layers[name].with_mask(mask, 0.0) for name, mask in masks.items()}
         # A layer that was ranked with others can have more or fewer zeros than the level that it was ranked for.
         joint = count_of((layers | changed).values()).sparsity
-        for name, layer in changed.items():
-            layers[name].mask, layers[name].level = layer.mask, min(layer.count().sparsity, joint)
-        self.all_masks.update_followers()
+        return {name: replace(layer, level=min(layer.count().sparsity, joint)) for name, layer in changed.items()}
+
+    # --- Changes ------------------------------------------------------------------------------------------------
+
+    def _take(self, change: Change, newly: Masked | None = None) -> None:
+        """Carry out a change.
+
+        Args:
+            change: The change.
+            newly: The weights that it sets to zero, if it is known that the other masked weights are zero.
+        """
+        self._change = change  # from here on it will be carried out, in the next call if this one is interrupted
+        self._carry_out(change, newly)
+        self._change = None
+
+    def _finish(self) -> None:
+        """Carry out a change that an interrupt or an error has left in the middle."""
+        if self._change is not None:
+            self._take(self._change)
+
+    @torch.no_grad()
+    def _carry_out(self, change: Change, newly: Masked | None = None) -> None:
+        """Change what a change says. If it was done before, in whole or in part, it is the same in the end."""
+        self.layers.update(change.layers)
+        if change.followers is not None:
+            self.all_masks.of_followers = dict(change.followers)
+        for holder, attributes in change.attributes:
+            vars(holder).update(attributes)
+        for parameter, values in change.weights:
+            parameter.copy_(values)
+        if change.zeroes:
+            zero_weights(self._masked() if newly is None else newly)
+        zero_found(change.moments)
 
     @property
     def sparsity(self) -> float:
@@ -103,9 +137,9 @@ class MaskedModel:
         Returns:
             The model.
         """
-        self._check_held("release")
+        self._check_held("release", finish=False)
         model = self.model
-        self.model, self.layers, self._found = None, {}, {}
+        self.model, self.layers, self._found, self._change = None, {}, {}, None
         self.all_masks = ModelMasks({}, [])
         return model
 
@@ -117,10 +151,13 @@ class MaskedModel:
         """Every parameter with a mask, and its mask. model: a copy of the model, to find its parameters instead."""
         return masked_parameters(self.model if model is None else model, self.all_masks, move=model is None)
 
-    def _check_held(self, operation: str) -> None:
+    def _check_held(self, operation: str, finish: bool = True) -> None:
+        """Check that there is a model. finish: whether to finish first what an interrupted call has begun."""
         if self.model is None:
             raise RuntimeError(f"{operation}: this Sparsifier has released its model; make a new one")
         reshard(self.model)
+        if finish:
+            self._finish()
 
     def _check_found(self) -> None:
         found, self._found = self._found, {}

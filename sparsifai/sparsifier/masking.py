@@ -6,7 +6,7 @@ decay and momentum do not move it either. So a pruned weight stays zero even if 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -21,7 +21,7 @@ from ..model.layers import parameter_of
 from ..model.parallel import is_sharded, own_shard
 from ..model.zeros import is_nonzero
 from ..support.chunk import CHUNK
-from .optimizer_state import is_plain, moments_of, states_of, wrapped_by
+from .optimizer_state import check_writable, is_plain, moments_of, states_of, wrapped_by
 
 Masked = Iterable[tuple[nn.Parameter, Tensor]]
 
@@ -196,22 +196,46 @@ def zero_moments(masked: Masked, optimizer: Any, squares: float = 0.0) -> None:
     """Set the moments of masked values to zero: all real or complex state in the shape of the parameter.
 
     Args:
-        masked: Pairs of a parameter and its bool mask, or the indices that `newly_masked` gives.
-        optimizer: torch's or fastai's optimizer, or a wrapper around one.
-        squares: The number to set the mean squares of gradients to instead. These alone move no weight, so
-            NEXT_TO_ZERO is as safe as zero, and faster.
+        masked: As of `moments_to_zero`.
+        optimizer: As of `moments_to_zero`.
+        squares: As of `moments_to_zero`.
 
     Raises:
-        TypeError: The optimizer has no state by parameter.
+        TypeError: As `moments_to_zero`. Nothing has changed then.
+    """
+    zero_found(moments_to_zero(masked, optimizer, squares))
+
+
+def moments_to_zero(masked: Masked, optimizer: Any, squares: float = 0.0) -> dict[float, list[tuple[Tensor, Tensor]]]:
+    """Find what `zero_moments` sets to zero, and change nothing.
+
+    Args:
+        masked: Pairs of a parameter and its bool mask, or the indices that `newly_masked` gives.
+        optimizer: torch's or fastai's optimizer, or a wrapper around one.
+        squares: The number to set the mean squares of gradients to instead of zero. These alone move no weight, so
+            NEXT_TO_ZERO is as safe as zero, and faster.
+
+    Returns:
+        The number to set masked values to -> pairs of a moment and the mask or the indices.
+
+    Raises:
+        TypeError: The optimizer has no state by parameter, or a moment cannot be written.
     """
     states = states_of(optimizer)
-    moments: dict[float, list[tuple[Tensor, Tensor]]] = {}
+    found: dict[float, list[tuple[Tensor, Tensor]]] = {}
     for parameter, mask in masked:
         for name, value in moments_of(parameter, states):
             if is_plain(value):
-                moments.setdefault(squares if name in _SQUARES else 0.0, []).append((value, mask))
-    for zero, pairs in moments.items():
-        _zero_all_masked(pairs, zero)
+                check_writable(name, value, optimizer)
+                found.setdefault(squares if name in _SQUARES else 0.0, []).append((value, mask))
+    return found
+
+
+@torch.no_grad()
+def zero_found(found: Mapping[float, Iterable[tuple[Tensor, Tensor]]]) -> None:
+    """Set what `moments_to_zero` has found to its numbers."""
+    for number, pairs in found.items():
+        _zero_all_masked([(moment, mask.to(moment.device)) for moment, mask in pairs], number)
 
 
 def holds_zeros(optimizer: Any) -> bool:

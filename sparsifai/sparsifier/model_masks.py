@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from torch import Tensor
 
 from .followers import Follower, masks_of_followers
-from .layer import Layers, selected
+from .layer import Layer, Layers, selected
 
 
 class ModelMasks(MutableMapping[str, Tensor]):
@@ -18,34 +18,41 @@ class ModelMasks(MutableMapping[str, Tensor]):
     Args:
         layers: Parameter name -> `Layer`.
         followers: The biases and norm parameters that are masked with whole outputs.
+
+    Attributes:
+        of_followers: Parameter name -> mask, of the followers.
     """
 
-    def __init__(self, layers: Layers, followers: Sequence[Follower]):
+    def __init__(self, layers: dict[str, Layer], followers: Sequence[Follower]):
         self.layers, self.followers = layers, followers
-        self.update_followers()
+        self.of_followers = self.followers_of({})
 
-    def update_followers(self) -> None:
-        """Mask the followers as the layers are masked now."""
-        self._of_followers = masks_of_followers(self.followers, self.layers)
+    def followers_of(self, changed: Layers) -> dict[str, Tensor]:
+        """The masks of the followers if these layers replace those of the same names."""
+        return masks_of_followers(self.followers, {**self.layers, **changed})
 
     def add(self, masks: Mapping[str, Tensor]) -> None:
         """Also prune the groups that other masks prune as a whole, in the layers that are pruned at all."""
         pruned = selected(self.layers)
+        changed = {}
         for name in pruned.keys() & masks.keys():
             layer = pruned[name]
-            layer.mask = layer.mask_of(layer.kept & layer.grouping.any_of(masks[name].expand_as(layer.parameter)))
-        self.update_followers()
+            kept = layer.kept & layer.grouping.any_of(masks[name].expand_as(layer.parameter))
+            changed[name] = layer.with_mask(layer.mask_of(kept), layer.level)
+        of_followers = self.followers_of(changed)
+        self.layers.update(changed)
+        self.of_followers = of_followers
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self._of_followers:
-            return self._of_followers[name]
+        if name in self.of_followers:
+            return self.of_followers[name]
         if name in self.layers and self.layers[name].is_selected:
             return self.layers[name].mask
         raise KeyError(name)
 
     def __setitem__(self, name: str, mask: Tensor) -> None:
-        if name in self._of_followers:
-            self._of_followers[name] = mask
+        if name in self.of_followers:
+            self.of_followers[name] = mask
         else:
             self.layers[name].mask = mask
 
@@ -54,10 +61,10 @@ class ModelMasks(MutableMapping[str, Tensor]):
 
     def __iter__(self) -> Iterator[str]:
         yield from selected(self.layers)
-        yield from self._of_followers
+        yield from self.of_followers
 
     def __len__(self) -> int:
-        return len(selected(self.layers)) + len(self._of_followers)
+        return len(selected(self.layers)) + len(self.of_followers)
 
 
 def merged(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..model.parallel import is_sharded
@@ -85,6 +86,28 @@ def is_plain(value: Tensor) -> bool:
     return (type(value) is Tensor or is_sharded(value)) and (value.is_floating_point() or value.is_complex())
 
 
+def check_writable(entry: str, value: Tensor, optimizer: Any) -> None:
+    """Refuse a moment that cannot be changed in place.
+
+    Args:
+        entry: Its name in the state of the optimizer.
+        value: The moment.
+        optimizer: The optimizer.
+
+    Raises:
+        TypeError: It is sparse, its numbers share memory, or it was made under torch.inference_mode.
+    """
+    if value.layout != torch.strided:
+        kind = "a sparse tensor"
+    elif any(size > 1 and step == 0 for size, step in zip(value.shape, value.stride(), strict=True)):
+        kind = "an expanded tensor"
+    elif value.is_inference() and not torch.is_inference_mode_enabled():
+        kind = "an inference tensor"
+    else:
+        return
+    raise _unreachable(type(optimizer).__name__, f"keeps `{entry}` of a weight as {kind}")
+
+
 def check_reachable(parameters: Iterable[nn.Parameter], optimizer: Any) -> None:
     """Refuse an optimizer that keeps moments where they cannot be masked.
 
@@ -96,7 +119,7 @@ def check_reachable(parameters: Iterable[nn.Parameter], optimizer: Any) -> None:
 
     Raises:
         TypeError: The state is not kept by parameter, it is not found although steps were made, or it has quantized
-            moments or those of several parameters in one vector.
+            moments, those of several parameters in one vector, or some that cannot be changed in place.
     """
     name, states = type(optimizer).__name__, [state for state in states_of(optimizer) if state]
     if states and not any(isinstance(key, Tensor) for state in states for key in state):
@@ -105,7 +128,9 @@ def check_reachable(parameters: Iterable[nn.Parameter], optimizer: Any) -> None:
         raise _unreachable(name, "has made steps, but has no `state` of any parameter")
     for parameter in parameters:
         for entry, value in moments_of(parameter, states):
-            if value.numel() > 1 and not is_plain(value):
+            if value.numel() > 1 and is_plain(value):
+                check_writable(entry, value, optimizer)
+            elif value.numel() > 1:
                 kind = str(value.dtype) if type(value) is Tensor else type(value).__name__
                 raise _unreachable(name, f"keeps `{entry}` of a weight as codes ({kind})")
     for group in _groups_of(optimizer):

@@ -36,17 +36,19 @@ class Regrowth(CollectedQuantities):
         """The call by which users collect gradients."""
         return "collect_gradients() after a backward, before gradients are masked,"
 
-    def take(self, moment: str, names: Iterable[str] | None = None) -> None:
-        """Do what `CollectedQuantities.take` does. After an update, the gradients of earlier batches are dropped."""
-        super().take(moment, names)
+    def after(self, moment: str, names: Iterable[str] | None = None) -> dict[str, Any]:
+        """What `CollectedQuantities.after` returns. After an update, the gradients of earlier batches are dropped."""
+        attributes = super().after(moment, names)
         if moment == "update":
-            for quantity in self.begins & self.stored.keys():
-                del self.stored[quantity], self.counts[quantity]
+            begins = attributes["begins"]
+            for kind, values in (("stored", attributes["stored"]), ("counts", self.counts)):
+                attributes[kind] = {quantity: each for quantity, each in values.items() if quantity not in begins}
+        return attributes
 
-    def note(self, masks: Mapping[str, Tensor]) -> None:
-        """Add the weights that these masks keep to the weights that were ever used."""
-        for name, mask in masks.items():
-            self.used[name] = self.used[name].to(mask.device) | mask if name in self.used else mask
+    def used_with(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights that were ever used, if these masks are used next."""
+        known = {name: self.used[name].to(mask.device) | mask for name, mask in masks.items() if name in self.used}
+        return {**self.used, **masks, **known}
 
     def explored(self, layers: Layers) -> float:
         """Fraction of the weights that were ever used."""
@@ -60,11 +62,6 @@ class Regrowth(CollectedQuantities):
     def state(self) -> dict[str, Any]:
         """The stored values, the number of batches in each mean, and the weights that were ever used."""
         return {**super().state(), "used": dict(self.used)}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Load what `state` returned, to the devices of the parameters."""
-        super().restore(state)
-        self.used = {name: used.to(self._layers[name].parameter.device) for name, used in state["used"].items()}
 
 
 def check_regrow(regrow: Any, context: Any) -> Any:

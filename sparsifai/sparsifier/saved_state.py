@@ -1,22 +1,54 @@
-"""Checks whether a saved state fits a Sparsifier, before any of it is loaded."""
+"""Reads the saved state of a Sparsifier: all of it is checked and built before any of it is used."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..axes.quantity import AVERAGED, STORED
+from ..model.tensors import widened
 from ..support.registry import name_of
 from .collection import CollectedQuantities
-from .layer import Layers
+from .layer import Layer, Layers
 from .regrowth import Regrowth
 
+# What to do if a state has other layers, or values of other shapes.
+_SAME_MODEL = "use the same model, granularity, layers and exclude as when it was saved, and freeze the same layers"
 
-def check_state(state: Any, layers: Layers, collected: CollectedQuantities, regrowth: Regrowth | None) -> None:
-    """Check that a state fits a Sparsifier.
+# What to do if a value is of a kind that no Sparsifier saves.
+_DAMAGED = "give what state_dict() returned; the file may be damaged, or another one"
+
+# A state may have been saved before or after a model was cast from one of these to another.
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+# No count of batches or of inputs is as high.
+_MOST = 2**63
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What a saved state says.
+
+    Attributes:
+        layers: Parameter name -> the record of the layer, with the saved mask and level.
+        quantities: The attributes of the criterion's quantities.
+        of_regrowth: The attributes of the regrowth; empty without regrow=.
+        random: State of the random generator, on the CPU.
+    """
+
+    layers: dict[str, Layer]
+    quantities: dict[str, Any]
+    of_regrowth: dict[str, Any]
+    random: Tensor
+
+
+def read_state(state: Any, layers: Layers, collected: CollectedQuantities, regrowth: Regrowth | None) -> SavedState:
+    """Read a state for a Sparsifier, and change nothing.
 
     Args:
         state: The state, as `Sparsifier.state_dict` returns it.
@@ -26,9 +58,9 @@ def check_state(state: Any, layers: Layers, collected: CollectedQuantities, regr
 
     Raises:
         ValueError: The state is not that of a Sparsifier with these layers, quantities and regrowth.
-        RuntimeError: The state of the random generator is not one.
     """
-    if not isinstance(state, Mapping) or not {"masks", "levels", "statistics", "rng"} <= state.keys():
+    parts = ("masks", "levels", "statistics", "rng")
+    if not isinstance(state, Mapping) or not set(parts) <= state.keys():
         raise ValueError(
             "load_state_dict: the state lacks the masks, levels, statistics or rng of a Sparsifier; give what "
             "state_dict() returned"
@@ -38,51 +70,188 @@ def check_state(state: Any, layers: Layers, collected: CollectedQuantities, regr
             "load_state_dict: only one of the state and this Sparsifier has regrow=; use the same regrow= as when the "
             "state was saved"
         )
-    masks = {name: layer.mask for name, layer in layers.items()}
-    levels = {name: layer.level for name, layer in layers.items()}
-    tables: list[tuple[str, Mapping, Mapping]] = [("mask", masks, state["masks"]), ("level", levels, state["levels"])]
-    tables += _quantity_tables(state["statistics"], masks, collected)
+    _check_known("the state", state, (*parts, "regrowth"))
+    masks, levels = _table("masks", state["masks"]), _table("levels", state["levels"])
+    for what, given, form in (("mask", masks, _form_of_mask), ("level", levels, lambda layer: "a number")):
+        _check_layers(what, given, {name: form(layer) for name, layer in layers.items()})
+    read = {
+        name: layer.with_mask(_mask(f"mask of {name}", masks[name], layer), _level(name, levels[name]))
+        for name, layer in layers.items()
+    }
+    quantities, of_regrowth = _quantities("statistics", state["statistics"], layers, collected), {}
     if regrowth is not None:
-        if "used" not in state["regrowth"]:
+        of_regrowth = _quantities("regrowth", state["regrowth"], layers, regrowth)
+        used = _table("used masks", state["regrowth"]["used"])
+        _check_layers("used mask", {**masks, **used}, {name: _form_of_mask(layer) for name, layer in layers.items()})
+        of_regrowth["used"] = {name: _mask(f"used mask of {name}", mask, layers[name]) for name, mask in used.items()}
+    return SavedState(read, quantities, of_regrowth, _random(state["rng"]))
+
+
+def _quantities(what: str, saved: Any, layers: Layers, collected: CollectedQuantities) -> dict[str, Any]:
+    """The attributes of collected quantities, as they were saved."""
+    parts: tuple[str, ...] = ("stored", "counts", "begins")
+    if not isinstance(saved, Mapping) or not set(parts) <= saved.keys():
+        raise ValueError(
+            f"load_state_dict: the {what} of the state are not those of a Sparsifier, which have {', '.join(parts)}; "
+            f"{_DAMAGED}"
+        )
+    if isinstance(collected, Regrowth):
+        parts += ("used",)
+        if "used" not in saved:
             raise ValueError("load_state_dict: the state lacks the weights that were ever used; save it with regrow=")
-        tables += _quantity_tables(state["regrowth"], masks, regrowth)
-        tables.append(("used mask", masks, {**masks, **state["regrowth"]["used"]}))
-    for what, known, given in tables:
-        for name in sorted(known.keys() | given.keys()):
-            if _form(given.get(name)) != _form(known.get(name)):
-                raise ValueError(
-                    f"load_state_dict: the {what} of {name} is {_form(given.get(name))} in the state and "
-                    f"{_form(known.get(name))} here; use the same model, granularity, layers and exclude as when it "
-                    "was saved, and freeze the same layers"
-                )
-    torch.Generator().set_state(state["rng"].cpu())  # else it would fail after half of the state is loaded
+    _check_known(what, saved, parts)
+    fixed, means = collected.at(*STORED), collected.at(*AVERAGED)
+    tables = _table(f"quantities of {what}", saved["stored"])
+    _check_quantities(tables, fixed, {*fixed, *means}, collected)
+    stored = {
+        quantity: _values(quantity, _table(quantity, values), layers, collected, is_mean=quantity not in fixed)
+        for quantity, values in tables.items()
+    }
+    tables = _table(f"counts of {what}", saved["counts"])
+    _check_quantities(tables, (), means, collected)
+    counts = {quantity: _counts(quantity, values, stored.get(quantity, {})) for quantity, values in tables.items()}
+    begins = saved["begins"]
+    if not isinstance(begins, (list, tuple, set)) or not all(isinstance(each, str) for each in begins):
+        raise _wrong(f"begins of {what}", begins, "a list of quantities")
+    _check_quantities(begins, (), means, collected)
+    unreached: dict[str, set[str]] = {quantity: set() for quantity in stored if quantity in means}
+    return {"stored": stored, "counts": counts, "begins": set(begins), "unreached": unreached}
 
 
-def _quantity_tables(
-    saved: Any, masks: Mapping[str, Tensor], collected: CollectedQuantities
-) -> Iterator[tuple[str, Mapping, Mapping]]:
-    """The quantities whose values are compared: (quantity, values here by layer, values in the state by layer)."""
-    if not isinstance(saved, Mapping) or not {"stored", "counts", "begins"} <= saved.keys():
-        raise ValueError("load_state_dict: the statistics of the state are not those of a Sparsifier")
-    stored, fixed, means = saved["stored"], set(collected.at(*STORED)), set(collected.at(*AVERAGED))
-    if not fixed <= stored.keys() <= fixed | means:
+def _values(
+    quantity: str, values: Mapping[str, Any], layers: Layers, collected: CollectedQuantities, is_mean: bool
+) -> dict[str, Tensor]:
+    """A stored quantity of each layer. A mean over batches can be missing for some layers."""
+    present = collected.stored.get(quantity, {})
+    known = {name: _form(value) for name, value in present.items() if name in layers}
+    for name in values:
+        if name not in layers:
+            raise ValueError(
+                f"load_state_dict: the state has quantities of {name:.80}, which is not selected here; use the same "
+                "layers and exclude as when it was saved"
+            )
+    if not is_mean:
+        _check_layers(quantity, values, {name: known.get(name, "numbers") for name in layers})
+    read = {}
+    for name, value in values.items():
+        what = f"{quantity} of {name}"
+        if not _has_values(value) or _form(value) != known.get(name, _form(value)):
+            raise _differs(what, _form(value), known.get(name, "numbers"))
+        here = present[name].dtype if name in known else torch.float32
+        if value.dtype not in (here, *(_FLOATS if here in _FLOATS else ())):
+            raise _differs(what, f"of {value.dtype}", f"of {here}")
+        if widened(value).isnan().any():
+            raise ValueError(
+                f"load_state_dict: {what} has NaN in the state, which cannot be scored; load a state from before "
+                "training has diverged"
+            )
+        read[name] = value.detach().to(layers[name].parameter.device)
+    return read
+
+
+def _counts(quantity: str, counts: Any, stored: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many batches, or values, are in the mean of each layer."""
+    read = {}
+    for name, count in _table(f"counts of {quantity}", counts).items():
+        if name not in stored:
+            raise ValueError(
+                f"load_state_dict: the state counts batches of {quantity} of {name:.80}, but has no value of it; "
+                f"{_DAMAGED}"
+            )
+        if isinstance(count, bool) or not isinstance(count, Integral) or not 0 <= int(count) < _MOST:
+            raise _wrong(f"count of {quantity} of {name}", count, "a whole number, 0 or more")
+        read[name] = int(count)
+    return read
+
+
+# --- Single values ----------------------------------------------------------------------------------------------------
+
+
+def _mask(what: str, mask: Any, layer: Layer) -> Tensor:
+    """A mask of a layer, in memory of its own and in the memory order of the weight."""
+    if _form(mask) != _form_of_mask(layer):
+        raise _differs(what, _form(mask), _form_of_mask(layer))
+    read = layer.mask_of(layer.grouping.gather(mask).clone())
+    if not torch.equal(read, mask.to(read.device)):
         raise ValueError(
-            f"load_state_dict: the state has the quantities {sorted(stored)}, the criterion "
-            f"{name_of(collected.criterion)} needs {sorted(fixed | means)}; use the same criterion"
+            f"load_state_dict: the {what} prunes parts of groups in the state, which this granularity keeps or prunes "
+            f"as a whole; {_SAME_MODEL}"
         )
-    unknown = {name for quantity in means & stored.keys() for name in stored[quantity]} - masks.keys()
-    if unknown:
+    return read
+
+
+def _level(name: str, level: Any) -> float:
+    if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level <= 1:
+        raise _wrong(f"level of {name}", level, "a number from 0 to 1")
+    return float(level)
+
+
+def _random(state: Any) -> Tensor:
+    """The state of a random generator, on the CPU."""
+    if _has_values(state) and state.dtype == torch.uint8:
+        generator, random = torch.Generator(), state.detach().cpu().contiguous()
+        try:
+            generator.set_state(random)
+            if torch.equal(generator.get_state(), random):
+                return random
+        except (RuntimeError, TypeError):  # it has another size, or numbers that no generator has
+            pass
+    raise ValueError(f"load_state_dict: the rng of the state is no RNG state of this version of torch; {_DAMAGED}")
+
+
+def _has_values(value: Any) -> bool:
+    """Whether a value is a dense tensor with values."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and not value.is_quantized
+
+
+# --- Names and forms --------------------------------------------------------------------------------------------------
+
+
+def _table(what: str, table: Any) -> dict[str, Any]:
+    """A mapping from names, as a dictionary."""
+    if not isinstance(table, Mapping) or not all(isinstance(name, str) for name in table):
+        raise _wrong(what, table, "a dictionary by name")
+    return dict(table)
+
+
+def _check_known(what: str, table: Mapping[Any, Any], known: Iterable[str]) -> None:
+    if unknown := [name for name in table if name not in known]:
+        raise ValueError(f"load_state_dict: {what} has the unknown part {unknown[0]!r:.80}; {_DAMAGED}")
+
+
+def _check_layers(what: str, given: Mapping[str, Any], known: Mapping[str, str]) -> None:
+    """Check that a state has a value for each layer. known: layer name -> form of the value here."""
+    for name in sorted(known.keys() ^ given.keys()):
+        raise _differs(f"{what} of {name:.80}", _form(given.get(name)), known.get(name, "absent"))
+
+
+def _check_quantities(
+    given: Iterable[str], needed: Iterable[str], known: Iterable[str], collected: CollectedQuantities
+) -> None:
+    """Check that a state has the quantities of a criterion."""
+    if not set(needed) <= set(given) <= set(known):
         raise ValueError(
-            f"load_state_dict: the state has quantities of {sorted(unknown)[0]}, which is not selected here; use the "
-            "same layers and exclude as when it was saved"
+            f"load_state_dict: the state has the quantities {sorted(given)}, the criterion "
+            f"{name_of(collected.criterion)} needs {sorted(known)}; use the same criterion"
         )
-    # A mean over batches is compared only if both have it. It can be missing for some layers, or as a whole.
-    for quantity in stored.keys() & collected.stored.keys():
-        yield quantity, collected.stored[quantity], stored[quantity]
 
 
 def _form(value: Any) -> str:
     """Kind and shape of an entry, for comparison and for messages."""
     if isinstance(value, Tensor):
-        return f"{'bools' if value.dtype == torch.bool else 'numbers'} of the shape {tuple(value.shape)}"
-    return "absent" if value is None else "a number"
+        kind = "bools" if value.dtype == torch.bool else "numbers"
+        return f"{kind if _has_values(value) else 'a tensor without plain values'} of the shape {tuple(value.shape)}"
+    return "absent" if value is None else "a number" if isinstance(value, Real) else type(value).__name__
+
+
+def _form_of_mask(layer: Layer) -> str:
+    return f"bools of the shape {tuple(layer.mask.shape)}"
+
+
+def _differs(what: str, there: str, here: str) -> ValueError:
+    return ValueError(f"load_state_dict: the {what} is {there} in the state and {here} here; {_SAME_MODEL}")
+
+
+def _wrong(what: str, value: Any, expected: str) -> ValueError:
+    shown = f"{value!r:.80}" if isinstance(value, (str, Real, type(None))) else type(value).__name__
+    return ValueError(f"load_state_dict: the {what} must be {expected}, not {shown}; {_DAMAGED}")

@@ -5,7 +5,7 @@ The core of the library is `Sparsifier.sparsify`. It calls `build_masks`, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,22 +20,23 @@ from ..model.running import first_example
 from ..support.checks import check_count
 from ..support.registry import name_of
 from ..support.warning import warn_each
-from .calibration import calibrate
+from .calibration import calibrated
+from .change import Change
 from .collection import CollectedQuantities, Source
 from .copying import CopiedWithModel
 from .findings import both
 from .given_masks import check_masks
-from .layer import level_of, unfrozen
-from .layer_selection import cannot_be_pruned, find_layers, scopes
+from .layer import level_of, selected, unfrozen
+from .layer_selection import Asked, cannot_be_pruned, find_layers, scopes
 from .mask_building import NewMasks, Ranking, build_masks
 from .masked_model import MaskedModel
-from .masking import NEXT_TO_ZERO, newly_masked, zero_moments, zero_weights
+from .masking import NEXT_TO_ZERO, Masked, masked_parameters, moments_to_zero, newly_masked
 from .notices import notices_of_frozen, notices_of_host, notices_of_outputs, notices_of_unnamed, notices_of_unprunable
 from .options import Options, Sparsity, check_sparsity
 from .regrowth import Regrowth, check_drop
 from .report import Report
-from .saved_state import check_state
-from .steps import check_repeatable, restored_on_failure, sparsity_at
+from .saved_state import read_state
+from .steps import check_repeatable, sparsity_at
 
 
 # Large, because it is the face of the core: a third of it are docstrings for its users.
@@ -125,7 +126,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         source = Source(inner, weights, rng, first_example(example_input))
         self.collected = CollectedQuantities(options.criteria, source)
         self._regrowth = None if options.regrow is None else Regrowth(options.regrow, source)
-        self._take_quantities("start")
+        for each in self._all_collected:
+            each.take("start")
         self._calibration: tuple[Iterable, Callable | None] | None = None
         self._has_ranked = False
         warn_each(notices_of_outputs(options, inner, self.layers, self.all_masks.followers))
@@ -172,7 +174,7 @@ class Sparsifier(CopiedWithModel, MaskedModel):
             return
         new = self._new_masks(wanted, drop)
         warn_each(new.notices)  # before anything has changed, for those who make errors of warnings
-        self._apply(new)
+        self._take(self._change_to(new))
 
     def update_masks(self, sparsity: Sparsity, optimizer: Any = None, *, drop: float = 0.0) -> None:
         """Do what `sparsify` and `mask_moments` do, at less cost: only newly pruned weights are set to zero.
@@ -190,19 +192,17 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         """
         self._check_held("update_masks")
         check_drop(drop, self._regrowth is not None)
-        before = self.masks
         new = self._new_masks(check_sparsity(sparsity), drop)
         warn_each(new.notices)
-        self._take(new)
-        earlier = {id(self.layers[name].parameter): mask for name, mask in before.items()}
-        masked = [
+        change = self._change_to(new)
+        earlier = {id(layer.parameter): layer.mask for layer in self._selected.values()}
+        newly = [
             (parameter, newly_masked(parameter, earlier[id(parameter)], mask) if id(parameter) in earlier else mask)
-            for parameter, mask in self._masked()
+            for parameter, mask in masked_parameters(self.model, {**new.masks, **(change.followers or {})})
         ]
-        zero_weights(masked)
         if optimizer is not None:
-            zero_moments(masked, optimizer, squares=NEXT_TO_ZERO)
-        self._take_quantities("update")
+            change = replace(change, moments=moments_to_zero(newly, optimizer, squares=NEXT_TO_ZERO))
+        self._take(change, newly)
 
     @torch.no_grad()
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
@@ -221,10 +221,9 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         """
         self._check_held("set_masks")
         kept = check_masks(masks, self.layers, self.ranking.options.may_empty)
-        self._replace_masks({name: self.layers[name].mask_of(groups) for name, groups in kept.items()})
-        if self._regrowth is not None:
-            self._regrowth.note(self.masks)
-        self.apply_masks()
+        layers = self._with_masks({name: self.layers[name].mask_of(groups) for name, groups in kept.items()})
+        masks = {**self.masks, **{name: layer.mask for name, layer in layers.items()}}
+        self._take(Change(layers, self.all_masks.followers_of(layers), self._noted(masks), zeroes=True))
 
     def check(self, sparsity: Sparsity) -> None:
         """Raise what `sparsify` would raise, and change nothing.
@@ -243,19 +242,27 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         Returns:
             Names of the layers that join.
         """
-        joining = unfrozen(self.layers)
-        if joining:
-            for name in joining:
-                self.layers[name].select()
-            self.collected.source.layers = {name: layer.weight for name, layer in self._selected.items()}
-            self._take_quantities("start", joining)
-            self.all_masks.update_followers()
-        return joining
+        self._finish()
+        joining = self._joining()
+        if joining.layers:
+            self._take(joining)
+        return list(joining.layers)
+
+    def _joining(self) -> Change:
+        """The layers that were frozen and are trained now, as a change that selects them."""
+        layers = {name: self.layers[name].as_selected() for name in unfrozen(self.layers)}
+        if not layers:
+            return Change()
+        weights = {name: layer.weight for name, layer in selected({**self.layers, **layers}).items()}
+        source = replace(self.collected.source, layers=weights)
+        taken = [(each, each.on(source).after("start", layers)) for each in self._all_collected]
+        attributes = [(self.collected.source, {"layers": weights}), *taken]
+        return Change(layers, self.all_masks.followers_of(layers), attributes)
 
     def _new_masks(self, sparsity: Sparsity, drop: float = 0.0) -> NewMasks:
         """Build masks. Weights that are pruned already are set to zero before, where their values would matter."""
         self.select_unfrozen()
-        asked = scopes(sparsity, self.layers, self.model)
+        asked = self._without(self.resting(drop), scopes(sparsity, self.layers, self.model))
         if not self._has_ranked:  # not when it is made: a model is often moved to a GPU later
             self._has_ranked = True
             warn_each(notices_of_host(self.ranking.options, self.layers))
@@ -265,41 +272,86 @@ class Sparsifier(CopiedWithModel, MaskedModel):
             self.apply_masks()
         return build_masks(self._selected, asked, self.ranking, self.collected, self._regrowth, drop)
 
+    def wait_for_frozen(self) -> None:
+        """From now on, leave out of an update the frozen layers that lack the gradients that it needs."""
+        for each in self._all_collected:
+            each.waits_for_frozen = True
+
+    def resting(self, drop: float = 0.0) -> set[str]:
+        """The layers that an update leaves out, with the masks that they have: see `wait_for_frozen`.
+
+        Args:
+            drop: As of `sparsify`. Weights only regrow in a layer that gradients reach, if they regrow by gradients.
+        """
+        resting = set().union(*(each.resting for each in self._all_collected[: 2 if drop else 1]))
+        coupling = self.ranking.coupling
+        if coupling is None:
+            return resting
+        coupled = {coupling.part_of[name] for name in resting}
+        return {name for name in self._selected if coupling.part_of[name] in coupled}
+
+    @staticmethod
+    def _without(resting: Collection[str], asked: Asked) -> Asked:
+        """What is asked for, without some layers."""
+        left = [(sparsity, [name for name in names if name not in resting]) for sparsity, names in asked]
+        return [(sparsity, names) for sparsity, names in left if names]
+
     def _sparsify_in_steps(self, sparsity: Sparsity, steps: int) -> list[str]:
         """Build and apply masks in several steps; returns the notices. If a step fails, nothing has changed."""
         calibration, notices = self._calibration, []
         check_repeatable(self.collected, calibration)
         scopes(sparsity, self.layers, self.model)  # raises if a pattern matches no selected layer
         levels = {name: layer.level for name, layer in self._selected.items()}
-        with restored_on_failure(self):
+        before = self._as_it_is()
+        try:
             for step in range(1, steps + 1):
                 if self.collected.looks_at_data and (step > 1 or self.collected.begins):
                     self.calibrate(*calibration)  # type: ignore[misc]
                 new = self._new_masks(sparsity_at(step / steps, sparsity, levels, self.layers, self.model))
                 notices += new.notices
-                self._apply(new)
+                self._take(self._change_to(new))
+        except BaseException:
+            self._take(before)
+            raise
         return list(dict.fromkeys(notices))
 
-    def _apply(self, new: NewMasks) -> None:
-        """Take new masks and apply them."""
-        self._take(new)
-        self.apply_masks()
-        self._take_quantities("update")
+    def _change_to(self, new: NewMasks) -> Change:
+        """The change to new masks, levels and random state, which are applied to the weights."""
+        layers = {name: layer.with_mask(new.masks[name], new.levels[name]) for name, layer in self._selected.items()}
+        # What was found in earlier updates may not have been read yet.
+        attributes = [(self, {"_found": both(self._found, new.found)}), *self._noted(new.masks)]
+        followers = self.all_masks.followers_of(layers)
+        return Change(layers, followers, attributes, new.random, zeroes=True, is_update=True)
 
-    def _take(self, new: NewMasks) -> None:
-        """Replace the masks, levels and random state. The weights are not changed."""
-        for name, layer in self._selected.items():
-            layer.mask, layer.level = new.masks[name], new.levels[name]
-        self._found = both(self._found, new.found)  # that of earlier updates may not have been read yet
-        self.collected.source.rng.set_state(new.random)
-        self.all_masks.update_followers()
-        if self._regrowth is not None:
-            self._regrowth.note(new.masks)
+    def _noted(self, masks: Mapping[str, Tensor]) -> list[tuple[Any, dict[str, Any]]]:
+        """The attributes that count what these masks keep as used, for a Change."""
+        return [] if self._regrowth is None else [(self._regrowth, {"used": self._regrowth.used_with(masks)})]
 
-    def _take_quantities(self, moment: str, names: Iterable[str] | None = None) -> None:
-        """Store the quantities that are taken at 'start' or 'update'. names: the layers, by default all."""
-        for collected in filter(None, (self.collected, self._regrowth)):
-            collected.take(moment, names)
+    def _as_it_is(self) -> Change:
+        """The change that restores all that `sparsify` and `calibrate` change."""
+        holders = [*self._all_collected, self.collected.source]
+        attributes: list[tuple[Any, dict[str, Any]]] = [
+            (self, {"_found": self._found, "_calibration": self._calibration})
+        ]
+        attributes += [(holder, dict(vars(holder))) for holder in holders]
+        parameters = map(self.model.get_parameter, self.all_masks)
+        return Change(
+            dict(self.layers), dict(self.all_masks.of_followers), attributes, self.collected.source.rng.get_state(),
+            [(parameter, parameter.detach().clone()) for parameter in parameters],
+        )  # fmt: skip
+
+    def _carry_out(self, change: Change, newly: Masked | None = None) -> None:
+        super()._carry_out(change, newly)
+        if change.random is not None:
+            self.collected.source.rng.set_state(change.random)
+        if change.is_update:
+            for each in self._all_collected:
+                each.take("update")
+
+    @property
+    def _all_collected(self) -> list[CollectedQuantities]:
+        """The quantities of the criterion, and those of the criterion by which weights regrow."""
+        return [self.collected] if self._regrowth is None else [self.collected, self._regrowth]
 
     # --- Data ---------------------------------------------------------------------------------------------------
 
@@ -319,8 +371,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         """
         self._check_held("calibrate")
         self.select_unfrozen()
-        calibrate(self.collected, batches, loss_func)
-        self._calibration = batches, loss_func
+        means = calibrated(self.collected, batches, loss_func)
+        self._take(Change(attributes=[(self.collected, means), (self, {"_calibration": (batches, loss_func)})]))
 
     def collect_gradients(self) -> None:
         """Collect the gradients for a criterion that needs them. Call it after backward, before they are masked.
@@ -335,8 +387,11 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         """
         self._check_held("collect_gradients")
         self.select_unfrozen()
-        for collected in filter(None, (self.collected, self._regrowth)):
-            collected.add_gradients()
+        self._take(self._with_gradients())
+
+    def _with_gradients(self) -> Change:
+        """The gradients of a batch, as a change of the means."""
+        return Change(attributes=[(each, each.with_gradients()) for each in self._all_collected])
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping.
@@ -345,9 +400,12 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         """
         self._check_held("mask_gradients")
         parameters = [layer.parameter for layer in self._selected.values()]
+        seen = Change()
         if self.collected.at("backward") and any(parameter.grad is not None for parameter in parameters):
-            self.collect_gradients()
+            self.select_unfrozen()
+            seen = self._with_gradients()
         super().mask_gradients()
+        self._take(seen)  # last, because a call that fails is made again, and no batch may count twice
 
     # --- What is measured ---------------------------------------------------------------------------------------
 
@@ -400,21 +458,17 @@ class Sparsifier(CopiedWithModel, MaskedModel):
             state: What `state_dict` returned.
 
         Raises:
-            ValueError: Names, shapes or quantities differ. Nothing has changed then.
+            ValueError: It is no such state, or names, shapes, types or quantities differ. Nothing has changed then.
         """
         self._check_held("load_state_dict")
-        self.select_unfrozen()
-        layers = self._selected
-        check_state(state, layers, self.collected, self._regrowth)
-        for name, layer in layers.items():
-            layer.mask = state["masks"][name].to(layer.mask.device)
-            layer.level = float(state["levels"][name])
-        self.all_masks.update_followers()
-        self.collected.restore(state["statistics"])
+        joining = self._joining()
+        layers = selected({**self.layers, **joining.layers})
+        loaded = read_state(state, layers, self.collected, self._regrowth)
+        attributes = [*joining.attributes, (self.collected, loaded.quantities)]
         if self._regrowth is not None:
-            self._regrowth.restore(state["regrowth"])
-        self.collected.source.rng.set_state(state["rng"].cpu())
-        self.apply_masks()
+            attributes.append((self._regrowth, loaded.of_regrowth))
+        followers = self.all_masks.followers_of(loaded.layers)
+        self._take(Change(loaded.layers, followers, attributes, loaded.random, zeroes=True))
 
     def release(self) -> nn.Module:
         """Drop all references to the model. Its zeros stay until it is trained further.

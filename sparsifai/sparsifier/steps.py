@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
 
-import torch
 from torch import nn
 
 from ..model.patterns import matching
@@ -62,22 +59,3 @@ def check_repeatable(collected: CollectedQuantities, calibration: tuple | None) 
             f"sparsify: with steps=, {name_of(collected.criterion)} looks at data in each step; call calibrate before, "
             "with batches that can be iterated over again, such as a list"
         )
-
-
-@contextmanager
-def restored_on_failure(sparsifier: Any) -> Iterator[None]:
-    """Restore a Sparsifier and the weights of its layers, if an exception ends the block.
-
-    Args:
-        sparsifier: The Sparsifier.
-    """
-    state = sparsifier.state_dict()
-    weights = [(each, each.detach().clone()) for each in map(sparsifier.model.get_parameter, sparsifier.all_masks)]
-    try:
-        yield
-    except BaseException:
-        sparsifier.load_state_dict(state)
-        with torch.no_grad():
-            for parameter, weight in weights:
-                parameter.copy_(weight)
-        raise

@@ -495,6 +495,21 @@ def collected(change):
     sparsifier.load_state_dict(state)
 
 
+def counted(count):
+    """Load a state that counts the batches of a layer differently."""
+    sparsifier = Sparsifier(small_net(), criteria="snip")
+    sparsifier.calibrate(batches(1), F.cross_entropy)
+    state = sparsifier.state_dict()
+    state["statistics"]["counts"]["grad"]["0.weight"] = count
+    sparsifier.load_state_dict(state)
+
+
+def half_of_a_block(mask):
+    mask = mask.clone()
+    mask[0] = False
+    return mask
+
+
 def first_mask(state, change):
     state["masks"]["0.weight"] = change(state["masks"]["0.weight"])
 
@@ -507,6 +522,7 @@ NO_STATE = (
     "load_state_dict: the state lacks the masks, levels, statistics or rng of a Sparsifier; give what state_dict() "
     "returned"
 )
+DAMAGED = "give what state_dict() returned; the file may be damaged, or another one"
 ONE_REGROWS = (
     "load_state_dict: only one of the state and this Sparsifier has regrow=; use the same regrow= as when the state "
     "was saved"
@@ -522,13 +538,38 @@ STATE = [
      ValueError, misfit("mask of else", "bools of the shape (8, 2, 3, 3)", "absent")),
     ("no level", lambda: load(lambda state: state["levels"].clear()), ValueError,
      misfit("level of 0.weight", "absent", "a number")),
-    ("no random state", lambda: load(lambda state: state.update(rng=torch.zeros(3, dtype=torch.uint8))), RuntimeError,
-     "...RNG state..."),
+    ("no random state", lambda: load(lambda state: state.update(rng=torch.zeros(3, dtype=torch.uint8))), ValueError,
+     f"load_state_dict: the rng of the state is no RNG state of this version of torch; {DAMAGED}"),
+    *((f"{wrong} for a level", lambda wrong=wrong: load(lambda state: state["levels"].update({"0.weight": wrong})),
+       ValueError, f"load_state_dict: the level of 0.weight must be a number from 0 to 1, not {wrong!r}; {DAMAGED}")
+      for wrong in (NAN, INF, -1, 1.5, "high", True, None)),
+    ("a list of levels", lambda: load(lambda state: state.update(levels=[0.5])), ValueError,
+     f"load_state_dict: the levels must be a dictionary by name, not list; {DAMAGED}"),
+    ("a mask on the meta device", lambda: load(lambda state: first_mask(state, lambda mask: mask.to("meta"))),
+     ValueError, misfit("mask of 0.weight", "a tensor without plain values of the shape (8, 2, 3, 3)",
+                        "bools of the shape (8, 2, 3, 3)")),
+    ("a mask of parts of blocks", lambda: load(lambda state: first_mask(state, half_of_a_block), granularity="4x1"),
+     ValueError, "load_state_dict: the mask of 0.weight prunes parts of groups in the state, which this granularity "
+     "keeps or prunes as a whole; use the same ..."),
+    ("an unknown part of a state", lambda: load(lambda state: state.update(mask={})), ValueError,
+     f"load_state_dict: the state has the unknown part 'mask'; {DAMAGED}"),
+    ("a count of half a batch", lambda: counted(0.5), ValueError,
+     f"load_state_dict: the count of grad of 0.weight must be a whole number, 0 or more, not 0.5; {DAMAGED}"),
+    ("a count of a layer without a mean", lambda: collected(lambda grad: grad.pop("0.weight")), ValueError,
+     f"load_state_dict: the state counts batches of grad of 0.weight, but has no value of it; {DAMAGED}"),
+    ("a mean of integers", lambda: collected(lambda grad: grad.update({"0.weight": grad["0.weight"].long()})),
+     ValueError, misfit("grad of 0.weight", "of torch.int64", "of torch.float32")),
+    ("a mean that is NaN", lambda: collected(lambda grad: grad["0.weight"].mul_(NAN)), ValueError,
+     "load_state_dict: grad of 0.weight has NaN in the state, which cannot be scored; load a state from before "
+     "training has diverged"),
+    ("a number for begins", lambda: load(lambda state: state["statistics"].update(begins=3)), ValueError,
+     f"load_state_dict: the begins of statistics must be a list of quantities, not 3; {DAMAGED}"),
     ("another criterion", lambda: load(criteria="movement", into={}), ValueError,
      "load_state_dict: the state has the quantities ['init'], the criterion large_final needs []; use the same "
      "criterion"),
     ("quantities of no Sparsifier", lambda: load(lambda state: state.update(statistics={})), ValueError,
-     "load_state_dict: the statistics of the state are not those of a Sparsifier"),
+     "load_state_dict: the statistics of the state are not those of a Sparsifier, which have stored, counts, begins; "
+     f"{DAMAGED}"),
     ("quantities of a layer that is not pruned", lambda: collected(lambda grad: grad.update(other=torch.zeros(5))),
      ValueError, "load_state_dict: the state has quantities of other, which is not selected here; use the same layers "
      "and exclude as when it was saved"),

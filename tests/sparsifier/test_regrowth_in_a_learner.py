@@ -43,8 +43,8 @@ def test_the_number_of_zeros_is_constant_while_masks_move(make_learner, optimize
 def test_dense_gradients_are_collected_only_before_mask_updates(make_learner, monkeypatch, criteria):
     from sparsifai import SparsifyCallback
 
-    steps, add = [], Regrowth.add
-    monkeypatch.setattr(Regrowth, "add", lambda self, *given: (steps.append(learn.iter), add(self, *given)))
+    steps, add = [], Regrowth.with_gradients
+    monkeypatch.setattr(Regrowth, "with_gradients", lambda self: (steps.append(learn.iter), add(self))[1])
     learn = make_learner(steps=12)
     learn.fit(1, cbs=SparsifyCallback(0.5, criteria=criteria, schedule="one_shot", regrow="grad", every=3))
     assert steps == [2, 5, 8]

@@ -69,7 +69,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change, net):
     sparse = Sparsifier(small_net())
     sparse.sparsify(0.5)
     sparsifier, before = Sparsifier(net), copy.deepcopy(net.state_dict())
-    with pytest.raises((ValueError, RuntimeError), match="level|RNG"):
+    with pytest.raises(ValueError, match="level|RNG"):
         sparsifier.load_state_dict(change(sparse.state_dict()))
     assert all(mask.all() for mask in sparsifier.masks.values())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

@@ -1,0 +1,97 @@
+"""Every pair of steps of a recipe is trained for two epochs: no step ends the fit of another."""
+
+from itertools import combinations
+
+import pytest
+from torch import nn
+
+from sparsifai import Recipe, SparsifyCallback
+
+pytestmark = pytest.mark.fastai
+
+
+def net():
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(128, 8), nn.Tanh(), nn.Linear(8, 3),
+    )  # fmt: skip
+
+
+SPARSIFY = {
+    "magnitude": {},
+    "change": {"criteria": "movement"},
+    "random": {"criteria": "random"},
+    "snip": {"criteria": "snip"},
+    "grasp": {"criteria": "grasp"},
+    "fisher": {"criteria": "fisher"},
+    "taylor of filters": {"criteria": "taylor", "granularity": "filter", "context": "local"},
+    "movement of scores": {"criteria": "movement_pruning"},
+    "synflow": {"criteria": "synflow"},
+    "wanda": {"criteria": "wanda", "context": "per_output"},
+    "filters": {"granularity": "filter", "context": "local"},
+    "2:4": {"context": "2:4", "layers": ["3", "6", "8"]},
+    "regrowth by gradients": {"regrow": "grad", "every": 2},
+    "random regrowth": {"regrow": "random", "every": 2, "criteria": "snip"},
+}
+OTHERS = {
+    "keep": {"keep": {}},
+    "a penalty": {"regularize": {"weight": 1e-3}},
+    "a proximal penalty": {"regularize": {"weight": 1e-3, "proximal": True, "granularity": "filter"}},
+    "a teacher": {"distil": {"weight": 0.5}},
+    "frozen at first": {"freeze": {"layers": ["0", "3"], "end": 1}},
+    "frozen later": {"freeze": {"layers": ["0", "8"], "start": 1}},
+    "frozen all the time": {"freeze": {"layers": "6"}},
+    "all weights frozen at first": {"freeze": {"layers": ["0", "3", "6.weight", "8.weight"], "end": 1}},
+}
+STEPS = {name: {"sparsify": {"sparsity": 0.5, **options}} for name, options in SPARSIFY.items()} | OTHERS
+PAIRS = [pair for pair in combinations(STEPS, 2) if not {*pair} <= {*SPARSIFY}]
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*criterion movement compares", "ignore:(?s).*taylor: a batch norm undoes")
+@pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
+def test_every_pair_of_steps_is_trained(make_learner, pair):
+    recipe = Recipe({"epochs": 2, "steps": [STEPS[name] for name in pair]})
+    learn, callbacks = make_learner(net()), recipe.callbacks(teacher=net())
+    learn.fit_one_cycle(2, 1e-2, cbs=callbacks)
+    parameters = dict(learn.model.named_parameters())
+    assert len(learn.recorder.values) == 2
+    assert all(parameter.isfinite().all() and parameter.requires_grad for parameter in parameters.values())
+    if pair[0] in SPARSIFY:
+        sparsifier = callbacks[0].sparsifier
+        masks = sparsifier.all_masks
+        assert all((parameters[name].masked_fill(mask, 0) == 0).all() for name, mask in masks.items())
+        assert sparsifier.sparsity >= 0.45 or pair == ("regrowth by gradients", "frozen all the time")
+
+
+@pytest.mark.parametrize("pair", [*combinations([*SPARSIFY][:3], 2)], ids=" and ".join)
+def test_two_steps_that_sparsify_are_refused(make_learner, pair):
+    with pytest.raises(ValueError, match="sparsify"):
+        Recipe({"epochs": 2, "steps": [STEPS[name] for name in pair]})
+
+
+@pytest.mark.parametrize("criteria", ["grasp", "snip", "movement_pruning"])
+@pytest.mark.parametrize("regrow", [None, "grad"])
+def test_a_layer_that_no_gradient_reaches_rests_until_it_is_trained(make_learner, criteria, regrow, capsys):
+    from fastai.callback.core import Callback
+
+    sparsities = []
+
+    def note(self):
+        sparsities.append(float((self.model[6].weight == 0).float().mean()))
+
+    class FreezesBefore(Callback):
+        """Freezes a layer that is selected, before anything has seen its gradient; until the second epoch."""
+
+        order = -100
+
+        def before_batch(self):
+            self.model[6].weight.requires_grad_(self.epoch > 0)
+
+    learn = make_learner(net())
+    callback = SparsifyCallback(0.5, criteria=criteria, regrow=regrow, every=1, layers=["0", "3", "6"], schedule="lin")
+    learn.fit(2, 1e-2, cbs=[callback, FreezesBefore(), Callback(after_epoch=note)])
+    assert sparsities[0] == 0
+    assert sparsities[1] > 0.2
+    assert callback.sparsifier.sparsity == pytest.approx(0.5, abs=0.001)
+    told = "SparsifyCallback: no gradient reaches 6.weight, frozen at present, so its sparsity stays as it is until it"
+    assert capsys.readouterr().out.count(told) == 1
