@@ -13,7 +13,7 @@ from ..axes.grouping import Grouping, grouping_of
 from ..model.flow import Flow
 from ..model.layers import NamedWeight, find_weights
 from ..model.norms import check_fused_norms, norms_not_followed
-from ..model.patterns import Pattern, as_patterns, matching
+from ..model.patterns import Pattern, as_patterns, matching_each
 from ..model.response import computes_its_weight
 from ..model.tensors import check_values
 from ..model.tracing import find_flow
@@ -121,8 +121,8 @@ def _reasons_to_stay_dense(
     """
     patterns = [] if layers is None else as_patterns(layers)
     exclusions = [] if exclude is None else as_patterns(exclude)
-    chosen = set().union(*(matching(pattern, weights, model) for pattern in patterns))
-    excluded = set().union(*(matching(pattern, weights, model) for pattern in exclusions))
+    chosen = set().union(*matching_each(patterns, weights, model))
+    excluded = set().union(*matching_each(exclusions, weights, model))
     named = {pattern for pattern in patterns if isinstance(pattern, str)}
     given = {id(pattern) for pattern in patterns if isinstance(pattern, nn.Module)}
     reasons, whole_outputs, whole_inputs = {}, set(), set()
@@ -202,8 +202,7 @@ def scopes(sparsity: float | Mapping[Pattern, float], layers: Layers, model: nn.
         return [(sparsity, list(pruned))]
     weights = {name: layer.weight for name, layer in layers.items()}
     position_of: dict[str, int] = {}
-    for position, pattern in enumerate(sparsity):
-        matched = matching(pattern, weights, model)
+    for position, (pattern, matched) in enumerate(zip(sparsity, matching_each(sparsity, weights, model), strict=True)):
         if not any(name in pruned or layers[name].why_dense == FROZEN for name in matched):
             reasons = "; ".join(f"{name}: {layers[name].why_dense}" for name in sorted(matched)[:3])
             raise ValueError(f"sparsity: {pattern!r} matches only layers that stay dense ({reasons})")

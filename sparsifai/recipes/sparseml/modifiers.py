@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...support.printable import quoted
+from ...support.regular_expression import compiled
 from ..expression import evaluate
 
 LONGEST_NAME = 500  # characters
@@ -140,14 +140,14 @@ class Modifier:
             message: Why.
             lost: Whether it would have changed the model or its sparsity. Default: True.
         """
-        parameters = ", ".join(f"{key}={shown(value)}" for key, value in self.values.items())
+        parameters = ", ".join(f"{key}={quoted(value)}" for key, value in self.values.items())
         self.note(self.name, f"{message}; left out{f': {parameters}' if parameters else ''}", lost)
         self.taken.update(self.values)
 
     def leave_rest(self) -> None:
         """Add a notice for each parameter that has not been converted."""
         for key in self.values.keys() - self.taken:
-            self.note(key, f"{shown(self.values[key])} has no counterpart; left out", lost=True)
+            self.note(key, f"{quoted(self.values[key])} has no counterpart; left out", lost=True)
 
 
 def pattern(modifier: Modifier, key: str, name: Any) -> str:
@@ -167,26 +167,14 @@ def pattern(modifier: Modifier, key: str, name: Any) -> str:
         ValueError: It is not a string of 1 to 500 characters, or not a valid regular expression.
     """
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
-        raise modifier.error(key, f"expected names of parameters, not {shown(name)}")
+        raise modifier.error(key, f"expected names of parameters, not {quoted(name)}")
     if not name.startswith("re:"):
         return name
     expression = name[len("re:") :]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            re.compile(expression)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise modifier.error(key, f"{shown(name)} is not a regular expression: {error}") from None
+        compiled(expression)
+    except ValueError as error:
+        raise modifier.error(key, f"{quoted(name)} is no regular expression for names: {error}") from None
     if "|" in expression or "(?" in expression:
         return f"re:(?:{expression}).*"
     return name if expression.endswith((".*", "$")) else f"{name}.*"
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it, shortened.
-
-    Args:
-        value: Any plain value.
-    """
-    text = repr(value[:80] if isinstance(value, (str, list)) else value)
-    return text if len(text) <= 90 else f"{text[:80]}..."

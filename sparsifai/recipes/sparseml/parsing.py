@@ -13,9 +13,10 @@ from typing import Any
 
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from ...support.printable import quoted
 from ..expression import evaluate, is_expression, without_eval
 from ..safe_yaml import compose, line_of, pairs, plain
-from .modifiers import Modifier, Notice, shown
+from .modifiers import Modifier, Notice
 
 _TAG = re.compile(r"!(?:\w+\.)?(\w*Modifier)")
 
@@ -122,14 +123,14 @@ def _modifiers(node: Node, variables: _Variables, notices: list[Notice]) -> Iter
             if not _name(item):
                 raise ValueError(
                     f"line {line_of(item)}: expected a modifier of SparseML, such as !GMPruningModifier, not "
-                    f"{shown(plain(item))}"
+                    f"{quoted(plain(item))}"
                 )
             yield from _modifiers(item, variables, notices)
     elif isinstance(node, MappingNode):
         yield from _of_mapping(node, variables, notices)
     else:
         raise ValueError(
-            f"line {line_of(node)}: expected the variables and modifiers of a recipe, not {shown(plain(node))}"
+            f"line {line_of(node)}: expected the variables and modifiers of a recipe, not {quoted(plain(node))}"
         )
 
 
