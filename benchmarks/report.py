@@ -3,6 +3,8 @@
 import json
 from dataclasses import dataclass, field
 
+from sparsifai.support.files import write_text, write_whole
+
 
 @dataclass
 class Table:
@@ -52,7 +54,7 @@ def write(folder, surroundings, tables):
         }
         for table in tables
     }
-    (folder / "results.json").write_text(json.dumps({"surroundings": surroundings, "sections": sections}, indent=2))
+    write_text(folder / "results.json", json.dumps({"surroundings": surroundings, "sections": sections}, indent=2))
     drawn = [table for table in tables if table.section in PANELS]
     if drawn:
         _draw(folder / "results.png", surroundings, drawn)
@@ -73,7 +75,7 @@ def _draw(path, surroundings, tables):
         panel.set_visible(False)
     figure.suptitle(", ".join(f"{name} {value}" for name, value in surroundings.items()), fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
     plt.close(figure)
 
 

@@ -17,6 +17,7 @@ from .export.sparse_file import SparseFile
 from .export.sparse_format import is_safetensors
 from .model.zeros import Count, figures
 from .recipes.recipe import Recipe
+from .support.files import write_whole
 from .support.table import Cells
 
 _PLAN = """Show what a recipe would do to a model, without data or training.
@@ -113,7 +114,8 @@ def _plan(given: Any) -> None:
 
         _, axes = plt.subplots(2, 1, figsize=(9, 4 + 0.25 * len(plan.layers)), layout="constrained")
         plan.plot_schedule(axes[0])
-        plan.plot(axes[1]).figure.savefig(given.picture)
+        figure, kind = plan.plot(axes[1]).figure, given.picture.suffix[1:] or "png"
+        write_whole(given.picture, lambda file: figure.savefig(file, format=kind))
 
 
 def _report(given: Any) -> None:

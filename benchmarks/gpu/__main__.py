@@ -25,6 +25,7 @@ from benchmarks.gpu.sections import ON_REQUEST, SECTIONS, run_section
 from benchmarks.peers import version_of_fasterai
 from benchmarks.report import Table
 from benchmarks.timing import surroundings
+from sparsifai.support.files import write_text
 
 UNTIMED = ("tests", "masks")
 DEFAULT = [name for name in SECTIONS if name not in ON_REQUEST]
@@ -49,8 +50,8 @@ def main(names, device, quick, minutes, folder):
         print(_text({}, ended), flush=True)
         found |= ended
         facts["seconds"] = round(time.perf_counter() - start, 1)
-        (folder / "gpu.json").write_text(json.dumps({"surroundings": facts, "sections": found}, indent=1))
-        (folder / "gpu.txt").write_text(_text(facts, found) + "\n")
+        write_text(folder / "gpu.json", json.dumps({"surroundings": facts, "sections": found}, indent=1))
+        write_text(folder / "gpu.txt", _text(facts, found) + "\n")
     print("\n".join(_summary(found)), flush=True)
     return sum(len(section["failures"]) for section in found.values())
 

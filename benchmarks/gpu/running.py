@@ -9,6 +9,7 @@ from statistics import median
 import torch
 
 from benchmarks.timing import seconds_of
+from sparsifai.support.files import write_text
 
 
 class Section:
@@ -60,7 +61,7 @@ class Section:
     def write(self):
         "Write what there is so far"
         found = {"seconds": time.perf_counter() - self.start, "tables": self.tables}
-        self.file.write_text(json.dumps({**found, "failures": self.failures, "left out": self.left_out}, indent=1))
+        write_text(self.file, json.dumps({**found, "failures": self.failures, "left out": self.left_out}, indent=1))
 
 
 @contextmanager

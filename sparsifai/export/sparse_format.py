@@ -34,10 +34,10 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 
+from ..support.files import write_whole
 from ..support.version import __version__
 from .sparse_tensor import DTYPES, StoredTensor
 
@@ -52,7 +52,7 @@ LARGEST_HEADER = 2**24
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
-    """Write tensors to a file at once, so that an error leaves an earlier file unchanged.
+    """Write tensors to a file whole or not at all, so that an error leaves an earlier file unchanged.
 
     Args:
         path: The file.
@@ -79,13 +79,7 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
         raise ValueError(f"{path}: safetensors {version} cannot store {error}; update safetensors") from None
     if _header_size(written) > LARGEST_HEADER:
         raise ValueError(f"{path}: {len(tensors):,} tensors are too many for one file; save the model in parts")
-    # A random name, as other processes may write the same file, and other files may have any name.
-    part = path.with_name(f".{uuid4().hex}.part")
-    try:
-        part.write_bytes(written)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, lambda file: file.write(written))
 
 
 def read_tensors(path: Path) -> Tensors:

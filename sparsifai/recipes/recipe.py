@@ -33,6 +33,7 @@ from ..model.parallel import unwrapped
 from ..sparsifier.options import Options, mapped
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
+from ..support.files import write_text
 from .reading import Reading
 from .safe_yaml import Located, dump_yaml, load_yaml
 from .sparseml.convert import convert
@@ -149,9 +150,12 @@ class Recipe:
         """Write the recipe to a YAML file. Comments of a file that it was read from are not written.
 
         Args:
-            path: The file.
+            path: The file. An existing one is replaced at once.
+
+        Raises:
+            OSError: The file cannot be written. What was there is unchanged.
         """
-        Path(path).write_text(self.dumps(), encoding="utf-8")
+        write_text(path, self.dumps())
 
     __str__ = __repr__ = dumps
 

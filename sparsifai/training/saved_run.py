@@ -5,21 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..support.files import write_whole
 from ..support.registry import name_of
 
 
 def save_run(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
-    """Write a file in one step: if writing is interrupted, an earlier file of that name is intact."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    part.replace(path)
+    """Write a file whole or not at all, as `write_whole` does."""
+    write_whole(path, lambda file: torch.save(state, file))
 
 
 def load_run(path: str | os.PathLike) -> dict[str, Any]:

@@ -162,7 +162,10 @@ class LotteryTickets(Table, Sequence[Ticket]):
         """Write the tickets to a file that `LotteryTickets.load` reads.
 
         Args:
-            path: The file; an existing one is replaced.
+            path: The file; an existing one is replaced at once.
+
+        Raises:
+            OSError: The file cannot be written. What was there is unchanged.
         """
         save_run(path, self.state())
 

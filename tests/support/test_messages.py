@@ -1,6 +1,7 @@
 """The messages of all errors of this folder."""
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from sparsifai.support.checks import (
     check_round_to,
     check_seed,
 )
+from sparsifai.support.files import open_regular, read_bytes, write_whole
 from sparsifai.support.registry import Registry
 
+ROOT = str(Path(__file__).parent)
 INF, NAN = float("inf"), float("nan")
 
 
@@ -122,6 +125,31 @@ MESSAGES = [
         "has no name of its own; pass name=",
     ),
     (
+        "a folder for a file to write",
+        partial(write_whole, ROOT, print),
+        IsADirectoryError,
+        f"it is a folder; pass the name of a file: '{ROOT}'",
+    ),
+    (
+        "a device for a file to write",
+        partial(write_whole, "/dev/null", print),
+        OSError,
+        "it is a device; pass the name of a regular file: '/dev/null'",
+    ),
+    (
+        "a folder that is not there",
+        partial(write_whole, f"{ROOT}/none/file", print),
+        FileNotFoundError,
+        f"the folder does not exist; create it first: '{ROOT}/none'",
+    ),
+    ("a folder for a file to read", partial(open_regular, ROOT), IsADirectoryError, "it is a folder; pass the name of"),
+    (
+        "a file that is too large",
+        partial(read_bytes, __file__, 10, "a recipe"),
+        ValueError,
+        f"{__file__} has more than 10 bytes, which is the limit for a recipe; is it another file?",
+    ),
+    (
         "registering a word",
         partial(colours().register, "blue"),
         TypeError,
@@ -137,4 +165,4 @@ def test_errors(mistake, error, message):
     with pytest.raises(error) as raised:
         mistake()
     assert type(raised.value) is error
-    assert message in str(raised.value.args[0])
+    assert message in (str(raised.value) if isinstance(raised.value, OSError) else str(raised.value.args[0]))
