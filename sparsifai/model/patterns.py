@@ -25,7 +25,8 @@ from .layers import NamedWeight
 Pattern = str | type | nn.Module | Callable[[str, nn.Module], bool]
 
 LONGEST = 1100  # characters of a pattern
-MOST_WORK = 20_000_000  # for all patterns of a list together, a few seconds
+MOST_EXPRESSIONS = 2000  # globs and regular expressions in a list
+MOST_WORK = 8_000_000  # for all patterns of a list together, a few seconds
 WORK_PER_CHARACTER = 100  # more for each character of the names of a model, as its own author may have many patterns
 WORK_OF_GLOB = 3  # for each name
 
@@ -38,7 +39,7 @@ def as_patterns(patterns: Pattern | Iterable[Pattern]) -> list[Pattern]:
 
     Raises:
         TypeError: One of them is not a pattern.
-        ValueError: A regular expression is not valid.
+        ValueError: A regular expression is not valid, or there are too many.
     """
     # A Sequential is iterable too, but is a pattern itself.
     several = isinstance(patterns, Iterable) and not isinstance(patterns, (str, nn.Module, type))
@@ -47,6 +48,12 @@ def as_patterns(patterns: Pattern | Iterable[Pattern]) -> list[Pattern]:
             f"{patterns!r} cannot select layers; pass a dictionary of sparsities as the first argument, `sparsity`"
         )
     listed: list[Any] = list(patterns) if several else [patterns]  # type: ignore[arg-type]
+    expressions = sum(isinstance(pattern, str) and not is_name(pattern) for pattern in listed)
+    if expressions > MOST_EXPRESSIONS:
+        raise ValueError(
+            f"there are {expressions:,} globs and regular expressions, more than {MOST_EXPRESSIONS:,}; name layers or "
+            "containers instead"
+        )
     for pattern in listed:
         if not (isinstance(pattern, (str, nn.Module)) or callable(pattern)):
             raise TypeError(
@@ -156,14 +163,19 @@ def name_matcher(pattern: str) -> Callable[[str, Work], bool] | None:
             return compiled(pattern[len("re:") :]).matches
         except ValueError as error:
             raise ValueError(f"{quoted(pattern)} is no regular expression for names: {error}") from None
-    if not any(each in pattern for each in "*?["):
+    if is_name(pattern):
         return None
     if "[" in pattern:
         check_sets(pattern)
     return _glob(pattern)
 
 
-@lru_cache(maxsize=500)
+def is_name(pattern: str) -> bool:
+    """Whether a pattern is a mere name, neither a glob nor a regular expression."""
+    return not (pattern.startswith("re:") or any(each in pattern for each in "*?["))
+
+
+@lru_cache(maxsize=2000)
 def _glob(pattern: str) -> Callable[[str, Work], bool]:
     # Python's expression for a glob never tries a part of it twice at one place, so it takes no exponential time.
     with warnings.catch_warnings():

@@ -37,7 +37,7 @@ _TAG = "tag:yaml.org,2002:"
 class _Loader(yaml.SafeLoader):
     """Composes nodes within the limits, and constructs no objects."""
 
-    depth = values = 0
+    depth = values = copied = 0
 
     def compose_node(self, parent, index):
         """Like SafeLoader's; raises ComposerError beyond the limits, and for an alias of more than one value."""
@@ -52,6 +52,10 @@ class _Loader(yaml.SafeLoader):
             problem = (
                 f"the alias *{event.anchor} must stand for a single value that is defined above it; write the value out"
             )
+        elif isinstance(event, yaml.AliasEvent):
+            self.copied += len(self.anchors[event.anchor].value)
+            if self.copied > LONGEST_TEXT:
+                problem = f"aliases stand for more than {LONGEST_TEXT:,} characters in all"
         if problem:
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         self.depth += 1
@@ -59,6 +63,8 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # YAML 1.1 reads 1e-5 as text.
 _SCIENTIFIC = (
@@ -175,7 +181,7 @@ def plain(node: Node) -> Any:
 
 def _scalar(node: ScalarNode, kind: str) -> Any:
     if kind in ("str", "timestamp", "value"):
-        if any("\ud800" <= character <= "\udfff" for character in node.value):
+        if _SURROGATE.search(node.value):
             raise ValueError(
                 f"line {line_of(node)}: {quoted(node.value)} has half of a surrogate pair, which is no character; "
                 "remove it"

@@ -179,7 +179,7 @@ def _numbers(states: int) -> Iterator[int]:
         states ^= lowest
 
 
-@lru_cache(maxsize=500)
+@lru_cache(maxsize=2000)
 def compiled(expression: str) -> RegularExpression:
     """A regular expression, which remembers what it has matched, from one use to the next.
 
