@@ -22,6 +22,7 @@ from ..model.running import evaluating, run, untraced
 from ..model.tensors import check_values
 from ..model.zeros import Count
 from ..support.checks import check_count, check_is_module
+from ..support.printable import printable
 from .comparison_table import Comparison, Form, caption
 from .csr import CSRLinear, to_sparse_layout
 from .shrink import shrink
@@ -99,7 +100,7 @@ def _flops(name: str, model: nn.Module, example: Any) -> dict[str, int]:
     try:
         return count_flops(model, find_weights(model), example)
     except ValueError as error:
-        raise ValueError(f"compare: {name}: {error}") from error
+        raise ValueError(f"compare: {printable(name)}: {error}") from error
 
 
 def _form(name: str, model: nn.Module, flops: Mapping[str, int]) -> Form:

@@ -38,6 +38,7 @@ from typing import Any
 import torch
 
 from ..support.files import write_whole
+from ..support.printable import printable
 from ..support.version import __version__
 from .sparse_tensor import DTYPES, StoredTensor
 
@@ -111,7 +112,8 @@ def read_tensors(path: Path) -> Tensors:
                 return _tensors(file, metadata)
     except (SafetensorError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged, or was not written by save_sparse ({error}); get a new copy of the file"
+            f"{path} is damaged, or was not written by save_sparse ({printable(str(error))}); get a new copy of the "
+            "file"
         ) from None
     if version is None:
         raise ValueError(

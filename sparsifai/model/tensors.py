@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..support.printable import printable
 from .parallel import whole
 
 
@@ -60,7 +61,8 @@ def check_values(caller: str, tensors: Mapping[str, Tensor]) -> None:
     if without:
         count = f" ({len(without)} of {len(tensors)} parameters are)" if len(without) > 1 else ""
         raise ValueError(
-            f"{caller}: {without[0]} is on the meta device, without values{count}; load the whole model into memory "
+            f"{caller}: {printable(without[0])} is on the meta device, without values{count}; load the whole model "
+            "into memory "
             "first, by model.to_empty(device='cpu') and load_state_dict, or without offloading (device_map=None)"
         )
 

@@ -17,6 +17,7 @@ from ..model.patterns import Pattern, as_patterns, matching_each
 from ..model.response import computes_its_weight
 from ..model.tensors import check_values
 from ..model.tracing import find_flow
+from ..support.printable import printable
 from ..support.warning import warn
 from .coupled import Asked, Coupling, couple
 from .followers import Follower, find_followers
@@ -169,13 +170,15 @@ def why_zeros_do_not_last(weight: NamedWeight, grouping: Grouping | str) -> str:
         return weight.unfit
     if weight.sources:
         return (
-            f"{weight.attribute} of {place} is computed from {weight.name} in each forward, so zeros in it do not "
+            f"{weight.attribute} of {printable(place)} is computed from {printable(weight.name)} in each forward, so "
+            "zeros in it do not "
             "last; remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations, "
             "remove_weight_norm, ...), or exclude the layer with exclude="
         )
     if computes_its_weight(weight, lambda kept: grouping.spread(grouping.any_of(kept))):
         return (
-            f"the forward of {place} ({weight.kind}) computes its own weight from {weight.name}, and where "
+            f"the forward of {printable(place)} ({weight.kind}) computes its own weight from "
+            f"{printable(weight.name)}, and where "
             f"{weight.attribute} is zero, the computed weight is not, so pruning it has no effect; replace the layer "
             "by one that uses its weight as it is, or exclude it with exclude="
         )
@@ -186,7 +189,7 @@ def _summary(reasons: Mapping[str, str]) -> str:
     """Why all layers stay dense, and what to do."""
     if not reasons:
         return "it has no weights with named axes; name those of its layers: register_layer(kind, weight=('out', 'in'))"
-    shown = [f"{name}: {reason}" for name, reason in reasons.items()]
+    shown = [f"{printable(name)}: {reason}" for name, reason in reasons.items()]
     more = f"; and {len(shown) - 5} more" if len(shown) > 5 else ""
     return f"{'; '.join(shown[:5])}{more}. Choose another granularity, or name layers in layers="
 
@@ -204,7 +207,7 @@ def scopes(sparsity: float | Mapping[Pattern, float], layers: Layers, model: nn.
     position_of: dict[str, int] = {}
     for position, (pattern, matched) in enumerate(zip(sparsity, matching_each(sparsity, weights, model), strict=True)):
         if not any(name in pruned or layers[name].why_dense == FROZEN for name in matched):
-            reasons = "; ".join(f"{name}: {layers[name].why_dense}" for name in sorted(matched)[:3])
+            reasons = "; ".join(f"{printable(name)}: {layers[name].why_dense}" for name in sorted(matched)[:3])
             raise ValueError(f"sparsity: {pattern!r} matches only layers that stay dense ({reasons})")
         position_of.update(dict.fromkeys(matched, position))
     parts = [[name for name in pruned if position_of.get(name) == position] for position in range(len(sparsity))]

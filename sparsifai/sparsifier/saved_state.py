@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..axes.quantity import AVERAGED, STORED
+from ..support.printable import printable
 from ..support.registry import name_of
 from .collection import CollectedQuantities
 from .layer import Layers
@@ -51,7 +52,7 @@ def check_state(state: Any, layers: Layers, collected: CollectedQuantities, regr
         for name in sorted(known.keys() | given.keys()):
             if _form(given.get(name)) != _form(known.get(name)):
                 raise ValueError(
-                    f"load_state_dict: the {what} of {name} is {_form(given.get(name))} in the state and "
+                    f"load_state_dict: the {what} of {printable(name)} is {_form(given.get(name))} in the state and "
                     f"{_form(known.get(name))} here; use the same model, granularity, layers and exclude as when it "
                     "was saved, and freeze the same layers"
                 )
@@ -73,7 +74,8 @@ def _quantity_tables(
     unknown = {name for quantity in means & stored.keys() for name in stored[quantity]} - masks.keys()
     if unknown:
         raise ValueError(
-            f"load_state_dict: the state has quantities of {sorted(unknown)[0]}, which is not selected here; use the "
+            f"load_state_dict: the state has quantities of {printable(sorted(unknown)[0])}, which is not selected "
+            "here; use the "
             "same layers and exclude as when it was saved"
         )
     # A mean over batches is compared only if both have it. It can be missing for some layers, or as a whole.

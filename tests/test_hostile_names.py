@@ -1,0 +1,140 @@
+"""Names of layers with any characters: tables, warnings, errors and the command line show them escaped, each in one line."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from sparsifai import (
+    Recipe,
+    SparseFile,
+    Sparsifier,
+    compare,
+    count_flops,
+    load_sparse,
+    save_sparse,
+    shrink,
+    to_sparse_layout,
+)
+from sparsifai.__main__ import main
+
+NAMES = ["\x1b[2J\x1b]0;title\x07", "a\rb", "a\nb  100%", "\u202eabc", "\x9b2J", "{0}{", "long" * 2000, "<script>"]
+SURROGATE = "\udc80"
+EXAMPLE = torch.ones(2, 8)
+
+
+def model_of(name):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    model = nn.Sequential()
+    for module_name, module in {name: body, "head": nn.Linear(8, 2)}.items():
+        model.add_module(module_name, module)
+    return model
+
+
+def sparsified(name, **options):
+    sparsifier = Sparsifier(model_of(name), **options)
+    sparsifier.sparsify(0.5)
+    return sparsifier
+
+
+def constant(name):
+    model = model_of(name)
+    with torch.no_grad():
+        model[0][0].weight.fill_(1)
+    Sparsifier(model, context="local").sparsify(0.5)
+
+
+def not_a_number(name):
+    model = model_of(name)
+    with torch.no_grad():
+        model[0][0].weight.fill_(torch.nan)
+    Sparsifier(model).sparsify(0.5)
+
+
+def frozen(name):
+    model = model_of(name)
+    model[0].requires_grad_(False)
+    return Sparsifier(model, granularity="filter", layers="head")
+
+
+def with_mask(name, mask):
+    sparsifier = Sparsifier(model_of(name))
+    sparsifier.set_masks({next(iter(sparsifier.layers)): mask})
+
+
+def saved(name, folder):
+    save_sparse(sparsified(name).model, folder / "sparse.safetensors")
+    return folder / "sparse.safetensors"
+
+
+def loaded_elsewhere(name, folder):
+    model = model_of(name)
+    model[0][0] = nn.Linear(8, 9)
+    load_sparse(saved(name, folder), model)
+
+
+def reported(name, folder):
+    torch.save(model_of(name).state_dict(), folder / "checkpoint.pth")
+    return main(["report", str(folder / "checkpoint.pth")]), main(["report", str(saved(name, folder))])
+
+
+# What is done with a model that has a layer of the name: a result to show, a warning or an error.
+WAYS = {
+    "report": lambda name, folder: sparsified(name).report(),
+    "plan": lambda name, folder: Recipe({"epochs": 2, "steps": [{"sparsify": {"sparsity": 0.99}}]}).plan(model_of(name)),
+    "unknown layer": lambda name, folder: Sparsifier(model_of(name), layers="hed"),
+    "layer in a recipe": lambda name, folder: Recipe(
+        {"steps": [{"sparsify": {"sparsity": 0.5, "layers": [f"{name}x"[:1000]]}}]}).apply(model_of(name)),
+    "excluded": lambda name, folder: Sparsifier(model_of(name), exclude=["*"]),
+    "only dense layers": lambda name, folder: Sparsifier(model_of(name), layers="head").sparsify({f"{name}.*"[:1000]: 0.5}),
+    "ties": lambda name, folder: constant(name),
+    "NaN": lambda name, folder: not_a_number(name),
+    "frozen": lambda name, folder: frozen(name),
+    "whole filters": lambda name, folder: sparsified(name, granularity="filter").report(),
+    "wrong mask": lambda name, folder: with_mask(name, torch.ones(3, 3).bool()),
+    "mask of text": lambda name, folder: with_mask(name, "x"),
+    "mask that empties": lambda name, folder: with_mask(name, torch.zeros(8, 8).bool()),
+    "missing data": lambda name, folder: sparsified(name, criteria="movement_pruning"),
+    "per_output": lambda name, folder: sparsified(name, granularity="filter", context="per_output"),
+    "state": lambda name, folder: sparsified("other").load_state_dict(sparsified(name).state_dict()),
+    "sparse file": lambda name, folder: SparseFile.read(saved(name, folder)),
+    "loaded": lambda name, folder: loaded_elsewhere(name, folder),
+    "command line": reported,
+    "shrink": lambda name, folder: shrink(sparsified(name, granularity="filter").model, EXAMPLE),
+    "layout": lambda name, folder: to_sparse_layout(sparsified(name).model),
+    "compare": lambda name, folder: compare({name: model_of("a")}, EXAMPLE),
+    "FLOPs": lambda name, folder: count_flops(model_of(name), EXAMPLE),
+}  # fmt: skip
+
+
+def shown(way, name, folder, capsys):
+    """All that a terminal or a notebook gets to show."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            made = WAYS[way](name, folder)
+            texts = [str(made), getattr(made, "_repr_html_", str)()]
+        except Exception as error:
+            texts = [str(error)]
+    output = capsys.readouterr()
+    return [*texts, *(str(each.message) for each in caught), output.out, output.err]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_name_reaches_a_terminal_as_it_is(way, tmp_path, capsys):
+    for name in NAMES:
+        usual, texts = shown(way, "usual", tmp_path, capsys), shown(way, name, tmp_path, capsys)
+        assert [text.count("\n") for text in texts] == [text.count("\n") for text in usual], name
+        for text in texts:
+            assert all(line.isprintable() for line in text.split("\n")), (name, text)
+            assert len(text) < 8000, name
+        assert "<script>" not in texts[1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_surrogate_is_shown_as_an_escape_or_refused(way, tmp_path, capsys):
+    for text in shown(way, SURROGATE, tmp_path, capsys):
+        assert text.encode()
+        assert all(line.isprintable() for line in text.split("\n")), text
