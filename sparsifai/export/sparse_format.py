@@ -38,7 +38,7 @@ from typing import Any
 import torch
 
 from ..support.files import write_whole
-from ..support.printable import printable
+from ..support.printable import printable, quoted
 from ..support.version import __version__
 from .sparse_tensor import DTYPES, StoredTensor
 
@@ -61,7 +61,7 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
 
     Raises:
         OSError: The file cannot be written.
-        ValueError: safetensors does not know a dtype, or there are too many tensors.
+        ValueError: safetensors does not know a dtype, a name cannot be stored, or there are too many tensors.
     """
     from safetensors import __version__ as version
     from safetensors.torch import save
@@ -78,6 +78,10 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
         written = save(pieces, metadata)
     except KeyError as error:
         raise ValueError(f"{path}: safetensors {version} cannot store {error}; update safetensors") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the name {quoted(error.object)} has half of a surrogate pair, which no file can store; rename the layer"
+        ) from None
     if _header_size(written) > LARGEST_HEADER:
         raise ValueError(f"{path}: {len(tensors):,} tensors are too many for one file; save the model in parts")
     write_whole(path, lambda file: file.write(written))
