@@ -26,7 +26,7 @@ def sparseml(parameters, before=""):
 
 def chain(length, line):
     """Variables that each use the one before it many times."""
-    return "".join(line.format(number, "+".join([f"v{number - 1}"] * 60) if number else 1) for number in range(length))
+    return "".join(line.format(number, "+".join([f"v{number - 1}"] * 40) if number else 1) for number in range(length))
 
 
 def numbered(line, count, before="", after=""):
