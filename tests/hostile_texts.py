@@ -26,7 +26,9 @@ def sparseml(parameters, before=""):
 
 def chain(length, line):
     """Variables that each use the one before it many times."""
-    return "".join(line.format(number, "+".join([f"v{number - 1}"] * 40) if number else 1) for number in range(length))
+    return "".join(
+        line.format(number, f"max({','.join([f'v{number - 1}'] * 60)})" if number else 1) for number in range(length)
+    )
 
 
 def numbered(line, count, before="", after=""):
@@ -128,6 +130,10 @@ SINGLE = {
         "  b{}: *a\n", 12_000, f"steps: [keep]\nvariables:\n  a: &a '${{{'+'.join('1' * 240)}}}'\n"
     ),
     "variables": lambda: "variables:\n" + chain(500, '  v{}: "${{{}}}"\n') + "steps: [keep]",
+    "sums of variables": lambda: sparseml(
+        "update_frequency: eval(v48)",
+        "v0: 1\n" + "".join(f"v{n}: eval({'+'.join([f'v{n - 1}'] * 45)})\n" for n in range(1, 49)),
+    ),
     "variables of SparseML": lambda: sparseml("update_frequency: eval(v48)", chain(49, "v{}: eval({})\n")) + LAST * 900,
     "variables of stages": lambda: numbered(STAGE, 900, chain(49, "v{}: eval({})\n")),
     "variable that is a list": lambda: (

@@ -132,6 +132,10 @@ class Evaluation:
         self.work.spend(1 + len(expression) if isinstance(expression, str) else 1)
         try:
             return self._node(_parsed(expression), chain, 0)
+        except RecursionError:
+            raise _LocatedError(
+                f"expression {quoted(expression)}: it and its variables are nested too deeply"
+            ) from None
         except (ValueError, TypeError, ArithmeticError) as error:
             if isinstance(error, _LocatedError):
                 raise

@@ -222,7 +222,9 @@ def test_text_that_a_terminal_obeys_is_written_with_escapes():
 
 
 def test_expressions_of_a_recipe_are_computed_once():
-    chain = "".join(f"v{number}: eval({'+'.join([f'v{number - 1}'] * 40) if number else 1})\n" for number in range(49))
+    chain = "v0: 1\n" + "".join(
+        f"v{number}: eval(max({','.join([f'v{number - 1}'] * 60)}))\n" for number in range(1, 49)
+    )
     last = "  - !EpochRangeModifier {end_epoch: eval(v48 * 0 + 1)}\n"
     with at_most_calls(1_000_000):
         assert convert(f"{chain}modifiers:\n{last * 300}")[0]["epochs"] == 1
