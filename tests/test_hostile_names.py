@@ -1,11 +1,14 @@
 """Names of layers with any characters: tables, warnings, errors and the command line show them escaped."""
 
+import ast
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import sparsifai
 from sparsifai import (
     Recipe,
     SparseFile,
@@ -145,3 +148,44 @@ def test_a_surrogate_in_a_name_is_not_stored(tmp_path):
     with pytest.raises(ValueError, match=r"the name '.*udc80.*' has half of a surrogate pair, which no file can store"):
         saved(SURROGATE, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# Files whose errors may have a bare name -> why.
+BARE_NAMES = {
+    "__main__.py": "the command line makes its errors printable",
+    "axes/budget.py": "names of contexts",
+    "export/sparse_format.py": "read_tensors makes errors of a file printable",
+    "export/sparse_tensor.py": "read_tensors makes errors of a file printable",
+    "recipes/axis_value.py": "Located.at makes errors of a recipe printable",
+    "recipes/reading.py": "names of variables are identifiers",
+    "recipes/sparseml/parsing.py": "names of modifiers are letters",
+    "support/checks.py": "names of arguments",
+    "training/distill.py": "names of arguments",
+    "training/saved_run.py": "names of settings",
+}
+
+
+def bare_names(text):
+    """Lines of errors that put a name into their message as it is: {name}, not {printable(name)} or {name!r}."""
+    for error in ast.walk(ast.parse(text)):
+        for value in ast.walk(error) if isinstance(error, ast.Raise) else ():
+            if isinstance(value, ast.FormattedValue) and value.conversion == -1:
+                last = getattr(value.value, "attr", getattr(value.value, "id", ""))
+                if last in ("name", "names", "key", "place"):
+                    yield error.lineno
+
+
+def test_errors_show_names_with_printable():
+    package = Path(sparsifai.__file__).parent
+    found = {
+        path.relative_to(package).as_posix(): lines
+        for path in package.rglob("*.py")
+        if (lines := list(bare_names(path.read_text("utf-8"))))
+    }
+    assert {file: lines for file, lines in found.items() if file not in BARE_NAMES} == {}
+    assert found.keys() == BARE_NAMES.keys()
+
+
+def test_a_bare_name_is_found():
+    assert list(bare_names('x = 1\nraise ValueError(f"no {layer.name}")')) == [2]
+    assert not list(bare_names('raise ValueError(f"no {printable(layer.name)}, {name!r}")'))
