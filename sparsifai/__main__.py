@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +16,7 @@ from .export.sparse_file import SparseFile
 from .export.sparse_format import is_safetensors
 from .model.zeros import Count, figures
 from .recipes.recipe import Recipe
+from .support.checkpoints import load_checkpoint
 from .support.files import write_whole
 from .support.printable import printable_lines
 from .support.table import Cells
@@ -149,15 +149,11 @@ def _not_counted(tensors: dict[str, Tensor], skipped: dict[str, str]) -> Cells:
 def _tensors_of(checkpoint: Path) -> dict[str, Tensor]:
     """The tensors of a file of torch.save by name; 'name[0]' is the first of a tuple, as quantized layers have them."""
     try:
-        with warnings.catch_warnings():  # torch's, about how it stores sparse and quantized tensors
-            warnings.simplefilter("ignore")
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises whatever it finds in a file
+        state = load_checkpoint(checkpoint, old_format=True)
+    except ValueError as error:
         raise ValueError(
             f"{checkpoint} is not a state_dict written by torch.save; whole models and other pickles are not loaded, "
-            f"as they can run code ({type(error).__name__})"
+            f"as they can run code ({error})"
         ) from None
     for key in ("model", "state_dict"):  # as learn.save and other libraries write it
         if isinstance(state, dict) and isinstance(state.get(key), dict):

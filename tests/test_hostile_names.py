@@ -154,6 +154,7 @@ def test_a_surrogate_in_a_name_is_not_stored(tmp_path):
 BARE_NAMES = {
     "__main__.py": "the command line makes its errors printable",
     "axes/budget.py": "names of contexts",
+    "export/safetensors_file.py": "read_tensors and the command line make errors of a file printable",
     "export/sparse_format.py": "read_tensors makes errors of a file printable",
     "export/sparse_tensor.py": "read_tensors makes errors of a file printable",
     "recipes/axis_value.py": "Located.at makes errors of a recipe printable",

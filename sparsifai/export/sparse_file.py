@@ -77,10 +77,10 @@ class SparseFile(Table):
             OSError: The file cannot be read.
             ValueError: The file was not written by `save_sparse`, or is damaged.
         """
-        return cls._of(Path(path), read_tensors(Path(path)))
+        return cls._of(Path(path), *read_tensors(Path(path)))
 
     @classmethod
-    def _of(cls, path: Path, tensors: Tensors) -> SparseFile:
+    def _of(cls, path: Path, tensors: Tensors, size: int) -> SparseFile:
         rows = []
         for name, stored in tensors.items():
             is_own = stored.name == name
@@ -90,7 +90,7 @@ class SparseFile(Table):
                 else (f"same as {printable(stored.name)}", 0, 0)
             )
             rows.append(SparseRow(name, stored.shape, _torch_name(stored.dtype), stored.count, form, *sizes))
-        return cls(path, tuple(rows), path.stat().st_size, dense_bytes(tensors))
+        return cls(path, tuple(rows), size, dense_bytes(tensors))
 
     @property
     def ratio(self) -> float:
@@ -163,8 +163,7 @@ def save_sparse(model: nn.Module, path: str | os.PathLike) -> SparseFile:
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in state.items():
         tensors[name] = tensors[ties[name]] if name in ties else StoredTensor.of(name, tensor)
-    write_tensors(path, tensors)
-    return SparseFile._of(path, tensors)
+    return SparseFile._of(path, tensors, write_tensors(path, tensors))
 
 
 @torch.no_grad()
@@ -188,7 +187,7 @@ def load_sparse(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     """
     check_is_module("load_sparse", "model", model)
     path, state = Path(path), _state("load_sparse", model)
-    tensors = read_tensors(path)
+    tensors, _ = read_tensors(path)
     _check_names(path, model, state, tensors)
     for name, tensor in state.items():
         _check_fits(path, name, tensor, tensors[name])

@@ -33,13 +33,14 @@ import os
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from ..support.files import write_whole
-from ..support.printable import printable, quoted
+from ..support.files import open_regular, write_whole
+from ..support.printable import LONGEST_MESSAGE, printable, quoted
 from ..support.version import __version__
+from .safetensors_file import SafetensorsFile, check_header, header_bytes, unique_json
 from .sparse_tensor import DTYPES, StoredTensor
 
 # Name in the state_dict -> what is stored. A tensor that is the same as another maps to that one, under its name.
@@ -47,17 +48,16 @@ Tensors = Mapping[str, StoredTensor]
 
 FORMAT = "1"
 
-# Largest header in bytes, enough for some twenty thousand tensors. Malicious JSON in a larger one could take seconds
-# and gigabytes to read.
-LARGEST_HEADER = 2**24
 
-
-def write_tensors(path: Path, tensors: Tensors) -> None:
+def write_tensors(path: Path, tensors: Tensors) -> int:
     """Write tensors to a file whole or not at all, so that an error leaves an earlier file unchanged.
 
     Args:
         path: The file.
         tensors: What to store.
+
+    Returns:
+        Size of the file in bytes.
 
     Raises:
         OSError: The file cannot be written.
@@ -82,43 +82,45 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
         raise ValueError(
             f"the name {quoted(error.object)} has half of a surrogate pair, which no file can store; rename the layer"
         ) from None
-    if _header_size(written) > LARGEST_HEADER:
-        raise ValueError(f"{path}: {len(tensors):,} tensors are too many for one file; save the model in parts")
+    try:
+        check_header(written[8 : 8 + header_bytes(written[:8])])
+    except ValueError:
+        raise ValueError(
+            f"{path}: {len(tensors):,} tensors are too many for one file; save the model in parts"
+        ) from None
     write_whole(path, lambda file: file.write(written))
+    return len(written)
 
 
-def read_tensors(path: Path) -> Tensors:
+def read_tensors(path: Path) -> tuple[Tensors, int]:
     """Read the tensors of a file. All of them are checked and none is expanded.
 
     Args:
-        path: The file.
+        path: The file. It is opened once, so another process may replace it meanwhile.
+
+    Returns:
+        The tensors, and the size of the file in bytes.
 
     Raises:
-        OSError: The file cannot be read.
+        OSError: The file cannot be read, or is a folder, a device, a pipe or a socket.
         ValueError: The file was not written by `write_tensors`, or is damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not is_safetensors(path):
-        raise ValueError(
-            f"{path} was not written by save_sparse and is not a safetensors file; read files of torch.save with "
-            "torch.load"
-        )
-    try:
-        with open(path, "rb") as file:
-            header = _header_size(file.read(8))
-        if header > min(LARGEST_HEADER, path.stat().st_size):
-            raise ValueError(f"its header has {header:,} bytes")
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            version = metadata.get("sparsifai_format")
+    with open_regular(path) as opened:
+        if not _begins_as_safetensors(opened):
+            raise ValueError(
+                f"{path} was not written by save_sparse and is not a safetensors file; read files of torch.save with "
+                "torch.load"
+            )
+        try:
+            file = SafetensorsFile.read(opened)
+            version = file.metadata.get("sparsifai_format")
             if version == FORMAT:
-                return _tensors(file, metadata)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged, or was not written by save_sparse ({printable(str(error))}); get a new copy of the "
-            "file"
-        ) from None
+                return _tensors(file), file.bytes
+        except ValueError as error:
+            why = printable(str(error), LONGEST_MESSAGE)
+            raise ValueError(
+                f"{path} is damaged, or was not written by save_sparse ({why}); get a new copy of the file"
+            ) from None
     if version is None:
         raise ValueError(
             f"{path} is a dense safetensors file that was not written by save_sparse; load it with "
@@ -131,30 +133,28 @@ def read_tensors(path: Path) -> Tensors:
 
 def is_safetensors(path: str | os.PathLike) -> bool:
     """Whether a file begins as safetensors files do, with a length and JSON. Pickle and zip files do not."""
-    with open(path, "rb") as file:
-        return file.read(9)[8:] == b"{"
+    with open_regular(path) as file:
+        return _begins_as_safetensors(file)
 
 
-def _header_size(beginning: bytes) -> int:
-    """Size of the header of a safetensors file in bytes."""
-    return int.from_bytes(beginning[:8], "little")
+def _begins_as_safetensors(file: BinaryIO) -> bool:
+    found = file.read(9)[8:] == b"{"
+    file.seek(0)
+    return found
 
 
-def _tensors(file: Any, metadata: Mapping[str, str]) -> Tensors:
-    pieces = dict.fromkeys(file.keys())
-    try:
-        entries = json.loads(metadata.get("tensors", ""))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its metadata is not JSON: {type(error).__name__}") from None
+def _tensors(file: SafetensorsFile) -> Tensors:
+    left = dict.fromkeys(file.pieces)
+    entries = unique_json(file.metadata.get("tensors", ""), "its metadata")
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise ValueError("its metadata does not map names to forms")
 
     def piece(key: str) -> Any:
-        if key not in pieces:
+        if key not in left:
             raise ValueError(f"it has no {key}")
-        del pieces[key]
-        found = file.get_slice(key)
-        return found.get_dtype(), found.get_shape(), lambda: file.get_tensor(key)
+        del left[key]
+        found = file.pieces[key]
+        return found.dtype, found.shape, lambda: file.tensor(key)
 
     tensors: dict[str, StoredTensor] = {}
     for name, entry in entries.items():
@@ -164,8 +164,8 @@ def _tensors(file: Any, metadata: Mapping[str, str]) -> Tensors:
             tensors[name] = tensors[entry["same_as"]]
         else:
             raise ValueError(f"{name} is the same as {str(entry['same_as'])[:100]!r}, which does not come before it")
-    if pieces:
-        raise ValueError(f"it has {some_of(pieces)}, which its metadata does not mention")
+    if left:
+        raise ValueError(f"it has {some_of(left)}, which its metadata does not mention")
     return tensors
 
 

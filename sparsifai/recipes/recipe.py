@@ -147,9 +147,6 @@ class Recipe:
 
         Args:
             path: The file. An existing one is replaced at once.
-
-        Raises:
-            OSError: The file cannot be written. What was there is unchanged.
         """
         write_text(path, self.dumps())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,11 @@ def lottery_ticket(
         [controls] if isinstance(controls, str) else list(controls), check_count("controls_every", controls_every),
         reinitialize, calibration, asked,
     )  # fmt: skip
-    resumes = path is not None and Path(path).exists()
-    tickets = run.resume(load_run(path), path) if resumes else [run.train_dense()]
+    saved = None
+    if path is not None:
+        with suppress(FileNotFoundError):
+            saved = load_run(path)
+    tickets = [run.train_dense()] if saved is None else run.resume(saved, path)
     while True:
         if path is not None:
             run.save(path, tickets)

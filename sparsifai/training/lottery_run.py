@@ -27,9 +27,19 @@ from ..sparsifier.steps import exponential
 from ..support.checks import check_count
 from ..support.registry import close_matches
 from ..support.table import percent
-from .rewind import CallBeforeBatch, Checkpoint, SkipBatches, copy_to_device, random_states, restore_random_states
+from .rewind import (
+    CallBeforeBatch,
+    Checkpoint,
+    SkipBatches,
+    check_optimizer,
+    check_random_states,
+    copy_to_device,
+    random_states,
+    restore_random_states,
+)
+from .run_check import check_fits, check_order, check_run
 from .saved_run import check_same_settings, in_words, save_run
-from .ticket import LotteryTickets, Metrics, Ticket
+from .ticket import LotteryTickets, Metrics, Ticket, unchanged_on_error
 
 CONTROLS = ("reinitialized", "shuffled")
 
@@ -232,20 +242,51 @@ class LotteryRun:
         save_run(path, {**LotteryTickets(tickets).state(), "run": state})
 
     def resume(self, saved: Mapping[str, Any], path: Any) -> list[Ticket]:
-        """Restore the state after the last round that was saved, and return the tickets so far."""
-        tickets = LotteryTickets.from_state(saved)
+        """Restore the state after the last round that was saved, and return the tickets so far.
+
+        Everything is checked first. If restoring fails nevertheless, the model and the random generators are put back.
+        """
         if "run" not in saved:
             raise ValueError(
                 f"{path} has tickets but no run that can be resumed; pass another path=, or remove the file"
             )
-        state = saved["run"]
-        check_same_settings(path, state["settings"], self._settings)
-        tickets[0].apply(self.model)  # raises if it is another model
-        self.initial, self.start = Checkpoint(**state["initial"]), Checkpoint(saved["start"], state["optimizer"])
+        state, random = saved["run"], random_states(self.learn)
+        try:
+            tickets = LotteryTickets.from_state(saved)
+            check_run(state)
+            check_same_settings(state["settings"], self._settings)
+            self._check_fits(tickets, saved["start"], state)
+            with unchanged_on_error(self.model):
+                self._restore(saved["start"], state)
+        except BaseException as error:
+            restore_random_states(self.learn, random)
+            if isinstance(error, Exception):
+                raise ValueError(f"{path} cannot be resumed: {error}") from error
+            raise
+        return list(tickets)
+
+    def _check_fits(self, tickets: LotteryTickets, start: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Check that a saved run fits the Learner, before anything is changed."""
+        masks, initial = state["sparsifier"]["masks"], state["initial"]
+        goes_on = len(tickets) <= self.rounds
+        check_fits(self.model, start, "start", masks)
+        check_fits(self.model, initial["model"], "run.initial.model")
+        # A run that has ended in NaN is resumed like one that has not been interrupted, without training.
+        check_fits(self.model, state["trained"], "run.trained", finite=goes_on)
+        check_order(tickets, self.rounds, masks)
+        for where, optimizer in (
+            ("run.initial.optimizer", initial["optimizer"]),
+            ("run.optimizer", state["optimizer"]),
+        ):
+            check_optimizer(self.learn, optimizer, where)
+        check_random_states(state["random"])
+
+    def _restore(self, start: dict[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Restore a run that has been checked."""
+        self.initial, self.start = Checkpoint(**state["initial"]), Checkpoint(start, state["optimizer"])
         # By name, because the default selection depends on which layers are frozen at present.
         self._place_sparsifier(layers=list(state["sparsifier"]["masks"]), exclude=None)
         self.pruned = state["sparsifier"]
         self._set_masks(self.pruned["masks"])
         self.model.load_state_dict(state["trained"])
         restore_random_states(self.learn, state["random"])
-        return list(tickets)

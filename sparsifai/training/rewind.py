@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -43,12 +44,16 @@ class Checkpoint:
     def restore(self, learn: Learner) -> None:
         """Load the state into a Learner with the same model and optimizer."""
         unwrapped(learn.model).load_state_dict(self.model)
-        # torch's optimizers move the state that they load to the device of the parameters; fastai's do not.
-        device = "cpu" if isinstance(learn.opt, OptimWrapper) else next(unwrapped(learn.model).parameters()).device
-        state = copy_to_device(self.optimizer, device)
-        if "hypers" in state:
-            state["hypers"] = L(state["hypers"])
-        learn.opt.load_state_dict(state)
+        _load_optimizer(learn.opt, self.optimizer, next(unwrapped(learn.model).parameters()).device)
+
+
+def _load_optimizer(optimizer: Any, saved: Any, device: torch.device) -> None:
+    """Load a state that is on the CPU into an optimizer of fastai, or one of torch in a wrapper."""
+    # torch's optimizers move the state that they load to the device of the parameters; fastai's do not.
+    state = copy_to_device(saved, "cpu" if isinstance(optimizer, OptimWrapper) else device)
+    if "hypers" in state:
+        state["hypers"] = L(state["hypers"])
+    optimizer.load_state_dict(state)
 
 
 class SkipBatches(TrainingCallback):
@@ -139,6 +144,90 @@ def random_states(learn: Learner) -> dict[str, Any]:
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "loader": loader.getstate() if isinstance(loader, random.Random) else None,
     }
+
+
+def check_optimizer(learn: Learner, saved: Any, where: str) -> None:
+    """Check what should be the state of an optimizer, by a step of a new optimizer with it on a copy of the model.
+
+    Args:
+        learn: The Learner. Its own optimizer and model stay as they are.
+        saved: The state_dict, of values that `check_plain` has passed.
+        where: Its name, for messages.
+
+    Raises:
+        ValueError: It is something else, or has moments of other shapes than the parameters, or values that are not
+            finite.
+    """
+    if not isinstance(saved, Mapping) or not {"state"} < saved.keys() or not saved.keys() & {"hypers", "param_groups"}:
+        raise ValueError(f"{where} is not the state of an optimizer; it lacks state, and hypers or param_groups")
+    if isinstance(learn.opt_func, OptimWrapper):
+        return  # an optimizer that is already made; another one of its kind cannot be had
+    model = deepcopy(unwrapped(learn.model))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    trial = learn.opt_func(learn.splitter(model), lr=learn.lr)
+    parameters = [parameter for group in trial.param_lists for parameter in group]
+    try:
+        if "hypers" in saved and [sorted(group) for group in saved["hypers"]] != [
+            sorted(each) for each in trial.hypers
+        ]:
+            raise ValueError("its options have other names")
+        of_all = saved["state"]
+        states = of_all if "hypers" in saved else [of_all.get(number, {}) for number in range(len(parameters))]
+        for number, (parameter, moments) in enumerate(zip(parameters, states, strict=True)):
+            for name, value in moments.items():
+                if isinstance(value, Tensor):
+                    _check_moment(value, parameter, f"{name} of parameter {number}")
+        for group in saved["hypers"] if "hypers" in saved else saved["param_groups"]:
+            for name, value in group.items():
+                if isinstance(value, float) and not isfinite(value):
+                    raise ValueError(f"{name} is {value}")
+        _load_optimizer(trial, saved, next(model.parameters()).device)
+        trial.step()
+    except Exception as error:  # the optimizers raise whatever comes up
+        raise ValueError(f"{where} is not the state of this optimizer ({error})") from None
+
+
+def _check_moment(value: Tensor, parameter: Tensor, name: str) -> None:
+    # Adafactor keeps means over an axis, and some optimizers a single number.
+    axes = zip(value.shape, parameter.shape, strict=False)
+    fits = value.dim() == parameter.dim() and all(size in (1, length) for size, length in axes)
+    if value.numel() != 1 and not fits:
+        raise ValueError(f"{name} has the shape {tuple(value.shape)}, and the parameter {tuple(parameter.shape)}")
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        raise ValueError(f"{name} has values that are inf or NaN")
+
+
+def check_random_states(states: Any) -> None:
+    """Check what should be states of `random_states`, by setting generators of no one to them.
+
+    Args:
+        states: The states.
+
+    Raises:
+        ValueError: They are something else. The message names the generator.
+    """
+    names = {"python", "numpy", "torch", "cuda", "loader"}
+    if not isinstance(states, Mapping) or not names <= states.keys():
+        raise ValueError(f"run.random lacks one of {', '.join(sorted(names))}")
+    name = "python"
+    try:
+        random.Random().setstate(states["python"])
+        name = "numpy"
+        _, keys, position, *_ = states["numpy"]
+        if len(keys) != 624 or not 0 <= position <= 624:  # numpy would read memory that is not its own
+            raise ValueError(f"it has {len(keys)} numbers, and the position {position}")
+        np.random.RandomState().set_state(tuple(states["numpy"]))
+        name = "torch"
+        torch.Generator().set_state(states["torch"])
+        name = "cuda"
+        if not all(isinstance(each, Tensor) and each.dtype == torch.uint8 for each in states["cuda"]):
+            raise ValueError("it is no list of states")
+        name = "loader"
+        if states["loader"] is not None:
+            random.Random().setstate(states["loader"])
+    except Exception as error:  # the generators raise whatever comes up
+        raise ValueError(f"run.random[{name!r}] is not the state of a generator ({error})") from None
 
 
 def restore_random_states(learn: Learner, states: Mapping[str, Any]) -> None:

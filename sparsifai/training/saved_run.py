@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..support.checkpoints import load_checkpoint
 from ..support.files import write_whole
 from ..support.registry import name_of
 
@@ -29,25 +30,22 @@ def load_run(path: str | os.PathLike) -> dict[str, Any]:
         A dictionary with the keys "tickets", "metric" and "start", and "run" if the run can be resumed.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        OSError: The file cannot be read.
         ValueError: The file does not hold lottery tickets.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError):
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is not a file of lottery tickets ({error})") from error
+        state = load_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a file of lottery tickets ({error})") from None
     if not isinstance(state, dict) or not {"tickets", "metric", "start"} <= state.keys():
         raise ValueError(f"{path} is not a file of lottery tickets: it has no tickets, metric and start")
     return state
 
 
-def check_same_settings(path: Any, saved: Mapping[str, str], settings: Mapping[str, str]) -> None:
+def check_same_settings(saved: Mapping[str, str], settings: Mapping[str, str]) -> None:
     """Refuse to resume a run with other arguments than it was begun with.
 
     Args:
-        path: The file, for the message.
         saved: The settings in the file: name of an argument -> its text, as `in_words` gives it.
         settings: Those of the present call.
 
@@ -57,7 +55,7 @@ def check_same_settings(path: Any, saved: Mapping[str, str], settings: Mapping[s
     for name in sorted(saved.keys() | settings.keys()):
         if saved.get(name) != settings.get(name):
             raise ValueError(
-                f"{path} was written with {name}={saved.get(name)}, not {settings.get(name)}; pass the same arguments "
+                f"it was written with {name}={saved.get(name)}, not {settings.get(name)}; pass the same arguments "
                 "to resume that run, or another path= to begin a new one"
             )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, overload
 
@@ -13,11 +15,24 @@ from torch import Tensor, nn
 
 from ..model.parallel import unwrapped
 from ..sparsifier.masking import masked_parameters, zero_weights
+from ..support.checks import check_is_module
 from ..support.registry import close_matches
 from ..support.table import Cells, Table, percent
+from .run_check import check_fits, check_tickets
 from .saved_run import load_run, save_run
 
 Metrics = dict[str, float]
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Put the values of a model back if what is done to it fails or is interrupted."""
+    before = deepcopy(model.state_dict())
+    try:
+        yield
+    except BaseException:
+        model.load_state_dict(before)
+        raise
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,17 +64,19 @@ class Ticket:
             The same model.
 
         Raises:
-            ValueError: The names or shapes differ. The model is not changed then.
+            TypeError: `model` is not a torch.nn.Module.
+            ValueError: Names, shapes or dtypes differ, a mask is not bool, or a weight is inf or NaN. The model is not
+                changed then.
         """
+        check_is_module("Ticket.apply", "model", model)
         plain = unwrapped(model)
-        shapes = {name: value.shape for name, value in plain.state_dict().items()}
-        if shapes != {name: value.shape for name, value in self.start.items()}:
-            raise ValueError(
-                "Ticket.apply: the ticket belongs to another model, with other names or shapes in its state_dict; pass "
-                "a model that is built like the one that the ticket was found with"
-            )
-        plain.load_state_dict(self.start)
-        zero_weights(masked_parameters(plain, dict(self.masks)))
+        try:
+            check_fits(plain, self.start, "start", self.masks)
+        except ValueError as error:
+            raise ValueError(f"Ticket.apply: {error}") from None
+        with unchanged_on_error(plain):
+            plain.load_state_dict(self.start)
+            zero_weights(masked_parameters(plain, dict(self.masks)))
         return model
 
 
@@ -180,10 +197,14 @@ class LotteryTickets(Table, Sequence[Ticket]):
             The tickets.
 
         Raises:
-            FileNotFoundError: There is no such file.
+            OSError: The file cannot be read.
             ValueError: The file does not hold lottery tickets.
         """
-        return cls.from_state(load_run(path))
+        state = load_run(path)
+        try:
+            return cls.from_state(state)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a file of lottery tickets: {error}") from None
 
     def state(self) -> dict[str, Any]:
         """All tickets as a dictionary for torch.save.
@@ -204,5 +225,9 @@ class LotteryTickets(Table, Sequence[Ticket]):
 
         Returns:
             The tickets.
+
+        Raises:
+            ValueError: The dictionary is something else. The message names the entry.
         """
+        check_tickets(state)
         return cls([Ticket(**{**each, "start": state["start"]}) for each in state["tickets"]], state["metric"])

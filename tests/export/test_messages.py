@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from csr_models import varied
+from hostile import SPARSE_FILES
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from sparse_files import (
@@ -198,7 +199,7 @@ def untied(folder):
 
 
 def too_many(folder):
-    with mock.patch("sparsifai.export.sparse_format.LARGEST_HEADER", 1000):
+    with mock.patch("sparsifai.export.safetensors_file.LARGEST_HEADER", 1000):
         save_sparse(sparse_net(), folder / "file")
 
 
@@ -315,10 +316,14 @@ FILES = [
     ("pickle", load(OTHER_FILES["pickle"]), [NOT_SAVE_SPARSE]),
     ("zip", load(OTHER_FILES["zip"]), [NOT_SAVE_SPARSE]),
     ("no JSON", load(OTHER_FILES["no JSON"]),
-     ["is damaged, or was not written by save_sparse (", "deseriali", "); get a new copy of the file"]),
-    ("deep JSON", load(OTHER_FILES["deep JSON"]), ["is damaged, or was not written by save_sparse (", "deseriali"]),
+     ["is damaged, or was not written by save_sparse (", "its header is not JSON: ", "); get a new copy of the file"]),
+    ("deep JSON", load(OTHER_FILES["deep JSON"]), ["is damaged, or was not", "its header is not JSON: RecursionError"]),
     ("large header", load(OTHER_FILES["large header"]), ["its header has 4,611,686,018,427,387,904 bytes"]),
     ("header longer than the file", load(struct.pack("<Q", 2**26) + b"{"), ["its header has 67,108,864 bytes"]),
+    ("a name twice", load(SPARSE_FILES["one piece twice"]()), ["its header is not JSON: a name stands twice"]),
+    ("a gap", load(SPARSE_FILES["bytes of no piece in front"]()), ["there is a gap or an overlap before 'dense/a'"]),
+    ("a backward piece", load(SPARSE_FILES["offsets backwards"]()), ["'dense/a' ends before it begins"]),
+    ("a larger file", load(SPARSE_FILES["bytes of no piece"]()), ["its tensors end at byte ", ", and the file at "]),
     ("safetensors", load(OTHER_FILES["safetensors"]),
      ["is a dense safetensors file that was not written by save_sparse; load it with safetensors.torch.load_file"]),
     ("changed value", changed_value, ["is damaged, ", "(the crc32 of mask is ", ", but ", " in the metadata)"]),
@@ -328,7 +333,7 @@ FILES = [
     ("table: long number", metadata("9" * 10_000), [NOT_JSON]),
     ("table: list", metadata("[]"), [NO_TABLE]),
     ("table: number", metadata("3"), [NO_TABLE]),
-    ("table: NaN", metadata('{"mask": NaN}'), [NO_TABLE]),
+    ("table: NaN", metadata('{"mask": NaN}'), [NOT_JSON + "it has NaN"]),
     ("a bit more", changed("a bit more"), ["the bitmask of mask has 65 bits set, but there are 60 values"]),
     ("a value more", changed("a value more"), ["the bitmask of mask has 60 bits set, but there are 61 values"]),
     ("trailing bits", changed("trailing bits"), ["the bitmask of mask has bits set beyond its 203 elements"]),

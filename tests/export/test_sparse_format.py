@@ -28,7 +28,7 @@ from sparse_files import (
 )
 
 from sparsifai import SparseFile, load_sparse, save_sparse
-from sparsifai.export import sparse_format
+from sparsifai.export import safetensors_file, sparse_format
 
 
 def test_a_plain_reader_reads_the_same(stored):
@@ -75,7 +75,7 @@ def test_a_huge_header_is_not_read(tmp_path):
 
 
 def test_a_header_that_is_too_large_to_read_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(sparse_format, "LARGEST_HEADER", 1000)
+    monkeypatch.setattr(safetensors_file, "LARGEST_HEADER", 1000)
     with pytest.raises(ValueError, match="too many"):
         save_sparse(sparse_net(), tmp_path / "file")
     assert os.listdir(tmp_path) == []

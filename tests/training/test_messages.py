@@ -288,7 +288,7 @@ HAS_CALLBACK = (
 )
 CANNOT_MEASURE = "lottery_ticket measures each ticket, so the Learner needs validation data and a Recorder"
 OTHER_MODEL = (
-    "Ticket.apply: the ticket belongs to another model, with other names or shapes in its state_dict; pass a model "
+    "the ticket belongs to another model, with other names or shapes in its state_dict; pass a model "
     "that is built like the one that the ticket was found with"
 )
 
