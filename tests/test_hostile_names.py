@@ -161,6 +161,8 @@ BARE_NAMES = {
     "recipes/reading.py": "names of variables are identifiers",
     "recipes/sparseml/parsing.py": "names of modifiers are letters",
     "support/checks.py": "names of arguments",
+    "support/pickles.py": "names of opcodes",
+    "training/rewind.py": "the function that checks a state of an optimizer makes its errors printable",
     "training/distill.py": "names of arguments",
     "training/saved_run.py": "names of settings",
 }
