@@ -18,6 +18,7 @@ from .export.sparse_format import is_safetensors
 from .recipes.recipe import Recipe
 from .support.checkpoints import load_checkpoint
 from .support.files import write_whole
+from .support.printable import printable_lines
 
 _PLAN = """Show what a recipe would do to a model, without data or training.
 
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given.run(given)
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        print(f"sparsifai {given.command}: {error}", file=sys.stderr)
+        print(printable_lines(f"sparsifai {given.command}: {error}"), file=sys.stderr)
         return 2
     return 0
 

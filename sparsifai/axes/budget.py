@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..model.parallel import whole
-from ..model.patterns import matching
+from ..model.patterns import matching_each
 from ..support.capability import capability
 from ..support.registry import name_of
 from .context import Context, contexts, local
@@ -153,14 +153,14 @@ class _Bounded:
     def __call__(self, layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
         weights = {weight.name: weight for layer in layers for weight in layer.targets}
         bounds: dict[int, tuple[float, float]] = {}
-        for pattern, limit in self.limits.items():
-            try:
-                matched = matching(pattern, weights, None)  # type: ignore[arg-type]
-            except ValueError as error:
-                raise ValueError(
-                    f"context {self.__name__}: {error}; bounds can only name layers that are pruned together: with a "
-                    "dictionary of sparsities, the layers of one of its patterns"
-                ) from None
+        try:
+            all_matched = matching_each(self.limits, weights, None)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(
+                f"context {self.__name__}: {error}; bounds can only name layers that are pruned together: with a "
+                "dictionary of sparsities, the layers of one of its patterns"
+            ) from None
+        for matched, limit in zip(all_matched, self.limits.values(), strict=True):
             bounds |= {
                 number: limit
                 for number, layer in enumerate(layers)

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ..support.capability import capability
 from ..support.chunk import CHUNK
+from ..support.printable import printable
 from ..support.registry import Registry, name_of
 from ..support.table import percent
 from .n_of_m import parse_blocks
@@ -108,7 +109,8 @@ def _outputs_first(layer: Any) -> tuple[tuple[int, ...], list[int], int]:
         raise ValueError("context per_output cannot be combined with round_to=; leave one of them out")
     if "out" not in axes or layer.grid["out"] == len(layer) or layer.whole:
         raise ValueError(
-            f"context per_output ranks the groups within one output, and the groups of {layer.target.name} are not "
+            "context per_output ranks the groups within one output, and the groups of "
+            f"{printable(layer.target.name)} are not "
             "parts of outputs; choose another granularity, such as 'weight', or leave the layer out with exclude="
         )
     shape = tuple(layer.grid.values())
@@ -188,7 +190,8 @@ def ask(
     for layer, kept in zip(layers, all_kept, strict=True):
         if not kept.any() and not layer.whole and not layer.may_empty:
             raise ValueError(
-                f"context {name_of(context)} prunes all of {layer.target.name}; every layer must keep at least one "
+                f"context {name_of(context)} prunes all of {printable(layer.target.name)}; every layer must keep at "
+                "least one "
                 "group, unless may_empty=True is given"
             )
     if sparsity > 0:
@@ -286,7 +289,8 @@ def _cannot_be_reached(how: str, shares: Mapping[str, float], context: Context) 
     name = min(shares, key=lambda each: shares[each])
     advice = "choose smaller groups, another context, may_empty=True, or leave such layers out with exclude="
     return (
-        f"the sparsity that was asked for cannot be reached: {how} at most {percent(shares[name])} of {name} can be "
+        f"the sparsity that was asked for cannot be reached: {how} at most {percent(shares[name])} of "
+        f"{printable(name)} can be "
         f"pruned, {_why_not(context, advice)}"
     )
 

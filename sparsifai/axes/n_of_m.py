@@ -18,6 +18,7 @@ from torch import Tensor
 from ..model.zeros import is_nonzero, why_not_counted
 from ..support.capability import capability
 from ..support.chunk import CHUNK
+from ..support.printable import printable
 from ..support.registry import name_of
 from .ranking.device_layer import DeviceLayer, Rows
 from .ranking.rows_on_device import kept_in_rows
@@ -79,7 +80,8 @@ class Blocks:
             raise ValueError(f"context {self.__name__} cannot be combined with round_to=; leave one of them out")
         if layer.whole or (layer.grid.get(self.axis, 1) == 1 and layer.target.axes.get(self.axis, 2) > 1):
             raise ValueError(
-                f"context {self.__name__}: {layer.target.name} has no groups along {self.axis!r} that could form "
+                f"context {self.__name__}: {printable(layer.target.name)} has no groups along {self.axis!r} that "
+                "could form "
                 "blocks; choose another granularity or axis, or leave the layer out with exclude="
             )
         shape, place = tuple(layer.grid.values()), list(layer.grid).index(self.axis)

@@ -39,6 +39,7 @@ from ..model.layers import CONVOLUTIONS, NamedWeight
 from ..model.parallel import whole
 from ..model.running import first_example, in_modes, run, shell_of
 from ..model.tensors import computable, is_float, tensors_in, widened, with_autograd
+from ..support.printable import printable
 from ..support.registry import Registry, name_of
 
 
@@ -231,7 +232,9 @@ def _gradient(layer: NamedWeight) -> Tensor:
     """The gradient of a weight, dense and whole."""
     gradient = layer.parameter.grad
     if gradient is None:
-        raise ValueError(f"no gradient has reached {layer.name}, which is frozen; leave it out with exclude=")
+        raise ValueError(
+            f"no gradient has reached {printable(layer.name)}, which is frozen; leave it out with exclude="
+        )
     return widened(whole(gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()))
 
 
@@ -239,7 +242,8 @@ def _by_channel(layer: NamedWeight, value: Tensor) -> Tensor:
     """Reshape the input of a layer to (channels, everything else)."""
     if "expert" in layer.axes:
         raise UnsuitableLayerError(
-            f"activation: every expert of {layer.name} has inputs of its own, which are not seen; leave the experts "
+            f"activation: every expert of {printable(layer.name)} has inputs of its own, which are not seen; leave "
+            "the experts "
             f"out with exclude=, such as the class {layer.kind}, or choose a criterion without activations, such as "
             "large_final with context 'per_output'"
         )
@@ -249,7 +253,7 @@ def _by_channel(layer: NamedWeight, value: Tensor) -> Tensor:
     value = value.abs() if value.is_complex() else value
     if layer.attribute != "weight" or not value.is_floating_point() or value.shape[axis] != channels:
         raise UnsuitableLayerError(
-            f"activation: {layer.name} is not multiplied with the input of {layer.kind}, of shape "
+            f"activation: {printable(layer.name)} is not multiplied with the input of {layer.kind}, of shape "
             f"{tuple(value.shape)}; leave it out with exclude="
         )
     return widened(value.detach()).movedim(axis, 0).reshape(channels, -1)
@@ -261,7 +265,9 @@ def _hessian_gradients(source: QuantitySource) -> dict[str, Tensor]:
     parameters = {name: layer.parameter for name, layer in source.layers.items()}
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
     if frozen:
-        raise UnsuitableLayerError(f"no gradient reaches {frozen[0]}, which is frozen; leave it out with exclude=")
+        raise UnsuitableLayerError(
+            f"no gradient reaches {printable(frozen[0])}, which is frozen; leave it out with exclude="
+        )
     gradients = torch.autograd.grad(source.loss, list(parameters.values()), create_graph=True, allow_unused=True)
     source.skipped = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None}
     gradients = tuple(gradient for gradient in gradients if gradient is not None)
@@ -305,7 +311,7 @@ def _synaptic_flow(source: QuantitySource) -> dict[str, Tensor]:
         gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
     if unused:
-        raise ValueError(f"synflow: the output does not depend on {unused[0]}; leave it out with exclude=")
+        raise ValueError(f"synflow: the output does not depend on {printable(unused[0])}; leave it out with exclude=")
     return dict(zip(parameters, gradients, strict=True))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from ..model.parallel import unwrapped
-from ..model.patterns import name_matcher, prefixes
+from ..model.patterns import Places, name_matcher
+from ..support.printable import quoted
 from ..support.registry import close_matches
 from .base import TrainingCallback
 from .sparsify import SparsifyCallback
@@ -83,11 +84,11 @@ class FreezeCallback(TrainingCallback):
         """The parameters whose names match, or lie in a layer whose name matches."""
         chosen: dict[int, nn.Parameter] = {}
         named = dict(unwrapped(self.learn.model).named_parameters())
+        places = Places({name: [name] for name in named})
         for pattern in self.layers:
-            matches = name_matcher(pattern)
-            matched = [each for name, each in named.items() if any(map(matches, prefixes(name)[1:]))]
+            matched = places.matching(pattern)
             if not matched:
-                hint = close_matches(pattern, {place for name in named for place in prefixes(name)[1:]})
-                raise ValueError(f"FreezeCallback: no layer matches {pattern!r}; {hint}")
-            chosen |= {id(each): each for each in matched}
+                hint = close_matches(pattern, places.known)
+                raise ValueError(f"FreezeCallback: no layer matches {quoted(pattern)}; {hint}")
+            chosen |= {id(each): each for name, each in named.items() if name in matched}
         return list(chosen.values())

@@ -39,6 +39,10 @@ from .plan_table import Plan, PlannedLayer, Size
 # Points of the timeline, besides the ends of epochs.
 POINTS = 1000
 
+# A plan has a level for each epoch, and batches must be countable in floating-point numbers.
+MOST_EPOCHS = 100_000
+MOST_BATCHES = 10**9
+
 # With a smaller fraction of its weights remaining, a layer is near collapse.
 SHARE = 0.01
 
@@ -63,8 +67,8 @@ def plan_of(
         sparsifier: A Sparsifier of the model, with the options of the fit.
         sparsity: The target sparsity. The layers of the plan are those at this sparsity.
         schedule: The schedule.
-        n_epoch: Epochs of the fit.
-        n_iter: Batches in an epoch.
+        n_epoch: Epochs of the fit, at most 100,000.
+        n_iter: Batches in an epoch, at most 10^9.
         every: Batches from one mask update to the next. Default 1.
         example_input: A batch in the form that Sparsifier takes. FLOPs are those of its first example. Default: FLOPs
             are not counted.
@@ -80,7 +84,7 @@ def plan_of(
     if not isinstance(sparsifier, Sparsifier):
         raise TypeError(f"plan_of: sparsifier must be a Sparsifier, not {type(sparsifier).__name__}")
     sparsity, schedule = check_sparsity(sparsity), schedules.resolve(schedule)
-    n_epoch, n_iter = check_count("n_epoch", n_epoch), check_count("n_iter", n_iter)
+    n_epoch, n_iter = check_count("n_epoch", n_epoch, MOST_EPOCHS), check_count("n_iter", n_iter, MOST_BATCHES)
     every = 1 if every is None else check_count("every", every)
     measured = sparsifier.report()  # raises if the model is released
     model, ranking, collected = sparsifier.model, sparsifier.ranking, sparsifier.collected

@@ -20,6 +20,7 @@ from ..model.parallel import unwrapped
 from ..model.running import evaluating, run, untraced
 from ..model.zeros import Count, check_counted, is_nonzero
 from ..support.checks import check_count, check_is_module
+from ..support.printable import printable
 from .comparison_table import Comparison, Form, caption
 from .csr import CSRLinear, to_sparse_layout
 from .shrink import shrink
@@ -93,7 +94,7 @@ def _flops(name: str, model: nn.Module, example: Any) -> dict[str, int]:
     try:
         return count_flops(model, find_weights(model), example)
     except ValueError as error:
-        raise ValueError(f"compare: {name}: {error}") from error
+        raise ValueError(f"compare: {printable(name)}: {error}") from error
 
 
 def _form(name: str, model: nn.Module, flops: Mapping[str, int]) -> Form:

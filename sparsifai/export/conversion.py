@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..support.checks import check_is_module
 from ..support.listing import in_short
+from ..support.printable import printable
 
 # Rows of the random input that a converted layer is checked on. It is no multiple of 8, so that kernels that need one
 # have to pad.
@@ -77,12 +78,13 @@ def check_same_outputs(caller: str, name: str, weight: Tensor, bias: Tensor | No
     try:
         output = converted(inputs)
     except (RuntimeError, NotImplementedError) as error:
-        raise RuntimeError(f"{caller}: {name} does not run after the conversion: {error}") from error
+        raise RuntimeError(f"{caller}: {printable(name)} does not run after the conversion: {error}") from error
     expected = F.linear(inputs, weight, bias)
     difference, largest = (output - expected).abs().max().item(), expected.abs().max().item()
     # `not <=` instead of `>`, so that NaN is an error too.
     if not difference <= TOLERANCES[weight.dtype] * largest:
         raise RuntimeError(
-            f"{caller}: {name} has other outputs after the conversion: they differ by up to {difference:.3g}, where "
+            f"{caller}: {printable(name)} has other outputs after the conversion: they differ by up to "
+            f"{difference:.3g}, where "
             f"the largest is {largest:.3g}"
         )

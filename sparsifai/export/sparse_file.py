@@ -18,6 +18,7 @@ from ..model.parallel import is_sharded, unwrapped
 from ..model.tensors import is_fixed
 from ..model.zeros import Count, figures
 from ..support.checks import check_is_module
+from ..support.printable import printable
 from ..support.registry import close_matches
 from ..support.table import Cells, Table
 from .sparse_format import Tensors, dense_bytes, read_tensors, some_of, write_tensors
@@ -85,7 +86,9 @@ class SparseFile(Table):
         for name, stored in tensors.items():
             is_own = stored.name == name
             form, *sizes = (
-                (stored.form, stored.bytes, stored.dense_bytes) if is_own else (f"same as {stored.name}", 0, 0)
+                (stored.form, stored.bytes, stored.dense_bytes)
+                if is_own
+                else (f"same as {printable(stored.name)}", 0, 0)
             )
             rows.append(SparseRow(name, stored.shape, _torch_name(stored.dtype), stored.count, form, *sizes))
         return cls(path, tuple(rows), size, dense_bytes(tensors))
@@ -194,7 +197,8 @@ def load_sparse(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     for name, first in _ties(state).items():
         if not np.array_equal(bits_of(values[name]), bits_of(values[first])):
             raise ValueError(
-                f"load_sparse: {first} and {name} are one tensor in the model, but differ in {path}; untie them first"
+                f"load_sparse: {printable(first)} and {printable(name)} are one tensor in the model, but differ in "
+                f"{path}; untie them first"
             )
     unwrapped(model).load_state_dict(values)
     return model
@@ -206,7 +210,7 @@ def _state(operation: str, model: nn.Module) -> dict[str, Tensor]:
     for name, value in state.items():
         why = _why_not_storable(value)
         if why:
-            raise ValueError(f"{operation}: {name} of {type(unwrapped(model)).__name__} is {why}")
+            raise ValueError(f"{operation}: {printable(name)} of {type(unwrapped(model)).__name__} is {why}")
     return state
 
 
@@ -268,17 +272,20 @@ def _check_fits(path: Path, name: str, tensor: Tensor, stored: StoredTensor) -> 
     dtype, own = _torch_name(stored.dtype), _torch_name(NAMES[tensor.dtype])
     if stored.shape != tensor.shape:
         raise ValueError(
-            f"load_sparse: {name} has the shape {stored.shape} in {path}, but {tuple(tensor.shape)} in the model; "
+            f"load_sparse: {printable(name)} has the shape {stored.shape} in {path}, but {tuple(tensor.shape)} in "
+            "the model; "
             "build the model as it was when it was saved"
         )
     if dtype != own:
         raise ValueError(
-            f"load_sparse: {name} is {dtype} in {path}, but {own} in the model, and a cast would lose bits; load into "
+            f"load_sparse: {printable(name)} is {dtype} in {path}, but {own} in the model, and a cast would lose "
+            "bits; load into "
             f"a model of that dtype, as model.to(torch.{dtype}) gives, and cast it afterwards"
         )
     if tensor.is_inference() or is_fixed(tensor):
         raise ValueError(
-            f"load_sparse: the values in {path} cannot be written to {name} of the model, which was made in inference "
+            f"load_sparse: the values in {path} cannot be written to {printable(name)} of the model, which was made "
+            "in inference "
             "mode or has elements that share memory; replace it with a copy, such as clone() gives"
         )
 

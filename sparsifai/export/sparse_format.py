@@ -38,6 +38,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..support.files import open_regular, write_whole
+from ..support.printable import LONGEST_MESSAGE, printable, quoted
 from ..support.version import __version__
 from .safetensors_file import SafetensorsFile, check_header, header_bytes, unique_json
 from .sparse_tensor import DTYPES, StoredTensor
@@ -60,7 +61,7 @@ def write_tensors(path: Path, tensors: Tensors) -> int:
 
     Raises:
         OSError: The file cannot be written.
-        ValueError: safetensors does not know a dtype, or there are too many tensors.
+        ValueError: safetensors does not know a dtype, a name cannot be stored, or there are too many tensors.
     """
     from safetensors import __version__ as version
     from safetensors.torch import save
@@ -77,6 +78,10 @@ def write_tensors(path: Path, tensors: Tensors) -> int:
         written = save(pieces, metadata)
     except KeyError as error:
         raise ValueError(f"{path}: safetensors {version} cannot store {error}; update safetensors") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the name {quoted(error.object)} has half of a surrogate pair, which no file can store; rename the layer"
+        ) from None
     try:
         check_header(written[8 : 8 + header_bytes(written[:8])])
     except ValueError:
@@ -112,8 +117,9 @@ def read_tensors(path: Path) -> tuple[Tensors, int]:
             if version == FORMAT:
                 return _tensors(file), file.bytes
         except ValueError as error:
+            why = printable(str(error), LONGEST_MESSAGE)
             raise ValueError(
-                f"{path} is damaged, or was not written by save_sparse ({error}); get a new copy of the file"
+                f"{path} is damaged, or was not written by save_sparse ({why}); get a new copy of the file"
             ) from None
     if version is None:
         raise ValueError(

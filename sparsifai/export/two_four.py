@@ -18,6 +18,7 @@ from ..model.running import copy_of
 from ..model.tensors import check_values, shape_of
 from ..model.zeros import is_nonzero, why_not_counted
 from ..support.checks import check_is_module
+from ..support.printable import printable
 from ..support.table import Cells, Table, percent
 from ..support.warning import warn
 from .conversion import check_for_inference, check_same_outputs, dtype_name, list_reasons
@@ -202,7 +203,9 @@ def _convert(name: str, dense: Any, layer: Any) -> None:
         try:
             converted = torch.sparse.to_sparse_semi_structured(weight.contiguous())
         except RuntimeError as error:
-            raise RuntimeError(f"to_semi_structured: torch cannot convert {name}: {error}") from error
+            raise RuntimeError(
+                f"to_semi_structured: torch cannot convert {printable(name)}: {printable(str(error))}"
+            ) from error
         layer.weight = nn.Parameter(converted, requires_grad=False)
         # `forward` is used instead of a call, so that no hook of the model runs.
         check_same_outputs("to_semi_structured", name, weight, dense.bias, layer.forward)

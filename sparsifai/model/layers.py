@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..support.printable import printable
 from ..support.registry import close_matches
 from .parallel import kind_of, unwrapped
 from .running import evaluating
@@ -223,7 +224,7 @@ def _has_axes(module_name: str, module: nn.Module, attribute: str, parameter: nn
     """Whether a kind of layer names the axes of a parameter; ValueError if the parameter has no shape yet."""
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise ValueError(
-            f"Sparsifier: {module_name or type(module).__name__} is lazy and has no shape yet; "
+            f"Sparsifier: {printable(module_name or type(module).__name__)} is lazy and has no shape yet; "
             "run one batch through the model first"
         )
     if parameter.is_nested:

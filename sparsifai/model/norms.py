@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ..support.printable import printable
+
 NORMS_OVER_CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
@@ -67,7 +69,7 @@ def check_fused_norms(model: nn.Module) -> None:
         and isinstance(norm := getattr(module, "bn", None), NORMS_OVER_CHANNELS)
     }
     zeros = {name: int((norm.weight == 0).sum()) for name, norm in fused.items() if norm.weight is not None}
-    if divided := [f"{name} ({count})" for name, count in zeros.items() if count]:
+    if divided := [f"{printable(name)} ({count})" for name, count in zeros.items() if count]:
         shown = f"{', '.join(divided[:3])}{' and others' * (len(divided) > 3)}"
         raise ValueError(
             "quantization-aware training divides by the scales of the batch norms that are fused into "

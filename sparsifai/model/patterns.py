@@ -7,16 +7,28 @@ regular expression that matches a whole name, or a function of (name, module) th
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
 
+from ..support.expression_parser import check_sets
+from ..support.printable import quoted
 from ..support.registry import close_matches
+from ..support.regular_expression import compiled
+from ..support.work import Work
 from .layers import NamedWeight
 
 Pattern = str | type | nn.Module | Callable[[str, nn.Module], bool]
+
+LONGEST = 1100  # characters of a pattern
+MOST_EXPRESSIONS = 2000  # globs and regular expressions in a list
+MOST_WORK = 8_000_000  # for all patterns of a list together, a few seconds
+WORK_PER_CHARACTER = 100  # more for each character of the names of a model, as its own author may have many patterns
+WORK_OF_GLOB = 3  # for each name
 
 
 def as_patterns(patterns: Pattern | Iterable[Pattern]) -> list[Pattern]:
@@ -27,7 +39,7 @@ def as_patterns(patterns: Pattern | Iterable[Pattern]) -> list[Pattern]:
 
     Raises:
         TypeError: One of them is not a pattern.
-        ValueError: A regular expression is not valid.
+        ValueError: A regular expression is not valid, or there are too many.
     """
     # A Sequential is iterable too, but is a pattern itself.
     several = isinstance(patterns, Iterable) and not isinstance(patterns, (str, nn.Module, type))
@@ -36,6 +48,12 @@ def as_patterns(patterns: Pattern | Iterable[Pattern]) -> list[Pattern]:
             f"{patterns!r} cannot select layers; pass a dictionary of sparsities as the first argument, `sparsity`"
         )
     listed: list[Any] = list(patterns) if several else [patterns]  # type: ignore[arg-type]
+    expressions = sum(isinstance(pattern, str) and not is_name(pattern) for pattern in listed)
+    if expressions > MOST_EXPRESSIONS:
+        raise ValueError(
+            f"there are {expressions:,} globs and regular expressions, more than {MOST_EXPRESSIONS:,}; name layers or "
+            "containers instead"
+        )
     for pattern in listed:
         if not (isinstance(pattern, (str, nn.Module)) or callable(pattern)):
             raise TypeError(
@@ -47,34 +65,39 @@ def as_patterns(patterns: Pattern | Iterable[Pattern]) -> list[Pattern]:
     return listed
 
 
-def matching(pattern: Pattern, targets: Mapping[str, NamedWeight], model: nn.Module) -> set[str]:
-    """Find the weights that a pattern selects.
+def matching_each(patterns: Iterable[Pattern], targets: Mapping[str, NamedWeight], model: nn.Module) -> list[set[str]]:
+    """Find the weights that each pattern selects, in a time that is bounded for all patterns together.
 
     Args:
-        pattern: The pattern. One that matches a container selects all weights in it.
+        patterns: The patterns. One that matches a container selects all weights in it.
         targets: The weights of the model by name.
         model: The model.
 
     Returns:
-        The names of the weights.
+        For each pattern the names of the weights.
 
     Raises:
-        ValueError: The pattern selects none.
+        ValueError: A pattern selects none, or matching them all takes too long.
     """
-    matched = {name for name, weight in targets.items() if _matches(pattern, weight, model)}
-    if not matched:
-        shown = repr(pattern) if isinstance(pattern, str) else getattr(pattern, "__name__", type(pattern).__name__)
-        known = {place for weight in targets.values() for name in weight.names for place in prefixes(name)} - {""}
-        kinds = ", ".join(sorted({weight.kind for weight in targets.values()}))
-        hint = f"; {close_matches(pattern, known)}" if isinstance(pattern, str) else f"; the model has {kinds}"
-        raise ValueError(f"no layer with a weight to sparsify matches {shown}{hint}")
-    return matched
+    places = Places({name: weight.names for name, weight in targets.items()})
+    found = []
+    for pattern in patterns:
+        if isinstance(pattern, str):
+            matched = places.matching(pattern)
+        else:
+            matched = {name for name, weight in targets.items() if _matches(pattern, weight, model)}
+        if not matched:
+            shown = (
+                quoted(pattern) if isinstance(pattern, str) else getattr(pattern, "__name__", type(pattern).__name__)
+            )
+            kinds = ", ".join(sorted({weight.kind for weight in targets.values()}))
+            hint = close_matches(pattern, places.known) if isinstance(pattern, str) else f"the model has {kinds}"
+            raise ValueError(f"no layer with a weight to sparsify matches {shown}; {hint}")
+        found.append(matched)
+    return found
 
 
-def _matches(pattern: Pattern, weight: NamedWeight, model: nn.Module) -> bool:
-    if isinstance(pattern, str):
-        matches = name_matcher(pattern)
-        return any(matches(place) for name in weight.names for place in prefixes(name)[1:])
+def _matches(pattern: Any, weight: NamedWeight, model: nn.Module) -> bool:
     if isinstance(pattern, (type, nn.Module)):
         containers = (model.get_submodule(place) for name, _ in weight.owners for place in prefixes(name))
         if isinstance(pattern, type):
@@ -83,28 +106,87 @@ def _matches(pattern: Pattern, weight: NamedWeight, model: nn.Module) -> bool:
     return any(pattern(name, module) for name, module in weight.owners)
 
 
-def name_matcher(pattern: str) -> Callable[[str], Any]:
-    """Return a function that tells whether a whole name matches a pattern.
+class Places:
+    """The names of parameters and of all containers in a model, to find those that match a pattern.
+
+    All patterns together may take so much work that a list of them is matched within seconds, whoever wrote it.
 
     Args:
-        pattern: A glob, or 're:' followed by a regular expression, such as 're:layer[12].*'.
+        names: Parameter -> its names; it has several if a module has.
+    """
+
+    def __init__(self, names: Mapping[str, Iterable[str]]):
+        self._of: dict[str, set[str]] = {}
+        for parameter, each_name in names.items():
+            for name in each_name:
+                for place in prefixes(name)[1:]:
+                    self._of.setdefault(place, set()).add(parameter)
+        self._work = Work(
+            MOST_WORK + WORK_PER_CHARACTER * sum(map(len, self._of)),
+            "matching these patterns with the names of the model takes too long; give fewer or simpler patterns, or "
+            "name the layers or containers",
+        )
+
+    @property
+    def known(self) -> Iterable[str]:
+        """The names of all parameters and containers."""
+        return self._of.keys()
+
+    def matching(self, pattern: str) -> set[str]:
+        """The parameters that a pattern matches, or a container of which.
+
+        Args:
+            pattern: A name, a glob, or 're:' followed by a regular expression.
+
+        Raises:
+            ValueError: The patterns so far have taken too much work.
+        """
+        matches = name_matcher(pattern)
+        if matches is None:
+            return set(self._of.get(pattern, ()))
+        return set().union(*(of for place, of in self._of.items() if place == pattern or matches(place, self._work)))
+
+
+def name_matcher(pattern: str) -> Callable[[str, Work], bool] | None:
+    """Return a function of (name, work) that tells whether a whole name matches a pattern; None for a mere name.
+
+    Args:
+        pattern: A name, a glob, or 're:' followed by a regular expression, such as 're:layer[12].*'.
 
     Raises:
-        ValueError: The regular expression is not valid, or could take forever to match.
+        ValueError: The pattern is too long, or the regular expression is not valid or not supported.
     """
-    if not pattern.startswith("re:"):
-        return lambda name: fnmatchcase(name, pattern)
-    if re.search(r"\([^()]*[+*}][^()]*\)[+*{]", pattern):
-        raise ValueError(
-            f"{pattern!r} nests one repetition in another, which can take forever to match; write it without nesting"
-        )
-    try:
-        return re.compile(pattern[len("re:") :]).fullmatch
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"{pattern!r} is not a valid regular expression: {error}; 're:' must be followed by a Python "
-            "regular expression"
-        ) from None
+    if len(pattern) > LONGEST:
+        raise ValueError(f"the pattern {quoted(pattern)} has {len(pattern):,} characters, more than {LONGEST:,}")
+    if pattern.startswith("re:"):
+        try:
+            return compiled(pattern[len("re:") :]).matches
+        except ValueError as error:
+            raise ValueError(f"{quoted(pattern)} is no regular expression for names: {error}") from None
+    if is_name(pattern):
+        return None
+    if "[" in pattern:
+        check_sets(pattern)
+    return _glob(pattern)
+
+
+def is_name(pattern: str) -> bool:
+    """Whether a pattern is a mere name, neither a glob nor a regular expression."""
+    return not (pattern.startswith("re:") or any(each in pattern for each in "*?["))
+
+
+@lru_cache(maxsize=2000)
+def _glob(pattern: str) -> Callable[[str, Work], bool]:
+    # Python's expression for a glob never tries a part of it twice at one place, so it takes no exponential time.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fullmatch = re.compile(translate(pattern)).fullmatch
+
+    def matches(name: str, work: Work) -> bool:
+        work.spend(WORK_OF_GLOB)
+        return fullmatch(name) is not None
+
+    return matches
 
 
 def prefixes(name: str) -> list[str]:

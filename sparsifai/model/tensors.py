@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..support.printable import printable
 from .parallel import is_sharded, whole
 
 _UNSIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -63,7 +64,8 @@ def check_values(caller: str, tensors: Mapping[str, Tensor]) -> None:
     if without:
         count = f" ({len(without)} of {len(tensors)} parameters are)" if len(without) > 1 else ""
         raise ValueError(
-            f"{caller}: {without[0]} is on the meta device, without values{count}; load the whole model into memory "
+            f"{caller}: {printable(without[0])} is on the meta device, without values{count}; load the whole model "
+            "into memory "
             "first, by model.to_empty(device='cpu') and load_state_dict, or without offloading (device_map=None)"
         )
 

@@ -9,12 +9,15 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..support.printable import printable, quoted
 from ..support.registry import close_matches
+from ..support.work import Work
 
 Number = int | float
 
 # Limits far beyond what a recipe needs, which keep every expression quick.
 LONGEST = 500  # characters
+MOST_CHARACTERS = 1_000_000  # of all expressions that are computed for a recipe, four times those of its text
 DEEPEST = 50  # levels of nesting
 LONGEST_CHAIN = 50  # variables that depend on each other
 LARGEST = 10**100
@@ -96,29 +99,48 @@ def evaluate(expression: str, variables: Mapping[str, Any]) -> float | int:
         >>> evaluate('max(epochs * 0.5, 3)', {'epochs': 'eval(2 * 10)'})
         10.0
     """
-    return _Evaluation(variables).of(expression, ())
+    return Evaluation(variables).of(expression)
 
 
-class _Evaluation:
-    """One evaluation, in which each variable is computed once, however often it is named."""
+def work_of_recipe() -> Work:
+    """What may be spent on the expressions of one recipe, counted in characters."""
+    return Work(MOST_CHARACTERS, f"the expressions of the recipe have more than {MOST_CHARACTERS:,} characters in all")
 
-    def __init__(self, variables: Mapping[str, Any]):
+
+class Evaluation:
+    """Computes expressions of the same variables; each variable is computed once, however often it is named.
+
+    Args:
+        variables: Name -> a number, or an expression of its own. Names may be added later.
+        work: What may be spent, counted in characters. Default: `work_of_recipe()`.
+    """
+
+    def __init__(self, variables: Mapping[str, Any], work: Work | None = None):
         self.variables, self.known = variables, dict[str, Number]()
+        self.work = work_of_recipe() if work is None else work
 
-    def of(self, expression: Any, chain: tuple[str, ...]) -> Number:
+    def of(self, expression: Any, chain: tuple[str, ...] = ()) -> Number:
         """The value of an expression.
 
         Args:
             expression: The expression.
-            chain: The variables whose values led to it, outermost first.
+            chain: The variables whose values led to it, outermost first. Default: none.
+
+        Raises:
+            ValueError: As `evaluate`; or the work is spent.
         """
+        self.work.spend(1 + len(expression) if isinstance(expression, str) else 1)
         try:
             return self._node(_parsed(expression), chain, 0)
+        except RecursionError:
+            raise _LocatedError(
+                f"expression {quoted(expression)}: it and its variables are nested too deeply"
+            ) from None
         except (ValueError, TypeError, ArithmeticError) as error:
             if isinstance(error, _LocatedError):
                 raise
-            where = f" (the value of {chain[-1]!r})" if chain else ""
-            raise _LocatedError(f"expression {_shown(expression)}{where}: {error}") from None
+            where = f" (the value of {quoted(chain[-1])})" if chain else ""
+            raise _LocatedError(f"expression {quoted(expression)}{where}: {error}") from None
 
     def _node(self, node: ast.AST, chain: tuple[str, ...], depth: int) -> Number:
         if depth > DEEPEST:
@@ -134,7 +156,7 @@ class _Evaluation:
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
             function, operands = FUNCTIONS.get(node.func.id), node.args
             if function is None:
-                raise ValueError(f"unknown function {node.func.id!r}; {close_matches(node.func.id, FUNCTIONS)}")
+                raise ValueError(f"unknown function {quoted(node.func.id)}; {close_matches(node.func.id, FUNCTIONS)}")
         else:
             function, operands = None, []
         if function is None:
@@ -146,13 +168,15 @@ class _Evaluation:
     def _variable(self, name: str, chain: tuple[str, ...]) -> Number:
         if name in chain:
             circle = [*chain[chain.index(name) :], name]
-            raise _LocatedError(f"variables depend on themselves: {' -> '.join(circle)}")
+            raise _LocatedError(f"variables depend on themselves: {printable(' -> '.join(circle))}")
         if len(chain) == LONGEST_CHAIN:
-            raise _LocatedError(f"more than {LONGEST_CHAIN} variables depend on each other, starting with {chain[0]!r}")
+            raise _LocatedError(
+                f"more than {LONGEST_CHAIN} variables depend on each other, starting with {quoted(chain[0])}"
+            )
         if name not in self.known:
             if name not in self.variables:
                 hint = close_matches(name, map(str, self.variables)) if self.variables else "no variable is defined"
-                raise ValueError(f"undefined name {name!r}; {hint}")
+                raise ValueError(f"undefined name {quoted(name)}; {hint}")
             value = self.variables[name]
             self.known[name] = self.of(value, (*chain, name)) if isinstance(value, str) else _checked(value, name)
         return self.known[name]
@@ -183,15 +207,9 @@ def _checked(value: Any, name: str = "") -> Number:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{_subject(value, name)} is not a finite number")
     if abs(value) > LARGEST:  # its digits may be too many to show
-        raise ValueError(f"{repr(name) if name else 'a number'} is beyond 1e100")
+        raise ValueError(f"{quoted(name) if name else 'a number'} is beyond 1e100")
     return value
 
 
 def _subject(value: Any, name: str) -> str:
-    return f"{name!r} is {_shown(value)}, which" if name else _shown(value)
-
-
-def _shown(value: Any) -> str:
-    """A value as a message shows it, shortened."""
-    text = repr(value[:80] if isinstance(value, str) else value)
-    return text if len(text) <= 90 else f"{text[:80]}..."
+    return f"{quoted(name)} is {quoted(value)}, which" if name else quoted(value)

@@ -12,16 +12,19 @@ from typing import Any
 
 from ..axes.changed_schedule import between, during, stepped
 from ..axes.schedule import Schedule
+from ..callbacks.plan import MOST_EPOCHS
 from ..sparsifier.options import resolve_axes, share_of_initial
 from ..support.checks import check_count, check_number
 from ..support.registry import close_matches
 from .axis_value import REGISTRIES, axis_value
-from .expression import evaluate
+from .expression import Evaluation, work_of_recipe
 from .safe_yaml import Located
 from .step import AXES, CHECKS, OPTIONS, REQUIRED, TIMES, Step
 
 # The keys of a recipe.
 KEYS = ("name", "description", "epochs", "variables", "steps", "results")
+
+MOST_STEPS = 50  # far beyond what a recipe needs
 
 # Keys and positions that lead to a value.
 Path = tuple[Hashable, ...]
@@ -47,6 +50,7 @@ class Reading:
 
     def __init__(self, content: Mapping[str, Any], source: Located | None = None):
         self.content, self.source = content, source or Located(content)
+        self._work = work_of_recipe()
         self._check_keys((), content, KEYS, "key", "the keys of a recipe")
         self.variables = self._variables()
         self.epochs = self._epochs()
@@ -99,37 +103,38 @@ class Reading:
         if not isinstance(given, Mapping):
             raise self.source.error(("variables",), f"variables must map names to numbers, not {given!r}")
         known: dict[str, float] = {}
+        evaluation = Evaluation(known, self._work)
         for name, value in given.items():
             path = ("variables", name)
             if not isinstance(name, str) or not name.isidentifier():
                 raise self.source.error(path, f"{name!r} is not a name of a variable; use letters, digits and _")
-            known[name] = self._computed(value, path, known)
+            known[name] = self._computed(value, path, evaluation)
             if isinstance(known[name], bool) or not isinstance(known[name], Real):
                 raise self.source.error(
                     path, f"the variable {name} must be a number or an expression in ${{...}}, not {value!r}"
                 )
         return known
 
-    def _computed(self, value: Any, path: Path, variables: Mapping[str, Any]) -> Any:
+    def _computed(self, value: Any, path: Path, evaluation: Evaluation) -> Any:
         """A value with its expressions replaced by their values."""
         if isinstance(value, Mapping):
-            return {key: self._computed(each, (*path, key), variables) for key, each in value.items()}
+            return {key: self._computed(each, (*path, key), evaluation) for key, each in value.items()}
         if isinstance(value, list):
-            return [self._computed(each, (*path, position), variables) for position, each in enumerate(value)]
+            return [self._computed(each, (*path, position), evaluation) for position, each in enumerate(value)]
         if isinstance(value, str) and (expression := re.fullmatch(r"\$\{(.*)\}", value, re.DOTALL)):
             with self.source.at(*path):
-                return evaluate(expression[1], variables)
+                return evaluation.of(expression[1])
         return value
 
     def _epochs(self) -> Any:
         """A whole number, or None."""
-        epochs = self._computed(self.content.get("epochs"), ("epochs",), self.variables)
+        epochs = self._computed(self.content.get("epochs"), ("epochs",), Evaluation(self.variables, self._work))
         if epochs is None:
             return None
         if isinstance(epochs, float) and epochs.is_integer():
             epochs = int(epochs)
         with self.source.at("epochs"):
-            return check_count("epochs", epochs)
+            return check_count("epochs", epochs, MOST_EPOCHS)
 
     # --- Steps --------------------------------------------------------------------------------------------------
 
@@ -137,7 +142,10 @@ class Reading:
         given = self.content.get("steps")
         if not isinstance(given, list) or not given:
             raise self.source.error(("steps",), f"steps must be a list with at least one step, of {', '.join(OPTIONS)}")
+        if len(given) > MOST_STEPS:
+            raise self.source.error(("steps",), f"there are {len(given):,} steps, more than {MOST_STEPS}")
         seen: set[str] = set()
+        evaluation = Evaluation(self.variables, self._work)
         for position, step in enumerate(given):
             path: Path = ("steps", position)
             if isinstance(step, str):
@@ -162,7 +170,7 @@ class Reading:
             self._check_keys(path, options, OPTIONS[kind], "option", f"the options of {kind}")
             if (required := REQUIRED.get(kind)) and required not in options:
                 raise self.source.error(path, f"{kind} needs the option {required}")
-            yield Step(kind, self._computed(options, path, self.variables), position)
+            yield Step(kind, self._computed(options, path, evaluation), position)
 
     def _check_keys(self, path: Path, given: Mapping, known: Iterable[str], what: str, all_of_them: str) -> None:
         for key in given:

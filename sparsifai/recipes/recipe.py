@@ -20,7 +20,6 @@ from contextlib import AbstractContextManager
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -34,8 +33,9 @@ from ..sparsifier.options import Options, mapped
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
 from ..support.files import write_text
+from ..support.printable import LONGEST_MESSAGE, printable
 from .reading import Reading
-from .safe_yaml import Located, dump_yaml, load_yaml
+from .safe_yaml import Located, dump_yaml, load_yaml, read_text
 from .sparseml.convert import convert
 from .sparseml.modifiers import Notice
 from .step import AXES, SPARSIFIER_OPTIONS, Step
@@ -86,7 +86,7 @@ class Recipe:
             OSError: The file cannot be read.
             ValueError: It is not a valid recipe. The message names the line.
         """
-        return cls.loads(Path(path).read_text(encoding="utf-8"))
+        return cls.loads(read_text(path))
 
     @classmethod
     def loads(cls, text: str) -> Recipe:
@@ -128,12 +128,8 @@ class Recipe:
             OSError: The file cannot be read.
             ValueError: It is not a recipe of SparseML, nothing in it can be converted, or `strict` forbids a loss.
         """
-        content, notices = convert(Path(path).read_text(encoding="utf-8"))
-        lost = [notice for notice in notices if notice.lost]
-        if strict and lost:
-            raise ValueError(f"{path}: parts of the recipe have no counterpart:\n" + "\n".join(map(str, lost)))
-        if not content["steps"]:
-            raise ValueError(f"{path}: nothing in the recipe can be converted:\n" + "\n".join(map(str, notices)))
+        content, notices = convert(read_text(path))
+        _check_converted(path, content, notices, strict)
         if epochs is not None:
             content.setdefault("epochs", epochs)
         return cls(content, notices)
@@ -291,6 +287,19 @@ class Recipe:
     def _at(self, step: Step) -> AbstractContextManager[None]:
         """Errors of the block name the line of a step."""
         return self._reading.source.at("steps", step.position, step.kind)
+
+
+def _check_converted(path: Any, content: Mapping[str, Any], notices: Iterable[Notice], strict: bool) -> None:
+    """Refuse a converted recipe without steps, and if `strict`, one that has lost something."""
+    lost = [notice for notice in notices if notice.lost]
+    if strict and lost:
+        raise ValueError(_joined(f"{path}: parts of the recipe have no counterpart:", lost))
+    if not content["steps"]:
+        raise ValueError(_joined(f"{path}: nothing in the recipe can be converted:", notices))
+
+
+def _joined(title: str, notices: Iterable[Notice]) -> str:
+    return "\n".join([printable(title, LONGEST_MESSAGE), *map(str, notices)])
 
 
 def _callback_classes() -> dict[str, Callable]:

@@ -7,6 +7,7 @@ is read.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -17,11 +18,18 @@ import yaml
 from yaml.constructor import SafeConstructor
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from ..support.files import read_bytes
+from ..support.printable import LONGEST_MESSAGE, printable, quoted
+
 # Limits, about a hundred times what the recipe of a large language model has.
 LONGEST_TEXT = 250_000  # characters
 DEEPEST = 20  # levels of nesting
 MOST_VALUES = 20_000
 LONGEST_NUMBER = 40  # characters
+LONGEST_KEY = 1200  # characters
+
+# Bytes in which so many characters fit.
+LARGEST_FILE = 4 * LONGEST_TEXT
 
 _TAG = "tag:yaml.org,2002:"
 
@@ -29,7 +37,7 @@ _TAG = "tag:yaml.org,2002:"
 class _Loader(yaml.SafeLoader):
     """Composes nodes within the limits, and constructs no objects."""
 
-    depth = values = 0
+    depth = values = copied = 0
 
     def compose_node(self, parent, index):
         """Like SafeLoader's; raises ComposerError beyond the limits, and for an alias of more than one value."""
@@ -44,6 +52,10 @@ class _Loader(yaml.SafeLoader):
             problem = (
                 f"the alias *{event.anchor} must stand for a single value that is defined above it; write the value out"
             )
+        elif isinstance(event, yaml.AliasEvent):
+            self.copied += len(self.anchors[event.anchor].value)
+            if self.copied > LONGEST_TEXT:
+                problem = f"aliases stand for more than {LONGEST_TEXT:,} characters in all"
         if problem:
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         self.depth += 1
@@ -51,6 +63,8 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # YAML 1.1 reads 1e-5 as text.
 _SCIENTIFIC = (
@@ -104,7 +118,8 @@ def compose(text: str) -> Node:
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         line = (mark or loader.get_mark()).line + 1
-        raise ValueError(f"line {line}: this YAML cannot be read: {getattr(error, 'problem', error)}") from None
+        problem = printable(str(getattr(error, "problem", error)), LONGEST_MESSAGE)
+        raise ValueError(f"line {line}: this YAML cannot be read: {problem}") from None
     if node is None:
         raise ValueError("line 1: the recipe is empty")
     return node
@@ -133,8 +148,12 @@ def pairs(node: MappingNode) -> Iterator[tuple[Any, int, Node]]:
         if not isinstance(key_node, ScalarNode):
             raise ValueError(f"line {line}: a key must be a single value, not a list or a mapping")
         key = plain(key_node)
+        if isinstance(key, str) and len(key) > LONGEST_KEY:
+            raise ValueError(
+                f"line {line}: the key {quoted(key)} has {len(key):,} characters, more than {LONGEST_KEY:,}"
+            )
         if key in seen:
-            raise ValueError(f"line {line}: the key {str(key)[:80]!r} is given a second time, after line {seen[key]}")
+            raise ValueError(f"line {line}: the key {quoted(str(key))} is given a second time, after line {seen[key]}")
         seen[key] = line
         yield key, line, value
 
@@ -162,6 +181,11 @@ def plain(node: Node) -> Any:
 
 def _scalar(node: ScalarNode, kind: str) -> Any:
     if kind in ("str", "timestamp", "value"):
+        if _SURROGATE.search(node.value):
+            raise ValueError(
+                f"line {line_of(node)}: {quoted(node.value)} has half of a surrogate pair, which is no character; "
+                "remove it"
+            )
         return node.value
     construct = {
         "int": SafeConstructor.construct_yaml_int,
@@ -174,18 +198,18 @@ def _scalar(node: ScalarNode, kind: str) -> Any:
     try:
         value = construct(SafeConstructor(), node) if len(node.value) <= LONGEST_NUMBER else math.inf
     except (ValueError, KeyError, IndexError, OverflowError):
-        raise ValueError(f"line {line_of(node)}: {node.value[:40]!r} is not a valid {kind}") from None
+        raise ValueError(f"line {line_of(node)}: {quoted(node.value)} is not a valid {kind}") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(
-            f"line {line_of(node)}: {node.value[:40]!r} is not a finite number of up to {LONGEST_NUMBER} characters"
+            f"line {line_of(node)}: {quoted(node.value)} is not a finite number of up to {LONGEST_NUMBER} characters"
         )
     return value
 
 
 def _unknown_tag(node: Node) -> ValueError:
     return ValueError(
-        f"line {line_of(node)}: the tag {node.tag[:80]!r} is not allowed; a recipe holds plain values, and a recipe of "
-        "SparseML also modifiers in its lists of modifiers"
+        f"line {line_of(node)}: the tag {quoted(node.tag)} is not allowed; a recipe holds plain values, and a recipe "
+        "of SparseML also modifiers in its lists of modifiers"
     )
 
 
@@ -222,7 +246,8 @@ class Located:
             path: Keys and positions that lead to the value.
             message: What is wrong with it.
         """
-        return ValueError(f"line {self.line(*path)}: {'.'.join(map(str, path))}: {message}")
+        where = ".".join(printable(str(key)) for key in path)
+        return ValueError(f"line {self.line(*path)}: {where}: {printable(str(message), LONGEST_MESSAGE)}")
 
     @contextmanager
     def at(self, *path: Hashable) -> Iterator[None]:
@@ -240,6 +265,27 @@ class Located:
             if str(error).startswith("line "):
                 raise
             raise self.error(path, error) from error
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """Read the text of a recipe.
+
+    Args:
+        path: A regular file of UTF-8, up to 1 MB.
+
+    Returns:
+        The text.
+
+    Raises:
+        OSError: The file cannot be read, or is a folder, a device, a pipe or a socket.
+        ValueError: It is too large, or not UTF-8.
+    """
+    data = read_bytes(path, LARGEST_FILE, "a recipe")
+    try:
+        return data.decode().replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}: line {line}: the file is not text in UTF-8, as a recipe must be") from None
 
 
 def load_yaml(text: str) -> Located:
@@ -294,4 +340,8 @@ def dump_yaml(value: Any) -> str:
     Returns:
         The YAML.
     """
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    for allow_unicode in (True, False):
+        text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode, width=110)
+        if all(map(str.isprintable, text.split("\n"))):
+            break  # else what cannot be printed, such as a bidirectional override, is written with escapes
+    return text

@@ -60,28 +60,28 @@ def calibrated(collected: CollectedQuantities, batches: Iterable, loss_func: Cal
         source.forget()
 
     at_end = AtEnd(forget)
-    with at_end, at_end:
-        # Within inference_mode no graph is recorded. It is left, and so is no_grad.
-        with untraced(source.model), not_drawn_from(batches), torch.inference_mode(False), torch.enable_grad():
-            for number, batch in enumerate(batches, 1):
-                inputs, targets = _parts_of(with_autograd(batch), needs_loss)
-                if not _has_rows(inputs):
-                    continue
-                try:
-                    with _inputs_seen(collected):
-                        output = run(source.model, inputs)
-                    loss = loss_func(output, *targets) if needs_loss and loss_func is not None else None
-                except UnsuitableLayerError:
-                    raise
-                except Exception as error:
-                    raise ValueError(
-                        f"calibrate: batch {number} fails ({error}); a batch is (input, target), (input, input, "
-                        "target) or a dictionary of named inputs, and the loss is loss_func(output, target)"
-                    ) from error
-                used += 1
-                if needs_loss:
-                    infinite += not _take_loss(collected, loss, number)
-                    source.model.zero_grad(set_to_none=True)
+    # Within inference_mode no graph is recorded. It is left, and so is no_grad.
+    modes = torch.inference_mode(False), torch.enable_grad()
+    with at_end, at_end, untraced(source.model), not_drawn_from(batches), modes[0], modes[1]:
+        for number, batch in enumerate(batches, 1):
+            inputs, targets = _parts_of(with_autograd(batch), needs_loss)
+            if not _has_rows(inputs):
+                continue
+            try:
+                with _inputs_seen(collected):
+                    output = run(source.model, inputs)
+                loss = loss_func(output, *targets) if needs_loss and loss_func is not None else None
+            except UnsuitableLayerError:
+                raise
+            except Exception as error:
+                raise ValueError(
+                    f"calibrate: batch {number} fails ({error}); a batch is (input, target), (input, input, "
+                    "target) or a dictionary of named inputs, and the loss is loss_func(output, target)"
+                ) from error
+            used += 1
+            if needs_loss:
+                infinite += not _take_loss(collected, loss, number)
+                source.model.zero_grad(set_to_none=True)
     if not used:
         empty = ", or all are without rows" if number else ""
         raise ValueError(f"calibrate: there are no batches{empty}; give it a list or a data loader that has some")

@@ -17,6 +17,7 @@ from ..model.layers import NamedWeight
 from ..model.tensors import all_finite, cloned
 from ..support.at_end import AtEnd
 from ..support.listing import in_short
+from ..support.printable import printable
 from ..support.registry import name_of
 
 
@@ -207,7 +208,8 @@ class CollectedQuantities:
             return {}
         if self.at("backward") and all(gradient is None for gradient in self._gradients(self._layers)):
             raise ValueError(
-                f"collect_gradients: no gradient has reached {next(iter(self._layers))} or any other selected layer; "
+                f"collect_gradients: no gradient has reached {printable(next(iter(self._layers)))} or any other "
+                "selected layer; "
                 "call it after a backward of a loss that depends on them, and before zero_grad"
             )
         return self.with_batch("backward")

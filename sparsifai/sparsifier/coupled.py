@@ -22,6 +22,7 @@ from ..model.channels.removal import LAST_OUTPUT, why_stuck
 from ..model.layers import parameter_name
 from ..model.norms import affine_names
 from ..model.tensors import with_autograd
+from ..support.printable import printable
 from .followers import Follower
 from .layer import Layers
 
@@ -103,7 +104,8 @@ class Coupling:
             if missing := part.channels.keys() - given.keys():
                 here = next(name for name in part.channels if name in given)
                 raise ValueError(
-                    f"coupled=True: the filters of {here} and {min(missing)} are coupled, so both need the same "
+                    f"coupled=True: the filters of {printable(here)} and {printable(min(missing))} are coupled, so "
+                    "both need the same "
                     "sparsity; give one fraction for both"
                 )
 
@@ -173,7 +175,7 @@ def couple(
         for channel in channels:
             members = dict.fromkeys(name_of_module.get(module, module) for module, _ in channel.outputs)
             held = [each for each in members if each in reasons or each not in layers]
-            why = channel.kept or (f"coupled with {held[0]}, which stays dense" if held else "")
+            why = channel.kept or (f"coupled with {printable(held[0])}, which stays dense" if held else "")
             for name in members if why else ():
                 if name not in reasons:
                     reasons[name], changed = why, True
@@ -188,7 +190,7 @@ def couple(
     removable = [part for part in parts if name_of_module[part[0].outputs[0][0]] not in reasons]
     more = {name: why for name, why in reasons.items() if name not in dense}
     if not removable:
-        listed = "; ".join(f"{name}: {why}" for name, why in list(more.items())[:3])
+        listed = "; ".join(f"{printable(name)}: {why}" for name, why in list(more.items())[:3])
         raise ValueError(f"coupled=True: no layer is left whose filters can be removed ({listed})")
     return Coupling([_coupled_layers(model, part, name_of_module) for part in removable]), more
 

@@ -19,6 +19,7 @@ from ..axes.ranking.device_layer import DeviceLayer
 from ..axes.ranking.scored_layer import ScoredLayer, nan_message
 from ..model.parallel import whole
 from ..model.tensors import computable
+from ..support.printable import printable
 from ..support.registry import name_of
 from ..support.warning import warn_each
 from .layer import Layer, Layers
@@ -42,16 +43,22 @@ class Finding:
 
 def nan_in(name: str) -> Finding:
     """The finding that scores of a layer are NaN."""
-    return Finding(nan_message(name), is_error=True)
+    return Finding(_literal(nan_message(name)), is_error=True)
 
 
 def ties_in(name: str, criterion: Criterion) -> Finding:
     """The finding that many scores of a layer are equal, and only some of them are pruned."""
     return Finding(
-        f"{{}} scores of {name} by {name_of(criterion)} are equal, as in a layer that starts at zero, and a part of "
+        f"{{}} scores of {_literal(printable(name))} by {_literal(name_of(criterion))} are equal, as in a layer that "
+        "starts at zero, and a part of "
         "them is pruned in index order: whole rows first; train the layer before its first update, initialize it with "
         "random values, or leave it out with exclude="
     )
+
+
+def _literal(text: str) -> str:
+    """A text in which braces are no place for the number."""
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 def in_words(found: Mapping[Finding, Tensor]) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..model.tensors import computable
 from ..model.zeros import is_nonzero, why_not_counted
+from ..support.printable import printable
 from ..support.registry import close_matches
 from .layer import Layer, Layers
 from .masking import zero_masked
@@ -43,16 +44,20 @@ def check_masks(masks: Any, layers: Layers, may_empty: bool = False) -> dict[str
                 f"set_masks: the model has no weight with named axes {given!r}; {close_matches(name, layers)}"
             )
         if name in kept:
-            raise ValueError(f"set_masks: there are two masks of {name}, with a prefix and without; pass one of them")
+            raise ValueError(
+                f"set_masks: there are two masks of {printable(name)}, with a prefix and without; pass one of them"
+            )
         if layers[name].why_dense:
             raise ValueError(
-                f"set_masks: {name} stays dense ({layers[name].why_dense}), so it has no mask; name it in layers= of "
+                f"set_masks: {printable(name)} stays dense ({layers[name].why_dense}), so it has no mask; name it in "
+                "layers= of "
                 "the Sparsifier"
             )
         kept[name] = _kept_groups(name, mask, layers[name])
         if not (kept[name].any() or may_empty or not layers[name].grouping.indexed):
             raise ValueError(
-                f"set_masks: the mask of {name} prunes the whole layer; keep at least one group of it, or make the "
+                f"set_masks: the mask of {printable(name)} prunes the whole layer; keep at least one group of it, or "
+                "make the "
                 "Sparsifier with may_empty=True"
             )
     return kept
@@ -68,21 +73,24 @@ def _without_prefixes(name: str, layers: Layers) -> str:
 def _kept_groups(name: str, mask: Any, layer: Layer) -> Tensor:
     """Bool per group of a layer, by a mask."""
     if why := why_not_counted(mask) if isinstance(mask, Tensor) else f"of type {type(mask).__name__}":
-        raise TypeError(f"set_masks: the mask of {name} must be a dense tensor with values, but it is {why}")
+        raise TypeError(f"set_masks: the mask of {printable(name)} must be a dense tensor with values, but it is {why}")
     shape = layer.parameter.shape
     if mask.dim() != len(shape) or any(size not in (1, full) for size, full in zip(mask.shape, shape, strict=True)):
         raise ValueError(
-            f"set_masks: the mask of {name} has the shape {tuple(mask.shape)}, which does not fit its weight of "
+            f"set_masks: the mask of {printable(name)} has the shape {tuple(mask.shape)}, which does not fit its "
+            "weight of "
             f"{tuple(shape)}; an axis has its size or 1"
         )
     numbers = computable(mask)
     if mask.dtype != torch.bool and not ((numbers == 0) | (numbers == 1)).all():
-        raise ValueError(f"set_masks: the mask of {name} must be of bools, or of 0 and 1; compare it: mask > threshold")
+        raise ValueError(
+            f"set_masks: the mask of {printable(name)} must be of bools, or of 0 and 1; compare it: mask > threshold"
+        )
     full = (numbers != 0).to(layer.parameter.device).expand(shape)
     kept, lost = layer.grouping.any_of(full), layer.grouping.any_of(~full)
     if (kept & lost).any():
         raise ValueError(
-            f"set_masks: the mask of {name} prunes parts of {int((kept & lost).sum())} groups, which this "
+            f"set_masks: the mask of {printable(name)} prunes parts of {int((kept & lost).sum())} groups, which this "
             "granularity keeps or prunes as a whole; use granularity='weight'"
         )
     return kept
@@ -114,7 +122,7 @@ def from_torch_prune(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     pruned = {name.removesuffix("_orig") for name in state if name.endswith("_orig")}
     unmasked = [name for name in sorted(pruned) if f"{name}_mask" not in state]  # masks of attention have no _orig
     if unmasked or not pruned:
-        missing = f"{unmasked[0]} has no mask" if unmasked else "it has none"
+        missing = f"{printable(unmasked[0])} has no mask" if unmasked else "it has none"
         raise ValueError(
             f"from_torch_prune: a checkpoint of torch.nn.utils.prune has NAME_orig and NAME_mask, but {missing}; load "
             "it as it is"

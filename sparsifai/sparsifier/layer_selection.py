@@ -14,11 +14,12 @@ from ..axes.grouping import Grouping, grouping_of
 from ..model.flow import Flow
 from ..model.layers import NamedWeight, find_weights
 from ..model.norms import check_fused_norms, norms_not_followed
-from ..model.patterns import Pattern, as_patterns, matching
+from ..model.patterns import Pattern, as_patterns, matching_each
 from ..model.prunable import unprunable
 from ..model.response import computes_its_weight
 from ..model.tensors import check_values
 from ..model.tracing import find_flow
+from ..support.printable import printable
 from ..support.warning import warn
 from .coupled import Asked, Coupling, couple
 from .followers import Follower, find_followers
@@ -135,8 +136,8 @@ def _reasons_to_stay_dense(
     """
     patterns = [] if layers is None else as_patterns(layers)
     exclusions = [] if exclude is None else as_patterns(exclude)
-    chosen = set().union(*(matching(pattern, weights, model) for pattern in patterns))
-    excluded = set().union(*(matching(pattern, weights, model) for pattern in exclusions))
+    chosen = set().union(*matching_each(patterns, weights, model))
+    excluded = set().union(*matching_each(exclusions, weights, model))
     named = {pattern for pattern in patterns if isinstance(pattern, str)}
     given = {id(pattern) for pattern in patterns if isinstance(pattern, nn.Module)}
     reasons, whole_outputs, whole_inputs = {}, set(), set()
@@ -189,13 +190,15 @@ def why_zeros_do_not_last(weight: NamedWeight, grouping: Grouping | str) -> str:
         return weight.unfit
     if weight.sources:
         return (
-            f"{weight.attribute} of {place} is computed from {weight.name} in each forward, so zeros in it do not "
+            f"{weight.attribute} of {printable(place)} is computed from {printable(weight.name)} in each forward, so "
+            "zeros in it do not "
             "last; remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations, "
             "remove_weight_norm, ...), or exclude the layer with exclude="
         )
     if computes_its_weight(weight, lambda kept: grouping.spread(grouping.any_of(kept))):
         return (
-            f"the forward of {place} ({weight.kind}) computes its own weight from {weight.name}, and where "
+            f"the forward of {printable(place)} ({weight.kind}) computes its own weight from "
+            f"{printable(weight.name)}, and where "
             f"{weight.attribute} is zero, the computed weight is not, so pruning it has no effect; replace the layer "
             "by one that uses its weight as it is, or exclude it with exclude="
         )
@@ -212,7 +215,7 @@ def _summary(reasons: Mapping[str, str]) -> str:
     """Why all layers stay dense, and what to do."""
     if not reasons:
         return "it has no weights with named axes; name those of its layers: register_layer(kind, weight=('out', 'in'))"
-    shown = [f"{name}: {reason}" for name, reason in reasons.items()]
+    shown = [f"{printable(name)}: {reason}" for name, reason in reasons.items()]
     more = f"; and {len(shown) - 5} more" if len(shown) > 5 else ""
     return f"{'; '.join(shown[:5])}{more}. Choose another granularity, or name layers in layers="
 
@@ -228,10 +231,9 @@ def scopes(sparsity: float | Mapping[Pattern, float], layers: Layers, model: nn.
         return [(sparsity, list(pruned))]
     weights = {name: layer.weight for name, layer in layers.items()}
     position_of: dict[str, int] = {}
-    for position, pattern in enumerate(sparsity):
-        matched = matching(pattern, weights, model)
+    for position, (pattern, matched) in enumerate(zip(sparsity, matching_each(sparsity, weights, model), strict=True)):
         if not any(name in pruned or layers[name].why_dense == FROZEN for name in matched):
-            reasons = "; ".join(f"{name}: {layers[name].why_dense}" for name in sorted(matched)[:3])
+            reasons = "; ".join(f"{printable(name)}: {layers[name].why_dense}" for name in sorted(matched)[:3])
             raise ValueError(f"sparsity: {pattern!r} matches only layers that stay dense ({reasons})")
         position_of.update(dict.fromkeys(matched, position))
     parts = [[name for name in pruned if position_of.get(name) == position] for position in range(len(sparsity))]

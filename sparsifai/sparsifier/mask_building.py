@@ -24,6 +24,7 @@ from ..axes.ranking.scored_layer import ScoredLayer, all_equal
 from ..model.parallel import agree, is_sharded, process_groups_of_shards
 from ..model.tensors import check_values, cloned, computable, widened
 from ..support.capability import capability
+from ..support.printable import printable
 from ..support.registry import name_of
 from .collection import CollectedQuantities
 from .coupled import Coupling, joint_layers
@@ -257,7 +258,8 @@ def checked_scores(scores: Any, by: CollectedQuantities, layer: Layer) -> Tensor
     if not isinstance(scores, Tensor) or scores.shape != shape or scores.is_complex():
         got = f"{tuple(scores.shape)}, {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
-            f"criterion {name_of(by.criterion)} must return one real score per weight: for {layer.name} a tensor of "
+            f"criterion {name_of(by.criterion)} must return one real score per weight: for {printable(layer.name)} a "
+            "tensor of "
             f"the shape {tuple(shape)}, not {got}"
         )
     return scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -14,7 +14,7 @@ from ..axes.criterion import Criterion, criteria
 from ..axes.granularity import Granularity, granularities
 from ..axes.grouping import poolings
 from ..model.layers import find_weights
-from ..model.patterns import Pattern, as_patterns, matching
+from ..model.patterns import Pattern, as_patterns, matching_each
 from ..support.checks import check_fraction, check_round_to, check_seed
 from .regrowth import check_regrow
 
@@ -92,7 +92,7 @@ class Options:
         if not isinstance(sparsity, Mapping):
             return self
         weights = find_weights(model)
-        named = set().union(*(matching(pattern, weights, model) for pattern in sparsity))
+        named = set().union(*matching_each(sparsity, weights, model))
         others = [name for name in weights if name not in named]
         return replace(self, exclude=[*(self.exclude or []), *others] or None)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..axes.criterion import criteria, quantities_of
 from ..axes.quantity import quantities
 from ..support.capability import capability
+from ..support.printable import printable
 from ..support.registry import name_of
 from .collection import CollectedQuantities, Source
 from .layer import Layers, count_of
@@ -77,7 +78,8 @@ def check_regrow(regrow: Any, context: Any) -> Any:
 
     if unseen := [quantity for quantity in quantities_of(criterion) if is_unseen(quantity)]:
         raise ValueError(
-            f"regrow={name_of(criterion)} needs {unseen[0]}, which a backward pass does not give; choose 'grad', "
+            f"regrow={name_of(criterion)} needs {printable(unseen[0])}, which a backward pass does not give; choose "
+            "'grad', "
             f"'random', or a function of {', '.join(name for name in quantities if not is_unseen(name))}"
         )
     if capability(context, "highest_sparsity") is not None:

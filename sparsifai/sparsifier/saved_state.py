@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..axes.quantity import AVERAGED, STORED
 from ..model.tensors import widened
+from ..support.printable import printable
 from ..support.registry import name_of
 from .collection import CollectedQuantities
 from .layer import Layer, Layers
@@ -127,8 +128,8 @@ def _values(
     for name in values:
         if name not in layers:
             raise ValueError(
-                f"load_state_dict: the state has quantities of {name:.80}, which is not selected here; use the same "
-                "layers and exclude as when it was saved"
+                f"load_state_dict: the state has quantities of {printable(name)}, which is not selected here; use the "
+                "same layers and exclude as when it was saved"
             )
     if not is_mean:
         _check_layers(quantity, values, {name: known.get(name, "numbers") for name in layers})
@@ -155,8 +156,8 @@ def _counts(quantity: str, counts: Any, stored: Mapping[str, Tensor]) -> dict[st
     for name, count in _table(f"counts of {quantity}", counts).items():
         if name not in stored:
             raise ValueError(
-                f"load_state_dict: the state counts batches of {quantity} of {name:.80}, but has no value of it; "
-                f"{_DAMAGED}"
+                f"load_state_dict: the state counts batches of {quantity} of {printable(name)}, but has no value of "
+                f"it; {_DAMAGED}"
             )
         if isinstance(count, bool) or not isinstance(count, Integral) or not 0 <= int(count) < _MOST:
             raise _wrong(f"count of {quantity} of {name}", count, "a whole number, 0 or more")
@@ -222,7 +223,7 @@ def _check_known(what: str, table: Mapping[Any, Any], known: Iterable[str]) -> N
 def _check_layers(what: str, given: Mapping[str, Any], known: Mapping[str, str]) -> None:
     """Check that a state has a value for each layer. known: layer name -> form of the value here."""
     for name in sorted(known.keys() ^ given.keys()):
-        raise _differs(f"{what} of {name:.80}", _form(given.get(name)), known.get(name, "absent"))
+        raise _differs(f"{what} of {printable(name)}", _form(given.get(name)), known.get(name, "absent"))
 
 
 def _check_quantities(

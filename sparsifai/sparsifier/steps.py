@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from ..model.patterns import matching
+from ..model.patterns import matching_each
 from ..support.registry import name_of
 from .collection import CollectedQuantities
 from .layer import Layers
@@ -38,10 +38,9 @@ def sparsity_at(
     if not isinstance(sparsity, Mapping):
         return exponential(min(levels.values()), sparsity, t)
     weights = {name: layer.weight for name, layer in layers.items()}
-    starts = {
-        pattern: min(levels[name] for name in matching(pattern, weights, model) & levels.keys()) for pattern in sparsity
-    }
-    return {pattern: exponential(starts[pattern], end, t) for pattern, end in sparsity.items()}
+    matched = matching_each(sparsity, weights, model)
+    starts = [min(levels[name] for name in names & levels.keys()) for names in matched]
+    return {pattern: exponential(start, end, t) for (pattern, end), start in zip(sparsity.items(), starts, strict=True)}
 
 
 def check_repeatable(collected: CollectedQuantities, calibration: tuple | None) -> None:

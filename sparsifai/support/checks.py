@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from .printable import quoted
+
 
 def check_fraction(value: Any, name: str = "sparsity", instead: str = "") -> float:
     """Check a fraction from 0 to 1.
@@ -99,21 +101,24 @@ def check_seed(seed: Any) -> int:
     return seed
 
 
-def check_count(name: str, value: Any) -> int:
+def check_count(name: str, value: Any, most: int | None = None) -> int:
     """Check a whole number of at least 1.
 
     Args:
         name: Name of the argument, for the message.
         value: What the user passed.
+        most: The largest number that is allowed. Default: any.
 
     Returns:
         The number.
 
     Raises:
-        ValueError: It is not an int of at least 1.
+        ValueError: It is not an int of at least 1, or larger than `most`.
     """
     if not _is_count(value):
-        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        raise ValueError(f"{name} must be a whole number of at least 1, not {quoted(value)}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most:,}, not {quoted(value)}")
     return value
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .printable import printable
+
 
 def in_short(names: Sequence[str], most: int = 3, others: str = "others") -> str:
     """The first names, and how many others there are.
@@ -18,4 +20,4 @@ def in_short(names: Sequence[str], most: int = 3, others: str = "others") -> str
         ('a, b, c and 2 others', 'a, b')
     """
     rest = len(names) - most
-    return f"{', '.join(names[:most])}{f' and {rest} {others}' if rest > 0 else ''}"
+    return f"{', '.join(map(printable, names[:most]))}{f' and {rest} {others}' if rest > 0 else ''}"

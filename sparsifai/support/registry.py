@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
+from heapq import nlargest
+from os.path import commonprefix
 from typing import Any
 
 from .capability import declare
+from .printable import quoted
 
 
 def close_matches(name: str, known: Iterable[str]) -> str:
@@ -23,14 +26,36 @@ def close_matches(name: str, known: Iterable[str]) -> str:
         >>> close_matches('x', ['weight', 'filter'])
         "choose from 'filter', 'weight'"
     """
-    known = sorted(known)
-    likely = get_close_matches(name, known, n=3, cutoff=0.5)
+    name, known = name[:LONGEST_NAME], sorted(known)
+    compared = _candidates(name, known)
+    likely = _closest(name, compared, 3, 0.5)
     if likely:
-        return f"did you mean {' or '.join(repr(match) for match in likely)}?"
+        return f"did you mean {' or '.join(map(quoted, likely))}?"
     if len(known) > LISTED:
-        return f"the nearest names are {listed(get_close_matches(name, known, n=5, cutoff=0.0))}"
+        return f"the nearest names are {listed(_closest(name, compared, 5, 0.0))}"
     return f"choose from {listed(known, most=LISTED)}"
 
+
+def _closest(name: str, known: Sequence[str], most: int, least: float) -> list[str]:
+    """The most similar names, compared by their beginnings: what that takes grows with the square of their length."""
+    whole = {each[:LONGEST_NAME]: each for each in reversed(known)}
+    return [whole[each] for each in get_close_matches(name, whole, n=most, cutoff=least)]
+
+
+def _candidates(name: str, known: Sequence[str]) -> Sequence[str]:
+    """The names that are worth comparing: of many those that begin and end most like the name, in their order."""
+    if len(known) <= COMPARED:
+        return known
+
+    def alike(other: str) -> int:
+        return len(commonprefix((name, other))) + len(commonprefix((name[::-1], other[::-1])))
+
+    return sorted(nlargest(COMPARED, known, key=alike))
+
+
+# So many names are compared with an unknown one, up to so many characters of each.
+COMPARED = 500
+LONGEST_NAME = 200
 
 # So many names are listed in a message: those of every axis of the library, but not those of every layer of a model.
 LISTED = 40
@@ -49,7 +74,7 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     """
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(repr(name) for name in names[:most])}{more}"
+    return f"{', '.join(map(quoted, names[:most]))}{more}"
 
 
 def name_of(function: Any) -> str:
@@ -164,7 +189,7 @@ class Registry(Mapping[str, Callable]):
         if parsed is not None:
             return parsed
         if isinstance(value, str):
-            raise ValueError(f"unknown {self.kind} {value!r}; {close_matches(value, self)}")
+            raise ValueError(f"unknown {self.kind} {quoted(value)}; {close_matches(value, self)}")
         if not callable(value):
             raise TypeError(f"a {self.kind} must be a registered name or a function, not {value!r}")
         if self._check:
@@ -173,7 +198,7 @@ class Registry(Mapping[str, Callable]):
 
     def __getitem__(self, name: str) -> Callable:
         if name not in self._functions:
-            raise KeyError(f"unknown {self.kind} {name!r}; {close_matches(name, self)}")
+            raise KeyError(f"unknown {self.kind} {quoted(name)}; {close_matches(name, self)}")
         return self._functions[name]
 
     def __iter__(self) -> Iterator[str]:

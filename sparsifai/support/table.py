@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from textwrap import fill
 
+from .printable import LONGEST_MESSAGE, printable, printable_lines
+
 _WIDTH_OF_NOTES = 120
 
 
@@ -43,7 +45,8 @@ class Cells:
 
     def text(self) -> str:
         """The table as plain text."""
-        lines = (self.header, *self.rows, *self.totals)
+        header, rows, totals = self._printable()
+        lines = (header, *rows, *totals)
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         left = self._columns_to_the_left()
 
@@ -55,23 +58,24 @@ class Cells:
             return "  ".join(padded).rstrip()
 
         rule = "-" * max(len(line(row)) for row in lines)
-        parts = [self.caption] if self.caption else []
-        parts += [line(self.header), rule, *map(line, self.rows)]
-        parts += [rule, *map(line, self.totals)] if self.totals else []
+        parts = [printable_lines(self.caption)] if self.caption else []
+        parts += [line(header), rule, *map(line, rows)]
+        parts += [rule, *map(line, totals)] if totals else []
         parts += [
-            fill(f"{row[0]}: {note}", _WIDTH_OF_NOTES, subsequent_indent="  ")
-            for row, note in zip(self.rows, self.notes, strict=False)
+            fill(f"{row[0]}: {printable(note, LONGEST_MESSAGE)}", _WIDTH_OF_NOTES, subsequent_indent="  ")
+            for row, note in zip(rows, self.notes, strict=False)
             if note
         ]
         return "\n".join(parts)
 
     def html(self) -> str:
         """The table as HTML, with all text escaped."""
-        header, rows, left = self.header, self.rows, self._columns_to_the_left()
+        header, rows, totals = self._printable()
+        left = self._columns_to_the_left()
         if self.notes:
             left = left | {len(header)}
             header = [*header, "note"]
-            rows = [[*row, note] for row, note in zip(rows, self.notes, strict=True)]
+            rows = [[*row, printable(note, LONGEST_MESSAGE)] for row, note in zip(rows, self.notes, strict=True)]
 
         def line(row: Sequence[str], tag: str) -> str:
             aligned = (
@@ -80,12 +84,17 @@ class Cells:
             )
             return f"<tr>{''.join(aligned)}</tr>"
 
-        caption = escape(" ".join(self.caption.splitlines()))
+        caption = escape(" ".join(printable_lines(self.caption).split("\n")))
         parts = [f"<caption>{caption}</caption>"] if caption else []
         parts.append(f"<thead>{line(header, 'th')}</thead><tbody>{''.join(line(row, 'td') for row in rows)}</tbody>")
-        if self.totals:
-            parts.append(f"<tfoot>{''.join(line(row, 'th') for row in self.totals)}</tfoot>")
+        if totals:
+            parts.append(f"<tfoot>{''.join(line(row, 'th') for row in totals)}</tfoot>")
         return f"<table>{''.join(parts)}</table>"
+
+    def _printable(self) -> tuple[list[str], list[list[str]], list[list[str]]]:
+        """Header, rows and totals without what a terminal would obey: names may have any characters."""
+        rows = [[[printable(cell) for cell in row] for row in part] for part in ([self.header], self.rows, self.totals)]
+        return rows[0][0], rows[1], rows[2]
 
     def _columns_to_the_left(self) -> set[int]:
         return {column % len(self.header) for column in self.left}

@@ -6,6 +6,8 @@ import sys
 import warnings
 from collections.abc import Iterable
 
+from .printable import LONGEST_MESSAGE, printable
+
 # Code between the user's line and the place that warns: ours, and what calls it.
 _BETWEEN = ("sparsifai", "fastai", "fastcore", "torch", "contextlib")
 
@@ -19,7 +21,7 @@ def warn(message: str) -> None:
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _BETWEEN:
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(printable(message, LONGEST_MESSAGE), stacklevel=level)
 
 
 def warn_each(messages: Iterable[str]) -> None:

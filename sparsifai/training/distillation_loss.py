@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.tensors import widened
+from ..support.printable import printable
 from ..support.registry import name_of
 
 # Losses of regression and of multi-label classification: a softmax over their outputs means nothing.
@@ -83,7 +84,8 @@ def scalar_loss(
     """
     if student.shape != teacher.shape and _compares_numbers(loss):
         raise ValueError(
-            f"DistillCallback: {names[0]} gives shape {tuple(student.shape)} and {names[1]} {tuple(teacher.shape)}, "
+            f"DistillCallback: {printable(names[0])} gives shape {tuple(student.shape)} and {printable(names[1])} "
+            f"{tuple(teacher.shape)}, "
             f"which {name_of(loss)} cannot compare; make the shapes equal, or pass your own {argument}=, a function of "
             "(student, teacher)"
         )

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..callbacks.learner import is_learner, metric_names, unchanged
 from ..model.running import as_it_was, evaluating, in_modes, not_drawn_from
+from ..support.printable import printable
 from ..support.registry import close_matches, name_of
 
 # A metric with one of these words in its name is lower for a better model: fastai's own metrics, and the usual ones.
@@ -78,7 +79,7 @@ class Metric:
         try:
             return float(value)
         except (TypeError, ValueError) as error:
-            raise TypeError(f"metric {self.name} must return a number, but it returned {value!r}") from error
+            raise TypeError(f"metric {printable(self.name)} must return a number, but it returned {value!r}") from error
 
     def baseline(self) -> float:
         """The metric of the model before pruning.
@@ -90,7 +91,8 @@ class Metric:
             value = self()
         if not math.isfinite(value):
             raise ValueError(
-                f"metric {self.name} is {value} before pruning, so nothing can be compared with it; check the model "
+                f"metric {printable(self.name)} is {value} before pruning, so nothing can be compared with it; check "
+                "the model "
                 "and its data"
             )
         return value
@@ -139,7 +141,8 @@ def _validate(learn: Any, position: int) -> Any:
     values = learn.validate() if len(learn.dls.loaders) > 1 else None
     if values is None or len(values) <= position or values[position] is None:
         raise ValueError(
-            f"learn.validate() returns no {metric_names(learn)[position]}, because the Learner has no validation data "
+            f"learn.validate() returns no {printable(metric_names(learn)[position])}, because the Learner has no "
+            "validation data "
             "or no Recorder; add them, or pass a function of the model as metric"
         )
     return values[position]

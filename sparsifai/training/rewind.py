@@ -20,6 +20,7 @@ from torch import Tensor
 from ..callbacks.base import TrainingCallback
 from ..callbacks.learner import is_search
 from ..model.parallel import unwrapped
+from ..support.printable import LONGEST_MESSAGE, printable
 
 
 @dataclass
@@ -185,7 +186,8 @@ def check_optimizer(learn: Learner, saved: Any, where: str) -> None:
         _load_optimizer(trial, saved, next(model.parameters()).device)
         trial.step()
     except Exception as error:  # the optimizers raise whatever comes up
-        raise ValueError(f"{where} is not the state of this optimizer ({error})") from None
+        why = printable(str(error), LONGEST_MESSAGE)
+        raise ValueError(f"{where} is not the state of this optimizer ({why})") from None
 
 
 def _check_moment(value: Tensor, parameter: Tensor, name: str) -> None:

@@ -11,7 +11,7 @@ from sparsifai import Sparsifier, register_layer
 from sparsifai.model.flops import count_flops
 from sparsifai.model.layers import find_weights, parameter_of
 from sparsifai.model.norms import check_fused_norms
-from sparsifai.model.patterns import as_patterns, name_matcher
+from sparsifai.model.patterns import as_patterns
 from sparsifai.model.running import check_runs, copy_of
 from sparsifai.model.tensors import first_tensor
 from sparsifai.model.tracing import find_flow
@@ -176,25 +176,58 @@ MESSAGES = [
         "a wrong regular expression in layers=",
         selects("re:(head"),
         ValueError,
-        ["'re:(head' is not a valid regular expression: ", "; 're:' must be followed by a Python regular expression"],
+        ["'re:(head' is no regular expression for names: it is not valid: missing )"],
     ),
     (
         "a wrong regular expression in exclude=",
         selects(["head", "re:*"], "exclude"),
         ValueError,
-        ["'re:*' is not a valid regular expression: "],
+        ["'re:*' is no regular expression for names: it is not valid: nothing to repeat"],
     ),
     (
         "a wrong regular expression before the model is known",
         lambda: as_patterns(["head", "re:("]),
         ValueError,
-        ["'re:(' is not a valid regular expression"],
+        ["'re:(' is no regular expression for names: it is not valid: missing )"],
     ),
     (
-        "a regular expression that takes forever",
-        lambda: name_matcher("re:(a+)+b"),
+        "a regular expression with a reference",
+        lambda: as_patterns(r"re:(a|b).*\1"),
         ValueError,
-        ["'re:(a+)+b' nests one repetition in another, which can take forever to match; write it without nesting"],
+        [
+            r"'re:(a|b).*\\1' is no regular expression for names: the reference \1 to a group is not supported, as ",
+            "depends on other text; leave it out",
+        ],
+    ),
+    (
+        "a regular expression with flags",
+        lambda: as_patterns("re:(?i)head"),
+        ValueError,
+        ["'re:(?i)head' is no regular expression for names: (?i...) is not supported"],
+    ),
+    (
+        "a regular expression that is too large",
+        lambda: as_patterns("re:(a{1,1000}){1,1000}"),
+        ValueError,
+        ["it stands for more than 5,000 single characters, where a{3} counts as three; shorten its repetitions"],
+    ),
+    (
+        "a regular expression that is nested too deeply",
+        lambda: as_patterns("re:" + "(" * 60 + ")" * 60),
+        ValueError,
+        ["its parentheses are nested deeper than 30 levels"],
+    ),
+    (
+        "a set with a wide range",
+        lambda: as_patterns("re:[\u0100-\uffff]"),
+        ValueError,
+        ["the set in '[\u0100-\\uffff]' has a range of rare characters; list them instead"],
+    ),
+    (
+        "a pattern that is too long",
+        lambda: as_patterns("a" * 2000),
+        ValueError,
+        ["the pattern 'aaa", "aaa' has 2,000 characters, more than 1,100"],
     ),
     (
         "a model that cannot be traced",

@@ -1,7 +1,9 @@
 import pytest
 from torch import nn
+from work import at_most_calls
 
 from sparsifai import Sparsifier
+from sparsifai.model import patterns
 
 
 def body_and_head():
@@ -78,3 +80,46 @@ def test_fractions_by_regular_expression():
     sparsifier = Sparsifier(body_and_head())
     sparsifier.sparsify({"re:body.*": 0.5, "re:head.*": 0.25})
     assert sparsifier.masks[EVERYTHING[-1]].float().mean() == pytest.approx(0.75, abs=0.05)
+
+
+HOSTILE = [
+    "re:.*(a|a)*x",
+    "re:((a+))+x",
+    f"re:{'.*' * 12}x",
+    f"re:{'.*' * 500}x",
+    "re:(.*a.{200}|.*b.{201})x",
+    "*a" * 500,
+]
+
+
+@pytest.mark.parametrize("pattern", HOSTILE)
+def test_hostile_patterns_are_matched_in_linear_time(pattern):
+    """Seconds would be hours: none of them matches these names, and Python's re tries all ways to."""
+    model = nn.ModuleDict({"a" * 150: nn.Linear(2, 2), "b" * 150: nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="no layer with a weight to sparsify matches"):
+        Sparsifier(model, layers=pattern)
+
+
+def test_all_patterns_together_take_a_bounded_time(monkeypatch):
+    monkeypatch.setattr(patterns, "MOST_WORK", 1_000_000)
+    model = nn.ModuleDict({"a" * 300: nn.Linear(2, 2)})
+    layers = [f"re:(?:{number})?(.?|a){{200}}.*" for number in range(100)]
+    assert Sparsifier(model, layers=layers[:1]).masks
+    message = "takes too long; give fewer or simpler patterns, or name the layers or containers"
+    with pytest.raises(ValueError, match=message):
+        Sparsifier(model, layers=layers)
+    with pytest.raises(ValueError, match=message):
+        Sparsifier(model, layers=[f"re:({'a*' * number})*" for number in range(1, 300)])
+
+
+def test_a_list_of_many_names_is_looked_up():
+    model = nn.ModuleDict({f"layer{number}": nn.Linear(2, 2) for number in range(200)})
+    chosen = [f"layer{number}" for number in range(1, 200)] * 50
+    with at_most_calls(1_000_000):
+        assert len(Sparsifier(model, layers=chosen).masks) == 199
+
+
+def test_a_name_is_a_pattern_of_itself():
+    model = nn.ModuleDict({"a[0]": nn.Linear(2, 2), "a0": nn.Linear(2, 2), "*": nn.Linear(2, 2)})
+    assert list(Sparsifier(model, layers="a[0]").masks) == ["a[0].weight", "a0.weight"]
+    assert list(Sparsifier(model, exclude="a[0].weight").masks) == ["*.weight"]

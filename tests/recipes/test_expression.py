@@ -81,6 +81,12 @@ def test_hostile_expressions_are_refused_at_once(expression):
         evaluate(expression, {})
 
 
+def test_variables_that_are_nested_too_deeply_are_refused():
+    variables = {f"v{number}": "+".join([f"v{number - 1}"] * 45) if number else 1 for number in range(49)}
+    with pytest.raises(ValueError, match="it and its variables are nested too deeply"):
+        evaluate("v48", variables)
+
+
 def test_growing_variables_are_computed_once_and_limited():
     doubled = {"v0": 1} | {f"v{i}": f"v{i - 1} + v{i - 1}" for i in range(1, 45)}
     assert evaluate("v44", doubled) == 2**44

@@ -1,5 +1,6 @@
 """Recipes: files, and what they are used for."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from work import at_most_calls
 
 from sparsifai import Recipe, Sparsifier
+from sparsifai.recipes.sparseml.convert import convert
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
 
@@ -164,3 +167,64 @@ def test_the_plan_of_a_recipe_agrees_with_its_callback_and_a_fit(make_learner):
     planned = dict(recipe.plan(learn.model, n_iter=4).timeline)
     learn.fit(2, cbs=[*recipe.callbacks(), Look()])
     assert [planned[epoch] for epoch in levels] == pytest.approx(list(levels.values()))
+
+
+# --- Files of others --------------------------------------------------------------------------------------------------
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def huge(path):
+    with open(path, "wb") as file:
+        file.truncate(2**32)  # of 4 GB, without taking room on the disk
+
+
+FILES = {
+    "pipe": (pipe, OSError, "it is a pipe"),
+    "folder": (os.mkdir, OSError, "it is a folder"),
+    "endless device": (lambda path: path.symlink_to("/dev/zero"), OSError, "it is a device"),
+    "huge": (huge, ValueError, "has more than 1,000,000 bytes, which is the limit for a recipe"),
+    "no text": (
+        lambda path: path.write_bytes(b"a: 1\nb: \xff\xfe"),
+        ValueError,
+        "line 2: the file is not text in UTF-8",
+    ),
+    "UTF-16": (lambda path: path.write_text("a: 1", encoding="utf-16"), ValueError, "line 1: the file is not text in"),
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and devices are files")
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("read", [Recipe.load, Recipe.from_sparseml])
+def test_a_file_that_is_no_recipe_is_refused_at_once(kind, read, tmp_path):
+    make, error, message = FILES[kind]
+    make(tmp_path / "recipe.yaml")
+    with pytest.raises(error, match=message):
+        read(tmp_path / "recipe.yaml")
+
+
+def test_a_file_may_have_the_line_ends_and_the_mark_of_windows(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes("\ufeffepochs: 3\r\nsteps: [keep]\r\n".encode())
+    assert Recipe.load(tmp_path / "recipe.yaml").epochs == 3
+    (tmp_path / "recipe.yaml").write_bytes(
+        "\ufeffmodifiers:\r\n- !ConstantPruningModifier {start_epoch: 0}\r\n".encode()
+    )
+    assert Recipe.from_sparseml(tmp_path / "recipe.yaml").steps[0].kind == "keep"
+
+
+def test_text_that_a_terminal_obeys_is_written_with_escapes():
+    recipe = Recipe({"name": "\u202eabc\x1b[2J\x9b", "description": "größer\nals", "steps": ["keep"]})
+    assert all(line.isprintable() for line in str(recipe).split("\n"))
+    assert Recipe.loads(str(recipe)) == recipe
+    assert "größer" in str(Recipe({"name": "größer", "steps": ["keep"]}))
+
+
+def test_expressions_of_a_recipe_are_computed_once():
+    chain = "v0: 1\n" + "".join(
+        f"v{number}: eval(max({','.join([f'v{number - 1}'] * 60)}))\n" for number in range(1, 49)
+    )
+    last = "  - !EpochRangeModifier {end_epoch: eval(v48 * 0 + 1)}\n"
+    with at_most_calls(1_000_000):
+        assert convert(f"{chain}modifiers:\n{last * 300}")[0]["epochs"] == 1

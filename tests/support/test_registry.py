@@ -2,9 +2,10 @@ import functools
 from functools import partial
 
 import pytest
+from work import at_most_calls
 
 from sparsifai.support.capability import capability
-from sparsifai.support.registry import Registry, name_of
+from sparsifai.support.registry import Registry, close_matches, name_of
 
 
 @pytest.fixture
@@ -89,3 +90,13 @@ def test_capabilities_become_attributes_and_unknown_ones_are_refused():
     assert capability(yellow, "warm", False) is False
     with pytest.raises(TypeError, match="colour registry: unknown capability 'cold'; known are 'bright', 'warm'"):
         colours.register(cold=True)
+
+
+def test_close_matches_of_many_long_names_are_found_with_bounded_work():
+    """difflib takes a time that grows with the number of names and the square of their lengths."""
+    many = [f"encoder.layer.{layer}.expert.{expert}.weight" for layer in range(100) for expert in range(200)]
+    with at_most_calls(1_000_000):
+        hint = close_matches("encoder.layer.17.expert.23.wieght", many)
+        assert "'encoder.layer.17.expert.23.weight'" in hint
+        assert close_matches("nothing like it", many).startswith("the nearest names are '")
+        assert close_matches("x" * 100_000, ["y" * 100_000] * 1000 + ["x" * 99_999]).startswith("did you mean 'xxx")

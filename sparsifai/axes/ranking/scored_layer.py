@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...support.chunk import CHUNK
+from ...support.printable import printable
 
 if TYPE_CHECKING:
     from ...model.layers import NamedWeight
@@ -158,7 +159,8 @@ class Divided:
 
 def nan_message(name: str) -> str:
     """The error message for a layer whose scores are NaN."""
-    return f"NaN scores for {name}: look for NaN or inf in its weights, or in what the criterion computes from them"
+    where = printable(name)
+    return f"NaN scores for {where}: look for NaN or inf in its weights, or in what the criterion computes from them"
 
 
 def all_equal(layers: Sequence[ScoredLayer]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ...support.printable import printable
 from ..layers import CHANNEL_LAYERS, CONVOLUTIONS, is_depthwise
 from ..parallel import unwrapped
 from .dependency_graph import UNKNOWN, UNKNOWN_PATH, Group, Member, coupled_groups
@@ -63,9 +64,9 @@ def _layers_to_keep(model: nn.Module) -> dict[str, str]:
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name)
         if isinstance(module, CONVOLUTIONS) and module.groups > 1 and not is_depthwise(module):
-            why_kept[name] = f"coupled with {name}, whose {module.groups} groups must keep equal sizes"
+            why_kept[name] = f"coupled with {printable(name)}, whose {module.groups} groups must keep equal sizes"
         elif is_parametrized(module) or isinstance(module, CHANNEL_LAYERS) and "weight" not in module._parameters:
-            why_kept[name] = f"coupled with {name}, whose weight is computed from other parameters"
+            why_kept[name] = f"coupled with {printable(name)}, whose weight is computed from other parameters"
     for sharing in owners.values():
         if len(sharing) > 1:
             why_kept |= dict.fromkeys(sharing, f"coupled with {' and '.join(sharing)}, which share a parameter")

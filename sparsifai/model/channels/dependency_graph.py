@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...support.printable import printable
 from ..layers import CHANNEL_LAYERS, is_depthwise, outputs_of, size_of
 from ..parallel import kind_of, unwrapped
 from ..running import check_runs, copy_of, in_modes, random_restored, run
@@ -150,7 +151,9 @@ def _groups(graph: Any, why_kept: dict[str, str], marked: MarkedModel) -> Iterat
     """A group for each layer; reasons for keeping the channels of a layer are added to `why_kept`."""
     types, names, marks = torch_pruning().ops.OPTYPE, marked.names, set(marked.marks.values())
     for name, part in marked.layers_in_hidden_parts():
-        why_kept.setdefault(name, f"inside {names[part]} ({type(part).__name__}), which torch-pruning cannot follow")
+        why_kept.setdefault(
+            name, f"inside {printable(names[part])} ({type(part).__name__}), which torch-pruning cannot follow"
+        )
         yield [((name, "outputs", index), index) for index in range(outputs_of(marked.model.get_submodule(name)))]
     most = 4 * max(max(size_of(module, side) or 0 for side in ("inputs", "outputs")) for module in marked.modules())
     for root in list(graph.module2node):
@@ -174,7 +177,7 @@ def _groups(graph: Any, why_kept: dict[str, str], marked: MarkedModel) -> Iterat
             elif module in marks:
                 reason = "coupled with the model's input"
             elif isinstance(module, nn.Parameter):
-                reason = f"coupled with {name}, a parameter that belongs to no layer"
+                reason = f"coupled with {printable(name)}, a parameter that belongs to no layer"
             elif isinstance(module, CHANNEL_LAYERS):
                 is_input = graph.is_in_channel_pruning_fn(handler) and not is_depthwise(module)
                 side = "inputs" if is_input else "outputs"
@@ -183,7 +186,7 @@ def _groups(graph: Any, why_kept: dict[str, str], marked: MarkedModel) -> Iterat
                 yield [((name, side, index), index // module.upscale_factor**2) for index, _ in pairs]
             elif not isinstance(module, _BY_CHANNEL):
                 kind = type(module.part if isinstance(module, HiddenPart) else module).__name__
-                reason = f"goes through {name} ({kind}), which mixes channels"
+                reason = f"goes through {printable(name)} ({kind}), which mixes channels"
             if reason:
                 why_kept.setdefault(name, reason)
             size = size_of(module, side)

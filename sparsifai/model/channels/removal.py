@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ...support.printable import printable
 from ..layers import CHANNEL_LAYERS, is_depthwise, outputs_of
 from ..norms import affine_names
 from ..parallel import unwrapped
@@ -157,9 +158,9 @@ class Removal:
                     coupled = dict.fromkeys(layer for layer, _ in channel.outputs)
                     if len(coupled) > 1 and not all(is_zero[layer][output] for layer, output in channel.outputs):
                         return f"coupled in {', '.join(coupled)}, but not zero in all of them"
-                    return f"not constant where {name} reads it"
+                    return f"not constant where {printable(name)} reads it"
                 if not keeps_constants(modules[name]):
-                    return f"constant {value:.3g}, but {name} pads its input with zeros"
+                    return f"constant {value:.3g}, but {printable(name)} pads its input with zeros"
             return ""
 
         return [why_kept(channel) for channel in channels]

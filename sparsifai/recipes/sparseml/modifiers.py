@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
+from ...support.printable import LONGEST_MESSAGE, printable, quoted
+from ...support.regular_expression import compiled
 from ..expression import evaluate
 
+MOST_SHOWN = 30  # parameters of a modifier in a notice
 LONGEST_NAME = 500  # characters
-LARGEST = 1e6  # no epoch and no fraction is larger
+LARGEST = 1e5  # no epoch and no fraction is larger
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Notice:
     lost: bool = False
 
     def __str__(self) -> str:
-        return f"line {self.line}: {self.key}: {self.message}"
+        return printable(f"line {self.line}: {self.key}: {self.message}", LONGEST_MESSAGE)
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Modifier:
             key: The parameter.
             problem: What is wrong with it.
         """
-        return ValueError(f"line {self.lines.get(key, self.line)}: {self.name}, {key}: {problem}")
+        return ValueError(f"line {self.lines.get(key, self.line)}: {self.name}, {printable(key)}: {problem}")
 
     def number(self, key: str, default: float | None = None) -> Any:
         """A parameter that must be a number, marked as converted.
@@ -105,17 +107,17 @@ class Modifier:
             value: The value.
 
         Raises:
-            ValueError: It is not a number up to 1e6.
+            ValueError: It is not a number up to 1e5.
         """
         if isinstance(value, str):
             try:
                 value = evaluate(value, {})
             except ValueError:
-                raise self.error(key, f"expected a number, not {value[:80]!r}") from None
+                raise self.error(key, f"expected a number, not {quoted(value)}") from None
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise self.error(key, f"expected a number, not {str(value)[:80]!r}")
+            raise self.error(key, f"expected a number, not {quoted(value)}")
         if value is not None and abs(value) > LARGEST:
-            raise self.error(key, f"expected a number up to {LARGEST:g}, not {str(value)[:80]}")
+            raise self.error(key, f"expected a number up to {LARGEST:g}, not {quoted(value)}")
         return value
 
     def fraction(self, key: str, value: Any) -> float:
@@ -130,7 +132,7 @@ class Modifier:
         """
         value = self.check_number(key, value)
         if value is None or not 0 <= value <= 1:
-            raise self.error(key, f"expected a fraction from 0 to 1, not {value!r}")
+            raise self.error(key, f"expected a fraction from 0 to 1, not {quoted(value)}")
         return value
 
     def leave(self, message: str, lost: bool = True) -> None:
@@ -140,14 +142,15 @@ class Modifier:
             message: Why.
             lost: Whether it would have changed the model or its sparsity. Default: True.
         """
-        parameters = ", ".join(f"{key}={shown(value)}" for key, value in self.values.items())
+        parameters = ", ".join(f"{key}={quoted(value)}" for key, value in islice(self.values.items(), MOST_SHOWN))
+        parameters += f" and {len(self.values) - MOST_SHOWN} more" if len(self.values) > MOST_SHOWN else ""
         self.note(self.name, f"{message}; left out{f': {parameters}' if parameters else ''}", lost)
         self.taken.update(self.values)
 
     def leave_rest(self) -> None:
         """Add a notice for each parameter that has not been converted."""
         for key in self.values.keys() - self.taken:
-            self.note(key, f"{shown(self.values[key])} has no counterpart; left out", lost=True)
+            self.note(key, f"{quoted(self.values[key])} has no counterpart; left out", lost=True)
 
 
 def pattern(modifier: Modifier, key: str, name: Any) -> str:
@@ -167,26 +170,14 @@ def pattern(modifier: Modifier, key: str, name: Any) -> str:
         ValueError: It is not a string of 1 to 500 characters, or not a valid regular expression.
     """
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
-        raise modifier.error(key, f"expected names of parameters, not {shown(name)}")
+        raise modifier.error(key, f"expected names of parameters, not {quoted(name)}")
     if not name.startswith("re:"):
         return name
     expression = name[len("re:") :]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            re.compile(expression)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise modifier.error(key, f"{shown(name)} is not a regular expression: {error}") from None
+        compiled(expression)
+    except ValueError as error:
+        raise modifier.error(key, f"{quoted(name)} is no regular expression for names: {error}") from None
     if "|" in expression or "(?" in expression:
         return f"re:(?:{expression}).*"
     return name if expression.endswith((".*", "$")) else f"{name}.*"
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it, shortened.
-
-    Args:
-        value: Any plain value.
-    """
-    text = repr(value[:80] if isinstance(value, (str, list)) else value)
-    return text if len(text) <= 90 else f"{text[:80]}..."

@@ -13,11 +13,15 @@ from typing import Any
 
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from ..expression import evaluate, is_expression, without_eval
+from ...support.printable import printable, quoted
+from ...support.work import Work
+from ..expression import Evaluation, is_expression, without_eval, work_of_recipe
 from ..safe_yaml import compose, line_of, pairs, plain
-from .modifiers import Modifier, Notice, shown
+from .modifiers import Modifier, Notice
 
-_TAG = re.compile(r"!(?:\w+\.)?(\w*Modifier)")
+_TAG = re.compile(r"!(?:\w{1,100}\.)?(\w{0,100}Modifier)")
+
+MOST_MODIFIERS = 1000  # far beyond what a recipe has
 
 # Keys that describe the recipe and are no variables.
 _ABOUT_THE_RECIPE = ("version", "__metadata__")
@@ -42,6 +46,11 @@ def read_modifiers(text: str) -> tuple[list[Modifier], list[Notice]]:
         modifiers = list(_modifiers(root, _Variables({}, {}, None), notices))
     except RecursionError:  # in a regular expression or an expression; the depth of nodes is limited
         raise ValueError("line 1: the recipe is nested too deeply") from None
+    if len(modifiers) > MOST_MODIFIERS:
+        raise ValueError(
+            f"line {modifiers[MOST_MODIFIERS].line}: the recipe has {len(modifiers):,} modifiers, more than "
+            f"{MOST_MODIFIERS}"
+        )
     if not modifiers:
         raise ValueError(f"line {line_of(root)}: the text has no modifier of SparseML, such as !GMPruningModifier")
     return modifiers, notices
@@ -72,12 +81,18 @@ class _Variables(Mapping):
     """The variables of a recipe or of a stage, which may use the variables around it.
 
     own: name -> value. places: name -> line. outer: the variables around. used: names that a modifier has used.
+    work: what may be spent on expressions, of all stages together.
     """
 
     own: dict[Any, Any]
     places: dict[Any, int]
     outer: _Variables | None
     used: set[str] = field(default_factory=set)
+    work: Work = field(default_factory=work_of_recipe)
+
+    def __post_init__(self) -> None:
+        self.work = self.work if self.outer is None else self.outer.work
+        self.evaluation = Evaluation(self, self.work)
 
     def __getitem__(self, name: str) -> Any:
         self.used.add(name)
@@ -104,8 +119,9 @@ class _Variables(Mapping):
             return value
         name = without_eval(value)
         if name in self and not is_expression(self[name]) and not isinstance(self[name], (int, float)):
+            self.work.spend(len(repr(self[name])))
             return self[name]
-        return evaluate(value, self)
+        return self.evaluation.of(value)
 
     def notices_of_unused(self) -> Iterator[Notice]:
         for name in self.own.keys() - self.used - {*_ABOUT_THE_RECIPE}:
@@ -122,14 +138,14 @@ def _modifiers(node: Node, variables: _Variables, notices: list[Notice]) -> Iter
             if not _name(item):
                 raise ValueError(
                     f"line {line_of(item)}: expected a modifier of SparseML, such as !GMPruningModifier, not "
-                    f"{shown(plain(item))}"
+                    f"{quoted(plain(item))}"
                 )
             yield from _modifiers(item, variables, notices)
     elif isinstance(node, MappingNode):
         yield from _of_mapping(node, variables, notices)
     else:
         raise ValueError(
-            f"line {line_of(node)}: expected the variables and modifiers of a recipe, not {shown(plain(node))}"
+            f"line {line_of(node)}: expected the variables and modifiers of a recipe, not {quoted(plain(node))}"
         )
 
 
@@ -172,7 +188,7 @@ def _modifier(name: str, node: Node, variables: _Variables, notices: list[Notice
         except (ValueError, TypeError) as error:
             message = str(error)
             raise ValueError(
-                message if message.startswith("line ") else f"line {line}: {name}, {key}: {error}"
+                message if message.startswith("line ") else f"line {line}: {name}, {printable(str(key))}: {error}"
             ) from None
         modifier.lines[str(key)] = line
     return modifier

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from ...support.printable import quoted
 from ...support.registry import close_matches
 from .modifiers import Modifier, pattern
 
@@ -50,7 +51,7 @@ def _gradual(modifier: Modifier, epochs: int | None, **changed: str) -> StepDict
     score = modifier.take("score_type", changed.get("score", "magnitude"))
     if not isinstance(score, str) or score not in _CRITERIA:
         modifier.leave(
-            f"score_type {str(score)[:80]!r} has no counterpart; known are {', '.join(map(repr, _CRITERIA))}"
+            f"score_type {quoted(str(score))} has no counterpart; known are {', '.join(map(repr, _CRITERIA))}"
         )
         return None
     is_global = modifier.take("global_sparsity", changed.get("context") == "global")
@@ -185,7 +186,7 @@ def _chosen(modifier: Modifier, key: str, default: str, known: dict[str, str]) -
     """The counterpart of a parameter that is one of several names."""
     value = modifier.take(key, default)
     if not isinstance(value, str) or value not in known:
-        raise modifier.error(key, f"unknown value {str(value)[:80]!r}; {close_matches(str(value)[:80], known)}")
+        raise modifier.error(key, f"unknown value {quoted(str(value))}; {close_matches(str(value), known)}")
     return known[value]
 
 
@@ -221,7 +222,7 @@ def _masks(modifier: Modifier, context: str, default: str) -> StepDict | None:
         return {"granularity": given, "context": context, "pool": "l2"}
     if given == "tensorrt" or (isinstance(given, str) and re.fullmatch(r"[1-9]\d?:[1-9]\d?", given)):
         return {"granularity": "weight", "context": "2:4" if given == "tensorrt" else given}
-    modifier.leave(f"mask_type {str(given)[:80]!r} has no counterpart")
+    modifier.leave(f"mask_type {quoted(str(given))} has no counterpart")
     return None
 
 
