@@ -2,6 +2,7 @@
 
 import math
 import threading
+import warnings
 
 import pytest
 import torch
@@ -139,6 +140,18 @@ def test_a_transformer_in_another_thread_keeps_its_fast_path_while_flops_are_cou
     with torch.no_grad():
         _, seen, _ = at_once(count, look, lambda: forwards_until(done, other, torch.ones(2, 5, 6)))
     assert seen <= {True}
+
+
+def test_threads_that_ignore_warnings_at_once_restore_the_filters():
+    pytest.importorskip("torch_pruning", reason="coupled=True needs torch-pruning")
+    before = list(warnings.filters)
+
+    def couple():
+        net = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(36, 2))
+        return [list(Sparsifier(net, "filter", coupled=True, example_input=SMALL).masks) for _ in range(ROUNDS)]
+
+    at_once(couple, couple, couple)
+    assert warnings.filters == before
 
 
 # --- Interrupts -----------------------------------------------------------------------------------------------------

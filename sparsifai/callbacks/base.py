@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from fastai.callback.core import Callback
 
+from ..support.at_end import AtEnd
+
 
 class TrainingCallback(Callback):
     """A callback that runs in fits only: it ignores the events of `validate`, `get_preds`, `predict` and the like.
@@ -43,11 +45,27 @@ class TrainingCallback(Callback):
         # fastai has no event for the removal of a callback, but it sets `learn` to None then. An interrupted fit calls
         # no more events, but it removes the callbacks that were passed to it.
         if name == "learn" and value is None and self.learn is not None:
-            self._taken_off()
+            self._leave(self.learn)
         super().__setattr__(name, value)
 
+    def _leave(self, learn) -> None:
+        def taken_off():
+            if self.learn is not None:
+                self._taken_off()
+                super(TrainingCallback, self).__setattr__("learn", None)
+
+        at_end = AtEnd(taken_off)
+        try:
+            with at_end, at_end:
+                pass
+        except BaseException:  # fastai stops here, and would leave it on the Learner
+            vars(learn).pop(self.name, None)
+            if self in learn.cbs:
+                learn.cbs.remove(self)
+            raise
+
     def _taken_off(self) -> None:
-        """Called before the callback is removed from the Learner."""
+        """Called before the callback is removed from the Learner, and again if it was interrupted."""
 
     def _model_replaced(self) -> None:
         """Called when `learn.shrink` has replaced the model of the Learner by a smaller one."""

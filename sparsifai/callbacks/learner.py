@@ -124,10 +124,14 @@ def unchanged(learn: Any) -> Iterator[None]:
     counted = [each for callback in learn.cbs for each in _means_of(callback)] + list(learn.metrics)
     of_callbacks = [(each, dict(vars(each))) for each in (*learn.cbs, *counted)]
 
+    was_locked = learn.lock.locked()
+
     def undo() -> None:
         for holder, attributes in [(learn, held), *of_callbacks]:
             vars(holder).clear()
             vars(holder).update(attributes)
+        if not was_locked and learn.lock.locked():  # an interrupted `validate` of fastai leaves it so
+            learn.lock.release()
 
     at_end = AtEnd(undo)
     with at_end, at_end:

@@ -21,6 +21,7 @@ from ..model.running import evaluating, run, untraced
 from ..model.zeros import Count, check_counted, is_nonzero
 from ..support.checks import check_count, check_is_module
 from ..support.printable import printable
+from ..support.warning import own_filters
 from .comparison_table import Comparison, Form, caption
 from .csr import CSRLinear, to_sparse_layout
 from .shrink import shrink
@@ -174,7 +175,7 @@ def _from_masked(masked: Form, name: str, left_out: int, saved: int) -> Form:
 
 def _attempt(make: Callable[[], Any]) -> tuple[Any, str]:
     """What a function makes, with its warnings as a note; or None, with its error as a note."""
-    with warnings.catch_warnings(record=True) as caught:
+    with own_filters(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:
             made = make()

@@ -16,6 +16,7 @@ from ..model.running import copy_of
 from ..model.zeros import Count, why_not_counted
 from ..support.checks import check_fraction
 from ..support.table import percent
+from ..support.warning import own_filters
 from .conversion import check_for_inference, check_same_outputs, dtype_name, list_reasons
 
 # Fewest weights of a layer that is converted: smaller layers gain little or nothing, as
@@ -38,7 +39,7 @@ class CSRLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        with warnings.catch_warnings():
+        with own_filters():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
             sparse = weight.to_sparse_csr()
         # Three buffers, because a module cannot be copied or moved with one CSR tensor. 32-bit indices take half the

@@ -20,7 +20,7 @@ from ..model.zeros import is_nonzero, why_not_counted
 from ..support.checks import check_is_module
 from ..support.printable import printable
 from ..support.table import Cells, Table, percent
-from ..support.warning import warn
+from ..support.warning import own_filters, warn
 from .conversion import check_for_inference, check_same_outputs, dtype_name, list_reasons
 
 # The dtypes that torch's 2:4 kernels multiply floats in.
@@ -198,7 +198,7 @@ def why_no_kernels(device: torch.device) -> str:
 def _convert(name: str, dense: Any, layer: Any) -> None:
     """Convert a Linear layer of the copy, and check it against the dense one."""
     weight = dense.weight.detach()
-    with warnings.catch_warnings():
+    with own_filters():
         warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor is in prototype")
         try:
             converted = torch.sparse.to_sparse_semi_structured(weight.contiguous())

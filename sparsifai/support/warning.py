@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from threading import RLock
+from typing import Any
 
 from .printable import LONGEST_MESSAGE, printable
 
@@ -22,6 +25,22 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _BETWEEN:
         level, frame = level + 1, frame.f_back
     warnings.warn(printable(message, LONGEST_MESSAGE), stacklevel=level)
+
+
+_FILTERS = RLock()
+
+
+@contextmanager
+def own_filters(record: bool = False) -> Iterator[Any]:
+    """Do as `warnings.catch_warnings` does, in one thread after the other.
+
+    The filters belong to the whole process. Threads that change them at once would not restore those of the user.
+
+    Args:
+        record: Whether warnings are collected in the list that the block gets. Default False.
+    """
+    with _FILTERS, warnings.catch_warnings(record=record) as caught:
+        yield caught
 
 
 def warn_each(messages: Iterable[str]) -> None:

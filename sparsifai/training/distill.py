@@ -18,6 +18,7 @@ from ..model.hooks import RecordedOutputs
 from ..model.parallel import unwrapped
 from ..model.running import evaluating, in_modes
 from ..model.tensors import first_tensor
+from ..support.at_end import AtEnd
 from ..support.checks import check_number
 from ..support.registry import close_matches
 from .distillation_loss import check_compares_classes, scalar_loss, soft_targets
@@ -182,8 +183,10 @@ class DistillCallback(TrainingCallback):
     def _run_teacher(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The output of the teacher for the batch, and the outputs of its layers by name."""
         recorded = RecordedOutputs(self.teacher, self.features.values())
-        with in_modes(torch.no_grad()), evaluating(self.teacher), recorded, recorded as features:
-            return first_tensor(self.teacher(*self.learn.xb), "the teacher"), features
+        at_end = AtEnd(recorded.remove)
+        with in_modes(torch.no_grad()), evaluating(self.teacher), at_end, at_end:
+            recorded.start()
+            return first_tensor(self.teacher(*self.learn.xb), "the teacher"), recorded.outputs
 
     def _loss_of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:
         options = {"temperature": self.temperature, "axis": self._axis} if self.output_loss is soft_targets else {}

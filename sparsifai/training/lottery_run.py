@@ -24,6 +24,7 @@ from ..sparsifier.layer_selection import scopes
 from ..sparsifier.options import Sparsity, mapped, resolve_axes
 from ..sparsifier.sparsifier import Sparsifier
 from ..sparsifier.steps import exponential
+from ..support.at_end import AtEnd
 from ..support.checks import check_count
 from ..support.registry import close_matches
 from ..support.table import percent
@@ -152,13 +153,18 @@ class LotteryRun:
         learn = self.learn
         if learn.opt is not None:
             learn.opt.clear_state()
-        with learn.added_cbs([before_batch, *others]):
-            try:
-                self.fit(learn) if callable(self.fit) else learn.fit(self.fit)
-            finally:
-                for other in others:
-                    if isinstance(other, SkipBatches):
-                        other.resume()
+        callbacks = [before_batch, *others]
+
+        def undo() -> None:
+            for each in callbacks:
+                if isinstance(each, SkipBatches):
+                    each.resume()
+                learn.remove_cb(each)
+
+        at_end = AtEnd(undo)
+        with at_end, at_end:
+            learn.add_cbs(callbacks)
+            self.fit(learn) if callable(self.fit) else learn.fit(self.fit)
             if before_batch.waiting:
                 raise ValueError(
                     f"lottery_ticket: rewind_to={self.rewind_to:g} is after the end of the fit, which had "

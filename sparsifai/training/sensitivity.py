@@ -16,6 +16,7 @@ from ..sparsifier.options import Sparsity
 from ..sparsifier.sparsifier import Sparsifier
 from ..support.checks import check_fraction, check_number
 from ..support.registry import name_of
+from ..support.warning import own_filters
 from .metric import Metric
 from .sensitivity_table import Sensitivity
 
@@ -202,7 +203,7 @@ class OneShot:
     def metric_at(self, sparsity: Sparsity) -> float:
         """The metric of the model pruned to a sparsity. sparsity: a fraction, or {parameter name: fraction}."""
         with as_it_was(self.measure.model):
-            with warnings.catch_warnings():  # what was reached is in the table
+            with own_filters():  # what was reached is in the table
                 warnings.filterwarnings("ignore", "the sparsity that was asked for cannot be reached")
                 self.sparsifier.sparsify(sparsity)
             self.measured_sparsity = self.sparsifier.sparsity

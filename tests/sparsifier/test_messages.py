@@ -1,5 +1,6 @@
 """What errors and warnings of the Sparsifier say. A mistake is a small function; "..." stands for any text."""
 
+import pickle
 import re
 import sys
 import warnings
@@ -48,6 +49,10 @@ OPTIONS = [
      "sparsity 1.5 is a percentage, not a fraction; pass 0.015 for 1.5 %"),
     ("more than 100 %", lambda: sparsify(101), ValueError, "sparsity 101.0 is not a fraction from 0 to 1..."),
     ("a negative sparsity", lambda: sparsify(-0.1), ValueError, "sparsity -0.1 is not a fraction from 0 to 1..."),
+    ("pickled with a lambda", lambda: pickle.dumps(Sparsifier(mlp(), criteria=lambda weight: weight.abs())),
+     pickle.PicklingError,
+     "Sparsifier: criteria=<lambda> cannot be pickled, which is also how a Sparsifier gets to another process (...); "
+     "use a function that is defined by def at the top level of a module, or a functools.partial of one"),
     ("NaN for a sparsity", lambda: sparsify(NAN), ValueError, "sparsity nan is not a fraction from 0 to 1..."),
     ("True for a sparsity", lambda: sparsify(True), TypeError, f"{FRACTION}True"),
     ("numpy's True for a sparsity", lambda: sparsify(np.bool_(True)), TypeError, f"{FRACTION}..."),

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ...support.printable import printable
+from ...support.warning import own_filters
 from ..layers import CHANNEL_LAYERS, is_depthwise, outputs_of, size_of
 from ..parallel import kind_of, unwrapped
 from ..running import check_runs, copy_of, in_modes, random_restored, run
@@ -73,7 +74,7 @@ def coupled_groups(
     marked = MarkedModel(copy_of(unwrapped(model)).eval(), example_input)
     with random_restored(model), in_modes(torch.no_grad()):
         check_runs(marked.model, example_input)
-    with random_restored(model), in_modes(torch.enable_grad()), warnings.catch_warnings():
+    with random_restored(model), in_modes(torch.enable_grad()), own_filters():
         # torch-pruning warns of parameters outside of layers. Here they become reasons in `why_kept`.
         warnings.simplefilter("ignore")
         try:
