@@ -99,7 +99,8 @@ def from_torch_prune(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
     Raises:
         TypeError: `state` is no dictionary.
-        ValueError: An original weight has no mask, or none is there at all.
+        ValueError: An original weight has no mask, or none is there at all; or a mask does not fit its weight, or is
+            not of zeros and ones.
 
     Example:
         >>> state = {"0.weight_orig": torch.tensor([[1.0, 2.0]]), "0.weight_mask": torch.tensor([[0.0, 1.0]])}
@@ -108,6 +109,8 @@ def from_torch_prune(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"from_torch_prune: state must be a state_dict, not {type(state).__name__}")
+    if other := [name for name in state if not isinstance(name, str)]:
+        raise ValueError(f"from_torch_prune: keys must be names of parameters, not {other[0]!r:.80}; pass a state_dict")
     pruned = {name.removesuffix("_orig") for name in state if name.endswith("_orig")}
     unmasked = [name for name in sorted(pruned) if f"{name}_mask" not in state]  # masks of attention have no _orig
     if unmasked or not pruned:
@@ -116,7 +119,7 @@ def from_torch_prune(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
             f"from_torch_prune: a checkpoint of torch.nn.utils.prune has NAME_orig and NAME_mask, but {missing}; load "
             "it as it is"
         )
-    masks = {name: state[f"{name}_mask"] != 0 for name in sorted(pruned)}
+    masks = {name: _mask_of_prune(name, state) for name in sorted(pruned)}
     weights: dict[str, Any] = {}
     for name, value in state.items():
         plain = name.removesuffix("_orig").removesuffix("_mask")
@@ -125,3 +128,28 @@ def from_torch_prune(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
         elif name.endswith("_orig"):
             weights[plain] = torch.where(masks[plain], value, torch.zeros_like(value))
     return weights, masks
+
+
+def _mask_of_prune(name: str, state: Mapping[str, Any]) -> Tensor:
+    """The bool mask of a weight that torch.nn.utils.prune has pruned, checked."""
+    weight, mask = state[f"{name}_orig"], state[f"{name}_mask"]
+    for what, value in ((f"{name}_orig", weight), (f"{name}_mask", mask)):
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+            kind = "a sparse tensor, or one without values" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"from_torch_prune: {what} must be a dense tensor with values, not {kind}; load it whole")
+    if weight.shape != mask.shape:
+        raise ValueError(
+            f"from_torch_prune: {name}_mask has the shape {tuple(mask.shape)} and {name}_orig {tuple(weight.shape)}; "
+            "pass the state_dict of one model"
+        )
+    if not ((mask == 0) | (mask == 1)).all():  # torch multiplies by it
+        raise ValueError(
+            f"from_torch_prune: {name}_mask has other values than 0 and 1; call prune.remove of each layer, and save "
+            "the model again"
+        )
+    if name in state:
+        raise ValueError(
+            f"from_torch_prune: the checkpoint has both {name} and {name}_orig; remove the one that is not that of the "
+            "model"
+        )
+    return (mask != 0).to(weight.device)
