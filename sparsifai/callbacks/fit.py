@@ -185,17 +185,29 @@ class Fit:
 
     def _update(self, reached: float, drop: float = 0.0) -> None:
         """Update the masks. drop: fraction of the remaining weights that is pruned and regrown."""
-        pruned = self.pruned
-        resting = pruned.sparsifier.resting(drop)
+        sparsifier = self.pruned.sparsifier
+        resting = sparsifier.resting(drop)
         self._tell_of_resting(resting)
-        pruned.sparsifier.update_masks(self.ramp.sparsity_at(reached), self.learn.opt, drop=drop)
+        before = dict(sparsifier.layers)
+        try:
+            sparsifier.update_masks(self.ramp.sparsity_at(reached), self.learn.opt, drop=drop)
+            self._note_update(reached, drop, resting)
+        except BaseException:
+            sparsifier.apply_masks()  # ends the update, if it has begun
+            if any(layer is not before.get(name) for name, layer in sparsifier.layers.items()):
+                self._note_update(reached, drop, resting)
+            raise
+
+    def _note_update(self, reached: float, drop: float, resting: Collection[str]) -> None:
+        """Keep what an update has pruned. The arguments are those of the update, and the layers that it left out."""
+        pruned = self.pruned
         self.keeper.masks = pruned.masks
         if self.keeper.learn is None:  # the user has removed it during the fit
             pruned.sparsifier.apply_masks()
             pruned.sparsifier.mask_moments(self.learn.opt)
         # After regrowth, too, trackers must forget their best epoch: it has other masks than those that are kept.
         self.moved |= bool(drop) or reached != pruned.reached
-        pruned.reached, pruned.layers = reached, set(pruned.sparsifier.masks) - resting
+        pruned.reached, pruned.layers = reached, pruned.sparsifier.masks.keys() - resting
 
     def _tell_of_resting(self, resting: Collection[str]) -> None:
         """Tell the user once of each layer that updates leave out because it is frozen."""

@@ -15,6 +15,9 @@ from .sparsify import SparsifyCallback
 class FreezeCallback(TrainingCallback):
     """Freeze some layers from `start` to `end` of a fit. Afterwards they are trained again.
 
+    Beside SparsifyCallback they are pruned like the others. A frozen layer that lacks the gradients of a criterion, or
+    those by which weights regrow, keeps its masks until it is trained; meanwhile the others reach the sparsity.
+
     Args:
         layers: Names or globs of layers or parameters, or a list of them. A container stands for everything within it.
         start: Fraction of the fit that is done when the layers are frozen, from 0 to 1. Default 0.

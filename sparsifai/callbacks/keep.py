@@ -185,8 +185,8 @@ class KeepSparsity(TrainingCallback):
         """
         if not force and (self._recovered or not self.recovers):
             return False
+        self.masks = recovered_masks(unwrapped(self.learn.model), self.masks, self.learn.xb)
         self.begin()
-        self.masks = recovered_masks(self.held_model, self.masks, self.learn.xb)
         self.enforce()
         return True
 

@@ -45,7 +45,7 @@ def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None, 
     else:
         calibrate_with(learn, sparsifier, batches)
     # Start anew with the next gradients, so that no batch counts twice.
-    collected.begins.update(collected.at("backward"))
+    collected.begins = collected.begins.union(collected.at("backward"))
 
 
 def check_steps_model(learn: Any) -> None:

@@ -110,7 +110,8 @@ def from_torch_prune(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
     Raises:
         TypeError: `state` is no dictionary.
-        ValueError: An original weight has no mask, or none is there at all, or it has no values that can be masked.
+        ValueError: An original weight has no mask, or none is there at all; a mask does not fit its weight or is not of
+            zeros and ones; or one of them has no values that can be masked.
 
     Example:
         >>> state = {"0.weight_orig": torch.tensor([[1.0, 2.0]]), "0.weight_mask": torch.tensor([[0.0, 1.0]])}
@@ -119,6 +120,8 @@ def from_torch_prune(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"from_torch_prune: state must be a state_dict, not {type(state).__name__}")
+    if other := [name for name in state if not isinstance(name, str)]:
+        raise ValueError(f"from_torch_prune: keys must be names of parameters, not {other[0]!r:.80}; pass a state_dict")
     pruned = {name.removesuffix("_orig") for name in state if name.endswith("_orig")}
     unmasked = [name for name in sorted(pruned) if f"{name}_mask" not in state]  # masks of attention have no _orig
     if unmasked or not pruned:
@@ -127,14 +130,7 @@ def from_torch_prune(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
             f"from_torch_prune: a checkpoint of torch.nn.utils.prune has NAME_orig and NAME_mask, but {missing}; load "
             "it as it is"
         )
-    for name in sorted(pruned):
-        for given in (f"{name}_orig", f"{name}_mask"):
-            if why := why_not_counted(state[given]):
-                raise ValueError(f"from_torch_prune: {given} cannot be masked, because it is {why}")
-        shapes = [tuple(state[f"{name}{end}"].shape) for end in ("_orig", "_mask")]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"from_torch_prune: {name}_orig has the shape {shapes[0]}, but {name}_mask {shapes[1]}")
-    masks = {name: is_nonzero(state[f"{name}_mask"]) for name in sorted(pruned)}
+    masks = {name: _mask_of_prune(name, state) for name in sorted(pruned)}
     weights: dict[str, Any] = {}
     for name, value in state.items():
         plain = name.removesuffix("_orig").removesuffix("_mask")
@@ -144,3 +140,28 @@ def from_torch_prune(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
             weights[plain] = value.detach().clone()
             zero_masked(weights[plain], masks[plain])
     return weights, masks
+
+
+def _mask_of_prune(name: str, state: Mapping[str, Any]) -> Tensor:
+    """The bool mask of a weight that torch.nn.utils.prune has pruned, checked."""
+    weight, mask = state[f"{name}_orig"], state[f"{name}_mask"]
+    for what, value in ((f"{name}_orig", weight), (f"{name}_mask", mask)):
+        if why := why_not_counted(value) if isinstance(value, Tensor) else f"of type {type(value).__name__}":
+            raise ValueError(f"from_torch_prune: {printable(what)} cannot be masked, because it is {why}")
+    if weight.shape != mask.shape:
+        raise ValueError(
+            f"from_torch_prune: {printable(name)}_mask has the shape {tuple(mask.shape)} and {name}_orig {tuple(weight.shape)}; "
+            "pass the state_dict of one model"
+        )
+    numbers = computable(mask)
+    if not ((numbers == 0) | (numbers == 1)).all():  # torch multiplies by it
+        raise ValueError(
+            f"from_torch_prune: {printable(name)}_mask has other values than 0 and 1; call prune.remove of each layer, and save "
+            "the model again"
+        )
+    if name in state:
+        raise ValueError(
+            f"from_torch_prune: the checkpoint has both {printable(name)} and {printable(name)}_orig; remove the one that is not that of the "
+            "model"
+        )
+    return (numbers != 0).to(weight.device)

@@ -6,6 +6,7 @@ The core of the library is `Sparsifier.sparsify`. It calls `build_masks`, which 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -348,6 +349,16 @@ class Sparsifier(CopiedWithModel, MaskedModel):
             for each in self._all_collected:
                 each.take("update")
 
+    def _all_with(self, change: Change) -> list[Any]:
+        """Copies of the quantities as a change leaves them: those of the criterion, and those of regrowth or None."""
+        copies = []
+        for each in (self.collected, self._regrowth):
+            copies.append(copy(each))
+            for holder, attributes in change.attributes:
+                if holder is each:
+                    vars(copies[-1]).update(attributes)
+        return copies
+
     @property
     def _all_collected(self) -> list[CollectedQuantities]:
         """The quantities of the criterion, and those of the criterion by which weights regrow."""
@@ -460,11 +471,12 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         Raises:
             ValueError: It is no such state, or names, shapes, types or quantities differ. Nothing has changed then.
         """
-        self._check_held("load_state_dict")
+        self._check_held("load_state_dict", finish=False)  # what is unfinished is replaced
         joining = self._joining()
         layers = selected({**self.layers, **joining.layers})
-        loaded = read_state(state, layers, self.collected, self._regrowth)
-        attributes = [*joining.attributes, (self.collected, loaded.quantities)]
+        loaded = read_state(state, layers, *self._all_with(joining))
+        weights = {name: layer.weight for name, layer in layers.items()}
+        attributes = [(self.collected.source, {"layers": weights}), (self.collected, loaded.quantities)]
         if self._regrowth is not None:
             attributes.append((self._regrowth, loaded.of_regrowth))
         followers = self.all_masks.followers_of(loaded.layers)
@@ -482,5 +494,6 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         return model
 
     def __getstate__(self) -> dict[str, Any]:
+        self._finish()
         # A process group cannot be copied or pickled, so a copy works alone.
         return {**vars(self), "ranking": replace(self.ranking, process_group=None), "_calibration": None}

@@ -95,3 +95,49 @@ def test_a_layer_that_no_gradient_reaches_rests_until_it_is_trained(make_learner
     assert callback.sparsifier.sparsity == pytest.approx(0.5, abs=0.001)
     told = "SparsifyCallback: no gradient reaches 6.weight, frozen at present, so its sparsity stays as it is until it"
     assert capsys.readouterr().out.count(told) == 1
+
+
+MODIFIERS = {
+    "GMPruningModifier": {"init_sparsity": 0.05, "final_sparsity": 0.5, "params": "__ALL_PRUNABLE__"},
+    "GlobalMagnitudePruningModifier": {"init_sparsity": 0.05, "final_sparsity": 0.5, "params": "__ALL_PRUNABLE__"},
+    "MovementPruningModifier": {"init_sparsity": 0.05, "final_sparsity": 0.5, "params": "__ALL_PRUNABLE__"},
+    "StructuredPruningModifier": {"init_sparsity": 0.05, "final_sparsity": 0.5, "params": "__ALL_PRUNABLE__",
+                                  "mask_type": "filter"},
+    "RigLPruningModifier": {"sparsity": 0.5, "params": "__ALL_PRUNABLE__", "update_frequency": 0.25},
+    "ACDCPruningModifier": {"compression_sparsity": 0.5, "params": "__ALL_PRUNABLE__", "update_frequency": 0.5},
+}  # fmt: skip
+MORE = {
+    "TrainableParamsModifier": {"trainable": False, "params": ["re:0.weight", "re:6.*"], "start_epoch": 0,
+                                "end_epoch": 1},
+    "ConstantPruningModifier": {"params": "__ALL__"},
+    "DistillationModifier": {"hardness": 0.5, "temperature": 2.0},
+    "SetLearningRateModifier": {"start_epoch": 0, "learning_rate": 0.01},
+    "LearningRateFunctionModifier": {"lr_func": "linear", "init_lr": 0.1, "final_lr": 0.01, "start_epoch": 0,
+                                     "end_epoch": 2},
+    "EpochRangeModifier": {"start_epoch": 0, "end_epoch": 2},
+}  # fmt: skip
+
+
+def sparseml_text(*names):
+    """A recipe of SparseML with one modifier of each kind, for two epochs."""
+    of_all = {**MODIFIERS, **MORE}
+    blocks = ["modifiers:"]
+    for name in dict.fromkeys(("EpochRangeModifier", *names)):
+        times = {"start_epoch": 0, "end_epoch": 2} if name in MODIFIERS else {}
+        blocks += [f"  - !{name}", *(f"    {key}: {value!r}" for key, value in {**times, **of_all[name]}.items())]
+    return "\n".join(blocks)
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*")
+@pytest.mark.parametrize("more", MORE)
+@pytest.mark.parametrize("modifier", MODIFIERS)
+def test_every_pair_of_modifiers_of_sparseml_is_trained(make_learner, modifier, more, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(sparseml_text(modifier, more))
+    recipe = Recipe.from_sparseml(path)
+    assert recipe.epochs == 2
+    learn, callbacks = make_learner(net()), recipe.callbacks(teacher=net())
+    learn.fit(2, 1e-2, cbs=callbacks)
+    assert len(learn.recorder.values) == 2
+    (sparsify,) = (each for each in callbacks if isinstance(each, SparsifyCallback))
+    assert sparsify.sparsifier.sparsity >= 0.4

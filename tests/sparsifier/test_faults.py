@@ -1,5 +1,6 @@
 """Updates that fail in the middle: nothing has changed, or the next call ends what was begun, with the same result."""
 
+import copy
 import random
 from contextlib import suppress
 
@@ -170,6 +171,7 @@ CALLS = {
     "mask_gradients": lambda sparsifier: sparsifier.mask_gradients(),
     "sparsity": lambda sparsifier: sparsifier.sparsity,
     "state_dict": lambda sparsifier: sparsifier.state_dict(),
+    "a copy": lambda sparsifier: copy.deepcopy(sparsifier),
 }
 
 
@@ -199,6 +201,20 @@ class FailsAtThird:
         if self.calls == 3:
             raise MemoryError
         self.zero_masked(*given)
+
+
+def test_a_saved_state_replaces_what_is_unfinished(monkeypatch):
+    sparsifier, optimizer = prepared("filter", "local")()
+    state = sparsifier.state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(masking, "zero_masked", FailsAtThird())
+        with pytest.raises(MemoryError):
+            sparsifier.update_masks(0.5, optimizer)
+    sparsifier.load_state_dict(state)
+    weights = [parameter.detach().clone() for parameter in sparsifier.model.parameters()]
+    sparsifier.apply_masks()
+    assert all(mask.all() for mask in sparsifier.masks.values())
+    assert all(torch.equal(*pair) for pair in zip(weights, sparsifier.model.parameters(), strict=True))
 
 
 # --- Failures that are real ---------------------------------------------------------------------------------------

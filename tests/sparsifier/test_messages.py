@@ -295,6 +295,23 @@ MASKS = [
      "from_torch_prune: w_orig cannot be masked, because it is in the layout sparse_coo; to_dense() makes it ..."),
     ("a checkpoint that is a number", lambda: from_torch_prune(3), TypeError,
      "from_torch_prune: state must be a state_dict, not int"),
+    *((name, lambda change=change: from_torch_prune({"0.weight_orig": torch.ones(2), **change}), ValueError,
+       "from_torch_prune: " + message)
+      for name, change, message in [
+        ("a key that is a number", {3: torch.ones(2)},
+         "keys must be names of parameters, not 3; pass a state_dict"),
+        ("a mask of torch that is a list", {"0.weight_mask": [1, 0]},
+         "0.weight_mask must be a dense tensor with values, not list; load it whole"),
+        ("an original weight without values",
+         {"0.weight_orig": torch.ones(2, device="meta"), "0.weight_mask": torch.ones(2)},
+         "0.weight_orig must be a dense tensor with values, not a sparse tensor, or one without values; load it whole"),
+        ("a mask of torch of another shape", {"0.weight_mask": torch.ones(3)},
+         "0.weight_mask has the shape (3,) and 0.weight_orig (2,); pass the state_dict of one model"),
+        ("a mask of torch that multiplies", {"0.weight_mask": torch.tensor([3, 0], dtype=torch.uint8)},
+         "0.weight_mask has other values than 0 and 1; call prune.remove of each layer, and save the model again"),
+        ("a weight beside its original", {"0.weight_mask": torch.ones(2), "0.weight": torch.ones(2)},
+         "the checkpoint has both 0.weight and 0.weight_orig; remove the one that is not that of the model"),
+      ]),
     *((name, lambda state=state: from_torch_prune(state), ValueError,
        "from_torch_prune: a checkpoint of torch.nn.utils.prune has NAME_orig and NAME_mask, but " + message)
       for name, state, message in [
