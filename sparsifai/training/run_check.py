@@ -238,8 +238,7 @@ def _check_number(value: Any, where: str, low: float, high: float) -> None:
 
 
 def _check_tensor(value: Tensor, where: str) -> None:
-    plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
-    if not plain or value.is_meta or value.is_quantized or value.is_nested:
+    if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_nested:
         raise ValueError(
             f"{where} is a {type(value).__name__} of {_short(value.dtype)} in the layout {value.layout} on "
             f"{value.device}; only plain tensors with values are used"

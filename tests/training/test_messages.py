@@ -257,6 +257,21 @@ def resume(first=None, learner=small_learner, **second):
     return mistake
 
 
+def changed_run(change):
+    """Resumes a run whose file was changed."""
+
+    def mistake(folder):
+        from lottery_runs import run
+
+        run(small_learner(), rounds=1, path=folder / "run")
+        state = torch.load(folder / "run", weights_only=True)
+        change(state)
+        torch.save(state, folder / "run")
+        run(small_learner(), rounds=1, path=folder / "run")
+
+    return mistake
+
+
 def tickets_only(folder):
     from lottery_runs import run
 
@@ -365,6 +380,48 @@ LOTTERY = [
     (
         "a ticket of another model", lambda: Ticket({}, 0.0, {}, {}, {"weight": torch.ones(1)}).apply(nn.Linear(3, 3)),
         ValueError, [OTHER_MODEL],
+    ),
+    (
+        "a ticket with a mask of numbers", lambda: Ticket(
+            {"weight": torch.ones(3, 3, dtype=torch.uint8)}, 0.0, {}, {}, nn.Linear(3, 3).state_dict()
+        ).apply(nn.Linear(3, 3)), ValueError,
+        [
+            "Ticket.apply: masks['weight'] is a tensor of uint8, and a mask is bool; convert it with .bool() if it "
+            "holds 0 and 1 only"
+        ],
+    ),
+    (
+        "a ticket that is applied to a Learner", lambda: tickets()[0].apply(3), TypeError,
+        ["Ticket.apply: model must be a torch.nn.Module, not int; for a Learner, pass learn.model"],
+    ),
+    (
+        "a file with a wrong mask", changed_run(lambda state: state["tickets"][1]["masks"].update({"0.weight": 3})),
+        ValueError,
+        ["cannot be resumed: tickets[1].masks['0.weight'] is of type int, and should be a bool tensor"],
+    ),
+    (
+        "a file with too many tickets", changed_run(lambda state: state["tickets"].append(state["tickets"][1])),
+        ValueError, ["cannot be resumed: tickets has 3 entries, for a dense net and 1 rounds"],
+    ),
+    (
+        "a file with tickets in another order", changed_run(lambda state: state["tickets"].reverse()), ValueError,
+        ["cannot be resumed: tickets[0].masks['0.weight'] has pruned weights that a later mask keeps"],
+    ),
+    (
+        "a file without a state of random numbers", changed_run(lambda state: state["run"]["random"].update(torch=1)),
+        ValueError, ["cannot be resumed: run.random['torch'] is not the state of a generator ("],
+    ),
+    (
+        "a file without a state of the optimizer", changed_run(lambda state: state["run"].update(optimizer={})),
+        ValueError, ["cannot be resumed: run.optimizer is not the state of an optimizer; it lacks state, and hypers"],
+    ),
+    (
+        "a file that lacks something", changed_run(lambda state: state["run"].pop("trained")), ValueError,
+        ["cannot be resumed: run lacks 'trained'"],
+    ),
+    (
+        "a file with something unknown", changed_run(lambda state: state["run"].update(more=1)), ValueError,
+        ["cannot be resumed: run has the unknown entry 'more'"],
     ),
     (
         "unknown metric of tickets", lambda: LotteryTickets(tickets().tickets, "error"), ValueError,

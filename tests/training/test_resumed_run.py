@@ -115,3 +115,30 @@ def test_damaged_files_of_runs_resume_as_they_were_or_are_refused(saved, tmp_pat
             assert same(weights_of(learn.model), weights_of(expected[0].model))
             assert str(tickets) == str(expected[1])
     assert 100 < refused < 200
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_failure_while_a_run_is_restored_puts_everything_back(saved, tmp_path, monkeypatch, error, call):
+    """Each time that a state_dict is loaded into the model, loading fails half-way."""
+    torch.save(saved[1], tmp_path / "run")
+    learn = tiny_learner(1)
+    weights, *others = state_of(learn)
+    real, calls = nn.Module.load_state_dict, []
+
+    def failing(self, state, *given, **options):
+        found = real(self, state, *given, **options)
+        calls.append(self)
+        if len(calls) == call:
+            random.random(), np.random.rand(), torch.rand(1)
+            raise error
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.Module, "load_state_dict", failing)
+        with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ValueError):
+            run(learn, rounds=1, fit=1, path=tmp_path / "run", sparsity=0.5)
+    assert len(calls) == call + 1  # the last one puts the model back
+    now, *others_now = state_of(learn)
+    assert same(now, weights)
+    assert others_now == others
