@@ -15,20 +15,16 @@ from typing import Any
 
 from torch import nn
 
-from ..support.expression_parser import check_sets
 from ..support.printable import quoted
 from ..support.registry import close_matches
-from ..support.regular_expression import compiled
-from ..support.work import Work
+from ..support.regular_expression import LONGEST, TimeLimit, compiled
 from .layers import NamedWeight
 
 Pattern = str | type | nn.Module | Callable[[str, nn.Module], bool]
 
-LONGEST = 1100  # characters of a pattern
 MOST_EXPRESSIONS = 2000  # globs and regular expressions in a list
-MOST_WORK = 8_000_000  # for all patterns of a list together, a few seconds
-WORK_PER_CHARACTER = 100  # more for each character of the names of a model, as its own author may have many patterns
-WORK_OF_GLOB = 3  # for each name
+SECONDS = 5.0  # for all patterns of a list together
+SECONDS_PER_NAME = 0.001  # more for each name in a model, as its own author may have many patterns
 
 
 def as_patterns(patterns: Pattern | Iterable[Pattern]) -> list[Pattern]:
@@ -109,7 +105,7 @@ def _matches(pattern: Any, weight: NamedWeight, model: nn.Module) -> bool:
 class Places:
     """The names of parameters and of all containers in a model, to find those that match a pattern.
 
-    All patterns together may take so much work that a list of them is matched within seconds, whoever wrote it.
+    All patterns together may take so much time that a list of them is matched within seconds, whoever wrote it.
 
     Args:
         names: Parameter -> its names; it has several if a module has.
@@ -121,8 +117,8 @@ class Places:
             for name in each_name:
                 for place in prefixes(name)[1:]:
                     self._of.setdefault(place, set()).add(parameter)
-        self._work = Work(
-            MOST_WORK + WORK_PER_CHARACTER * sum(map(len, self._of)),
+        self._limit = TimeLimit(
+            SECONDS + SECONDS_PER_NAME * len(self._of),
             "matching these patterns with the names of the model takes too long; give fewer or simpler patterns, or "
             "name the layers or containers",
         )
@@ -139,16 +135,17 @@ class Places:
             pattern: A name, a glob, or 're:' followed by a regular expression.
 
         Raises:
-            ValueError: The patterns so far have taken too much work.
+            ValueError: The patterns so far have taken too long.
         """
         matches = name_matcher(pattern)
         if matches is None:
             return set(self._of.get(pattern, ()))
-        return set().union(*(of for place, of in self._of.items() if place == pattern or matches(place, self._work)))
+        self._limit.left()  # a glob is matched fast, but there may be many
+        return set().union(*(of for place, of in self._of.items() if place == pattern or matches(place, self._limit)))
 
 
-def name_matcher(pattern: str) -> Callable[[str, Work], bool] | None:
-    """Return a function of (name, work) that tells whether a whole name matches a pattern; None for a mere name.
+def name_matcher(pattern: str) -> Callable[[str, TimeLimit], bool] | None:
+    """Return a function of (name, time limit) that tells whether a whole name matches a pattern; None for a mere name.
 
     Args:
         pattern: A name, a glob, or 're:' followed by a regular expression, such as 're:layer[12].*'.
@@ -160,14 +157,11 @@ def name_matcher(pattern: str) -> Callable[[str, Work], bool] | None:
         raise ValueError(f"the pattern {quoted(pattern)} has {len(pattern):,} characters, more than {LONGEST:,}")
     if pattern.startswith("re:"):
         try:
-            return compiled(pattern[len("re:") :]).matches
+            expression = compiled(pattern[len("re:") :])
         except ValueError as error:
-            raise ValueError(f"{quoted(pattern)} is no regular expression for names: {error}") from None
-    if is_name(pattern):
-        return None
-    if "[" in pattern:
-        check_sets(pattern)
-    return _glob(pattern)
+            raise ValueError(f"{quoted(pattern)} is not a valid regular expression: {error}") from None
+        return lambda name, limit: limit.matches(expression, name)
+    return None if is_name(pattern) else _glob(pattern)
 
 
 def is_name(pattern: str) -> bool:
@@ -176,17 +170,12 @@ def is_name(pattern: str) -> bool:
 
 
 @lru_cache(maxsize=2000)
-def _glob(pattern: str) -> Callable[[str, Work], bool]:
+def _glob(pattern: str) -> Callable[[str, TimeLimit], bool]:
     # Python's expression for a glob never tries a part of it twice at one place, so it takes no exponential time.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fullmatch = re.compile(translate(pattern)).fullmatch
-
-    def matches(name: str, work: Work) -> bool:
-        work.spend(WORK_OF_GLOB)
-        return fullmatch(name) is not None
-
-    return matches
+    return lambda name, limit: fullmatch(name) is not None
 
 
 def prefixes(name: str) -> list[str]:

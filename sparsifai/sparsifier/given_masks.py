@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model.tensors import computable
-from ..model.zeros import is_nonzero, why_not_counted
+from ..model.zeros import why_not_counted
 from ..support.printable import printable
 from ..support.registry import close_matches
 from .layer import Layer, Layers
@@ -150,18 +150,18 @@ def _mask_of_prune(name: str, state: Mapping[str, Any]) -> Tensor:
             raise ValueError(f"from_torch_prune: {printable(what)} cannot be masked, because it is {why}")
     if weight.shape != mask.shape:
         raise ValueError(
-            f"from_torch_prune: {printable(name)}_mask has the shape {tuple(mask.shape)} and {name}_orig {tuple(weight.shape)}; "
-            "pass the state_dict of one model"
+            f"from_torch_prune: {printable(name)}_mask has the shape {tuple(mask.shape)} and its _orig "
+            f"{tuple(weight.shape)}; pass the state_dict of one model"
         )
     numbers = computable(mask)
     if not ((numbers == 0) | (numbers == 1)).all():  # torch multiplies by it
         raise ValueError(
-            f"from_torch_prune: {printable(name)}_mask has other values than 0 and 1; call prune.remove of each layer, and save "
-            "the model again"
+            f"from_torch_prune: {printable(name)}_mask has other values than 0 and 1; call prune.remove of each layer, "
+            "and save the model again"
         )
     if name in state:
         raise ValueError(
-            f"from_torch_prune: the checkpoint has both {printable(name)} and {printable(name)}_orig; remove the one that is not that of the "
-            "model"
+            f"from_torch_prune: the checkpoint has both {printable(name)} and the same name with _orig; remove the one "
+            "that is not that of the model"
         )
     return (numbers != 0).to(weight.device)

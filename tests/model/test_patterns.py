@@ -82,34 +82,26 @@ def test_fractions_by_regular_expression():
     assert sparsifier.masks[EVERYTHING[-1]].float().mean() == pytest.approx(0.75, abs=0.05)
 
 
-HOSTILE = [
-    "re:.*(a|a)*x",
-    "re:((a+))+x",
-    f"re:{'.*' * 12}x",
-    f"re:{'.*' * 500}x",
-    "re:(.*a.{200}|.*b.{201})x",
-    "*a" * 500,
-]
+HOSTILE = ["re:.*(a|a)*x", "re:((a+))+x", f"re:{'.*' * 12}x", f"re:{'.*' * 500}x", "*a" * 500, "[" + "a-z" * 300]
 
 
 @pytest.mark.parametrize("pattern", HOSTILE)
-def test_hostile_patterns_are_matched_in_linear_time(pattern):
-    """Seconds would be hours: none of them matches these names, and Python's re tries all ways to."""
+def test_hostile_patterns_match_nothing(pattern):
+    """Python's re would try all ways to match these names, which takes years."""
     model = nn.ModuleDict({"a" * 150: nn.Linear(2, 2), "b" * 150: nn.Linear(2, 2)})
     with pytest.raises(ValueError, match="no layer with a weight to sparsify matches"):
         Sparsifier(model, layers=pattern)
 
 
-def test_all_patterns_together_take_a_bounded_time(monkeypatch):
-    monkeypatch.setattr(patterns, "MOST_WORK", 1_000_000)
+def test_all_patterns_together_take_a_limited_time(monkeypatch):
     model = nn.ModuleDict({"a" * 300: nn.Linear(2, 2)})
-    layers = [f"re:(?:{number})?(.?|a){{200}}.*" for number in range(100)]
-    assert Sparsifier(model, layers=layers[:1]).masks
     message = "takes too long; give fewer or simpler patterns, or name the layers or containers"
+    monkeypatch.setattr(patterns, "SECONDS", 0.2)
     with pytest.raises(ValueError, match=message):
-        Sparsifier(model, layers=layers)
+        Sparsifier(model, layers="re:(a|a)*(?<!a)")
+    monkeypatch.setattr(patterns, "SECONDS", -1)
     with pytest.raises(ValueError, match=message):
-        Sparsifier(model, layers=[f"re:({'a*' * number})*" for number in range(1, 300)])
+        Sparsifier(model, layers="a*")
 
 
 def test_a_list_of_many_names_is_looked_up():

@@ -177,7 +177,7 @@ def pattern(modifier: Modifier, key: str, name: Any) -> str:
     try:
         compiled(expression)
     except ValueError as error:
-        raise modifier.error(key, f"{quoted(name)} is no regular expression for names: {error}") from None
+        raise modifier.error(key, f"{quoted(name)} is not a regular expression: {error}") from None
     if "|" in expression or "(?" in expression:
         return f"re:(?:{expression}).*"
     return name if expression.endswith((".*", "$")) else f"{name}.*"
