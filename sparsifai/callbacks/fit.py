@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 from fastai.learner import Learner
-from torch import Tensor
 
 from ..model.parallel import unwrapped
 from ..sparsifier.layer_selection import scopes
-from ..sparsifier.model_masks import merged, prune_any, prunes
+from ..sparsifier.model_masks import prune_any
 from ..sparsifier.options import highest
 from ..sparsifier.report import Report
 from ..support.listing import in_short
 from ..support.table import percent
 from ..support.warning import warn
 from .display import Column, Curves, Trackers, notify
-from .keep import KeepSparsity
+from .keepers import Keepers
 from .learner import show_data
 from .pruned import Pruned
 from .ramp import Ramp
@@ -39,10 +38,9 @@ class Fit:
         pruned: What was pruned so far: a Pruned; or None, before the first batch of the first fit that prunes.
         advances: Whether the sparsity follows the ramp; it does not while layers are frozen.
         floor: What earlier fits reached, as a fraction of the target sparsity.
-        keeper: The KeepSparsity that keeps the pruned weights at zero. None before the first batch.
+        keepers: What keeps the pruned weights at zero: Keepers; or None, before the first batch.
         updated: How many batches were done at the last mask update.
         moved: Whether the level has changed or weights have regrown since the trackers last compared an epoch.
-        emptied: Other KeepSparsity callbacks on the Learner, and the masks that they get back at the end of the fit.
         warned: Whether the user was warned of a higher sparsity than asked for.
         regrowing: Whether weights have regrown in the last update that was due.
         told: The layers of which the user was told that they rest because they are frozen.
@@ -57,10 +55,9 @@ class Fit:
     pruned: Any
     advances: bool = False
     floor: float = field(init=False)
-    keeper: Any = None
+    keepers: Any = None
     updated: int = 0
     moved: bool = False
-    emptied: list[tuple[KeepSparsity, Any]] = field(default_factory=list)
     warned: bool = False
     regrowing: bool = False
     told: set[str] = field(default_factory=set)
@@ -76,7 +73,7 @@ class Fit:
     @property
     def begun(self) -> bool:
         """Whether the fit is past its first batch."""
-        return self.keeper is not None
+        return self.keepers is not None
 
     @property
     def moves(self) -> bool:
@@ -113,20 +110,16 @@ class Fit:
             start: The fraction of the fit that is skipped, as when training is resumed.
         """
         self.pruned, revives = pruned, self.ramp.falls_after(start, self.floor)
-        if not self._find_keeper() and highest(self.ramp.sparsity):
+        self.keepers = Keepers(self.learn)
+        if not self.keepers.find() and highest(self.ramp.sparsity):
             self._recover_zeros(revives)
-        kept = self._kept_masks()
+        kept = self.keepers.masks
         if pruned is not None:
             pruned.sparsifier.wait_for_frozen()
             pruned.take_in(kept, self.learn)
             kept = pruned.masks
             self._warn_of_higher_sparsity(revives)
-        for each in self.learn._grab_cbs(KeepSparsity):
-            if each is not self.keeper:  # its masks would hinder weights from regrowing or reviving
-                self.emptied.append((each, each.masks))
-                each.masks = {}
-        self.keeper.masks = kept
-        self.keeper.enforce()
+        self.keepers.give(kept)
 
     def _warn_of_higher_sparsity(self, revives: bool) -> None:
         """Warn once if more is pruned than this fit asks for, and stays so. revives: whether the schedule will fall."""
@@ -201,8 +194,8 @@ class Fit:
     def _note_update(self, reached: float, drop: float, resting: Collection[str]) -> None:
         """Keep what an update has pruned. The arguments are those of the update, and the layers that it left out."""
         pruned = self.pruned
-        self.keeper.masks = pruned.masks
-        if self.keeper.learn is None:  # the user has removed it during the fit
+        self.keepers.own.masks = pruned.masks
+        if self.keepers.own.learn is None:  # the user has removed it during the fit
             pruned.sparsifier.apply_masks()
             pruned.sparsifier.mask_moments(self.learn.opt)
         # After regrowth, too, trackers must forget their best epoch: it has other masks than those that are kept.
@@ -222,33 +215,13 @@ class Fit:
 
     # --- What keeps the zeros -----------------------------------------------------------------------------------
 
-    def _find_keeper(self) -> bool:
-        """Add a KeepSparsity to the Learner, unless an earlier fit left one. Returns whether the Learner had any."""
-        keepers = list(self.learn._grab_cbs(KeepSparsity))
-        for each in keepers:
-            each.recover()  # adds the zeros of the model, before any mask changes
-        self.keeper = next((each for each in keepers if each.left_by_fit), None)
-        if self.keeper is None:
-            self.keeper = KeepSparsity()
-            self.keeper.left_by_fit = True
-            self.learn.add_cb(self.keeper)
-        self.keeper.begin()
-        return bool(keepers)
-
-    def _kept_masks(self) -> dict[str, Tensor]:
-        """The masks of everything that is kept at zero on the Learner."""
-        masks: dict[str, Tensor] = {}
-        for keeper in self.learn._grab_cbs(KeepSparsity):
-            masks = merged(masks, keeper.masks)
-        return masks
-
     def _recover_zeros(self, revives: bool) -> None:
         """Keep the zeros of a model that is sparse already. revives: whether the schedule will fall."""
         if self.advances and revives:
             self.pruned.sparsifier.recover_masks()  # this schedule pruned them, and will revive them
             return
-        self.keeper.recover(force=True)
-        if self.advances and prune_any(self.keeper.masks):
+        self.keepers.own.recover(force=True)
+        if self.advances and prune_any(self.keepers.own.masks):
             notify(self.learn, f"SparsifyCallback keeps the {percent(self.measured())} of zeros that the model has")
 
     # --- What is shown ------------------------------------------------------------------------------------------
@@ -275,32 +248,11 @@ class Fit:
     def end(self) -> None:
         """Restore the Learner, except for the zeros and the KeepSparsity, and tell the user what is left."""
         if self.begun:
-            self._give_back_masks()
+            self.keepers.give_back()
             if self.is_short:
                 notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did")
-            self._announce_keeper()
+            self.keepers.announce(self.measured())
         self.undo()
-
-    def _give_back_masks(self) -> None:
-        """Give other KeepSparsity callbacks their masks again, or the present ones if pruned weights have come back."""
-        for keeper, masks in self.emptied:
-            keeper.masks = masks if prunes(self.keeper.masks, masks) else dict(self.keeper.masks)
-
-    def _announce_keeper(self) -> None:
-        """Tell the user that the keeper stays on the Learner; or remove it, if nothing is pruned."""
-        for keeper in self.learn._grab_cbs(KeepSparsity):
-            keeper.restore()  # an interrupt can come between a step and the event after it
-        if self.keeper.learn is None:  # removed by the user
-            return
-        if not prune_any(self.keeper.masks):
-            self.learn.remove_cb(self.keeper)
-        elif not self.keeper.announced:
-            self.keeper.announced = True
-            notify(
-                self.learn,
-                f"KeepSparsity keeps the {percent(self.measured())} of zeros in later fits, too; "
-                "learn.remove_cb(KeepSparsity) removes it",
-            )
 
     def undo(self) -> None:
         """Restore the training table and the trackers."""

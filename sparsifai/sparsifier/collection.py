@@ -160,7 +160,7 @@ class CollectedQuantities:
         names = list(names) if names is not None else [name for name in self._layers if not self._rests(name, moment)]
         self.source.skipped = set()
         at_end = AtEnd(self.source.forget)
-        with at_end, at_end, self._zeros_for_missing(names) if moment == "backward" else nullcontext():
+        with at_end, at_end, _zeros_for_missing(self.source, names) if moment == "backward" else nullcontext():
             finite: Any = all_finite(self._gradients(names) if moment == "backward" else ())
             taken = {each: {name: quantities[each](self.source, name) for name in names} for each in self.at(moment)}
         if moment == "loss":
@@ -172,7 +172,11 @@ class CollectedQuantities:
             finite = None
         stored, counts, unreached = dict(self.stored), dict(self.counts), dict(self.unreached)
         for quantity, values in taken.items():
-            stored[quantity], counts[quantity] = self._with_means(quantity, values, count, finite)
+            # A mean stays until a batch replaces it.
+            earlier = {} if quantity in self.begins else self.counts.get(quantity, {})
+            stored[quantity], counts[quantity] = _with_means(
+                self.stored.get(quantity, {}), earlier, values, count, finite
+            )
             unreached[quantity] = unreached.get(quantity, set(self._layers)) - (set(names) - self.source.skipped)
         return {"stored": stored, "counts": counts, "unreached": unreached, "begins": self.begins - taken.keys()}
 
@@ -216,44 +220,6 @@ class CollectedQuantities:
 
     def _gradients(self, names: Iterable[str]) -> list[Tensor | None]:
         return [self._layers[name].parameter.grad for name in names]
-
-    def _with_means(
-        self, quantity: str, values: Mapping[str, Tensor], count: int, finite: Tensor | None
-    ) -> tuple[dict[str, Tensor], dict[str, int | Tensor]]:
-        """The means with the values of a batch, and their counts. finite: None, or a flag on a GPU, not waited for."""
-        means = dict(self.stored.get(quantity, {}))
-        # A mean stays until a batch replaces it.
-        counts = {} if quantity in self.begins else dict(self.counts.get(quantity, {}))
-        shares: dict[int, tuple[Any, Any]] = {}  # layers have the same count, as a rule, so it is computed once
-        for name, value in values.items():
-            value, earlier = value.as_subclass(Tensor), counts.get(name, 0)  # fastai's batches give tensors of its own
-            if id(earlier) not in shares:
-                shares[id(earlier)] = _counted(earlier, count, finite)
-            counts[name], share = shares[id(earlier)]
-            share = share.to(value.dtype) if isinstance(share, Tensor) else share
-            if finite is not None:
-                means[name] = torch.where(finite, means[name].lerp(value, share), means[name])
-            else:  # a share of one: what is stored is the mean of batches before the last update
-                first = name not in means or (isinstance(share, float) and share == 1)
-                means[name] = value.clone() if first else means[name].lerp(value, share)
-        return means, counts
-
-    @contextmanager
-    def _zeros_for_missing(self, names: Iterable[str]) -> Iterator[None]:
-        """Give zeros for a gradient to the layers that the batch has skipped, and take them away at the end."""
-        parameters = {name: self._layers[name].parameter for name in names}
-        missing = {name: each for name, each in parameters.items() if each.grad is None and each.requires_grad}
-        self.source.skipped = set(missing)
-
-        def undo() -> None:
-            for parameter in missing.values():
-                parameter.grad = None
-
-        at_end = AtEnd(undo)
-        with at_end, at_end:
-            for parameter in missing.values():
-                parameter.grad = torch.zeros_like(parameter)
-            yield
 
     def missing(self) -> str | None:
         """The first named quantity that is a mean over batches and lacks a batch for some layer; None if none does."""
@@ -334,6 +300,48 @@ class CollectedQuantities:
     @property
     def _layers(self) -> Mapping[str, NamedWeight]:
         return self.source.layers
+
+
+def _with_means(
+    means: Mapping[str, Tensor],
+    counts: Mapping[str, int | Tensor],
+    values: Mapping[str, Tensor],
+    count: int,
+    finite: Tensor | None,
+) -> tuple[dict[str, Tensor], dict[str, int | Tensor]]:
+    """The means with the values of a batch, and their counts. finite: None, or a flag on a GPU, not waited for."""
+    means, counts = dict(means), dict(counts)
+    shares: dict[int, tuple[Any, Any]] = {}  # layers have the same count, as a rule, so it is computed once
+    for name, value in values.items():
+        value, earlier = value.as_subclass(Tensor), counts.get(name, 0)  # fastai's batches give tensors of its own
+        if id(earlier) not in shares:
+            shares[id(earlier)] = _counted(earlier, count, finite)
+        counts[name], share = shares[id(earlier)]
+        share = share.to(value.dtype) if isinstance(share, Tensor) else share
+        if finite is not None:
+            means[name] = torch.where(finite, means[name].lerp(value, share), means[name])
+        else:  # a share of one: what is stored is the mean of batches before the last update
+            first = name not in means or (isinstance(share, float) and share == 1)
+            means[name] = value.clone() if first else means[name].lerp(value, share)
+    return means, counts
+
+
+@contextmanager
+def _zeros_for_missing(source: Source, names: Iterable[str]) -> Iterator[None]:
+    """Give zeros for a gradient to the layers that the batch has skipped, and take them away at the end."""
+    parameters = {name: source.layers[name].parameter for name in names}
+    missing = {name: each for name, each in parameters.items() if each.grad is None and each.requires_grad}
+    source.skipped = set(missing)
+
+    def undo() -> None:
+        for parameter in missing.values():
+            parameter.grad = None
+
+    at_end = AtEnd(undo)
+    with at_end, at_end:
+        for parameter in missing.values():
+            parameter.grad = torch.zeros_like(parameter)
+        yield
 
 
 def _counted(earlier: Any, count: int, finite: Tensor | None) -> tuple[Any, Any]:
