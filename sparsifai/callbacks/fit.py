@@ -13,7 +13,7 @@ from torch import Tensor
 from ..model.parallel import unwrapped
 from ..sparsifier.layer_selection import scopes
 from ..sparsifier.model_masks import merged, prune_any, prunes
-from ..sparsifier.options import highest
+from ..sparsifier.options import Sparsity, highest
 from ..sparsifier.report import Report
 from ..support.listing import in_short
 from ..support.table import percent
@@ -23,6 +23,10 @@ from .keep import KeepSparsity
 from .learner import show_data
 from .pruned import Pruned
 from .ramp import Ramp
+
+RESTS = (
+    "SparsifyCallback: no gradient reaches {}, frozen at present, so its sparsity stays as it is until it is trained"
+)
 
 # By less than this fraction of the weights, a sparsity above the target is not worth a warning.
 EXCESS = 0.01
@@ -115,7 +119,7 @@ class Fit:
         self.pruned, revives = pruned, self.ramp.falls_after(start, self.floor)
         if not self._find_keeper() and highest(self.ramp.sparsity):
             self._recover_zeros(revives)
-        kept = self._kept_masks()
+        kept = _kept_masks(self.learn)
         if pruned is not None:
             pruned.sparsifier.wait_for_frozen()
             pruned.take_in(kept, self.learn)
@@ -130,26 +134,11 @@ class Fit:
 
     def _warn_of_higher_sparsity(self, revives: bool) -> None:
         """Warn once if more is pruned than this fit asks for, and stays so. revives: whether the schedule will fall."""
-        sparsifier = self.pruned.sparsifier
-        if self.warned or revives or sparsifier.ranking.options.regrow is not None:
+        if self.warned or revives or self.pruned.sparsifier.ranking.options.regrow is not None:
             return
-        kept = self.pruned.masks
-        for target, names in scopes(self.ramp.sparsity_at(self.level_at(1.0)), sparsifier.layers, sparsifier.model):
-            layers = [sparsifier.layers[name] for name in names]
-            counts = [layer.count(kept[layer.name]) for layer in layers]
-            zeros, weights = sum(each.zeros for each in counts), sum(each.weights for each in counts)
-            # Groups are pruned as a whole, so that the sparsity can be above the target by one of them.
-            largest_group = max(float(torch.as_tensor(layer.grouping.size).max()) for layer in layers)
-            if target and zeros > target * weights + max(EXCESS * weights, largest_group):
-                self.warned = True
-                instead = "call learn.remove_cb(KeepSparsity) and train without sparsity for a while, or "
-                outputs = any(layer.grouping.drops_outputs for layer in layers)  # these do not come back by themselves
-                warn(
-                    f"SparsifyCallback: {percent(zeros / weights)} of the weights are pruned, more than the "
-                    f"{percent(target)} asked for, because zeros of earlier fits stay; to let them go, "
-                    f"{'' if outputs else instead}load weights from before they were pruned"
-                )
-                return
+        if message := _higher_sparsity(self.pruned, self.ramp.sparsity_at(self.level_at(1.0))):
+            self.warned = True
+            warn(message)
 
     def go_to(self, t: float) -> None:
         """Update the masks, if the ramp has another value at t, or if layers that were frozen are trained now."""
@@ -187,7 +176,9 @@ class Fit:
         """Update the masks. drop: fraction of the remaining weights that is pruned and regrown."""
         sparsifier = self.pruned.sparsifier
         resting = sparsifier.resting(drop)
-        self._tell_of_resting(resting)
+        if new := [name for name in sparsifier.masks if name in resting - self.told]:
+            self.told |= resting
+            notify(self.learn, RESTS.format(in_short(new)), matters=True)
         before = dict(sparsifier.layers)
         try:
             sparsifier.update_masks(self.ramp.sparsity_at(reached), self.learn.opt, drop=drop)
@@ -209,17 +200,6 @@ class Fit:
         self.moved |= bool(drop) or reached != pruned.reached
         pruned.reached, pruned.layers = reached, pruned.sparsifier.masks.keys() - resting
 
-    def _tell_of_resting(self, resting: Collection[str]) -> None:
-        """Tell the user once of each layer that updates leave out because it is frozen."""
-        new = [name for name in self.pruned.sparsifier.masks if name in resting and name not in self.told]
-        self.told.update(new)
-        if new:
-            message = (
-                f"SparsifyCallback: no gradient reaches {in_short(new)}, frozen at present, so its sparsity stays as "
-                "it is until it is trained"
-            )
-            notify(self.learn, message, matters=True)
-
     # --- What keeps the zeros -----------------------------------------------------------------------------------
 
     def _find_keeper(self) -> bool:
@@ -234,13 +214,6 @@ class Fit:
             self.learn.add_cb(self.keeper)
         self.keeper.begin()
         return bool(keepers)
-
-    def _kept_masks(self) -> dict[str, Tensor]:
-        """The masks of everything that is kept at zero on the Learner."""
-        masks: dict[str, Tensor] = {}
-        for keeper in self.learn._grab_cbs(KeepSparsity):
-            masks = merged(masks, keeper.masks)
-        return masks
 
     def _recover_zeros(self, revives: bool) -> None:
         """Keep the zeros of a model that is sparse already. revives: whether the schedule will fall."""
@@ -306,3 +279,31 @@ class Fit:
         """Restore the training table and the trackers."""
         self.column.hide()
         self.trackers.resume()
+
+
+def _higher_sparsity(pruned: Pruned, asked: Sparsity) -> str:
+    """What to say if more is pruned than is asked for; empty if it is not."""
+    sparsifier, kept = pruned.sparsifier, pruned.masks
+    for target, names in scopes(asked, sparsifier.layers, sparsifier.model):
+        layers = [sparsifier.layers[name] for name in names]
+        counts = [layer.count(kept[layer.name]) for layer in layers]
+        zeros, weights = sum(each.zeros for each in counts), sum(each.weights for each in counts)
+        # Groups are pruned as a whole, so that the sparsity can be above the target by one of them.
+        largest_group = max(float(torch.as_tensor(layer.grouping.size).max()) for layer in layers)
+        if target and zeros > target * weights + max(EXCESS * weights, largest_group):
+            instead = "call learn.remove_cb(KeepSparsity) and train without sparsity for a while, or "
+            outputs = any(layer.grouping.drops_outputs for layer in layers)  # these do not come back by themselves
+            return (
+                f"SparsifyCallback: {percent(zeros / weights)} of the weights are pruned, more than the "
+                f"{percent(target)} asked for, because zeros of earlier fits stay; to let them go, "
+                f"{'' if outputs else instead}load weights from before they were pruned"
+            )
+    return ""
+
+
+def _kept_masks(learn: Learner) -> dict[str, Tensor]:
+    """The masks of everything that is kept at zero on a Learner."""
+    masks: dict[str, Tensor] = {}
+    for keeper in learn._grab_cbs(KeepSparsity):
+        masks = merged(masks, keeper.masks)
+    return masks
