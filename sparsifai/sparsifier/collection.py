@@ -230,20 +230,6 @@ class CollectedQuantities:
                 return quantity
         return None
 
-    def notices(self, names: Container[str]) -> list[str]:
-        """What the user should be warned of at an update of these layers: those that no batch has reached."""
-        unreached = [
-            name for each in self.at(*AVERAGED) for name in self._layers if name in self.unreached.get(each, ())
-        ]
-        listed = [name for name in dict.fromkeys(unreached) if name in names]
-        if not listed:
-            return []
-        return [
-            f"{name_of(self.criterion)}: no batch so far has used {in_short(listed)}, so the scores are zero and "
-            "these weights are pruned first; leave them out with exclude=, or score with more batches (calibration=, "
-            "every=)"
-        ]
-
     def value(self, quantity: str, name: str) -> Any:
         """A quantity of a layer: computed now, or the stored value.
 
@@ -300,6 +286,19 @@ class CollectedQuantities:
     @property
     def _layers(self) -> Mapping[str, NamedWeight]:
         return self.source.layers
+
+
+def notices_of_unreached(collected: CollectedQuantities, names: Container[str]) -> list[str]:
+    """What the user should be warned of at an update of these layers: those that no batch has reached."""
+    known = [collected.unreached.get(each, ()) for each in collected.at(*AVERAGED)]
+    listed = [name for name in collected.source.layers if name in names and any(name in each for each in known)]
+    if not listed:
+        return []
+    return [
+        f"{name_of(collected.criterion)}: no batch so far has used {in_short(listed)}, so the scores are zero and "
+        "these weights are pruned first; leave them out with exclude=, or score with more batches (calibration=, "
+        "every=)"
+    ]
 
 
 def _with_means(

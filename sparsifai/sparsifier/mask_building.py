@@ -26,7 +26,7 @@ from ..model.tensors import check_values, cloned, computable, widened
 from ..support.capability import capability
 from ..support.printable import printable
 from ..support.registry import name_of
-from .collection import CollectedQuantities
+from .collection import CollectedQuantities, notices_of_unreached
 from .coupled import Coupling, joint_layers
 from .findings import Finding, both, found_nan, found_ties, in_words
 from .layer import Layer, Layers
@@ -154,7 +154,7 @@ def build_masks(
                 if of_layer is not layer.alive:
                     masks[layer.target.name] = layers[layer.target.name].mask_of(torch.as_tensor(of_layer))
         levels.update(dict.fromkeys(names, sparsity))
-    notices += collected.notices({name for sparsity, names in asked if sparsity for name in names})
+    notices += notices_of_unreached(collected, {name for sparsity, names in asked if sparsity for name in names})
     if any(levels[name] < layer.level and layer.grouping.drops_outputs for name, layer in layers.items()):
         notices.append(REVIVED_OUTPUTS)
     if not on_device:
