@@ -47,7 +47,7 @@ STEPS = {name: {"sparsify": {"sparsity": 0.5, **options}} for name, options in S
 PAIRS = [pair for pair in combinations(STEPS, 2) if not {*pair} <= {*SPARSIFY}]
 
 
-@pytest.mark.filterwarnings("ignore:(?s).*criterion movement compares", "ignore:(?s).*taylor: a batch norm undoes")
+@pytest.mark.filterwarnings("ignore:(?s).*criterion movement compares", "ignore:(?s).*taylor. a batch norm undoes")
 @pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
 def test_every_pair_of_steps_is_trained(make_learner, pair):
     recipe = Recipe({"epochs": 2, "steps": [STEPS[name] for name in pair]})
