@@ -5,7 +5,7 @@ import pickle
 import torch
 from conftest import EXAMPLE, show_data, small_net
 
-from sparsifai import Sparsifier, criteria, quantities, taken
+from sparsifai import Sparsifier, quantities, taken
 
 
 @quantities.register
@@ -14,7 +14,6 @@ def distance_to_start_here(source, name):
     return source.layers[name].parameter.abs()
 
 
-@criteria.register
 def far_from_zero_here(weight, distance_to_start_here):
     return weight.abs() * distance_to_start_here
 
@@ -27,7 +26,7 @@ CASES = {
     "weight": {},
     "filter": {"granularity": "filter"},
     "coupled": {"granularity": "filter", "coupled": True, "example_input": EXAMPLE},
-    "own criterion": {"criteria": "far_from_zero_here"},
+    "own criterion": {"criteria": far_from_zero_here},
     "own granularity": {"granularity": own_axes},
     "2:4": {"context": "2:4"},
     "movement": {"criteria": "movement"},

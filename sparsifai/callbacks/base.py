@@ -54,8 +54,8 @@ class TrainingCallback(Callback):
                 self._taken_off()
                 super(TrainingCallback, self).__setattr__("learn", None)
 
-        at_end = AtEnd(taken_off)
         try:
+            at_end = AtEnd(taken_off)
             with at_end, at_end:
                 pass
         except BaseException:  # fastai stops here, and would leave it on the Learner

@@ -115,7 +115,6 @@ class Fit:
             self._recover_zeros(revives)
         kept = self.keepers.masks
         if pruned is not None:
-            pruned.sparsifier.wait_for_frozen()
             pruned.take_in(kept, self.learn)
             kept = pruned.masks
             self._warn_of_higher_sparsity(revives)

@@ -273,6 +273,7 @@ class SparsifyCallback(TrainingCallback):
         """Make the Sparsifier at the first batch: the data flow of some models can only be found with an example."""
         example = first_example(self.learn.xb) if self.example_input is None else self.example_input
         sparsifier = self._sparsifier_of(unwrapped(self.learn.model), example)
+        sparsifier.wait_for_frozen()
         show_data(self.learn, sparsifier, self.calibration)
         sparsifier.check(self.sparsity)
         warn_of_unstepped(self.learn, sparsifier)

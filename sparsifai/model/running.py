@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _get_dispatch_stack_at, _pop_mode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..support.at_end import AtEnd
+from ..support.printable import printable
 from .parallel import is_sharded, kind_of, reshard, unwrapped
 from .tensors import cloned, is_fixed, shape_of, tensors_in
 
@@ -51,7 +52,9 @@ def copy_of(model: nn.Module) -> nn.Module:
     held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     for name, parameter in model.named_parameters():
         if why := _why_not_copied(parameter):
-            raise ValueError(f"{name} of {kind_of(model)} cannot be copied ({why}); replace it by a plain dense tensor")
+            raise ValueError(
+                f"{printable(name)} of {kind_of(model)} cannot be copied ({why}); replace it by a plain dense tensor"
+            )
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in held if not value.is_leaf})
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from ..support.printable import printable
 from ..support.table import percent
 from .parallel import whole
 from .tensors import check_values, computable, is_made_of_others
@@ -71,7 +72,7 @@ def check_counted(caller: str, tensors: Mapping[str, Tensor]) -> None:
     check_values(caller, tensors)
     for name, tensor in tensors.items():
         if why := why_not_counted(tensor):
-            raise ValueError(f"{caller}: the zeros of {name} cannot be counted, because it is {why}")
+            raise ValueError(f"{caller}: the zeros of {printable(name)} cannot be counted, because it is {why}")
 
 
 def is_nonzero(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..support.printable import quoted
 from ..support.registry import name_of
 
 # The attributes of a module that hold what the user has hooked on it.
@@ -57,7 +58,7 @@ def _check_can_be_pickled(options: Mapping[str, Any], model: nn.Module | None) -
         if (why := _why_not(hook)) is not None:
             raise pickle.PicklingError(
                 f"Sparsifier: the model cannot be pickled, which is also how a Sparsifier gets to another process: it "
-                f"has the hook {name_of(hook)} on {layer or 'itself'!r} ({why}); remove the hook before, by its "
+                f"has the hook {name_of(hook)} on {quoted(layer or 'itself')} ({why}); remove the hook before, by its "
                 "handle, and register it again in the other process"
             )
 

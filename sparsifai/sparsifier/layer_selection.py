@@ -19,6 +19,7 @@ from ..model.prunable import unprunable
 from ..model.response import computes_its_weight
 from ..model.tensors import check_values
 from ..model.tracing import find_flow
+from ..support.listing import in_short
 from ..support.printable import printable
 from ..support.warning import warn
 from .coupled import Asked, Coupling, couple
@@ -87,8 +88,8 @@ def find_layers(
     unfit = {name: why for name in followers if (why := fixed.get(id(attrgetter(name)(model))))}
     for name, why in unfit.items() if refuse else ():
         raise ValueError(
-            f"Sparsifier: {name}, which is pruned with outputs of {', '.join(followers[name].producers)}, is {why}; or "
-            "exclude these layers with exclude="
+            f"Sparsifier: {printable(name)}, which is pruned with outputs of {in_short(followers[name].producers)}, is "
+            f"{why}; or exclude these layers with exclude="
         )
     return found, [each for name, each in followers.items() if name not in unfit], coupling
 
@@ -155,7 +156,7 @@ def _reasons_to_stay_dense(
         elif not weight.sources and (why := fixed.get(id(weight.parameter))):
             if refuse and layers is not None:
                 raise ValueError(
-                    f"Sparsifier: {name} cannot be pruned, because it is {why}; or exclude it with exclude="
+                    f"Sparsifier: {printable(name)} cannot be pruned, because it is {why}; or exclude it with exclude="
                 )
             reasons[name] = f"{CANNOT_BE_PRUNED}{why}"
         elif why := why_zeros_do_not_last(weight, grouping):

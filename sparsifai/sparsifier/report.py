@@ -13,6 +13,7 @@ from ..model.parallel import kind_of
 from ..model.tensors import shape_of, size_of
 from ..model.zeros import Count, figures, why_not_counted
 from ..support.listing import in_short
+from ..support.printable import printable
 from ..support.table import Cells, Table, percent
 from .layer import Layer, Layers, selected
 from .regrowth import Regrowth
@@ -118,7 +119,9 @@ class Report(Table):
         not_counted = {name: why for name, each in parameters.items() if (why := why_not_counted(each))}
         if not_counted and len(not_counted) == len(parameters):
             name, why = next(iter(not_counted.items()))
-            raise ValueError(f"zeros cannot be counted in any parameter of {type(model).__name__}: {name} is {why}")
+            raise ValueError(
+                f"zeros cannot be counted in any parameter of {type(model).__name__}: {printable(name)} is {why}"
+            )
 
         def count_of(parameter: Tensor) -> Count:
             return Count(0, 0) if why_not_counted(parameter) else Count.of(parameter)

@@ -160,7 +160,7 @@ def _counts(quantity: str, counts: Any, stored: Mapping[str, Tensor]) -> dict[st
                 f"it; {_DAMAGED}"
             )
         if isinstance(count, bool) or not isinstance(count, Integral) or not 0 <= int(count) < _MOST:
-            raise _wrong(f"count of {quantity} of {name}", count, "a whole number, 0 or more")
+            raise _wrong(f"count of {quantity} of {printable(name)}", count, "a whole number, 0 or more")
         read[name] = int(count)
     return read
 
@@ -183,7 +183,7 @@ def _mask(what: str, mask: Any, layer: Layer) -> Tensor:
 
 def _level(name: str, level: Any) -> float:
     if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level <= 1:
-        raise _wrong(f"level of {name}", level, "a number from 0 to 1")
+        raise _wrong(f"level of {printable(name)}", level, "a number from 0 to 1")
     return float(level)
 
 

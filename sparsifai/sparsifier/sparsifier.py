@@ -234,7 +234,7 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         """
         self._check_held("check")
         self.select_unfrozen()
-        asked = scopes(check_sparsity(sparsity), self.layers, self.model)
+        asked = self._without(self.resting(), scopes(check_sparsity(sparsity), self.layers, self.model))
         build_masks(self._selected, asked, self.ranking, self.collected)
 
     def select_unfrozen(self) -> list[str]:
@@ -283,6 +283,9 @@ class Sparsifier(CopiedWithModel, MaskedModel):
 
         Args:
             drop: As of `sparsify`. Weights only regrow in a layer that gradients reach, if they regrow by gradients.
+
+        Returns:
+            Names of these layers.
         """
         resting = set().union(*(each.resting for each in self._all_collected[: 2 if drop else 1]))
         coupling = self.ranking.coupling
