@@ -160,6 +160,7 @@ BARE_NAMES = {
     "recipes/axis_value.py": "Located.at makes errors of a recipe printable",
     "recipes/reading.py": "names of variables are identifiers",
     "recipes/sparseml/parsing.py": "names of modifiers are letters",
+    "sparsifier/copying.py": "names of arguments",
     "support/checks.py": "names of arguments",
     "support/pickles.py": "names of opcodes",
     "training/rewind.py": "the function that checks a state of an optimizer makes its errors printable",

@@ -88,8 +88,8 @@ def find_layers(
     unfit = {name: why for name in followers if (why := fixed.get(id(attrgetter(name)(model))))}
     for name, why in unfit.items() if refuse else ():
         raise ValueError(
-            f"Sparsifier: {printable(name)}, which is pruned with outputs of {in_short(followers[name].producers)}, is "
-            f"{why}; or exclude these layers with exclude="
+            f"Sparsifier: {printable(name)}, which is pruned with outputs of "
+            f"{in_short(list(followers[name].producers))}, is {why}; or exclude these layers with exclude="
         )
     return found, [each for name, each in followers.items() if name not in unfit], coupling
 
