@@ -9,8 +9,9 @@ import torch
 import sparsifai
 
 LIBRARY = (str(Path(sparsifai.__file__).parent),)
-# torch's own managers of the gradient mode do not restore it if they are interrupted at their end.
-NOT_OURS = str(Path(torch.__file__).parent / "autograd" / "grad_mode.py")
+# torch's own managers of the gradient mode do not restore it if they are interrupted at their end; and what torch does
+# when a weak reference ends can raise nothing.
+NOT_OURS = tuple(str(Path(torch.__file__).parent / each) for each in ("autograd/grad_mode.py", "_dynamo"))
 # With the managers of contexts, modes, hooks and random states that the library uses.
 WITH_TORCH = (*LIBRARY, sys.modules["contextlib"].__file__, str(Path(torch.__file__).parent))
 
@@ -28,7 +29,7 @@ class _Tracer:
     def __call__(self, frame, event, argument):
         file = frame.f_code.co_filename
         if file not in self._is_counted:
-            self._is_counted[file] = file.startswith(self.folders) and file != NOT_OURS
+            self._is_counted[file] = file.startswith(self.folders) and not file.startswith(NOT_OURS)
         return self._line if self._is_counted[file] else None
 
     def _line(self, frame, event, argument):

@@ -39,7 +39,7 @@ from ..model.layers import CONVOLUTIONS, NamedWeight
 from ..model.parallel import whole
 from ..model.running import first_example, in_modes, run, shell_of
 from ..model.tensors import computable, is_float, tensors_in, widened, with_autograd
-from ..support.printable import printable
+from ..support.printable import message_of, printable
 from ..support.registry import Registry, name_of
 
 
@@ -303,8 +303,8 @@ def _synaptic_flow(source: QuantitySource) -> dict[str, Tensor]:
             output = run(shell_of(model, values), inputs)
         except Exception as error:
             raise ValueError(
-                f"synflow: the model fails on ones in float64 in the shape of example_input ({error}); pass an "
-                "example_input= that fits, a tuple for several inputs or one list, a dictionary for named ones, and "
+                f"synflow: the model fails on ones in float64 in the shape of example_input ({message_of(error)}); pass "
+                "an example_input= that fits, a tuple for several inputs or one list, a dictionary for named ones, and "
                 "cast nothing to another type in forward"
             ) from error
         total = torch.stack([each.sum() for each in tensors_in(output) if each.requires_grad]).sum()

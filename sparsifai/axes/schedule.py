@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ..support.printable import message_of
 from ..support.registry import Registry, name_of
 
 Schedule = Callable[[float], float]
@@ -46,8 +47,8 @@ def progress(schedule: Schedule, t: float) -> float:
         value = float(schedule(t))
     except Exception as error:
         raise ValueError(
-            f"schedule {name_of(schedule)} fails at t={t:g} ({error}); a schedule is a function of t alone, which "
-            "returns the share of the target sparsity, in [0, 1]"
+            f"schedule {name_of(schedule)} fails at t={t:g} ({message_of(error)}); a schedule is a function of t "
+            "alone, which returns the share of the target sparsity, in [0, 1]"
         ) from error
     # Cosines leave [0, 1] by a rounding error at the ends.
     if not -1e-6 <= value <= 1 + 1e-6:

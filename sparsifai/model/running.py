@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _get_dispatch_stack_at, _pop_mode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..support.at_end import AtEnd
-from ..support.printable import printable
+from ..support.printable import message_of, printable
 from .parallel import is_sharded, kind_of, reshard, unwrapped
 from .tensors import cloned, is_fixed, shape_of, tensors_in
 
@@ -121,8 +121,8 @@ def check_runs(model: nn.Module, example_input: Any) -> Any:
         return run(model, example_input)
     except Exception as error:
         raise ValueError(
-            f"example_input does not run through {kind_of(model)} ({error}); pass a batch that the model accepts, on "
-            "its device: a tuple for several positional arguments, or for one list: ([...],); a dictionary for keywords"
+            f"example_input does not run through {kind_of(model)} ({message_of(error)}); pass a batch that the model accepts, "
+            "on its device: a tuple for several positional arguments, or for one list: ([...],); a dictionary for keywords"
         ) from error
 
 

@@ -18,6 +18,7 @@ from ..model.running import check_autograd, not_drawn_from, run, untraced
 from ..model.tensors import tensors_in, with_autograd
 from ..support.at_end import AtEnd
 from ..support.listing import in_short
+from ..support.printable import message_of
 from ..support.registry import name_of
 from ..support.warning import warn
 from .collection import CollectedQuantities, Source
@@ -75,8 +76,8 @@ def calibrated(collected: CollectedQuantities, batches: Iterable, loss_func: Cal
                 raise
             except Exception as error:
                 raise ValueError(
-                    f"calibrate: batch {number} fails ({error}); a batch is (input, target), (input, input, "
-                    "target) or a dictionary of named inputs, and the loss is loss_func(output, target)"
+                    f"calibrate: batch {number} fails ({message_of(error)}); a batch is (input, target), (input, "
+                    "input, target) or a dictionary of named inputs, and the loss is loss_func(output, target)"
                 ) from error
             used += 1
             if needs_loss:

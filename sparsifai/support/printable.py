@@ -57,3 +57,13 @@ def quoted(value: Any, most: int = 90) -> str:
         ("'a\\\\n'", '[1, 2]')
     """
     return printable(repr(value[:most] if isinstance(value, (str, bytes, list, tuple)) else value), most)
+
+
+def message_of(error: BaseException) -> str:
+    """What an error says, printable; the name of its class if it says nothing, as many a MemoryError.
+
+    Example:
+        >>> message_of(ValueError('no')), message_of(MemoryError())
+        ('no', 'MemoryError')
+    """
+    return printable_lines(str(error)) or type(error).__name__

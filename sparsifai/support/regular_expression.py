@@ -12,8 +12,6 @@ import warnings
 from functools import lru_cache
 from typing import Any
 
-import regex
-
 # Far beyond what names of layers need.
 LONGEST = 1100  # characters
 
@@ -74,6 +72,8 @@ def compiled(expression: str) -> Any:
     Raises:
         ValueError: It is not valid, is too long, or calls itself.
     """
+    import regex  # not with the package, because few users need it
+
     if len(expression) > LONGEST:
         raise ValueError(f"it has {len(expression):,} characters, more than {LONGEST:,}")
     if _RECURSION.search(expression):

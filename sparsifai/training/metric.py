@@ -14,7 +14,7 @@ from torch import nn
 
 from ..callbacks.learner import is_learner, metric_names, unchanged
 from ..model.running import as_it_was, evaluating, in_modes, not_drawn_from
-from ..support.printable import printable
+from ..support.printable import message_of, printable
 from ..support.registry import close_matches, name_of
 
 # A metric with one of these words in its name is lower for a better model: fastai's own metrics, and the usual ones.
@@ -132,8 +132,8 @@ def _check_takes_a_model(metric: Callable) -> None:
         signature.bind(None)
     except TypeError as error:
         raise TypeError(
-            f"metric {name_of(metric)} must be a function of the model alone ({error}); add a metric of predictions "
-            "and targets to the metrics of the Learner, and pass its name"
+            f"metric {name_of(metric)} must be a function of the model alone ({message_of(error)}); add a metric of "
+            "predictions and targets to the metrics of the Learner, and pass its name"
         ) from None
 
 
