@@ -73,8 +73,8 @@ class Grouping:
             answer = granularity(of_one)
         except Exception as error:
             raise ValueError(
-                f"granularity {name_of(granularity)} fails on the axes {of_one} ({message_of(error)}); a granularity is "
-                "a function of a layer's axes that returns those that index the mask, such as ('out',)"
+                f"granularity {name_of(granularity)} fails on the axes {of_one} ({message_of(error)}); a granularity "
+                "is a function of a layer's axes that returns those that index the mask, such as ('out',)"
             ) from error
         if isinstance(answer, str) or not isinstance(answer, Iterable):
             raise TypeError(

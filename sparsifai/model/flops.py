@@ -115,8 +115,8 @@ def all_flops(model: nn.Module, targets: Mapping[str, NamedWeight], example: Any
             run(model, example)
     except Exception as error:
         raise ValueError(
-            f"the model does not run on example_input ({message_of(error)}); pass a batch of inputs on the device of the "
-            "model: a tuple for several positional inputs, a dictionary for named ones"
+            f"the model does not run on example_input ({message_of(error)}); pass a batch of inputs on the device of "
+            "the model: a tuple for several positional inputs, a dictionary for named ones"
         ) from error
     # A layer whose products torch's formulas do not know is counted by its calls; one whose weight is read by functions
     # too, by its products.

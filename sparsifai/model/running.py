@@ -121,8 +121,9 @@ def check_runs(model: nn.Module, example_input: Any) -> Any:
         return run(model, example_input)
     except Exception as error:
         raise ValueError(
-            f"example_input does not run through {kind_of(model)} ({message_of(error)}); pass a batch that the model accepts, "
-            "on its device: a tuple for several positional arguments, or for one list: ([...],); a dictionary for keywords"
+            f"example_input does not run through {kind_of(model)} ({message_of(error)}); pass a batch that the model "
+            "accepts, on its device: a tuple for several positional arguments, or for one list: ([...],); a dictionary for "
+            "keywords"
         ) from error
 
 
