@@ -122,8 +122,8 @@ def check_runs(model: nn.Module, example_input: Any) -> Any:
     except Exception as error:
         raise ValueError(
             f"example_input does not run through {kind_of(model)} ({message_of(error)}); pass a batch that the model "
-            "accepts, on its device: a tuple for several positional arguments, or for one list: ([...],); a dictionary for "
-            "keywords"
+            "accepts, on its device: a tuple for several positional arguments, or for one list: ([...],); a dictionary "
+            "for keywords"
         ) from error
 
 

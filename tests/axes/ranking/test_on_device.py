@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -421,6 +422,7 @@ def test_what_is_no_answer_of_a_context_on_the_device_is_an_error(answer):
 
 
 @pytest.mark.cuda
+@misses_sparsity
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("context", ["local", "global"])
 @pytest.mark.parametrize("granularity", ["weight", "kernel", "filter", lambda axes: {"out": 3, "in": 3}])
@@ -498,7 +500,8 @@ def test_on_a_gpu_a_whole_step_waits_for_nothing(criterion):
     images = torch.randn(4, 2, 8, 8, device="cuda")
     for level in (0.2, 0.3, 0.4):
         model(images).sum().backward()
-        with no_waiting():
+        # If the first gradients are not finite, there is no earlier mean to fall back on; so the host asks once.
+        with no_waiting() if level > 0.2 else nullcontext():
             sparsifier.mask_gradients()
             optimizer.step()
             sparsifier.update_masks(level, optimizer)
