@@ -304,8 +304,8 @@ def _synaptic_flow(source: QuantitySource) -> dict[str, Tensor]:
         except Exception as error:
             raise ValueError(
                 f"synflow: the model fails on ones in float64 in the shape of example_input ({message_of(error)}); "
-                "pass an example_input= that fits, a tuple for several inputs or one list, a dictionary for named ones, "
-                "and cast nothing to another type in forward"
+                "pass an example_input= that fits, a tuple for several inputs or one list, a dictionary for named "
+                "ones, and cast nothing to another type in forward"
             ) from error
         total = torch.stack([each.sum() for each in tensors_in(output) if each.requires_grad]).sum()
         gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
