@@ -133,7 +133,7 @@ def _report(given: Any) -> None:
 def _checkpoint(checkpoint: Path) -> Checkpoint:
     """The tensors of a file of torch.save by name."""
     try:
-        state = load_checkpoint(checkpoint, old_format=True)
+        state = load_checkpoint(checkpoint, others=True)
     except ValueError as error:
         raise ValueError(
             f"{checkpoint} is not a state_dict written by torch.save; whole models and other pickles are not loaded, "

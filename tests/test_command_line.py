@@ -3,6 +3,7 @@
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from sparseml_texts import RECIPE as SPARSEML
@@ -148,6 +149,28 @@ def test_report_refuses_a_checkpoint_of_which_nothing_can_be_counted(checkpoint,
     assert main(["report", str(checkpoint)]) == 2
     error = capsys.readouterr().err
     assert "has no tensors whose zeros can be counted (weight: on the meta device, without values; " in error
+
+
+@pytest.mark.fastai
+def test_report_of_a_file_of_learn_save_leaves_out_the_optimizer(make_learner, tmp_path, capsys):
+    from fastai.optimizer import Adam
+
+    learn = make_learner(opt_func=Adam)
+    with learn.no_logging():
+        learn.fit_one_cycle(1, 1e-3)  # hyperparameters become numbers of numpy
+    learn.path = tmp_path
+    Sparsifier(learn.model).sparsify(0.5)
+    assert main(["report", str(learn.save("all"))]) == 0
+    text = capsys.readouterr().out
+    assert re.search("(?m)^opt .* beside 'model', which is counted$", text)
+    assert re.search("(?m)^all of these .* 50.00%$", text)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64, np.bool_])
+def test_report_reads_numbers_of_numpy(kind, tmp_path, capsys):
+    torch.save({"w": torch.eye(2), "best": kind(1)}, tmp_path / "numbers.pth")
+    assert main(["report", str(tmp_path / "numbers.pth")]) == 0
+    assert re.search("(?m)^w .* 50.00%$", capsys.readouterr().out)
 
 
 def test_report_prints_the_table_of_a_sparse_file(tmp_path, capsys):

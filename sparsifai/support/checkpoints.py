@@ -13,10 +13,14 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from io import BytesIO
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
+from torch.serialization import safe_globals
 
 from .files import open_regular
 from .pickles import PickleCheck
@@ -36,12 +40,13 @@ _ENTRY = struct.Struct("<4s6H3I5H2I")
 _LOCAL = struct.Struct("<4s5H3I2H")
 
 
-def load_checkpoint(path: str | os.PathLike, *, old_format: bool = False) -> Any:
+def load_checkpoint(path: str | os.PathLike, *, others: bool = False) -> Any:
     """Load a file of torch.save onto the CPU. No code in it is run, and no more is made than the file is large.
 
     Args:
         path: The file. It is opened once, so another process may replace it meanwhile.
-        old_format: Whether files of torch before 1.6 are read, too.
+        others: Whether files of others are read, too: of torch before 1.6, and with the numbers of numpy and the lists
+            of fastcore that the state of fastai's optimizers has.
 
     Returns:
         What was saved.
@@ -56,7 +61,7 @@ def load_checkpoint(path: str | os.PathLike, *, old_format: bool = False) -> Any
         size = os.fstat(file.fileno()).st_size
         begin = file.read(len(_BEGIN_OF_OLD_FILES))
         file.seek(0)
-        if old_format and begin == _BEGIN_OF_OLD_FILES:
+        if others and begin == _BEGIN_OF_OLD_FILES:
             check = PickleCheck(size, None)
             for _ in range(5):  # a number, the version, the system, the content, the order of the storages
                 check.follow(file)
@@ -66,7 +71,8 @@ def load_checkpoint(path: str | os.PathLike, *, old_format: bool = False) -> Any
             raise ValueError("it does not begin as a file of torch.save does")
         file.seek(0)
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with safe_globals(_classes_of_others() if others else []):
+                return torch.load(file, map_location="cpu", weights_only=True)
         except OSError:
             raise
         except Exception as error:  # torch raises whatever it finds in a file
@@ -74,6 +80,16 @@ def load_checkpoint(path: str | os.PathLike, *, old_format: bool = False) -> Any
             getattr(torch._utils, "_sparse_tensors_to_validate", []).clear()
             first = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"torch cannot load it, {first[:200]!r}") from None
+
+
+def _classes_of_others() -> list[Any]:
+    """What torch.load is to make beside tensors: none of it runs code of the file."""
+    scalar = np.float64(0).__reduce__()[0]
+    known = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdFD"}
+    # fastai need not be installed. Then no file has its lists, or torch tells that they are unknown.
+    lists = [] if find_spec("fastcore") is None else [import_module("fastcore.foundation").L]
+    return [*known, np.dtype, *kinds, *lists]
 
 
 @dataclass

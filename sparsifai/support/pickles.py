@@ -114,7 +114,11 @@ class PickleCheck:
 
     def _put(self, name: str, stack: list[Any], items: list[Any]) -> None:
         """Put what an opcode makes of the items on the stack."""
-        if name.startswith("TUPLE"):
+        if name == "NEWOBJ":
+            if not _is_call(*items) or items[0].kind not in _LISTS or items[1].items:
+                raise ValueError(f"it makes {_named(items[0])}, which no checkpoint needs")
+            stack.append(_Made(items[0].kind))
+        elif name.startswith("TUPLE"):
             stack.append(_Tuple(items, 1 + sum(each.size if isinstance(each, _Tuple) else 1 for each in items)))
         elif name in ("APPEND", "APPENDS"):
             _expect(stack[-1], "list")
@@ -124,8 +128,9 @@ class PickleCheck:
         elif name == "BINPERSID":
             stack.append(self._storage(items[0]))
         elif name == "BUILD":
-            _expect(stack[-1], "collections OrderedDict")
-            _expect(items[0], "dict")
+            _expect(stack[-1], "collections OrderedDict", "numpy dtype", *_LISTS)
+            if stack[-1].kind != "numpy dtype" or not isinstance(items[0], _Tuple):
+                _expect(items[0], "dict")
         else:
             stack.append(self._called(*items))
 
@@ -169,7 +174,7 @@ class PickleCheck:
         name, given = function.kind, arguments.items
         check = _CALLS.get(name)
         if check is None:
-            raise ValueError(f"it calls {name.replace(' ', '.')[:100]}, which no checkpoint needs")
+            raise ValueError(f"it calls {_named(function)}, which no checkpoint needs")
         if not check(self, given):
             raise ValueError(f"it calls {name.replace(' ', '.')} with wrong arguments")
         return _Made(name)
@@ -196,6 +201,11 @@ class PickleCheck:
 def _expect(value: Any, *kinds: str) -> None:
     if not isinstance(value, _Made) or value.kind not in kinds:
         raise ValueError("its pickle changes something that cannot be changed")
+
+
+def _named(value: Any) -> str:
+    """What a value is, for a message."""
+    return value.kind.replace(" ", ".")[:100] if isinstance(value, _Made) else type(value).__name__
 
 
 def _is_call(function: Any, arguments: Any) -> bool:
@@ -241,7 +251,12 @@ _CALLS: dict[str, Callable[[PickleCheck, list[Any]], bool]] = {
     "torch._utils _rebuild_meta_tensor_no_storage": _anything,
     "torch._utils _rebuild_sparse_tensor": _anything,
     "torch._utils _rebuild_nested_tensor": _anything,
+    **dict.fromkeys(("numpy._core.multiarray scalar", "numpy.core.multiarray scalar"), _anything),
+    "numpy dtype": lambda check, given: isinstance(given[0], str) and given[0][:1] in tuple("biufc"),
 }
+
+# Lists of fastcore, which the state of fastai's optimizers has.
+_LISTS = ("fastcore.foundation L",)
 
 # Opcodes, of those that torch.load knows with weights_only=True.
 _VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"}
@@ -250,4 +265,14 @@ _NAMED: dict[str, Callable[[], Any]] = {
     "EMPTY_LIST": lambda: _Made("list"), "EMPTY_DICT": lambda: _Made("dict"),
 }  # fmt: skip
 _OF_MARKED = {"TUPLE", "APPENDS", "SETITEMS"}
-_OF_LAST = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BINPERSID": 1, "REDUCE": 2, "BUILD": 1}
+_OF_LAST = {
+    "TUPLE1": 1,
+    "TUPLE2": 2,
+    "TUPLE3": 3,
+    "APPEND": 1,
+    "SETITEM": 2,
+    "BINPERSID": 1,
+    "REDUCE": 2,
+    "NEWOBJ": 2,
+    "BUILD": 1,
+}

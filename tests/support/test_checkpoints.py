@@ -46,7 +46,7 @@ def test_what_torch_saves_is_loaded(tmp_path):
     for name in ("uint16", "float8", "coo", "csr", "nested"):  # torch itself cannot load these in that format
         content.pop(name)
     torch.save(content, path, _use_new_zipfile_serialization=False)
-    assert str(load_checkpoint(path, old_format=True)) == str(torch.load(path, weights_only=True))
+    assert str(load_checkpoint(path, others=True)) == str(torch.load(path, weights_only=True))
     with pytest.raises(ValueError, match="does not begin as a file of torch.save does"):
         load_checkpoint(path)
 
@@ -109,5 +109,5 @@ def test_hostile_files_are_refused(tmp_path, monkeypatch, name):
     path = tmp_path / "file"
     path.write_bytes(hostile.CHECKPOINTS[name]())
     with pytest.raises(ValueError, match="."):
-        load_checkpoint(path, old_format=True)
+        load_checkpoint(path, others=True)
     assert os.listdir(tmp_path) == ["file"]  # no code was run
