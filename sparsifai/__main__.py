@@ -137,7 +137,8 @@ def _checkpoint(checkpoint: Path) -> Checkpoint:
     except ValueError as error:
         raise ValueError(
             f"{checkpoint} is not a state_dict written by torch.save; whole models and other pickles are not loaded, "
-            f"as they can run code ({error})"
+            f"as they can run code ({error}); if you trust the file, load it where it was written and save the weights "
+            "alone: torch.save(model.state_dict(), path), or learn.save(name, with_opt=False)"
         ) from None
     found = Checkpoint.of(state)
     if not (isinstance(state, dict) and (found.counted or found.left_out)):

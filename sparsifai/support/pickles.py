@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, BinaryIO
 
@@ -22,6 +22,8 @@ MOST_TUPLE_KEYS = 1000
 _EXPANDED = 2**22
 _TIMES_THE_FILE = 32
 
+_MANY = 2**62
+
 _STORAGES = {
     "Float": 4, "Double": 8, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1,
     "ComplexFloat": 8, "ComplexDouble": 16, "QInt8": 1, "QUInt8": 1, "QInt32": 4, "QUInt4x2": 1, "QUInt2x4": 1,
@@ -29,10 +31,15 @@ _STORAGES = {
 _ITEM_BYTES = {**{f"torch {kind}Storage": size for kind, size in _STORAGES.items()}, "torch.storage UntypedStorage": 1}
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False)
 class _Tuple:
     items: list[Any]
-    size: int  # its values, each as often as it would be written out
+
+    def __post_init__(self) -> None:
+        # Its values, each as often as it would be written out. Nested tuples that share parts soon have 10^1000.
+        sizes: list[int] = [each.size if isinstance(each, _Tuple) else 1 for each in self.items]
+        self.size: int = min(1 + sum(sizes), _MANY)
+        self.weight: int = min(sum(map(_weight, self.items)), _MANY)
 
 
 @dataclass(eq=False, slots=True)
@@ -41,6 +48,8 @@ class _Made:
 
     kind: str
     bytes: int = 0  # of a storage
+    weight: int = 0  # what it costs to copy it or to go through it: values of a container, bytes of a tensor or text
+    items: list[Any] = field(default_factory=list)  # of a list, of which a set may be made
 
 
 class PickleCheck:
@@ -104,6 +113,8 @@ class PickleCheck:
                     self._put(name, stack, items)
                 elif name == "PROTO" and argument != 2:
                     raise ValueError(f"it is of pickle protocol {argument}, and torch.save uses 2")
+                elif name == "NEWOBJ":
+                    raise ValueError(f"it holds an object of {_name(stack[-2])}; only plain values are read")
                 elif name == "STOP":
                     return stack.pop()
                 elif name != "PROTO":
@@ -115,17 +126,21 @@ class PickleCheck:
     def _put(self, name: str, stack: list[Any], items: list[Any]) -> None:
         """Put what an opcode makes of the items on the stack."""
         if name.startswith("TUPLE"):
-            stack.append(_Tuple(items, 1 + sum(each.size if isinstance(each, _Tuple) else 1 for each in items)))
+            stack.append(_Tuple(items))
         elif name in ("APPEND", "APPENDS"):
             _expect(stack[-1], "list")
+            stack[-1].items += items
+            stack[-1].weight += len(items)
         elif name in ("SETITEM", "SETITEMS"):
             _expect(stack[-1], "dict", "collections OrderedDict", "collections Counter")
             self._check_keys(items[::2])
+            stack[-1].weight += len(items)
         elif name == "BINPERSID":
             stack.append(self._storage(items[0]))
         elif name == "BUILD":
             _expect(stack[-1], "collections OrderedDict")
             _expect(items[0], "dict")
+            self._spend(items[0].weight)
         else:
             stack.append(self._called(*items))
 
@@ -169,10 +184,18 @@ class PickleCheck:
         name, given = function.kind, arguments.items
         check = _CALLS.get(name)
         if check is None:
-            raise ValueError(f"it calls {name.replace(' ', '.')[:100]}, which no checkpoint needs")
+            raise ValueError(f"it holds an object of {_name(function)}; only plain values are read")
         if not check(self, given):
-            raise ValueError(f"it calls {name.replace(' ', '.')} with wrong arguments")
-        return _Made(name)
+            raise ValueError(f"it calls {_name(function)} with wrong arguments")
+        weight = sum(map(_weight, given))  # it may be called again and again with the same large argument
+        if check is not _VIEW:
+            self._spend(weight)
+        return _Made(name, weight=weight)
+
+    def _spend(self, weight: int) -> None:
+        self.elements += weight
+        if self.elements > _TIMES_THE_FILE * self.file_bytes + 2**24:
+            raise ValueError("its tensors and values are many times more than the file")
 
     def _is_view(self, given: list[Any]) -> bool:
         """Whether a tensor fits into its storage."""
@@ -185,17 +208,28 @@ class PickleCheck:
         # An element of an untyped storage may have up to 16 bytes; torch checks it again with the dtype.
         item = _ITEM_BYTES[storage.kind]
         last = offset + sum((size - 1) * stride for size, stride in zip(shape.items, strides.items, strict=True))
-        self.elements += count * item
         if count and (last + 1) * item > storage.bytes:
             raise ValueError("a tensor is larger than its storage")
-        if count * item > storage.bytes + _EXPANDED or self.elements > _TIMES_THE_FILE * self.file_bytes + 2**24:
-            raise ValueError("its tensors have many times more elements than the file")
+        if count * item > storage.bytes + _EXPANDED:
+            raise ValueError("a tensor has many times more elements than its storage")
+        self._spend(count * item)
         return True
 
 
 def _expect(value: Any, *kinds: str) -> None:
     if not isinstance(value, _Made) or value.kind not in kinds:
         raise ValueError("its pickle changes something that cannot be changed")
+
+
+def _name(function: Any) -> str:
+    return function.kind.replace(" ", ".")[:100] if isinstance(function, _Made) else "no class"
+
+
+def _weight(value: Any) -> int:
+    """What it costs to copy a value or to go through it."""
+    if isinstance(value, (_Tuple, _Made)):
+        return value.weight
+    return len(value) if isinstance(value, str) else 1
 
 
 def _is_call(function: Any, arguments: Any) -> bool:
@@ -216,6 +250,14 @@ def _is_text(given: list[Any]) -> bool:
     return is_bytes and len(given) <= 2 and all(each in ("latin1", "latin-1") for each in given[1:])
 
 
+def _is_set(check: PickleCheck, given: list[Any]) -> bool:
+    """Whether these are the arguments with which a set is made of a list."""
+    if len(given) != 1 or not isinstance(given[0], _Made) or given[0].kind != "list":
+        return False
+    check._check_keys(given[0].items)
+    return True
+
+
 def _anything(check: PickleCheck, given: list[Any]) -> bool:
     return True
 
@@ -232,6 +274,7 @@ _CALLS: dict[str, Callable[[PickleCheck, list[Any]], bool]] = {
     "_codecs encode": lambda check, given: _is_text(given),
     "__builtin__ bytearray": lambda check, given: _is_text(given),
     "__builtin__ complex": _anything,
+    "__builtin__ set": _is_set,
     "torch._utils _rebuild_tensor": _VIEW,
     "torch._utils _rebuild_tensor_v2": _VIEW,
     "torch._utils _rebuild_tensor_v3": _VIEW,
@@ -246,7 +289,7 @@ _CALLS: dict[str, Callable[[PickleCheck, list[Any]], bool]] = {
 # Opcodes, of those that torch.load knows with weights_only=True.
 _VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"}
 _NAMED: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_TUPLE": lambda: _Tuple([], 1),
+    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_TUPLE": lambda: _Tuple([]),
     "EMPTY_LIST": lambda: _Made("list"), "EMPTY_DICT": lambda: _Made("dict"),
 }  # fmt: skip
 _OF_MARKED = {"TUPLE", "APPENDS", "SETITEMS"}
