@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--picture", type=Path, help="a file for a picture of the sparsity over time and of the layers")
 
     report = command("report", _report, _REPORT)
-    report.add_argument("checkpoint", type=Path, help="a file of torch.save, learn.save or save_sparse")
+    report.add_argument("checkpoint", type=Path, help="a file of torch.save(model.state_dict(), path), learn.save(name, with_opt=False) or save_sparse")
 
     convert = command("convert", _convert, _CONVERT)
     convert.add_argument("recipe", type=Path, help="a recipe of SparseML, YAML or Markdown that begins with YAML")
@@ -137,8 +137,7 @@ def _checkpoint(checkpoint: Path) -> Checkpoint:
     except ValueError as error:
         raise ValueError(
             f"{checkpoint} is not a state_dict written by torch.save; whole models and other pickles are not loaded, "
-            f"as they can run code ({error}); if you trust the file, load it where it was written and save the weights "
-            "alone: torch.save(model.state_dict(), path), or learn.save(name, with_opt=False)"
+            f"as they can run code ({error})"
         ) from None
     found = Checkpoint.of(state)
     if not (isinstance(state, dict) and (found.counted or found.left_out)):
