@@ -99,6 +99,18 @@ def with_dictionaries_nested(depth):
     return torch_file(b"\x80\x02}q\x01" + pair * depth + b".")
 
 
+def with_calls_of(function, argument, more=b"", count=10_000):
+    """The same large argument given to a function again and again. more: arguments after it, pickled."""
+    call = b"h\x01(h\x02" + more + b"tR"
+    begin = f"c{function}\n".replace(" ", "\n").encode() + b"q\x01" + argument + b"q\x02"
+    return torch_file(b"\x80\x02](" + begin + call * count + b"e.")
+
+
+def mapping_of(count):
+    """A dictionary, pickled."""
+    return b"}(" + b"".join(b"J" + struct.pack("<i", number) + b"N" for number in range(count)) + b"u"
+
+
 def with_equal_hashes(count):
     """Keys whose hashes are all equal, so that each is compared with all before."""
     keys = (number * (2**61 - 1) for number in range(1, count + 1))
@@ -145,6 +157,9 @@ def with_two_directories():
 DEEP = {
     "lists nested 100,000 deep": lambda: with_lists_nested(100_000),
     "dictionaries nested 60 deep": lambda: with_dictionaries_nested(60),
+    "tuples nested 300,000 deep": lambda: torch_file(
+        b"\x80\x02}X\x06\x00\x00\x00weight)" + b"q\x01h\x01\x86" * 300_000 + b"s."
+    ),
 }
 
 BOMB = bytes(3 * 10**8)
@@ -178,6 +193,16 @@ CHECKPOINTS = {
     "keys nested 25 deep": lambda: with_keys_nested(25),
     "keys nested 60 deep": lambda: with_keys_nested(60),
     "keys of equal hashes": lambda: with_equal_hashes(100_000),
+    "a set of equal hashes": lambda: torch_file(
+        b"\x80\x02c__builtin__\nset\n]("
+        + b"".join(b"\x8a\x0a" + (number * (2**61 - 1)).to_bytes(10, "little") for number in range(1, 100_000))
+        + b"e\x85R."
+    ),
+    "a set made 10,000 times": lambda: with_calls_of("__builtin__ set", b"](" + b"NK\x01" * 100_000 + b"e"),
+    "a counter made 10,000 times": lambda: with_calls_of("collections Counter", mapping_of(300_000)),
+    "a long text encoded 10,000 times": lambda: with_calls_of(
+        "_codecs encode", b"X" + struct.pack("<I", 10**6) + b"x" * 10**6, b"X\x06\x00\x00\x00latin1"
+    ),
     "100,000 marks": lambda: torch_file(b"\x80\x02" + b"(" * 10**5 + b"."),
     "ten million values": lambda: torch_file(b"\x80\x02](" + b"N" * 10**7 + b"e."),
     "a pickle without end": lambda: torch_file(b"\x80\x02}"),

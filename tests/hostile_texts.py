@@ -51,6 +51,8 @@ EXPRESSIONS = {
     "very many stars": ".*" * 300 + "x",
     "optional": "(a?){40}a{40}x",
     "repeats": "(a{1,1000}){1,1000}",
+    "nested repeats": nested("(", "a", "){99}", 6),
+    "repeats with spaces": "(?x)" + nested("(", "a", ") { 9 9 }", 6),
     "huge repeat": "a{99999999999}",
     "reference": r"(a*)*\1x",
     "lookahead": "(?=(a+)+x).*",

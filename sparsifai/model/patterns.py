@@ -17,7 +17,7 @@ from torch import nn
 
 from ..support.printable import quoted
 from ..support.registry import close_matches
-from ..support.regular_expression import LONGEST, TimeLimit, compiled
+from ..support.regular_expression import LONGEST, SHORT, TimeLimit, compiled, is_quick
 from .layers import NamedWeight
 
 Pattern = str | type | nn.Module | Callable[[str, nn.Module], bool]
@@ -25,6 +25,7 @@ Pattern = str | type | nn.Module | Callable[[str, nn.Module], bool]
 MOST_EXPRESSIONS = 2000  # globs and regular expressions in a list
 SECONDS = 5.0  # for all patterns of a list together
 SECONDS_PER_NAME = 0.001  # more for each name in a model, as its own author may have many patterns
+NAMES_AT_ONCE = 30  # between two looks at the clock
 
 
 def as_patterns(patterns: Pattern | Iterable[Pattern]) -> list[Pattern]:
@@ -140,8 +141,13 @@ class Places:
         matches = name_matcher(pattern)
         if matches is None:
             return set(self._of.get(pattern, ()))
-        self._limit.left()  # a glob is matched fast, but there may be many
-        return set().union(*(of for place, of in self._of.items() if place == pattern or matches(place, self._limit)))
+        found = set[str]()
+        for number, (place, of) in enumerate(self._of.items()):
+            if number % NAMES_AT_ONCE == 0:
+                self._limit.left()  # each name is matched fast, but there may be many
+            if place == pattern or matches(place, self._limit):
+                found |= of
+        return found
 
 
 def name_matcher(pattern: str) -> Callable[[str, TimeLimit], bool] | None:
@@ -160,7 +166,11 @@ def name_matcher(pattern: str) -> Callable[[str, TimeLimit], bool] | None:
             expression = compiled(pattern[len("re:") :])
         except ValueError as error:
             raise ValueError(f"{quoted(pattern)} is not a valid regular expression: {error}") from None
-        return lambda name, limit: limit.matches(expression, name)
+        short = SHORT if is_quick(pattern[len("re:") :]) else -1
+        fullmatch = expression.fullmatch
+        return lambda name, limit: (
+            fullmatch(name) is not None if len(name) <= short else limit.matches(expression, name)
+        )
     return None if is_name(pattern) else _glob(pattern)
 
 

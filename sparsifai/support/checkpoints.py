@@ -62,11 +62,11 @@ def load_checkpoint(path: str | os.PathLike, *, others: bool = False) -> Any:
         begin = file.read(len(_BEGIN_OF_OLD_FILES))
         file.seek(0)
         if others and begin == _BEGIN_OF_OLD_FILES:
-            check = PickleCheck(size, None)
+            check = PickleCheck(size, None, others)
             for _ in range(5):  # a number, the version, the system, the content, the order of the storages
                 check.follow(file)
         elif begin[:4] == b"PK\x03\x04":
-            _check_archive(file, size)
+            _check_archive(file, size, others)
         else:
             raise ValueError("it does not begin as a file of torch.save does")
         file.seek(0)
@@ -99,7 +99,7 @@ class _Record:
     crc32: int
 
 
-def _check_archive(file: BinaryIO, size: int) -> None:
+def _check_archive(file: BinaryIO, size: int, others: bool) -> None:
     """Check that the records are stored as they are, and that the pickle says no other sizes."""
     records = _records(file, size)
     folder = next(iter(records), b"").partition(b"/")[0]
@@ -112,7 +112,7 @@ def _check_archive(file: BinaryIO, size: int) -> None:
     storages = {
         name[len(data) :].decode("latin1"): record.bytes for name, record in records.items() if name.startswith(data)
     }
-    PickleCheck(size, storages).follow(BytesIO(b"".join(_content(file, pickle))))
+    PickleCheck(size, storages, others).follow(BytesIO(b"".join(_content(file, pickle))))
     for name, record in records.items():  # torch compares none
         checksum = 0
         for part in _content(file, record):

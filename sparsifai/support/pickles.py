@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, BinaryIO
 
@@ -22,6 +22,8 @@ MOST_TUPLE_KEYS = 1000
 _EXPANDED = 2**22
 _TIMES_THE_FILE = 32
 
+_MANY = 2**62
+
 _STORAGES = {
     "Float": 4, "Double": 8, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1,
     "ComplexFloat": 8, "ComplexDouble": 16, "QInt8": 1, "QUInt8": 1, "QInt32": 4, "QUInt4x2": 1, "QUInt2x4": 1,
@@ -29,10 +31,15 @@ _STORAGES = {
 _ITEM_BYTES = {**{f"torch {kind}Storage": size for kind, size in _STORAGES.items()}, "torch.storage UntypedStorage": 1}
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False)
 class _Tuple:
     items: list[Any]
-    size: int  # its values, each as often as it would be written out
+
+    def __post_init__(self) -> None:
+        # Its values, each as often as it would be written out. Nested tuples that share parts soon have 10^1000.
+        sizes: list[int] = [each.size if isinstance(each, _Tuple) else 1 for each in self.items]
+        self.size: int = min(1 + sum(sizes), _MANY)
+        self.weight: int = min(sum(map(_weight, self.items)), _MANY)
 
 
 @dataclass(eq=False, slots=True)
@@ -41,6 +48,8 @@ class _Made:
 
     kind: str
     bytes: int = 0  # of a storage
+    weight: int = 0  # what it costs to copy it or to go through it: values of a container, bytes of a tensor or text
+    items: list[Any] = field(default_factory=list)  # of a list, of which a set may be made
 
 
 class PickleCheck:
@@ -50,10 +59,11 @@ class PickleCheck:
         file_bytes: The bytes of the whole file, to which sizes are in proportion.
         storages: Key of a storage -> its bytes in the file. None if the pickle alone says them, as in files of torch
             before 1.6; then all of them together may not be larger than the file.
+        others: Whether numbers of numpy and lists of fastcore are allowed, too.
     """
 
-    def __init__(self, file_bytes: int, storages: Mapping[str, int] | None):
-        self.file_bytes, self.storages = file_bytes, storages
+    def __init__(self, file_bytes: int, storages: Mapping[str, int] | None, others: bool = False):
+        self.file_bytes, self.storages, self.others = file_bytes, storages, others
         self.claimed: dict[str, int] = {}
         self.claimed_bytes = self.opcodes = self.elements = self.tuple_keys = 0
 
@@ -115,22 +125,26 @@ class PickleCheck:
     def _put(self, name: str, stack: list[Any], items: list[Any]) -> None:
         """Put what an opcode makes of the items on the stack."""
         if name == "NEWOBJ":
-            if not _is_call(*items) or items[0].kind not in _LISTS or items[1].items:
-                raise ValueError(f"it makes {_named(items[0])}, which no checkpoint needs")
+            if not (self.others and _is_call(*items) and items[0].kind in _LISTS and not items[1].items):
+                raise self._object_of(items[0])
             stack.append(_Made(items[0].kind))
         elif name.startswith("TUPLE"):
-            stack.append(_Tuple(items, 1 + sum(each.size if isinstance(each, _Tuple) else 1 for each in items)))
+            stack.append(_Tuple(items))
         elif name in ("APPEND", "APPENDS"):
             _expect(stack[-1], "list")
+            stack[-1].items += items
+            stack[-1].weight += len(items)
         elif name in ("SETITEM", "SETITEMS"):
             _expect(stack[-1], "dict", "collections OrderedDict", "collections Counter")
             self._check_keys(items[::2])
+            stack[-1].weight += len(items)
         elif name == "BINPERSID":
             stack.append(self._storage(items[0]))
         elif name == "BUILD":
             _expect(stack[-1], "collections OrderedDict", "numpy dtype", *_LISTS)
             if stack[-1].kind != "numpy dtype" or not isinstance(items[0], _Tuple):
                 _expect(items[0], "dict")
+            self._spend(items[0].weight)
         else:
             stack.append(self._called(*items))
 
@@ -172,12 +186,26 @@ class PickleCheck:
         if not _is_call(function, arguments):
             raise ValueError("it calls something that is no function")
         name, given = function.kind, arguments.items
-        check = _CALLS.get(name)
+        check = _CALLS.get(name) or (_OF_NUMPY.get(name) if self.others else None)
         if check is None:
-            raise ValueError(f"it calls {_named(function)}, which no checkpoint needs")
+            raise self._object_of(function)
         if not check(self, given):
-            raise ValueError(f"it calls {name.replace(' ', '.')} with wrong arguments")
-        return _Made(name)
+            raise ValueError(f"it calls {_name(function)} with wrong arguments")
+        weight = sum(map(_weight, given))  # it may be called again and again with the same large argument
+        if check is not _VIEW:
+            self._spend(weight)
+        return _Made(name, weight=weight)
+
+    @staticmethod
+    def _object_of(function: Any) -> ValueError:
+        return ValueError(
+            f"it holds an object of {_name(function)}; only tensors and plain values are read, save these alone"
+        )
+
+    def _spend(self, weight: int) -> None:
+        self.elements += weight
+        if self.elements > _TIMES_THE_FILE * self.file_bytes + 2**24:
+            raise ValueError("its tensors and values are many times more than the file")
 
     def _is_view(self, given: list[Any]) -> bool:
         """Whether a tensor fits into its storage."""
@@ -190,11 +218,11 @@ class PickleCheck:
         # An element of an untyped storage may have up to 16 bytes; torch checks it again with the dtype.
         item = _ITEM_BYTES[storage.kind]
         last = offset + sum((size - 1) * stride for size, stride in zip(shape.items, strides.items, strict=True))
-        self.elements += count * item
         if count and (last + 1) * item > storage.bytes:
             raise ValueError("a tensor is larger than its storage")
-        if count * item > storage.bytes + _EXPANDED or self.elements > _TIMES_THE_FILE * self.file_bytes + 2**24:
-            raise ValueError("its tensors have many times more elements than the file")
+        if count * item > storage.bytes + _EXPANDED:
+            raise ValueError("a tensor has many times more elements than its storage")
+        self._spend(count * item)
         return True
 
 
@@ -203,9 +231,15 @@ def _expect(value: Any, *kinds: str) -> None:
         raise ValueError("its pickle changes something that cannot be changed")
 
 
-def _named(value: Any) -> str:
-    """What a value is, for a message."""
-    return value.kind.replace(" ", ".")[:100] if isinstance(value, _Made) else type(value).__name__
+def _name(function: Any) -> str:
+    return function.kind.replace(" ", ".")[:100] if isinstance(function, _Made) else "no class"
+
+
+def _weight(value: Any) -> int:
+    """What it costs to copy a value or to go through it."""
+    if isinstance(value, (_Tuple, _Made)):
+        return value.weight
+    return len(value) if isinstance(value, str) else 1
 
 
 def _is_call(function: Any, arguments: Any) -> bool:
@@ -226,6 +260,14 @@ def _is_text(given: list[Any]) -> bool:
     return is_bytes and len(given) <= 2 and all(each in ("latin1", "latin-1") for each in given[1:])
 
 
+def _is_set(check: PickleCheck, given: list[Any]) -> bool:
+    """Whether these are the arguments with which a set is made of a list."""
+    if len(given) != 1 or not isinstance(given[0], _Made) or given[0].kind != "list":
+        return False
+    check._check_keys(given[0].items)
+    return True
+
+
 def _anything(check: PickleCheck, given: list[Any]) -> bool:
     return True
 
@@ -242,6 +284,7 @@ _CALLS: dict[str, Callable[[PickleCheck, list[Any]], bool]] = {
     "_codecs encode": lambda check, given: _is_text(given),
     "__builtin__ bytearray": lambda check, given: _is_text(given),
     "__builtin__ complex": _anything,
+    "__builtin__ set": _is_set,
     "torch._utils _rebuild_tensor": _VIEW,
     "torch._utils _rebuild_tensor_v2": _VIEW,
     "torch._utils _rebuild_tensor_v3": _VIEW,
@@ -251,7 +294,12 @@ _CALLS: dict[str, Callable[[PickleCheck, list[Any]], bool]] = {
     "torch._utils _rebuild_meta_tensor_no_storage": _anything,
     "torch._utils _rebuild_sparse_tensor": _anything,
     "torch._utils _rebuild_nested_tensor": _anything,
-    **dict.fromkeys(("numpy._core.multiarray scalar", "numpy.core.multiarray scalar"), _anything),
+}
+
+# Numbers of numpy.
+_OF_NUMPY: dict[str, Callable[[PickleCheck, list[Any]], bool]] = {
+    "numpy._core.multiarray scalar": _anything,
+    "numpy.core.multiarray scalar": _anything,
     "numpy dtype": lambda check, given: isinstance(given[0], str) and given[0][:1] in tuple("biufc"),
 }
 
@@ -261,7 +309,7 @@ _LISTS = ("fastcore.foundation L",)
 # Opcodes, of those that torch.load knows with weights_only=True.
 _VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"}
 _NAMED: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_TUPLE": lambda: _Tuple([], 1),
+    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_TUPLE": lambda: _Tuple([]),
     "EMPTY_LIST": lambda: _Made("list"), "EMPTY_DICT": lambda: _Made("dict"),
 }  # fmt: skip
 _OF_MARKED = {"TUPLE", "APPENDS", "SETITEMS"}

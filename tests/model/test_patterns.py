@@ -115,3 +115,13 @@ def test_a_name_is_a_pattern_of_itself():
     model = nn.ModuleDict({"a[0]": nn.Linear(2, 2), "a0": nn.Linear(2, 2), "*": nn.Linear(2, 2)})
     assert list(Sparsifier(model, layers="a[0]").masks) == ["a[0].weight", "a0.weight"]
     assert list(Sparsifier(model, exclude="a[0].weight").masks) == ["*.weight"]
+
+
+def test_simple_expressions_look_at_the_clock_once_for_many_names(monkeypatch):
+    """With a limit of time for each match, 500 expressions took longer than they may for a model of 10,000 layers."""
+    names = [f"model.layers.{layer}.block{block}.weight" for layer in range(100) for block in range(10)]
+    places, looks, left = patterns.Places({name: [name] for name in names}), [], patterns.TimeLimit.left
+    monkeypatch.setattr(patterns.TimeLimit, "left", lambda limit: looks.append(0) or left(limit))
+    for layer in range(10):
+        assert len(places.matching(f"re:.*layers[.]{layer}[.].*weight.*")) == 10
+    assert len(looks) < len(names)

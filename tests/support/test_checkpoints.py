@@ -4,8 +4,12 @@ import io
 import os
 import warnings
 import zipfile
+from collections import defaultdict
+from datetime import date
+from pathlib import Path
 
 import hostile
+import numpy as np
 import pytest
 import torch
 from hostile import Call, Named, Storage, pickled, torch_file, view
@@ -27,6 +31,7 @@ def many_kinds():
         return {
             "model": model.state_dict(), "optimizer": optimizer.state_dict(), "tagged": tagged, "bytes": b"xy",
             "bytearray": bytearray(b"xy"), "complex": 1j, "size": torch.Size([1, 2]), "device": torch.device("cpu"),
+            "set": {1, "a", (1, 2)},
             "dtype": torch.float32, "long": 2**70, "tuple": (1, (2.0, None, True)), (1, 2): "key", 3: "key",
             "uint16": torch.ones(2, dtype=torch.uint16), "coo": torch.eye(3).to_sparse(),
             "csr": torch.eye(3).to_sparse_csr(), "meta": torch.empty(3, device="meta"), "empty": torch.empty(0, 3),
@@ -111,3 +116,18 @@ def test_hostile_files_are_refused(tmp_path, monkeypatch, name):
     with pytest.raises(ValueError, match="."):
         load_checkpoint(path, others=True)
     assert os.listdir(tmp_path) == ["file"]  # no code was run
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (nn.Linear(2, 2), "Linear"), (np.float64(1), "numpy"), (date(2026, 1, 1), "datetime.date"),
+        (Path("a"), "Path"), (defaultdict(int), "collections.defaultdict"),
+    ],
+)  # fmt: skip
+def test_objects_are_refused_by_their_class(tmp_path, content, kind):
+    torch.save({"model": {}, "more": content}, tmp_path / "file")
+    with pytest.raises(
+        ValueError, match=f"it holds an object of .*{kind}.*; only tensors and plain values are read, save"
+    ):
+        load_checkpoint(tmp_path / "file")

@@ -1,10 +1,13 @@
 """Regular expressions of others: the answers are those of Python's `re`, and no expression takes long."""
 
 import re
+import time
+from hashlib import pbkdf2_hmac
+from threading import Thread
 
 import pytest
 
-from sparsifai.support.regular_expression import TimeLimit, compiled
+from sparsifai.support.regular_expression import SHORT, TimeLimit, compiled, is_quick
 
 NAMES = [
     f"encoder.layer.{layer}.{module}.{parameter}"
@@ -47,7 +50,7 @@ def test_hostile_expressions_have_an_answer_or_are_over_time(expression):
         answer = TimeLimit(0.2, "too much").matches(compiled(expression), "a" * 150 + "b")
     except ValueError as error:
         answer, message = False, str(error)
-        assert "too much" in message or "recursion" in message  # noqa: PT017 (either an answer or this error)
+        assert "too much" in message or "recursion" in message or "repeated" in message  # noqa: PT017 (either an answer or this error)
     assert not answer
 
 
@@ -71,8 +74,40 @@ def test_expressions_that_call_themselves_are_refused(expression):
 
 
 @pytest.mark.parametrize(
-    ("expression", "message"), [("(", "missing"), ("a" * 1101, "1,101 characters"), ("*", "nothing")]
+    ("expression", "message"),
+    [
+        ("(", "missing"),
+        ("a" * 1101, "1,101 characters"),
+        ("*", "nothing"),
+        ("(?x) a", "flag x"),
+        ("(?:" * 4 + "a" + "{99})" * 4, "repeated too often"),
+        ("(?:" + "(a|b)" * 200 + "){999}", "repeated too often"),
+    ],
 )
 def test_what_is_no_expression(expression, message):
     with pytest.raises(ValueError, match=message):
         compiled(expression)
+
+
+def test_the_time_of_other_threads_does_not_count():
+    limit, begin = TimeLimit(0.2, "too much"), time.process_time()
+    busy = Thread(target=pbkdf2_hmac, args=("sha512", b"a", b"b", 400_000))
+    busy.start()
+    busy.join()
+    assert time.process_time() - begin > 0.2
+    assert limit.left() > 0
+
+
+QUICK = [".*layers[.]3[.].*proj.*", "(?:query|key).*", r"\w+\.weight", ".*.*.*x", "(.*).*\\1x"]
+
+
+@pytest.mark.parametrize("expression", QUICK)
+def test_quick_expressions_are_quick(expression):
+    assert is_quick(expression)
+    for text in ("a" * SHORT, "." * SHORT, "a." * (SHORT // 2), "x" + "a" * (SHORT - 1)):
+        assert TimeLimit(1, "too much").matches(compiled(expression), text) in (False, True)
+
+
+@pytest.mark.parametrize("expression", [each for each in HOSTILE if each != "|" * 900] + ["(a)(?#)*", "(a*)|" * 5])
+def test_hostile_expressions_are_not_quick(expression):
+    assert not is_quick(expression)
