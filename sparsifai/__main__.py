@@ -87,7 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--picture", type=Path, help="a file for a picture of the sparsity over time and of the layers")
 
     report = command("report", _report, _REPORT)
-    report.add_argument("checkpoint", type=Path, help="a file of torch.save(model.state_dict(), path), learn.save(name, with_opt=False) or save_sparse")
+    report.add_argument(
+        "checkpoint",
+        type=Path,
+        help="a file of torch.save(model.state_dict(), path), learn.save(name, with_opt=False) or save_sparse",
+    )
 
     convert = command("convert", _convert, _CONVERT)
     convert.add_argument("recipe", type=Path, help="a recipe of SparseML, YAML or Markdown that begins with YAML")

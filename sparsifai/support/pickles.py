@@ -114,7 +114,7 @@ class PickleCheck:
                 elif name == "PROTO" and argument != 2:
                     raise ValueError(f"it is of pickle protocol {argument}, and torch.save uses 2")
                 elif name == "NEWOBJ":
-                    raise ValueError(f"it holds an object of {_name(stack[-2])}; only tensors and plain values are read, save these alone")
+                    raise ValueError(_object(stack[-2]))
                 elif name == "STOP":
                     return stack.pop()
                 elif name != "PROTO":
@@ -184,7 +184,7 @@ class PickleCheck:
         name, given = function.kind, arguments.items
         check = _CALLS.get(name)
         if check is None:
-            raise ValueError(f"it holds an object of {_name(function)}; only tensors and plain values are read, save these alone")
+            raise ValueError(_object(function))
         if not check(self, given):
             raise ValueError(f"it calls {_name(function)} with wrong arguments")
         weight = sum(map(_weight, given))  # it may be called again and again with the same large argument
@@ -223,6 +223,10 @@ def _expect(value: Any, *kinds: str) -> None:
 
 def _name(function: Any) -> str:
     return function.kind.replace(" ", ".")[:100] if isinstance(function, _Made) else "no class"
+
+
+def _object(function: Any) -> str:
+    return f"it holds an object of {_name(function)}; only tensors and plain values are read, save these alone"
 
 
 def _weight(value: Any) -> int:

@@ -127,5 +127,7 @@ def test_hostile_files_are_refused(tmp_path, monkeypatch, name):
 )  # fmt: skip
 def test_objects_are_refused_by_their_class(tmp_path, content, kind):
     torch.save({"model": {}, "more": content}, tmp_path / "file")
-    with pytest.raises(ValueError, match=f"it holds an object of .*{kind}.*; only tensors and plain values are read, save"):
+    with pytest.raises(
+        ValueError, match=f"it holds an object of .*{kind}.*; only tensors and plain values are read, save"
+    ):
         load_checkpoint(tmp_path / "file")
