@@ -114,6 +114,8 @@ class PickleCheck:
                     self._put(name, stack, items)
                 elif name == "PROTO" and argument != 2:
                     raise ValueError(f"it is of pickle protocol {argument}, and torch.save uses 2")
+                elif name == "NEWOBJ":
+                    raise ValueError(_object(stack[-2]))
                 elif name == "STOP":
                     return stack.pop()
                 elif name != "PROTO":
@@ -189,6 +191,7 @@ class PickleCheck:
         check = _CALLS.get(name) or (_OF_NUMPY.get(name) if self.others else None)
         if check is None:
             raise self._object_of(function)
+            raise ValueError(_object(function))
         if not check(self, given):
             raise ValueError(f"it calls {_name(function)} with wrong arguments")
         weight = sum(map(_weight, given))  # it may be called again and again with the same large argument
@@ -233,6 +236,10 @@ def _expect(value: Any, *kinds: str) -> None:
 
 def _name(function: Any) -> str:
     return function.kind.replace(" ", ".")[:100] if isinstance(function, _Made) else "no class"
+
+
+def _object(function: Any) -> str:
+    return f"it holds an object of {_name(function)}; only tensors and plain values are read, save these alone"
 
 
 def _weight(value: Any) -> int:
