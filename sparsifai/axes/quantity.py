@@ -298,9 +298,10 @@ def _synaptic_flow(source: QuantitySource) -> dict[str, Tensor]:
     parameters = {name: values[layer.parameter].requires_grad_() for name, layer in source.layers.items()}
     with in_modes(torch.enable_grad()):
         inputs = tree_map(_ones, with_autograd(first_example(source.example_input)))
+        # A copy, because the model can be in use by other threads, and this can be interrupted.
+        shell = shell_of(model, values)
         try:
-            # A copy, because the model can be in use by other threads, and this can be interrupted.
-            output = run(shell_of(model, values), inputs)
+            output = run(shell, inputs)
         except Exception as error:
             raise ValueError(
                 f"synflow: the model fails on ones in float64 in the shape of example_input ({message_of(error)}); "

@@ -47,7 +47,7 @@ def copy_of(model: nn.Module) -> nn.Module:
     `copy.deepcopy` refuses such tensors; the copy holds them without their graph.
 
     Raises:
-        ValueError: A parameter cannot be copied, as one in a sparse layout.
+        ValueError: It holds something that cannot be copied, as a parameter in a sparse layout, or a lock.
     """
     held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     for name, parameter in model.named_parameters():
@@ -55,7 +55,18 @@ def copy_of(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"{printable(name)} of {kind_of(model)} cannot be copied ({why}); replace it by a plain dense tensor"
             )
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in held if not value.is_leaf})
+    return _deepcopied(model, {id(value): value.detach().clone() for value in held if not value.is_leaf})
+
+
+def _deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # the code of a user's class can raise anything
+        raise ValueError(
+            f"{kind_of(model)} cannot be copied by copy.deepcopy ({message_of(error)}), but the work is "
+            "done on a copy, so that the model stays as it is; leave out what cannot be copied in __getstate__ of its "
+            "module"
+        ) from error
 
 
 def _why_not_copied(parameter: Tensor) -> str:
@@ -92,12 +103,15 @@ def shell_of(model: nn.Module, instead: Mapping[Tensor, Tensor] | None = None) -
     Args:
         model: The model.
         instead: Parameters and buffers -> tensors that the copy has in their place.
+
+    Raises:
+        ValueError: It holds something that cannot be copied, as a lock.
     """
     # Activations that a forward has stored on a module cannot be copied; they are shared like the parameters.
     kept = [tensor for module in model.modules() for tensor in tensors_in(vars(module)) if not tensor.is_leaf]
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *kept)}
     memo |= {id(tensor): other for tensor, other in (instead or {}).items()}
-    shell = copy.deepcopy(model, memo).eval()
+    shell = _deepcopied(model, memo).eval()
     for part in list(shell.modules()):
         for name, child in part.named_children():
             setattr(part, name, unwrapped(child))  # nothing sees into compiled modules

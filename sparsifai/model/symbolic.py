@@ -39,6 +39,9 @@ class Tracer(torch.fx.Tracer):
             return True
         return super().is_leaf_module(module, name) and not any(module.children())
 
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        return Proxy(node, self)
+
     def trace(self, root: nn.Module, concrete_args: None = None) -> torch.fx.Graph:  # type: ignore[override]
         """Trace a copy of a model, which cannot be used afterwards.
 
@@ -77,6 +80,19 @@ class Tracer(torch.fx.Tracer):
             return type(module)._call_impl(module, *args, **kwargs)
 
         return lambda *args, **kwargs: self.call_module(module, forward, args, kwargs)
+
+
+class Proxy(torch.fx.Proxy):
+    """A proxy that `math` can round, also in functions that see their own globals, such as methods of plain classes."""
+
+    def __ceil__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
+
+    def __floor__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.floor, (self,), {})
+
+    def __trunc__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.trunc, (self,), {})
 
 
 class _Seen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator, Mapping
+from io import BytesIO
 from typing import Any
 
 from torch import nn
@@ -41,6 +42,13 @@ class CopiedWithModel:
         return super().__reduce_ex__(protocol)
 
 
+class _Functions(pickle.Pickler):
+    """A pickler that leaves out models: a hook can be a method of one, and there can be a hook on every layer."""
+
+    def persistent_id(self, value: Any) -> str | None:
+        return "model" if isinstance(value, nn.Module) else None
+
+
 def _check_can_be_pickled(options: Mapping[str, Any], model: nn.Module | None) -> None:
     """Check the functions that another process has to find by their names.
 
@@ -73,7 +81,7 @@ def _hooks_of(model: nn.Module | None) -> Iterator[tuple[str, Any]]:
 def _why_not(value: Any) -> str | None:
     """Why a value cannot be pickled, None if it can be."""
     try:
-        pickle.dumps(value)
+        _Functions(BytesIO()).dump(value)
     except Exception as error:  # pickle.PicklingError, AttributeError, TypeError, or what an object's own code raises
         return str(error)
     return None

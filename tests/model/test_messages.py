@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from threading import Lock
 
 import pytest
 import torch
@@ -89,6 +90,17 @@ BATCH = (
 )
 
 
+class Locked(nn.Sequential):
+    """A model that cannot be copied."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(4, 3), nn.Linear(3, 2))
+        self.lock = Lock()
+
+
+LOCKED = ["Locked cannot be copied by copy.deepcopy (", "leave out what cannot be copied in __getstate__ of its"]
+
+
 def sparse_layer():
     layer = nn.Linear(3, 4)
     layer.weight = nn.Parameter(torch.eye(4, 3).to_sparse())
@@ -130,6 +142,17 @@ MESSAGES = [
         lambda: Sparsifier(nn.Sequential(nn.LazyLinear(3))),
         ValueError,
         ["0 is lazy and has no shape yet; run one batch through the model first"],
+    ),
+    *(
+        (f"a model that cannot be copied, {name}", mistake, ValueError, LOCKED)
+        for name, mistake in [
+            ("traced", lambda: Sparsifier(Locked(), "filter", example_input=torch.ones(2, 4))),
+            ("run", lambda: copy_of(Locked())),
+            (
+                "by synflow",
+                lambda: Sparsifier(Locked(), criteria="synflow", example_input=torch.ones(2, 4)).sparsify(0.5),
+            ),
+        ]
     ),
     (
         "a mask of another model",

@@ -1,6 +1,7 @@
 """Models that torch.fx can trace because it replaces functions for the whole process; here it is done without."""
 
 import math
+from functools import partial
 from math import sqrt
 
 import pytest
@@ -100,6 +101,42 @@ class ByUnregistered(Base):
         return self.unregistered[0](x)
 
 
+class Rounding:
+    @staticmethod
+    def half(x):
+        return x * math.ceil(x.size(-1) / 2) * math.floor(x.size(-1) / 2) * math.trunc(x.size(-1) / 2)
+
+    def __call__(self, x):
+        return self.half(x)
+
+
+class ByPlainClass(Base):
+    def between(self, x):
+        return Rounding.half(x)
+
+
+class ByObject(Base):
+    def between(self, x):
+        return Rounding()(x)
+
+
+class ByPartial(Base):
+    def between(self, x):
+        return partial(Rounding.half)(x)
+
+
+class ByTable(Base):
+    table = {"half": Rounding.half}
+
+    def between(self, x):
+        return self.table["half"](x)
+
+
+class ByParent(ByPlainClass):
+    def between(self, x):
+        return ByPlainClass.between(self, x)
+
+
 KINDS = [
     *(
         Base,
@@ -113,7 +150,7 @@ KINDS = [
         ByWrapped,
         ByCompiled,
     ),
-    ByUnregistered,
+    *(ByUnregistered, ByPlainClass, ByObject, ByPartial, ByTable, ByParent),
 ]
 
 

@@ -66,3 +66,26 @@ def test_what_cannot_be_pickled_is_named(mlp, options, hook, message):
         mlp[0].register_forward_hook(hook)
     with pytest.raises(pickle.PicklingError, match=message):
         pickle.dumps({"kept": [sparsifier]})
+
+
+class Counted(torch.nn.Sequential):
+    """A model that hooks its own method on its layers, and counts how often it is pickled."""
+
+    pickled = 0
+
+    def see(self, layer, inputs, output):
+        pass
+
+    def __getstate__(self):
+        Counted.pickled += 1
+        return super().__getstate__()
+
+
+def test_a_model_with_its_own_methods_as_hooks_is_pickled_once():
+    model = Counted(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    for layer in model:
+        layer.register_forward_hook(model.see)
+    sparsifier, Counted.pickled = Sparsifier(model), 0
+    other = pickle.loads(pickle.dumps(sparsifier))
+    assert Counted.pickled == 1
+    assert next(iter(other.model[0]._forward_hooks.values())).__self__ is other.model

@@ -204,6 +204,19 @@ class FailsAtThird:
         self.zero_masked(*given)
 
 
+def test_showing_an_unfinished_sparsifier_changes_nothing(monkeypatch):
+    sparsifier = Sparsifier(small_net())
+    with monkeypatch.context() as patch:
+        patch.setattr(masking, "zero_masked", raising(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            sparsifier.sparsify(0.5)
+    before = [parameter.clone() for parameter in sparsifier.model.parameters()]
+    assert repr(sparsifier).endswith("layers, in an unfinished call)")
+    assert all(map(torch.equal, before, sparsifier.model.parameters()))
+    assert sparsifier.sparsity == 0.5
+    assert repr(sparsifier).endswith("sparsity 0.5000)")
+
+
 def test_a_saved_state_replaces_what_is_unfinished(monkeypatch):
     sparsifier, optimizer = prepared("filter", "local")()
     state = sparsifier.state_dict()
