@@ -88,11 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     report = command("report", _report, _REPORT)
     report.add_argument("checkpoint", type=Path, help="a file of torch.save, learn.save or save_sparse")
-    report.add_argument(
-        "checkpoint",
-        type=Path,
-        help="a file of torch.save(model.state_dict(), path), learn.save(name, with_opt=False) or save_sparse",
-    )
 
     convert = command("convert", _convert, _CONVERT)
     convert.add_argument("recipe", type=Path, help="a recipe of SparseML, YAML or Markdown that begins with YAML")

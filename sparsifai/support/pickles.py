@@ -114,8 +114,6 @@ class PickleCheck:
                     self._put(name, stack, items)
                 elif name == "PROTO" and argument != 2:
                     raise ValueError(f"it is of pickle protocol {argument}, and torch.save uses 2")
-                elif name == "NEWOBJ":
-                    raise ValueError(_object(stack[-2]))
                 elif name == "STOP":
                     return stack.pop()
                 elif name != "PROTO":
@@ -128,7 +126,7 @@ class PickleCheck:
         """Put what an opcode makes of the items on the stack."""
         if name == "NEWOBJ":
             if not (self.others and _is_call(*items) and items[0].kind in _LISTS and not items[1].items):
-                raise self._object_of(items[0])
+                raise ValueError(_object(items[0]))
             stack.append(_Made(items[0].kind))
         elif name.startswith("TUPLE"):
             stack.append(_Tuple(items))
@@ -190,7 +188,6 @@ class PickleCheck:
         name, given = function.kind, arguments.items
         check = _CALLS.get(name) or (_OF_NUMPY.get(name) if self.others else None)
         if check is None:
-            raise self._object_of(function)
             raise ValueError(_object(function))
         if not check(self, given):
             raise ValueError(f"it calls {_name(function)} with wrong arguments")
@@ -198,12 +195,6 @@ class PickleCheck:
         if check is not _VIEW:
             self._spend(weight)
         return _Made(name, weight=weight)
-
-    @staticmethod
-    def _object_of(function: Any) -> ValueError:
-        return ValueError(
-            f"it holds an object of {_name(function)}; only tensors and plain values are read, save these alone"
-        )
 
     def _spend(self, weight: int) -> None:
         self.elements += weight
