@@ -109,9 +109,9 @@ def _outputs_first(layer: Any) -> tuple[tuple[int, ...], list[int], int]:
         raise ValueError("context per_output cannot be combined with round_to=; leave one of them out")
     if "out" not in axes or layer.grid["out"] == len(layer) or layer.whole:
         raise ValueError(
-            "context per_output ranks the groups within one output, and the groups of "
-            f"{printable(layer.target.name)} are not "
-            "parts of outputs; choose another granularity, such as 'weight', or leave the layer out with exclude="
+            f"context per_output ranks the groups within one output, and the groups of {printable(layer.target.name)} "
+            "are not parts of outputs; choose another granularity, such as 'weight', or leave the layer out with "
+            "exclude="
         )
     shape = tuple(layer.grid.values())
     outer = [axes.index(axis) for axis in ("groups", "expert", "out") if axis in axes]
@@ -191,8 +191,7 @@ def ask(
         if not kept.any() and not layer.whole and not layer.may_empty:
             raise ValueError(
                 f"context {name_of(context)} prunes all of {printable(layer.target.name)}; every layer must keep at "
-                "least one "
-                "group, unless may_empty=True is given"
+                "least one group, unless may_empty=True is given"
             )
     if sparsity > 0:
         notices += _notices_of_limits(context, layers, sparsity, granularity, all_kept)
@@ -290,8 +289,7 @@ def _cannot_be_reached(how: str, shares: Mapping[str, float], context: Context) 
     advice = "choose smaller groups, another context, may_empty=True, or leave such layers out with exclude="
     return (
         f"the sparsity that was asked for cannot be reached: {how} at most {percent(shares[name])} of "
-        f"{printable(name)} can be "
-        f"pruned, {_why_not(context, advice)}"
+        f"{printable(name)} can be pruned, {_why_not(context, advice)}"
     )
 
 

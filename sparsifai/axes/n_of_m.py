@@ -80,9 +80,8 @@ class Blocks:
             raise ValueError(f"context {self.__name__} cannot be combined with round_to=; leave one of them out")
         if layer.whole or (layer.grid.get(self.axis, 1) == 1 and layer.target.axes.get(self.axis, 2) > 1):
             raise ValueError(
-                f"context {self.__name__}: {printable(layer.target.name)} has no groups along {self.axis!r} that "
-                "could form "
-                "blocks; choose another granularity or axis, or leave the layer out with exclude="
+                f"context {self.__name__}: {printable(layer.target.name)} has no groups along {self.axis!r} that could "
+                "form blocks; choose another granularity or axis, or leave the layer out with exclude="
             )
         shape, place = tuple(layer.grid.values()), list(layer.grid).index(self.axis)
         return math.prod(shape[:place]), shape[place], math.prod(shape[place + 1 :])

@@ -242,10 +242,9 @@ def _by_channel(layer: NamedWeight, value: Tensor) -> Tensor:
     """Reshape the input of a layer to (channels, everything else)."""
     if "expert" in layer.axes:
         raise UnsuitableLayerError(
-            f"activation: every expert of {printable(layer.name)} has inputs of its own, which are not seen; leave "
-            "the experts "
-            f"out with exclude=, such as the class {layer.kind}, or choose a criterion without activations, such as "
-            "large_final with context 'per_output'"
+            f"activation: every expert of {printable(layer.name)} has inputs of its own, which are not seen; leave the "
+            f"experts out with exclude=, such as the class {layer.kind}, or choose a criterion without activations, "
+            "such as large_final with context 'per_output'"
         )
     channels = layer.axes["in"] * layer.convolution_groups
     # Channels are the second axis in a convolution (the first without a batch), and the last axis in other layers.

@@ -85,6 +85,5 @@ def check_same_outputs(caller: str, name: str, weight: Tensor, bias: Tensor | No
     if not difference <= TOLERANCES[weight.dtype] * largest:
         raise RuntimeError(
             f"{caller}: {printable(name)} has other outputs after the conversion: they differ by up to "
-            f"{difference:.3g}, where "
-            f"the largest is {largest:.3g}"
+            f"{difference:.3g}, where the largest is {largest:.3g}"
         )

@@ -272,21 +272,18 @@ def _check_fits(path: Path, name: str, tensor: Tensor, stored: StoredTensor) -> 
     dtype, own = _torch_name(stored.dtype), _torch_name(NAMES[tensor.dtype])
     if stored.shape != tensor.shape:
         raise ValueError(
-            f"load_sparse: {printable(name)} has the shape {stored.shape} in {path}, but {tuple(tensor.shape)} in "
-            "the model; "
-            "build the model as it was when it was saved"
+            f"load_sparse: {printable(name)} has the shape {stored.shape} in {path}, but {tuple(tensor.shape)} in the "
+            "model; build the model as it was when it was saved"
         )
     if dtype != own:
         raise ValueError(
-            f"load_sparse: {printable(name)} is {dtype} in {path}, but {own} in the model, and a cast would lose "
-            "bits; load into "
-            f"a model of that dtype, as model.to(torch.{dtype}) gives, and cast it afterwards"
+            f"load_sparse: {printable(name)} is {dtype} in {path}, but {own} in the model, and a cast would lose bits; "
+            f"load into a model of that dtype, as model.to(torch.{dtype}) gives, and cast it afterwards"
         )
     if tensor.is_inference() or is_fixed(tensor):
         raise ValueError(
-            f"load_sparse: the values in {path} cannot be written to {printable(name)} of the model, which was made "
-            "in inference "
-            "mode or has elements that share memory; replace it with a copy, such as clone() gives"
+            f"load_sparse: the values in {path} cannot be written to {printable(name)} of the model, which was made in "
+            "inference mode or has elements that share memory; replace it with a copy, such as clone() gives"
         )
 
 

@@ -65,8 +65,8 @@ def check_values(caller: str, tensors: Mapping[str, Tensor]) -> None:
         count = f" ({len(without)} of {len(tensors)} parameters are)" if len(without) > 1 else ""
         raise ValueError(
             f"{caller}: {printable(without[0])} is on the meta device, without values{count}; load the whole model "
-            "into memory "
-            "first, by model.to_empty(device='cpu') and load_state_dict, or without offloading (device_map=None)"
+            "into memory first, by model.to_empty(device='cpu') and load_state_dict, or without offloading "
+            "(device_map=None)"
         )
 
 

@@ -213,8 +213,7 @@ class CollectedQuantities:
         if self.at("backward") and all(gradient is None for gradient in self._gradients(self._layers)):
             raise ValueError(
                 f"collect_gradients: no gradient has reached {printable(next(iter(self._layers)))} or any other "
-                "selected layer; "
-                "call it after a backward of a loss that depends on them, and before zero_grad"
+                "selected layer; call it after a backward of a loss that depends on them, and before zero_grad"
             )
         return self.with_batch("backward")
 

@@ -105,8 +105,7 @@ class Coupling:
                 here = next(name for name in part.channels if name in given)
                 raise ValueError(
                     f"coupled=True: the filters of {printable(here)} and {printable(min(missing))} are coupled, so "
-                    "both need the same "
-                    "sparsity; give one fraction for both"
+                    "both need the same sparsity; give one fraction for both"
                 )
 
         def split(kept: Kept) -> Kept:

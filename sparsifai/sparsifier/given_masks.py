@@ -50,15 +50,13 @@ def check_masks(masks: Any, layers: Layers, may_empty: bool = False) -> dict[str
         if layers[name].why_dense:
             raise ValueError(
                 f"set_masks: {printable(name)} stays dense ({layers[name].why_dense}), so it has no mask; name it in "
-                "layers= of "
-                "the Sparsifier"
+                "layers= of the Sparsifier"
             )
         kept[name] = _kept_groups(name, mask, layers[name])
         if not (kept[name].any() or may_empty or not layers[name].grouping.indexed):
             raise ValueError(
                 f"set_masks: the mask of {printable(name)} prunes the whole layer; keep at least one group of it, or "
-                "make the "
-                "Sparsifier with may_empty=True"
+                "make the Sparsifier with may_empty=True"
             )
     return kept
 
@@ -78,8 +76,7 @@ def _kept_groups(name: str, mask: Any, layer: Layer) -> Tensor:
     if mask.dim() != len(shape) or any(size not in (1, full) for size, full in zip(mask.shape, shape, strict=True)):
         raise ValueError(
             f"set_masks: the mask of {printable(name)} has the shape {tuple(mask.shape)}, which does not fit its "
-            "weight of "
-            f"{tuple(shape)}; an axis has its size or 1"
+            f"weight of {tuple(shape)}; an axis has its size or 1"
         )
     numbers = computable(mask)
     if mask.dtype != torch.bool and not ((numbers == 0) | (numbers == 1)).all():

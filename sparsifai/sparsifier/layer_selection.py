@@ -192,16 +192,15 @@ def why_zeros_do_not_last(weight: NamedWeight, grouping: Grouping | str) -> str:
     if weight.sources:
         return (
             f"{weight.attribute} of {printable(place)} is computed from {printable(weight.name)} in each forward, so "
-            "zeros in it do not "
-            "last; remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations, "
-            "remove_weight_norm, ...), or exclude the layer with exclude="
+            "zeros in it do not last; remove the parametrization first "
+            "(torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, ...), or exclude the layer with "
+            "exclude="
         )
     if computes_its_weight(weight, lambda kept: grouping.spread(grouping.any_of(kept))):
         return (
-            f"the forward of {printable(place)} ({weight.kind}) computes its own weight from "
-            f"{printable(weight.name)}, and where "
-            f"{weight.attribute} is zero, the computed weight is not, so pruning it has no effect; replace the layer "
-            "by one that uses its weight as it is, or exclude it with exclude="
+            f"the forward of {printable(place)} ({weight.kind}) computes its own weight from {printable(weight.name)}, "
+            f"and where {weight.attribute} is zero, the computed weight is not, so pruning it has no effect; replace "
+            "the layer by one that uses its weight as it is, or exclude it with exclude="
         )
     return ""
 

@@ -259,8 +259,7 @@ def checked_scores(scores: Any, by: CollectedQuantities, layer: Layer) -> Tensor
         got = f"{tuple(scores.shape)}, {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
             f"criterion {name_of(by.criterion)} must return one real score per weight: for {printable(layer.name)} a "
-            "tensor of "
-            f"the shape {tuple(shape)}, not {got}"
+            f"tensor of the shape {tuple(shape)}, not {got}"
         )
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 

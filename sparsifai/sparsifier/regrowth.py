@@ -79,8 +79,7 @@ def check_regrow(regrow: Any, context: Any) -> Any:
     if unseen := [quantity for quantity in quantities_of(criterion) if is_unseen(quantity)]:
         raise ValueError(
             f"regrow={name_of(criterion)} needs {printable(unseen[0])}, which a backward pass does not give; choose "
-            "'grad', "
-            f"'random', or a function of {', '.join(name for name in quantities if not is_unseen(name))}"
+            f"'grad', 'random', or a function of {', '.join(name for name in quantities if not is_unseen(name))}"
         )
     if capability(context, "highest_sparsity") is not None:
         instead = capability(context, "instead")

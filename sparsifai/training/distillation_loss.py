@@ -85,9 +85,8 @@ def scalar_loss(
     if student.shape != teacher.shape and _compares_numbers(loss):
         raise ValueError(
             f"DistillCallback: {printable(names[0])} gives shape {tuple(student.shape)} and {printable(names[1])} "
-            f"{tuple(teacher.shape)}, "
-            f"which {name_of(loss)} cannot compare; make the shapes equal, or pass your own {argument}=, a function of "
-            "(student, teacher)"
+            f"{tuple(teacher.shape)}, which {name_of(loss)} cannot compare; make the shapes equal, or pass your own "
+            f"{argument}=, a function of (student, teacher)"
         )
     value = loss(widened(student), widened(teacher), **options)
     if not isinstance(value, Tensor) or value.numel() != 1:

@@ -92,8 +92,7 @@ class Metric:
         if not math.isfinite(value):
             raise ValueError(
                 f"metric {printable(self.name)} is {value} before pruning, so nothing can be compared with it; check "
-                "the model "
-                "and its data"
+                "the model and its data"
             )
         return value
 
@@ -142,8 +141,7 @@ def _validate(learn: Any, position: int) -> Any:
     if values is None or len(values) <= position or values[position] is None:
         raise ValueError(
             f"learn.validate() returns no {printable(metric_names(learn)[position])}, because the Learner has no "
-            "validation data "
-            "or no Recorder; add them, or pass a function of the model as metric"
+            "validation data or no Recorder; add them, or pass a function of the model as metric"
         )
     return values[position]
 
