@@ -17,7 +17,8 @@ from torch import nn
 
 from ..support.printable import quoted
 from ..support.registry import close_matches
-from ..support.regular_expression import LONGEST, SHORT, TimeLimit, compiled, is_quick
+from ..support.regular_expression import LONGEST, TimeLimit, matcher
+from ..support.warning import own_filters
 from .layers import NamedWeight
 
 Pattern = str | type | nn.Module | Callable[[str, nn.Module], bool]
@@ -163,14 +164,9 @@ def name_matcher(pattern: str) -> Callable[[str, TimeLimit], bool] | None:
         raise ValueError(f"the pattern {quoted(pattern)} has {len(pattern):,} characters, more than {LONGEST:,}")
     if pattern.startswith("re:"):
         try:
-            expression = compiled(pattern[len("re:") :])
+            return matcher(pattern[len("re:") :])
         except ValueError as error:
             raise ValueError(f"{quoted(pattern)} is not a valid regular expression: {error}") from None
-        short = SHORT if is_quick(pattern[len("re:") :]) else -1
-        fullmatch = expression.fullmatch
-        return lambda name, limit: (
-            fullmatch(name) is not None if len(name) <= short else limit.matches(expression, name)
-        )
     return None if is_name(pattern) else _glob(pattern)
 
 
@@ -182,7 +178,7 @@ def is_name(pattern: str) -> bool:
 @lru_cache(maxsize=2000)
 def _glob(pattern: str) -> Callable[[str, TimeLimit], bool]:
     # Python's expression for a glob never tries a part of it twice at one place, so it takes no exponential time.
-    with warnings.catch_warnings():
+    with own_filters():
         warnings.simplefilter("ignore")
         fullmatch = re.compile(translate(pattern)).fullmatch
     return lambda name, limit: fullmatch(name) is not None

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..support.printable import printable, quoted
 from ..support.registry import close_matches
+from ..support.warning import own_filters
 from ..support.work import Work
 
 Number = int | float
@@ -193,7 +194,7 @@ def _parsed(expression: Any) -> ast.AST:
     if len(text) > LONGEST:
         raise ValueError(f"it has {len(text)} characters, more than {LONGEST}")
     try:
-        with warnings.catch_warnings():
+        with own_filters():
             warnings.simplefilter("error")  # Python warns of what looks like a mistake: '1if'
             return ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError, Warning):

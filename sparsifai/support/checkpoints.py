@@ -24,6 +24,7 @@ from torch.serialization import safe_globals
 
 from .files import open_regular
 from .pickles import PickleCheck
+from .warning import own_filters
 
 # Limits, more than ten times what the checkpoint of a large language model needs.
 MOST_RECORDS = 200_000
@@ -56,7 +57,7 @@ def load_checkpoint(path: str | os.PathLike, *, others: bool = False) -> Any:
         ValueError: It is not a file of torch.save, is damaged, or holds what is not read.
     """
     # Warnings: torch's, about how it stores sparse and quantized tensors, and pickletools', about damaged texts.
-    with open_regular(path) as file, warnings.catch_warnings():
+    with open_regular(path) as file, own_filters():
         warnings.simplefilter("ignore")
         size = os.fstat(file.fileno()).st_size
         begin = file.read(len(_BEGIN_OF_OLD_FILES))

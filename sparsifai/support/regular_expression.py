@@ -10,8 +10,11 @@ import math
 import re
 import time
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
+
+from .warning import own_filters
 
 # Far beyond what names of layers need.
 LONGEST = 1100  # characters
@@ -94,11 +97,25 @@ def compiled(expression: str) -> Any:
     if len(expression) * math.prod(max(int(each[:9]), 1) for each in _REPEAT.findall(expression)) > LARGEST:
         raise ValueError("its parts are repeated too often; use * or + in place of large {n}")
     try:
-        with warnings.catch_warnings():
+        with own_filters():
             warnings.simplefilter("ignore")  # of nested sets, which `re` reads otherwise in the future
             return regex.compile(expression)
     except (regex.error, OverflowError, RecursionError) as error:
         raise ValueError(str(error)) from None
+
+
+def matcher(expression: str) -> Callable[[str, TimeLimit], bool]:
+    """Return a function of (text, time limit) that tells whether a regular expression matches a whole text.
+
+    Args:
+        expression: The expression, in the syntax of Python's `re`.
+
+    Raises:
+        ValueError: As `compiled`.
+    """
+    whole = compiled(expression)
+    short, fullmatch = SHORT if is_quick(expression) else -1, whole.fullmatch
+    return lambda text, limit: fullmatch(text) is not None if len(text) <= short else limit.matches(whole, text)
 
 
 def is_quick(expression: str) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.parallel import unwrapped
+from ..model.tensors import computable
 
 # Limits of the values in an optimizer's state, and of how deep they are nested.
 MOST_VALUES = 2**20
@@ -256,4 +257,4 @@ def _shape_of(values: Mapping[str, Any], name: str) -> Any:
 def _is_finite(value: Tensor) -> bool:
     if not (value.is_floating_point() or value.is_complex()):
         return True
-    return bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all())
+    return bool(torch.isfinite(computable(value)).all())
