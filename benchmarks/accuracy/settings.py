@@ -1,0 +1,105 @@
+"""What is compared: for each task, the settings by name, and the sparsities at which each is measured.
+
+A setting has arguments of SparsifyCallback, or is None for the dense net, or is a `FasterAI`. To add a row to a table
+of results, add a line here.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FasterAI:
+    "A setting of FasterAI's SparsifyCallback, with one of its schedules as it ships them"
+
+    schedule: str
+    context: str = "global"
+    criteria: str = "large_final"
+
+
+# One table of digits for each of these.
+DIGITS_CASES = {
+    f"{context}, {criterion}": {"context": context, "criteria": criterion}
+    for context in ("global", "local")
+    for criterion in ("large_final", "movement")
+}
+
+DIGITS = {
+    "FasterAI agp": FasterAI("agp"),
+    "FasterAI one_cycle": FasterAI("one_cycle"),
+    "agp": {"schedule": "agp"},
+    "one_cycle": {"schedule": "one_cycle"},
+    "defaults": {},
+    "straight-through": {"straight_through": True},
+    "straight-through, decay 0": {"straight_through": True, "decay": 0.0},
+    "straight-through, no gradient of masked weights": {"straight_through": True, "gradient_sparsity": 1.0},
+}
+DIGITS_SPARSITIES = (0.9, 0.95, 0.98, 0.99)
+
+_ALL = (0.8, 0.9, 0.95, 0.98)
+_HIGH = (0.9, 0.95, 0.98)
+_TWO = (0.9, 0.95)
+_HALF = (0.5,)
+# N:M needs a multiple of M inputs, which the first convolution, with three, does not have.
+_TWO_FOUR = {"context": "2:4", "exclude": "stem.0"}
+_RIGL = {"context": "erk", "schedule": "one_shot", "regrow": "grad"}
+
+# From a setting to its arguments and sparsities.
+CIFAR10 = {
+    "dense": (None, (0.0,)),
+    "defaults": ({}, _ALL),
+    "erk": ({"context": "erk"}, _HIGH),
+    "RigL": (_RIGL, _TWO),
+    "movement": ({"criteria": "movement"}, _TWO),
+    "random": ({"criteria": "random"}, _TWO),
+    "FasterAI agp": (FasterAI("agp"), _TWO),
+    "FasterAI one_cycle": (FasterAI("one_cycle"), _TWO),
+    "2:4": (_TWO_FOUR, _HALF),
+    "straight-through": ({"straight_through": True}, _HIGH),
+    "straight-through, erk": ({"straight_through": True, "context": "erk"}, _TWO),
+    "straight-through, movement": ({"straight_through": True, "criteria": "movement"}, _TWO),
+    "2:4, SR-STE": ({**_TWO_FOUR, "schedule": "one_shot", "straight_through": True}, _HALF),
+}
+
+# From a setting to arguments of Sparsifier. Those of the second table are calibrated.
+ONE_SHOT = {
+    f"{context}, {criterion}": {"context": context, "criteria": criterion}
+    for context, criterion in (
+        ("global", "large_final"),
+        ("local", "large_final"),
+        ("erk", "large_final"),
+        ("er", "large_final"),
+        ("uniform_plus", "large_final"),
+        ("lamp", "large_final"),
+        ("per_output", "large_final"),
+        ("global", "normalized_final"),
+        ("global", "lamp"),
+        ("global", "random"),
+    )
+}
+CALIBRATED = {
+    f"{context}, {criterion}": {"context": context, "criteria": criterion}
+    for context, criterion in (
+        ("global", "large_final"),
+        ("global", "snip"),
+        ("global", "fisher"),
+        ("local", "snip"),
+        ("local", "fisher"),
+        ("local", "wanda"),
+        ("per_output", "wanda"),
+    )
+}
+ONE_SHOT_SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
+
+FINE_TUNE = {
+    "dense": (None, (0.0,)),
+    "magnitude": ({}, (0.8, 0.9, 0.95)),
+    "movement": ({"criteria": "movement"}, (0.8, 0.9, 0.95)),
+    "movement pruning": ({"criteria": "movement_pruning"}, (0.8, 0.9, 0.95)),
+    "straight-through, magnitude": ({"straight_through": True}, (0.8, 0.9, 0.95)),
+    "straight-through, movement": ({"straight_through": True, "criteria": "movement"}, (0.8, 0.9, 0.95)),
+    # As published: masked weights get no gradient, and their scores go on accumulating.
+    "straight-through, movement pruning": (
+        {"straight_through": True, "criteria": "movement_pruning", "gradient_sparsity": 1.0},
+        (0.8, 0.9, 0.95),
+    ),
+}
