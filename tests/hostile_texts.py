@@ -73,7 +73,7 @@ NUMBERS = [
 ]  # fmt: skip
 FIELDS = [
     "every", "seed", "round_to", "drop", "initial_sparsity", "start", "end", "update_every", "pool", "granularity",
-    "context", "criteria", "schedule", "regrow", "decay", "may_empty", "coupled", "layers", "exclude",
+    "context", "criteria", "schedule", "regrow", "drop_schedule", "may_empty", "coupled", "layers", "exclude",
 ]  # fmt: skip
 SCHEDULES = [
     "one_cycle: {alpha", "ac_dc: {phase", "iterative: {n", "stepped: {schedule: agp, n",

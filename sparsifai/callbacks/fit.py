@@ -17,6 +17,7 @@ from ..sparsifier.report import Report
 from ..support.listing import in_short
 from ..support.table import percent
 from ..support.warning import warn
+from .dense_step import DenseStep
 from .display import Column, Curves, Trackers, notify
 from .keepers import Keepers
 from .learner import show_data
@@ -36,6 +37,7 @@ class Fit:
         ramp: The sparsity at each point of the fit.
         calibration: Batches for criteria that need inputs or a loss, or None.
         pruned: What was pruned so far: a Pruned; or None, before the first batch of the first fit that prunes.
+        settle: With straight_through, the fraction of the fit after which the masks are fixed; else None.
         advances: Whether the sparsity follows the ramp; it does not while layers are frozen.
         floor: What earlier fits reached, as a fraction of the target sparsity.
         keepers: What keeps the pruned weights at zero: Keepers; or None, before the first batch.
@@ -47,12 +49,14 @@ class Fit:
         column: The column `sparsity` of the training table.
         curves: The curves for the Recorder.
         trackers: Pauses SaveModelCallback and the like.
+        step: With straight_through, the step of the optimizer, which moves the dense weights: a DenseStep.
     """
 
     learn: Learner
     ramp: Ramp
     calibration: Any
     pruned: Any
+    settle: float | None = None
     advances: bool = False
     floor: float = field(init=False)
     keepers: Any = None
@@ -64,6 +68,7 @@ class Fit:
     column: Column = field(init=False)
     curves: Curves = field(default_factory=Curves)
     trackers: Trackers = field(default_factory=Trackers)
+    step: Any = None
 
     def __post_init__(self) -> None:
         self.floor = 0.0 if self.pruned is None else self.pruned.reached
@@ -82,8 +87,13 @@ class Fit:
 
     @property
     def is_short(self) -> bool:
-        """Whether the level is not yet that of the end of the fit."""
-        return self.moves and self.pruned.reached != self.level_at(1.0)
+        """Whether the level is not yet that of the end of the fit, or masks can still change their mind."""
+        return self.moves and (self.pruned.reached != self.level_at(1.0) or self.changes_mind)
+
+    @property
+    def changes_mind(self) -> bool:
+        """Whether masks are ranked anew from dense weights at each update."""
+        return self.moves and self.pruned.sparsifier.is_straight_through
 
     @property
     def level(self) -> float:
@@ -119,6 +129,10 @@ class Fit:
             kept = pruned.masks
             self._warn_of_higher_sparsity(revives)
         self.keepers.give(kept)
+        if self.changes_mind:
+            self.step = DenseStep(self.learn.opt, self.pruned.sparsifier)
+            self.step.put_on()
+            self.keepers.own.masks_of_gradients = self.pruned.others
 
     def _warn_of_higher_sparsity(self, revives: bool) -> None:
         """Warn once if more is pruned than this fit asks for, and stays so. revives: whether the schedule will fall."""
@@ -148,7 +162,7 @@ class Fit:
         reached, pruned = self.level_at(t), self.pruned
         # While weights regrow, layers that cannot regrow rest: an update of all would prune what has just regrown.
         joining = pruned.join(pruned.sparsifier.resting(drop=float(self.regrowing)))
-        if joining or reached != pruned.reached:
+        if joining or reached != pruned.reached or (self.changes_mind and reached):
             if pruned.sparsifier.collected.looks_at_data:
                 pruned.sparsifier.apply_masks()  # the last step may have moved masked weights
             show_data(self.learn, pruned.sparsifier, self.calibration, anew=joining)
@@ -175,6 +189,19 @@ class Fit:
         elif sparsifier.collected.at("backward"):
             sparsifier.collected.add("backward")
 
+    def pull(self) -> None:
+        """With straight_through, prepare the gradients for a step of the dense weights."""
+        if self.changes_mind:
+            self.pruned.sparsifier.pull_gradients()
+
+    def settle_at(self, t: float) -> None:
+        """With straight_through, fix the masks if this fraction of the fit is past the point where they settle."""
+        if self.changes_mind and self.settle is not None and t >= self.settle:
+            self.pruned.sparsifier.settle(self.learn.opt)
+            self.step.take_off()
+            self.keepers.own.masks_of_gradients = None
+            self.moved = True
+
     def _update(self, reached: float, drop: float = 0.0) -> None:
         """Update the masks. drop: fraction of the remaining weights that is pruned and regrown."""
         sparsifier = self.pruned.sparsifier
@@ -198,7 +225,7 @@ class Fit:
             pruned.sparsifier.apply_masks()
             pruned.sparsifier.mask_moments(self.learn.opt)
         # After regrowth, too, trackers must forget their best epoch: it has other masks than those that are kept.
-        self.moved |= bool(drop) or reached != pruned.reached
+        self.moved |= bool(drop) or reached != pruned.reached or self.changes_mind
         pruned.reached, pruned.layers = reached, pruned.sparsifier.masks.keys() - resting
 
     def _tell_of_resting(self, resting: Collection[str]) -> None:
@@ -247,6 +274,9 @@ class Fit:
     def end(self) -> None:
         """Restore the Learner, except for the zeros and the KeepSparsity, and tell the user what is left."""
         if self.begun:
+            if self.step is not None:
+                self.step.take_off()
+                self.keepers.own.masks_of_gradients = None
             self.keepers.give_back()
             if self.is_short:
                 notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did")
@@ -254,6 +284,9 @@ class Fit:
         self.undo()
 
     def undo(self) -> None:
-        """Restore the training table and the trackers."""
+        """Restore the training table, the trackers and the step of the optimizer."""
+        if self.step is not None:
+            self.step.take_off()
+            self.keepers.own.masks_of_gradients = None
         self.column.hide()
         self.trackers.resume()

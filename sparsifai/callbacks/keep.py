@@ -67,6 +67,8 @@ class KeepSparsity(TrainingCallback):
             raise TypeError(f"KeepSparsity: sparsifier must be a Sparsifier, whose masks are kept, not {sparsifier!r}")
         self.masks = {} if sparsifier is None else sparsifier.all_masks  # these change with the Sparsifier
         self.held_model: Any = None if sparsifier is None else sparsifier.model  # the model that the masks belong to
+        # With straight_through, the masks of what no gradient and no moment may move; None if these are all masks.
+        self.masks_of_gradients: Any = None
         self.recovers = sparsifier is None  # whether the zeros of the model are added to the masks in each fit
         self.left_by_fit = False  # whether SparsifyCallback has added it to the Learner
         self.announced = False  # whether SparsifyCallback has told the user of it
@@ -114,7 +116,7 @@ class KeepSparsity(TrainingCallback):
 
     def before_step(self):
         "Zero the gradients of masked weights"
-        self._gradients_zeroed = zero_gradients(self._masked())
+        self._gradients_zeroed = zero_gradients(self._unmoved())
 
     def after_step(self):
         "Zero the masked weights, if the optimizer or a callback may have moved them"
@@ -124,7 +126,7 @@ class KeepSparsity(TrainingCallback):
         self._gradients_zeroed = False
         self._steps += 1
         if self._steps % REFRESH == 0:
-            zero_moments(masked, self.learn.opt, squares=NEXT_TO_ZERO)
+            zero_moments(self._unmoved(), self.learn.opt, squares=NEXT_TO_ZERO)
 
     def _steps_hold(self, masked: list[tuple[nn.Parameter, Tensor]]) -> bool:
         """Whether the optimizer is known not to move zeros, and steps the weights themselves, not copies of them."""
@@ -160,10 +162,9 @@ class KeepSparsity(TrainingCallback):
 
     def enforce(self) -> None:
         "Zero the masked weights and their moments in the optimizer"
-        masked = self._masked()
-        zero_weights(masked)
+        zero_weights(self._masked())
         if self.learn.opt is not None:
-            zero_moments(masked, self.learn.opt, squares=NEXT_TO_ZERO)
+            zero_moments(self._unmoved(), self.learn.opt, squares=NEXT_TO_ZERO)
 
     def restore(self) -> None:
         "Zero the masked weights, if any of them is not zero: else a forward that is under way would lose its gradients"
@@ -189,6 +190,12 @@ class KeepSparsity(TrainingCallback):
         self.begin()
         self.enforce()
         return True
+
+    def _unmoved(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """The parameters and masks of what neither a gradient nor a moment may move."""
+        if self.masks_of_gradients is None:
+            return self._masked()
+        return masked_parameters(self.learn.model, self.masks_of_gradients, move=True)
 
     def _masked(self, model: nn.Module | None = None) -> list[tuple[nn.Parameter, Tensor]]:
         return masked_parameters(self.learn.model if model is None else model, self.masks, move=model is None)

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from ..axes.changed_schedule import raised
 from ..axes.schedule import Schedule, falls, progress
 from ..sparsifier.options import Sparsity, mapped, share_of_initial
+from ..support.checks import check_fraction
+
+# At so many points of a fit a schedule is looked at, to find out where it ends.
+_STEPS = 1000
+
+# Masks of straight-through training do not settle before this fraction of the fit by themselves. The last quarter is
+# left to the weights that stay, as in the default schedule.
+EARLIEST = 0.75
 
 
 @dataclass(frozen=True)
@@ -58,9 +67,28 @@ class Ramp:
         return mapped(self.sparsity, lambda fraction: self.initial + (fraction - self.initial) * done)
 
     @cached_property
+    def last_move(self) -> float:
+        """The fraction of the fit after which the schedule stays where it ends."""
+        steps = range(_STEPS, -1, -1)
+        moving = next((step for step in steps if progress(self.raised_schedule, step / _STEPS) != self.end), -1)
+        return (moving + 1) / _STEPS
+
+    @cached_property
     def _falls(self) -> bool:
         return falls(self.raised_schedule)
 
     @cached_property
     def _share(self) -> float:
         return share_of_initial(self.initial, self.sparsity)
+
+
+def settle_of(ramp: Ramp, settle: Any = None) -> float:
+    """The fraction of the fit after which the masks of straight-through training are fixed.
+
+    Args:
+        ramp: The sparsity at each point of the fit.
+        settle: The fraction that the user gave; None for where the schedule ends, but not before `EARLIEST`.
+    """
+    if settle is None:
+        return max(ramp.last_move, EARLIEST)
+    return check_fraction(settle, "settle")

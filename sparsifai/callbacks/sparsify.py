@@ -27,7 +27,7 @@ from .keep import KeepSparsity
 from .learner import check_steps_model, is_search, show_data, warn_of_unstepped
 from .plan import every_of, plan_of
 from .pruned import Pruned
-from .ramp import Ramp
+from .ramp import Ramp, settle_of
 
 
 # Large, because fastai wants a method for each event and a comment for each argument.
@@ -65,13 +65,20 @@ class SparsifyCallback(TrainingCallback):
             'random' as in SET, or another one. Default: none regrow.
         drop: With regrow=, the initial fraction of the remaining weights that is pruned per update and regrown
             elsewhere. Default 0.3.
-        decay: Schedule by which `drop` goes to 0. Default: cos over the first three quarters of the fit.
+        drop_schedule: Schedule by which `drop` goes to 0. Default: cos over the first three quarters of the fit.
         calibration: Batches for criteria that need inputs or a loss. Default: the batch that is being trained on.
         example_input: A batch, for models that torch.fx cannot trace, in the form that Sparsifier takes. Default: the
             first example of the batch that is being trained on.
         round_to: Keep a multiple of this many groups in every layer, or all of them. Default: any number.
         coupled: Whether filters that can only be removed together are pruned together, for `shrink`. Default False.
         seed: Seed of the generator that random criteria draw from. Default 0.
+        straight_through: Whether dense weights are kept beside the sparse ones: the optimizer moves these, and masks
+            are ranked anew from them at each update, until they settle. Costs 4 bytes a weight. Default False.
+        decay: With straight_through, how strongly pruned weights are pulled towards zero. Default 2e-4, as in SR-STE.
+        gradient_sparsity: With straight_through, the fraction of the weights whose gradients are zero (Top-KAST); 1: of
+            all that are pruned. Default 0.
+        settle: With straight_through, the fraction of the fit after which the masks are fixed. Default: where the
+            schedule ends, but not before three quarters of the fit.
         every: Number of batches from one mask update to the next. The last batch of a fit always has an update.
             Default 1; with regrow=, a hundredth of the batches of the fit.
 
@@ -111,19 +118,24 @@ class SparsifyCallback(TrainingCallback):
         may_empty=False,  # Whether a layer may lose its best group, too
         regrow=None,  # The criterion by which pruned weights regrow at an update: 'grad' (RigL), 'random' (SET), ...
         drop=None,  # Initial fraction of the remaining weights that is pruned and regrown per update; by default 0.3
-        decay=between("cos", 0, 0.75),  # The schedule along which that fraction goes to 0
+        drop_schedule=between("cos", 0, 0.75),  # The schedule along which that fraction goes to 0
         calibration=None,  # Batches for criteria that look at data; by default the present batch of the training
         example_input=None,  # A batch for models that torch.fx cannot trace; by default from the present batch
         round_to=None,  # Keep a multiple of this many groups in every layer
         coupled=False,  # Whether filters that can only be removed together are pruned together
         seed=0,  # Seed of the generator that random criteria draw from
+        straight_through=False,  # Whether dense weights are kept and trained beside the sparse ones, and ranked anew
+        decay=None,  # With straight_through, the pull of pruned weights towards zero; by default 2e-4
+        gradient_sparsity=None,  # With straight_through, the fraction of the weights that get no gradient; by default 0
+        settle=None,  # With straight_through, the fraction of the fit after which the masks are fixed
         every=None,  # Batches from one mask update to the next; by default 1, with regrow= a hundredth of the fit
     ):
         super().__init__()
         self.sparsity = check_sparsity(sparsity, compression_ratio)
         self.options = Options.of(
             granularity, context, criteria, layers=layers, exclude=exclude, pool=pool, may_empty=may_empty,
-            regrow=regrow, round_to=round_to, coupled=coupled, seed=seed,
+            regrow=regrow, round_to=round_to, coupled=coupled, seed=seed, straight_through=straight_through,
+            decay=decay, gradient_sparsity=gradient_sparsity,
         )  # fmt: skip
         check_reachable(self.options.context, highest(self.sparsity))
         self.ramp = Ramp(
@@ -131,9 +143,13 @@ class SparsifyCallback(TrainingCallback):
         )
         _ = self.ramp.end  # raises now if the schedule or the initial sparsity cannot work
         self.every = None if every is None else check_count("every", every)
-        self.drop, self.decay = check_drop(0.3 if drop is None else drop), schedules.resolve(decay)
+        self.drop = check_drop(0.3 if drop is None else drop)
+        self.drop_schedule = schedules.resolve(drop_schedule)
         if drop is not None and self.options.regrow is None:
             raise ValueError(f"drop={drop!r} needs regrow=: pass regrow='grad', 'random' or another criterion")
+        if settle is not None and not straight_through:
+            raise ValueError(f"settle={settle!r} needs straight_through=True: other masks do not change their mind")
+        self.settle = settle_of(self.ramp, settle) if straight_through else None
         self.calibration, self.example_input = calibration, example_input
 
     @property
@@ -168,7 +184,7 @@ class SparsifyCallback(TrainingCallback):
             return
         if self._pruned is not None and not self._pruned.is_kept_on(learn):
             self._pruned = None
-        self._fit = Fit(learn, self.ramp, self.calibration, self._pruned)
+        self._fit = Fit(learn, self.ramp, self.calibration, self._pruned, self.settle)
 
     def before_epoch(self):
         "Switch the trackers on again"
@@ -199,13 +215,14 @@ class SparsifyCallback(TrainingCallback):
             notify(learn, message, matters=True)
 
     def before_step(self):
-        "Collect the gradients, which are not masked yet, for the criterion; and regrow weights"
+        "Collect the gradients, which are not masked yet, for the criterion; and regrow weights, or pull pruned ones"
         # Weights regrow before the step, so that this step already moves them away from zero.
         if self._fit.moves:
             is_due = self._is_due
             regrows = self.options.regrow is not None and is_due
-            drop = self.drop * (1 - progress(self.decay, self._start)) if regrows else 0.0
+            drop = self.drop * (1 - progress(self.drop_schedule, self._start)) if regrows else 0.0
             self._fit.collect_gradients(self._batches(1) / self._batches_of_fit, drop, is_due)
+            self._fit.pull()
 
     def after_step(self):
         "Prune to where the schedule is after this step"
@@ -214,6 +231,7 @@ class SparsifyCallback(TrainingCallback):
             if self._is_due or batches == self._batches_of_fit:
                 self._fit.updated = batches
                 self._fit.go_to(batches / self._batches_of_fit)
+            self._fit.settle_at(batches / self._batches_of_fit)
 
     def after_batch(self):
         "Record the level for the recorder's curves"
@@ -225,6 +243,7 @@ class SparsifyCallback(TrainingCallback):
         learn, fit = self.learn, self._fit
         if fit.moves and learn.epoch == learn.n_epoch - 1 and learn.iter == learn.n_iter - 1:
             fit.go_to(1.0)
+            fit.settle_at(1.0)
 
     def after_epoch(self):
         "Record level and sparsity; switch the trackers off if the epoch is short of the target sparsity"

@@ -27,7 +27,7 @@ REGISTRIES: dict[str, Registry] = {
     "context": contexts,
     "criteria": criteria,
     "schedule": schedules,
-    "decay": schedules,
+    "drop_schedule": schedules,
     "regrow": criteria,
 }
 
@@ -37,7 +37,7 @@ _MAKERS: dict[str, dict[str, Callable]] = {
     "context": {"blocks": blocks, "bounded": bounded},
     "schedule": {"iterative": iterative, "between": between, "during": during, "raised": raised, "stepped": stepped},
 }
-_MAKERS["decay"] = _MAKERS["schedule"]
+_MAKERS["drop_schedule"] = _MAKERS["schedule"]
 
 # Those of them whose first argument is another value of the axis -> its name.
 _MAKERS_FROM_ANOTHER = {
@@ -52,7 +52,7 @@ def axis_value(axis: str, value: Any) -> Callable:
     'agp' -> agp, {'iterative': 5} -> iterative(5), {'one_cycle': {'alpha': 14}} -> one_cycle with that option.
 
     Args:
-        axis: 'granularity', 'context', 'criteria', 'schedule', 'decay' or 'regrow'.
+        axis: 'granularity', 'context', 'criteria', 'schedule', 'drop_schedule' or 'regrow'.
         value: A name, or a mapping of one name to its options: one value, a list, or a mapping by name. For
             granularity also a list of axes.
 

@@ -25,8 +25,8 @@ SPARSIFIER_OPTIONS = tuple(option.name for option in fields(Options) if option.n
 # Kind of step -> its options: the arguments of its callback, and times.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "sparsify": (
-        *("sparsity", "granularity", "context", "criteria", "schedule", *SPARSIFIER_OPTIONS, "drop", "decay", "every"),
-        *("initial_sparsity", *TIMES, "update_every"),
+        *("sparsity", "granularity", "context", "criteria", "schedule", *SPARSIFIER_OPTIONS, "drop", "drop_schedule"),
+        *("settle", "every", "initial_sparsity", *TIMES, "update_every"),
     ),
     "keep": (),
     "regularize": ("weight", "granularity", "criteria", "schedule", "layers", "exclude", "proximal", *TIMES),
@@ -83,6 +83,10 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "seed": check_seed,
     "round_to": check_round_to,
     "drop": check_drop,
+    "decay": partial(check_number, "decay"),
+    "gradient_sparsity": lambda value: check_fraction(value, "gradient_sparsity"),
+    "settle": lambda value: check_fraction(value, "settle"),
+    "straight_through": _flag,
     "may_empty": _flag,
     "coupled": _flag,
     "proximal": _flag,

@@ -30,6 +30,8 @@ class Change:
         moments: Number -> pairs of a moment of an optimizer and what is set to this number in it: a bool mask, False
             where it is set, or indices.
         zeroes: Whether masked weights are set to zero.
+        from_dense: Whether the weights that are kept next are taken from the dense weights, in straight-through
+            training.
         is_update: Whether the quantities that are taken after a mask update are stored at the end.
     """
 
@@ -40,4 +42,5 @@ class Change:
     weights: Sequence[tuple[nn.Parameter, Tensor]] = ()
     moments: Mapping[float, Sequence[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     zeroes: bool = False
+    from_dense: bool = False
     is_update: bool = False

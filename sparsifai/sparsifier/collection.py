@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ class Source:
         inputs: Parameter name -> the input of the layer, while the layer runs (moment 'forward').
         loss: The loss of a batch, with its graph (moment 'loss').
         skipped: Layers that no gradient of the present batch reaches (moments 'backward' and 'loss').
+        dense: The `DenseWeights` of straight-through training, from which quantities of weights are computed; or None.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class Source:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
     skipped: set[str] = field(default_factory=set)
+    dense: Any = None
     _computed: dict[Callable, dict[str, Tensor]] = field(default_factory=dict)
 
     def once(self, compute: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -49,6 +51,10 @@ class Source:
         if compute not in self._computed:
             self._computed[compute] = compute(self)
         return self._computed[compute]
+
+    def with_dense_weights(self) -> AbstractContextManager[None]:
+        """Let the layers have their dense weights in a `with` block."""
+        return nullcontext() if self.dense is None else self.dense.in_place()
 
     def apart(self) -> Source:
         """A source of the same values, whose random generator and whose `once` are its own."""
@@ -126,7 +132,8 @@ class CollectedQuantities:
         names = list(self._layers if names is None else names)
         stored = dict(self.stored)
         for quantity in self.at(moment):
-            values = {name: cloned(quantities[quantity](self.source, name)) for name in names}
+            with self.source.with_dense_weights():
+                values = {name: cloned(quantities[quantity](self.source, name)) for name in names}
             stored[quantity] = stored.get(quantity, {}) | values
         if moment != "update":
             return {"stored": stored}
@@ -159,9 +166,11 @@ class CollectedQuantities:
         # A layer that is not trained at present, as the other net of a pair, keeps its last mean.
         names = list(names) if names is not None else [name for name in self._layers if not self._rests(name, moment)]
         self.source.skipped = set()
-        at_end = AtEnd(self.source.forget)
-        with at_end, at_end, _zeros_for_missing(self.source, names) if moment == "backward" else nullcontext():
-            finite: Any = all_finite(self._gradients(names) if moment == "backward" else ())
+        at_end, is_backward = AtEnd(self.source.forget), moment == "backward"
+        # At the moment 'loss' the graph of the loss is used, which holds the sparse weights.
+        zeros = _zeros_for_missing(self.source, names) if is_backward else nullcontext()
+        with at_end, at_end, zeros, self.source.with_dense_weights() if is_backward else nullcontext():
+            finite: Any = all_finite(self._gradients(names) if is_backward else ())
             taken = {each: {name: quantities[each](self.source, name) for name in names} for each in self.at(moment)}
         if moment == "loss":
             finite = all_finite(value for values in taken.values() for value in values.values())

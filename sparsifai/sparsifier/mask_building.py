@@ -80,6 +80,7 @@ class NewMasks:
         random: State of the random generator after the scores were drawn.
         notices: What the user should be warned of.
         found: What was found in scores on a GPU -> a tensor that says how often. Reading it waits for the GPU.
+        trained: Layer name -> mask of the weights that get gradients, where these are not all weights.
     """
 
     masks: dict[str, Tensor]
@@ -87,6 +88,7 @@ class NewMasks:
     random: Tensor
     notices: list[str] = field(default_factory=list)
     found: dict[Finding, Tensor] = field(default_factory=dict)
+    trained: dict[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..model.parallel import reshard
 from ..model.zeros import Count
 from .change import Change
+from .dense_weights import DenseWeights
 from .findings import Finding, check_found
 from .followers import Follower
 from .layer import Layer, count_of, selected
-from .masking import Masked, masked_parameters, zero_found, zero_gradients, zero_moments, zero_weights
+from .masking import masked_parameters, zero_found, zero_gradients, zero_moments, zero_weights
 from .model_masks import ModelMasks
 from .optimizer_state import check_reachable
 
@@ -33,6 +34,7 @@ class MaskedModel:
     def __init__(self, model: nn.Module, layers: dict[str, Layer], followers: Sequence[Follower]):
         self.model: Any = model
         self.layers, self.all_masks = layers, ModelMasks(layers, followers)
+        self._dense = DenseWeights(model, self.all_masks)
         self._found: dict[Finding, Tensor] = {}  # what was found in scores on a GPU and is not read yet
         self._change: Change | None = None  # what an interrupted call has not finished
 
@@ -51,7 +53,11 @@ class MaskedModel:
             model: A copy of the model to apply the masks to instead, such as an AveragedModel.
         """
         self._check_held("apply_masks")
+        if model is None:
+            self._dense.refresh()
         zero_weights(self._masked(model))
+        if model is None:
+            self._dense.note()
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping."""
@@ -80,7 +86,7 @@ class MaskedModel:
         """
         self._check_held("recover_masks")
         layers = self._with_masks({name: layer.mask_of_zeros() for name, layer in self._selected.items()})
-        self._take(Change(layers, self.all_masks.followers_of(layers)))
+        self._take(Change(layers, self.all_masks.followers_of(layers), [(self._dense, self._dense.empty())]))
         # Biases and norm layers stay as they are until apply_masks. Of weights, -0.0 becomes 0.0 as in all masks.
         zero_weights([(layer.parameter, layer.mask) for layer in layers.values()])
 
@@ -94,13 +100,17 @@ class MaskedModel:
 
     # --- Changes ------------------------------------------------------------------------------------------------
 
-    def _take(self, change: Change, newly: Masked | None = None) -> None:
+    def _take(self, change: Change, newly: Any = None) -> None:
         """Carry out a change.
 
         Args:
             change: The change.
-            newly: The weights that it sets to zero, if it is known that the other masked weights are zero.
+            newly: The weights that it sets to zero, or takes from the dense weights, if it is known that it leaves the
+                others as they are.
         """
+        if change.from_dense:
+            self._dense.take_up()
+            newly = newly if self._dense.refresh() else None
         self._change = change  # from here on it will be carried out, in the next call if this one is interrupted
         self._carry_out(change, newly)
         self._change = None
@@ -111,8 +121,10 @@ class MaskedModel:
             self._take(self._change)
 
     @torch.no_grad()
-    def _carry_out(self, change: Change, newly: Masked | None = None) -> None:
+    def _carry_out(self, change: Change, newly: Any = None) -> None:
         """Change what a change says. If it was done before, in whole or in part, it is the same in the end."""
+        if change.from_dense:
+            self._dense.is_whole = True
         self.layers.update(change.layers)
         if change.followers is not None:
             self.all_masks.of_followers = dict(change.followers)
@@ -120,7 +132,9 @@ class MaskedModel:
             vars(holder).update(attributes)
         for parameter, values in change.weights:
             parameter.copy_(values)
-        if change.zeroes:
+        if change.from_dense:
+            self._dense.write(newly)
+        elif change.zeroes:
             zero_weights(self._masked() if newly is None else newly)
         zero_found(change.moments)
 
@@ -141,6 +155,7 @@ class MaskedModel:
         model = self.model
         self.model, self.layers, self._found, self._change = None, {}, {}, None
         self.all_masks = ModelMasks({}, [])
+        self._dense = DenseWeights(None, self.all_masks)
         return model
 
     @property
@@ -155,6 +170,11 @@ class MaskedModel:
         """Check that there is a model. finish: whether to finish first what an interrupted call has begun."""
         if self.model is None:
             raise RuntimeError(f"{operation}: this Sparsifier has released its model; make a new one")
+        if self._dense.is_in_place:
+            raise RuntimeError(
+                f"{operation}: the model has its dense weights inside `with sparsifier.dense_weights():`; call it "
+                "after this block"
+            )
         reshard(self.model)
         if finish:
             self._finish()

@@ -111,17 +111,41 @@ def zero_masked(tensor: Tensor, mask: Tensor, zero: float = 0.0) -> None:
         return
     if tensor.is_complex():
         tensor, mask = torch.view_as_real(tensor), mask.unsqueeze(-1)
-    # Times zero, inf and NaN would give NaN. Their bits, read as an integer, times zero are the bits of zero.
-    bits = tensor.view(_INTEGER[tensor.element_size()])
-    if mask.shape != bits.shape or bits.numel() <= 2 * CHUNK or bits.device.type != "cpu":
-        bits.mul_(mask)
-    else:
-        # torch converts the bools to integers first. A few rows at a time, these stay in the cache.
-        rows = max(1, 2 * CHUNK * len(bits) // bits.numel())
-        for part, kept in zip(bits.split(rows), mask.split(rows), strict=True):
-            part.mul_(kept)
+    _multiply(tensor, tensor, mask)
     if zero:
         tensor.add_(~mask, alpha=zero)
+
+
+def write_masked(tensor: Tensor, values: Tensor, mask: Tensor) -> None:
+    """Write values into a tensor, and zeros where they are masked, inf and NaN included.
+
+    Args:
+        tensor: The tensor, changed in place.
+        values: A tensor of the same shape, type and memory order.
+        mask: Bool tensor that broadcasts to them, False where a value is masked.
+    """
+    tensor, values = tensor.detach(), values.detach()
+    if tensor.is_conj() or tensor.is_neg():
+        tensor.copy_(torch.where(mask, values, torch.zeros_like(values)))
+        return
+    if tensor.is_complex():
+        tensor, values, mask = torch.view_as_real(tensor), torch.view_as_real(values), mask.unsqueeze(-1)
+    _multiply(tensor, values, mask)
+
+
+def _multiply(into: Tensor, values: Tensor, mask: Tensor) -> None:
+    """Write values times a mask into a tensor.
+
+    Times zero, inf and NaN would give NaN. Their bits, read as an integer, times zero are the bits of zero.
+    """
+    into, bits = (each.view(_INTEGER[each.element_size()]) for each in (into, values))
+    if mask.shape != bits.shape or bits.numel() <= 2 * CHUNK or bits.device.type != "cpu":
+        torch.mul(bits, mask, out=into)
+        return
+    # torch converts the bools to integers first. A few rows at a time, these stay in the cache.
+    rows = max(1, 2 * CHUNK * len(bits) // bits.numel())
+    for written, part, kept in zip(into.split(rows), bits.split(rows), mask.split(rows), strict=True):
+        torch.mul(part, kept, out=written)
 
 
 def _zero_all_masked(pairs: Iterable[tuple[Tensor, Tensor]], zero: float = 0.0) -> None:

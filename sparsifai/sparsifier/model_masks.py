@@ -21,10 +21,12 @@ class ModelMasks(MutableMapping[str, Tensor]):
 
     Attributes:
         of_followers: Parameter name -> mask, of the followers.
+        fixed: Parameter name -> mask of what `add` has pruned, which is never kept again.
     """
 
     def __init__(self, layers: dict[str, Layer], followers: Sequence[Follower]):
         self.layers, self.followers = layers, followers
+        self.fixed: dict[str, Tensor] = {}
         self.of_followers = self.followers_of({})
 
     def followers_of(self, changed: Layers) -> dict[str, Tensor]:
@@ -39,9 +41,16 @@ class ModelMasks(MutableMapping[str, Tensor]):
             layer = pruned[name]
             kept = layer.kept & layer.grouping.any_of(masks[name].expand_as(layer.parameter))
             changed[name] = layer.with_mask(layer.mask_of(kept), layer.level)
-        of_followers = self.followers_of(changed)
+        of_followers, fixed = self.followers_of(changed), merged(self.fixed, masks)
         self.layers.update(changed)
-        self.of_followers = of_followers
+        self.of_followers, self.fixed = of_followers, fixed
+
+    def widest(self, layer: Layer) -> Tensor:
+        """The mask of a layer that keeps all groups but those that `add` has pruned."""
+        kept = layer.grouping.all_kept()
+        if layer.name in self.fixed:
+            kept = kept & layer.grouping.any_of(self.fixed[layer.name].expand_as(layer.parameter)).to(kept.device)
+        return layer.mask_of(kept)
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self.of_followers:

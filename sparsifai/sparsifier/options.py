@@ -15,7 +15,8 @@ from ..axes.granularity import Granularity, granularities
 from ..axes.grouping import poolings
 from ..model.layers import find_weights
 from ..model.patterns import Pattern, as_patterns, matching_each
-from ..support.checks import check_fraction, check_round_to, check_seed
+from ..support.checks import check_fraction, check_number, check_round_to, check_seed
+from .dense_weights import DECAY
 from .regrowth import check_regrow
 
 Sparsity = float | Mapping[Pattern, float]
@@ -36,6 +37,9 @@ class Options:
     round_to: int | None
     coupled: bool
     seed: int
+    straight_through: bool
+    decay: float | None
+    gradient_sparsity: float | None
 
     @classmethod
     def of(
@@ -52,6 +56,9 @@ class Options:
         round_to: Any = None,
         coupled: Any = False,
         seed: Any = 0,
+        straight_through: Any = False,
+        decay: Any = None,
+        gradient_sparsity: Any = None,
     ) -> Options:
         """Resolve and check the arguments of `Sparsifier`.
 
@@ -60,6 +67,7 @@ class Options:
             ValueError: A name is unknown, or a value cannot work.
         """
         granularity, context, criteria, pool = resolve_axes(granularity, context, criteria, pool)
+        decay, gradient_sparsity = check_straight_through(straight_through, decay, gradient_sparsity, regrow)
         return cls(
             granularity,
             context,
@@ -72,6 +80,9 @@ class Options:
             check_round_to(round_to),
             bool(coupled),
             check_seed(seed),
+            bool(straight_through),
+            decay,
+            gradient_sparsity,
         )
 
     def with_criteria(self, criteria: Any) -> Options:
@@ -117,6 +128,33 @@ def resolve_axes(
         contexts.resolve(context),
         criterion,
         poolings.resolve(getattr(_plain(criterion), "pooling", "mean") if pool is None else pool),
+    )
+
+
+def check_straight_through(
+    straight_through: Any, decay: Any, gradient_sparsity: Any, regrow: Any
+) -> tuple[float | None, float | None]:
+    """The options of straight-through training, with their defaults.
+
+    Returns:
+        `decay` and `gradient_sparsity`; None for both without `straight_through`.
+
+    Raises:
+        ValueError: An option needs `straight_through`, has no such value, or `regrow` is given, too.
+    """
+    given = {"decay": decay, "gradient_sparsity": gradient_sparsity}
+    if not straight_through:
+        if named := [name for name, value in given.items() if value is not None]:
+            raise ValueError(
+                f"{named[0]}={given[named[0]]!r} needs straight_through=True, which keeps the dense weights that it is "
+                "about"
+            )
+        return None, None
+    if regrow is not None:
+        raise ValueError("straight_through=True and regrow= are two ways to let masks change; pass one of them")
+    return (
+        check_number("decay", DECAY if decay is None else decay),
+        check_fraction(0.0 if gradient_sparsity is None else gradient_sparsity, "gradient_sparsity"),
     )
 
 

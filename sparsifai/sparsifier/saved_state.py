@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..model.tensors import widened
 from ..support.printable import printable
 from ..support.registry import name_of
 from .collection import CollectedQuantities
+from .dense_weights import DenseWeights
 from .layer import Layer, Layers
 from .regrowth import Regrowth
 
@@ -40,15 +41,25 @@ class SavedState:
         quantities: The attributes of the criterion's quantities.
         of_regrowth: The attributes of the regrowth; empty without regrow=.
         random: State of the random generator, on the CPU.
+        of_dense: The attributes of the dense weights; empty without straight_through.
+        is_settled: Whether the masks of straight-through training are settled.
     """
 
     layers: dict[str, Layer]
     quantities: dict[str, Any]
     of_regrowth: dict[str, Any]
     random: Tensor
+    of_dense: dict[str, Any] = field(default_factory=dict)
+    is_settled: bool = False
 
 
-def read_state(state: Any, layers: Layers, collected: CollectedQuantities, regrowth: Regrowth | None) -> SavedState:
+def read_state(
+    state: Any,
+    layers: Layers,
+    collected: CollectedQuantities,
+    regrowth: Regrowth | None,
+    dense: DenseWeights | None = None,
+) -> SavedState:
     """Read a state for a Sparsifier, and change nothing.
 
     Args:
@@ -56,6 +67,7 @@ def read_state(state: Any, layers: Layers, collected: CollectedQuantities, regro
         layers: The selected layers of the Sparsifier.
         collected: Its criterion and quantities.
         regrowth: Its regrowth, or None.
+        dense: Its dense weights, or None without straight_through.
 
     Raises:
         ValueError: The state is not that of a Sparsifier with these layers, quantities and regrowth.
@@ -66,12 +78,13 @@ def read_state(state: Any, layers: Layers, collected: CollectedQuantities, regro
             "load_state_dict: the state lacks the masks, levels, statistics or rng of a Sparsifier; give what "
             "state_dict() returned"
         )
-    if ("regrowth" in state) != (regrowth is not None):
-        raise ValueError(
-            "load_state_dict: only one of the state and this Sparsifier has regrow=; use the same regrow= as when the "
-            "state was saved"
-        )
-    _check_known("the state", state, (*parts, "regrowth"))
+    for part, option, held in (("regrowth", "regrow=", regrowth), ("straight_through", "straight_through=True", dense)):
+        if (part in state) != (held is not None):
+            raise ValueError(
+                f"load_state_dict: only one of the state and this Sparsifier has {option}; use the same "
+                f"{option.partition('=')[0]}= as when the state was saved"
+            )
+    _check_known("the state", state, (*parts, "regrowth", "straight_through"))
     masks, levels = _table("masks", state["masks"]), _table("levels", state["levels"])
     for what, given, form in (("mask", masks, _form_of_mask), ("level", levels, lambda layer: "a number")):
         _check_layers(what, given, {name: form(layer) for name, layer in layers.items()})
@@ -85,7 +98,8 @@ def read_state(state: Any, layers: Layers, collected: CollectedQuantities, regro
         used = _table("used masks", state["regrowth"]["used"])
         _check_layers("used mask", {**masks, **used}, {name: _form_of_mask(layer) for name, layer in layers.items()})
         of_regrowth["used"] = {name: _mask(f"used mask of {name}", mask, layers[name]) for name, mask in used.items()}
-    return SavedState(read, quantities, of_regrowth, _random(state["rng"]))
+    of_dense, is_settled = ({}, False) if dense is None else _dense_weights(state["straight_through"], layers, dense)
+    return SavedState(read, quantities, of_regrowth, _random(state["rng"]), of_dense, is_settled)
 
 
 def _quantities(what: str, saved: Any, layers: Layers, collected: CollectedQuantities) -> dict[str, Any]:
@@ -117,6 +131,29 @@ def _quantities(what: str, saved: Any, layers: Layers, collected: CollectedQuant
     _check_quantities(begins, (), means, collected)
     unreached: dict[str, set[str]] = {quantity: set() for quantity in stored if quantity in means}
     return {"stored": stored, "counts": counts, "begins": set(begins), "unreached": unreached}
+
+
+def _dense_weights(saved: Any, layers: Layers, dense: DenseWeights) -> tuple[dict[str, Any], bool]:
+    """The attributes of the dense weights, as they were saved, and whether the masks are settled."""
+    what, parts = "straight_through", ("values", "trained", "settled")
+    if not isinstance(saved, Mapping) or not set(parts) <= saved.keys():
+        raise ValueError(f"load_state_dict: the {what} of the state lacks {', '.join(parts)} of it; {_DAMAGED}")
+    _check_known(what, saved, parts)
+    if not isinstance(saved["settled"], bool):
+        raise _wrong(f"settled of {what}", saved["settled"], "True or False")
+    values, trained = _table("dense weights", saved["values"]), _table("trained masks", saved["trained"])
+    known = {name: dense.model.get_parameter(name) for name in (*layers, *dense.masks)}
+    forms = {name: _form(parameter) for name, parameter in known.items()}
+    read = {}
+    for name, value in values.items():
+        here = known.get(name)
+        if here is None or _form(value) != forms[name] or not {value.dtype, here.dtype} <= {here.dtype, *_FLOATS}:
+            raise _differs(f"dense weight of {printable(name)}", _form(value), forms.get(name, "absent"))
+        # In memory of its own and in the memory order of the weight.
+        read[name] = torch.empty_like(here.detach()).copy_(value)
+    _check_layers("trained mask", trained, {name: _form_of_mask(layers[name]) for name in trained if name in layers})
+    masks = {name: _mask(f"trained mask of {name}", mask, layers[name]) for name, mask in trained.items()}
+    return dense.with_values(read, masks), saved["settled"]
 
 
 def _values(

@@ -6,6 +6,7 @@ The core of the library is `Sparsifier.sparsify`. It calls `build_masks`, which 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -25,13 +26,14 @@ from .calibration import calibrated
 from .change import Change
 from .collection import CollectedQuantities, Source
 from .copying import CopiedWithModel
+from .dense_weights import check_can_be_kept
 from .findings import both
 from .given_masks import check_masks
-from .layer import level_of, selected, unfrozen
+from .layer import Layers, level_of, selected, unfrozen
 from .layer_selection import Asked, cannot_be_pruned, find_layers, scopes
 from .mask_building import NewMasks, Ranking, build_masks
 from .masked_model import MaskedModel
-from .masking import NEXT_TO_ZERO, Masked, masked_parameters, moments_to_zero, newly_masked
+from .masking import NEXT_TO_ZERO, masked_parameters, moments_to_zero, newly_masked
 from .notices import notices_of_frozen, notices_of_host, notices_of_outputs, notices_of_unnamed, notices_of_unprunable
 from .options import Options, Sparsity, check_sparsity
 from .regrowth import Regrowth, check_drop
@@ -69,6 +71,13 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         coupled: Whether filters that can only be removed together (such as those whose outputs are added) are ranked
             and pruned together, so that `shrink` can remove every zero filter. Needs torch-pruning and example_input.
         seed: Seed of the generator that random criteria draw from. Default 0.
+        straight_through: Whether dense weights are kept beside the sparse ones, so that masks can change their mind:
+            see `dense_weights`. Costs 4 bytes a weight. Default False.
+        decay: With straight_through, how strongly pruned weights are pulled towards zero: `mask_gradients` adds decay
+            times the dense weight to their gradient (SR-STE; Zhou et al., 2021, arXiv:2102.04010). Default 2e-4.
+        gradient_sparsity: With straight_through, the fraction of the weights whose gradients are zero, those that rank
+            lowest (Top-KAST; Jayakumar et al., 2021, arXiv:2106.03517). At most the present sparsity counts, so 1 lets
+            only the weights that are kept learn, as in movement pruning as published. Default 0: all weights learn.
         example_input: A batch, for models that torch.fx cannot trace; needed only with granularities of whole outputs
             or inputs, by synflow, and by coupled. A tuple holds positional arguments, a dictionary keywords.
 
@@ -105,13 +114,17 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         round_to: int | None = None,
         coupled: bool = False,
         seed: int = 0,
+        straight_through: bool = False,
+        decay: float | None = None,
+        gradient_sparsity: float | None = None,
         example_input: Any = None,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"Sparsifier: model is a torch.nn.Module, not {type(model).__name__}")
         options = Options.of(
             granularity, context, criteria, layers=layers, exclude=exclude, pool=pool, may_empty=may_empty,
-            regrow=regrow, round_to=round_to, coupled=coupled, seed=seed,
+            regrow=regrow, round_to=round_to, coupled=coupled, seed=seed, straight_through=straight_through,
+            decay=decay, gradient_sparsity=gradient_sparsity,
         )  # fmt: skip
         inner = unwrapped(model)
         found, followers, coupling = find_layers(
@@ -124,7 +137,11 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         self.ranking = Ranking(replace(options, layers=None, exclude=None), coupling, process_group_of(model))
         weights = {name: layer.weight for name, layer in self._selected.items()}
         rng = torch.Generator().manual_seed(options.seed)
-        source = Source(inner, weights, rng, first_example(example_input))
+        if options.straight_through:
+            for layer in self._selected.values():
+                check_can_be_kept(layer.name, layer.parameter)
+        self._is_settled = False
+        source = Source(inner, weights, rng, first_example(example_input), dense=self._dense)
         self.collected = CollectedQuantities(options.criteria, source)
         self._regrowth = None if options.regrow is None else Regrowth(options.regrow, source)
         for each in self._all_collected:
@@ -149,7 +166,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
     ) -> None:
         """Build the masks for a sparsity and apply them.
 
-        A rising sparsity only prunes more. A falling one revives weights, which start at zero.
+        A rising sparsity only prunes more. A falling one revives weights, which start at zero. With straight_through,
+        all weights are ranked anew, by their dense values, until `settle`.
 
         Args:
             sparsity: Fraction of the weights to be zero, 0.5 for 50 %; or {pattern: fraction}. Then the layers of
@@ -185,7 +203,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
 
         Args:
             sparsity: As of `sparsify`.
-            optimizer: torch's or fastai's, whose moments of newly pruned weights are set to zero; or None.
+            optimizer: torch's or fastai's, whose moments of newly pruned weights are set to zero; or None. With
+                straight_through they stay, until `settle`.
             drop: As of `sparsify`.
 
         Raises:
@@ -197,13 +216,18 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         warn_each(new.notices)
         change = self._change_to(new)
         earlier = {id(layer.parameter): layer.mask for layer in self._selected.values()}
-        newly = [
+        now = masked_parameters(self.model, {**new.masks, **(change.followers or {})})
+        newly_pruned = [
             (parameter, newly_masked(parameter, earlier[id(parameter)], mask) if id(parameter) in earlier else mask)
-            for parameter, mask in masked_parameters(self.model, {**new.masks, **(change.followers or {})})
+            for parameter, mask in now
         ]
+        if change.from_dense:
+            back = {id(each): newly_masked(each, mask, earlier[id(each)]) for each, mask in now if id(each) in earlier}
+            self._take(change, {id(each): (pruned, back.get(id(each), pruned)) for each, pruned in newly_pruned})
+            return
         if optimizer is not None:
-            change = replace(change, moments=moments_to_zero(newly, optimizer, squares=NEXT_TO_ZERO))
-        self._take(change, newly)
+            change = replace(change, moments=moments_to_zero(newly_pruned, optimizer, squares=NEXT_TO_ZERO))
+        self._take(change, newly_pruned)
 
     @torch.no_grad()
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
@@ -224,7 +248,7 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         kept = check_masks(masks, self.layers, self.ranking.options.may_empty)
         layers = self._with_masks({name: self.layers[name].mask_of(groups) for name, groups in kept.items()})
         masks = {**self.masks, **{name: layer.mask for name, layer in layers.items()}}
-        self._take(Change(layers, self.all_masks.followers_of(layers), self._noted(masks), zeroes=True))
+        self._take(self._written(Change(layers, self.all_masks.followers_of(layers), self._noted(masks), zeroes=True)))
 
     def check(self, sparsity: Sparsity) -> None:
         """Raise what `sparsify` would raise, and change nothing.
@@ -235,7 +259,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         self._check_held("check")
         self.select_unfrozen()
         asked = self._without(self.resting(), scopes(check_sparsity(sparsity), self.layers, self.model))
-        build_masks(self._selected, asked, self.ranking, self.collected)
+        with self._dense.in_place():
+            build_masks(self._ranked(asked), asked, self.ranking, self.collected)
 
     def select_unfrozen(self) -> list[str]:
         """Select the layers that were frozen and are trained now. Building masks and collecting data do it themselves.
@@ -267,11 +292,37 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         if not self._has_ranked:  # not when it is made: a model is often moved to a GPU later
             self._has_ranked = True
             warn_each(notices_of_host(self.ranking.options, self.layers))
+        if self.is_straight_through:
+            return self._masks_of_dense(asked)
         falling = any(fraction < self.layers[name].level for fraction, names in asked for name in names)
         if drop or falling or not is_elementwise(self.ranking.options.criteria) or self.collected.at("update"):
             # A step may have moved pruned weights. Their values must not reach a score, now or later, nor be revived.
             self.apply_masks()
         return build_masks(self._selected, asked, self.ranking, self.collected, self._regrowth, drop)
+
+    def _masks_of_dense(self, asked: Asked) -> NewMasks:
+        """Build masks from the dense weights: those of the weights, and of those that get gradients."""
+        layers, lowest = self._ranked(asked), self.ranking.options.gradient_sparsity or 0.0
+        with self._dense.in_place():
+            new = build_masks(layers, asked, self.ranking, self.collected)
+            if not lowest:
+                return new
+            fewer = [(min(sparsity, lowest), names) for sparsity, names in asked]
+            wider = new if fewer == asked else build_masks(layers, fewer, self.ranking, self.collected)
+        return replace(new, trained={name: wider.masks[name] | mask for name, mask in new.masks.items()})
+
+    def _ranked(self, asked: Asked) -> Layers:
+        """The selected layers as they are ranked. With straight_through, pruned weights can be kept again."""
+        if not self.is_straight_through:
+            return self._selected
+        coupling = self.ranking.coupling
+        asked = asked if coupling is None else coupling.together(asked)
+        names = {name for _, several in asked for name in several}
+        widest = self.all_masks.widest
+        return {
+            name: layer.with_mask(widest(layer), 0.0) if name in names else layer
+            for name, layer in self._selected.items()
+        }
 
     def wait_for_frozen(self) -> None:
         """From now on, leave out of an update the frozen layers that lack the gradients that it needs."""
@@ -325,7 +376,14 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         # What was found in earlier updates may not have been read yet.
         attributes = [(self, {"_found": both(self._found, new.found)}), *self._noted(new.masks)]
         followers = self.all_masks.followers_of(layers)
-        return Change(layers, followers, attributes, new.random, zeroes=True, is_update=True)
+        if self.is_straight_through:
+            attributes.append((self._dense, {"trained": new.trained}))
+        return self._written(Change(layers, followers, attributes, new.random, zeroes=True, is_update=True))
+
+    def _written(self, change: Change) -> Change:
+        """A change of masks, which takes the weights that are kept next from the dense ones, if there are any."""
+        kept = bool(self._dense.values) or any(layer.level for layer in change.layers.values())
+        return replace(change, from_dense=self.is_straight_through and kept)
 
     def _noted(self, masks: Mapping[str, Tensor]) -> list[tuple[Any, dict[str, Any]]]:
         """The attributes that count what these masks keep as used, for a Change."""
@@ -338,13 +396,14 @@ class Sparsifier(CopiedWithModel, MaskedModel):
             (self, {"_found": self._found, "_calibration": self._calibration})
         ]
         attributes += [(holder, dict(vars(holder))) for holder in holders]
+        attributes.append((self._dense, self._dense.as_it_is()))
         parameters = map(self.model.get_parameter, self.all_masks)
         return Change(
             dict(self.layers), dict(self.all_masks.of_followers), attributes, self.collected.source.rng.get_state(),
             [(parameter, parameter.detach().clone()) for parameter in parameters],
         )  # fmt: skip
 
-    def _carry_out(self, change: Change, newly: Masked | None = None) -> None:
+    def _carry_out(self, change: Change, newly: Any = None) -> None:
         super()._carry_out(change, newly)
         if change.random is not None:
             self.collected.source.rng.set_state(change.random)
@@ -411,6 +470,12 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping.
 
         A criterion that needs gradients collects them first, if a selected layer has one.
+
+        With straight_through the gradients of pruned weights stay, because they move the dense weights: decay times the
+        dense weight is added to them, and gradient_sparsity sets the lowest ones to zero.
+
+        Raises:
+            ValueError: With straight_through and a decay, a gradient is a sparse tensor.
         """
         self._check_held("mask_gradients")
         parameters = [layer.parameter for layer in self._selected.values()]
@@ -418,8 +483,83 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         if self.collected.at("backward") and any(parameter.grad is not None for parameter in parameters):
             self.select_unfrozen()
             seen = self._with_gradients()
-        super().mask_gradients()
+        if self.is_straight_through:
+            self.pull_gradients()
+        else:
+            super().mask_gradients()
         self._take(seen)  # last, because a call that fails is made again, and no batch may count twice
+
+    # --- Straight-through training ------------------------------------------------------------------------------
+
+    @property
+    def is_straight_through(self) -> bool:
+        """Whether masks are ranked from dense weights, so that they can change their mind. Not after `settle`."""
+        return self.ranking.options.straight_through and not self._is_settled
+
+    def dense_weights(self) -> AbstractContextManager[None]:
+        """Let the model have its dense weights in a `with` block. Put the optimizer's step into it, and nothing else.
+
+        At the end of the block the model has the sparse weights again. The gradients, which were taken at the sparse
+        weights, have moved the dense ones as if they had been taken there: a straight-through estimator (Bengio et al.,
+        2013, arXiv:1308.3432). Without straight_through, and after `settle`, the block changes nothing.
+
+        Example:
+            >>> model = nn.Linear(4, 2)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> sparsifier = Sparsifier(model, straight_through=True)
+            >>> for sparsity in (0.25, 0.5):
+            ...     model(torch.ones(3, 4)).sum().backward()
+            ...     sparsifier.mask_gradients()
+            ...     with sparsifier.dense_weights():
+            ...         optimizer.step()
+            ...     sparsifier.sparsify(sparsity)
+            ...     optimizer.zero_grad()
+            >>> sparsifier.settle(optimizer)
+            >>> sparsifier.sparsity
+            0.5
+        """
+        self._check_held("dense_weights")
+        return self._dense.stepped()
+
+    def pull_gradients(self) -> None:
+        """Do what `mask_gradients` does with straight_through, but collect no gradients.
+
+        Raises:
+            ValueError: A gradient is a sparse tensor, and there is a decay.
+        """
+        self._check_held("pull_gradients")
+        self._dense.mask_gradients(self._selected, self.ranking.options.decay or 0.0)
+
+    def settle(self, optimizer: Any = None) -> None:
+        """Fix the masks as they are, and drop the dense weights. From here on, training is that of a sparse model.
+
+        Args:
+            optimizer: torch's or fastai's, whose moments of pruned weights are set to zero; or None.
+
+        Raises:
+            ValueError: The Sparsifier was made without straight_through.
+        """
+        self._check_held("settle")
+        if not self.ranking.options.straight_through:
+            raise ValueError("settle: this Sparsifier has no dense weights; make it with straight_through=True")
+        self.apply_masks()
+        moments = {} if optimizer is None else moments_to_zero(self._masked(), optimizer, squares=NEXT_TO_ZERO)
+        settled: list[tuple[Any, dict[str, Any]]] = [(self, {"_is_settled": True}), (self._dense, self._dense.empty())]
+        self._take(Change(attributes=settled, moments=moments, zeroes=True))
+
+    def mask_moments(self, optimizer: Any) -> None:
+        """Set the optimizer's moments of pruned weights to zero, so that these are not moved. Call it after sparsify.
+
+        With straight_through nothing is set until `settle`, because the moments move the dense weights.
+
+        Args:
+            optimizer: torch's or fastai's, or a wrapper that holds one.
+
+        Raises:
+            TypeError: It keeps moments where they are not found, or as codes that cannot be set to zero.
+        """
+        if not self.is_straight_through:
+            super().mask_moments(optimizer)
 
     # --- What is measured ---------------------------------------------------------------------------------------
 
@@ -465,6 +605,7 @@ class Sparsifier(CopiedWithModel, MaskedModel):
             "statistics": self.collected.state(),
             **({} if self._regrowth is None else {"regrowth": self._regrowth.state()}),
             "rng": self.collected.source.rng.get_state(),
+            **({"straight_through": {**self._dense.state(), "settled": self._is_settled}} if self._has_dense else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -479,13 +620,22 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         self._check_held("load_state_dict", finish=False)  # what is unfinished is replaced
         joining = self._joining()
         layers = selected({**self.layers, **joining.layers})
-        loaded = read_state(state, layers, *self._all_with(joining))
+        collected, regrowth = self._all_with(joining)
+        loaded = read_state(state, layers, collected, regrowth, self._dense if self._has_dense else None)
         weights = {name: layer.weight for name, layer in layers.items()}
-        attributes = [(self.collected.source, {"layers": weights}), (self.collected, loaded.quantities)]
+        attributes: list[tuple[Any, dict[str, Any]]] = [
+            (self.collected.source, {"layers": weights}), (self.collected, loaded.quantities)
+        ]  # fmt: skip
         if self._regrowth is not None:
             attributes.append((self._regrowth, loaded.of_regrowth))
+        if self._has_dense:
+            attributes += [(self._dense, loaded.of_dense), (self, {"_is_settled": loaded.is_settled})]
         followers = self.all_masks.followers_of(loaded.layers)
         self._take(Change(loaded.layers, followers, attributes, loaded.random, zeroes=True))
+
+    @property
+    def _has_dense(self) -> bool:
+        return self.ranking.options.straight_through
 
     def release(self) -> nn.Module:
         """Drop all references to the model. Its zeros stay until it is trained further.

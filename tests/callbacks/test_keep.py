@@ -265,7 +265,7 @@ def test_fine_tune_with_regrowth_over_the_zeros_of_an_earlier_fit(make_learner):
     learn = make_learner(splitter=two_groups, opt_func=fastai.Adam)
     learn.fit(2, 0.1, cbs=SparsifyCallback(0.6, schedule="one_shot"))
     before = zeros_of(learn.model)
-    callback = SparsifyCallback(0.6, schedule="one_shot", regrow="random", every=1, decay=between(lin, 0, 1))
+    callback = SparsifyCallback(0.6, schedule="one_shot", regrow="random", every=1, drop_schedule=between(lin, 0, 1))
     learn.fine_tune(2, 0.1, cbs=callback)
     assert_kept(learn, callback)
     assert sum(int((~mask).sum()) for mask in callback.sparsifier.masks.values()) == round(0.6 * 474)

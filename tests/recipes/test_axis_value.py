@@ -6,7 +6,7 @@ from sparsifai import agp, between, criteria, iterative, one_cycle
 from sparsifai.recipes.axis_value import axis_value
 
 
-@pytest.mark.parametrize("axis", ["schedule", "decay"])
+@pytest.mark.parametrize("axis", ["schedule", "drop_schedule"])
 def test_names_and_options(axis):
     assert axis_value(axis, "agp") is agp
     assert axis_value(axis, {"agp": None}).func is agp

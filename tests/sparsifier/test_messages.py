@@ -487,7 +487,7 @@ CALLBACK = [
     ("drop of a callback", lambda: callback(regrow="grad", drop=1.5), ValueError, f"{DROP}1.5"),
     ("drop without regrow in a callback", lambda: callback(drop=0.5), ValueError,
      "drop=0.5 needs regrow=..."),
-    ("unknown decay of a callback", lambda: callback(regrow="grad", decay="cosine"), ValueError,
+    ("unknown drop_schedule of a callback", lambda: callback(regrow="grad", drop_schedule="cosine"), ValueError,
      "unknown schedule 'cosine'; did you mean 'cos'...?"),
     ("more than 2:4 in a callback", lambda: callback(sparsity=0.9, context="2:4"), ValueError,
      "context 2:4 prunes at most 0.5 of the weights, and sparsity 0.9 was asked for; ..."),

@@ -141,7 +141,7 @@ def test_alternating_phases_alternate_in_a_second_fit_too(make_learner):
 def test_by_default_masks_move_a_hundred_times_in_a_fit(make_learner):
     from sparsifai import SparsifyCallback
 
-    callback = SparsifyCallback(0.5, schedule="one_shot", regrow="random", decay=lambda t: 0.0)
+    callback = SparsifyCallback(0.5, schedule="one_shot", regrow="random", drop_schedule=lambda t: 0.0)
     masks, counts = [], []
     learn = make_learner(steps=25, lr=0.1)
     learn.fit(8, cbs=[callback, counting(lambda: callback, masks, counts)])

@@ -117,11 +117,12 @@ def _rigl(modifier: Modifier, epochs: int | None) -> StepDict | None:
     times = _times(modifier, epochs)
     modifier.note("init_update_fraction", f"drop {share:g} is a fraction of the remaining weights")
     _note_common(modifier)
-    decay: Any = "cos"
+    drop_schedule: Any = "cos"
     if epochs:
         start, end = times.get("start", 0) / epochs, min(times.get("end", epochs) / epochs, 1)
-        decay = "cos" if (start, end) == (0, 1) else {"between": ["cos", start, end]}
-    masks |= {"criteria": "large_final", "schedule": "cos", "regrow": "grad", "drop": share, "decay": decay}
+        drop_schedule = "cos" if (start, end) == (0, 1) else {"between": ["cos", start, end]}
+    masks |= {"criteria": "large_final", "schedule": "cos"}
+    masks |= {"regrow": "grad", "drop": share, "drop_schedule": drop_schedule}
     initial = sparsity * (1 - share)
     return {"sparsity": sparsity, **_layers(modifier, "params"), **masks, **times, "initial_sparsity": initial}
 

@@ -126,7 +126,7 @@ def test_rigl():
         "schedule": "cos",
         "regrow": "grad",
         "drop": 0.25,
-        "decay": {"between": ["cos", 0.25, 0.75]},
+        "drop_schedule": {"between": ["cos", 0.25, 0.75]},
         "start": 5,
         "end": 15,
         "update_every": 0.1,

@@ -1,0 +1,232 @@
+"""Straight-through training: dense weights are kept beside the sparse ones, and only the optimizer's step moves them.
+
+    sparse weights:  W * M, with which the model computes    dense weights:  W, which are ranked for the next masks
+
+The gradients are taken at the sparse weights and move the dense ones, as if the mask were not there. So a pruned weight
+goes on learning, and is kept again once it ranks high enough. A parameter of the model holds the sparse weights, in its
+own memory. Only for a step of the optimizer, and while weights are ranked, it gets the memory of the dense ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.parallel import is_sharded
+from ..support.at_end import AtEnd
+from ..support.printable import printable
+from ..support.warning import warn
+from .masking import is_masked_zero, write_masked, zero_masked
+from .model_masks import ModelMasks
+
+# The pull of pruned weights towards zero of Zhou et al., 2021, who chose it for the training of N:M sparse networks.
+DECAY = 2e-4
+
+MOVED_ELSEWHERE = (
+    "straight_through: pruned weights were changed outside of the step of the optimizer, and are set to zero again; "
+    "call the step inside `with sparsifier.dense_weights():`, so that it moves the dense weights"
+)
+
+
+class DenseWeights:
+    """The dense weights of a model, from the first pruning on, until the masks are settled.
+
+    Where a weight is kept, the parameter of the model has its value, so that a checkpoint can be loaded into the model.
+    Where it is pruned, its value is here.
+
+    Attributes:
+        model: The model.
+        masks: Parameter name -> mask, a live view of the masks of the Sparsifier.
+        values: Parameter name -> the dense weight. Empty if none are kept.
+        trained: Parameter name -> mask of the weights that get gradients, where these are not all weights.
+        is_whole: Whether `values` are right where weights are kept, too, while the parameters are not: in the middle of
+            a step or of a change.
+    """
+
+    def __init__(self, model: nn.Module | None, masks: ModelMasks):
+        self.model: Any = model
+        self.masks = masks
+        self.values: dict[str, Tensor] = {}
+        self.trained: dict[str, Tensor] = {}
+        self.is_whole = False
+        self._seen: dict[str, Any] = {}  # the version of each parameter when it last had the sparse weights
+        self._own: dict[str, Tensor] = {}  # the memory of each parameter that has the memory of the dense weights
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the parameters have the memory of the dense weights."""
+        return bool(self._own)
+
+    def pairs(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """Each parameter whose dense weight is kept: its name, the parameter, its mask."""
+        for name in self.values:
+            parameter = self.model.get_parameter(name)
+            yield name, parameter, self.masks[name].to(parameter.device)
+
+    @torch.no_grad()
+    def take_up(self) -> None:
+        """Keep the weights as they are now, of the parameters whose dense weights are not kept yet.
+
+        Raises:
+            ValueError: A parameter is sharded.
+        """
+        missing = {name: self.model.get_parameter(name) for name in self.masks if name not in self.values}
+        for name, parameter in missing.items():
+            check_can_be_kept(name, parameter)
+        self.values.update({name: parameter.detach().clone() for name, parameter in missing.items()})
+
+    @torch.no_grad()
+    def refresh(self) -> bool:
+        """Take over what has changed in the parameters since they last had the sparse weights, as by a checkpoint.
+
+        Returns:
+            Whether nothing has.
+        """
+        if self.is_in_place:
+            return True
+        for name, parameter, _ in self.pairs():
+            if (self.values[name].device, self.values[name].dtype) != (parameter.device, parameter.dtype):
+                self.values[name] = self.values[name].to(parameter)
+        if self.is_whole:
+            return True
+        changed = [each for each in self.pairs() if self._seen.get(each[0]) != _version_of(each[1])]
+        if not is_masked_zero([(parameter, mask) for _, parameter, mask in changed]):
+            warn(MOVED_ELSEWHERE)
+        for name, parameter, mask in changed:
+            self.values[name].copy_(torch.where(mask, parameter.detach(), self.values[name]))
+            zero_masked(parameter, mask)
+            self._seen[name] = _version_of(parameter)
+        return not changed
+
+    @torch.no_grad()
+    def write(self, changed: Mapping[int, Sequence[Tensor]] | None = None) -> None:
+        """Write the sparse weights, W * M, into the parameters.
+
+        Args:
+            changed: `id` of a parameter -> the weights that are newly pruned and those that are newly kept, as
+                `newly_masked` gives them. Default: all are written.
+        """
+        for name, parameter, mask in self.pairs():
+            pruned, kept = (changed or {}).get(id(parameter), (mask, mask))
+            if pruned.dtype == kept.dtype == torch.long:
+                memory = parameter.detach().view(-1)
+                memory[pruned] = 0
+                memory[kept] = self.values[name].view(-1)[kept]
+            else:
+                write_masked(parameter, self.values[name], mask)
+        self.note()
+
+    def note(self) -> None:
+        """Note that the parameters have the sparse weights."""
+        self._seen = {name: _version_of(parameter) for name, parameter, _ in self.pairs()}
+        self.is_whole = False
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Give the parameters the memory of the dense weights in a `with` block, to be read."""
+        if not self.values or self.is_in_place:
+            yield
+            return
+        self.refresh()
+        at_end = AtEnd(self._put_back)
+        with at_end, at_end:
+            self._put_in()
+            yield
+
+    @contextmanager
+    def stepped(self) -> Iterator[None]:
+        """The same, for a step of the optimizer, which moves the dense weights. The sparse weights are written then."""
+        if not self.values:
+            yield
+            return
+        self.refresh()
+        at_end = AtEnd(self._end_step)
+        with at_end, at_end:
+            self.is_whole = True
+            self._put_in()
+            yield
+
+    def _end_step(self) -> None:
+        self._put_back()
+        if self.is_whole:
+            self.write()
+
+    def _put_in(self) -> None:
+        for name, parameter, _ in self.pairs():
+            self._own[name] = parameter.data  # before the parameter is changed, for `_put_back`
+            parameter.data = self.values[name]
+
+    def _put_back(self) -> None:
+        for name, memory in self._own.items():
+            self.model.get_parameter(name).data = memory
+        self._own = {}
+
+    @torch.no_grad()
+    def mask_gradients(self, names: Container[str], decay: float) -> None:
+        """Pull pruned weights towards zero, g + decay (1 - M) W; zero the gradients of weights that are not trained.
+
+        Args:
+            names: Names of the parameters that are pulled.
+            decay: The strength of the pull.
+
+        Raises:
+            ValueError: There is a pull, and a gradient is a sparse tensor.
+        """
+        self.refresh()
+        pairs = [(name, parameter, parameter.grad) for name, parameter, _ in self.pairs()]
+        graded = [(name, parameter, gradient) for name, parameter, gradient in pairs if gradient is not None]
+        for name, _, gradient in graded:
+            if decay and gradient.layout != torch.strided:
+                raise ValueError(
+                    f"straight_through: the gradient of {printable(name)} is a sparse tensor, to which the pull of "
+                    "decay= cannot be added; pass decay=0, or make the layer with sparse=False"
+                )
+        for name, parameter, gradient in graded:
+            if decay and name in names:
+                # Where a weight is kept both are the same number, so nothing is added.
+                gradient.add_(self.values[name] - parameter, alpha=decay)
+            if name in self.trained and gradient.layout == torch.strided:
+                zero_masked(gradient, self.trained[name].to(parameter.device))
+
+    @staticmethod
+    def empty() -> dict[str, Any]:
+        """The attributes that keep no dense weights, for a Change."""
+        return {"values": {}, "trained": {}, "_seen": {}, "is_whole": False}
+
+    def with_values(self, values: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The attributes that keep these values where weights are pruned, for a Change."""
+        return {**self.empty(), "values": dict(values), "trained": dict(trained)}
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """The dense weights and what of them gets gradients, for `Sparsifier.state_dict`."""
+        self.refresh()
+        return {
+            "values": {name: value.clone() for name, value in self.values.items()},
+            "trained": dict(self.trained),
+        }
+
+    def as_it_is(self) -> dict[str, Any]:
+        """The attributes as they are now, for a Change."""
+        return self.with_values(**self.state())
+
+
+def check_can_be_kept(name: str, parameter: Tensor) -> None:
+    """Check that the dense weights of a parameter can be kept.
+
+    Raises:
+        ValueError: It is sharded.
+    """
+    if is_sharded(parameter):
+        raise ValueError(
+            f"straight_through: {printable(name)} is sharded by fully_shard, whose parameters cannot hold other memory "
+            "for a step; use DistributedDataParallel, or train without straight_through="
+        )
+
+
+def _version_of(parameter: Tensor) -> Any:
+    """What changes with the memory and the values of a parameter; if torch does not count that, it always differs."""
+    return object() if parameter.is_inference() else (parameter.data_ptr(), parameter._version)
