@@ -4,7 +4,7 @@
 
 Every run is appended to a file of results as one line of JSON; a run that is there already is not repeated, so a
 command that was stopped goes on where it was when it is given again. Seeds come one after the other: all cells with the
-first, then all with the second. Tables are printed at the end, --report prints those of the stored runs alone.
+first, then all with the second. Tables are printed at the end; --report only prints those of the stored runs.
 
     digits     scikit-learn's digits; nothing to download. With FasterAI if it is installed (pip install
                "sparsifai[bench]").
@@ -30,24 +30,32 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.accuracy import settings
-from benchmarks.accuracy.cells import done, share, store
-from benchmarks.accuracy.report import draw, tables
+from benchmarks.accuracy.cells import done, ordered, share, store
+from benchmarks.accuracy.report import draw, tables, write_page
 from benchmarks.accuracy.tasks import TASKS
 
 STORED = Path(__file__).with_name("results")
+START = time.perf_counter()
 QUICK = Path(__file__).parents[1] / "results" / "accuracy_quick"
 
 
 def main(options):
     "Run what is missing, print the tables; the number of runs that failed"
     failed = sum(_run(TASKS[name](options), name, options) for name in options.task if not options.report)
-    for name in options.task:
-        for table in tables(done(options.out / f"{name}.jsonl").values()):
-            print(f"\n{table}")
-    if options.picture:
-        draw({name: list(done(options.out / f"{name}.jsonl").values()) for name in TASKS}, options.picture)
+    found = {name: stored_runs(name, options.out) for name in options.task}
+    for name, runs in found.items():
+        print(f"\n## {name}: {TASKS[name].title}")
+        for table in tables(runs):
+            print(f"\n{table}", flush=True)
+    if options.page:
+        write_page(options.page, found)
+        draw(found, options.page.with_suffix(".png"))
     return failed
+
+
+def stored_runs(name, folder):
+    "The records of a task's runs, as its tables are ordered"
+    return ordered(done(folder / f"{name}.jsonl").values(), TASKS[name].cells(0, False))
 
 
 def _run(task, name, options):
@@ -80,7 +88,6 @@ def _run(task, name, options):
         where = f"{cell.case} | {cell.setting} | {cell.sparsity:.0%} | seed {cell.seed}"
         print(f"{of}: {where}: {result['accuracy']:.4f}, {result['seconds']} s", flush=True)
     return failed
-START = time.perf_counter()
 
 
 if __name__ == "__main__":
@@ -95,7 +102,7 @@ if __name__ == "__main__":
     parser.add_argument("--part", type=int, nargs=2, default=(1, 1), help="1 2: every second run, from the first")
     parser.add_argument("--minutes", type=float, help="after which no further run begins")
     parser.add_argument("--report", action="store_true", help="run nothing: print the tables of the stored runs")
-    parser.add_argument("--picture", type=Path, help="where the plot of the stored runs is drawn")
+    parser.add_argument("--page", type=Path, help="a page that gets the tables; the plot is drawn beside it, as .png")
     parser.add_argument("--out", type=Path, help=f"folder of the results; by default {STORED}")
     parser.add_argument("--threads", type=int, default=1, help="of torch; by default 1")
     arguments = parser.parse_args()

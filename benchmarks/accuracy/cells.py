@@ -51,6 +51,20 @@ def store(file, cell, result):
         stream.write("\n" * unfinished + json.dumps({**asdict(cell), **result}) + "\n")
 
 
+def ordered(runs, cells):
+    "Records in the order of the cases and settings of a task's cells; those that it has no more come last"
+    cells = list(cells)
+    cases, settings = (_places(getattr(cell, name) for cell in cells) for name in ("case", "setting"))
+    return sorted(
+        runs,
+        key=lambda run: (cases.get(run["case"], len(cases)), settings.get(run["setting"], len(settings))),
+    )
+
+
+def _places(names):
+    return {name: place for place, name in enumerate(dict.fromkeys(names))}
+
+
 def share(cells, part):
     "What one of several processes runs: of part (2, 3), the second, fifth, ... cell"
     number, of = part

@@ -60,35 +60,46 @@ CIFAR10 = {
     "2:4, SR-STE": ({**_TWO_FOUR, "schedule": "one_shot", "straight_through": True}, _HALF),
 }
 
-# From a setting to arguments of Sparsifier. Those of the second table are calibrated.
-ONE_SHOT = {
-    f"{context}, {criterion}": {"context": context, "criteria": criterion}
-    for context, criterion in (
+# Convolutions of one input channel an output: a twentieth of the weights of EfficientNet-Lite0.
+_NO_DEPTHWISE = {"exclude": "*_depthwise_conv"}
+
+
+def _named(rows):
+    "From 'CONTEXT, CRITERION' to arguments of Sparsifier, with those of a third column"
+    return {
+        f"{context}, {criterion}{', depthwise dense' if more else ''}": {
+            "context": context,
+            "criteria": criterion,
+            **(more[0] if more else {}),
+        }
+        for context, criterion, *more in rows
+    }
+
+
+# The second table is of criteria that need data.
+ONE_SHOT = _named(
+    [
         ("global", "large_final"),
         ("local", "large_final"),
         ("erk", "large_final"),
-        ("er", "large_final"),
         ("uniform_plus", "large_final"),
         ("lamp", "large_final"),
-        ("per_output", "large_final"),
         ("global", "normalized_final"),
-        ("global", "lamp"),
-        ("global", "random"),
-    )
-}
-CALIBRATED = {
-    f"{context}, {criterion}": {"context": context, "criteria": criterion}
-    for context, criterion in (
-        ("global", "large_final"),
-        ("global", "snip"),
+        ("local", "large_final", _NO_DEPTHWISE),
+    ]
+)
+CALIBRATED = _named(
+    [
         ("global", "fisher"),
-        ("local", "snip"),
+        ("global", "snip"),
         ("local", "fisher"),
+        ("local", "snip"),
         ("local", "wanda"),
         ("per_output", "wanda"),
-    )
-}
-ONE_SHOT_SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
+        ("local", "wanda", _NO_DEPTHWISE),
+    ]
+)
+ONE_SHOT_SPARSITIES, CALIBRATED_SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5), (0.1, 0.3, 0.5)
 
 FINE_TUNE = {
     "dense": (None, (0.0,)),

@@ -26,7 +26,8 @@ class Digits:
     def __init__(self, options):
         pass
 
-    def cells(self, seed, quick):
+    @staticmethod
+    def cells(seed, quick):
         "All settings at all sparsities, in each case; and the dense net"
         epochs = 2 if quick else 6
         sparsities = (0.9,) if quick else settings.DIGITS_SPARSITIES
@@ -57,17 +58,19 @@ class Cifar10:
 
     title = "CIFAR-10, ResNet-20 from scratch, one cycle, random flips and crops"
     seeds = 3
-    rate, size = 1e-2, 64
+    rate, size = 5e-3, 64
 
     def __init__(self, options):
         self.folder = options.data
 
-    def cells(self, seed, quick):
+    @staticmethod
+    def cells(seed, quick):
         "All settings, each at its sparsities"
-        epochs, count = (1, 1000) if quick else (8, 10_000)
-        for setting, (_, sparsities) in settings.CIFAR10.items():
-            for sparsity in sparsities[:1] if quick else sparsities:
-                yield Cell("cifar10", "", setting, sparsity, seed, epochs, count)
+        epochs, count = (1, 1000) if quick else (6, 10_000)
+        for sparsity in (0.0, 0.5, 0.9) if quick else (0.0, 0.9, 0.95, 0.5, 0.98, 0.8):
+            for setting, (_, sparsities) in settings.CIFAR10.items():
+                if sparsity in sparsities:
+                    yield Cell("cifar10", "", setting, sparsity, seed, epochs, count)
 
     @cached_property
     def data(self):
@@ -97,13 +100,16 @@ class OneShot:
         self.folder = options.imagenet
         self.net = None
 
-    def cells(self, seed, quick):
+    @staticmethod
+    def cells(seed, quick):
         "Those without data, and those calibrated: on every fifth picture"
-        sparsities = (0.3,) if quick else settings.ONE_SHOT_SPARSITIES
-        for case, table, count in (("without data", settings.ONE_SHOT, 0), ("calibrated", settings.CALIBRATED, 200)):
-            yield Cell("one_shot", case, "dense", 0.0, seed, 0, count)
+        yield Cell("one_shot", "dense", "dense", 0.0, seed, 0, 0)
+        for case, table, sparsities, count in (
+            ("without data", settings.ONE_SHOT, settings.ONE_SHOT_SPARSITIES, 0),
+            ("calibrated", settings.CALIBRATED, settings.CALIBRATED_SPARSITIES, 200),
+        ):
             for setting in list(table)[:2] if quick else table:
-                for sparsity in sparsities:
+                for sparsity in (0.3,) if quick else sparsities:
                     yield Cell("one_shot", case, setting, sparsity, seed, 0, count)
 
     @cached_property
@@ -136,17 +142,19 @@ class FineTune:
 
     title = "EfficientNet-Lite0 with ImageNet weights, fine-tuned on CIFAR-10 at 96 px"
     seeds = 2
-    rate, size = 1e-3, 32
+    rate, size = 1e-3, 20
 
     def __init__(self, options):
         self.folder = options.data
 
-    def cells(self, seed, quick):
+    @staticmethod
+    def cells(seed, quick):
         "All settings, each at its sparsities"
-        epochs, count = (1, 320) if quick else (3, 2000)
-        for setting, (_, sparsities) in settings.FINE_TUNE.items():
-            for sparsity in sparsities[:1] if quick else sparsities:
-                yield Cell("fine_tune", "", setting, sparsity, seed, epochs, count)
+        epochs, count = (1, 320) if quick else (3, 1500)
+        for sparsity in (0.0, 0.9) if quick else (0.0, 0.9, 0.8, 0.95):
+            for setting, (_, sparsities) in settings.FINE_TUNE.items():
+                if sparsity in sparsities:
+                    yield Cell("fine_tune", "", setting, sparsity, seed, epochs, count)
 
     @cached_property
     def data(self):
