@@ -222,7 +222,6 @@ class SparsifyCallback(TrainingCallback):
             regrows = self.options.regrow is not None and is_due
             drop = self.drop * (1 - progress(self.drop_schedule, self._start)) if regrows else 0.0
             self._fit.collect_gradients(self._batches(1) / self._batches_of_fit, drop, is_due)
-            self._fit.pull()
 
     def after_step(self):
         "Prune to where the schedule is after this step"
