@@ -24,13 +24,13 @@ class StraightThrough:
     def __init__(self, learn: Any, pruned: Pruned, keeper: KeepSparsity, settle: float):
         self.learn, self.pruned, self.keeper, self.settle = learn, pruned, keeper, settle
         self.optimizer: Any = learn.opt
-        self.own_step = vars(self.optimizer).get("step")  # what a user has put on the optimizer itself, if anything
+        self.own_step = self.optimizer.step
+        self.is_put_on = "step" in vars(self.optimizer)  # whether it is not that of the class, as after a scheduler
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """The step."""
-        step = type(self.optimizer).step.__get__(self.optimizer) if self.own_step is None else self.own_step
         with self.pruned.sparsifier.dense_weights():
-            return step(*arguments, **keywords)
+            return self.own_step(*arguments, **keywords)
 
     def begin(self) -> None:
         """Let the optimizer move what is pruned, but not the zeros of others, which are kept."""
@@ -54,5 +54,5 @@ class StraightThrough:
         self.keeper.masks_of_gradients = None
         if vars(self.optimizer).get("step") is self:
             del self.optimizer.step
-            if self.own_step is not None:
+            if self.is_put_on:
                 self.optimizer.step = self.own_step
