@@ -64,6 +64,8 @@ def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.nda
         return []
     if isinstance(layers[0], DeviceLayer):
         return select_on_device([layers], sparsity)
+    if len(layers) == 1:
+        layers = [layers[0].alone]
     total = sum(layer.total for layer in layers)
     alive = sum(layer.weights(layer.alive) for layer in layers)
     wanted, masked = sparsity * total, total - alive
