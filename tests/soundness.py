@@ -29,7 +29,8 @@ def assert_sound(learn, callback=None, level=None, *, exact=True):
     sparsifier = callback and callback.sparsifier
     if sparsifier is not None and keepers and prunes(keepers[0].masks, sparsifier.masks):
         zeros = {name: (sparsifier.layers[name].parameter == 0) for name in sparsifier.masks}
-        assert all(torch.equal(zeros[name], ~mask) for name, mask in sparsifier.masks.items())
+        for name, mask in sparsifier.masks.items():  # of others, a weight can be zero where no gradient reaches it
+            assert torch.equal(zeros[name] if exact else zeros[name] & ~mask, ~mask)
         assert sparsifier.sparsity == counted(model)
         asked_for = share(sparsifier.level, model)
         assert counted(model) == asked_for if exact else counted(model) >= asked_for

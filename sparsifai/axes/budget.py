@@ -20,7 +20,7 @@ from .ranking.scored_layer import ScoredLayer
 from .ranking.selection import select_groups
 
 
-@contexts.register(fixes_counts=True)
+@contexts.register(fixes_counts=True, keeps_masked=True)
 def erk(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Erdos-Renyi-Kernel: the density of a layer is in proportion to (n_in + n_out + k_h + k_w) / (n_in n_out k_h k_w).
 
@@ -30,7 +30,7 @@ def erk(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     return _budgeted(layers, sparsity, [_relative(_shapes(layer)) for layer in layers])
 
 
-@contexts.register(fixes_counts=True)
+@contexts.register(fixes_counts=True, keeps_masked=True)
 def er(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Erdos-Renyi: like erk, without the kernel: density in proportion to (n_in + n_out) / (n_in n_out).
 
@@ -63,7 +63,7 @@ def uniform_plus(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndar
     return _bounded(local, layers, sparsity, bounds, "uniform_plus")
 
 
-@contexts.register
+@contexts.register(keeps_masked=True)
 def lamp(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Give each layer the sparsity that a joint ranking of the LAMP scores would give it, and rank each layer alone.
 

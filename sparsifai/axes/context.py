@@ -130,7 +130,10 @@ def _per_output(layer: ScoredLayer, form: tuple[tuple[int, ...], list[int], int]
     for part in (slice(start, start + many) for start in range(0, len(layer), many)):
         write_kept(kept[part].reshape(-1, row), keys_of(part).reshape(-1, row), 1, row, count)
     in_order = kept.reshape([shape[place] for place in order])
-    return in_order.transpose(np.argsort(order)).reshape(-1) & (layer.alive | layer.revives)
+    kept = in_order.transpose(np.argsort(order)).reshape(-1)
+    if not layer.revives:
+        kept &= layer.alive
+    return kept
 
 
 def _per_output_on_device(
@@ -186,7 +189,9 @@ def ask(
         )
     if not capability(context, "keeps_masked", False):
         # Other contexts may change the returned array later, or revive groups that must stay masked.
-        all_kept = [kept & (layer.alive | layer.revives) for layer, kept in zip(layers, all_kept, strict=True)]
+        all_kept = [
+            kept.copy() if layer.revives else kept & layer.alive for layer, kept in zip(layers, all_kept, strict=True)
+        ]
     for layer, kept in zip(layers, all_kept, strict=True):
         if not kept.any() and not layer.whole and not layer.may_empty:
             raise ValueError(

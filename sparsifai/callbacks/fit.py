@@ -17,12 +17,12 @@ from ..sparsifier.report import Report
 from ..support.listing import in_short
 from ..support.table import percent
 from ..support.warning import warn
-from .dense_step import DenseStep
 from .display import Column, Curves, Trackers, notify
 from .keepers import Keepers
 from .learner import show_data
 from .pruned import Pruned
 from .ramp import Ramp
+from .straight_through import StraightThrough
 
 # By less than this fraction of the weights, a sparsity above the target is not worth a warning.
 EXCESS = 0.01
@@ -49,7 +49,7 @@ class Fit:
         column: The column `sparsity` of the training table.
         curves: The curves for the Recorder.
         trackers: Pauses SaveModelCallback and the like.
-        step: With straight_through, the step of the optimizer, which moves the dense weights: a DenseStep.
+        straight_through: A StraightThrough, as long as masks can change their mind; else None.
     """
 
     learn: Learner
@@ -68,7 +68,7 @@ class Fit:
     column: Column = field(init=False)
     curves: Curves = field(default_factory=Curves)
     trackers: Trackers = field(default_factory=Trackers)
-    step: Any = None
+    straight_through: Any = None
 
     def __post_init__(self) -> None:
         self.floor = 0.0 if self.pruned is None else self.pruned.reached
@@ -88,12 +88,8 @@ class Fit:
     @property
     def is_short(self) -> bool:
         """Whether the level is not yet that of the end of the fit, or masks can still change their mind."""
-        return self.moves and (self.pruned.reached != self.level_at(1.0) or self.changes_mind)
-
-    @property
-    def changes_mind(self) -> bool:
-        """Whether masks are ranked anew from dense weights at each update."""
-        return self.moves and self.pruned.sparsifier.is_straight_through
+        changes = self.straight_through is not None
+        return self.moves and (self.pruned.reached != self.level_at(1.0) or changes)
 
     @property
     def level(self) -> float:
@@ -129,10 +125,9 @@ class Fit:
             kept = pruned.masks
             self._warn_of_higher_sparsity(revives)
         self.keepers.give(kept)
-        if self.changes_mind:
-            self.step = DenseStep(self.learn.opt, self.pruned.sparsifier)
-            self.step.put_on()
-            self.keepers.own.masks_of_gradients = self.pruned.others
+        if pruned is not None and self.settle is not None and self.advances and pruned.sparsifier.is_straight_through:
+            self.straight_through = StraightThrough(self.learn, pruned, self.keepers.own, self.settle)
+            self.straight_through.begin()
 
     def _warn_of_higher_sparsity(self, revives: bool) -> None:
         """Warn once if more is pruned than this fit asks for, and stays so. revives: whether the schedule will fall."""
@@ -162,7 +157,7 @@ class Fit:
         reached, pruned = self.level_at(t), self.pruned
         # While weights regrow, layers that cannot regrow rest: an update of all would prune what has just regrown.
         joining = pruned.join(pruned.sparsifier.resting(drop=float(self.regrowing)))
-        if joining or reached != pruned.reached or (self.changes_mind and reached):
+        if joining or reached != pruned.reached or (self.straight_through is not None and reached):
             if pruned.sparsifier.collected.looks_at_data:
                 pruned.sparsifier.apply_masks()  # the last step may have moved masked weights
             show_data(self.learn, pruned.sparsifier, self.calibration, anew=joining)
@@ -170,7 +165,7 @@ class Fit:
             self._update(reached)
 
     def collect_gradients(self, t: float, drop: float, is_due: bool) -> None:
-        """Collect the gradients for the criterion. They are not masked yet.
+        """Collect the gradients for the criterion. They are not masked yet. With straight_through, pull pruned weights.
 
         Args:
             t: The fraction of the fit that is done after the present batch.
@@ -189,18 +184,13 @@ class Fit:
         elif sparsifier.collected.at("backward"):
             sparsifier.collected.add("backward")
 
-    def pull(self) -> None:
-        """With straight_through, prepare the gradients for a step of the dense weights."""
-        if self.changes_mind:
-            self.pruned.sparsifier.pull_gradients()
+        if self.straight_through is not None:
+            self.straight_through.pull()
 
     def settle_at(self, t: float) -> None:
         """With straight_through, fix the masks if this fraction of the fit is past the point where they settle."""
-        if self.changes_mind and self.settle is not None and t >= self.settle:
-            self.pruned.sparsifier.settle(self.learn.opt)
-            self.step.take_off()
-            self.keepers.own.masks_of_gradients = None
-            self.moved = True
+        if self.straight_through is not None and self.straight_through.settle_at(t):
+            self.straight_through, self.moved = None, True
 
     def _update(self, reached: float, drop: float = 0.0) -> None:
         """Update the masks. drop: fraction of the remaining weights that is pruned and regrown."""
@@ -225,7 +215,7 @@ class Fit:
             pruned.sparsifier.apply_masks()
             pruned.sparsifier.mask_moments(self.learn.opt)
         # After regrowth, too, trackers must forget their best epoch: it has other masks than those that are kept.
-        self.moved |= bool(drop) or reached != pruned.reached or self.changes_mind
+        self.moved |= bool(drop) or reached != pruned.reached or self.straight_through is not None
         pruned.reached, pruned.layers = reached, pruned.sparsifier.masks.keys() - resting
 
     def _tell_of_resting(self, resting: Collection[str]) -> None:
@@ -274,9 +264,8 @@ class Fit:
     def end(self) -> None:
         """Restore the Learner, except for the zeros and the KeepSparsity, and tell the user what is left."""
         if self.begun:
-            if self.step is not None:
-                self.step.take_off()
-                self.keepers.own.masks_of_gradients = None
+            if self.straight_through is not None:
+                self.straight_through.end()
             self.keepers.give_back()
             if self.is_short:
                 notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did")
@@ -285,8 +274,7 @@ class Fit:
 
     def undo(self) -> None:
         """Restore the training table, the trackers and the step of the optimizer."""
-        if self.step is not None:
-            self.step.take_off()
-            self.keepers.own.masks_of_gradients = None
+        if self.straight_through is not None:
+            self.straight_through.end()
         self.column.hide()
         self.trackers.resume()

@@ -5,6 +5,7 @@ It decides when the Sparsifier updates its masks. A KeepSparsity on the Learner 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -99,6 +100,7 @@ class SparsifyCallback(TrainingCallback):
     # Without values here, fastai would look these names up in the Learner.
     _pruned: Pruned | None = None  # it lasts over fits
     _fit: Any = None  # a Fit, during a fit
+    _loaded: Any = None  # what `load_state_dict` was given, until the Sparsifier is made
 
     def __init__(
         self,
@@ -204,7 +206,7 @@ class SparsifyCallback(TrainingCallback):
             return
         fit.advances = not is_frozen  # layers can be unfrozen in the middle of a fit
         if fit.advances and self._pruned is None:
-            self._pruned = Pruned(self._new_sparsifier())
+            self._pruned = self._new_pruned()
         fit.begin(self._pruned, self._start)
         if fit.advances:
             fit.updated = self._batches(0)
@@ -222,7 +224,6 @@ class SparsifyCallback(TrainingCallback):
             regrows = self.options.regrow is not None and is_due
             drop = self.drop * (1 - progress(self.drop_schedule, self._start)) if regrows else 0.0
             self._fit.collect_gradients(self._batches(1) / self._batches_of_fit, drop, is_due)
-            self._fit.pull()
 
     def after_step(self):
         "Prune to where the schedule is after this step"
@@ -282,14 +283,55 @@ class SparsifyCallback(TrainingCallback):
             example_input, self.ramp.initial,
         )  # fmt: skip
 
+    def state_dict(self):
+        """Collect what another SparsifyCallback needs to resume a fit exactly; save it beside `learn.save`.
+
+        Returns:
+            The state of the Sparsifier, with dense weights if there are any, and the level; for torch.save.
+
+        Raises:
+            ValueError: Nothing was pruned yet.
+        """
+        if self._pruned is None:
+            raise ValueError("state_dict: there is no Sparsifier before the first batch of a fit; call it later")
+        return {"sparsifier": self._pruned.sparsifier.state_dict(), "reached": self._pruned.reached}
+
+    def load_state_dict(
+        self,
+        state,  # What `state_dict` returned, in a fit of the same model with the same arguments
+    ):
+        """Resume from what `state_dict` returned, in the next fit. Load the model, too, and pass `start_epoch`.
+
+        Args:
+            state: What `state_dict` returned, in a fit of the same model with the same arguments.
+
+        Raises:
+            ValueError: It is no such state, or this callback has pruned a model already. At the first batch of the fit:
+                it does not fit the model or the arguments.
+        """
+        if not isinstance(state, Mapping) or state.keys() != {"sparsifier", "reached"}:
+            raise ValueError("load_state_dict: give what SparsifyCallback.state_dict() returned")
+        check_fraction(state["reached"], "reached")
+        if self._pruned is not None:
+            raise ValueError("load_state_dict: this callback has pruned a model already; make a new SparsifyCallback")
+        self._loaded = state
+
     @property
     def _is_due(self) -> bool:
         """Whether the masks are updated in the step of the present batch."""
         every = every_of(self.every, self.options.regrow is not None, self._batches_of_fit)
         return self._batches(1) // every > self._fit.updated // every
 
+    def _new_pruned(self) -> Pruned:
+        """Make the Sparsifier at the first batch, with the state that was loaded."""
+        pruned = Pruned(self._new_sparsifier())
+        if self._loaded is not None:
+            pruned.sparsifier.load_state_dict(self._loaded["sparsifier"])
+            pruned.reached, self._loaded = float(self._loaded["reached"]), None
+        return pruned
+
     def _new_sparsifier(self) -> Sparsifier:
-        """Make the Sparsifier at the first batch: the data flow of some models can only be found with an example."""
+        """Make the Sparsifier: the data flow of some models can only be found with an example."""
         example = first_example(self.learn.xb) if self.example_input is None else self.example_input
         sparsifier = self._sparsifier_of(unwrapped(self.learn.model), example)
         sparsifier.wait_for_frozen()

@@ -20,7 +20,7 @@ from ..model.parallel import is_sharded
 from ..support.at_end import AtEnd
 from ..support.printable import printable
 from ..support.warning import warn
-from .masking import is_masked_zero, write_masked, zero_masked
+from .masking import add_pull, is_masked_zero, write_masked, zero_masked
 from .model_masks import ModelMasks
 
 # The pull of pruned weights towards zero of Zhou et al., 2021, who chose it for the training of N:M sparse networks.
@@ -54,6 +54,7 @@ class DenseWeights:
         self.trained: dict[str, Tensor] = {}
         self.is_whole = False
         self._seen: dict[str, Any] = {}  # the version of each parameter when it last had the sparse weights
+        self._holders: dict[str, tuple[nn.Module, str]] = {}  # the module that has each parameter, and its attribute
         self._own: dict[str, Tensor] = {}  # the memory of each parameter that has the memory of the dense weights
 
     @property
@@ -64,8 +65,15 @@ class DenseWeights:
     def pairs(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         """Each parameter whose dense weight is kept: its name, the parameter, its mask."""
         for name in self.values:
-            parameter = self.model.get_parameter(name)
+            parameter = self._parameter(name)
             yield name, parameter, self.masks[name].to(parameter.device)
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        if name not in self._holders:  # looking through a deep model at every step would take long
+            path, _, attribute = name.rpartition(".")
+            self._holders[name] = self.model.get_submodule(path), attribute
+        module, attribute = self._holders[name]
+        return getattr(module, attribute)
 
     @torch.no_grad()
     def take_up(self) -> None:
@@ -88,12 +96,13 @@ class DenseWeights:
         """
         if self.is_in_place:
             return True
-        for name, parameter, _ in self.pairs():
+        changed = []
+        for each in self.pairs():
+            name, parameter, _ = each
             if (self.values[name].device, self.values[name].dtype) != (parameter.device, parameter.dtype):
                 self.values[name] = self.values[name].to(parameter)
-        if self.is_whole:
-            return True
-        changed = [each for each in self.pairs() if self._seen.get(each[0]) != _version_of(each[1])]
+            if not self.is_whole and self._seen.get(name) != _version_of(parameter):
+                changed.append(each)
         if not is_masked_zero([(parameter, mask) for _, parameter, mask in changed]):
             warn(MOVED_ELSEWHERE)
         for name, parameter, mask in changed:
@@ -118,7 +127,8 @@ class DenseWeights:
                 memory[kept] = self.values[name].view(-1)[kept]
             else:
                 write_masked(parameter, self.values[name], mask)
-        self.note()
+            self._seen[name] = _version_of(parameter)
+        self.is_whole = False
 
     def note(self) -> None:
         """Note that the parameters have the sparse weights."""
@@ -162,7 +172,7 @@ class DenseWeights:
 
     def _put_back(self) -> None:
         for name, memory in self._own.items():
-            self.model.get_parameter(name).data = memory
+            self._parameter(name).data = memory
         self._own = {}
 
     @torch.no_grad()
@@ -187,8 +197,7 @@ class DenseWeights:
                 )
         for name, parameter, gradient in graded:
             if decay and name in names:
-                # Where a weight is kept both are the same number, so nothing is added.
-                gradient.add_(self.values[name] - parameter, alpha=decay)
+                add_pull(gradient, self.values[name], parameter, decay)
             if name in self.trained and gradient.layout == torch.strided:
                 zero_masked(gradient, self.trained[name].to(parameter.device))
 

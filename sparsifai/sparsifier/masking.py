@@ -80,15 +80,39 @@ def newly_masked(parameter: nn.Parameter, before: Tensor, mask: Tensor) -> Tenso
         Long tensor of the indices of these weights in memory order, if they are few. If they are many, on a GPU, and
         for masks of groups: `mask` itself, which masks the other pruned weights again.
     """
+    found = _indices_where(np.greater, parameter, before, mask)
+    return mask if found is None else torch.from_numpy(found)
+
+
+def newly_changed(parameter: nn.Parameter, before: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights that `mask` prunes and `before` kept, and those that `mask` keeps and `before` pruned.
+
+    Args:
+        parameter: The weight.
+        before: Its earlier mask, bool.
+        mask: Its new mask, bool, of the same shape.
+
+    Returns:
+        For each, what `newly_masked` returns.
+    """
+    found = _indices_where(np.not_equal, parameter, before, mask)
+    if found is None:
+        return mask, mask
+    kept = mask.numpy().reshape(-1)[found]
+    return torch.from_numpy(found[~kept]), torch.from_numpy(found[kept])
+
+
+def _indices_where(differ: np.ufunc, parameter: nn.Parameter, before: Tensor, mask: Tensor) -> np.ndarray | None:
+    """Where two masks of a weight differ, as indices in memory order; None if these are many, or of no use."""
     plain = mask.device.type == before.device.type == "cpu" and parameter.is_contiguous() and not is_sharded(parameter)
     if mask.shape != parameter.shape or not plain:
-        return mask
+        return None
     earlier, now, found = before.numpy().reshape(-1), mask.numpy().reshape(-1), []
     for start in range(0, len(now), CHUNK):
         part = slice(start, start + CHUNK)
-        found.append(start + np.flatnonzero(earlier[part] > now[part]))
+        found.append(start + np.flatnonzero(differ(earlier[part], now[part])))
     count = sum(map(len, found))
-    return torch.from_numpy(np.concatenate(found)) if FEW * count < len(now) else mask
+    return np.concatenate(found) if FEW * count < len(now) else None
 
 
 def zero_masked(tensor: Tensor, mask: Tensor, zero: float = 0.0) -> None:
@@ -139,13 +163,32 @@ def _multiply(into: Tensor, values: Tensor, mask: Tensor) -> None:
     Times zero, inf and NaN would give NaN. Their bits, read as an integer, times zero are the bits of zero.
     """
     into, bits = (each.view(_INTEGER[each.element_size()]) for each in (into, values))
-    if mask.shape != bits.shape or bits.numel() <= 2 * CHUNK or bits.device.type != "cpu":
-        torch.mul(bits, mask, out=into)
-        return
-    # torch converts the bools to integers first. A few rows at a time, these stay in the cache.
-    rows = max(1, 2 * CHUNK * len(bits) // bits.numel())
-    for written, part, kept in zip(into.split(rows), bits.split(rows), mask.split(rows), strict=True):
+    # torch converts the bools to integers first.
+    for written, part, kept in _parts(into, bits, mask) if mask.shape == bits.shape else [(into, bits, mask)]:
         torch.mul(part, kept, out=written)
+
+
+def add_pull(gradient: Tensor, dense: Tensor, sparse: Tensor, decay: float) -> None:
+    """Add decay (1 - M) W to a gradient, W being the dense weight and W * M the sparse one.
+
+    Args:
+        gradient: The gradient, changed in place.
+        dense: W.
+        sparse: W * M.
+        decay: The strength of the pull.
+    """
+    for pulled, of_dense, of_sparse in _parts(gradient, dense, sparse.detach()):
+        # Where a weight is kept both are the same number, so nothing is added.
+        pulled.add_(of_dense - of_sparse, alpha=decay)
+
+
+def _parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Tensors of the same shape, a few rows at a time, so that what is computed of them stays in the cache."""
+    first = tensors[0]
+    if first.numel() <= 2 * CHUNK or first.device.type != "cpu":
+        return [tensors]
+    rows = max(1, 2 * CHUNK * len(first) // first.numel())
+    return zip(*(each.split(rows) for each in tensors), strict=True)
 
 
 def _zero_all_masked(pairs: Iterable[tuple[Tensor, Tensor]], zero: float = 0.0) -> None:

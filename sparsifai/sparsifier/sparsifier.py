@@ -31,9 +31,9 @@ from .findings import both
 from .given_masks import check_masks
 from .layer import Layers, level_of, selected, unfrozen
 from .layer_selection import Asked, cannot_be_pruned, find_layers, scopes
-from .mask_building import NewMasks, Ranking, build_masks
+from .mask_building import REVIVED_OUTPUTS, NewMasks, Ranking, build_masks
 from .masked_model import MaskedModel
-from .masking import NEXT_TO_ZERO, masked_parameters, moments_to_zero, newly_masked
+from .masking import NEXT_TO_ZERO, masked_parameters, moments_to_zero, newly_changed, newly_masked
 from .notices import notices_of_frozen, notices_of_host, notices_of_outputs, notices_of_unnamed, notices_of_unprunable
 from .options import Options, Sparsity, check_sparsity
 from .regrowth import Regrowth, check_drop
@@ -217,14 +217,14 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         change = self._change_to(new)
         earlier = {id(layer.parameter): layer.mask for layer in self._selected.values()}
         now = masked_parameters(self.model, {**new.masks, **(change.followers or {})})
+        if change.from_dense:
+            known = [(parameter, mask, earlier[id(parameter)]) for parameter, mask in now if id(parameter) in earlier]
+            self._take(change, {id(each): newly_changed(each, before, mask) for each, mask, before in known})
+            return
         newly_pruned = [
             (parameter, newly_masked(parameter, earlier[id(parameter)], mask) if id(parameter) in earlier else mask)
             for parameter, mask in now
         ]
-        if change.from_dense:
-            back = {id(each): newly_masked(each, mask, earlier[id(each)]) for each, mask in now if id(each) in earlier}
-            self._take(change, {id(each): (pruned, back.get(id(each), pruned)) for each, pruned in newly_pruned})
-            return
         if optimizer is not None:
             change = replace(change, moments=moments_to_zero(newly_pruned, optimizer, squares=NEXT_TO_ZERO))
         self._take(change, newly_pruned)
@@ -305,6 +305,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         layers, lowest = self._ranked(asked), self.ranking.options.gradient_sparsity or 0.0
         with self._dense.in_place():
             new = build_masks(layers, asked, self.ranking, self.collected)
+            # What is kept again has its dense value, so it is no dead output.
+            new = replace(new, notices=[notice for notice in new.notices if notice != REVIVED_OUTPUTS])
             if not lowest:
                 return new
             fewer = [(min(sparsity, lowest), names) for sparsity, names in asked]
@@ -320,7 +322,7 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         names = {name for _, several in asked for name in several}
         widest = self.all_masks.widest
         return {
-            name: layer.with_mask(widest(layer), 0.0) if name in names else layer
+            name: layer.with_mask(widest(layer), layer.level) if name in names else layer
             for name, layer in self._selected.items()
         }
 

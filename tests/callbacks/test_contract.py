@@ -15,6 +15,7 @@ fastai = pytest.importorskip("fastai.vision.all", reason="the callbacks are fast
 pytestmark = pytest.mark.fastai
 
 import forked  # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402
 import new_process  # noqa: E402
 from conftest import masked_of, picture, picture_learner, small_net  # noqa: E402
 from fastai.callback import core  # noqa: E402
@@ -31,6 +32,19 @@ from sparsifai.sparsifier import masking  # noqa: E402
 def known(order=99, **events):
     """A callback that counts as fastai's own: beside others masks are applied more often, which hides breaches."""
     return type("Known", (Callback,), {**events, "order": order, "__module__": "fastai.known"})()
+
+
+# How masks change: they only grow, or change their mind.
+CHANGES = {"growing": {}, "straight-through": {"straight_through": True}}
+changing = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+
+
+def at_moments(*moments, changing_at):
+    """Masks that only grow, at each of these moments; and those that change their mind, at one moment."""
+    cases = [*((moment, "growing") for moment in moments), (changing_at, "straight-through")]
+    return pytest.mark.parametrize(
+        ("moment", "change"), [(moment, CHANGES[change]) for moment, change in cases], ids=map(", ".join, cases)
+    )
 
 
 def two_groups(model):
@@ -50,10 +64,11 @@ QUESTIONS = {
     "summary": lambda learn: learn.summary().split("Optimizer")[0],
     "tta": lambda learn: len(learn.tta(n=1)),
 }
+INTERRUPTED = "after an interrupted fit"
 MOMENTS = {
     "before any fit": lambda learn, callbacks: None,
     "between two fits": lambda learn, callbacks: learn.fit(2, cbs=callbacks),
-    "after an interrupted fit": lambda learn, callbacks: pytest.raises(
+    INTERRUPTED: lambda learn, callbacks: pytest.raises(
         KeyboardInterrupt, learn.fit, 3, cbs=[At("after_step", raises(KeyboardInterrupt)), *callbacks]
     ),
     "after an interrupted validation": lambda learn, callbacks: pytest.raises(
@@ -64,10 +79,10 @@ MOMENTS = {
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # fastai's, in show_results
 @pytest.mark.parametrize("given", ["to the fit", "to the Learner"])
-@pytest.mark.parametrize("moment", MOMENTS)
+@at_moments(*MOMENTS, changing_at=INTERRUPTED)
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_a_question_prints_nothing_and_changes_nothing(question, moment, given, capsys, tmp_path):
-    callback = SparsifyCallback(0.6, schedule="lin")
+def test_a_question_prints_nothing_and_changes_nothing(question, moment, given, capsys, tmp_path, change):
+    callback = SparsifyCallback(0.6, schedule="lin", **change)
     learn = picture_learner([callback] if given == "to the Learner" else None, path=tmp_path)
     plain = picture_learner(path=tmp_path)
     with learn.no_bar(), plain.no_bar():
@@ -81,6 +96,7 @@ def test_a_question_prints_nothing_and_changes_nothing(question, moment, given, 
         after = learn.model.state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert (callback.sparsifier and callback.sparsifier.level) == level
+        plt.close("all")
         learn.fit(1, cbs=[] if given == "to the Learner" else [callback])  # and training can go on
         assert counted(learn.model) == share(0.6, learn.model)
         assert_sound(learn, callback)
@@ -121,10 +137,11 @@ def _silent(learn, callbacks):
         learn.fit(3, cbs=callbacks)
 
 
+@changing
 @pytest.mark.parametrize("given", ["to the fit", "to the Learner"])
 @pytest.mark.parametrize("way", FITS)
-def test_every_way_to_fit_ends_at_the_target_and_keeps_it(make_learner, way, given, tmp_path):
-    callback = SparsifyCallback(0.8, schedule="lin")
+def test_every_way_to_fit_ends_at_the_target_and_keeps_it(make_learner, way, given, tmp_path, change):
+    callback = SparsifyCallback(0.8, schedule="lin", **change)
     learn = make_learner(
         opt_func=fastai.Adam, splitter=two_groups, path=tmp_path, cbs=callback if given == "to the Learner" else None
     )
@@ -197,9 +214,10 @@ def test_moments_of_weights_that_were_zeroed_between_fits_are_zeroed_too(make_le
     assert seen == [share(0.8, learn.model)] * 8
 
 
+@changing
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_an_interrupt_inside_the_step_of_an_optimizer_keeps_every_zero(make_learner, optimizer):
-    callback = SparsifyCallback(0.8, schedule="lin")
+def test_an_interrupt_inside_the_step_of_an_optimizer_keeps_every_zero(make_learner, optimizer, change):
+    callback = SparsifyCallback(0.8, schedule="lin", **change)
     learn = make_learner(opt_func=OPTIMIZERS[optimizer], cbs=callback)
     step, found = [], []
 
@@ -235,11 +253,14 @@ CANCELS = {
 }
 
 
+@changing
 @pytest.mark.parametrize("order", [-5, 10.4, 99])  # before both callbacks, between them, after both
 @pytest.mark.parametrize(("cancel", "event"), [(cancel, event) for cancel in CANCELS for event in CANCELS[cancel]])
-def test_every_cancel_exception_in_every_place_leaves_masks_and_zeros_consistent(make_learner, cancel, event, order):
+def test_every_cancel_exception_in_every_place_leaves_masks_and_zeros_consistent(
+    make_learner, cancel, event, order, change
+):
     error = getattr(core, f"{cancel}Exception")()
-    callback = SparsifyCallback(0.8, schedule="lin")
+    callback = SparsifyCallback(0.8, schedule="lin", **change)
     learn = make_learner(opt_func=fastai.Adam)
     with learn.no_bar():  # which does not expect every one of them
         learn.fit(3, 0.1, cbs=[callback, At(event, raises(error), order)])
@@ -254,14 +275,15 @@ def test_every_cancel_exception_in_every_place_leaves_masks_and_zeros_consistent
     assert counted(learn.model) == zeros
 
 
+@changing
 @pytest.mark.parametrize("given", ["to the fit", "to the Learner"])
 @pytest.mark.parametrize("order", [-5, 99])
 @pytest.mark.parametrize("error", [KeyboardInterrupt("now"), ZeroDivisionError("now")])
 @pytest.mark.parametrize("event", EVENTS)
 def test_a_fault_in_any_event_of_a_fit_leaves_masks_and_zeros_consistent(
-    make_learner, event, error, order, given, capsys
+    make_learner, event, error, order, given, capsys, change
 ):
-    callback = SparsifyCallback(0.8, schedule="lin")
+    callback = SparsifyCallback(0.8, schedule="lin", **change)
     learn = make_learner(opt_func=fastai.Adam, cbs=callback if given == "to the Learner" else None)
     fault = At(event, raises(error), order)
     with pytest.raises(type(error)):
@@ -279,7 +301,8 @@ def test_a_fault_in_any_event_of_a_fit_leaves_masks_and_zeros_consistent(
     assert_sound(learn, callback, level=0.8)
 
 
-def test_a_step_that_a_gradient_scaler_skips_keeps_every_zero(make_learner):
+@changing
+def test_a_step_that_a_gradient_scaler_skips_keeps_every_zero(make_learner, change):
     class OnCPU(MixedPrecision):
         def before_fit(self):
             self.autocast = torch.autocast("cpu", torch.bfloat16)
@@ -294,7 +317,7 @@ def test_a_step_that_a_gradient_scaler_skips_keeps_every_zero(make_learner):
             if self.iter % 2:
                 next(self.model.parameters()).grad[0, 0, 0, 0] = float("inf")
 
-    callback = SparsifyCallback(0.8, schedule="lin")
+    callback = SparsifyCallback(0.8, schedule="lin", **change)
     learn = make_learner(opt_func=fastai.Adam, cbs=OnCPU())
     learn.fit(3, 0.1, cbs=[callback, Overflow(), Callback(after_cancel_step=lambda self: skipped.append(self.iter))])
     assert set(skipped) == {1, 3}
@@ -376,9 +399,9 @@ def modules_named_in(path):
 
 
 @pytest.mark.parametrize("given", ["to the fit", "to the Learner"])
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_an_exported_learner_answers_and_can_be_made_to_keep_its_zeros(moment, given, tmp_path):
-    callback = SparsifyCallback(0.6, schedule="lin")
+@at_moments(*MOMENTS, changing_at=INTERRUPTED)
+def test_an_exported_learner_answers_and_can_be_made_to_keep_its_zeros(moment, given, tmp_path, change):
+    callback = SparsifyCallback(0.6, schedule="lin", **change)
     learn = picture_learner([callback] if given == "to the Learner" else None, path=tmp_path)
     with learn.no_bar():
         MOMENTS[moment](learn, [callback] if given == "to the fit" else [])
@@ -397,10 +420,10 @@ def test_an_exported_learner_answers_and_can_be_made_to_keep_its_zeros(moment, g
 
 
 @pytest.mark.parametrize("given", ["to the fit", "to the Learner"])
-@pytest.mark.parametrize("moment", ["before any fit", "between two fits"])
+@at_moments("before any fit", "between two fits", changing_at="between two fits")
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-def test_a_copied_learner_goes_on_like_the_first(way, moment, given, tmp_path):
-    callback = SparsifyCallback(0.6, schedule="lin")
+def test_a_copied_learner_goes_on_like_the_first(way, moment, given, tmp_path, change):
+    callback = SparsifyCallback(0.6, schedule="lin", **change)
     learn = picture_learner([callback] if given == "to the Learner" else None, path=tmp_path)
     with learn.no_bar():
         MOMENTS[moment](learn, [callback] if given == "to the fit" else [])
@@ -554,9 +577,10 @@ def test_a_weight_that_is_zero_by_chance_is_not_kept(make_learner, capsys):
 # --- No sparsity is no callback -------------------------------------------------------------------------------------
 
 
+@changing
 @pytest.mark.parametrize("granularity", ["weight", "filter"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_sparsity_zero_is_bit_for_bit_training_without_the_callback(make_learner, optimizer, granularity):
+def test_sparsity_zero_is_bit_for_bit_training_without_the_callback(make_learner, optimizer, granularity, change):
     def trained(callbacks):
         torch.manual_seed(0)
         model = nn.Sequential(*small_net()[:-1], nn.Dropout(0.5), nn.Linear(6, 3))
@@ -566,7 +590,7 @@ def test_sparsity_zero_is_bit_for_bit_training_without_the_callback(make_learner
         return learn, [torch.get_rng_state(), np.random.get_state()[1]]
 
     plain, random = trained([])
-    sparse, same_random = trained([SparsifyCallback(0.0, granularity, criteria="random"), KeepSparsity()])
+    sparse, same_random = trained([SparsifyCallback(0.0, granularity, criteria="random", **change), KeepSparsity()])
     assert_same(plain.model.state_dict(), sparse.model.state_dict())
     assert_same(plain.opt.state_dict(), sparse.opt.state_dict())
     assert_same(random, same_random)
@@ -612,11 +636,12 @@ def masked_zeros(sparsifier):
     return masked / total
 
 
+@changing
 @pytest.mark.parametrize("schedule", ["lin", "dsd", "one_shot"])
 @pytest.mark.parametrize("few", [1, 32])
-def test_long_fits_hold_every_zero_after_every_step(make_learner, schedule, few, monkeypatch):
+def test_long_fits_hold_every_zero_after_every_step(make_learner, schedule, few, monkeypatch, change):
     monkeypatch.setattr(masking, "FEW", few)
-    learn, callback = make_learner(steps=30, opt_func=fastai.Adam), SparsifyCallback(0.8, schedule=schedule)
+    learn, callback = make_learner(steps=30, opt_func=fastai.Adam), SparsifyCallback(0.8, schedule=schedule, **change)
 
     def look(self):
         seen.append(masked_zeros(callback.sparsifier))

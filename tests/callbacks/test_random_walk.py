@@ -37,10 +37,12 @@ def two_groups(model):
 class Walk(RuleBasedStateMachine):
     """zeros: those that must not come back, by parameter, as long as a KeepSparsity is on the Learner."""
 
-    @initialize(opt_func=st.sampled_from([fastai.SGD, fastai.Adam, fastai.ranger]), own=st.booleans())
-    def make(self, opt_func, own):
+    @initialize(
+        opt_func=st.sampled_from([fastai.SGD, fastai.Adam, fastai.ranger]), own=st.booleans(), changing=st.booleans()
+    )
+    def make(self, opt_func, own, changing):
         self.folder = tempfile.TemporaryDirectory()
-        self.callback = SparsifyCallback(0.6, schedule="lin")
+        self.callback = SparsifyCallback(0.6, schedule="lin", straight_through=changing)
         self.own = own  # whether the Learner has the callback from the beginning
         self.learn = small_learner(
             steps=2, opt_func=opt_func, splitter=two_groups, path=self.folder.name, cbs=self.callback if own else None
@@ -57,6 +59,9 @@ class Walk(RuleBasedStateMachine):
             self.folder.cleanup()
 
     def run(self, call):
+        sparsifier = self.callback.sparsifier
+        if sparsifier is not None and sparsifier.is_straight_through:  # its masks can change their mind in this fit
+            self.forget()
         with self.learn.no_bar(), self.learn.no_logging():
             call()
 
@@ -108,10 +113,10 @@ class Walk(RuleBasedStateMachine):
         self.run(lambda: self.learn.fit(1, 0.1))
         assert counted(self.learn.model) == before or not self.learn._grab_cbs(KeepSparsity)
 
-    @rule(sparsity=st.sampled_from([0.3, 0.7, 0.9]))
-    def another_callback(self, sparsity):
+    @rule(sparsity=st.sampled_from([0.3, 0.7, 0.9]), changing=st.booleans())
+    def another_callback(self, sparsity, changing):
         self.learn.remove_cb(SparsifyCallback)
-        self.own, self.callback = False, SparsifyCallback(sparsity, schedule="lin")
+        self.own, self.callback = False, SparsifyCallback(sparsity, schedule="lin", straight_through=changing)
 
     @rule(event=st.sampled_from(EVENTS), step=st.integers(1, 3), order=st.sampled_from([-5, 99]))
     def interrupted_fit(self, event, step, order):
@@ -163,7 +168,7 @@ class Walk(RuleBasedStateMachine):
 
 
 Walk.TestCase.settings = settings(
-    max_examples=10,
+    max_examples=12,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),

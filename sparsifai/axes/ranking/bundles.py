@@ -26,16 +26,15 @@ def bundle(layer: ScoredLayer, count: int) -> tuple[ScoredLayer, Callable[[np.nd
         The layer with bundles for groups, in the order of their rank, and a function from its kept bundles to the kept
         groups of `layer`.
     """
-    masked = int(np.count_nonzero(layer.masked))
-    starts = np.append(0, np.arange(len(layer) % count or count, len(layer), count))
-    lengths = np.diff(starts, append=len(layer))
+    masked = len(layer) - int(np.count_nonzero(layer.alive))
+    lowest = len(layer) % count or min(count, len(layer))
+    starts = np.append(0, np.arange(lowest, len(layer), count))
+    is_equal = isinstance(layer.size, int) and (lowest == count or len(starts) == 1)
     joined = Bundles(
         layer.target,
         lambda part: joined.all_scores[part],
         alive=starts >= masked,
-        size=lengths * layer.size
-        if isinstance(layer.size, int)
-        else np.add.reduceat(layer.size[_order(layer)], starts),
+        size=lowest * layer.size if is_equal else _sizes(layer, starts),
         whole=layer.whole,
         revives=layer.revives,
         may_empty=layer.may_empty,
@@ -45,14 +44,21 @@ def bundle(layer: ScoredLayer, count: int) -> tuple[ScoredLayer, Callable[[np.nd
     )
 
     def spread(kept: np.ndarray) -> np.ndarray:
-        pruned = int(lengths[~kept].sum())
-        if isinstance(layer.size, int) and not kept[: len(kept) - np.count_nonzero(kept)].any():
-            return _all_but_lowest(layer, pruned, masked)
+        fallen = len(kept) - int(np.count_nonzero(kept))
+        if isinstance(layer.size, int) and not kept[:fallen].any():
+            return _all_but_lowest(layer, int(starts[fallen]) if fallen < len(kept) else len(layer), masked)
         of_group = np.empty(len(layer), bool)
-        of_group[_order(layer)] = np.repeat(kept, lengths)
+        of_group[_order(layer)] = np.repeat(kept, np.diff(starts, append=len(layer)))
         return of_group
 
     return joined, spread
+
+
+def _sizes(layer: ScoredLayer, starts: np.ndarray) -> np.ndarray:
+    """Number of weights in each bundle."""
+    if isinstance(layer.size, int):
+        return np.diff(starts, append=len(layer)) * layer.size
+    return np.add.reduceat(layer.size[_order(layer)], starts)
 
 
 @dataclass
@@ -67,6 +73,16 @@ class Bundles(ScoredLayer):
     groups: ScoredLayer = None  # type: ignore[assignment]
     starts: np.ndarray = None  # type: ignore[assignment]
 
+    @property
+    def alone(self) -> ScoredLayer:
+        """Bundles are in the order of rank, unless masked ones may be revived: so an index is as good as a score."""
+        if self.revives:
+            return self
+        index = np.arange(len(self), dtype=np.float64)
+        return ScoredLayer(
+            self.target, index.__getitem__, self.alive, self.size, self.whole, revives=False, may_empty=self.may_empty
+        )
+
     @cached_property
     def middles(self) -> np.ndarray:
         """Rank of the group in the middle of each bundle."""
@@ -79,7 +95,7 @@ class Bundles(ScoredLayer):
 
     def sample(self, step: int, candidate: np.ndarray) -> np.ndarray:
         """Scores of groups in place of those of bundles, which lie among them: as many as a sample of bundles has."""
-        among = [group for group, bundles in self._runs(candidate) if bundles.any()]
+        among = [groups for groups, *_ in self._runs(candidate)]
         if not among:
             return np.empty(0, np.float32)
         every = slice(None, None, max(step * len(self.groups) // len(self), 1))
@@ -90,34 +106,36 @@ class Bundles(ScoredLayer):
 
     def divide(self, candidate: np.ndarray, low: float, high: float) -> Divided:
         """As of a ScoredLayer. The groups are compared, and those within the bracket sorted."""
-        below, scores = np.zeros(len(self), bool), np.full(len(self), np.inf)
-        within = np.zeros(len(self), bool)
-        first = 0
-        for groups, bundles in self._runs(candidate):
-            total = int(np.count_nonzero(groups))
-            if bundles.any():
-                found = self.groups.divide(groups, low, high)
-                lower = total - int(np.count_nonzero(found.kept))
-                ranked = np.sort(found.scores)
-                place = self.middles - first - lower
-                below |= bundles & (place < 0)
-                inside = bundles & (place >= 0) & (place < len(ranked))
-                within |= inside
-                scores[inside] = ranked[place[inside]]
-            first += total
-        kept, within = candidate & ~below, within & candidate
-        places = np.flatnonzero(within)
-        return Divided(kept, places, scores[places], self.weights(kept), bool((kept & ~within).any()))
+        kept, has_above = candidate.copy(), False
+        places, scores = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+        for groups, first, bundles in self._runs(candidate):
+            found = self.groups.divide(groups, low, high)
+            ranked = np.sort(found.scores)
+            lowest = first + int(np.count_nonzero(groups)) - int(np.count_nonzero(found.kept))
+            start, end = bundles.start + np.searchsorted(self.middles[bundles], [lowest, lowest + len(ranked)])
+            kept[bundles.start : start] = False
+            has_above = has_above or bool(kept[end : bundles.stop].any())
+            places.append(start + np.flatnonzero(candidate[start:end]))
+            scores.append(ranked[self.middles[places[-1]] - lowest])
+        return Divided(kept, np.concatenate(places), np.concatenate(scores), self.weights(kept), has_above)
 
     def best(self) -> np.ndarray:
         """Index of the best bundle that is not masked, which is the last."""
         return np.flatnonzero(self.alive)[-1:]
 
-    def _runs(self, candidate: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The masked groups, and the candidates whose middle is one of them; the same of the groups that are not."""
-        masked = self.groups.masked
-        is_masked = self.middles < np.count_nonzero(masked)
-        return [(masked, candidate & is_masked), (self.groups.alive, candidate & ~is_masked)]
+    def _runs(self, candidate: np.ndarray) -> list[tuple[np.ndarray, int, slice]]:
+        """The masked groups, their lowest rank and the bundles whose middle is one of them; the same of the others.
+
+        Runs without candidates among the bundles are left out.
+        """
+        masked = len(self.groups) - int(np.count_nonzero(self.groups.alive))
+        split = int(np.searchsorted(self.middles, masked))
+        runs = []
+        if candidate[:split].any():
+            runs.append((self.groups.masked, 0, slice(0, split)))
+        if candidate[split:].any():
+            runs.append((self.groups.alive, masked, slice(split, len(self))))
+        return runs
 
 
 def _order(layer: ScoredLayer) -> np.ndarray:

@@ -71,6 +71,11 @@ class ScoredLayer:
         """True where a group is masked already."""
         return ~self.alive
 
+    @property
+    def alone(self) -> ScoredLayer:
+        """The layer, to rank by itself. Any scores do that put its groups in the same order."""
+        return self
+
     def weights(self, chosen: np.ndarray, part: slice = slice(None)) -> int:
         """Number of weights in the chosen groups.
 

@@ -64,6 +64,8 @@ def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.nda
         return []
     if isinstance(layers[0], DeviceLayer):
         return select_on_device([layers], sparsity)
+    if len(layers) == 1:
+        layers = [layers[0].alone]
     total = sum(layer.total for layer in layers)
     alive = sum(layer.weights(layer.alive) for layer in layers)
     wanted, masked = sparsity * total, total - alive
@@ -152,8 +154,9 @@ def _bracket(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], share:
     count = sum(map(len, layers))
     if count < 10_000:
         return -np.inf, np.inf
-    # Groups of the sample are far apart in memory: to read one costs as much as to rank eight within the bracket.
-    step = round(2.5 * count ** (1 / 3))
+    # To read a group of the sample, which are far apart in memory, costs about as much as to rank one within the
+    # bracket. Of so many groups, both together cost least; a small share has a narrow bracket and needs fewer.
+    step = max(round(0.4 * (count / max(share * (1 - share), 1e-4)) ** (1 / 3)), 1)
     drawn = [layer.sample(step, candidate) for layer, candidate in zip(layers, candidates, strict=True)]
     sample = np.concatenate(drawn)
     if not len(sample):

@@ -64,7 +64,7 @@ def _write_by_row(kept: np.ndarray, keys: np.ndarray, count: int) -> None:
     last = _last_pruned(rows, count)[:, None]
     above = rows > last
     # Of the ties at the last key the first are pruned, and so many of them are kept.
-    spared = rows.shape[1] - count - np.count_nonzero(above, axis=1)
+    spared = rows.shape[1] - count - _count_in_rows(above)
     tied = np.flatnonzero(spared)
     ties = rows[tied] == last[tied]
     from_the_end = ties[:, ::-1].cumsum(1)[:, ::-1]
@@ -86,20 +86,26 @@ def _last_pruned(rows: np.ndarray, count: int) -> np.ndarray:
     first, end = math.floor(middle - spread), math.ceil(middle + spread)
     low = sample[:, first] if first >= 0 else np.full(len(rows), -np.inf, rows.dtype)
     within = rows > low[:, None]
-    below = length - np.count_nonzero(within, axis=1)
+    below = length - _count_in_rows(within)
     if end < sample.shape[1]:
         within &= rows <= sample[:, end, None]
-    counts = np.count_nonzero(within, axis=1)
+    counts = _count_in_rows(within)
     table = np.full((len(rows), counts.max(initial=0) + 1), np.inf, rows.dtype)
     # By index, because numpy takes three times as long to select by a bool array.
     table[np.arange(table.shape[1]) < counts[:, None]] = rows.reshape(-1)[np.flatnonzero(within)]
     table[:, -1] = low
     table.sort(axis=1)
     place = count - below  # in the sorted table, whose first entry is `low`
-    last = np.take_along_axis(table, np.clip(place, 0, table.shape[1] - 1)[:, None], 1)[:, 0]
+    last = table[np.arange(len(rows)), place.clip(0, table.shape[1] - 1)]
     missed = np.flatnonzero((place < 0) | (place > counts))
     last[missed] = np.sort(rows[missed], axis=1)[:, count - 1]
     return last
+
+
+def _count_in_rows(flags: np.ndarray) -> np.ndarray:
+    """Number of True in each row. Numpy adds up short integers four times as fast as it counts along an axis."""
+    short = np.int16 if flags.shape[1] < 2**15 else np.int64
+    return flags.view(np.int8).sum(axis=1, dtype=short).astype(np.int64)
 
 
 def ranking_keys(layer: ScoredLayer, part: slice = slice(None)) -> np.ndarray:

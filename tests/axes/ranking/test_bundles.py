@@ -52,9 +52,10 @@ def pruned_by_sorting(layers, masked, count, sparsity):
     st.floats(0, 1),
     st.sampled_from(["many values", "few values", "half zero"]),
     st.sampled_from([0.0, 0.3]),
+    st.booleans(),
     st.integers(0, 999),
 )
-def test_bundles_against_a_sort(sizes, count, sparsity, kind, masked_share, seed):
+def test_bundles_against_a_sort(sizes, count, sparsity, kind, masked_share, revives, seed):
     rng = np.random.default_rng(seed)
     layers = [rng.standard_normal(size).astype(np.float32) for size in sizes]
     if kind == "few values":
@@ -66,7 +67,9 @@ def test_bundles_against_a_sort(sizes, count, sparsity, kind, masked_share, seed
         was[-2 * count :] = False
     if sum(was.sum() + count for was in masked) > sparsity * sum(sizes):
         masked = [np.zeros(size, bool) for size in sizes]  # only rising sparsities
-    scored = [ScoredLayer(None, score.__getitem__, ~was) for score, was in zip(layers, masked, strict=True)]
+    scored = [
+        ScoredLayer(None, score.__getitem__, ~was, revives=revives) for score, was in zip(layers, masked, strict=True)
+    ]
     joined, spreads = zip(*(bundle(layer, count) for layer in scored), strict=True)
     kept = [spread(each) for spread, each in zip(spreads, select_groups(joined, sparsity), strict=True)]
     for each, pruned in zip(kept, pruned_by_sorting(layers, masked, count, sparsity), strict=True):

@@ -1,0 +1,58 @@
+"""Straight-through training in a fit of a Learner: the optimizer moves dense weights, until the masks are settled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .keep import KeepSparsity
+from .pruned import Pruned
+
+
+class StraightThrough:
+    """Stands in for the `step` of the optimizer of a Learner, which moves the dense weights.
+
+    Whatever happens in the step, the model is sparse after it. Events of a Learner could not ensure that, because none
+    comes after a step that was interrupted.
+
+    Args:
+        learn: The Learner.
+        pruned: What is pruned, and the Sparsifier with straight_through.
+        keeper: The KeepSparsity that keeps the zeros in this fit.
+        settle: The fraction of the fit after which the masks are fixed.
+    """
+
+    def __init__(self, learn: Any, pruned: Pruned, keeper: KeepSparsity, settle: float):
+        self.learn, self.pruned, self.keeper, self.settle = learn, pruned, keeper, settle
+        self.optimizer: Any = learn.opt
+        self.own_step = self.optimizer.step
+        self.is_put_on = "step" in vars(self.optimizer)  # whether it is not that of the class, as after a scheduler
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """The step."""
+        with self.pruned.sparsifier.dense_weights():
+            return self.own_step(*arguments, **keywords)
+
+    def begin(self) -> None:
+        """Let the optimizer move what is pruned, but not the zeros of others, which are kept."""
+        self.keeper.masks_of_gradients = self.pruned.others
+        self.optimizer.step = self
+
+    def pull(self) -> None:
+        """Prepare the gradients for a step of the dense weights."""
+        self.pruned.sparsifier.pull_gradients()
+
+    def settle_at(self, t: float) -> bool:
+        """Fix the masks, if this fraction of the fit is past the point where they settle. Returns whether it is."""
+        if t < self.settle:
+            return False
+        self.pruned.sparsifier.settle(self.learn.opt)
+        self.end()
+        return True
+
+    def end(self) -> None:
+        """Give the optimizer its own step again; from here on all zeros are kept."""
+        self.keeper.masks_of_gradients = None
+        if vars(self.optimizer).get("step") is self:
+            del self.optimizer.step
+            if self.is_put_on:
+                self.optimizer.step = self.own_step
