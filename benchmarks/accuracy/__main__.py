@@ -65,6 +65,7 @@ def _run(task, name, options):
     cells = list(chain.from_iterable(task.cells(seed, options.quick) for seed in range(seeds)))
     cells = [cell for cell in cells if any(fnmatch(cell.setting, each) for each in options.settings)]
     cells = [cell for cell in cells if not any(fnmatch(cell.setting, each) for each in options.without)]
+    cells = [cell for cell in cells if options.sparsity is None or cell.sparsity in options.sparsity]
     if not find_spec("fasterai"):
         print("FasterAI is not installed: its rows are left out")
         cells = [cell for cell in cells if not cell.setting.startswith("FasterAI")]
@@ -99,6 +100,7 @@ if __name__ == "__main__":
     parser.add_argument("--imagenet", type=Path, help="folder of 1,000 pictures, for one_shot")
     parser.add_argument("--settings", nargs="+", default=["*"], help="names or globs of those to run")
     parser.add_argument("--without", nargs="+", default=[], help="names or globs of those to leave out")
+    parser.add_argument("--sparsity", nargs="+", type=float, help="fractions to run; by default all")
     parser.add_argument("--part", type=int, nargs=2, default=(1, 1), help="1 2: every second run, from the first")
     parser.add_argument("--minutes", type=float, help="after which no further run begins")
     parser.add_argument("--report", action="store_true", help="run nothing: print the tables of the stored runs")

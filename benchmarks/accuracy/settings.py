@@ -6,6 +6,8 @@ of results, add a line here.
 
 from dataclasses import dataclass
 
+from sparsifai.all import between
+
 
 @dataclass(frozen=True)
 class FasterAI:
@@ -15,6 +17,9 @@ class FasterAI:
     context: str = "global"
     criteria: str = "large_final"
 
+
+_EARLY = {"schedule": between("agp", 0, 0.35)}
+_STRAIGHT_THROUGH = {"straight_through": True}
 
 # One table of digits for each of these.
 DIGITS_CASES = {
@@ -29,9 +34,11 @@ DIGITS = {
     "agp": {"schedule": "agp"},
     "one_cycle": {"schedule": "one_cycle"},
     "defaults": {},
-    "straight-through": {"straight_through": True},
-    "straight-through, decay 0": {"straight_through": True, "decay": 0.0},
-    "straight-through, no gradient of masked weights": {"straight_through": True, "gradient_sparsity": 1.0},
+    "agp in 0.35": _EARLY,
+    "straight-through": _STRAIGHT_THROUGH,
+    "straight-through, agp in 0.35": {**_STRAIGHT_THROUGH, **_EARLY},
+    "straight-through, decay 0": {**_STRAIGHT_THROUGH, "decay": 0.0},
+    "straight-through, no gradient of masked weights": {**_STRAIGHT_THROUGH, "gradient_sparsity": 1.0},
 }
 DIGITS_SPARSITIES = (0.9, 0.95, 0.98, 0.99)
 
@@ -54,10 +61,11 @@ CIFAR10 = {
     "FasterAI agp": (FasterAI("agp"), _TWO),
     "FasterAI one_cycle": (FasterAI("one_cycle"), _TWO),
     "2:4": (_TWO_FOUR, _HALF),
-    "straight-through": ({"straight_through": True}, _HIGH),
-    "straight-through, erk": ({"straight_through": True, "context": "erk"}, _TWO),
-    "straight-through, movement": ({"straight_through": True, "criteria": "movement"}, _TWO),
-    "2:4, SR-STE": ({**_TWO_FOUR, "schedule": "one_shot", "straight_through": True}, _HALF),
+    "2:4, SR-STE": ({**_TWO_FOUR, **_STRAIGHT_THROUGH, "schedule": "one_shot"}, _HALF),
+    "agp in 0.35": (_EARLY, _TWO),
+    "straight-through": (_STRAIGHT_THROUGH, _TWO),
+    "straight-through, agp in 0.35": ({**_STRAIGHT_THROUGH, **_EARLY}, _HIGH),
+    "straight-through, movement, agp in 0.35": ({**_STRAIGHT_THROUGH, **_EARLY, "criteria": "movement"}, _TWO),
 }
 
 # Convolutions of one input channel an output: a twentieth of the weights of EfficientNet-Lite0.
@@ -99,18 +107,18 @@ CALIBRATED = _named(
         ("local", "wanda", _NO_DEPTHWISE),
     ]
 )
-ONE_SHOT_SPARSITIES, CALIBRATED_SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5), (0.1, 0.3, 0.5)
+ONE_SHOT_SPARSITIES = (0.3, 0.1, 0.5, 0.2, 0.4)  # in the order in which they are run
 
 FINE_TUNE = {
     "dense": (None, (0.0,)),
     "magnitude": ({}, (0.8, 0.9, 0.95)),
     "movement": ({"criteria": "movement"}, (0.8, 0.9, 0.95)),
     "movement pruning": ({"criteria": "movement_pruning"}, (0.8, 0.9, 0.95)),
-    "straight-through, magnitude": ({"straight_through": True}, (0.8, 0.9, 0.95)),
-    "straight-through, movement": ({"straight_through": True, "criteria": "movement"}, (0.8, 0.9, 0.95)),
+    "straight-through, magnitude": (_STRAIGHT_THROUGH, (0.8, 0.9, 0.95)),
+    "straight-through, movement": ({**_STRAIGHT_THROUGH, "criteria": "movement"}, (0.8, 0.9, 0.95)),
     # As published: masked weights get no gradient, and their scores go on accumulating.
     "straight-through, movement pruning": (
-        {"straight_through": True, "criteria": "movement_pruning", "gradient_sparsity": 1.0},
+        {**_STRAIGHT_THROUGH, "criteria": "movement_pruning", "gradient_sparsity": 1.0},
         (0.8, 0.9, 0.95),
     ),
 }
