@@ -177,20 +177,20 @@ class DenseWeights:
             ValueError: There is a pull, and a gradient is a sparse tensor.
         """
         self.refresh()
-        pairs = [(name, parameter, parameter.grad) for name, parameter, _ in self.pairs()]
-        graded = [(name, parameter, gradient) for name, parameter, gradient in pairs if gradient is not None]
-        for name, _, gradient in graded:
+        graded = [(*each, each[1].grad) for each in self.pairs() if each[1].grad is not None]
+        for name, _, _, gradient in graded:
             if decay and gradient.layout != torch.strided:
                 raise ValueError(
                     f"straight_through: the gradient of {printable(name)} is a sparse tensor, to which the pull of "
                     "decay= cannot be added; pass decay=0, or make the layer with sparse=False"
                 )
-        for name, parameter, gradient in graded:
+        for name, parameter, mask, gradient in graded:
             if decay and name in names:
                 # Where a weight is kept both are the same number, so nothing is added.
                 gradient.add_(self.values[name] - parameter, alpha=decay)
             if name in self.trained and gradient.layout == torch.strided:
-                zero_masked(gradient, self.trained[name].to(parameter.device))
+                # Masks that were given since the weights were ranked can keep others. What is kept learns.
+                zero_masked(gradient, self.trained[name].to(parameter.device) | mask)
 
     @staticmethod
     def empty() -> dict[str, Any]:

@@ -45,7 +45,10 @@ KINDS = {
     "regrowth": {"criteria": "updating_movement", "regrow": "grad"},
     "dense weights": {"straight_through": True},
     "dense weights of which some are trained": {
-        "straight_through": True, "gradient_sparsity": 0.2, "granularity": "filter", "context": "local",
+        "straight_through": True,
+        "gradient_sparsity": 0.2,
+        "granularity": "filter",
+        "context": "local",
     },
 }
 
