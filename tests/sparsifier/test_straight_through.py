@@ -545,6 +545,8 @@ def test_a_call_inside_the_block_is_refused():
     _, sparsifier, _ = trained()
     with sparsifier.dense_weights(), pytest.raises(RuntimeError, match="after this block"):
         sparsifier.sparsify(0.7)
+    with sparsifier.dense_weights():
+        assert repr(sparsifier).endswith("2 layers, with dense weights)")
     sparsifier.sparsify(0.7)
 
 
