@@ -53,7 +53,7 @@ class DenseWeights:
         self.values: dict[str, Tensor] = {}
         self.trained: dict[str, Tensor] = {}
         self.is_whole = False
-        self._seen: dict[str, Any] = {}  # the version of each parameter when it last had the sparse weights
+        self._seen: dict[str, tuple[int, int]] = {}  # the version of each parameter when it last had the sparse weights
         self._own: dict[str, Tensor] = {}  # the memory of each parameter that has the memory of the dense weights
 
     @property
@@ -72,7 +72,7 @@ class DenseWeights:
         """Keep the weights as they are now, of the parameters whose dense weights are not kept yet.
 
         Raises:
-            ValueError: A parameter is sharded.
+            ValueError: A parameter is sharded, or was made in inference mode.
         """
         missing = {name: self.model.get_parameter(name) for name in self.masks if name not in self.values}
         for name, parameter in missing.items():
@@ -205,7 +205,7 @@ class DenseWeights:
         """The dense weights and what of them gets gradients, for `Sparsifier.state_dict`."""
         self.refresh()
         return {
-            "values": {name: value.clone() for name, value in self.values.items()},
+            "values": {name: value.as_subclass(Tensor).clone() for name, value in self.values.items()},
             "trained": dict(self.trained),
         }
 
@@ -218,8 +218,13 @@ def check_can_be_kept(name: str, parameter: Tensor) -> None:
     """Check that the dense weights of a parameter can be kept.
 
     Raises:
-        ValueError: It is sharded.
+        ValueError: It is sharded, or cannot be trained.
     """
+    if parameter.is_inference():
+        raise ValueError(
+            f"straight_through: {printable(name)} was made in inference mode, so that no optimizer can move it; make "
+            "the model outside of torch.inference_mode()"
+        )
     if is_sharded(parameter):
         raise ValueError(
             f"straight_through: {printable(name)} is sharded by fully_shard, whose parameters cannot hold other memory "
@@ -227,6 +232,6 @@ def check_can_be_kept(name: str, parameter: Tensor) -> None:
         )
 
 
-def _version_of(parameter: Tensor) -> Any:
-    """What changes with the memory and the values of a parameter; if torch does not count that, it always differs."""
-    return object() if parameter.is_inference() else (parameter.data_ptr(), parameter._version)
+def _version_of(parameter: Tensor) -> tuple[int, int]:
+    """What changes with the memory and the values of a parameter."""
+    return parameter.data_ptr(), parameter._version

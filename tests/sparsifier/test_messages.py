@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import small_net
+from kinds_of_weights import made_in_inference_mode
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from updates import BAD_CALIBRATIONS, batches
@@ -303,6 +304,9 @@ MASKS = [
     ("sparse gradients of dense weights", pull_sparse_gradients, ValueError,
      "straight_through: the gradient of 0.weight is a sparse tensor, to which the pull of decay= cannot be added; pass "
      "decay=0, or make the layer with sparse=False"),
+    ("dense weights of inference mode", lambda: straight_through(made_in_inference_mode()), ValueError,
+     "straight_through: 0.weight was made in inference mode, so that no optimizer can move it; make the model outside "
+     "of torch.inference_mode()"),
     ("settling what keeps no dense weights", lambda: Sparsifier(mlp()).settle(), ValueError,
      "settle: this Sparsifier has no dense weights; make it with straight_through=True"),
     ("a list for an optimizer", lambda: Sparsifier(mlp()).mask_moments([]), TypeError,
