@@ -560,6 +560,8 @@ def test_a_call_inside_the_block_is_refused():
     _, sparsifier, _ = trained()
     with sparsifier.dense_weights(), pytest.raises(RuntimeError, match="after this block"):
         sparsifier.sparsify(0.7)
+    with sparsifier.dense_weights():
+        assert repr(sparsifier).endswith("2 layers, with dense weights)")
     sparsifier.sparsify(0.7)
 
 
@@ -580,3 +582,16 @@ def test_a_model_that_is_cast_takes_its_dense_weights_along():
         assert all(torch.equal(weight_of(model, name), dense[name].double()) for name in sparsifier.masks)
     sparsifier.sparsify(0.7)
     assert all(parameter.dtype == torch.float64 for parameter in model.parameters())
+
+
+def test_what_is_kept_by_given_masks_gets_gradients_though_it_ranked_low():
+    model = net()
+    sparsifier = Sparsifier(model, context="local", straight_through=True, decay=0, gradient_sparsity=0.5)
+    sparsifier.sparsify(0.5)
+    others = {name: ~mask for name, mask in sparsifier.masks.items()}
+    sparsifier.set_masks(others)
+    inputs, targets = batch(0)
+    F.cross_entropy(model(inputs), targets).backward()
+    gradients = {name: model.get_parameter(name).grad.clone() for name in others}
+    sparsifier.mask_gradients()
+    assert all(torch.equal(model.get_parameter(name).grad, gradients[name]) for name in others)
