@@ -139,10 +139,10 @@ def _all_but_lowest(
         low, high = (-np.inf, low) if amount < below else (high, np.inf)
         divided = _divide(layers, candidates, low, high)
         below = available - sum(each.weights for each in divided)
-    pruned = _first(layers, divided, amount - below)
-    ends = np.cumsum([len(each.places) for each in divided])
-    for each, of_layer in zip(divided, np.split(pruned, ends[:-1]), strict=True):
-        each.kept[each.places[of_layer]] = False
+    stays, start = ~_first(layers, divided, amount - below), 0
+    for each in divided:
+        each.kept[each.places] = stays[start : start + len(each.places)]
+        start += len(each.places)
     return [each.kept for each in divided], all(each.has_above for each in divided)
 
 
