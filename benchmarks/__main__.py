@@ -1,6 +1,6 @@
 """What sparsifai costs, beside a copy of the weights and beside other libraries.
 
-    python -m benchmarks [--quick] [--section build apply step memory exactness scaling layouts
+    python -m benchmarks [--quick] [--section build apply straight step memory exactness scaling layouts
         shrinking] [--out benchmarks/results] [--threads N]
 
 Prints a table for each section, and writes all of it to results.json and a picture to results.png. FasterAI is measured
@@ -22,6 +22,7 @@ from benchmarks.peers import version_of_fasterai
 from benchmarks.report import write
 from benchmarks.shrinking import shrinking
 from benchmarks.sparse_layouts import layouts
+from benchmarks.straight_through import straight
 from benchmarks.timing import Others, surroundings
 from benchmarks.training import step
 from benchmarks.updates import build, scaling
@@ -29,6 +30,7 @@ from benchmarks.updates import build, scaling
 SECTIONS = {
     "build": build,
     "apply": apply,
+    "straight": straight,
     "step": step,
     "memory": memory,
     "exactness": exactness,

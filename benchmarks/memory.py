@@ -20,6 +20,7 @@ from benchmarks.peers import FasterAI, TorchPrune, fasterai_is_installed, kinds_
 from benchmarks.report import Table
 from sparsifai import Sparsifier
 
+STRAIGHT_THROUGH = "global magnitude, straight-through"
 LIBRARIES = ("sparsifai", "FasterAI", "torch prune")
 
 
@@ -32,6 +33,7 @@ def memory(quick):
         "local magnitude": ("local", "large_final", "weight"),
         "global movement": ("global", "movement", "weight"),
         "global filter": ("global", "large_final", "filter"),
+        STRAIGHT_THROUGH: ("global", "large_final", "weight"),
     }
     if quick:
         cases = {"global magnitude": cases["global magnitude"]}
@@ -40,25 +42,29 @@ def memory(quick):
         for case, (context, criteria, granularity) in cases.items():
             columns = {}
             for library in LIBRARIES:
-                if library == "torch prune" and (criteria, granularity) != ("large_final", "weight"):
+                dense, is_own = case == STRAIGHT_THROUGH, library == "sparsifai"
+                magnitudes = (criteria, granularity) == ("large_final", "weight")
+                if (library == "torch prune" and not magnitudes) or (dense and not is_own):
                     peak, kept = None, None
                 elif library == "FasterAI" and not fasterai_is_installed():
                     peak, kept = MISSING, MISSING
                 else:
-                    peak, kept = bytes_per_weight(library, model, context, criteria, granularity)
+                    peak, kept = bytes_per_weight(library, model, context, criteria, granularity, dense)
                 columns |= {f"{library} peak": peak, f"{library} kept": kept}
             rows.append({"model": model, "case": case, **columns})
     return Table(
         "memory",
         "bytes per weight beyond the dense model, at the peak of an update near 0.5 and after it",
         rows,
-        "Counted by the system, each in a fresh process. What movement compares with, 4 bytes, is among them.",
+        "Counted by the system, each in a fresh process. What movement compares with, 4 bytes, is among them, and so "
+        "are the 4 bytes of dense weights in straight-through training.",
     )
 
 
-def bytes_per_weight(library, model, context, criteria="large_final", granularity="weight"):
+def bytes_per_weight(library, model, context, criteria="large_final", granularity="weight", straight_through=False):
     "Peak and kept bytes per weight, measured in a fresh process"
     axes = ["--context", context, "--criteria", criteria, "--granularity", granularity]
+    axes += ["--straight-through"] if straight_through else []
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", library, model, *axes],
         cwd=Path(__file__).parents[1],
@@ -73,9 +79,10 @@ def bytes_per_weight(library, model, context, criteria="large_final", granularit
     return peak, kept
 
 
-def _updater(library, model, granularity, context, criteria):
+def _updater(library, model, granularity, context, criteria, straight_through):
     if library == "sparsifai":
-        return Sparsifier(model, granularity, context, criteria, layers=kinds_of(model)).sparsify
+        options = {"layers": kinds_of(model), "straight_through": straight_through}
+        return Sparsifier(model, granularity, context, criteria, **options).sparsify
     if library == "FasterAI":
         return FasterAI(model, granularity, context, criteria).update
     return TorchPrune(model, context).update
@@ -123,5 +130,7 @@ if __name__ == "__main__":
     parser.add_argument("--context", default="global")
     parser.add_argument("--criteria", default="large_final")
     parser.add_argument("--granularity", default="weight")
+    parser.add_argument("--straight-through", action="store_true")
     arguments = parser.parse_args()
-    main(arguments.library, arguments.model, arguments.granularity, arguments.context, arguments.criteria)
+    axes = arguments.granularity, arguments.context, arguments.criteria
+    main(arguments.library, arguments.model, *axes, arguments.straight_through)

@@ -28,7 +28,7 @@ BATCHES = {
 
 def steps(section):
     "Eager, as a CUDA graph and compiled"
-    some = {name: VARIANTS[name] for name in ("dense", "fixed", "moving")}
+    some = {name: VARIANTS[name] for name in ("dense", "fixed", "moving", "straight-through")}
     for name, run, variants in (
         ("resnet50", "eager", VARIANTS),
         ("vit_b_16", "eager", VARIANTS),
@@ -143,18 +143,34 @@ def sparsify(training, context="global"):
     return step
 
 
-# Dense weights kept beside the sparse ones have their place here, once the package has them.
+def straight_through(training, **options):
+    "As `moving`, with dense weights kept beside the sparse ones, which the optimizer moves and masks are ranked from"
+    sparsifier = _sparsifier(training, straight_through=True, **options)
+
+    def step(progress):
+        training.gradients()
+        with no_waiting(training.device):
+            sparsifier.mask_gradients()
+            with sparsifier.dense_weights():
+                training.optimizer.step()
+            sparsifier.update_masks(FIRST + (LAST - FIRST) * progress, training.optimizer)
+
+    return step
+
+
 VARIANTS = {
     "dense": dense,
     "fixed": fixed,
     "moving": moving,
+    "straight-through": straight_through,
+    "straight-through, no decay": partial(straight_through, decay=0),
     "sparsify alone": sparsify,
     "sparsify alone, local": partial(sparsify, context="local"),
 }
 
 
-def _sparsifier(training, context="global"):
-    sparsifier = Sparsifier(training.model, "weight", context, layers=kinds_of(training.model))
+def _sparsifier(training, context="global", **options):
+    sparsifier = Sparsifier(training.model, "weight", context, layers=kinds_of(training.model), **options)
     sparsifier.sparsify(FIRST)
     return sparsifier
 

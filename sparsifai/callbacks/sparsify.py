@@ -294,7 +294,7 @@ class SparsifyCallback(TrainingCallback):
         """
         if self._pruned is None:
             raise ValueError("state_dict: there is no Sparsifier before the first batch of a fit; call it later")
-        return {"sparsifier": self._pruned.sparsifier.state_dict(), "reached": self._pruned.reached}
+        return {"sparsifier": self._pruned.sparsifier.state_dict(), "reached": float(self._pruned.reached)}
 
     def load_state_dict(
         self,
@@ -309,9 +309,9 @@ class SparsifyCallback(TrainingCallback):
             ValueError: It is no such state, or this callback has pruned a model already. At the first batch of the fit:
                 it does not fit the model or the arguments.
         """
-        if not isinstance(state, Mapping) or state.keys() != {"sparsifier", "reached"}:
+        is_state = isinstance(state, Mapping) and state.keys() == {"sparsifier", "reached"}
+        if not is_state or not isinstance(state["sparsifier"], Mapping) or not _is_fraction(state["reached"]):
             raise ValueError("load_state_dict: give what SparsifyCallback.state_dict() returned")
-        check_fraction(state["reached"], "reached")
         if self._pruned is not None:
             raise ValueError("load_state_dict: this callback has pruned a model already; make a new SparsifyCallback")
         self._loaded = state
@@ -327,7 +327,7 @@ class SparsifyCallback(TrainingCallback):
         pruned = Pruned(self._new_sparsifier())
         if self._loaded is not None:
             pruned.sparsifier.load_state_dict(self._loaded["sparsifier"])
-            pruned.reached, self._loaded = float(self._loaded["reached"]), None
+            pruned.reached, self._loaded = self._loaded["reached"], None
         return pruned
 
     def _new_sparsifier(self) -> Sparsifier:
@@ -350,3 +350,7 @@ class SparsifyCallback(TrainingCallback):
         if self._fit is not None:
             self._fit.end()
             self._fit = None
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, float) and 0 <= value <= 1

@@ -53,7 +53,7 @@ class DenseWeights:
         self.values: dict[str, Tensor] = {}
         self.trained: dict[str, Tensor] = {}
         self.is_whole = False
-        self._seen: dict[str, Any] = {}  # the version of each parameter when it last had the sparse weights
+        self._seen: dict[str, tuple[int, int]] = {}  # the version of each parameter when it last had the sparse weights
         self._holders: dict[str, tuple[nn.Module, str]] = {}  # the module that has each parameter, and its attribute
         self._own: dict[str, Tensor] = {}  # the memory of each parameter that has the memory of the dense weights
 
@@ -80,7 +80,7 @@ class DenseWeights:
         """Keep the weights as they are now, of the parameters whose dense weights are not kept yet.
 
         Raises:
-            ValueError: A parameter is sharded.
+            ValueError: A parameter is sharded, or was made in inference mode.
         """
         missing = {name: self.model.get_parameter(name) for name in self.masks if name not in self.values}
         for name, parameter in missing.items():
@@ -187,19 +187,19 @@ class DenseWeights:
             ValueError: There is a pull, and a gradient is a sparse tensor.
         """
         self.refresh()
-        pairs = [(name, parameter, parameter.grad) for name, parameter, _ in self.pairs()]
-        graded = [(name, parameter, gradient) for name, parameter, gradient in pairs if gradient is not None]
-        for name, _, gradient in graded:
+        graded = [(*each, each[1].grad) for each in self.pairs() if each[1].grad is not None]
+        for name, _, _, gradient in graded:
             if decay and gradient.layout != torch.strided:
                 raise ValueError(
                     f"straight_through: the gradient of {printable(name)} is a sparse tensor, to which the pull of "
                     "decay= cannot be added; pass decay=0, or make the layer with sparse=False"
                 )
-        for name, parameter, gradient in graded:
+        for name, parameter, mask, gradient in graded:
             if decay and name in names:
                 add_pull(gradient, self.values[name], parameter, decay)
             if name in self.trained and gradient.layout == torch.strided:
-                zero_masked(gradient, self.trained[name].to(parameter.device))
+                # Masks that were given since the weights were ranked can keep others. What is kept learns.
+                zero_masked(gradient, self.trained[name].to(parameter.device) | mask)
 
     @staticmethod
     def empty() -> dict[str, Any]:
@@ -214,7 +214,7 @@ class DenseWeights:
         """The dense weights and what of them gets gradients, for `Sparsifier.state_dict`."""
         self.refresh()
         return {
-            "values": {name: value.clone() for name, value in self.values.items()},
+            "values": {name: value.as_subclass(Tensor).clone() for name, value in self.values.items()},
             "trained": dict(self.trained),
         }
 
@@ -227,8 +227,13 @@ def check_can_be_kept(name: str, parameter: Tensor) -> None:
     """Check that the dense weights of a parameter can be kept.
 
     Raises:
-        ValueError: It is sharded.
+        ValueError: It is sharded, or cannot be trained.
     """
+    if parameter.is_inference():
+        raise ValueError(
+            f"straight_through: {printable(name)} was made in inference mode, so that no optimizer can move it; make "
+            "the model outside of torch.inference_mode()"
+        )
     if is_sharded(parameter):
         raise ValueError(
             f"straight_through: {printable(name)} is sharded by fully_shard, whose parameters cannot hold other memory "
@@ -236,6 +241,6 @@ def check_can_be_kept(name: str, parameter: Tensor) -> None:
         )
 
 
-def _version_of(parameter: Tensor) -> Any:
-    """What changes with the memory and the values of a parameter; if torch does not count that, it always differs."""
-    return object() if parameter.is_inference() else (parameter.data_ptr(), parameter._version)
+def _version_of(parameter: Tensor) -> tuple[int, int]:
+    """What changes with the memory and the values of a parameter."""
+    return parameter.data_ptr(), parameter._version

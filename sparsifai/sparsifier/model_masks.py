@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 
+import torch
 from torch import Tensor
 
 from .followers import Follower, masks_of_followers
@@ -47,10 +48,9 @@ class ModelMasks(MutableMapping[str, Tensor]):
 
     def widest(self, layer: Layer) -> Tensor:
         """The mask of a layer that keeps all groups but those that `add` has pruned."""
-        kept = layer.grouping.all_kept()
-        if layer.name in self.fixed:
-            kept = kept & layer.grouping.any_of(self.fixed[layer.name].expand_as(layer.parameter)).to(kept.device)
-        return layer.mask_of(kept)
+        if layer.name not in self.fixed:
+            return torch.ones_like(layer.mask)
+        return layer.mask_of(layer.grouping.any_of(self.fixed[layer.name].expand_as(layer.parameter)))
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self.of_followers:

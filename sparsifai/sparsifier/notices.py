@@ -25,6 +25,12 @@ REGROWN_OUTPUTS = (
     "gradient reaches them, so they stay zero; choose smaller groups, such as kernels or weights"
 )
 
+UNMOVED_OUTPUTS = (
+    "straight_through: no gradient reaches whole outputs that are zero, with their bias and norm entries, in front of "
+    "a ReLU or a norm layer, so they are kept again only where others shrink; choose smaller groups, such as kernels "
+    "or weights"
+)
+
 # If more than this fraction of the weights is frozen, the user is warned.
 LARGE_PART = 0.2
 
@@ -147,8 +153,9 @@ def notices_of_outputs(options: Options, model: nn.Module, layers: Layers, follo
         followers: The biases and norm parameters that are masked with whole outputs.
     """
     notices = []
-    if options.regrow is not None and any(layer.grouping.drops_outputs for layer in selected(layers).values()):
-        notices.append(REGROWN_OUTPUTS)
+    if any(layer.grouping.drops_outputs for layer in selected(layers).values()):
+        notices += [REGROWN_OUTPUTS] if options.regrow is not None else []
+        notices += [UNMOVED_OUTPUTS] if options.straight_through else []
     if options.pool is squared_sum and (rescaled := rescaled_layers(model, layers, followers)):
         notices.append(
             f"{name_of(options.criteria)}: a batch norm undoes the scale of the outputs of "

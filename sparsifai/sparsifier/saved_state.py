@@ -98,7 +98,7 @@ def read_state(
         used = _table("used masks", state["regrowth"]["used"])
         _check_layers("used mask", {**masks, **used}, {name: _form_of_mask(layer) for name, layer in layers.items()})
         of_regrowth["used"] = {name: _mask(f"used mask of {name}", mask, layers[name]) for name, mask in used.items()}
-    of_dense, is_settled = ({}, False) if dense is None else _dense_weights(state["straight_through"], layers, dense)
+    of_dense, is_settled = ({}, False) if dense is None else _dense_weights(state["straight_through"], read, dense)
     return SavedState(read, quantities, of_regrowth, _random(state["rng"]), of_dense, is_settled)
 
 
@@ -134,7 +134,13 @@ def _quantities(what: str, saved: Any, layers: Layers, collected: CollectedQuant
 
 
 def _dense_weights(saved: Any, layers: Layers, dense: DenseWeights) -> tuple[dict[str, Any], bool]:
-    """The attributes of the dense weights, as they were saved, and whether the masks are settled."""
+    """The attributes of the dense weights, as they were saved, and whether the masks are settled.
+
+    Args:
+        saved: The part of the state.
+        layers: The selected layers, as the state leaves them.
+        dense: The dense weights of the Sparsifier.
+    """
     what, parts = "straight_through", ("values", "trained", "settled")
     if not isinstance(saved, Mapping) or not set(parts) <= saved.keys():
         raise ValueError(f"load_state_dict: the {what} of the state lacks {', '.join(parts)} of it; {_DAMAGED}")
@@ -142,15 +148,22 @@ def _dense_weights(saved: Any, layers: Layers, dense: DenseWeights) -> tuple[dic
     if not isinstance(saved["settled"], bool):
         raise _wrong(f"settled of {what}", saved["settled"], "True or False")
     values, trained = _table("dense weights", saved["values"]), _table("trained masks", saved["trained"])
-    known = {name: dense.model.get_parameter(name) for name in (*layers, *dense.masks)}
-    forms = {name: _form(parameter) for name, parameter in known.items()}
+    if saved["settled"] and (values or trained):
+        raise ValueError(f"load_state_dict: the {what} of the state is settled, but has dense weights; {_DAMAGED}")
+    of_all = {**{name: layer.mask for name, layer in layers.items()}, **dense.masks.followers_of(layers)}
+    # Where nothing is pruned, nothing need be kept; where zeros were recovered, nothing is known.
+    needed = {name for name, mask in of_all.items() if values and not mask.all()}
     read = {}
-    for name, value in values.items():
-        here = known.get(name)
-        if here is None or _form(value) != forms[name] or not {value.dtype, here.dtype} <= {here.dtype, *_FLOATS}:
-            raise _differs(f"dense weight of {printable(name)}", _form(value), forms.get(name, "absent"))
+    for name in (*values, *sorted(needed - values.keys())):
+        value, here = values.get(name), dense.model.get_parameter(name).detach() if name in of_all else None
+        part = f"dense weight of {printable(name)}"
+        if value is None or here is None or _form(value) != _form(here):
+            raise _differs(part, _form(value), _form(here))
+        if value.dtype not in (here.dtype, *_FLOATS):
+            raise _differs(part, f"of {value.dtype}", f"of {here.dtype}")
+        _check_scorable(part, value)
         # In memory of its own and in the memory order of the weight.
-        read[name] = torch.empty_like(here.detach()).copy_(value)
+        read[name] = torch.empty_like(here).copy_(value.detach())
     _check_layers("trained mask", trained, {name: _form_of_mask(layers[name]) for name in trained if name in layers})
     masks = {name: _mask(f"trained mask of {name}", mask, layers[name]) for name, mask in trained.items()}
     return dense.with_values(read, masks), saved["settled"]
@@ -178,11 +191,7 @@ def _values(
         here = present[name].dtype if name in known else torch.float32
         if value.dtype not in (here, *(_FLOATS if here in _FLOATS else ())):
             raise _differs(what, f"of {value.dtype}", f"of {here}")
-        if widened(value).isnan().any():
-            raise ValueError(
-                f"load_state_dict: {what} has NaN in the state, which cannot be scored; load a state from before "
-                "training has diverged"
-            )
+        _check_scorable(what, value)
         read[name] = value.detach().to(layers[name].parameter.device)
     return read
 
@@ -235,6 +244,14 @@ def _random(state: Any) -> Tensor:
         except (RuntimeError, TypeError):  # it has another size, or numbers that no generator has
             pass
     raise ValueError(f"load_state_dict: the rng of the state is no RNG state of this version of torch; {_DAMAGED}")
+
+
+def _check_scorable(what: str, value: Tensor) -> None:
+    if widened(value).isnan().any():
+        raise ValueError(
+            f"load_state_dict: {what} has NaN in the state, which cannot be scored; load a state from before training "
+            "has diverged"
+        )
 
 
 def _has_values(value: Any) -> bool:

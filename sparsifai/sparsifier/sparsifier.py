@@ -588,6 +588,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         layers = f"Sparsifier({axes}: {len(self._selected)} layers"
         if self._change is not None:  # to measure would end the call, but a debugger that shows this changes nothing
             return f"{layers}, in an unfinished call)"
+        if self._dense.is_in_place:
+            return f"{layers}, with dense weights)"
         # Sharded weights are measured by all processes together, but a repr is often asked for in one of them.
         sharded = any(is_sharded(layer.parameter) for layer in self._selected.values())
         return f"{layers})" if sharded else f"{layers}, sparsity {self.sparsity:.4f})"

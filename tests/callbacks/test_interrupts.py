@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import changed_in_process, small_learner
+from faults import unzeroed
 from interrupts import LIBRARY, interrupted, places
 from torch import nn
 
@@ -33,6 +34,12 @@ def sparsifying(teacher):
     from sparsifai.all import SparsifyCallback
 
     return SparsifyCallback(0.5, "filter", criteria="wanda", context="local")
+
+
+def changing(teacher):
+    from sparsifai.all import SparsifyCallback
+
+    return SparsifyCallback(0.5, schedule="lin", straight_through=True)
 
 
 def distilling(teacher):
@@ -71,13 +78,14 @@ def put_for_a_while(learn, models):
         "callbacks": [(type(each).__name__, each.run) for each in others],
         "metrics": list(learn.metrics),
         "lock": learn.lock.locked(),
+        "step": learn.opt is not None and "step" in vars(learn.opt),
     }
 
 
 @pytest.mark.parametrize(
     "prepare",
-    [fitting(sparsifying), fitting(distilling), fitting(freezing), tickets, sensitivities],
-    ids=["SparsifyCallback", "DistillCallback", "FreezeCallback", "lottery_ticket", "sensitivity"],
+    [fitting(sparsifying), fitting(changing), fitting(distilling), fitting(freezing), tickets, sensitivities],
+    ids=["SparsifyCallback", "straight_through", "DistillCallback", "FreezeCallback", "lottery_ticket", "sensitivity"],
 )
 def test_an_interrupt_at_any_line_of_the_library_leaves_nothing_behind(prepare):
     lines = interrupted(prepare()[2]).lines
@@ -92,3 +100,32 @@ def test_an_interrupt_at_any_line_of_the_library_leaves_nothing_behind(prepare):
             left[tracer.where] = changed
     # Between fastai's setting `learn` to None and our first line that can undo anything, a callback can stay.
     assert {where: changed for where, changed in left.items() if not where.startswith("base.py")} == {}
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_sparsity": 0.3}, {"granularity": "filter", "context": "local"}])
+def test_an_interrupted_straight_through_fit_leaves_a_sparse_model_and_the_next_one_ends_at_its_target(options):
+    from sparsifai.all import SparsifyCallback
+
+    def prepare():
+        callback = SparsifyCallback(0.5, schedule="lin", initial_sparsity=0.2, straight_through=True, **options)
+        learn = small_learner(net(), steps=3)
+        return learn, callback, lambda: learn.fit(1, 0.1, cbs=callback)
+
+    for _ in range(2):  # what the first call of all keeps for later ones is not done again
+        _, whole, function = prepare()
+        lines = interrupted(function).lines
+    begun = 0
+    for at in places(lines, 20):
+        learn, callback, function = prepare()
+        where = interrupted(function, at, LIBRARY).where
+        assert where is not None
+        assert learn.opt is None or "step" not in vars(learn.opt), where
+        if callback.sparsifier is not None:
+            begun += not all(mask.all() for mask in callback.sparsifier.masks.values())
+            assert unzeroed(callback.sparsifier) == [], where
+        learn.remove_cb(callback)  # see above
+        learn.fit(1, 0.1, cbs=callback)
+        assert callback.sparsifier.sparsity == whole.sparsifier.sparsity, where
+        assert unzeroed(callback.sparsifier) == [], where
+        assert not callback.sparsifier.is_straight_through, where
+    assert begun > 2

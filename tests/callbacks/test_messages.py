@@ -168,6 +168,44 @@ LOWER = [
 ]  # fmt: skip
 
 
+def save_before_a_fit():
+    sparsifai.SparsifyCallback(0.5).state_dict()
+
+
+def load_state(state):
+    return lambda: sparsifai.SparsifyCallback(0.5).load_state_dict(state)
+
+
+def used_callback():
+    callback = sparsifai.SparsifyCallback(0.5)
+    small_learner(steps=3).fit(1, cbs=callback)
+    return callback
+
+
+def load_into_a_used_callback():
+    callback = used_callback()
+    callback.load_state_dict(callback.state_dict())
+
+
+def fit_from(state, **arguments):
+    """Fit from a state of a callback without straight_through, of another model."""
+
+    def mistake():
+        learn = small_learner(steps=3)
+        before = [parameter.clone() for parameter in learn.model.parameters()]
+        callback = sparsifai.SparsifyCallback(0.5, **arguments)
+        callback.load_state_dict({"sparsifier": state(), "reached": 0.5})
+        try:
+            learn.fit(1, cbs=callback)
+        finally:
+            assert all(map(torch.equal, before, learn.model.parameters()))
+
+    return mistake
+
+
+NO_STATE = ["load_state_dict: give what SparsifyCallback.state_dict() returned"]
+
+
 def fit_with_two():
     small_learner(cbs=sparsifai.SparsifyCallback(0.5)).fit(1, cbs=sparsifai.SparsifyCallback(0.8))
 
@@ -215,6 +253,58 @@ SPARSIFY = [
     (
         "schedule that fails at one point", fit_with_sneaky_schedule, ValueError,
         ["schedule sneaky gives 2.0 at t=0.333333"],
+    ),
+    (
+        "settle without straight_through", sparsify(settle=0.5), ValueError,
+        ["settle=0.5 needs straight_through=True: other masks do not change their mind"],
+    ),
+    (
+        "decay without straight_through", sparsify(decay=0.1), ValueError,
+        ["decay=0.1 needs straight_through=True, which keeps the dense weights that it is about"],
+    ),
+    (
+        "gradient_sparsity without straight_through", sparsify(gradient_sparsity=0.5), ValueError,
+        ["gradient_sparsity=0.5 needs straight_through=True"],
+    ),
+    (
+        "straight_through and regrow", sparsify(straight_through=True, regrow="grad"), ValueError,
+        ["straight_through=True and regrow= are two ways to let masks change; pass one of them"],
+    ),
+    (
+        "settle in percent", sparsify(straight_through=True, settle=75), ValueError,
+        ["settle 75 is a percentage, not a fraction; pass 0.75 for 75 %"],
+    ),
+    (
+        "settle as text", sparsify(straight_through=True, settle="end"), TypeError,
+        ["settle must be a number from 0 to 1, not 'end'"],
+    ),
+    ("negative decay", sparsify(straight_through=True, decay=-1), ValueError, ["decay must be", "not -1"]),
+    (
+        "gradient_sparsity in percent", sparsify(straight_through=True, gradient_sparsity=50), ValueError,
+        ["gradient_sparsity 50 is a percentage"],
+    ),
+    (
+        "state before a fit", save_before_a_fit, ValueError,
+        ["state_dict: there is no Sparsifier before the first batch of a fit; call it later"],
+    ),
+    *(
+        (f"{state!r:.40} for a state", load_state(state), ValueError, NO_STATE)
+        for state in (
+            None, 3, [], {}, {"sparsifier": {}}, {"sparsifier": [], "reached": 0.5}, {"sparsifier": {}, "reached": "a"},
+            {"sparsifier": {}, "reached": math.nan}, {"sparsifier": {}, "reached": 2.0}, {"masks": {}, "levels": {}},
+        )
+    ),
+    (
+        "state for a used callback", load_into_a_used_callback, ValueError,
+        ["load_state_dict: this callback has pruned a model already; make a new SparsifyCallback"],
+    ),
+    (
+        "state without dense weights", fit_from(lambda: Sparsifier(small_net()).state_dict(), straight_through=True),
+        ValueError, ["load_state_dict: only one of the state and this Sparsifier has straight_through=True"],
+    ),
+    (
+        "state of another model", fit_from(lambda: Sparsifier(mlp()).state_dict()), ValueError,
+        ["load_state_dict: the mask of 10.weight is absent in the state"],
     ),
     ("a replaced model", fit_a_replaced_model(lambda: sparsifai.SparsifyCallback(0.5)), ValueError, REPLACED),
     ("a replaced model, kept", fit_a_replaced_model(lambda: sparsifai.KeepSparsity()), ValueError, REPLACED),

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import as_on_device
-from kinds_of_weights import IN, OUT, TYPES, masked_bits, net, plain, pruned, typed, values, wide
+from kinds_of_weights import IN, OUT, PRUNED, TYPES, masked_bits, net, plain, pruned, typed, values, wide
 from torch import nn
 
 from sparsifai import Sparsifier
@@ -215,3 +215,132 @@ def test_criteria_that_look_at_data_score_complex_weights_by_magnitude(criterion
     if criterion == "wanda":
         assert kept.sum() == kept.numel() / 2
     assert scores[~kept].max() <= scores[kept].min() * (1 + 1e-5)
+
+
+# --- Dense weights ------------------------------------------------------------------------------------------------
+
+
+def stepping(model):
+    """A function that makes a step with gradients of its own: by SGD, or by hand where torch has no arithmetic."""
+    parameters = list(model.parameters())
+    by_hand = any(each.dtype not in TRAINED for each in parameters)
+    optimizer = None if by_hand else torch.optim.SGD(parameters, 0.5, momentum=0.9)
+
+    def step(number):
+        generator = torch.Generator().manual_seed(number)
+        for each in parameters:
+            moves = torch.randn(each.shape, generator=generator)
+            if optimizer is None:
+                each.data.copy_((wide(each) + moves).to(each.dtype))
+            else:
+                each.grad = moves.to(each.dtype)
+        if optimizer is not None:
+            optimizer.step()
+
+    return step
+
+
+def seeded(make):
+    torch.manual_seed(0)
+    return make()
+
+
+TRAINABLE = {name: make for name, make in PRUNED.items() if name != "inference"}
+
+
+@pytest.mark.parametrize("make", TRAINABLE.values(), ids=TRAINABLE)
+@pytest.mark.parametrize("options", [{}, {"decay": 0, "gradient_sparsity": 0.2}], ids=str)
+@pytest.mark.filterwarnings("ignore:the sparsity that was asked", "ignore:[0-9]+ scores of .* are equal")
+@pytest.mark.filterwarnings("ignore:(?s).*Casting complex")
+def test_a_step_moves_the_dense_weights_as_those_of_a_plain_copy(make, options):
+    model, twin, other = (seeded(make) for _ in range(3))
+    sparsifier = Sparsifier(model, context="local", straight_through=True, **options)
+    memory = {name: (each.data_ptr(), each.stride(), type(each)) for name, each in model.named_parameters()}
+    step, step_of_twin = stepping(model), stepping(twin)
+    for number, level in enumerate((0.3, 0.6, 0.6, 0.4)):
+        with sparsifier.dense_weights():
+            step(number)
+        step_of_twin(number)
+        for name, mask in sparsifier.masks.items():
+            assert not masked_bits(model.get_parameter(name), mask).any()
+        sparsifier.update_masks(level)
+        reference = Sparsifier(plain(twin), context="local")
+        reference.sparsify(level)
+        assert all(torch.equal(sparsifier.masks[name], mask) for name, mask in reference.masks.items())
+        check_zeros(sparsifier, dict(twin.named_parameters()))
+    state = copy.deepcopy(sparsifier.state_dict())
+    sparsifier.settle()
+    for name, each in other.named_parameters():
+        each.data.copy_(model.get_parameter(name))
+    loaded = Sparsifier(other, context="local", straight_through=True, **options)
+    loaded.load_state_dict(state)
+    assert loaded.sparsity == sparsifier.sparsity
+    loaded.sparsify(0.0)
+    check_zeros(loaded, dict(twin.named_parameters()))
+    assert {name: (each.data_ptr(), each.stride(), type(each)) for name, each in model.named_parameters()} == memory
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.inner, self.head = kind(4, 6, 2, batch_first=True, **options), nn.Linear(12, 3)
+
+    def forward(self, inputs):
+        return self.head(self.inner(inputs)[0][..., :12])
+
+
+class Attending(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.inner, self.head = nn.MultiheadAttention(4, 2, batch_first=True, **options), nn.Linear(4, 3)
+
+    def forward(self, inputs):
+        return self.head(self.inner(inputs, inputs, inputs)[0])
+
+
+class TiedToEmbedding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.inner, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, inputs):
+        return self.head(self.inner(self.embedding(inputs[..., 0].abs().mul(3).long().clamp(0, 6))))
+
+
+MODULES = {
+    "LSTM": lambda: Recurrent(nn.LSTM, bidirectional=True),
+    "GRU": lambda: Recurrent(nn.GRU, bidirectional=True),
+    "attention": Attending,
+    "attention with three projections": lambda: Attending(kdim=4, vdim=4, add_bias_kv=True),
+    "tied to an embedding": TiedToEmbedding,
+    "transposed convolution": lambda: nn.Sequential(nn.ConvTranspose1d(5, 4, 2), nn.Tanh(), nn.Conv1d(4, 3, 1)),
+}
+
+
+@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+@pytest.mark.parametrize("decay", [0.0, 0.05])
+@pytest.mark.filterwarnings("ignore:(?s).*layers stay dense")
+def test_gradients_at_the_sparse_weights_move_the_dense_ones_of_every_module(make, decay):
+    model, twin = seeded(make), seeded(make)
+    sparsifier = Sparsifier(model, context="local", straight_through=True, decay=decay)
+    optimizers = [torch.optim.AdamW(each.parameters(), 0.05) for each in (model, twin)]
+    dense = dict(twin.named_parameters())
+    for number in range(15):
+        inputs = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(number))
+        masks = {name: mask.clone() for name, mask in sparsifier.masks.items()}
+        output, sparse = model(inputs), {name: each * masks.get(name, 1) for name, each in dense.items()}
+        assert torch.equal(output, torch.func.functional_call(twin, sparse, (inputs,), tie_weights=True))
+        output.square().mean().backward()
+        for name, each in model.named_parameters():
+            dense[name].grad = each.grad.clone()
+            if name in masks:
+                dense[name].grad.add_(dense[name].detach() * ~masks[name], alpha=decay)
+        sparsifier.mask_gradients()
+        with sparsifier.dense_weights():
+            optimizers[0].step()
+        optimizers[1].step()
+        optimizers[0].zero_grad()
+        sparsifier.update_masks(min(0.6, 0.1 * number), optimizers[0])
+        check_zeros(sparsifier, dense)
+    assert sparsifier.sparsity == pytest.approx(0.6, abs=0.03)

@@ -27,13 +27,15 @@ def prepared(*axes, first=None, gradients=False, **options):
             sparsifier.calibrate(batches(1), F.cross_entropy)
         if first is not None:
             sparsifier.sparsify(first)
-            moved(model)
+            with sparsifier.dense_weights():
+                moved(model)
         if gradients:
             show_gradients(sparsifier)
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         optimizer = torch.optim.AdamW(model.parameters())
-        optimizer.step()
+        with sparsifier.dense_weights():
+            optimizer.step()
         return sparsifier, optimizer
 
     return make
@@ -53,11 +55,18 @@ def set_masks(sparsifier, optimizer):
                           sparsifier.masks.items()})  # fmt: skip
 
 
-def load(sparsifier, optimizer):
-    torch.manual_seed(1)
-    other = Sparsifier(small_net(), criteria="movement", regrow="random")
-    other.sparsify(0.5)
-    sparsifier.load_state_dict(other.state_dict())
+def load(**options):
+    def action(sparsifier, optimizer):
+        torch.manual_seed(1)
+        other = Sparsifier(small_net(), **options)
+        other.sparsify(0.5)
+        sparsifier.load_state_dict(other.state_dict())
+
+    return action
+
+
+def settle(sparsifier, optimizer):
+    sparsifier.settle(optimizer)
 
 
 def unfreeze(sparsifier, optimizer):
@@ -94,8 +103,28 @@ CASES = {
         batches(2), F.cross_entropy)),
     "given masks": (prepared(regrow="random"), set_masks),
     "masks from zeros": (prepared("filter", "local"), lambda sparsifier, optimizer: sparsifier.recover_masks()),
-    "a saved state": (prepared(criteria="movement", regrow="random"), load),
+    "a saved state": (
+        prepared(criteria="movement", regrow="random"), load(criteria="movement", regrow="random"),
+    ),
     "a layer that was frozen": (frozen, unfreeze),
+    "dense weights": (prepared(straight_through=True, first=0.2), sparsify(0.5)),
+    "dense weights, for the first time": (prepared(straight_through=True), update(0.5)),
+    "dense weights, with an optimizer": (prepared(straight_through=True, first=0.2), update(0.5)),
+    "dense weights of a falling sparsity": (prepared(straight_through=True, first=0.6), update(0.3)),
+    "dense weights in steps": (prepared(straight_through=True, first=0.2), sparsify(0.5, steps=2)),
+    "dense weights of filters": (prepared("filter", "local", straight_through=True, first=0.2), update(0.5)),
+    "dense weights of which some are trained": (
+        prepared(straight_through=True, gradient_sparsity=0.3, first=0.2), update(0.5),
+    ),
+    "dense weights and given masks": (prepared(straight_through=True, first=0.2), set_masks),
+    "dense weights and masks from zeros": (
+        prepared(straight_through=True, first=0.2), lambda sparsifier, optimizer: sparsifier.recover_masks(),
+    ),
+    "dense weights of a saved state": (
+        prepared(straight_through=True, gradient_sparsity=0.3, first=0.2),
+        load(straight_through=True, gradient_sparsity=0.3),
+    ),
+    "dense weights that are dropped": (prepared(straight_through=True, first=0.2), settle),
 }  # fmt: skip
 
 
@@ -140,6 +169,7 @@ def expected(name, known={}):  # noqa: B006
 
 def numbers_of(name, share):
     """Some of the lines that an action runs through, and each line of the code at least once if the share is 1."""
+    expected(name)  # what the first call of all keeps for the next ones is not done again in the calls below
     make, action = CASES[name]
     sparsifier, optimizer = make()
     places = places_of(lambda: action(sparsifier, optimizer))
@@ -164,6 +194,41 @@ def test_an_interrupt_at_any_line_changes_nothing_or_is_made_up_for(name):
 def test_an_error_at_every_line_changes_nothing_or_is_made_up_for(name):
     for number in numbers_of(name, 1):
         check_fault(name, number, MemoryError)
+
+
+def steps(sparsifier, optimizer):
+    sparsifier.mask_gradients()
+    with sparsifier.dense_weights():
+        optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_sparsity": 0.3}, {"granularity": "filter", "context": "local"}])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_error_at_any_line_of_a_step_leaves_a_sparse_model_that_agrees_with_its_dense_weights(options, error):
+    make = prepared(straight_through=True, first=0.4, **options)
+    for first in (make(), make()):  # what the first call of all keeps for later ones is not done again
+        count = len(places_of(lambda first=first: steps(*first)))
+    assert count > 150
+    for number in random.Random(0).sample(range(1, count + 1), 40):
+        sparsifier, optimizer = made = make()
+        memory = {name: each.data_ptr() for name, each in sparsifier.model.named_parameters()}
+        fault = Fault(number, error)
+        with pytest.raises(error):
+            fault(lambda made=made: steps(*made))
+        check_dense_weights(sparsifier, memory, fault.place)
+
+
+def check_dense_weights(sparsifier, memory, place):
+    """The model has the sparse weights in its own memory, before anything is called; and they are the dense ones."""
+    parameters = dict(sparsifier.model.named_parameters())
+    assert {name: each.data_ptr() for name, each in parameters.items()} == memory, place
+    assert unzeroed(sparsifier) == [], place
+    sparse = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    dense = sparsifier.state_dict()["straight_through"]["values"]
+    assert dense.keys() == sparsifier.all_masks.keys()
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter, sparse[name]), place
+        assert name not in dense or torch.equal(dense[name] * sparsifier.all_masks[name], sparse[name]), place
 
 
 CALLS = {

@@ -29,7 +29,8 @@ def made(model=None, regrow=None, first=0.4, **options):
         show_gradients(sparsifier)
     if first:
         sparsifier.sparsify(first, drop=0.3 if regrow else 0)
-        moved(sparsifier.model)
+        with sparsifier.dense_weights():
+            moved(sparsifier.model)
         if regrow == "grad":
             show_gradients(sparsifier, seed=1)
     sparsifier.apply_masks()
@@ -42,6 +43,13 @@ KINDS = {
     "blocks": {"granularity": "4x1", "criteria": "random"},
     "means": {"criteria": "snip"},
     "regrowth": {"criteria": "updating_movement", "regrow": "grad"},
+    "dense weights": {"straight_through": True},
+    "dense weights of which some are trained": {
+        "straight_through": True,
+        "gradient_sparsity": 0.2,
+        "granularity": "filter",
+        "context": "local",
+    },
 }
 
 JUNK = [
@@ -183,6 +191,31 @@ def check_loaded(sparsifier, state, before):
                 assert same_state(now[key], saved[key])
             assert not any(value.isnan().any() for each in now["stored"].values() for value in each.values())
     assert torch.equal(sparsifier.collected.source.rng.get_state(), state["rng"])
+    assert ("straight_through" in state) == sparsifier.ranking.options.straight_through
+    if "straight_through" in state:
+        check_dense_weights(sparsifier, state, before)
+
+
+def check_dense_weights(sparsifier, state, before):
+    """Check the dense weights that were loaded: those of the model where weights are kept, else those of the state."""
+    saved, now = state["straight_through"], sparsifier.state_dict()["straight_through"]
+    assert saved.keys() == now.keys() == {"values", "trained", "settled"}
+    assert now["settled"] is saved["settled"]
+    assert sparsifier.is_straight_through == (not saved["settled"])
+    assert same_state(now["trained"], saved["trained"])
+    assert now["values"].keys() == saved["values"].keys()
+    assert not (saved["settled"] and saved["values"])
+    for name, value in now["values"].items():
+        mask, loaded = sparsifier.all_masks[name], saved["values"][name].to(value.dtype)
+        assert torch.equal(value, torch.where(mask, before["weights"][name], loaded))
+        assert not value.isnan().any()
+        assert not value.requires_grad
+    pruned = {name for name, mask in sparsifier.all_masks.items() if not mask.all()}
+    assert not now["values"] or pruned <= now["values"].keys()
+    before_step = {name: each.detach().clone() for name, each in sparsifier.model.named_parameters()}
+    with sparsifier.dense_weights():
+        pass
+    assert all(torch.equal(each, before_step[name]) for name, each in sparsifier.model.named_parameters())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -220,9 +253,16 @@ def test_a_state_that_is_loaded_does_not_change_with_the_saved_one(kind):
     state = saved.state_dict()
     masks = {name: mask.clone() for name, mask in state["masks"].items()}
     sparsifier.load_state_dict(state)
+    sparsifier.model.load_state_dict(saved.model.state_dict())
+    dense = copy.deepcopy(state.get("straight_through"))
     for mask in state["masks"].values():
         mask.fill_(True)
+    for part in ("values", "trained") if dense else ():
+        assert state["straight_through"][part] or part == "trained"
+        for value in state["straight_through"][part].values():
+            value.fill_(1)
     assert same_state(sparsifier.masks, masks)
+    assert same_state(sparsifier.state_dict().get("straight_through"), dense)
 
 
 @pytest.mark.filterwarnings("ignore:.*are frozen")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import small_net
+from kinds_of_weights import made_in_inference_mode
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from updates import BAD_CALIBRATIONS, batches
@@ -85,6 +86,19 @@ OPTIONS = [
       for wrong in ("a", 1.5, True, None)),
     *((f"{wrong} steps", lambda wrong=wrong: sparsify(0.5, steps=wrong), ValueError,
        f"steps must be a whole number of at least 1, not {wrong!r}") for wrong in (0, 2.5, True, "3")),
+    ("straight_through with regrow", lambda: Sparsifier(mlp(), straight_through=True, regrow="grad"), ValueError,
+     "straight_through=True and regrow= are two ways to let masks change; pass one of them"),
+    *((f"{name} without straight_through", lambda name=name: Sparsifier(mlp(), **{name: 0.1}), ValueError,
+       f"{name}=0.1 needs straight_through=True, which keeps the dense weights that it is about")
+      for name in ("decay", "gradient_sparsity")),
+    *((f"decay {wrong}", lambda wrong=wrong: Sparsifier(mlp(), straight_through=True, decay=wrong), ValueError,
+       f"decay must be a number of at least 0, not {wrong!r}") for wrong in (-1, NAN, True, "much")),
+    ("decay inf", lambda: Sparsifier(mlp(), straight_through=True, decay=INF), ValueError,
+     "decay must be a finite number, not inf"),
+    ("gradient_sparsity in percent", lambda: Sparsifier(mlp(), straight_through=True, gradient_sparsity=50), ValueError,
+     "gradient_sparsity 50 is a percentage, not a fraction; pass 0.5 for 50 %"),
+    ("gradient_sparsity that is text", lambda: Sparsifier(mlp(), straight_through=True, gradient_sparsity="half"),
+     TypeError, "gradient_sparsity must be a number from 0 to 1, not 'half'"),
     ("drop in steps", lambda: sparsify(0.5, drop=0.3, steps=2, regrow="random"), ValueError,
      "sparsify: steps= and drop= do not go together; drop after the steps"),
 ]  # fmt: skip
@@ -211,6 +225,40 @@ def moments_by_name():
     Sparsifier(model).mask_moments(optimizer)
 
 
+def straight_through(model=None, **options):
+    """A Sparsifier that keeps dense weights of which half are pruned."""
+    sparsifier = Sparsifier(mlp() if model is None else model, straight_through=True, **options)
+    sparsifier.sparsify(0.5)
+    return sparsifier
+
+
+def in_the_block(call, *given):
+    sparsifier = straight_through()
+    with sparsifier.dense_weights():
+        getattr(sparsifier, call)(*given)
+
+
+def pull_sparse_gradients():
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 2))
+    sparsifier = straight_through(model, layers=nn.Embedding)
+    model(torch.arange(3)).sum().backward()
+    sparsifier.mask_gradients()
+
+
+def stepped_outside(call, *given):
+    sparsifier = straight_through()
+    with torch.no_grad():
+        for parameter in sparsifier.model.parameters():
+            parameter.add_(1.0)
+    getattr(sparsifier, call)(*given)
+
+
+CALLS = [["apply_masks"], ["mask_gradients"], ["mask_moments", None], ["report"], ["state_dict"], ["recover_masks"],
+         ["set_masks", {}], ["sparsify", 0.5], ["update_masks", 0.5], ["check", 0.5], ["calibrate", []],
+         ["collect_gradients"], ["load_state_dict", {}], ["dense_weights"], ["pull_gradients"], ["settle"],
+         ["release"]]  # fmt: skip
+OUTSIDE = [["apply_masks"], ["mask_gradients"], ["state_dict"], ["set_masks", {}], ["sparsify", 0.5],
+           ["update_masks", 0.5], ["check", 0.5], ["settle"]]  # fmt: skip
 SCORES = "criterion <lambda> must return one real score per weight: for 0.weight a tensor of the shape (8, 4), not "
 MASKS = [
     ("an answer of a context for no layer", lambda: sparsify(0.5, context=lambda layers, sparsity: []), ValueError,
@@ -245,11 +293,22 @@ MASKS = [
      "sparsify: with steps=, snip looks at data in each step; call calibrate before, with batches that can be "
      "iterated over again, such as a list"),
     *((f"{call} after release", lambda call=call, given=given: released(call, *given), RuntimeError,
-       f"{call}: this Sparsifier has released its model; make a new one")
-      for call, *given in (["apply_masks"], ["mask_gradients"], ["mask_moments", None], ["report"], ["state_dict"],
-                           ["release"], ["recover_masks"], ["set_masks", {}], ["sparsify", 0.5],
-                           ["update_masks", 0.5], ["check", 0.5], ["calibrate", []],
-                           ["collect_gradients"], ["load_state_dict", {}])),
+       f"{call}: this Sparsifier has released its model; make a new one") for call, *given in CALLS),
+    *((f"{call} with dense weights", lambda call=call, given=given: in_the_block(call, *given), RuntimeError,
+       f"{call}: the model has its dense weights inside `with sparsifier.dense_weights():`; call it after this block")
+      for call, *given in CALLS if call != "mask_moments"),
+    *((f"{call} after a step outside of the block", lambda call=call, given=given: stepped_outside(call, *given),
+       UserWarning, "straight_through: pruned weights were changed outside of the step of the optimizer, and are set "
+       "to zero again; call the step inside `with sparsifier.dense_weights():`, so that it moves the dense weights")
+      for call, *given in OUTSIDE),
+    ("sparse gradients of dense weights", pull_sparse_gradients, ValueError,
+     "straight_through: the gradient of 0.weight is a sparse tensor, to which the pull of decay= cannot be added; pass "
+     "decay=0, or make the layer with sparse=False"),
+    ("dense weights of inference mode", lambda: straight_through(made_in_inference_mode()), ValueError,
+     "straight_through: 0.weight was made in inference mode, so that no optimizer can move it; make the model outside "
+     "of torch.inference_mode()"),
+    ("settling what keeps no dense weights", lambda: Sparsifier(mlp()).settle(), ValueError,
+     "settle: this Sparsifier has no dense weights; make it with straight_through=True"),
     ("a list for an optimizer", lambda: Sparsifier(mlp()).mask_moments([]), TypeError,
      "list is no optimizer, because it has no `state` by parameter; pass an optimizer of torch or fastai"),
     ("moments that are kept by name", moments_by_name, TypeError,
@@ -484,6 +543,8 @@ CALLBACK = [
     ("regrow with bounded 2:4 in a callback",
      lambda: callback(regrow="grad", context=bounded("2:4", {"0": 0.25})), ValueError,
      FIRST_PRUNES.replace("2:4", "bounded(2:4)").replace("blocks(4)", "bounded(blocks(4), ...)")),
+    ("straight_through with regrow in a callback", lambda: callback(regrow="grad", straight_through=True), ValueError,
+     "straight_through=True and regrow= are two ways to let masks change; pass one of them"),
     ("drop of a callback", lambda: callback(regrow="grad", drop=1.5), ValueError, f"{DROP}1.5"),
     ("drop without regrow in a callback", lambda: callback(drop=0.5), ValueError,
      "drop=0.5 needs regrow=..."),
@@ -541,6 +602,17 @@ def used(state, masks):
     state["regrowth"]["used"] = masks
 
 
+def dense(change):
+    """Load a state whose dense weights are changed."""
+    state = straight_through().state_dict()
+    change(state["straight_through"])
+    Sparsifier(mlp(), straight_through=True).load_state_dict(state)
+
+
+ONE_IS_STRAIGHT = (
+    "load_state_dict: only one of the state and this Sparsifier has straight_through=True; use the same "
+    "straight_through= as when the state was saved"
+)
 NO_STATE = (
     "load_state_dict: the state lacks the masks, levels, statistics or rng of a Sparsifier; give what state_dict() "
     "returned"
@@ -603,6 +675,33 @@ STATE = [
     ("another criterion of regrowth",
      lambda: load(regrow=lambda weight, init: weight - init, into={"regrow": "random"}), ValueError,
      "load_state_dict: the state has the quantities ['init'], the criterion random needs []; use the same criterion"),
+    ("a state of dense weights for none", lambda: load(straight_through=True, into={}), ValueError, ONE_IS_STRAIGHT),
+    ("no state of dense weights", lambda: load(into={"straight_through": True}), ValueError, ONE_IS_STRAIGHT),
+    ("dense weights without a part", lambda: dense(lambda saved: saved.pop("trained")), ValueError,
+     f"load_state_dict: the straight_through of the state lacks values, trained, settled of it; {DAMAGED}"),
+    ("dense weights with a part more", lambda: dense(lambda saved: saved.update(more=1)), ValueError,
+     f"load_state_dict: straight_through has the unknown part 'more'; {DAMAGED}"),
+    ("dense weights that are settled or not", lambda: dense(lambda saved: saved.update(settled=1)), ValueError,
+     f"load_state_dict: the settled of straight_through must be True or False, not 1; {DAMAGED}"),
+    ("dense weights that are settled", lambda: dense(lambda saved: saved.update(settled=True)), ValueError,
+     f"load_state_dict: the straight_through of the state is settled, but has dense weights; {DAMAGED}"),
+    ("dense weights in a list", lambda: dense(lambda saved: saved.update(values=[])), ValueError,
+     f"load_state_dict: the dense weights must be a dictionary by name, not list; {DAMAGED}"),
+    ("a dense weight that is missing", lambda: dense(lambda saved: saved["values"].pop("0.weight")), ValueError,
+     misfit("dense weight of 0.weight", "absent", "numbers of the shape (8, 4)")),
+    ("a dense weight of no layer", lambda: dense(lambda saved: saved["values"].update(more=torch.ones(3))), ValueError,
+     misfit("dense weight of more", "numbers of the shape (3,)", "absent")),
+    ("a dense weight of another shape",
+     lambda: dense(lambda saved: saved["values"].update({"0.weight": torch.ones(3)})), ValueError,
+     misfit("dense weight of 0.weight", "numbers of the shape (3,)", "numbers of the shape (8, 4)")),
+    ("a dense weight of integers",
+     lambda: dense(lambda saved: saved["values"].update({"0.weight": torch.ones(8, 4).long()})), ValueError,
+     misfit("dense weight of 0.weight", "of torch.int64", "of torch.float32")),
+    ("a dense weight that is NaN", lambda: dense(lambda saved: saved["values"]["0.weight"].mul_(NAN)), ValueError,
+     "load_state_dict: dense weight of 0.weight has NaN in the state, which cannot be scored; load a state from before "
+     "training has diverged"),
+    ("a trained mask of numbers", lambda: dense(lambda saved: saved["trained"].update({"0.weight": torch.ones(8, 4)})),
+     ValueError, misfit("trained mask of 0.weight", "numbers of the shape (8, 4)", "bools of the shape (8, 4)")),
     ("no used weights", lambda: load(lambda state: state["regrowth"].pop("used"), regrow="grad"), ValueError,
      "load_state_dict: the state lacks the weights that were ever used; save it with regrow="),
     ("used weights of another shape",

@@ -119,6 +119,20 @@ def test_the_step_of_sr_ste_is_its_formula():
     assert torch.equal(sparsifier.masks["weight"], kept.view(2, 8))
 
 
+unmoved = pytest.mark.filterwarnings("ignore:straight_through. no gradient reaches whole outputs")
+
+
+def test_whole_outputs_are_told_to_get_no_gradient():
+    with pytest.warns(UserWarning, match=r"no gradient reaches whole outputs.*kept again only where others shrink"):
+        sparsifier = Sparsifier(small_net(), "filter", straight_through=True, example_input=EXAMPLE)
+    sparsifier.sparsify(0.5)
+    F.cross_entropy(sparsifier.model(torch.randn(4, 2, 8, 8)), torch.arange(4) % 3).backward()
+    for name in ("0.weight", "3.weight"):
+        pruned = ~sparsifier.masks[name].flatten()
+        assert (sparsifier.layers[name].parameter.grad[pruned] == 0).all()
+
+
+@unmoved
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("granularity", ["weight", "kernel", "filter", "channel"])
 @pytest.mark.parametrize("context", ["global", "local", "erk"])
@@ -470,6 +484,7 @@ def test_an_interrupt_at_any_line_leaves_a_sparse_model_and_dense_weights_that_a
             assert same(weights_of(whole[0]), weights_of(model)), at
 
 
+@unmoved
 def test_several_patterns_and_filters_followers_and_falling_levels_work():
     model = small_net()
     sparsifier = Sparsifier(model, "filter", straight_through=True, example_input=EXAMPLE)
@@ -545,6 +560,8 @@ def test_a_call_inside_the_block_is_refused():
     _, sparsifier, _ = trained()
     with sparsifier.dense_weights(), pytest.raises(RuntimeError, match="after this block"):
         sparsifier.sparsify(0.7)
+    with sparsifier.dense_weights():
+        assert repr(sparsifier).endswith("2 layers, with dense weights)")
     sparsifier.sparsify(0.7)
 
 
@@ -565,3 +582,16 @@ def test_a_model_that_is_cast_takes_its_dense_weights_along():
         assert all(torch.equal(weight_of(model, name), dense[name].double()) for name in sparsifier.masks)
     sparsifier.sparsify(0.7)
     assert all(parameter.dtype == torch.float64 for parameter in model.parameters())
+
+
+def test_what_is_kept_by_given_masks_gets_gradients_though_it_ranked_low():
+    model = net()
+    sparsifier = Sparsifier(model, context="local", straight_through=True, decay=0, gradient_sparsity=0.5)
+    sparsifier.sparsify(0.5)
+    others = {name: ~mask for name, mask in sparsifier.masks.items()}
+    sparsifier.set_masks(others)
+    inputs, targets = batch(0)
+    F.cross_entropy(model(inputs), targets).backward()
+    gradients = {name: model.get_parameter(name).grad.clone() for name in others}
+    sparsifier.mask_gradients()
+    assert all(torch.equal(model.get_parameter(name).grad, gradients[name]) for name in others)

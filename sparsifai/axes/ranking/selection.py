@@ -27,6 +27,9 @@ from .on_device import select_on_device
 from .order_statistic import nth_lowest
 from .scored_layer import Divided, ScoredLayer
 
+# Half the width of the bracket, in standard deviations. The score is mostly in the first, nearly always in the second.
+WIDTHS = (2.5, 6.0, math.inf)
+
 
 def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Rank the groups of some layers together, and prune those with the lowest scores.
@@ -131,47 +134,55 @@ def _all_but_lowest(
         For each layer, True at the candidates that are kept; and whether every layer has candidates far above the last
         score that is pruned. A bracket that misses this score, or holds many equal scores, only costs time.
     """
-    low, high = _bracket(layers, candidates, min(amount / max(available, 1), 1.0))
-    divided = _divide(layers, candidates, low, high)
-    below = available - sum(each.weights for each in divided)
-    ahead = below + sum(map(_weights_within, layers, divided))
-    if amount < below or (amount >= ahead and high < np.inf):
-        low, high = (-np.inf, low) if amount < below else (high, np.inf)
+    share = min(amount / max(available, 1), 1.0)
+    sample, middle = _sample(layers, candidates, share)
+    for width in WIDTHS:
+        low, high = _bracket(sample, middle, share, width)
         divided = _divide(layers, candidates, low, high)
         below = available - sum(each.weights for each in divided)
-    pruned = _first(layers, divided, amount - below)
-    ends = np.cumsum([len(each.places) for each in divided])
-    for each, of_layer in zip(divided, np.split(pruned, ends[:-1]), strict=True):
-        each.kept[each.places[of_layer]] = False
+        ahead = below + sum(map(_weights_within, layers, divided))
+        if below <= amount and (amount < ahead or high == np.inf):
+            break
+    stays, start = ~_first(layers, divided, amount - below), 0
+    for each in divided:
+        each.kept[each.places] = stays[start : start + len(each.places)]
+        start += len(each.places)
     return [each.kept for each in divided], all(each.has_above for each in divided)
 
 
-def _bracket(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], share: float) -> tuple[float, float]:
-    """Two scores between which the last score to be pruned lies, with near certainty; infinities if the groups are few.
+def _sample(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], share: float) -> tuple[np.ndarray, float]:
+    """Scores of some candidates, none if the groups are few; and where among them the last to be pruned is expected.
 
     share: Fraction of the candidates' weights to prune.
     """
     count = sum(map(len, layers))
     if count < 10_000:
-        return -np.inf, np.inf
+        return np.empty(0), 0.0
     # To read a group of the sample, which are far apart in memory, costs about as much as to rank one within the
     # bracket. Of so many groups, both together cost least; a small share has a narrow bracket and needs fewer.
     step = max(round(0.4 * (count / max(share * (1 - share), 1e-4)) ** (1 / 3)), 1)
     drawn = [layer.sample(step, candidate) for layer, candidate in zip(layers, candidates, strict=True)]
     sample = np.concatenate(drawn)
-    if not len(sample):
+    if not len(sample) or _equal_size(layers) is not None:
+        return sample, share * len(sample)
+    of_layer = [layer.size for layer in layers]
+    sizes = [
+        np.full(len(scores), size) if isinstance(size, int) else size[::step][candidate[::step]]
+        for scores, size, candidate in zip(drawn, of_layer, candidates, strict=True)
+    ]
+    order = np.argsort(sample)
+    upto = np.cumsum(np.concatenate(sizes)[order])
+    return sample[order], float(np.searchsorted(upto, share * upto[-1]))
+
+
+def _bracket(sample: np.ndarray, middle: float, share: float, width: float) -> tuple[float, float]:
+    """Two scores between which the last score to be pruned probably lies; infinities if nothing is known.
+
+    sample and middle: As of `_sample`; the sample is reordered. width: In standard deviations.
+    """
+    if not len(sample) or width == math.inf:
         return -np.inf, np.inf
-    middle = share * len(sample)
-    if _equal_size(layers) is None:
-        of_layer = [layer.size for layer in layers]
-        sizes = [
-            np.full(len(scores), size) if isinstance(size, int) else size[::step][candidate[::step]]
-            for scores, size, candidate in zip(drawn, of_layer, candidates, strict=True)
-        ]
-        order = np.argsort(sample)
-        sample, upto = sample[order], np.cumsum(np.concatenate(sizes)[order])
-        middle = float(np.searchsorted(upto, share * upto[-1]))
-    spread = 4 * math.sqrt(len(sample) * share * (1 - share)) + 4
+    spread = width * (math.sqrt(len(sample) * share * (1 - share)) + 1)
     first, end = math.floor(middle - spread), math.ceil(middle + spread)
     if places := [place for place in (first, end) if 0 <= place < len(sample)]:
         sample.partition(places)
