@@ -13,6 +13,7 @@ from typing import Any
 from ..axes.changed_schedule import between, during, stepped
 from ..axes.schedule import Schedule
 from ..callbacks.plan import MOST_EPOCHS
+from ..callbacks.ramp import default_schedule
 from ..sparsifier.options import resolve_axes, share_of_initial
 from ..support.checks import check_count, check_number
 from ..support.registry import close_matches
@@ -87,7 +88,7 @@ class Reading:
                 if is_timed:
                     options["schedule"] = self._schedule_of_sparsity(options, start, end, path)
                 else:
-                    options.setdefault("schedule", between("agp", 0, 0.75))
+                    options.setdefault("schedule", default_schedule(options.get("straight_through", False)))
             elif step.kind == "freeze":
                 options |= {"start": start, "end": end}
             elif is_timed:
