@@ -13,7 +13,7 @@ from typing import Any
 from ..axes.changed_schedule import between, during, stepped
 from ..axes.schedule import Schedule
 from ..callbacks.plan import MOST_EPOCHS
-from ..sparsifier.options import resolve_axes, share_of_initial
+from ..sparsifier.options import check_straight_through, resolve_axes, share_of_initial
 from ..support.checks import check_count, check_number
 from ..support.registry import close_matches
 from .axis_value import REGISTRIES, axis_value
@@ -227,3 +227,6 @@ def _check_together(options: Mapping[str, Any]) -> None:
     share_of_initial(options.get("initial_sparsity", 0.0), options["sparsity"])
     if "drop" in options and "regrow" not in options:
         raise ValueError("drop is given without regrow; add regrow: grad or regrow: random, or leave drop out")
+    check_straight_through(*map(options.get, ("straight_through", "decay", "gradient_sparsity", "regrow")))
+    if "settle" in options and not options.get("straight_through"):
+        raise ValueError("settle is given without straight_through; add straight_through: true, or leave settle out")

@@ -247,10 +247,7 @@ def test_whole_outputs_of_a_sharded_model_are_refused(sharded, sizes):
 def test_dense_weights_of_shards_are_refused_and_nothing_changes(sharded, key):
     for seen in sharded:
         seen = seen["straight through"][key]
-        assert re.fullmatch(
-            r"straight_through: [\w.]+ is sharded by fully_shard, whose parameters cannot hold other memory for a step; "
-            r"use DistributedDataParallel, or train without straight_through=", seen["seen"],
-        )  # fmt: skip
+        assert " is sharded by fully_shard, whose parameters cannot hold other memory for a step; use " in seen["seen"]
         assert same(seen["before"], seen["after"])
         assert all(mask.all() for mask in seen["masks"].values())
 
