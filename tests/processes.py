@@ -369,8 +369,11 @@ def learner():
             note("plain")
         learn.fit(1, 0.1)
         note("plain, alone")
-    straight = Learner(dls, small_net(), loss_func=nn.CrossEntropyLoss(), opt_func=SGD)
-    changing = SparsifyCallback(0.6, schedule="lin", straight_through=True, gradient_sparsity=0.2, settle=0.9, every=2)
+    straight = Learner(
+        dls, nn.Sequential(nn.Flatten(), nn.Linear(128, 16), nn.Tanh(), nn.Linear(16, 3)),
+        loss_func=nn.CrossEntropyLoss(), opt_func=SGD,
+    )  # fmt: skip
+    changing = SparsifyCallback(0.6, schedule="lin", straight_through=True, gradient_sparsity=0.2, settle=0.9)
     stages = []
 
     class Look(Callback):
@@ -380,7 +383,7 @@ def learner():
             stages.append(straight_state(changing.sparsifier))
 
     with contextlib.redirect_stdout(io.StringIO()), straight.distrib_ctx(sync_bn=False, cpu=True):
-        straight.fit(2, 0.1, cbs=[changing, Look()])
+        straight.fit(2, 0.5, cbs=[changing, Look()])
     if RANK == 0:
         learn.export(FOLDER / "exported.pkl")
     loaded = load_learner(FOLDER / "exported.pkl")  # waits for all
