@@ -91,7 +91,8 @@ class DenseWeights:
         for name, parameter, _ in self.pairs():
             if (self.values[name].device, self.values[name].dtype) != (parameter.device, parameter.dtype):
                 self.values[name] = self.values[name].to(parameter)
-        if self.is_whole:
+        if self.is_whole:  # the sparse weights could not be written
+            self.write()
             return True
         changed = [each for each in self.pairs() if self._seen.get(each[0]) != _version_of(each[1])]
         if not is_masked_zero([(parameter, mask) for _, parameter, mask in changed]):
