@@ -45,7 +45,7 @@ def _write_by_pairs(kept: np.ndarray, keys: np.ndarray, count: int) -> None:
     """Write False at the `count` lowest along the first axis, True elsewhere; ties in index order."""
     # Rank = number of keys in the block that are lower. At first each key counts as higher than all that follow it.
     rank = np.empty(keys.shape, np.int8)
-    rank[...] = np.arange(len(keys) - 1, -1, -1).reshape(-1, *[1] * (keys.ndim - 1))
+    rank[...] = np.arange(len(keys) - 1, -1, -1, dtype=np.int8).reshape(-1, *[1] * (keys.ndim - 1))
     is_no_lower = np.empty(keys.shape, bool)
     for first in range(len(keys) - 1):
         np.less_equal(keys[first], keys[first + 1 :], out=is_no_lower[first + 1 :])
