@@ -35,6 +35,7 @@ SHARDED_AXES = [
     ("weight", context, name) for context in ("global", "local") for name in ("large_final", "movement", "random")
 ] + [("kernel", "local", "large_final"), (("h",), "global", "updating_movement")]
 MADE_BEFORE_AXES = [("weight", "global", "movement"), ("filter", "global", "large_final")]
+STRAIGHT = ["large_final", "movement_pruning", "random"]
 MESHES = [(2,), (2, 1), (1, 2)]  # replicas, if there are two numbers, and shards
 
 OPTIMIZERS = {
@@ -99,7 +100,37 @@ def replicated():
             runs[axes, given] = {
                 "drawn": drawn, "start": start, **train(model, net, sparsifier, OPTIMIZERS["SGD"]),
             }  # fmt: skip
-    return {"runs": runs, "data_driven": data_driven(), "regrown": regrown(DistributedDataParallel)}
+    others = {"data_driven": data_driven(), "straight through": dict(straight_through())}
+    return {"runs": runs, "regrown": regrown(DistributedDataParallel), **others}
+
+
+def straight_through():
+    """Dense weights and masks after each step, where data and seeds differ by process."""
+    for criterion, given in (*((name, "wrapper") for name in STRAIGHT), ("large_final", "module")):
+        torch.manual_seed(RANK)
+        net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2))
+        model, stages = DistributedDataParallel(net), []
+        sparsifier = Sparsifier(
+            model if given == "wrapper" else net, context="local", criteria=criterion, seed=RANK, straight_through=True,
+            decay=0.01, gradient_sparsity=0.3,
+        )  # fmt: skip
+        optimizer = torch.optim.Adam(model.parameters(), 0.05)
+        for number in range(8):
+            optimizer.zero_grad()
+            model(torch.randn(8, 6)).square().mean().backward()
+            sparsifier.mask_gradients()
+            with sparsifier.dense_weights():
+                optimizer.step()
+            sparsifier.update_masks(min(0.6, 0.1 * number + 0.1), optimizer)
+            stages.append(straight_state(sparsifier))
+        sparsifier.settle(optimizer)
+        yield (criterion, given), {"stages": stages, "settled": values_of(net)}
+
+
+def straight_state(sparsifier):
+    state = sparsifier.state_dict()["straight_through"]
+    weights, masks = values_of(sparsifier.model), {name: mask.clone() for name, mask in sparsifier.masks.items()}
+    return {"dense": state["values"], "trained": state["trained"], "masks": masks, "weights": weights}
 
 
 def regrown(wrap):
@@ -180,7 +211,7 @@ def shard(model, *sizes, units=(0, 5)):
 
 
 def sharded():
-    results = {"meshes": {sizes: ranked_over(*sizes) for sizes in MESHES}}
+    results = {"meshes": {sizes: ranked_over(*sizes) for sizes in MESHES}, "straight through": dict(refused())}
     if CAN_SHARD_ON_CPU:
         results["runs"] = dict(sharded_runs())
         results["evaluated"] = evaluated()
@@ -204,6 +235,26 @@ def ranked_over(*sizes):
         except ValueError as error:
             seen[key] = str(error)
     return seen
+
+
+def refused():
+    """What straight-through training of shards is refused with, and the masks and weights before and after."""
+    torch.manual_seed(RANK)
+    model = uneven_net()
+    made_before = Sparsifier(model, straight_through=True)
+    shard(model, 2)
+    for key, function in {
+        "made after": lambda: Sparsifier(model, straight_through=True),
+        "made before": lambda: made_before.sparsify(0.5),
+        "made before, updated": lambda: made_before.update_masks(0.5),
+        "made before, settled": lambda: made_before.settle(),
+    }.items():
+        before, seen = values_of(model), ""
+        try:
+            function()
+        except ValueError as error:
+            seen = str(error)
+        yield key, {"seen": seen, "before": before, "after": values_of(model), "masks": dict(made_before.masks)}
 
 
 def sharded_runs():
@@ -287,7 +338,7 @@ def label_of(number):
 
 def learner():
     from fastai.distributed import DistributedDL
-    from fastai.vision.all import SGD, Datasets, Learner, load_learner
+    from fastai.vision.all import SGD, Callback, Datasets, Learner, load_learner
 
     from sparsifai import KeepSparsity, SparsifyCallback
 
@@ -318,12 +369,30 @@ def learner():
             note("plain")
         learn.fit(1, 0.1)
         note("plain, alone")
+    straight = Learner(
+        dls, nn.Sequential(nn.Flatten(), nn.Linear(128, 16), nn.Tanh(), nn.Linear(16, 3)),
+        loss_func=nn.CrossEntropyLoss(), opt_func=SGD,
+    )  # fmt: skip
+    changing = SparsifyCallback(0.6, schedule="lin", straight_through=True, gradient_sparsity=0.2, settle=0.9)
+    stages = []
+
+    class Look(Callback):
+        order = 70
+
+        def after_step(self):
+            stages.append(straight_state(changing.sparsifier))
+
+    with contextlib.redirect_stdout(io.StringIO()), straight.distrib_ctx(sync_bn=False, cpu=True):
+        straight.fit(2, 0.5, cbs=[changing, Look()])
     if RANK == 0:
         learn.export(FOLDER / "exported.pkl")
     loaded = load_learner(FOLDER / "exported.pkl")  # waits for all
     fits["exported"] = {"weights": values_of(loaded.model), "keepers": len(loaded._grab_cbs(KeepSparsity))}
     masks = [dict(each.sparsifier.all_masks) for each in callbacks]
-    return {"fits": fits, "masks": masks, "printed": printed.getvalue()}
+    settled = {"weights": values_of(straight.model), "masks": dict(changing.sparsifier.masks)}
+    return {
+        "fits": fits, "masks": masks, "printed": printed.getvalue(), "straight through": stages, "settled": settled,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ class FasterAI:
 
 
 _EARLY = {"schedule": between("agp", 0, 0.35)}
+_LATE = {"schedule": between("agp", 0, 0.75)}
 _STRAIGHT_THROUGH = {"straight_through": True}
 
 # One table of digits for each of these.
@@ -37,8 +38,13 @@ DIGITS = {
     "agp in 0.35": _EARLY,
     "straight-through": _STRAIGHT_THROUGH,
     "straight-through, agp in 0.35": {**_STRAIGHT_THROUGH, **_EARLY},
-    "straight-through, decay 0": {**_STRAIGHT_THROUGH, "decay": 0.0},
-    "straight-through, no gradient of masked weights": {**_STRAIGHT_THROUGH, "gradient_sparsity": 1.0},
+    "straight-through, agp in 0.75": {**_STRAIGHT_THROUGH, **_LATE},
+    "straight-through, agp in 0.75, decay 0": {**_STRAIGHT_THROUGH, **_LATE, "decay": 0.0},
+    "straight-through, agp in 0.75, no gradient of masked weights": {
+        **_STRAIGHT_THROUGH,
+        **_LATE,
+        "gradient_sparsity": 1.0,
+    },
 }
 DIGITS_SPARSITIES = (0.9, 0.95, 0.98, 0.99)
 

@@ -28,7 +28,7 @@ from .keep import KeepSparsity
 from .learner import check_steps_model, is_search, show_data, warn_of_unstepped
 from .plan import every_of, plan_of
 from .pruned import Pruned
-from .ramp import Ramp, settle_of
+from .ramp import Ramp, default_schedule, settle_of
 
 
 # Large, because fastai wants a method for each event and a comment for each argument.
@@ -53,7 +53,7 @@ class SparsifyCallback(TrainingCallback):
         criteria: How weights are scored: a name of `criteria` or a function of named quantities. Default 'large_final',
             the magnitude.
         schedule: How sparsity grows in the fit: a name of `schedules`, a function from [0, 1] to [0, 1], or a fastai
-            annealer. Default: agp over the first three quarters of the fit.
+            annealer. Default: agp over the first three quarters of the fit; with straight_through, over the first half.
         initial_sparsity: Sparsity of all layers at which the schedule begins, a fraction. Default 0.
         compression_ratio: Another name for `sparsity`. Pass only one of them.
         layers: Which layers are pruned: module classes, modules, names, globs, functions of (name, module), or a list
@@ -108,9 +108,7 @@ class SparsifyCallback(TrainingCallback):
         granularity="weight",  # How: a name of `granularities`, a tuple of axes such as ('out', 'h'), or a function
         context="global",  # Where: a name of `contexts` or a function
         criteria="large_final",  # What: a name of `criteria` or a function of named quantities
-        # When: a name of `schedules`, a function from [0, 1] to [0, 1], or a fastai annealer. By default the masks stay
-        # the same in the last quarter of the fit: the remaining weights recover, which helps most at high sparsity.
-        schedule=between("agp", 0, 0.75),
+        schedule=None,  # When: a name of `schedules`, a function from [0, 1] to [0, 1], or a fastai annealer
         *,
         initial_sparsity=0.0,  # The sparsity of all layers at which the schedule begins
         compression_ratio=None,  # Another name of `sparsity`, the same number
@@ -140,9 +138,8 @@ class SparsifyCallback(TrainingCallback):
             decay=decay, gradient_sparsity=gradient_sparsity,
         )  # fmt: skip
         check_reachable(self.options.context, highest(self.sparsity))
-        self.ramp = Ramp(
-            self.sparsity, schedules.resolve(schedule), check_fraction(initial_sparsity, "initial_sparsity")
-        )
+        schedule = default_schedule(straight_through) if schedule is None else schedules.resolve(schedule)
+        self.ramp = Ramp(self.sparsity, schedule, check_fraction(initial_sparsity, "initial_sparsity"))
         _ = self.ramp.end  # raises now if the schedule or the initial sparsity cannot work
         self.every = None if every is None else check_count("every", every)
         self.drop = check_drop(0.3 if drop is None else drop)

@@ -13,7 +13,8 @@ from typing import Any
 from ..axes.changed_schedule import between, during, stepped
 from ..axes.schedule import Schedule
 from ..callbacks.plan import MOST_EPOCHS
-from ..sparsifier.options import resolve_axes, share_of_initial
+from ..callbacks.ramp import default_schedule
+from ..sparsifier.options import check_straight_through, resolve_axes, share_of_initial
 from ..support.checks import check_count, check_number
 from ..support.registry import close_matches
 from .axis_value import REGISTRIES, axis_value
@@ -87,7 +88,7 @@ class Reading:
                 if is_timed:
                     options["schedule"] = self._schedule_of_sparsity(options, start, end, path)
                 else:
-                    options.setdefault("schedule", between("agp", 0, 0.75))
+                    options.setdefault("schedule", default_schedule(options.get("straight_through", False)))
             elif step.kind == "freeze":
                 options |= {"start": start, "end": end}
             elif is_timed:
@@ -227,3 +228,6 @@ def _check_together(options: Mapping[str, Any]) -> None:
     share_of_initial(options.get("initial_sparsity", 0.0), options["sparsity"])
     if "drop" in options and "regrow" not in options:
         raise ValueError("drop is given without regrow; add regrow: grad or regrow: random, or leave drop out")
+    check_straight_through(*map(options.get, ("straight_through", "decay", "gradient_sparsity", "regrow")))
+    if "settle" in options and not options.get("straight_through"):
+        raise ValueError("settle is given without straight_through; add straight_through: true, or leave settle out")

@@ -103,6 +103,8 @@ class DenseWeights:
                 self.values[name] = self.values[name].to(parameter)
             if not self.is_whole and self._seen.get(name) != _version_of(parameter):
                 changed.append(each)
+        if self.is_whole:  # the sparse weights could not be written
+            self.write()
         if not is_masked_zero([(parameter, mask) for _, parameter, mask in changed]):
             warn(MOVED_ELSEWHERE)
         for name, parameter, mask in changed:

@@ -505,6 +505,9 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         weights, have moved the dense ones as if they had been taken there: a straight-through estimator (Bengio et al.,
         2013, arXiv:1308.3432). Without straight_through, and after `settle`, the block changes nothing.
 
+        Returns:
+            A context manager, for `with`.
+
         Example:
             >>> model = nn.Linear(4, 2)
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

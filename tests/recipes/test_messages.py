@@ -107,6 +107,26 @@ ROWS = [
      ["line 3: steps.0.sparsify.pool: ", "did you mean 'mean'"]),
     ("flag", sparsify(["may_empty: 3", "sparsity: 0.5"]), ValueError,
      ["line 3: steps.0.sparsify.may_empty: it must be true or false, not 3"]),
+    ("straight_through that is a word", sparsify(["straight_through: sometimes", "sparsity: 0.5"]), ValueError,
+     ["line 3: steps.0.sparsify.straight_through: it must be true or false, not 'sometimes'"]),
+    *((f"{option} {wrong}", sparsify(["sparsity: 0.5", "straight_through: true", f"{option}: {wrong}"]), ValueError,
+       [f"line 5: steps.0.sparsify.{option}: {message}"])
+      for option, wrong, message in [
+        ("decay", -1, "decay must be a number of at least 0, not -1"),
+        ("decay", "much", "decay must be a number of at least 0, not 'much'"),
+        ("gradient_sparsity", 50, "gradient_sparsity 50 is a percentage, not a fraction; pass 0.5 for 50 %"),
+        ("settle", 75, "settle 75 is a percentage, not a fraction; pass 0.75 for 75 %"),
+        ("settle", "late", "settle must be a number from 0 to 1, not 'late'"),
+    ]),
+    *((f"{option} without straight_through", sparsify(["sparsity: 0.5", f"{option}: 0.5"]), ValueError,
+       [f"line 2: steps.0.sparsify: {option}=0.5 needs straight_through=True"])
+      for option in ("decay", "gradient_sparsity")),
+    ("settle without straight_through", sparsify(["sparsity: 0.5", "settle: 0.5"]), ValueError,
+     ["line 2: steps.0.sparsify: settle is given without straight_through; add straight_through: true, or leave settle "
+      "out"]),
+    ("straight_through and regrow", sparsify(["sparsity: 0.5", "straight_through: true", "regrow: grad"]), ValueError,
+     ["line 2: steps.0.sparsify: straight_through=True and regrow= are two ways to let masks change; pass one of "
+      "them"]),
     ("weight of a teacher", loads("steps:\n- distil:\n    weight: 2"), ValueError,
      ["line 2: steps.0.distil: weight", "a number from 0 to 1, not 2"]),
     ("temperature", loads("steps:\n- distil:\n    temperature: 0"), ValueError,

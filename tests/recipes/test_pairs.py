@@ -31,6 +31,7 @@ SPARSIFY = {
     "filters": {"granularity": "filter", "context": "local"},
     "2:4": {"context": "2:4", "layers": ["3", "6", "8"]},
     "regrowth by gradients": {"regrow": "grad", "every": 2},
+    "dense weights": {"straight_through": True, "decay": 0.01, "gradient_sparsity": 0.25, "settle": 0.75},
     "random regrowth": {"regrow": "random", "every": 2, "criteria": "snip"},
 }
 OTHERS = {

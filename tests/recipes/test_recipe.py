@@ -81,6 +81,32 @@ def test_apply_prunes_any_torch_model_at_once(mlp):
 
 
 @pytest.mark.fastai
+def test_the_options_of_straight_through_training_arrive_at_the_callback(make_learner):
+    pytest.importorskip("fastai", reason="the callbacks need fastai")
+    recipe = Recipe.loads(
+        "epochs: 4\nvariables: {pull: 0.01}\nsteps:\n"
+        "- sparsify: {sparsity: 0.8, schedule: lin, end: 2, straight_through: true, decay: '${2 * pull}',\n"
+        "             gradient_sparsity: 0.25, settle: 0.5}\n"
+    )
+    assert Recipe.loads(recipe.dumps()) == recipe
+    (callback,) = recipe.callbacks()
+    options = callback.options
+    assert (options.straight_through, options.decay, options.gradient_sparsity) == (True, 0.02, 0.25)
+    assert callback.settle == 0.5
+    learn, changing = make_learner(net()), []
+    callback.after_epoch = lambda: changing.append(callback.sparsifier.is_straight_through)
+    learn.fit(recipe.epochs, cbs=callback)
+    assert changing == [True, False, False, False]
+    assert callback.sparsifier.sparsity == pytest.approx(0.8, abs=1e-3)
+    plain = sparsify().callbacks()[0]
+    assert (plain.options.straight_through, plain.options.decay, plain.settle) == (False, None, None)
+    sparsifier = recipe.apply(net())
+    assert sparsifier.is_straight_through
+    assert sparsifier.sparsity == pytest.approx(0.8, abs=1e-3)
+    assert "80.00%" in str(recipe.plan(net()))
+
+
+@pytest.mark.fastai
 def test_a_fit_with_the_callbacks_of_a_recipe(make_learner):
     from fastai.callback.core import Callback
 

@@ -177,6 +177,30 @@ def test_a_sparsifier_of_replicas_can_be_copied_and_pickled(replicated):
         assert same(seen["random", "wrapper"], seen["copied"], seen["pickled"])
 
 
+def check_straight_through(first, second):
+    """Both processes have the same dense weights and masks at each stage, and masks have changed their mind."""
+    returned = 0
+    for one, other in zip(first, second, strict=True):
+        for part in ("dense", "trained", "masks", "weights"):
+            assert one[part].keys() == other[part].keys()
+            assert all(torch.equal(value, other[part][name]) for name, value in one[part].items()), part
+        for name, mask in one["masks"].items():
+            assert torch.equal(one["weights"][name], one["dense"].get(name, one["weights"][name]) * mask)
+    for earlier, later in zip(first, first[1:], strict=False):
+        returned += sum(int((later["masks"][name] & ~mask).sum()) for name, mask in earlier["masks"].items())
+    assert returned
+
+
+@pytest.mark.parametrize(
+    ("criterion", "given"), [*((name, "wrapper") for name in processes.STRAIGHT), ("large_final", "module")]
+)
+def test_dense_weights_of_replicas_are_the_same_in_both_processes(replicated, criterion, given):
+    first, second = (seen["straight through"][criterion, given] for seen in replicated)
+    check_straight_through(first["stages"], second["stages"])
+    assert same(first["settled"], second["settled"])
+    assert zeros_hold(first["settled"], first["stages"][-1]["masks"])
+
+
 # --- fully_shard --------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +241,15 @@ def test_whole_outputs_of_a_sharded_model_are_refused(sharded, sizes):
     for seen in sharded:
         for key in ("filters", "filters with an example"):
             assert "create the Sparsifier before calling fully_shard" in seen["meshes"][sizes][key]
+
+
+@pytest.mark.parametrize("key", ["made after", "made before", "made before, updated"])
+def test_dense_weights_of_shards_are_refused_and_nothing_changes(sharded, key):
+    for seen in sharded:
+        seen = seen["straight through"][key]
+        assert " is sharded by fully_shard, whose parameters cannot hold other memory for a step; use " in seen["seen"]
+        assert same(seen["before"], seen["after"])
+        assert all(mask.all() for mask in seen["masks"].values())
 
 
 @shards_on_the_cpu
@@ -264,6 +297,17 @@ def test_a_learner_in_two_processes(learner):
             assert after["keepers"] == (fit != "exported")
         weights = sum(mask.numel() for mask in of_weights.values())
         assert sum(int((~mask).sum()) for mask in of_weights.values()) == int(0.8 * weights + 0.5)
+
+
+@pytest.mark.fastai
+def test_dense_weights_of_a_learner_are_the_same_in_both_processes(learner):
+    first, second = learner
+    check_straight_through(first["straight through"], second["straight through"])
+    assert same(first["settled"]["weights"], second["settled"]["weights"])
+    assert same(first["settled"]["masks"], second["settled"]["masks"])
+    assert zeros_hold(first["settled"]["weights"], first["settled"]["masks"])
+    weights = sum(mask.numel() for mask in first["settled"]["masks"].values())
+    assert sum(int((~mask).sum()) for mask in first["settled"]["masks"].values()) == int(0.6 * weights + 0.5)
 
 
 @pytest.mark.fastai

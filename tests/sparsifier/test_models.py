@@ -1,5 +1,7 @@
 """The contract on the models that people train: made by fastai, torchvision, timm and transformers."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -173,3 +175,39 @@ def test_a_model_becomes_sparse_and_stays_sparse(model, granularity):
     assert list(learn.model.state_dict()) == keys
     assert {id(each) for each in learn.model.parameters()} == parameters
     assert len(learn._grab_cbs(KeepSparsity)) == 1
+
+
+@pytest.mark.parametrize("model", ["AWD_LSTM", "GPT-2", "timm ViT", "timm ConvNeXt", "tied"])
+def test_the_dense_weights_of_a_model_are_moved_and_the_model_is_sparse(model):
+    make, count, *_ = MODELS[model]
+    torch.manual_seed(0)
+    learn = make()
+    keys, parameters = list(learn.model.state_dict()), {id(each) for each in learn.model.parameters()}
+    callback, seen = SparsifyCallback(0.5, schedule="lin", straight_through=True, settle=1.0), []
+
+    def is_sparse(self=None):
+        masked = [(each.parameter.detach(), each.mask) for each in callback.sparsifier.layers.values()
+                  if each.is_selected]  # fmt: skip
+        assert not any(weight[~mask].any() for weight, mask in masked)
+
+    def look(self):
+        is_sparse()
+        dense = callback.sparsifier.state_dict()["straight_through"]["values"]
+        for name, mask in callback.sparsifier.masks.items() if dense else ():
+            assert torch.equal(callback.sparsifier.layers[name].parameter, dense[name] * mask)
+        seen.append(dense)
+
+    watch = fastai.Callback(after_pred=is_sparse, after_step=look)
+    watch.order = 99
+    with learn.no_bar():
+        learn.fit(1, 1e-2, cbs=[callback, watch])
+    assert len(callback.sparsifier.masks) == count
+    assert any(
+        not torch.equal(one[name], other[name]) for one, other in pairwise(seen) for name in one if name in other
+    )
+    zeros = sum(int((~mask).sum()) for mask in callback.sparsifier.masks.values())
+    weights = sum(mask.numel() for mask in callback.sparsifier.masks.values())
+    assert abs(zeros - weights / 2) <= 0.5
+    is_sparse()
+    assert list(learn.model.state_dict()) == keys
+    assert {id(each) for each in learn.model.parameters()} == parameters

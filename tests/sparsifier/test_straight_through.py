@@ -13,6 +13,7 @@ from interrupts import interrupted, places
 from torch import nn
 
 from sparsifai import Sparsifier, blocks, contexts, criteria
+from sparsifai.sparsifier import dense_weights
 
 OPTIMIZERS = {
     "SGD": lambda weights: torch.optim.SGD(weights, 0.1, momentum=0.9, weight_decay=1e-2),
@@ -595,3 +596,33 @@ def test_what_is_kept_by_given_masks_gets_gradients_though_it_ranked_low():
     gradients = {name: model.get_parameter(name).grad.clone() for name in others}
     sparsifier.mask_gradients()
     assert all(torch.equal(model.get_parameter(name).grad, gradients[name]) for name in others)
+
+
+@pytest.mark.parametrize("call", ["apply_masks", "sparsify", "state_dict", "step", "settle"])
+def test_sparse_weights_that_could_not_be_written_after_a_step_are_written_by_the_next_call(call, monkeypatch):
+    """As when memory is short: the error comes at each try to write them."""
+    model, sparsifier, optimizer = trained()
+
+    def failing(*given):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dense_weights, "write_masked", failing)
+        with pytest.raises(MemoryError):
+            step(model, sparsifier, optimizer, 8)
+    assert all((weight_of(model, name)[~mask] == 0).all() for name, mask in sparsifier.masks.items())
+    other, undisturbed, its_optimizer = trained()
+    step(other, undisturbed, its_optimizer, 8)
+    for parts in ((model, sparsifier, optimizer), (other, undisturbed, its_optimizer)):
+        parts[2].zero_grad()
+        if call == "step":
+            with parts[1].dense_weights():
+                pass
+        elif call == "sparsify":
+            parts[1].sparsify(0.7)
+        else:
+            getattr(parts[1], call)()
+    assert same(weights_of(other), weights_of(model))
+    assert same(undisturbed.masks, sparsifier.masks)
+    sparsifier.apply_masks()
+    assert same(weights_of(other), weights_of(model))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...model.tensors import widened
 from ...support.chunk import CHUNK
-from .order_statistic import nth_lowest
+from .order_statistic import nth_lowest, stride
 from .scored_layer import nan_message
 
 # Weights of at most this number are sorted as a whole.
@@ -125,7 +125,7 @@ def _count(scores: Sequence[np.ndarray], wanted: int) -> list[int]:
 
 def _brackets(weights: Sequence[Tensor], wanted: int) -> list[tuple[float, float]]:
     """For each weight two magnitudes between which its last pruned value lies, with near certainty."""
-    steps = [max(round(1.5 * len(values) ** (1 / 3)), 1) for values in weights]
+    steps = [stride(round(1.5 * len(values) ** (1 / 3))) for values in weights]
     samples, scores, errors = [], [], []
     with np.errstate(invalid="ignore", over="ignore"):
         for values, step in zip(weights, steps, strict=True):

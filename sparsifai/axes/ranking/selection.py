@@ -24,7 +24,7 @@ import numpy as np
 
 from .device_layer import DeviceLayer
 from .on_device import select_on_device
-from .order_statistic import nth_lowest
+from .order_statistic import nth_lowest, stride
 from .scored_layer import Divided, ScoredLayer
 
 # Half the width of the bracket, in standard deviations. The score is mostly in the first, nearly always in the second.
@@ -160,7 +160,7 @@ def _sample(layers: Sequence[ScoredLayer], candidates: list[np.ndarray], share: 
         return np.empty(0), 0.0
     # To read a group of the sample, which are far apart in memory, costs about as much as to rank one within the
     # bracket. Of so many groups, both together cost least; a small share has a narrow bracket and needs fewer.
-    step = max(round(0.4 * (count / max(share * (1 - share), 1e-4)) ** (1 / 3)), 1)
+    step = stride(round(0.4 * (count / max(share * (1 - share), 1e-4)) ** (1 / 3)))
     drawn = [layer.sample(step, candidate) for layer, candidate in zip(layers, candidates, strict=True)]
     sample = np.concatenate(drawn)
     if not len(sample) or _equal_size(layers) is not None:
