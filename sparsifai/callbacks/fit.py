@@ -181,11 +181,10 @@ class Fit:
             # A rising level is reached in the same update. A second update would prune the regrown weights at once,
             # because their scores are lowest.
             self._update(reached, drop)
+        elif self.straight_through is not None:
+            sparsifier.mask_gradients()  # it collects them, too
         elif sparsifier.collected.at("backward"):
             sparsifier.collected.add("backward")
-
-        if self.straight_through is not None:
-            self.straight_through.pull()
 
     def settle_at(self, t: float) -> None:
         """With straight_through, fix the masks if this fraction of the fit is past the point where they settle."""

@@ -37,10 +37,6 @@ class StraightThrough:
         self.keeper.masks_of_gradients = self.pruned.others
         self.optimizer.step = self
 
-    def pull(self) -> None:
-        """Prepare the gradients for a step of the dense weights."""
-        self.pruned.sparsifier.pull_gradients()
-
     def settle_at(self, t: float) -> bool:
         """Fix the masks, if this fraction of the fit is past the point where they settle. Returns whether it is."""
         if t < self.settle:

@@ -41,21 +41,28 @@ class DenseWeights:
     Attributes:
         model: The model.
         masks: Parameter name -> mask, a live view of the masks of the Sparsifier.
+        decay: The strength of the pull of pruned weights towards zero. None without straight-through training.
+        is_settled: Whether the masks are fixed, and no dense weights are kept any more.
         values: Parameter name -> the dense weight. Empty if none are kept.
         trained: Parameter name -> mask of the weights that get gradients, where these are not all weights.
         is_whole: Whether `values` are right where weights are kept, too, while the parameters are not: in the middle of
             a step or of a change.
     """
 
-    def __init__(self, model: nn.Module | None, masks: ModelMasks):
+    def __init__(self, model: nn.Module | None, masks: ModelMasks, decay: float | None = None):
         self.model: Any = model
-        self.masks = masks
+        self.masks, self.decay, self.is_settled = masks, decay, False
         self.values: dict[str, Tensor] = {}
         self.trained: dict[str, Tensor] = {}
         self.is_whole = False
         self._seen: dict[str, tuple[int, int]] = {}  # the version of each parameter when it last had the sparse weights
         self._holders: dict[str, tuple[nn.Module, str]] = {}  # the module that has each parameter, and its attribute
         self._own: dict[str, Tensor] = {}  # the memory of each parameter that has the memory of the dense weights
+
+    @property
+    def are_ranked(self) -> bool:
+        """Whether masks are ranked from dense weights."""
+        return self.decay is not None and not self.is_settled
 
     @property
     def is_in_place(self) -> bool:
@@ -178,12 +185,11 @@ class DenseWeights:
         self._own = {}
 
     @torch.no_grad()
-    def mask_gradients(self, names: Container[str], decay: float) -> None:
+    def mask_gradients(self, names: Container[str]) -> None:
         """Pull pruned weights towards zero, g + decay (1 - M) W; zero the gradients of weights that are not trained.
 
         Args:
             names: Names of the parameters that are pulled.
-            decay: The strength of the pull.
 
         Raises:
             ValueError: There is a pull, and a gradient is a sparse tensor.
@@ -191,38 +197,37 @@ class DenseWeights:
         self.refresh()
         graded = [(*each, each[1].grad) for each in self.pairs() if each[1].grad is not None]
         for name, _, _, gradient in graded:
-            if decay and gradient.layout != torch.strided:
+            if self.decay and gradient.layout != torch.strided:
                 raise ValueError(
                     f"straight_through: the gradient of {printable(name)} is a sparse tensor, to which the pull of "
                     "decay= cannot be added; pass decay=0, or make the layer with sparse=False"
                 )
         for name, parameter, mask, gradient in graded:
-            if decay and name in names:
-                add_pull(gradient, self.values[name], parameter, decay)
+            if self.decay and name in names:
+                add_pull(gradient, self.values[name], parameter, self.decay)
             if name in self.trained and gradient.layout == torch.strided:
                 # Masks that were given since the weights were ranked can keep others. What is kept learns.
                 zero_masked(gradient, self.trained[name].to(parameter.device) | mask)
 
     @staticmethod
-    def empty() -> dict[str, Any]:
-        """The attributes that keep no dense weights, for a Change."""
-        return {"values": {}, "trained": {}, "_seen": {}, "is_whole": False}
+    def changed(
+        values: Mapping[str, Tensor] | None = None,
+        trained: Mapping[str, Tensor] | None = None,
+        settled: bool = False,
+    ) -> dict[str, Any]:
+        """The attributes that keep these values where weights are pruned, by default none, for a Change."""
+        kept = {"values": dict(values or {}), "trained": dict(trained or {})}
+        return {**kept, "is_settled": settled, "is_whole": False, "_seen": {}}
 
-    def with_values(self, values: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The attributes that keep these values where weights are pruned, for a Change."""
-        return {**self.empty(), "values": dict(values), "trained": dict(trained)}
-
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """The dense weights and what of them gets gradients, for `Sparsifier.state_dict`."""
+    def state(self) -> dict[str, Any]:
+        """The dense weights, what of them gets gradients, and whether masks are settled, for `state_dict`."""
         self.refresh()
-        return {
-            "values": {name: value.as_subclass(Tensor).clone() for name, value in self.values.items()},
-            "trained": dict(self.trained),
-        }
+        values = {name: value.as_subclass(Tensor).clone() for name, value in self.values.items()}
+        return {"values": values, "trained": dict(self.trained), "settled": self.is_settled}
 
     def as_it_is(self) -> dict[str, Any]:
         """The attributes as they are now, for a Change."""
-        return self.with_values(**self.state())
+        return self.changed(**self.state())
 
 
 def check_can_be_kept(name: str, parameter: Tensor) -> None:

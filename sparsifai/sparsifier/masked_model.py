@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,15 @@ from .dense_weights import DenseWeights
 from .findings import Finding, check_found
 from .followers import Follower
 from .layer import Layer, count_of, selected
-from .masking import masked_parameters, zero_found, zero_gradients, zero_moments, zero_weights
+from .masking import (
+    NEXT_TO_ZERO,
+    masked_parameters,
+    moments_to_zero,
+    zero_found,
+    zero_gradients,
+    zero_moments,
+    zero_weights,
+)
 from .model_masks import ModelMasks
 from .optimizer_state import check_reachable
 
@@ -31,10 +40,12 @@ class MaskedModel:
             with whole outputs.
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, Layer], followers: Sequence[Follower]):
+    def __init__(
+        self, model: nn.Module, layers: dict[str, Layer], followers: Sequence[Follower], decay: float | None = None
+    ):
         self.model: Any = model
         self.layers, self.all_masks = layers, ModelMasks(layers, followers)
-        self._dense = DenseWeights(model, self.all_masks)
+        self._dense = DenseWeights(model, self.all_masks, decay)
         self._found: dict[Finding, Tensor] = {}  # what was found in scores on a GPU and is not read yet
         self._change: Change | None = None  # what an interrupted call has not finished
 
@@ -60,12 +71,24 @@ class MaskedModel:
             self._dense.note()
 
     def mask_gradients(self) -> None:
-        """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping."""
+        """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping.
+
+        With straight_through the gradients of pruned weights stay, because they move the dense weights: decay times the
+        dense weight is added to them, and gradient_sparsity sets the lowest ones to zero.
+
+        Raises:
+            ValueError: With straight_through and a decay, a gradient is a sparse tensor.
+        """
         self._check_held("mask_gradients")
-        zero_gradients(self._masked())
+        if self.is_straight_through:
+            self._dense.mask_gradients(self._selected)
+        else:
+            zero_gradients(self._masked())
 
     def mask_moments(self, optimizer: Any) -> None:
         """Set the optimizer's moments of pruned weights to zero, so that these are not moved. Call it after sparsify.
+
+        With straight_through nothing is set until `settle`, because the moments move the dense weights.
 
         Args:
             optimizer: torch's or fastai's, or a wrapper that holds one.
@@ -74,6 +97,8 @@ class MaskedModel:
             TypeError: It keeps moments where they are not found, or as codes that cannot be set to zero.
         """
         self._check_held("mask_moments")
+        if self.is_straight_through:
+            return
         masked = self._masked()
         check_reachable((parameter for parameter, _ in masked), optimizer)
         zero_moments(masked, optimizer)
@@ -86,7 +111,7 @@ class MaskedModel:
         """
         self._check_held("recover_masks")
         layers = self._with_masks({name: layer.mask_of_zeros() for name, layer in self._selected.items()})
-        self._take(Change(layers, self.all_masks.followers_of(layers), [(self._dense, self._dense.empty())]))
+        self._take(Change(layers, self.all_masks.followers_of(layers), [(self._dense, self._dense.changed())]))
         # Biases and norm layers stay as they are until apply_masks. Of weights, -0.0 becomes 0.0 as in all masks.
         zero_weights([(layer.parameter, layer.mask) for layer in layers.values()])
 
@@ -97,6 +122,58 @@ class MaskedModel:
         # A layer that was ranked with others can have more or fewer zeros than the level that it was ranked for.
         joint = count_of((layers | changed).values()).sparsity
         return {name: replace(layer, level=min(layer.count().sparsity, joint)) for name, layer in changed.items()}
+
+    # --- Straight-through training ------------------------------------------------------------------------------
+
+    @property
+    def is_straight_through(self) -> bool:
+        """Whether masks are ranked from dense weights, so that they can change their mind. Not after `settle`."""
+        return self._dense.are_ranked
+
+    def dense_weights(self) -> AbstractContextManager[None]:
+        """Let the model have its dense weights in a `with` block. Put the optimizer's step into it, and nothing else.
+
+        At the end of the block the model has the sparse weights again. The gradients, which were taken at the sparse
+        weights, have moved the dense ones as if they had been taken there: a straight-through estimator (Bengio et al.,
+        2013, arXiv:1308.3432). Without straight_through, and after `settle`, the block changes nothing.
+
+        Returns:
+            A context manager, for `with`.
+
+        Example:
+            >>> from sparsifai import Sparsifier
+            >>> model = nn.Linear(4, 2)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> sparsifier = Sparsifier(model, straight_through=True)
+            >>> for sparsity in (0.25, 0.5):
+            ...     model(torch.ones(3, 4)).sum().backward()
+            ...     sparsifier.mask_gradients()
+            ...     with sparsifier.dense_weights():
+            ...         optimizer.step()
+            ...     sparsifier.sparsify(sparsity)
+            ...     optimizer.zero_grad()
+            >>> sparsifier.settle(optimizer)
+            >>> sparsifier.sparsity
+            0.5
+        """
+        self._check_held("dense_weights")
+        return self._dense.stepped()
+
+    def settle(self, optimizer: Any = None) -> None:
+        """Fix the masks as they are, and drop the dense weights. From here on, training is that of a sparse model.
+
+        Args:
+            optimizer: torch's or fastai's, whose moments of pruned weights are set to zero; or None.
+
+        Raises:
+            ValueError: The Sparsifier was made without straight_through.
+        """
+        self._check_held("settle")
+        if self._dense.decay is None:
+            raise ValueError("settle: this Sparsifier has no dense weights; make it with straight_through=True")
+        self.apply_masks()
+        moments = {} if optimizer is None else moments_to_zero(self._masked(), optimizer, squares=NEXT_TO_ZERO)
+        self._take(Change(attributes=[(self._dense, self._dense.changed(settled=True))], moments=moments, zeroes=True))
 
     # --- Changes ------------------------------------------------------------------------------------------------
 

@@ -255,7 +255,7 @@ def stepped_outside(call, *given):
 
 CALLS = [["apply_masks"], ["mask_gradients"], ["mask_moments", None], ["report"], ["state_dict"], ["recover_masks"],
          ["set_masks", {}], ["sparsify", 0.5], ["update_masks", 0.5], ["check", 0.5], ["calibrate", []],
-         ["collect_gradients"], ["load_state_dict", {}], ["dense_weights"], ["pull_gradients"], ["settle"],
+         ["collect_gradients"], ["load_state_dict", {}], ["dense_weights"], ["settle"],
          ["release"]]  # fmt: skip
 OUTSIDE = [["apply_masks"], ["mask_gradients"], ["state_dict"], ["set_masks", {}], ["sparsify", 0.5],
            ["update_masks", 0.5], ["check", 0.5], ["settle"]]  # fmt: skip
