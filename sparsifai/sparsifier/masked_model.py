@@ -54,7 +54,7 @@ class MaskedModel:
         """
         self._check_held("apply_masks")
         if model is None:
-            self._dense.refresh()
+            self._dense.refresh(by_value=True)
         zero_weights(self._masked(model))
         if model is None:
             self._dense.note()
@@ -110,7 +110,7 @@ class MaskedModel:
         """
         if change.from_dense:
             self._dense.take_up()
-            newly = newly if self._dense.refresh() else None
+            newly = newly if self._dense.refresh(by_value=newly is None) else None
         self._change = change  # from here on it will be carried out, in the next call if this one is interrupted
         self._carry_out(change, newly)
         self._change = None
@@ -170,14 +170,17 @@ class MaskedModel:
         """Check that there is a model. finish: whether to finish first what an interrupted call has begun."""
         if self.model is None:
             raise RuntimeError(f"{operation}: this Sparsifier has released its model; make a new one")
+        self._check_sparse(operation)
+        reshard(self.model)
+        if finish:
+            self._finish()
+
+    def _check_sparse(self, operation: str) -> None:
         if self._dense.is_in_place:
             raise RuntimeError(
                 f"{operation}: the model has its dense weights inside `with sparsifier.dense_weights():`; call it "
                 "after this block"
             )
-        reshard(self.model)
-        if finish:
-            self._finish()
 
     def _check_found(self) -> None:
         found, self._found = self._found, {}

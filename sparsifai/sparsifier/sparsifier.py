@@ -35,6 +35,7 @@ from .mask_building import REVIVED_OUTPUTS, NewMasks, Ranking, build_masks
 from .masked_model import MaskedModel
 from .masking import NEXT_TO_ZERO, masked_parameters, moments_to_zero, newly_changed, newly_masked
 from .notices import notices_of_frozen, notices_of_host, notices_of_outputs, notices_of_unnamed, notices_of_unprunable
+from .optimizer_state import check_reachable
 from .options import Options, Sparsity, check_sparsity
 from .regrowth import Regrowth, check_drop
 from .report import Report
@@ -188,6 +189,7 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         check_drop(drop, self._regrowth is not None)
         if check_count("steps", steps) > 1 and drop:
             raise ValueError("sparsify: steps= and drop= do not go together; drop after the steps")
+        self._dense.refresh(by_value=True)
         if steps > 1:
             warn_each(self._sparsify_in_steps(wanted, steps))
             return
@@ -218,6 +220,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         earlier = {id(layer.parameter): layer.mask for layer in self._selected.values()}
         now = masked_parameters(self.model, {**new.masks, **(change.followers or {})})
         if change.from_dense:
+            if optimizer is not None:
+                moments_to_zero(now, optimizer)  # raises now what `settle` would raise much later
             known = [(parameter, mask, earlier[id(parameter)]) for parameter, mask in now if id(parameter) in earlier]
             self._take(change, {id(each): newly_changed(each, before, mask) for each, mask, before in known})
             return
@@ -311,20 +315,25 @@ class Sparsifier(CopiedWithModel, MaskedModel):
                 return new
             fewer = [(min(sparsity, lowest), names) for sparsity, names in asked]
             wider = new if fewer == asked else build_masks(layers, fewer, self.ranking, self.collected)
-        return replace(new, trained={name: wider.masks[name] | mask for name, mask in new.masks.items()})
+        names = self._names_of(asked)
+        trained = {name: wider.masks[name] | mask for name, mask in new.masks.items() if name in names}
+        return replace(new, trained={**self._dense.trained, **trained})
 
     def _ranked(self, asked: Asked) -> Layers:
         """The selected layers as they are ranked. With straight_through, pruned weights can be kept again."""
         if not self.is_straight_through:
             return self._selected
-        coupling = self.ranking.coupling
-        asked = asked if coupling is None else coupling.together(asked)
-        names = {name for _, several in asked for name in several}
-        widest = self.all_masks.widest
+        names, widest = self._names_of(asked), self.all_masks.widest
         return {
             name: layer.with_mask(widest(layer), layer.level) if name in names else layer
             for name, layer in self._selected.items()
         }
+
+    def _names_of(self, asked: Asked) -> set[str]:
+        """The layers that are ranked for what is asked for, with those that they are coupled with."""
+        coupling = self.ranking.coupling
+        asked = asked if coupling is None else coupling.together(asked)
+        return {name for _, several in asked for name in several}
 
     def wait_for_frozen(self) -> None:
         """From now on, leave out of an update the frozen layers that lack the gradients that it needs."""
@@ -505,6 +514,10 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         weights, have moved the dense ones as if they had been taken there: a straight-through estimator (Bengio et al.,
         2013, arXiv:1308.3432). Without straight_through, and after `settle`, the block changes nothing.
 
+        A step that calls a closure, as that of LBFGS, would compute the loss of the dense model. Remaining weights that
+        are written through `.data`, as by `weight.data.clamp_`, keep the new values only if `apply_masks` or `sparsify`
+        is called before the block: torch does not count these writes.
+
         Example:
             >>> model = nn.Linear(4, 2)
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -521,6 +534,7 @@ class Sparsifier(CopiedWithModel, MaskedModel):
             0.5
         """
         self._check_held("dense_weights")
+        self._take_up_recovered()
         return self._dense.stepped()
 
     def pull_gradients(self) -> None:
@@ -530,7 +544,14 @@ class Sparsifier(CopiedWithModel, MaskedModel):
             ValueError: A gradient is a sparse tensor, and there is a decay.
         """
         self._check_held("pull_gradients")
+        self._take_up_recovered()
         self._dense.mask_gradients(self._selected, self.ranking.options.decay or 0.0)
+
+    def _take_up_recovered(self) -> None:
+        """Keep the weights as dense ones where masks were recovered, so that a step leaves the model sparse."""
+        if self.is_straight_through and not self._dense.values and self.level:
+            self.apply_masks()
+            self._dense.take_up()
 
     def settle(self, optimizer: Any = None) -> None:
         """Fix the masks as they are, and drop the dense weights. From here on, training is that of a sparse model.
@@ -539,11 +560,14 @@ class Sparsifier(CopiedWithModel, MaskedModel):
             optimizer: torch's or fastai's, whose moments of pruned weights are set to zero; or None.
 
         Raises:
+            TypeError: The optimizer keeps moments where they are not found, or as codes that cannot be set to zero.
             ValueError: The Sparsifier was made without straight_through.
         """
         self._check_held("settle")
         if not self.ranking.options.straight_through:
             raise ValueError("settle: this Sparsifier has no dense weights; make it with straight_through=True")
+        if optimizer is not None:
+            check_reachable((parameter for parameter, _ in self._masked()), optimizer)
         self.apply_masks()
         moments = {} if optimizer is None else moments_to_zero(self._masked(), optimizer, squares=NEXT_TO_ZERO)
         settled: list[tuple[Any, dict[str, Any]]] = [(self, {"_is_settled": True}), (self._dense, self._dense.empty())]
@@ -560,7 +584,10 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         Raises:
             TypeError: It keeps moments where they are not found, or as codes that cannot be set to zero.
         """
-        if not self.is_straight_through:
+        if self.is_straight_through:
+            self._check_held("mask_moments")
+            check_reachable((parameter for parameter, _ in self._masked()), optimizer)  # as `settle` will
+        else:
             super().mask_moments(optimizer)
 
     # --- What is measured ---------------------------------------------------------------------------------------
@@ -653,6 +680,7 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         return model
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_sparse("copy")
         self._finish()
         # A process group cannot be copied or pickled, so a copy works alone.
         return {**vars(self), "ranking": replace(self.ranking, process_group=None), "_calibration": None}
