@@ -88,8 +88,7 @@ class Fit:
     @property
     def is_short(self) -> bool:
         """Whether the level is not yet that of the end of the fit, or masks can still change their mind."""
-        changes = self.straight_through is not None
-        return self.moves and (self.pruned.reached != self.level_at(1.0) or changes)
+        return self.moves and (self.straight_through is not None or self.pruned.reached != self.level_at(1.0))
 
     @property
     def level(self) -> float:
@@ -117,7 +116,10 @@ class Fit:
         """
         self.pruned, revives = pruned, self.ramp.falls_after(start, self.floor)
         self.keepers = Keepers(self.learn)
-        if not self.keepers.find() and highest(self.ramp.sparsity):
+        had_keepers = self.keepers.find()
+        if pruned is not None and self.settle is not None and self.advances and pruned.sparsifier.is_straight_through:
+            self.straight_through = StraightThrough(self.learn, pruned, self.keepers.own, self.settle)
+        if not had_keepers and highest(self.ramp.sparsity):
             self._recover_zeros(revives)
         kept = self.keepers.masks
         if pruned is not None:
@@ -125,8 +127,7 @@ class Fit:
             kept = pruned.masks
             self._warn_of_higher_sparsity(revives)
         self.keepers.give(kept)
-        if pruned is not None and self.settle is not None and self.advances and pruned.sparsifier.is_straight_through:
-            self.straight_through = StraightThrough(self.learn, pruned, self.keepers.own, self.settle)
+        if self.straight_through is not None:
             self.straight_through.begin()
 
     def _warn_of_higher_sparsity(self, revives: bool) -> None:
@@ -182,7 +183,7 @@ class Fit:
             # because their scores are lowest.
             self._update(reached, drop)
         elif self.straight_through is not None:
-            sparsifier.mask_gradients()  # it collects them, too
+            self.straight_through.pull()
         elif sparsifier.collected.at("backward"):
             sparsifier.collected.add("backward")
 
@@ -263,8 +264,6 @@ class Fit:
     def end(self) -> None:
         """Restore the Learner, except for the zeros and the KeepSparsity, and tell the user what is left."""
         if self.begun:
-            if self.straight_through is not None:
-                self.straight_through.end()
             self.keepers.give_back()
             if self.is_short:
                 notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did")

@@ -25,7 +25,7 @@ from .base import TrainingCallback
 from .display import notify
 from .fit import Fit
 from .keep import KeepSparsity
-from .learner import check_steps_model, is_search, show_data, warn_of_unstepped
+from .learner import check_steps_model, check_steps_weights, is_search, show_data, warn_of_unstepped
 from .plan import every_of, plan_of
 from .pruned import Pruned
 from .ramp import Ramp, default_schedule, settle_of
@@ -204,10 +204,13 @@ class SparsifyCallback(TrainingCallback):
         fit.advances = not is_frozen  # layers can be unfrozen in the middle of a fit
         if fit.advances and self._pruned is None:
             self._pruned = self._new_pruned()
+        if fit.advances and self.sparsifier.is_straight_through:
+            check_steps_weights(learn)
         fit.begin(self._pruned, self._start)
         if fit.advances:
             fit.updated = self._batches(0)
             fit.go_to(self._start)
+            fit.settle_at(self._start)
         else:
             held = percent(fit.measured())
             message = f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit"

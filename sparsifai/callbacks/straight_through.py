@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .keep import KeepSparsity
+from .others import are_all_known
 from .pruned import Pruned
 
 
@@ -26,6 +27,7 @@ class StraightThrough:
         self.optimizer: Any = learn.opt
         self.own_step = self.optimizer.step
         self.is_put_on = "step" in vars(self.optimizer)  # whether it is not that of the class, as after a scheduler
+        keeper.masks_of_gradients = {}  # moments that a resumed fit has loaded move dense weights, so they stay
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """The step."""
@@ -35,14 +37,23 @@ class StraightThrough:
     def begin(self) -> None:
         """Let the optimizer move what is pruned, but not the zeros of others, which are kept."""
         self.keeper.masks_of_gradients = self.pruned.others
+        self.keeper.enforce()
         self.optimizer.step = self
+
+    def pull(self) -> None:
+        """Collect the gradients, and prepare them for a step of the dense weights."""
+        if not are_all_known(self.learn):
+            self.pruned.sparsifier.apply_masks()  # looks at all weights, of which a callback may have changed any
+        self.pruned.sparsifier.mask_gradients()
 
     def settle_at(self, t: float) -> bool:
         """Fix the masks, if this fraction of the fit is past the point where they settle. Returns whether it is."""
         if t < self.settle:
             return False
-        self.pruned.sparsifier.settle(self.learn.opt)
+        self.pruned.sparsifier.settle()
         self.end()
+        if self.keeper.learn is not None:  # the user has not removed it
+            self.keeper.enforce()
         return True
 
     def end(self) -> None:

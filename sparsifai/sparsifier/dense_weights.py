@@ -82,6 +82,7 @@ class DenseWeights:
         module, attribute = self._holders[name]
         return getattr(module, attribute)
 
+    @torch.inference_mode(False)  # what is made in this mode could not be changed outside of it
     @torch.no_grad()
     def take_up(self) -> None:
         """Keep the weights as they are now, of the parameters whose dense weights are not kept yet.
@@ -94,27 +95,40 @@ class DenseWeights:
             check_can_be_kept(name, parameter)
         self.values.update({name: parameter.detach().clone() for name, parameter in missing.items()})
 
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def refresh(self) -> bool:
+    def refresh(self, by_value: bool = False) -> bool:
         """Take over what has changed in the parameters since they last had the sparse weights, as by a checkpoint.
 
+        Args:
+            by_value: Whether to look at all values. torch does not count what is written through `.data`, as by the
+                optimizers of fastai. Default: only at the parameters in which torch has counted a change.
+
         Returns:
-            Whether nothing has.
+            Whether torch has counted none.
         """
         if self.is_in_place:
             return True
-        changed = []
+        changed, uncounted = [], []
         for each in self.pairs():
             name, parameter, _ = each
             if (self.values[name].device, self.values[name].dtype) != (parameter.device, parameter.dtype):
                 self.values[name] = self.values[name].to(parameter)
-            if not self.is_whole and self._seen.get(name) != _version_of(parameter):
+            if self.is_whole:
+                continue
+            if self._seen.get(name) != _version_of(parameter):
                 changed.append(each)
+            elif by_value:
+                uncounted.append(each)
         if self.is_whole:  # the sparse weights could not be written
             self.write()
-        if not is_masked_zero([(parameter, mask) for _, parameter, mask in changed]):
+        # The host would wait for a GPU to read values, so it does that only where there is a change.
+        read = changed + [each for each in uncounted if not each[1].is_cuda]
+        if not is_masked_zero([(parameter, mask) for _, parameter, mask in read]):
             warn(MOVED_ELSEWHERE)
-        for name, parameter, mask in changed:
+        for name, parameter, mask in changed + uncounted:
+            if self.values[name].stride() != parameter.stride():
+                self.values[name] = torch.empty_like(parameter.detach()).copy_(self.values[name])
             self.values[name].copy_(torch.where(mask, parameter.detach(), self.values[name]))
             zero_masked(parameter, mask)
             self._seen[name] = _version_of(parameter)
@@ -219,9 +233,11 @@ class DenseWeights:
         kept = {"values": dict(values or {}), "trained": dict(trained or {})}
         return {**kept, "is_settled": settled, "is_whole": False, "_seen": {}}
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def state(self) -> dict[str, Any]:
         """The dense weights, what of them gets gradients, and whether masks are settled, for `state_dict`."""
-        self.refresh()
+        self.refresh(by_value=True)
         values = {name: value.as_subclass(Tensor).clone() for name, value in self.values.items()}
         return {"values": values, "trained": dict(self.trained), "settled": self.is_settled}
 

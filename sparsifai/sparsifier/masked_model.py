@@ -65,7 +65,7 @@ class MaskedModel:
         """
         self._check_held("apply_masks")
         if model is None:
-            self._dense.refresh()
+            self._dense.refresh(by_value=True)
         zero_weights(self._masked(model))
         if model is None:
             self._dense.note()
@@ -81,6 +81,7 @@ class MaskedModel:
         """
         self._check_held("mask_gradients")
         if self.is_straight_through:
+            self._take_up_recovered()
             self._dense.mask_gradients(self._selected)
         else:
             zero_gradients(self._masked())
@@ -97,11 +98,10 @@ class MaskedModel:
             TypeError: It keeps moments where they are not found, or as codes that cannot be set to zero.
         """
         self._check_held("mask_moments")
-        if self.is_straight_through:
-            return
         masked = self._masked()
         check_reachable((parameter for parameter, _ in masked), optimizer)
-        zero_moments(masked, optimizer)
+        if not self.is_straight_through:
+            zero_moments(masked, optimizer)
 
     @torch.no_grad()
     def recover_masks(self) -> None:
@@ -137,6 +137,10 @@ class MaskedModel:
         weights, have moved the dense ones as if they had been taken there: a straight-through estimator (Bengio et al.,
         2013, arXiv:1308.3432). Without straight_through, and after `settle`, the block changes nothing.
 
+        A step that calls a closure, as that of LBFGS, would compute the loss of the dense model. Remaining weights that
+        are written through `.data`, as by `weight.data.clamp_`, keep the new values only if `apply_masks` or `sparsify`
+        is called before the block: torch does not count these writes.
+
         Returns:
             A context manager, for `with`.
 
@@ -157,7 +161,14 @@ class MaskedModel:
             0.5
         """
         self._check_held("dense_weights")
+        self._take_up_recovered()
         return self._dense.stepped()
+
+    def _take_up_recovered(self) -> None:
+        """Keep the weights as dense ones where masks were recovered, so that a step leaves the model sparse."""
+        if self.is_straight_through and not self._dense.values and any(each.level for each in self._selected.values()):
+            self.apply_masks()
+            self._dense.take_up()
 
     def settle(self, optimizer: Any = None) -> None:
         """Fix the masks as they are, and drop the dense weights. From here on, training is that of a sparse model.
@@ -166,11 +177,14 @@ class MaskedModel:
             optimizer: torch's or fastai's, whose moments of pruned weights are set to zero; or None.
 
         Raises:
+            TypeError: The optimizer keeps moments where they are not found, or as codes that cannot be set to zero.
             ValueError: The Sparsifier was made without straight_through.
         """
         self._check_held("settle")
         if self._dense.decay is None:
             raise ValueError("settle: this Sparsifier has no dense weights; make it with straight_through=True")
+        if optimizer is not None:
+            check_reachable((parameter for parameter, _ in self._masked()), optimizer)
         self.apply_masks()
         moments = {} if optimizer is None else moments_to_zero(self._masked(), optimizer, squares=NEXT_TO_ZERO)
         self._take(Change(attributes=[(self._dense, self._dense.changed(settled=True))], moments=moments, zeroes=True))
@@ -187,7 +201,7 @@ class MaskedModel:
         """
         if change.from_dense:
             self._dense.take_up()
-            newly = newly if self._dense.refresh() else None
+            newly = newly if self._dense.refresh(by_value=newly is None) else None
         self._change = change  # from here on it will be carried out, in the next call if this one is interrupted
         self._carry_out(change, newly)
         self._change = None
@@ -247,14 +261,17 @@ class MaskedModel:
         """Check that there is a model. finish: whether to finish first what an interrupted call has begun."""
         if self.model is None:
             raise RuntimeError(f"{operation}: this Sparsifier has released its model; make a new one")
+        self._check_sparse(operation)
+        reshard(self.model)
+        if finish:
+            self._finish()
+
+    def _check_sparse(self, operation: str) -> None:
         if self._dense.is_in_place:
             raise RuntimeError(
                 f"{operation}: the model has its dense weights inside `with sparsifier.dense_weights():`; call it "
                 "after this block"
             )
-        reshard(self.model)
-        if finish:
-            self._finish()
 
     def _check_found(self) -> None:
         found, self._found = self._found, {}

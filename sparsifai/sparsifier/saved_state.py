@@ -132,6 +132,8 @@ def _quantities(what: str, saved: Any, layers: Layers, collected: CollectedQuant
     return {"stored": stored, "counts": counts, "begins": set(begins), "unreached": unreached}
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def _dense_weights(saved: Any, layers: Layers, dense: DenseWeights) -> dict[str, Any]:
     """The attributes of the dense weights, as they were saved.
 

@@ -186,6 +186,7 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         check_drop(drop, self._regrowth is not None)
         if check_count("steps", steps) > 1 and drop:
             raise ValueError("sparsify: steps= and drop= do not go together; drop after the steps")
+        self._dense.refresh(by_value=True)
         if steps > 1:
             warn_each(self._sparsify_in_steps(wanted, steps))
             return
@@ -216,6 +217,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         earlier = {id(layer.parameter): layer.mask for layer in self._selected.values()}
         now = masked_parameters(self.model, {**new.masks, **(change.followers or {})})
         if change.from_dense:
+            if optimizer is not None:
+                moments_to_zero(now, optimizer)  # raises now what `settle` would raise much later
             known = [(parameter, mask, earlier[id(parameter)]) for parameter, mask in now if id(parameter) in earlier]
             self._take(change, {id(each): newly_changed(each, before, mask) for each, mask, before in known})
             return
@@ -309,20 +312,25 @@ class Sparsifier(CopiedWithModel, MaskedModel):
                 return new
             fewer = [(min(sparsity, lowest), names) for sparsity, names in asked]
             wider = new if fewer == asked else build_masks(layers, fewer, self.ranking, self.collected)
-        return replace(new, trained={name: wider.masks[name] | mask for name, mask in new.masks.items()})
+        names = self._names_of(asked)
+        trained = {name: wider.masks[name] | mask for name, mask in new.masks.items() if name in names}
+        return replace(new, trained={**self._dense.trained, **trained})
 
     def _ranked(self, asked: Asked) -> Layers:
         """The selected layers as they are ranked. With straight_through, pruned weights can be kept again."""
         if not self.is_straight_through:
             return self._selected
-        coupling = self.ranking.coupling
-        asked = asked if coupling is None else coupling.together(asked)
-        names = {name for _, several in asked for name in several}
-        widest = self.all_masks.widest
+        names, widest = self._names_of(asked), self.all_masks.widest
         return {
             name: layer.with_mask(widest(layer), layer.level) if name in names else layer
             for name, layer in self._selected.items()
         }
+
+    def _names_of(self, asked: Asked) -> set[str]:
+        """The layers that are ranked for what is asked for, with those that they are coupled with."""
+        coupling = self.ranking.coupling
+        asked = asked if coupling is None else coupling.together(asked)
+        return {name for _, several in asked for name in several}
 
     def wait_for_frozen(self) -> None:
         """From now on, leave out of an update the frozen layers that lack the gradients that it needs."""
@@ -572,6 +580,7 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         return model
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_sparse("copy")
         self._finish()
         # A process group cannot be copied or pickled, so a copy works alone.
         return {**vars(self), "ranking": replace(self.ranking, process_group=None), "_calibration": None}

@@ -151,6 +151,16 @@ def test_a_fit_resumes_exactly_from_what_the_callback_and_the_learner_save(optio
         if learn.epoch == 1:
             learn.save("half")
             torch.save(callback.state_dict(), tmp_path / "callback")
+        note(callback)(learn)
+
+    dense = []
+
+    def note(callback):
+        def look(learn):
+            if learn.epoch == 2 and "straight_through" in options:
+                dense.append(dense_of(callback))
+
+        return look
 
     learn, callback = begin()
     learn.fit(4, 0.02, cbs=[callback, look_after("after_epoch", save)])
@@ -158,7 +168,8 @@ def test_a_fit_resumes_exactly_from_what_the_callback_and_the_learner_save(optio
     other.create_opt()
     other.load("half")
     resumed.load_state_dict(torch.load(tmp_path / "callback", weights_only=True))
-    other.fit(4, 0.02, start_epoch=2, cbs=resumed)
+    other.fit(4, 0.02, start_epoch=2, cbs=[resumed, look_after("after_epoch", note(resumed))])
+    assert all(torch.equal(value, dense[1][name]) for first in dense[:1] for name, value in first.items())
     for name, value in learn.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name]), name
     assert all(torch.equal(mask, resumed.sparsifier.masks[name]) for name, mask in callback.sparsifier.masks.items())
@@ -226,3 +237,44 @@ def test_a_state_is_loaded_once():
         )
         small_learner(steps=2).fit(2, 0.1, start_epoch=start, cbs=[resumed, look])
     assert levels == pytest.approx([0.3, 0.45, 0, 0.15, 0.3, 0.45])
+
+
+@pytest.mark.parametrize("start_epoch", [0, 1])
+def test_masks_that_are_settled_from_the_start_change_in_no_step(start_epoch):
+    learn, seen = small_learner(steps=4), []
+    callback = SparsifyCallback(0.6, schedule="one_shot", straight_through=True, settle=0.5 * start_epoch)
+    look = look_after("before_backward", lambda learn: seen.append(callback.sparsifier.is_straight_through))
+    learn.fit(2, 0.05, start_epoch=start_epoch, cbs=[callback, look])
+    assert seen
+    assert not any(seen)
+    assert_sound(learn, callback, level=0.6)
+
+
+def test_weights_that_a_callback_clamps_through_data_stay_clamped():
+    learn, seen = small_learner(steps=6, opt_func=fastai.Adam), []
+    callback = SparsifyCallback(0.6, schedule="lin", straight_through=True)
+
+    def clamp(learn):
+        for parameter in learn.model.parameters():
+            parameter.data.clamp_(-0.05, 0.05)
+
+    def look(learn):
+        weights = [parameter.detach() for parameter in learn.model.parameters() if parameter.dim() > 1]
+        seen.append(max(float(weight.abs().max()) for weight in weights))
+
+    learn.fit(2, 1e-3, cbs=[callback, look_after("after_batch", clamp), look_after("after_step", look)])
+    assert max(seen[1:]) < 0.06
+    assert_sound(learn, callback, level=0.6)
+
+
+def test_an_optimizer_that_steps_copies_is_refused():
+    learn = small_learner(steps=4)
+
+    def copied(learn):
+        learn.opt = fastai.SGD([nn.Parameter(each.detach().clone()) for each in learn.model.parameters()], 0.1)
+
+    before = counted(learn.model)
+    callback = SparsifyCallback(0.8, schedule="one_shot", straight_through=True)
+    with pytest.raises(ValueError, match="straight_through: the optimizer steps copies of the weights"):
+        learn.fit(1, 0.1, cbs=[callback, look_after("before_fit", copied, 10)])
+    assert counted(learn.model) == before
