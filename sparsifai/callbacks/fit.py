@@ -128,6 +128,8 @@ class Fit:
         if pruned is not None and self.settle is not None and self.advances and pruned.sparsifier.is_straight_through:
             self.straight_through = StraightThrough(self.learn, pruned, self.keepers.own, self.settle)
             self.straight_through.begin()
+        if self.settle is not None and self.advances and start < self.settle:
+            self._tell_of_fixed()
 
     def _warn_of_higher_sparsity(self, revives: bool) -> None:
         """Warn once if more is pruned than this fit asks for, and stays so. revives: whether the schedule will fall."""
@@ -151,6 +153,24 @@ class Fit:
                     f"{'' if outputs else instead}load weights from before they were pruned"
                 )
                 return
+
+    def _tell_of_fixed(self) -> None:
+        """With straight_through, tell the user of masks that cannot change their mind all the same."""
+        pruned, layers = self.pruned, self.pruned.sparsifier.layers
+        if self.straight_through is None:
+            message = "the masks have settled in an earlier fit, so they do not change their mind in this one"
+            notify(self.learn, f"SparsifyCallback: {message}", matters=True)
+            return
+        zeros = sum(
+            layers[name].count(pruned.others[name]).zeros for name in pruned.others.keys() & pruned.sparsifier.masks
+        )
+        if zeros:
+            notify(
+                self.learn,
+                f"SparsifyCallback: {zeros:,} weights were zero before this fit and stay so, though straight_through= "
+                "lets others come back; to resume a fit in which all can, load the state_dict of its callback",
+                matters=True,
+            )
 
     def go_to(self, t: float) -> None:
         """Update the masks, if the ramp has another value at t, or if layers that were frozen are trained now."""
@@ -268,7 +288,8 @@ class Fit:
                 self.straight_through.end()
             self.keepers.give_back()
             if self.is_short:
-                notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did")
+                missing = "its schedule did" if self.pruned.reached != self.level_at(1.0) else "its masks settled"
+                notify(self.learn, f"SparsifyCallback: the fit has ended before {missing}")
             self.keepers.announce(self.measured())
         self.undo()
 

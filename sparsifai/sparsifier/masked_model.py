@@ -173,7 +173,7 @@ class MaskedModel:
         if self._dense.is_in_place:
             raise RuntimeError(
                 f"{operation}: the model has its dense weights inside `with sparsifier.dense_weights():`; call it "
-                "after this block"
+                "outside of this block"
             )
         reshard(self.model)
         if finish:

@@ -26,7 +26,7 @@ from .calibration import calibrated
 from .change import Change
 from .collection import CollectedQuantities, Source
 from .copying import CopiedWithModel
-from .dense_weights import check_can_be_kept
+from .dense_weights import SETTLED_UNPRUNED, check_can_be_kept
 from .findings import both
 from .given_masks import check_masks
 from .layer import Layers, level_of, selected, unfrozen
@@ -250,6 +250,16 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         masks = {**self.masks, **{name: layer.mask for name, layer in layers.items()}}
         self._take(self._written(Change(layers, self.all_masks.followers_of(layers), self._noted(masks), zeroes=True)))
 
+    def recover_masks(self) -> None:
+        """Take the masks from the zeros of the model, as after loading a bare checkpoint of a sparse model.
+
+        A group is pruned if all its weights are zero. A layer of zeros only, as some are initialized, is not pruned.
+        With straight_through the dense weights are those of the model, zero where it is.
+        """
+        super().recover_masks()
+        if self.is_straight_through:
+            self._take(self._written(Change(self._selected)))
+
     def check(self, sparsity: Sparsity) -> None:
         """Raise what `sparsify` would raise, and change nothing.
 
@@ -471,7 +481,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping.
 
-        A criterion that needs gradients collects them first, if a selected layer has one.
+        With a GradScaler, call `scaler.unscale_(optimizer)` before. A criterion that needs gradients collects them
+        first, if a selected layer has one. So call it once a step, also if several backward passes add up.
 
         With straight_through the gradients of pruned weights stay, because they move the dense weights: decay times the
         dense weight is added to them, and gradient_sparsity sets the lowest ones to zero.
@@ -503,7 +514,11 @@ class Sparsifier(CopiedWithModel, MaskedModel):
 
         At the end of the block the model has the sparse weights again. The gradients, which were taken at the sparse
         weights, have moved the dense ones as if they had been taken there: a straight-through estimator (Bengio et al.,
-        2013, arXiv:1308.3432). Without straight_through, and after `settle`, the block changes nothing.
+        2013, arXiv:1308.3432). Without straight_through, and after `settle`, the block changes nothing. An optimizer
+        that calls a closure in its step, such as LBFGS, cannot be used, because the closure would see the dense model.
+
+        Raises:
+            RuntimeError: A backward pass is made in the block.
 
         Example:
             >>> model = nn.Linear(4, 2)
@@ -521,7 +536,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
             0.5
         """
         self._check_held("dense_weights")
-        return self._dense.stepped()
+        options = self.ranking.options
+        return self._dense.stepped(prepared=bool(options.decay or options.gradient_sparsity))
 
     def pull_gradients(self) -> None:
         """Do what `mask_gradients` does with straight_through, but collect no gradients.
@@ -544,6 +560,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         self._check_held("settle")
         if not self.ranking.options.straight_through:
             raise ValueError("settle: this Sparsifier has no dense weights; make it with straight_through=True")
+        if self.is_straight_through and not self._dense.values:
+            warn_each([SETTLED_UNPRUNED])
         self.apply_masks()
         moments = {} if optimizer is None else moments_to_zero(self._masked(), optimizer, squares=NEXT_TO_ZERO)
         settled: list[tuple[Any, dict[str, Any]]] = [(self, {"_is_settled": True}), (self._dense, self._dense.empty())]
