@@ -542,6 +542,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
     def pull_gradients(self) -> None:
         """Do what `mask_gradients` does with straight_through, but collect no gradients.
 
+        For a loop that calls `collect_gradients` itself. After `settle` it does nothing.
+
         Raises:
             ValueError: A gradient is a sparse tensor, and there is a decay.
         """
@@ -550,6 +552,9 @@ class Sparsifier(CopiedWithModel, MaskedModel):
 
     def settle(self, optimizer: Any = None) -> None:
         """Fix the masks as they are, and drop the dense weights. From here on, training is that of a sparse model.
+
+        Call it after the last mask update. The masks do not change their mind again, and the block of `dense_weights`
+        changes nothing.
 
         Args:
             optimizer: torch's or fastai's, whose moments of pruned weights are set to zero; or None.
@@ -618,7 +623,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         """Collect all that another Sparsifier of the same model and options needs to continue.
 
         Returns:
-            Masks, levels and collected quantities by parameter name, and the random state; for torch.save.
+            Masks, levels, collected quantities and dense weights by parameter name, and the random state; for
+            torch.save.
         """
         self._check_held("state_dict")
         return {
