@@ -22,7 +22,7 @@ from .keepers import Keepers
 from .learner import show_data
 from .pruned import Pruned
 from .ramp import Ramp
-from .straight_through import StraightThrough
+from .straight_through import StraightThrough, fixed_masks
 
 # By less than this fraction of the weights, a sparsity above the target is not worth a warning.
 EXCESS = 0.01
@@ -128,8 +128,9 @@ class Fit:
         if pruned is not None and self.settle is not None and self.advances and pruned.sparsifier.is_straight_through:
             self.straight_through = StraightThrough(self.learn, pruned, self.keepers.own, self.settle)
             self.straight_through.begin()
-        if self.settle is not None and self.advances and start < self.settle:
-            self._tell_of_fixed()
+        if pruned is not None and self.settle is not None and self.advances and start < self.settle:
+            if message := fixed_masks(pruned):
+                notify(self.learn, f"SparsifyCallback: {message}", matters=True)
 
     def _warn_of_higher_sparsity(self, revives: bool) -> None:
         """Warn once if more is pruned than this fit asks for, and stays so. revives: whether the schedule will fall."""
@@ -153,24 +154,6 @@ class Fit:
                     f"{'' if outputs else instead}load weights from before they were pruned"
                 )
                 return
-
-    def _tell_of_fixed(self) -> None:
-        """With straight_through, tell the user of masks that cannot change their mind all the same."""
-        pruned, layers = self.pruned, self.pruned.sparsifier.layers
-        if self.straight_through is None:
-            message = "the masks have settled in an earlier fit, so they do not change their mind in this one"
-            notify(self.learn, f"SparsifyCallback: {message}", matters=True)
-            return
-        zeros = sum(
-            layers[name].count(pruned.others[name]).zeros for name in pruned.others.keys() & pruned.sparsifier.masks
-        )
-        if zeros:
-            notify(
-                self.learn,
-                f"SparsifyCallback: {zeros:,} weights were zero before this fit and stay so, though straight_through= "
-                "lets others come back; to resume a fit in which all can, load the state_dict of its callback",
-                matters=True,
-            )
 
     def go_to(self, t: float) -> None:
         """Update the masks, if the ramp has another value at t, or if layers that were frozen are trained now."""

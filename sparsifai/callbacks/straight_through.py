@@ -56,3 +56,18 @@ class StraightThrough:
             del self.optimizer.step
             if self.is_put_on:
                 self.optimizer.step = self.own_step
+
+
+def fixed_masks(pruned: Pruned) -> str:
+    """Which masks cannot change their mind in a fit, though it is straight-through; empty if all can."""
+    sparsifier = pruned.sparsifier
+    if not sparsifier.is_straight_through:
+        return "the masks have settled in an earlier fit, so they do not change their mind in this one"
+    fixed = {name: mask for name, mask in pruned.others.items() if name in sparsifier.masks}
+    zeros = sum(sparsifier.layers[name].count(mask).zeros for name, mask in fixed.items())
+    if not zeros:
+        return ""
+    return (
+        f"{zeros:,} weights were zero before this fit and stay so, though straight_through= lets others come back; to "
+        "resume a fit in which all can, load the state_dict of its callback"
+    )
