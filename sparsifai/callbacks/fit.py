@@ -22,7 +22,7 @@ from .keepers import Keepers
 from .learner import show_data
 from .pruned import Pruned
 from .ramp import Ramp
-from .straight_through import StraightThrough, fixed_masks
+from .straight_through import StraightThrough, tell_of_fixed_masks
 
 # By less than this fraction of the weights, a sparsity above the target is not worth a warning.
 EXCESS = 0.01
@@ -125,12 +125,11 @@ class Fit:
             kept = pruned.masks
             self._warn_of_higher_sparsity(revives)
         self.keepers.give(kept)
-        if pruned is not None and self.settle is not None and self.advances and pruned.sparsifier.is_straight_through:
-            self.straight_through = StraightThrough(self.learn, pruned, self.keepers.own, self.settle)
-            self.straight_through.begin()
-        if pruned is not None and self.settle is not None and self.advances and start < self.settle:
-            if message := fixed_masks(pruned):
-                notify(self.learn, f"SparsifyCallback: {message}", matters=True)
+        if pruned is not None and self.settle is not None and self.advances:
+            if pruned.sparsifier.is_straight_through:
+                self.straight_through = StraightThrough(self.learn, pruned, self.keepers.own, self.settle)
+                self.straight_through.begin()
+            tell_of_fixed_masks(self.learn, pruned, begins=start < self.settle)
 
     def _warn_of_higher_sparsity(self, revives: bool) -> None:
         """Warn once if more is pruned than this fit asks for, and stays so. revives: whether the schedule will fall."""
@@ -186,7 +185,6 @@ class Fit:
             self._update(reached, drop)
         elif sparsifier.collected.at("backward"):
             sparsifier.collected.add("backward")
-
         if self.straight_through is not None:
             self.straight_through.pull()
 
@@ -271,8 +269,7 @@ class Fit:
                 self.straight_through.end()
             self.keepers.give_back()
             if self.is_short:
-                missing = "its schedule did" if self.pruned.reached != self.level_at(1.0) else "its masks settled"
-                notify(self.learn, f"SparsifyCallback: the fit has ended before {missing}")
+                notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did, or its masks settled")
             self.keepers.announce(self.measured())
         self.undo()
 
