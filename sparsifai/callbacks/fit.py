@@ -22,7 +22,7 @@ from .keepers import Keepers
 from .learner import show_data
 from .pruned import Pruned
 from .ramp import Ramp
-from .straight_through import StraightThrough
+from .straight_through import StraightThrough, tell_of_fixed_masks
 
 # By less than this fraction of the weights, a sparsity above the target is not worth a warning.
 EXCESS = 0.01
@@ -129,6 +129,8 @@ class Fit:
         self.keepers.give(kept)
         if self.straight_through is not None:
             self.straight_through.begin()
+        if pruned is not None and self.settle is not None and self.advances:
+            tell_of_fixed_masks(self.learn, pruned, begins=start < self.settle)
 
     def _warn_of_higher_sparsity(self, revives: bool) -> None:
         """Warn once if more is pruned than this fit asks for, and stays so. revives: whether the schedule will fall."""
@@ -266,7 +268,7 @@ class Fit:
         if self.begun:
             self.keepers.give_back()
             if self.is_short:
-                notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did")
+                notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did, or its masks settled")
             self.keepers.announce(self.measured())
         self.undo()
 

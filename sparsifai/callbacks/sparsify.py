@@ -39,7 +39,7 @@ class SparsifyCallback(TrainingCallback):
     callback stays on the Learner and keeps the zeros in later fits; `learn.remove_cb(KeepSparsity)` removes it. While
     layers are frozen, as in the first fit of fine_tune, the sparsity does not change. SaveModelCallback,
     EarlyStoppingCallback and ReduceLROnPlateau ignore epochs before the target sparsity is reached, and epochs after
-    which weights still regrow.
+    which weights still regrow or masks have not settled.
 
     Attributes:
         sparsifier: The Sparsifier of the model, from the first batch on; None before.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .display import notify
 from .keep import KeepSparsity
 from .others import are_all_known
 from .pruned import Pruned
@@ -63,3 +64,18 @@ class StraightThrough:
             del self.optimizer.step
             if self.is_put_on:
                 self.optimizer.step = self.own_step
+
+
+def tell_of_fixed_masks(learn: Any, pruned: Pruned, begins: bool) -> None:
+    """Tell the user which masks cannot change their mind. begins: whether the fit begins before they settle."""
+    sparsifier, message = pruned.sparsifier, ""
+    fixed = {name: mask for name, mask in pruned.others.items() if name in sparsifier.masks}
+    if not sparsifier.is_straight_through:
+        message = "the masks have settled in an earlier fit, so they do not change their mind in this one"
+    elif zeros := sum(sparsifier.layers[name].count(mask).zeros for name, mask in fixed.items()):
+        message = (
+            f"{zeros:,} weights were zero before this fit and stay so, though straight_through= lets others come back; "
+            "to resume a fit in which all can, load the state_dict of its callback"
+        )
+    if begins and message:
+        notify(learn, f"SparsifyCallback: {message}", matters=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,15 @@ MOVED_ELSEWHERE = (
     "call the step inside `with sparsifier.dense_weights():`, so that it moves the dense weights"
 )
 
+UNPREPARED = (
+    "straight_through: mask_gradients was not called before this step, so decay= and gradient_sparsity= do nothing in "
+    "it; call it after backward, before `with sparsifier.dense_weights():`"
+)
+
+SETTLED_UNPRUNED = (
+    "settle: no weight is pruned yet, and from here on the masks cannot change their mind; settle after the last update"
+)
+
 
 class DenseWeights:
     """The dense weights of a model, from the first pruning on, until the masks are settled.
@@ -47,6 +57,7 @@ class DenseWeights:
         trained: Parameter name -> mask of the weights that get gradients, where these are not all weights.
         is_whole: Whether `values` are right where weights are kept, too, while the parameters are not: in the middle of
             a step or of a change.
+        is_prepared: Whether the gradients were prepared for the next step.
     """
 
     def __init__(self, model: nn.Module | None, masks: ModelMasks, decay: float | None = None):
@@ -54,7 +65,7 @@ class DenseWeights:
         self.masks, self.decay, self.is_settled = masks, decay, False
         self.values: dict[str, Tensor] = {}
         self.trained: dict[str, Tensor] = {}
-        self.is_whole = False
+        self.is_whole = self.is_prepared = False
         self._seen: dict[str, tuple[int, int]] = {}  # the version of each parameter when it last had the sparse weights
         self._holders: dict[str, tuple[nn.Module, str]] = {}  # the module that has each parameter, and its attribute
         self._own: dict[str, Tensor] = {}  # the memory of each parameter that has the memory of the dense weights
@@ -172,7 +183,11 @@ class DenseWeights:
 
     @contextmanager
     def stepped(self) -> Iterator[None]:
-        """The same, for a step of the optimizer, which moves the dense weights. The sparse weights are written then."""
+        """The same, for a step of the optimizer, which moves the dense weights. The sparse weights are written then.
+
+        Raises:
+            RuntimeError: A backward pass is made in the block.
+        """
         if not self.values:
             yield
             return
@@ -181,7 +196,26 @@ class DenseWeights:
         with at_end, at_end:
             self.is_whole = True
             self._put_in()
-            yield
+            learning = [(name, parameter) for name, parameter, _ in self.pairs() if parameter.requires_grad]
+            hooks = [each.register_post_accumulate_grad_hook(partial(self._refuse, name)) for name, each in learning]
+            versions = [each._version for _, each in learning]
+            try:
+                yield
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            moved = versions != [each._version for _, each in learning]
+        if moved:
+            is_prepared, self.is_prepared = self.is_prepared, False
+            if (self.decay or self.trained) and not is_prepared:
+                warn(UNPREPARED)
+
+    def _refuse(self, name: str, _: Tensor) -> None:
+        if self.is_in_place:  # or an interrupt has kept the hook from being removed
+            raise RuntimeError(
+                f"dense_weights: a backward pass has reached {printable(name)} inside the block, where gradients are "
+                "those of the dense model; make it before the block, and call the step without a closure"
+            )
 
     def _end_step(self) -> None:
         self._put_back()
@@ -208,6 +242,7 @@ class DenseWeights:
         Raises:
             ValueError: There is a pull, and a gradient is a sparse tensor.
         """
+        self.is_prepared = True
         self.refresh()
         graded = [(*each, each[1].grad) for each in self.pairs() if each[1].grad is not None]
         for name, _, _, gradient in graded:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..model.parallel import reshard
 from ..model.zeros import Count
+from ..support.warning import warn
 from .change import Change
-from .dense_weights import DenseWeights
+from .dense_weights import SETTLED_UNPRUNED, DenseWeights
 from .findings import Finding, check_found
 from .followers import Follower
 from .layer import Layer, count_of, selected
@@ -137,12 +138,15 @@ class MaskedModel:
         weights, have moved the dense ones as if they had been taken there: a straight-through estimator (Bengio et al.,
         2013, arXiv:1308.3432). Without straight_through, and after `settle`, the block changes nothing.
 
-        A step that calls a closure, as that of LBFGS, would compute the loss of the dense model. Remaining weights that
-        are written through `.data`, as by `weight.data.clamp_`, keep the new values only if `apply_masks` or `sparsify`
-        is called before the block: torch does not count these writes.
+        An optimizer that calls a closure in its step, such as LBFGS, cannot be used, because the closure would see the
+        dense model. Remaining weights that are written through `.data`, as by `weight.data.clamp_`, keep the new values
+        only if `apply_masks` or `sparsify` is called before the block: torch does not count these writes.
 
         Returns:
             A context manager, for `with`.
+
+        Raises:
+            RuntimeError: A backward pass is made in the block.
 
         Example:
             >>> from sparsifai import Sparsifier
@@ -173,6 +177,9 @@ class MaskedModel:
     def settle(self, optimizer: Any = None) -> None:
         """Fix the masks as they are, and drop the dense weights. From here on, training is that of a sparse model.
 
+        Call it after the last mask update. The masks do not change their mind again, and the block of `dense_weights`
+        changes nothing.
+
         Args:
             optimizer: torch's or fastai's, whose moments of pruned weights are set to zero; or None.
 
@@ -185,6 +192,8 @@ class MaskedModel:
             raise ValueError("settle: this Sparsifier has no dense weights; make it with straight_through=True")
         if optimizer is not None:
             check_reachable((parameter for parameter, _ in self._masked()), optimizer)
+        if self.is_straight_through and not self._dense.values:
+            warn(SETTLED_UNPRUNED)
         self.apply_masks()
         moments = {} if optimizer is None else moments_to_zero(self._masked(), optimizer, squares=NEXT_TO_ZERO)
         self._take(Change(attributes=[(self._dense, self._dense.changed(settled=True))], moments=moments, zeroes=True))
@@ -270,7 +279,7 @@ class MaskedModel:
         if self._dense.is_in_place:
             raise RuntimeError(
                 f"{operation}: the model has its dense weights inside `with sparsifier.dense_weights():`; call it "
-                "after this block"
+                "outside of this block"
             )
 
     def _check_found(self) -> None:

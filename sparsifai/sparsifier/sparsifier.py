@@ -477,7 +477,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping.
 
-        A criterion that needs gradients collects them first, if a selected layer has one.
+        With a GradScaler, call `scaler.unscale_(optimizer)` before. A criterion that needs gradients collects them
+        first, if a selected layer has one. So call it once a step, also if several backward passes add up.
 
         With straight_through the gradients of pruned weights stay, because they move the dense weights: decay times the
         dense weight is added to them, and gradient_sparsity sets the lowest ones to zero.
@@ -531,7 +532,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         """Collect all that another Sparsifier of the same model and options needs to continue.
 
         Returns:
-            Masks, levels and collected quantities by parameter name, and the random state; for torch.save.
+            Masks, levels, collected quantities and dense weights by parameter name, and the random state; for
+            torch.save.
         """
         self._check_held("state_dict")
         return {

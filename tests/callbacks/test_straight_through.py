@@ -99,6 +99,17 @@ def test_zeros_of_others_never_come_back():
     assert_sound(learn, callback, level=0.7)
 
 
+@pytest.mark.parametrize("again", ["same", "new"])
+def test_a_later_fit_tells_of_masks_that_cannot_change_their_mind(again, capsys):
+    learn, callback = small_learner(), SparsifyCallback(0.5, straight_through=True)
+    learn.fit(1, cbs=callback)
+    masks = {name: mask.clone() for name, mask in callback.sparsifier.masks.items()}
+    later = callback if again == "same" else SparsifyCallback(0.5, straight_through=True)
+    learn.fit(1, cbs=later)
+    assert ("settled in an earlier fit" if again == "same" else "zero before this fit") in capsys.readouterr().out
+    assert all(torch.equal(later.sparsifier.masks[name], mask) for name, mask in masks.items())
+
+
 def test_trackers_ignore_epochs_before_the_masks_are_settled(tmp_path):
     learn = small_learner(steps=4, path=tmp_path)
     saved = []
@@ -235,7 +246,6 @@ def test_a_state_is_loaded_once():
     again = small_learner(steps=2)  # another model, with which the callback begins anew
     again.fit(2, 0.1, cbs=resumed)
     assert all(map(torch.equal, first.model.parameters(), again.model.parameters()))
-
 
 
 @pytest.mark.parametrize("start_epoch", [0, 1])

@@ -559,11 +559,59 @@ def test_masks_do_not_depend_on_what_was_pruned_before(context):
 
 def test_a_call_inside_the_block_is_refused():
     _, sparsifier, _ = trained()
-    with sparsifier.dense_weights(), pytest.raises(RuntimeError, match="after this block"):
+    with sparsifier.dense_weights(), pytest.raises(RuntimeError, match="outside of this block"):
         sparsifier.sparsify(0.7)
     with sparsifier.dense_weights():
         assert repr(sparsifier).endswith("2 layers, with dense weights)")
     sparsifier.sparsify(0.7)
+
+
+@pytest.mark.parametrize("way", ["closure", "backward"])
+def test_a_backward_pass_inside_the_block_is_refused_and_changes_nothing(way):
+    model, sparsifier, optimizer = trained()
+    before, dense = weights_of(model), sparsifier.state_dict()["straight_through"]["values"]
+    inputs, targets = batch(0)
+
+    def closure():
+        loss = F.cross_entropy(model(inputs), targets)
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"0\.weight|2\.weight"), sparsifier.dense_weights():  # noqa: PT012
+        optimizer.step(closure) if way == "closure" else closure()
+    assert same(before, weights_of(model))
+    assert same(dense, sparsifier.state_dict()["straight_through"]["values"])
+    closure()  # outside of the block it is allowed again
+
+
+@pytest.mark.parametrize("options", [{}, {"decay": 0, "gradient_sparsity": 0.2}, {"decay": 0}], ids=str)
+def test_a_step_that_no_gradients_were_prepared_for_is_told_once(options):
+    model, sparsifier, optimizer = trained(**options)
+    inputs, targets = batch(0)
+    F.cross_entropy(model(inputs), targets).backward()
+    told = pytest.warns(match="mask_gradients was not called") if options != {"decay": 0} else nullcontext()
+    with told, sparsifier.dense_weights():
+        optimizer.step()
+    step(model, sparsifier, optimizer, 1)
+
+
+def test_the_dense_weights_of_recovered_masks_are_moved_by_the_first_step():
+    model, _, _ = trained()
+    sparsifier, optimizer = Sparsifier(model, straight_through=True), torch.optim.SGD(model.parameters(), 0.1)
+    sparsifier.recover_masks()
+    assert sparsifier.sparsity > 0.5
+    optimizer.zero_grad()
+    step(model, sparsifier, optimizer, 0)
+    values = sparsifier.state_dict()["straight_through"]["values"]
+    assert all((values[name][~mask] != 0).float().mean() > 0.8 for name, mask in sparsifier.masks.items())
+    assert all(torch.equal(weight_of(model, name) == 0, ~mask) for name, mask in sparsifier.masks.items())
+
+
+def test_settling_before_anything_is_pruned_is_told():
+    sparsifier = Sparsifier(net(), straight_through=True)
+    with pytest.warns(match="no weight is pruned yet"):
+        sparsifier.settle()
+    sparsifier.settle()
 
 
 def test_sparse_gradients_are_refused_if_they_are_to_be_pulled():
