@@ -166,6 +166,9 @@ class Fit:
             show_data(self.learn, pruned.sparsifier, self.calibration, anew=joining)
             self.moved |= joining
             self._update(reached)
+        if self.settles_at(t):
+            self.straight_through.fix()
+            self.straight_through, self.moved = None, True
 
     def collect_gradients(self, t: float, drop: float, is_due: bool) -> None:
         """Collect the gradients for the criterion. They are not masked yet. With straight_through, pull pruned weights.
@@ -189,10 +192,9 @@ class Fit:
         elif sparsifier.collected.at("backward"):
             sparsifier.collected.add("backward")
 
-    def settle_at(self, t: float) -> None:
-        """With straight_through, fix the masks if this fraction of the fit is past the point where they settle."""
-        if self.straight_through is not None and self.straight_through.settle_at(t):
-            self.straight_through, self.moved = None, True
+    def settles_at(self, t: float) -> bool:
+        """With straight_through, whether the masks are to be fixed after this fraction of the fit."""
+        return self.straight_through is not None and t >= self.straight_through.settle
 
     def _update(self, reached: float, drop: float = 0.0) -> None:
         """Update the masks. drop: fraction of the remaining weights that is pruned and regrown."""

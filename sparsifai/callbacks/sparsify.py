@@ -210,7 +210,6 @@ class SparsifyCallback(TrainingCallback):
         if fit.advances:
             fit.updated = self._batches(0)
             fit.go_to(self._start)
-            fit.settle_at(self._start)
         else:
             held = percent(fit.measured())
             message = f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit"
@@ -229,10 +228,10 @@ class SparsifyCallback(TrainingCallback):
         "Prune to where the schedule is after this step"
         if self._fit.moves:
             batches = self._batches(1)
-            if self._is_due or batches == self._batches_of_fit:
+            done = batches / self._batches_of_fit
+            if self._is_due or done == 1 or self._fit.settles_at(done):
                 self._fit.updated = batches
-                self._fit.go_to(batches / self._batches_of_fit)
-            self._fit.settle_at(batches / self._batches_of_fit)
+                self._fit.go_to(done)
 
     def after_batch(self):
         "Record the level for the recorder's curves"
@@ -244,7 +243,6 @@ class SparsifyCallback(TrainingCallback):
         learn, fit = self.learn, self._fit
         if fit.moves and learn.epoch == learn.n_epoch - 1 and learn.iter == learn.n_iter - 1:
             fit.go_to(1.0)
-            fit.settle_at(1.0)
 
     def after_epoch(self):
         "Record level and sparsity; switch the trackers off if the epoch is short of the target sparsity"

@@ -47,15 +47,12 @@ class StraightThrough:
             self.pruned.sparsifier.apply_masks()  # looks at all weights, of which a callback may have changed any
         self.pruned.sparsifier.mask_gradients()
 
-    def settle_at(self, t: float) -> bool:
-        """Fix the masks, if this fraction of the fit is past the point where they settle. Returns whether it is."""
-        if t < self.settle:
-            return False
+    def fix(self) -> None:
+        """Fix the masks. From here on, the fit trains a sparse model."""
         self.pruned.sparsifier.settle()
         self.end()
         if self.keeper.learn is not None:  # the user has not removed it
             self.keeper.enforce()
-        return True
 
     def end(self) -> None:
         """Give the optimizer its own step again; from here on all zeros are kept."""

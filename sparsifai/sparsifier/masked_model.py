@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -12,16 +11,13 @@ from torch import Tensor, nn
 
 from ..model.parallel import reshard
 from ..model.zeros import Count
-from ..support.warning import warn
 from .change import Change
-from .dense_weights import SETTLED_UNPRUNED, DenseWeights
+from .dense_weights import DenseWeights
 from .findings import Finding, check_found
 from .followers import Follower
 from .layer import Layer, count_of, selected
 from .masking import (
-    NEXT_TO_ZERO,
     masked_parameters,
-    moments_to_zero,
     zero_found,
     zero_gradients,
     zero_moments,
@@ -72,25 +68,12 @@ class MaskedModel:
             self._dense.note()
 
     def mask_gradients(self) -> None:
-        """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping.
-
-        With straight_through the gradients of pruned weights stay, because they move the dense weights: decay times the
-        dense weight is added to them, and gradient_sparsity sets the lowest ones to zero.
-
-        Raises:
-            ValueError: With straight_through and a decay, a gradient is a sparse tensor.
-        """
+        """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping."""
         self._check_held("mask_gradients")
-        if self.is_straight_through:
-            self._take_up_recovered()
-            self._dense.mask_gradients(self._selected)
-        else:
-            zero_gradients(self._masked())
+        zero_gradients(self._masked())
 
     def mask_moments(self, optimizer: Any) -> None:
         """Set the optimizer's moments of pruned weights to zero, so that these are not moved. Call it after sparsify.
-
-        With straight_through nothing is set until `settle`, because the moments move the dense weights.
 
         Args:
             optimizer: torch's or fastai's, or a wrapper that holds one.
@@ -99,10 +82,17 @@ class MaskedModel:
             TypeError: It keeps moments where they are not found, or as codes that cannot be set to zero.
         """
         self._check_held("mask_moments")
+        zero_moments(self._reachable(optimizer), optimizer)
+
+    def _reachable(self, optimizer: Any) -> list[tuple[nn.Parameter, Tensor]]:
+        """Every parameter with a mask, and its mask.
+
+        Raises:
+            TypeError: The optimizer keeps moments of one of them where they are not found, or as codes.
+        """
         masked = self._masked()
         check_reachable((parameter for parameter, _ in masked), optimizer)
-        if not self.is_straight_through:
-            zero_moments(masked, optimizer)
+        return masked
 
     @torch.no_grad()
     def recover_masks(self) -> None:
@@ -123,80 +113,6 @@ class MaskedModel:
         # A layer that was ranked with others can have more or fewer zeros than the level that it was ranked for.
         joint = count_of((layers | changed).values()).sparsity
         return {name: replace(layer, level=min(layer.count().sparsity, joint)) for name, layer in changed.items()}
-
-    # --- Straight-through training ------------------------------------------------------------------------------
-
-    @property
-    def is_straight_through(self) -> bool:
-        """Whether masks are ranked from dense weights, so that they can change their mind. Not after `settle`."""
-        return self._dense.are_ranked
-
-    def dense_weights(self) -> AbstractContextManager[None]:
-        """Let the model have its dense weights in a `with` block. Put the optimizer's step into it, and nothing else.
-
-        At the end of the block the model has the sparse weights again. The gradients, which were taken at the sparse
-        weights, have moved the dense ones as if they had been taken there: a straight-through estimator (Bengio et al.,
-        2013, arXiv:1308.3432). Without straight_through, and after `settle`, the block changes nothing.
-
-        An optimizer that calls a closure in its step, such as LBFGS, cannot be used, because the closure would see the
-        dense model. Remaining weights that are written through `.data`, as by `weight.data.clamp_`, keep the new values
-        only if `apply_masks` or `sparsify` is called before the block: torch does not count these writes.
-
-        Returns:
-            A context manager, for `with`.
-
-        Raises:
-            RuntimeError: A backward pass is made in the block.
-
-        Example:
-            >>> from sparsifai import Sparsifier
-            >>> model = nn.Linear(4, 2)
-            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            >>> sparsifier = Sparsifier(model, straight_through=True)
-            >>> for sparsity in (0.25, 0.5):
-            ...     model(torch.ones(3, 4)).sum().backward()
-            ...     sparsifier.mask_gradients()
-            ...     with sparsifier.dense_weights():
-            ...         optimizer.step()
-            ...     sparsifier.sparsify(sparsity)
-            ...     optimizer.zero_grad()
-            >>> sparsifier.settle(optimizer)
-            >>> sparsifier.sparsity
-            0.5
-        """
-        self._check_held("dense_weights")
-        self._take_up_recovered()
-        return self._dense.stepped()
-
-    def _take_up_recovered(self) -> None:
-        """Keep the weights as dense ones where masks were recovered, so that a step leaves the model sparse."""
-        if self.is_straight_through and not self._dense.values and any(each.level for each in self._selected.values()):
-            self.apply_masks()
-            self._dense.take_up()
-
-    def settle(self, optimizer: Any = None) -> None:
-        """Fix the masks as they are, and drop the dense weights. From here on, training is that of a sparse model.
-
-        Call it after the last mask update. The masks do not change their mind again, and the block of `dense_weights`
-        changes nothing.
-
-        Args:
-            optimizer: torch's or fastai's, whose moments of pruned weights are set to zero; or None.
-
-        Raises:
-            TypeError: The optimizer keeps moments where they are not found, or as codes that cannot be set to zero.
-            ValueError: The Sparsifier was made without straight_through.
-        """
-        self._check_held("settle")
-        if self._dense.decay is None:
-            raise ValueError("settle: this Sparsifier has no dense weights; make it with straight_through=True")
-        if optimizer is not None:
-            check_reachable((parameter for parameter, _ in self._masked()), optimizer)
-        if self.is_straight_through and not self._dense.values:
-            warn(SETTLED_UNPRUNED)
-        self.apply_masks()
-        moments = {} if optimizer is None else moments_to_zero(self._masked(), optimizer, squares=NEXT_TO_ZERO)
-        self._take(Change(attributes=[(self._dense, self._dense.changed(settled=True))], moments=moments, zeroes=True))
 
     # --- Changes ------------------------------------------------------------------------------------------------
 

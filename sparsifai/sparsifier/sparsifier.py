@@ -31,7 +31,6 @@ from .given_masks import check_masks
 from .layer import Layers, level_of, selected, unfrozen
 from .layer_selection import Asked, cannot_be_pruned, find_layers, scopes
 from .mask_building import REVIVED_OUTPUTS, NewMasks, Ranking, build_masks
-from .masked_model import MaskedModel
 from .masking import NEXT_TO_ZERO, masked_parameters, moments_to_zero, newly_changed, newly_masked
 from .notices import notices_of_frozen, notices_of_host, notices_of_outputs, notices_of_unnamed, notices_of_unprunable
 from .options import Options, Sparsity, check_sparsity
@@ -39,10 +38,11 @@ from .regrowth import Regrowth, check_drop
 from .report import Report
 from .saved_state import read_state
 from .steps import check_repeatable, sparsity_at
+from .straight_through import StraightThroughModel
 
 
 # Large, because it is the face of the core: a third of it are docstrings for its users.
-class Sparsifier(CopiedWithModel, MaskedModel):
+class Sparsifier(CopiedWithModel, StraightThroughModel):
     """Makes any torch model sparse. The options say which weights are pruned and how they are chosen.
 
     A layer that is frozen joins the selected layers when it is trained.
@@ -387,11 +387,6 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         if self.is_straight_through:
             attributes.append((self._dense, {"trained": new.trained}))
         return self._written(Change(layers, followers, attributes, new.random, zeroes=True, is_update=True))
-
-    def _written(self, change: Change) -> Change:
-        """A change of masks, which takes the weights that are kept next from the dense ones, if there are any."""
-        kept = bool(self._dense.values) or any(layer.level for layer in change.layers.values())
-        return replace(change, from_dense=self.is_straight_through and kept)
 
     def _noted(self, masks: Mapping[str, Tensor]) -> list[tuple[Any, dict[str, Any]]]:
         """The attributes that count what these masks keep as used, for a Change."""

@@ -186,6 +186,16 @@ def test_a_fit_resumes_exactly_from_what_the_callback_and_the_learner_save(optio
     assert all(torch.equal(mask, resumed.sparsifier.masks[name]) for name, mask in callback.sparsifier.masks.items())
 
 
+def test_masks_settle_with_an_update_though_none_is_due():
+    learn = small_learner(steps=10)
+    callback = SparsifyCallback(0.6, schedule="lin", straight_through=True, every=7, settle=0.75)
+    levels = []
+    look = look_after("after_batch", lambda learn: levels.append(callback.sparsifier.level) if learn.training else None)
+    learn.fit(1, 0.05, cbs=[callback, look])
+    assert levels == pytest.approx([0] * 6 + [0.42] + [0.48] * 2 + [0.6])
+    assert_sound(learn, callback, level=0.6)
+
+
 def test_n_of_m_by_sr_ste_ends_with_n_of_every_m():
     net = nn.Sequential(nn.Flatten(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 3))
     learn = small_learner(net, steps=8)

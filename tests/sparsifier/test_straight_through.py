@@ -759,9 +759,9 @@ def test_dense_weights_follow_the_memory_format_of_the_model(before, after, way)
 def test_a_copy_inside_the_block_is_refused():
     model, sparsifier, _ = trained()
     with sparsifier.dense_weights():
-        with pytest.raises(RuntimeError, match="copy.*after this block"):
+        with pytest.raises(RuntimeError, match="copy.*outside of this block"):
             copy.deepcopy((model, sparsifier))
-        with pytest.raises(RuntimeError, match="copy.*after this block"):
+        with pytest.raises(RuntimeError, match="copy.*outside of this block"):
             pickle.dumps((model, sparsifier))
 
 
