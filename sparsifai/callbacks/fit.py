@@ -126,11 +126,10 @@ class Fit:
             pruned.take_in(kept, self.learn)
             kept = pruned.masks
             self._warn_of_higher_sparsity(revives)
+            tell_of_fixed_masks(self.learn, pruned, begins=self.advances and start < (self.settle or 0.0))
         self.keepers.give(kept)
         if self.straight_through is not None:
             self.straight_through.begin()
-        if pruned is not None and self.settle is not None and self.advances:
-            tell_of_fixed_masks(self.learn, pruned, begins=start < self.settle)
 
     def _warn_of_higher_sparsity(self, revives: bool) -> None:
         """Warn once if more is pruned than this fit asks for, and stays so. revives: whether the schedule will fall."""
