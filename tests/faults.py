@@ -58,7 +58,7 @@ def state_of(sparsifier, optimizer=None):
     # Where weights are kept, the parameters have the values. As long as nothing is pruned, nothing need be kept beside.
     state["dense"] = {name: torch.where(masks[name], 0, value) for name, value in dense.values.items()
                       if not masks[name].all()}  # fmt: skip
-    state["trained"], state["settled"] = dense.trained, sparsifier._is_settled
+    state["trained"], state["settled"] = dense.trained, sparsifier._dense.is_settled
     for name, parameter in sparsifier.model.named_parameters():
         value = parameter.detach()
         state[name] = torch.where(masks[name], value, 0) if name in masks else value

@@ -22,7 +22,7 @@ from .keepers import Keepers
 from .learner import show_data
 from .pruned import Pruned
 from .ramp import Ramp
-from .straight_through import StraightThrough
+from .straight_through import StraightThrough, tell_of_fixed_masks
 
 # By less than this fraction of the weights, a sparsity above the target is not worth a warning.
 EXCESS = 0.01
@@ -88,8 +88,7 @@ class Fit:
     @property
     def is_short(self) -> bool:
         """Whether the level is not yet that of the end of the fit, or masks can still change their mind."""
-        changes = self.straight_through is not None
-        return self.moves and (self.pruned.reached != self.level_at(1.0) or changes)
+        return self.moves and (self.straight_through is not None or self.pruned.reached != self.level_at(1.0))
 
     @property
     def level(self) -> float:
@@ -117,16 +116,19 @@ class Fit:
         """
         self.pruned, revives = pruned, self.ramp.falls_after(start, self.floor)
         self.keepers = Keepers(self.learn)
-        if not self.keepers.find() and highest(self.ramp.sparsity):
+        had_keepers = self.keepers.find()
+        if pruned is not None and self.settle is not None and self.advances and pruned.sparsifier.is_straight_through:
+            self.straight_through = StraightThrough(self.learn, pruned, self.keepers.own, self.settle)
+        if not had_keepers and highest(self.ramp.sparsity):
             self._recover_zeros(revives)
         kept = self.keepers.masks
         if pruned is not None:
             pruned.take_in(kept, self.learn)
             kept = pruned.masks
             self._warn_of_higher_sparsity(revives)
+            tell_of_fixed_masks(self.learn, pruned, begins=self.advances and start < (self.settle or 0.0))
         self.keepers.give(kept)
-        if pruned is not None and self.settle is not None and self.advances and pruned.sparsifier.is_straight_through:
-            self.straight_through = StraightThrough(self.learn, pruned, self.keepers.own, self.settle)
+        if self.straight_through is not None:
             self.straight_through.begin()
 
     def _warn_of_higher_sparsity(self, revives: bool) -> None:
@@ -163,6 +165,9 @@ class Fit:
             show_data(self.learn, pruned.sparsifier, self.calibration, anew=joining)
             self.moved |= joining
             self._update(reached)
+        if self.settles_at(t):
+            self.straight_through.fix()
+            self.straight_through, self.moved = None, True
 
     def collect_gradients(self, t: float, drop: float, is_due: bool) -> None:
         """Collect the gradients for the criterion. They are not masked yet. With straight_through, pull pruned weights.
@@ -181,16 +186,14 @@ class Fit:
             # A rising level is reached in the same update. A second update would prune the regrown weights at once,
             # because their scores are lowest.
             self._update(reached, drop)
+        elif self.straight_through is not None:
+            self.straight_through.pull()
         elif sparsifier.collected.at("backward"):
             sparsifier.collected.add("backward")
 
-        if self.straight_through is not None:
-            self.straight_through.pull()
-
-    def settle_at(self, t: float) -> None:
-        """With straight_through, fix the masks if this fraction of the fit is past the point where they settle."""
-        if self.straight_through is not None and self.straight_through.settle_at(t):
-            self.straight_through, self.moved = None, True
+    def settles_at(self, t: float) -> bool:
+        """With straight_through, whether the masks are to be fixed after this fraction of the fit."""
+        return self.straight_through is not None and t >= self.straight_through.settle
 
     def _update(self, reached: float, drop: float = 0.0) -> None:
         """Update the masks. drop: fraction of the remaining weights that is pruned and regrown."""
@@ -264,11 +267,9 @@ class Fit:
     def end(self) -> None:
         """Restore the Learner, except for the zeros and the KeepSparsity, and tell the user what is left."""
         if self.begun:
-            if self.straight_through is not None:
-                self.straight_through.end()
             self.keepers.give_back()
             if self.is_short:
-                notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did")
+                notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did, or its masks settled")
             self.keepers.announce(self.measured())
         self.undo()
 

@@ -64,6 +64,20 @@ def check_steps_model(learn: Any) -> None:
         )
 
 
+def check_steps_weights(learn: Any) -> None:
+    """Check that the optimizer of a Learner steps the weights of its model, not copies of them.
+
+    Raises:
+        ValueError: It steps copies, as with weights in half precision.
+    """
+    if not _any_of(list(parameters_of(learn.opt)), learn.model):
+        raise ValueError(
+            "straight_through: the optimizer steps copies of the weights, as with weights in half precision, so it "
+            "would not move the dense weights; use to_fp16() or to_bf16(), which keep the weights, or train without "
+            "straight_through="
+        )
+
+
 def _any_of(held: Sequence[Tensor], model: nn.Module) -> bool:
     """Whether any of these parameters is one of the model."""
     own = {id(parameter) for parameter in model.parameters()}

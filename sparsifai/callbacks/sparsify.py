@@ -25,7 +25,7 @@ from .base import TrainingCallback
 from .display import notify
 from .fit import Fit
 from .keep import KeepSparsity
-from .learner import check_steps_model, is_search, show_data, warn_of_unstepped
+from .learner import check_steps_model, check_steps_weights, is_search, show_data, warn_of_unstepped
 from .plan import every_of, plan_of
 from .pruned import Pruned
 from .ramp import Ramp, default_schedule, settle_of
@@ -39,7 +39,7 @@ class SparsifyCallback(TrainingCallback):
     callback stays on the Learner and keeps the zeros in later fits; `learn.remove_cb(KeepSparsity)` removes it. While
     layers are frozen, as in the first fit of fine_tune, the sparsity does not change. SaveModelCallback,
     EarlyStoppingCallback and ReduceLROnPlateau ignore epochs before the target sparsity is reached, and epochs after
-    which weights still regrow.
+    which weights still regrow or masks have not settled.
 
     Attributes:
         sparsifier: The Sparsifier of the model, from the first batch on; None before.
@@ -204,6 +204,8 @@ class SparsifyCallback(TrainingCallback):
         fit.advances = not is_frozen  # layers can be unfrozen in the middle of a fit
         if fit.advances and self._pruned is None:
             self._pruned = self._new_pruned()
+        if fit.advances and self.sparsifier.is_straight_through:
+            check_steps_weights(learn)
         fit.begin(self._pruned, self._start)
         if fit.advances:
             fit.updated = self._batches(0)
@@ -226,10 +228,10 @@ class SparsifyCallback(TrainingCallback):
         "Prune to where the schedule is after this step"
         if self._fit.moves:
             batches = self._batches(1)
-            if self._is_due or batches == self._batches_of_fit:
+            done = batches / self._batches_of_fit
+            if self._is_due or done == 1 or self._fit.settles_at(done):
                 self._fit.updated = batches
-                self._fit.go_to(batches / self._batches_of_fit)
-            self._fit.settle_at(batches / self._batches_of_fit)
+                self._fit.go_to(done)
 
     def after_batch(self):
         "Record the level for the recorder's curves"
@@ -241,7 +243,6 @@ class SparsifyCallback(TrainingCallback):
         learn, fit = self.learn, self._fit
         if fit.moves and learn.epoch == learn.n_epoch - 1 and learn.iter == learn.n_iter - 1:
             fit.go_to(1.0)
-            fit.settle_at(1.0)
 
     def after_epoch(self):
         "Record level and sparsity; switch the trackers off if the epoch is short of the target sparsity"

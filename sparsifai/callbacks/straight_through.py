@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from .display import notify
 from .keep import KeepSparsity
+from .others import are_all_known
 from .pruned import Pruned
 
 
@@ -26,6 +28,7 @@ class StraightThrough:
         self.optimizer: Any = learn.opt
         self.own_step = self.optimizer.step
         self.is_put_on = "step" in vars(self.optimizer)  # whether it is not that of the class, as after a scheduler
+        keeper.masks_of_gradients = {}  # moments that a resumed fit has loaded move dense weights, so they stay
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """The step."""
@@ -35,19 +38,21 @@ class StraightThrough:
     def begin(self) -> None:
         """Let the optimizer move what is pruned, but not the zeros of others, which are kept."""
         self.keeper.masks_of_gradients = self.pruned.others
+        self.keeper.enforce()
         self.optimizer.step = self
 
     def pull(self) -> None:
-        """Prepare the gradients for a step of the dense weights."""
-        self.pruned.sparsifier.pull_gradients()
+        """Collect the gradients, and prepare them for a step of the dense weights."""
+        if not are_all_known(self.learn):
+            self.pruned.sparsifier.apply_masks()  # looks at all weights, of which a callback may have changed any
+        self.pruned.sparsifier.mask_gradients()
 
-    def settle_at(self, t: float) -> bool:
-        """Fix the masks, if this fraction of the fit is past the point where they settle. Returns whether it is."""
-        if t < self.settle:
-            return False
-        self.pruned.sparsifier.settle(self.learn.opt)
+    def fix(self) -> None:
+        """Fix the masks. From here on, the fit trains a sparse model."""
+        self.pruned.sparsifier.settle()
         self.end()
-        return True
+        if self.keeper.learn is not None:  # the user has not removed it
+            self.keeper.enforce()
 
     def end(self) -> None:
         """Give the optimizer its own step again; from here on all zeros are kept."""
@@ -56,3 +61,18 @@ class StraightThrough:
             del self.optimizer.step
             if self.is_put_on:
                 self.optimizer.step = self.own_step
+
+
+def tell_of_fixed_masks(learn: Any, pruned: Pruned, begins: bool) -> None:
+    """Tell the user which masks cannot change their mind. begins: whether the fit begins before they settle."""
+    sparsifier, message = pruned.sparsifier, ""
+    fixed = {name: mask for name, mask in pruned.others.items() if name in sparsifier.masks}
+    if not sparsifier.is_straight_through:
+        message = "the masks have settled in an earlier fit, so they do not change their mind in this one"
+    elif zeros := sum(sparsifier.layers[name].count(mask).zeros for name, mask in fixed.items()):
+        message = (
+            f"{zeros:,} weights were zero before this fit and stay so, though straight_through= lets others come back; "
+            "to resume a fit in which all can, load the state_dict of its callback"
+        )
+    if begins and message:
+        notify(learn, f"SparsifyCallback: {message}", matters=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,15 @@ MOVED_ELSEWHERE = (
     "call the step inside `with sparsifier.dense_weights():`, so that it moves the dense weights"
 )
 
+UNPREPARED = (
+    "straight_through: mask_gradients was not called before this step, so decay= and gradient_sparsity= do nothing in "
+    "it; call it after backward, before `with sparsifier.dense_weights():`"
+)
+
+SETTLED_UNPRUNED = (
+    "settle: no weight is pruned yet, and from here on the masks cannot change their mind; settle after the last update"
+)
+
 
 class DenseWeights:
     """The dense weights of a model, from the first pruning on, until the masks are settled.
@@ -41,21 +51,29 @@ class DenseWeights:
     Attributes:
         model: The model.
         masks: Parameter name -> mask, a live view of the masks of the Sparsifier.
+        decay: The strength of the pull of pruned weights towards zero. None without straight-through training.
+        is_settled: Whether the masks are fixed, and no dense weights are kept any more.
         values: Parameter name -> the dense weight. Empty if none are kept.
         trained: Parameter name -> mask of the weights that get gradients, where these are not all weights.
         is_whole: Whether `values` are right where weights are kept, too, while the parameters are not: in the middle of
             a step or of a change.
+        is_prepared: Whether the gradients were prepared for the next step.
     """
 
-    def __init__(self, model: nn.Module | None, masks: ModelMasks):
+    def __init__(self, model: nn.Module | None, masks: ModelMasks, decay: float | None = None):
         self.model: Any = model
-        self.masks = masks
+        self.masks, self.decay, self.is_settled = masks, decay, False
         self.values: dict[str, Tensor] = {}
         self.trained: dict[str, Tensor] = {}
-        self.is_whole = False
+        self.is_whole = self.is_prepared = False
         self._seen: dict[str, tuple[int, int]] = {}  # the version of each parameter when it last had the sparse weights
         self._holders: dict[str, tuple[nn.Module, str]] = {}  # the module that has each parameter, and its attribute
         self._own: dict[str, Tensor] = {}  # the memory of each parameter that has the memory of the dense weights
+
+    @property
+    def are_ranked(self) -> bool:
+        """Whether masks are ranked from dense weights."""
+        return self.decay is not None and not self.is_settled
 
     @property
     def is_in_place(self) -> bool:
@@ -75,6 +93,7 @@ class DenseWeights:
         module, attribute = self._holders[name]
         return getattr(module, attribute)
 
+    @torch.inference_mode(False)  # what is made in this mode could not be changed outside of it
     @torch.no_grad()
     def take_up(self) -> None:
         """Keep the weights as they are now, of the parameters whose dense weights are not kept yet.
@@ -87,27 +106,40 @@ class DenseWeights:
             check_can_be_kept(name, parameter)
         self.values.update({name: parameter.detach().clone() for name, parameter in missing.items()})
 
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def refresh(self) -> bool:
+    def refresh(self, by_value: bool = False) -> bool:
         """Take over what has changed in the parameters since they last had the sparse weights, as by a checkpoint.
 
+        Args:
+            by_value: Whether to look at all values. torch does not count what is written through `.data`, as by the
+                optimizers of fastai. Default: only at the parameters in which torch has counted a change.
+
         Returns:
-            Whether nothing has.
+            Whether torch has counted none.
         """
         if self.is_in_place:
             return True
-        changed = []
+        changed, uncounted = [], []
         for each in self.pairs():
             name, parameter, _ = each
             if (self.values[name].device, self.values[name].dtype) != (parameter.device, parameter.dtype):
                 self.values[name] = self.values[name].to(parameter)
-            if not self.is_whole and self._seen.get(name) != _version_of(parameter):
+            if self.is_whole:
+                continue
+            if self._seen.get(name) != _version_of(parameter):
                 changed.append(each)
+            elif by_value:
+                uncounted.append(each)
         if self.is_whole:  # the sparse weights could not be written
             self.write()
-        if not is_masked_zero([(parameter, mask) for _, parameter, mask in changed]):
+        # The host would wait for a GPU to read values, so it does that only where there is a change.
+        read = changed + [each for each in uncounted if not each[1].is_cuda]
+        if not is_masked_zero([(parameter, mask) for _, parameter, mask in read]):
             warn(MOVED_ELSEWHERE)
-        for name, parameter, mask in changed:
+        for name, parameter, mask in changed + uncounted:
+            if self.values[name].stride() != parameter.stride():
+                self.values[name] = torch.empty_like(parameter.detach()).copy_(self.values[name])
             self.values[name].copy_(torch.where(mask, parameter.detach(), self.values[name]))
             zero_masked(parameter, mask)
             self._seen[name] = _version_of(parameter)
@@ -151,7 +183,11 @@ class DenseWeights:
 
     @contextmanager
     def stepped(self) -> Iterator[None]:
-        """The same, for a step of the optimizer, which moves the dense weights. The sparse weights are written then."""
+        """The same, for a step of the optimizer, which moves the dense weights. The sparse weights are written then.
+
+        Raises:
+            RuntimeError: A backward pass is made in the block.
+        """
         if not self.values:
             yield
             return
@@ -160,7 +196,26 @@ class DenseWeights:
         with at_end, at_end:
             self.is_whole = True
             self._put_in()
-            yield
+            learning = [(name, parameter) for name, parameter, _ in self.pairs() if parameter.requires_grad]
+            hooks = [each.register_post_accumulate_grad_hook(partial(self._refuse, name)) for name, each in learning]
+            versions = [each._version for _, each in learning]
+            try:
+                yield
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            moved = versions != [each._version for _, each in learning]
+        if moved:
+            is_prepared, self.is_prepared = self.is_prepared, False
+            if (self.decay or self.trained) and not is_prepared:
+                warn(UNPREPARED)
+
+    def _refuse(self, name: str, _: Tensor) -> None:
+        if self.is_in_place:  # or an interrupt has kept the hook from being removed
+            raise RuntimeError(
+                f"dense_weights: a backward pass has reached {printable(name)} inside the block, where gradients are "
+                "those of the dense model; make it before the block, and call the step without a closure"
+            )
 
     def _end_step(self) -> None:
         self._put_back()
@@ -178,51 +233,52 @@ class DenseWeights:
         self._own = {}
 
     @torch.no_grad()
-    def mask_gradients(self, names: Container[str], decay: float) -> None:
+    def mask_gradients(self, names: Container[str]) -> None:
         """Pull pruned weights towards zero, g + decay (1 - M) W; zero the gradients of weights that are not trained.
 
         Args:
             names: Names of the parameters that are pulled.
-            decay: The strength of the pull.
 
         Raises:
             ValueError: There is a pull, and a gradient is a sparse tensor.
         """
+        self.is_prepared = True
         self.refresh()
         graded = [(*each, each[1].grad) for each in self.pairs() if each[1].grad is not None]
         for name, _, _, gradient in graded:
-            if decay and gradient.layout != torch.strided:
+            if self.decay and gradient.layout != torch.strided:
                 raise ValueError(
                     f"straight_through: the gradient of {printable(name)} is a sparse tensor, to which the pull of "
                     "decay= cannot be added; pass decay=0, or make the layer with sparse=False"
                 )
         for name, parameter, mask, gradient in graded:
-            if decay and name in names:
-                add_pull(gradient, self.values[name], parameter, decay)
+            if self.decay and name in names:
+                add_pull(gradient, self.values[name], parameter, self.decay)
             if name in self.trained and gradient.layout == torch.strided:
                 # Masks that were given since the weights were ranked can keep others. What is kept learns.
                 zero_masked(gradient, self.trained[name].to(parameter.device) | mask)
 
     @staticmethod
-    def empty() -> dict[str, Any]:
-        """The attributes that keep no dense weights, for a Change."""
-        return {"values": {}, "trained": {}, "_seen": {}, "is_whole": False}
+    def changed(
+        values: Mapping[str, Tensor] | None = None,
+        trained: Mapping[str, Tensor] | None = None,
+        settled: bool = False,
+    ) -> dict[str, Any]:
+        """The attributes that keep these values where weights are pruned, by default none, for a Change."""
+        kept = {"values": dict(values or {}), "trained": dict(trained or {})}
+        return {**kept, "is_settled": settled, "is_whole": False, "_seen": {}}
 
-    def with_values(self, values: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The attributes that keep these values where weights are pruned, for a Change."""
-        return {**self.empty(), "values": dict(values), "trained": dict(trained)}
-
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """The dense weights and what of them gets gradients, for `Sparsifier.state_dict`."""
-        self.refresh()
-        return {
-            "values": {name: value.as_subclass(Tensor).clone() for name, value in self.values.items()},
-            "trained": dict(self.trained),
-        }
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def state(self) -> dict[str, Any]:
+        """The dense weights, what of them gets gradients, and whether masks are settled, for `state_dict`."""
+        self.refresh(by_value=True)
+        values = {name: value.as_subclass(Tensor).clone() for name, value in self.values.items()}
+        return {"values": values, "trained": dict(self.trained), "settled": self.is_settled}
 
     def as_it_is(self) -> dict[str, Any]:
         """The attributes as they are now, for a Change."""
-        return self.with_values(**self.state())
+        return self.changed(**self.state())
 
 
 def check_can_be_kept(name: str, parameter: Tensor) -> None:

@@ -16,7 +16,13 @@ from .dense_weights import DenseWeights
 from .findings import Finding, check_found
 from .followers import Follower
 from .layer import Layer, count_of, selected
-from .masking import masked_parameters, zero_found, zero_gradients, zero_moments, zero_weights
+from .masking import (
+    masked_parameters,
+    zero_found,
+    zero_gradients,
+    zero_moments,
+    zero_weights,
+)
 from .model_masks import ModelMasks
 from .optimizer_state import check_reachable
 
@@ -31,10 +37,12 @@ class MaskedModel:
             with whole outputs.
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, Layer], followers: Sequence[Follower]):
+    def __init__(
+        self, model: nn.Module, layers: dict[str, Layer], followers: Sequence[Follower], decay: float | None = None
+    ):
         self.model: Any = model
         self.layers, self.all_masks = layers, ModelMasks(layers, followers)
-        self._dense = DenseWeights(model, self.all_masks)
+        self._dense = DenseWeights(model, self.all_masks, decay)
         self._found: dict[Finding, Tensor] = {}  # what was found in scores on a GPU and is not read yet
         self._change: Change | None = None  # what an interrupted call has not finished
 
@@ -54,7 +62,7 @@ class MaskedModel:
         """
         self._check_held("apply_masks")
         if model is None:
-            self._dense.refresh()
+            self._dense.refresh(by_value=True)
         zero_weights(self._masked(model))
         if model is None:
             self._dense.note()
@@ -74,9 +82,17 @@ class MaskedModel:
             TypeError: It keeps moments where they are not found, or as codes that cannot be set to zero.
         """
         self._check_held("mask_moments")
+        zero_moments(self._reachable(optimizer), optimizer)
+
+    def _reachable(self, optimizer: Any) -> list[tuple[nn.Parameter, Tensor]]:
+        """Every parameter with a mask, and its mask.
+
+        Raises:
+            TypeError: The optimizer keeps moments of one of them where they are not found, or as codes.
+        """
         masked = self._masked()
         check_reachable((parameter for parameter, _ in masked), optimizer)
-        zero_moments(masked, optimizer)
+        return masked
 
     @torch.no_grad()
     def recover_masks(self) -> None:
@@ -86,7 +102,7 @@ class MaskedModel:
         """
         self._check_held("recover_masks")
         layers = self._with_masks({name: layer.mask_of_zeros() for name, layer in self._selected.items()})
-        self._take(Change(layers, self.all_masks.followers_of(layers), [(self._dense, self._dense.empty())]))
+        self._take(Change(layers, self.all_masks.followers_of(layers), [(self._dense, self._dense.changed())]))
         # Biases and norm layers stay as they are until apply_masks. Of weights, -0.0 becomes 0.0 as in all masks.
         zero_weights([(layer.parameter, layer.mask) for layer in layers.values()])
 
@@ -110,7 +126,7 @@ class MaskedModel:
         """
         if change.from_dense:
             self._dense.take_up()
-            newly = newly if self._dense.refresh() else None
+            newly = newly if self._dense.refresh(by_value=newly is None) else None
         self._change = change  # from here on it will be carried out, in the next call if this one is interrupted
         self._carry_out(change, newly)
         self._change = None
@@ -170,14 +186,17 @@ class MaskedModel:
         """Check that there is a model. finish: whether to finish first what an interrupted call has begun."""
         if self.model is None:
             raise RuntimeError(f"{operation}: this Sparsifier has released its model; make a new one")
-        if self._dense.is_in_place:
-            raise RuntimeError(
-                f"{operation}: the model has its dense weights inside `with sparsifier.dense_weights():`; call it "
-                "after this block"
-            )
+        self._check_sparse(operation)
         reshard(self.model)
         if finish:
             self._finish()
+
+    def _check_sparse(self, operation: str) -> None:
+        if self._dense.is_in_place:
+            raise RuntimeError(
+                f"{operation}: the model has its dense weights inside `with sparsifier.dense_weights():`; call it "
+                "outside of this block"
+            )
 
     def _check_found(self) -> None:
         found, self._found = self._found, {}

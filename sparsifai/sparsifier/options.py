@@ -146,8 +146,7 @@ def check_straight_through(
     if not straight_through:
         if named := [name for name, value in given.items() if value is not None]:
             raise ValueError(
-                f"{named[0]}={given[named[0]]!r} needs straight_through=True, which keeps the dense weights that it is "
-                "about"
+                f"{named[0]}={given[named[0]]!r} needs straight_through=True: it says how dense weights are trained"
             )
         return None, None
     if regrow is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -42,15 +42,13 @@ class SavedState:
         of_regrowth: The attributes of the regrowth; empty without regrow=.
         random: State of the random generator, on the CPU.
         of_dense: The attributes of the dense weights; empty without straight_through.
-        is_settled: Whether the masks of straight-through training are settled.
     """
 
     layers: dict[str, Layer]
     quantities: dict[str, Any]
     of_regrowth: dict[str, Any]
     random: Tensor
-    of_dense: dict[str, Any] = field(default_factory=dict)
-    is_settled: bool = False
+    of_dense: dict[str, Any]
 
 
 def read_state(
@@ -58,7 +56,7 @@ def read_state(
     layers: Layers,
     collected: CollectedQuantities,
     regrowth: Regrowth | None,
-    dense: DenseWeights | None = None,
+    dense: DenseWeights,
 ) -> SavedState:
     """Read a state for a Sparsifier, and change nothing.
 
@@ -67,7 +65,7 @@ def read_state(
         layers: The selected layers of the Sparsifier.
         collected: Its criterion and quantities.
         regrowth: Its regrowth, or None.
-        dense: Its dense weights, or None without straight_through.
+        dense: Its dense weights, which are none without straight_through.
 
     Raises:
         ValueError: The state is not that of a Sparsifier with these layers, quantities and regrowth.
@@ -78,8 +76,9 @@ def read_state(
             "load_state_dict: the state lacks the masks, levels, statistics or rng of a Sparsifier; give what "
             "state_dict() returned"
         )
-    for part, option, held in (("regrowth", "regrow=", regrowth), ("straight_through", "straight_through=True", dense)):
-        if (part in state) != (held is not None):
+    options = {"regrowth": ("regrow=", regrowth), "straight_through": ("straight_through=True", dense.decay)}
+    for part, (option, value) in options.items():
+        if (part in state) != (value is not None):
             raise ValueError(
                 f"load_state_dict: only one of the state and this Sparsifier has {option}; use the same "
                 f"{option.partition('=')[0]}= as when the state was saved"
@@ -98,8 +97,8 @@ def read_state(
         used = _table("used masks", state["regrowth"]["used"])
         _check_layers("used mask", {**masks, **used}, {name: _form_of_mask(layer) for name, layer in layers.items()})
         of_regrowth["used"] = {name: _mask(f"used mask of {name}", mask, layers[name]) for name, mask in used.items()}
-    of_dense, is_settled = ({}, False) if dense is None else _dense_weights(state["straight_through"], read, dense)
-    return SavedState(read, quantities, of_regrowth, _random(state["rng"]), of_dense, is_settled)
+    of_dense = {} if dense.decay is None else _dense_weights(state["straight_through"], read, dense)
+    return SavedState(read, quantities, of_regrowth, _random(state["rng"]), of_dense)
 
 
 def _quantities(what: str, saved: Any, layers: Layers, collected: CollectedQuantities) -> dict[str, Any]:
@@ -133,8 +132,10 @@ def _quantities(what: str, saved: Any, layers: Layers, collected: CollectedQuant
     return {"stored": stored, "counts": counts, "begins": set(begins), "unreached": unreached}
 
 
-def _dense_weights(saved: Any, layers: Layers, dense: DenseWeights) -> tuple[dict[str, Any], bool]:
-    """The attributes of the dense weights, as they were saved, and whether the masks are settled.
+@torch.inference_mode(False)
+@torch.no_grad()
+def _dense_weights(saved: Any, layers: Layers, dense: DenseWeights) -> dict[str, Any]:
+    """The attributes of the dense weights, as they were saved.
 
     Args:
         saved: The part of the state.
@@ -166,7 +167,7 @@ def _dense_weights(saved: Any, layers: Layers, dense: DenseWeights) -> tuple[dic
         read[name] = torch.empty_like(here).copy_(value.detach())
     _check_layers("trained mask", trained, {name: _form_of_mask(layers[name]) for name in trained if name in layers})
     masks = {name: _mask(f"trained mask of {name}", mask, layers[name]) for name, mask in trained.items()}
-    return dense.with_values(read, masks), saved["settled"]
+    return dense.changed(read, masks, saved["settled"])
 
 
 def _values(

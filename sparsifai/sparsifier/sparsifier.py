@@ -6,7 +6,6 @@ The core of the library is `Sparsifier.sparsify`. It calls `build_masks`, which 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -32,7 +31,6 @@ from .given_masks import check_masks
 from .layer import Layers, level_of, selected, unfrozen
 from .layer_selection import Asked, cannot_be_pruned, find_layers, scopes
 from .mask_building import REVIVED_OUTPUTS, NewMasks, Ranking, build_masks
-from .masked_model import MaskedModel
 from .masking import NEXT_TO_ZERO, masked_parameters, moments_to_zero, newly_changed, newly_masked
 from .notices import notices_of_frozen, notices_of_host, notices_of_outputs, notices_of_unnamed, notices_of_unprunable
 from .options import Options, Sparsity, check_sparsity
@@ -40,10 +38,11 @@ from .regrowth import Regrowth, check_drop
 from .report import Report
 from .saved_state import read_state
 from .steps import check_repeatable, sparsity_at
+from .straight_through import StraightThroughModel
 
 
 # Large, because it is the face of the core: a third of it are docstrings for its users.
-class Sparsifier(CopiedWithModel, MaskedModel):
+class Sparsifier(CopiedWithModel, StraightThroughModel):
     """Makes any torch model sparse. The options say which weights are pruned and how they are chosen.
 
     A layer that is frozen joins the selected layers when it is trained.
@@ -132,7 +131,7 @@ class Sparsifier(CopiedWithModel, MaskedModel):
             fewest=0 if options.may_empty else options.round_to or 1,
             coupled=options.coupled, example_input=example_input,
         )  # fmt: skip
-        super().__init__(inner, found, followers)
+        super().__init__(inner, found, followers, options.decay)
         # The layers are found. Patterns, which can be modules and lambdas, would hold on to the model and not pickle.
         self.ranking = Ranking(replace(options, layers=None, exclude=None), coupling, process_group_of(model))
         weights = {name: layer.weight for name, layer in self._selected.items()}
@@ -140,7 +139,6 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         if options.straight_through:
             for layer in self._selected.values():
                 check_can_be_kept(layer.name, layer.parameter)
-        self._is_settled = False
         source = Source(inner, weights, rng, first_example(example_input), dense=self._dense)
         self.collected = CollectedQuantities(options.criteria, source)
         self._regrowth = None if options.regrow is None else Regrowth(options.regrow, source)
@@ -188,6 +186,7 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         check_drop(drop, self._regrowth is not None)
         if check_count("steps", steps) > 1 and drop:
             raise ValueError("sparsify: steps= and drop= do not go together; drop after the steps")
+        self._dense.refresh(by_value=True)
         if steps > 1:
             warn_each(self._sparsify_in_steps(wanted, steps))
             return
@@ -218,6 +217,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         earlier = {id(layer.parameter): layer.mask for layer in self._selected.values()}
         now = masked_parameters(self.model, {**new.masks, **(change.followers or {})})
         if change.from_dense:
+            if optimizer is not None:
+                moments_to_zero(now, optimizer)  # raises now what `settle` would raise much later
             known = [(parameter, mask, earlier[id(parameter)]) for parameter, mask in now if id(parameter) in earlier]
             self._take(change, {id(each): newly_changed(each, before, mask) for each, mask, before in known})
             return
@@ -311,20 +312,25 @@ class Sparsifier(CopiedWithModel, MaskedModel):
                 return new
             fewer = [(min(sparsity, lowest), names) for sparsity, names in asked]
             wider = new if fewer == asked else build_masks(layers, fewer, self.ranking, self.collected)
-        return replace(new, trained={name: wider.masks[name] | mask for name, mask in new.masks.items()})
+        names = self._names_of(asked)
+        trained = {name: wider.masks[name] | mask for name, mask in new.masks.items() if name in names}
+        return replace(new, trained={**self._dense.trained, **trained})
 
     def _ranked(self, asked: Asked) -> Layers:
         """The selected layers as they are ranked. With straight_through, pruned weights can be kept again."""
         if not self.is_straight_through:
             return self._selected
-        coupling = self.ranking.coupling
-        asked = asked if coupling is None else coupling.together(asked)
-        names = {name for _, several in asked for name in several}
-        widest = self.all_masks.widest
+        names, widest = self._names_of(asked), self.all_masks.widest
         return {
             name: layer.with_mask(widest(layer), layer.level) if name in names else layer
             for name, layer in self._selected.items()
         }
+
+    def _names_of(self, asked: Asked) -> set[str]:
+        """The layers that are ranked for what is asked for, with those that they are coupled with."""
+        coupling = self.ranking.coupling
+        asked = asked if coupling is None else coupling.together(asked)
+        return {name for _, several in asked for name in several}
 
     def wait_for_frozen(self) -> None:
         """From now on, leave out of an update the frozen layers that lack the gradients that it needs."""
@@ -381,11 +387,6 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         if self.is_straight_through:
             attributes.append((self._dense, {"trained": new.trained}))
         return self._written(Change(layers, followers, attributes, new.random, zeroes=True, is_update=True))
-
-    def _written(self, change: Change) -> Change:
-        """A change of masks, which takes the weights that are kept next from the dense ones, if there are any."""
-        kept = bool(self._dense.values) or any(layer.level for layer in change.layers.values())
-        return replace(change, from_dense=self.is_straight_through and kept)
 
     def _noted(self, masks: Mapping[str, Tensor]) -> list[tuple[Any, dict[str, Any]]]:
         """The attributes that count what these masks keep as used, for a Change."""
@@ -471,7 +472,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping.
 
-        A criterion that needs gradients collects them first, if a selected layer has one.
+        With a GradScaler, call `scaler.unscale_(optimizer)` before. A criterion that needs gradients collects them
+        first, if a selected layer has one. So call it once a step, also if several backward passes add up.
 
         With straight_through the gradients of pruned weights stay, because they move the dense weights: decay times the
         dense weight is added to them, and gradient_sparsity sets the lowest ones to zero.
@@ -485,86 +487,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         if self.collected.at("backward") and any(parameter.grad is not None for parameter in parameters):
             self.select_unfrozen()
             seen = self._with_gradients()
-        if self.is_straight_through:
-            self.pull_gradients()
-        else:
-            super().mask_gradients()
+        super().mask_gradients()
         self._take(seen)  # last, because a call that fails is made again, and no batch may count twice
-
-    # --- Straight-through training ------------------------------------------------------------------------------
-
-    @property
-    def is_straight_through(self) -> bool:
-        """Whether masks are ranked from dense weights, so that they can change their mind. Not after `settle`."""
-        return self.ranking.options.straight_through and not self._is_settled
-
-    def dense_weights(self) -> AbstractContextManager[None]:
-        """Let the model have its dense weights in a `with` block. Put the optimizer's step into it, and nothing else.
-
-        At the end of the block the model has the sparse weights again. The gradients, which were taken at the sparse
-        weights, have moved the dense ones as if they had been taken there: a straight-through estimator (Bengio et al.,
-        2013, arXiv:1308.3432). Without straight_through, and after `settle`, the block changes nothing.
-
-        Returns:
-            A context manager, for `with`.
-
-        Example:
-            >>> model = nn.Linear(4, 2)
-            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            >>> sparsifier = Sparsifier(model, straight_through=True)
-            >>> for sparsity in (0.25, 0.5):
-            ...     model(torch.ones(3, 4)).sum().backward()
-            ...     sparsifier.mask_gradients()
-            ...     with sparsifier.dense_weights():
-            ...         optimizer.step()
-            ...     sparsifier.sparsify(sparsity)
-            ...     optimizer.zero_grad()
-            >>> sparsifier.settle(optimizer)
-            >>> sparsifier.sparsity
-            0.5
-        """
-        self._check_held("dense_weights")
-        return self._dense.stepped()
-
-    def pull_gradients(self) -> None:
-        """Do what `mask_gradients` does with straight_through, but collect no gradients.
-
-        Raises:
-            ValueError: A gradient is a sparse tensor, and there is a decay.
-        """
-        self._check_held("pull_gradients")
-        self._dense.mask_gradients(self._selected, self.ranking.options.decay or 0.0)
-
-    def settle(self, optimizer: Any = None) -> None:
-        """Fix the masks as they are, and drop the dense weights. From here on, training is that of a sparse model.
-
-        Args:
-            optimizer: torch's or fastai's, whose moments of pruned weights are set to zero; or None.
-
-        Raises:
-            ValueError: The Sparsifier was made without straight_through.
-        """
-        self._check_held("settle")
-        if not self.ranking.options.straight_through:
-            raise ValueError("settle: this Sparsifier has no dense weights; make it with straight_through=True")
-        self.apply_masks()
-        moments = {} if optimizer is None else moments_to_zero(self._masked(), optimizer, squares=NEXT_TO_ZERO)
-        settled: list[tuple[Any, dict[str, Any]]] = [(self, {"_is_settled": True}), (self._dense, self._dense.empty())]
-        self._take(Change(attributes=settled, moments=moments, zeroes=True))
-
-    def mask_moments(self, optimizer: Any) -> None:
-        """Set the optimizer's moments of pruned weights to zero, so that these are not moved. Call it after sparsify.
-
-        With straight_through nothing is set until `settle`, because the moments move the dense weights.
-
-        Args:
-            optimizer: torch's or fastai's, or a wrapper that holds one.
-
-        Raises:
-            TypeError: It keeps moments where they are not found, or as codes that cannot be set to zero.
-        """
-        if not self.is_straight_through:
-            super().mask_moments(optimizer)
 
     # --- What is measured ---------------------------------------------------------------------------------------
 
@@ -603,7 +527,8 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         """Collect all that another Sparsifier of the same model and options needs to continue.
 
         Returns:
-            Masks, levels and collected quantities by parameter name, and the random state; for torch.save.
+            Masks, levels, collected quantities and dense weights by parameter name, and the random state; for
+            torch.save.
         """
         self._check_held("state_dict")
         return {
@@ -612,7 +537,7 @@ class Sparsifier(CopiedWithModel, MaskedModel):
             "statistics": self.collected.state(),
             **({} if self._regrowth is None else {"regrowth": self._regrowth.state()}),
             "rng": self.collected.source.rng.get_state(),
-            **({"straight_through": {**self._dense.state(), "settled": self._is_settled}} if self._has_dense else {}),
+            **({} if self._dense.decay is None else {"straight_through": self._dense.state()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -628,21 +553,17 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         joining = self._joining()
         layers = selected({**self.layers, **joining.layers})
         collected, regrowth = self._all_with(joining)
-        loaded = read_state(state, layers, collected, regrowth, self._dense if self._has_dense else None)
+        loaded = read_state(state, layers, collected, regrowth, self._dense)
         weights = {name: layer.weight for name, layer in layers.items()}
         attributes: list[tuple[Any, dict[str, Any]]] = [
             (self.collected.source, {"layers": weights}), (self.collected, loaded.quantities)
         ]  # fmt: skip
         if self._regrowth is not None:
             attributes.append((self._regrowth, loaded.of_regrowth))
-        if self._has_dense:
-            attributes += [(self._dense, loaded.of_dense), (self, {"_is_settled": loaded.is_settled})]
+        if loaded.of_dense:
+            attributes.append((self._dense, loaded.of_dense))
         followers = self.all_masks.followers_of(loaded.layers)
         self._take(Change(loaded.layers, followers, attributes, loaded.random, zeroes=True))
-
-    @property
-    def _has_dense(self) -> bool:
-        return self.ranking.options.straight_through
 
     def release(self) -> nn.Module:
         """Drop all references to the model. Its zeros stay until it is trained further.
@@ -656,6 +577,7 @@ class Sparsifier(CopiedWithModel, MaskedModel):
         return model
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_sparse("copy")
         self._finish()
         # A process group cannot be copied or pickled, so a copy works alone.
         return {**vars(self), "ranking": replace(self.ranking, process_group=None), "_calibration": None}

@@ -66,7 +66,8 @@ def lottery_ticket(
         calibration: Batches for criteria that need data. Default the first batch of the training data.
         seed: Seed of the controls and of random criteria. Default 0.
         path: A file that is written after each round. If it exists, the run resumes from it. Default none.
-        **options: Other arguments of Sparsifier, such as layers, exclude and pool. `regrow` is an error.
+        **options: Other arguments of Sparsifier, such as layers, exclude and pool. `regrow` and `straight_through` are
+            errors.
 
     Returns:
         The dense net and the tickets of all rounds. Their metrics are those of `learn.validate()` after each fit.
@@ -80,8 +81,11 @@ def lottery_ticket(
     Example:
         tickets = lottery_ticket(learn, 0.9, rounds=5, fit=lambda learn: learn.fit_one_cycle(5), rewind_to=0.5)
     """
-    if "regrow" in options:
-        raise TypeError("lottery_ticket: tickets keep their masks, so regrow= is not possible; use SparsifyCallback")
+    for changing in ("regrow", "straight_through"):
+        if options.get(changing):
+            raise TypeError(
+                f"lottery_ticket: tickets keep their masks, so {changing}= is not possible; use SparsifyCallback"
+            )
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     asked = {"granularity": granularity, "context": context, "criteria": criteria, "seed": check_seed(seed), **options}

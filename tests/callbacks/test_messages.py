@@ -260,7 +260,7 @@ SPARSIFY = [
     ),
     (
         "decay without straight_through", sparsify(decay=0.1), ValueError,
-        ["decay=0.1 needs straight_through=True, which keeps the dense weights that it is about"],
+        ["decay=0.1 needs straight_through=True: it says how dense weights are trained"],
     ),
     (
         "gradient_sparsity without straight_through", sparsify(gradient_sparsity=0.5), ValueError,

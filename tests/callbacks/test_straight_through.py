@@ -99,6 +99,17 @@ def test_zeros_of_others_never_come_back():
     assert_sound(learn, callback, level=0.7)
 
 
+@pytest.mark.parametrize("again", ["same", "new"])
+def test_a_later_fit_tells_of_masks_that_cannot_change_their_mind(again, capsys):
+    learn, callback = small_learner(), SparsifyCallback(0.5, straight_through=True)
+    learn.fit(1, cbs=callback)
+    masks = {name: mask.clone() for name, mask in callback.sparsifier.masks.items()}
+    later = callback if again == "same" else SparsifyCallback(0.5, straight_through=True)
+    learn.fit(1, cbs=later)
+    assert ("settled in an earlier fit" if again == "same" else "zero before this fit") in capsys.readouterr().out
+    assert all(torch.equal(later.sparsifier.masks[name], mask) for name, mask in masks.items())
+
+
 def test_trackers_ignore_epochs_before_the_masks_are_settled(tmp_path):
     learn = small_learner(steps=4, path=tmp_path)
     saved = []
@@ -151,6 +162,16 @@ def test_a_fit_resumes_exactly_from_what_the_callback_and_the_learner_save(optio
         if learn.epoch == 1:
             learn.save("half")
             torch.save(callback.state_dict(), tmp_path / "callback")
+        note(callback)(learn)
+
+    dense = []
+
+    def note(callback):
+        def look(learn):
+            if learn.epoch == 2 and "straight_through" in options:
+                dense.append(dense_of(callback))
+
+        return look
 
     learn, callback = begin()
     learn.fit(4, 0.02, cbs=[callback, look_after("after_epoch", save)])
@@ -158,10 +179,21 @@ def test_a_fit_resumes_exactly_from_what_the_callback_and_the_learner_save(optio
     other.create_opt()
     other.load("half")
     resumed.load_state_dict(torch.load(tmp_path / "callback", weights_only=True))
-    other.fit(4, 0.02, start_epoch=2, cbs=resumed)
+    other.fit(4, 0.02, start_epoch=2, cbs=[resumed, look_after("after_epoch", note(resumed))])
+    assert all(torch.equal(value, dense[1][name]) for first in dense[:1] for name, value in first.items())
     for name, value in learn.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name]), name
     assert all(torch.equal(mask, resumed.sparsifier.masks[name]) for name, mask in callback.sparsifier.masks.items())
+
+
+def test_masks_settle_with_an_update_though_none_is_due():
+    learn = small_learner(steps=10)
+    callback = SparsifyCallback(0.6, schedule="lin", straight_through=True, every=7, settle=0.75)
+    levels = []
+    look = look_after("after_batch", lambda learn: levels.append(callback.sparsifier.level) if learn.training else None)
+    learn.fit(1, 0.05, cbs=[callback, look])
+    assert levels == pytest.approx([0] * 6 + [0.42] + [0.48] * 2 + [0.6])
+    assert_sound(learn, callback, level=0.6)
 
 
 def test_n_of_m_by_sr_ste_ends_with_n_of_every_m():
@@ -213,3 +245,55 @@ def test_the_step_of_the_optimizer_is_its_own_after_a_fit_that_fails_at_once():
     learn.remove_cb(callback)
     assert "step" not in vars(learn.opt)
     assert share(0, learn.model) == 0
+
+
+def test_a_state_is_loaded_once():
+    first, callback, states = small_learner(steps=2), SparsifyCallback(0.6, schedule="lin", straight_through=True), []
+    first.fit(2, 0.1, cbs=[callback, look_after("after_epoch", lambda learn: states.append(callback.state_dict()))])
+    resumed = SparsifyCallback(0.6, schedule="lin", straight_through=True)
+    resumed.load_state_dict(states[0])
+    small_learner(steps=2).fit(2, 0.1, start_epoch=1, cbs=resumed)
+    again = small_learner(steps=2)  # another model, with which the callback begins anew
+    again.fit(2, 0.1, cbs=resumed)
+    assert all(map(torch.equal, first.model.parameters(), again.model.parameters()))
+
+
+@pytest.mark.parametrize("start_epoch", [0, 1])
+def test_masks_that_are_settled_from_the_start_change_in_no_step(start_epoch):
+    learn, seen = small_learner(steps=4), []
+    callback = SparsifyCallback(0.6, schedule="one_shot", straight_through=True, settle=0.5 * start_epoch)
+    look = look_after("before_backward", lambda learn: seen.append(callback.sparsifier.is_straight_through))
+    learn.fit(2, 0.05, start_epoch=start_epoch, cbs=[callback, look])
+    assert seen
+    assert not any(seen)
+    assert_sound(learn, callback, level=0.6)
+
+
+def test_weights_that_a_callback_clamps_through_data_stay_clamped():
+    learn, seen = small_learner(steps=6, opt_func=fastai.Adam), []
+    callback = SparsifyCallback(0.6, schedule="lin", straight_through=True)
+
+    def clamp(learn):
+        for parameter in learn.model.parameters():
+            parameter.data.clamp_(-0.05, 0.05)
+
+    def look(learn):
+        weights = [parameter.detach() for parameter in learn.model.parameters() if parameter.dim() > 1]
+        seen.append(max(float(weight.abs().max()) for weight in weights))
+
+    learn.fit(2, 1e-3, cbs=[callback, look_after("after_batch", clamp), look_after("after_step", look)])
+    assert max(seen[1:]) < 0.06
+    assert_sound(learn, callback, level=0.6)
+
+
+def test_an_optimizer_that_steps_copies_is_refused():
+    learn = small_learner(steps=4)
+
+    def copied(learn):
+        learn.opt = fastai.SGD([nn.Parameter(each.detach().clone()) for each in learn.model.parameters()], 0.1)
+
+    before = counted(learn.model)
+    callback = SparsifyCallback(0.8, schedule="one_shot", straight_through=True)
+    with pytest.raises(ValueError, match="straight_through: the optimizer steps copies of the weights"):
+        learn.fit(1, 0.1, cbs=[callback, look_after("before_fit", copied, 10)])
+    assert counted(learn.model) == before

@@ -252,6 +252,7 @@ TRAINABLE = {name: make for name, make in PRUNED.items() if name != "inference"}
 @pytest.mark.parametrize("options", [{}, {"decay": 0, "gradient_sparsity": 0.2}], ids=str)
 @pytest.mark.filterwarnings("ignore:the sparsity that was asked", "ignore:[0-9]+ scores of .* are equal")
 @pytest.mark.filterwarnings("ignore:(?s).*Casting complex")
+@pytest.mark.filterwarnings("ignore:straight_through. mask_gradients was not called")
 def test_a_step_moves_the_dense_weights_as_those_of_a_plain_copy(make, options):
     model, twin, other = (seeded(make) for _ in range(3))
     sparsifier = Sparsifier(model, context="local", straight_through=True, **options)

@@ -15,6 +15,8 @@ from updates import batches, moved, same_state, show_gradients
 from sparsifai import Sparsifier, contexts
 from sparsifai.sparsifier import masking
 
+pytestmark = pytest.mark.filterwarnings("ignore:straight_through. no gradient reaches whole outputs")
+
 
 def prepared(*axes, first=None, gradients=False, **options):
     """A function that makes a Sparsifier, and an optimizer that has made a step."""

@@ -80,7 +80,7 @@ def damaged(state, chance, other):
         for each in path:
             inner = inner[each]
         value = inner[key]
-        with suppress(RuntimeError, TypeError):  # what was damaged already cannot always be changed again
+        with suppress(IndexError, RuntimeError, TypeError):  # what was damaged already cannot always be changed again
             DAMAGES[chance.choice([*DAMAGES])](inner, key, value, chance, (other, places))
     return state
 

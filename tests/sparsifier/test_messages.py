@@ -89,7 +89,7 @@ OPTIONS = [
     ("straight_through with regrow", lambda: Sparsifier(mlp(), straight_through=True, regrow="grad"), ValueError,
      "straight_through=True and regrow= are two ways to let masks change; pass one of them"),
     *((f"{name} without straight_through", lambda name=name: Sparsifier(mlp(), **{name: 0.1}), ValueError,
-       f"{name}=0.1 needs straight_through=True, which keeps the dense weights that it is about")
+       f"{name}=0.1 needs straight_through=True: it says how dense weights are trained")
       for name in ("decay", "gradient_sparsity")),
     *((f"decay {wrong}", lambda wrong=wrong: Sparsifier(mlp(), straight_through=True, decay=wrong), ValueError,
        f"decay must be a number of at least 0, not {wrong!r}") for wrong in (-1, NAN, True, "much")),
@@ -255,7 +255,7 @@ def stepped_outside(call, *given):
 
 CALLS = [["apply_masks"], ["mask_gradients"], ["mask_moments", None], ["report"], ["state_dict"], ["recover_masks"],
          ["set_masks", {}], ["sparsify", 0.5], ["update_masks", 0.5], ["check", 0.5], ["calibrate", []],
-         ["collect_gradients"], ["load_state_dict", {}], ["dense_weights"], ["pull_gradients"], ["settle"],
+         ["collect_gradients"], ["load_state_dict", {}], ["dense_weights"], ["settle"],
          ["release"]]  # fmt: skip
 OUTSIDE = [["apply_masks"], ["mask_gradients"], ["state_dict"], ["set_masks", {}], ["sparsify", 0.5],
            ["update_masks", 0.5], ["check", 0.5], ["settle"]]  # fmt: skip
@@ -295,7 +295,8 @@ MASKS = [
     *((f"{call} after release", lambda call=call, given=given: released(call, *given), RuntimeError,
        f"{call}: this Sparsifier has released its model; make a new one") for call, *given in CALLS),
     *((f"{call} with dense weights", lambda call=call, given=given: in_the_block(call, *given), RuntimeError,
-       f"{call}: the model has its dense weights inside `with sparsifier.dense_weights():`; call it after this block")
+       f"{call}: the model has its dense weights inside `with sparsifier.dense_weights():`; call it outside "
+       "of this block")
       for call, *given in CALLS if call != "mask_moments"),
     *((f"{call} after a step outside of the block", lambda call=call, given=given: stepped_outside(call, *given),
        UserWarning, "straight_through: pruned weights were changed outside of the step of the optimizer, and are set "

@@ -559,11 +559,59 @@ def test_masks_do_not_depend_on_what_was_pruned_before(context):
 
 def test_a_call_inside_the_block_is_refused():
     _, sparsifier, _ = trained()
-    with sparsifier.dense_weights(), pytest.raises(RuntimeError, match="after this block"):
+    with sparsifier.dense_weights(), pytest.raises(RuntimeError, match="outside of this block"):
         sparsifier.sparsify(0.7)
     with sparsifier.dense_weights():
         assert repr(sparsifier).endswith("2 layers, with dense weights)")
     sparsifier.sparsify(0.7)
+
+
+@pytest.mark.parametrize("way", ["closure", "backward"])
+def test_a_backward_pass_inside_the_block_is_refused_and_changes_nothing(way):
+    model, sparsifier, optimizer = trained()
+    before, dense = weights_of(model), sparsifier.state_dict()["straight_through"]["values"]
+    inputs, targets = batch(0)
+
+    def closure():
+        loss = F.cross_entropy(model(inputs), targets)
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"0\.weight|2\.weight"), sparsifier.dense_weights():  # noqa: PT012
+        optimizer.step(closure) if way == "closure" else closure()
+    assert same(before, weights_of(model))
+    assert same(dense, sparsifier.state_dict()["straight_through"]["values"])
+    closure()  # outside of the block it is allowed again
+
+
+@pytest.mark.parametrize("options", [{}, {"decay": 0, "gradient_sparsity": 0.2}, {"decay": 0}], ids=str)
+def test_a_step_that_no_gradients_were_prepared_for_is_told_once(options):
+    model, sparsifier, optimizer = trained(**options)
+    inputs, targets = batch(0)
+    F.cross_entropy(model(inputs), targets).backward()
+    told = pytest.warns(match="mask_gradients was not called") if options != {"decay": 0} else nullcontext()
+    with told, sparsifier.dense_weights():
+        optimizer.step()
+    step(model, sparsifier, optimizer, 1)
+
+
+def test_the_dense_weights_of_recovered_masks_are_moved_by_the_first_step():
+    model, _, _ = trained()
+    sparsifier, optimizer = Sparsifier(model, straight_through=True), torch.optim.SGD(model.parameters(), 0.1)
+    sparsifier.recover_masks()
+    assert sparsifier.sparsity > 0.5
+    optimizer.zero_grad()
+    step(model, sparsifier, optimizer, 0)
+    values = sparsifier.state_dict()["straight_through"]["values"]
+    assert all((values[name][~mask] != 0).float().mean() > 0.8 for name, mask in sparsifier.masks.items())
+    assert all(torch.equal(weight_of(model, name) == 0, ~mask) for name, mask in sparsifier.masks.items())
+
+
+def test_settling_before_anything_is_pruned_is_told():
+    sparsifier = Sparsifier(net(), straight_through=True)
+    with pytest.warns(match="no weight is pruned yet"):
+        sparsifier.settle()
+    sparsifier.settle()
 
 
 def test_sparse_gradients_are_refused_if_they_are_to_be_pulled():
@@ -626,3 +674,120 @@ def test_sparse_weights_that_could_not_be_written_after_a_step_are_written_by_th
     assert same(undisturbed.masks, sparsifier.masks)
     sparsifier.apply_masks()
     assert same(weights_of(other), weights_of(model))
+
+
+@pytest.mark.parametrize("way", ["sparsify", "apply_masks", "set_masks", "state_dict"])
+def test_what_is_written_through_data_is_not_lost(way):
+    """torch does not count such a write, with which the optimizers of fastai and older ones step."""
+    model, sparsifier, _ = trained()
+    layer, mask = model[0], sparsifier.masks["0.weight"]
+    before = layer.weight.detach().clone()
+    layer.weight.data.mul_(2)
+    arguments = {"sparsify": (0.6,), "set_masks": ({"0.weight": mask},)}.get(way, ())
+    getattr(sparsifier, way)(*arguments)
+    with sparsifier.dense_weights():
+        pass
+    kept = mask & sparsifier.masks["0.weight"]
+    assert torch.equal(layer.weight.detach()[kept], 2 * before[kept])
+
+
+def test_a_step_through_data_outside_of_the_block_is_told():
+    model, sparsifier, _ = trained()
+    model[0].weight.data.add_(0.1)
+    with pytest.warns(UserWarning, match="outside of the step of the optimizer"):
+        sparsifier.sparsify(0.6)
+
+
+@pytest.mark.parametrize("way", ["recovered", "recovered and saved"])
+def test_a_step_after_masks_were_recovered_leaves_a_sparse_model(way):
+    model = net()
+    Sparsifier(model, context="local").sparsify(0.5)
+    sparsifier = Sparsifier(model, context="local", straight_through=True)
+    sparsifier.recover_masks()
+    if way == "recovered and saved":
+        state = sparsifier.state_dict()
+        sparsifier = Sparsifier(model, context="local", straight_through=True)
+        sparsifier.load_state_dict(state)
+    step(model, sparsifier, torch.optim.SGD(model.parameters(), 0.1), 0)
+    assert sparsifier.sparsity == 0.5
+    dense = sparsifier.state_dict()["straight_through"]["values"]
+    assert all((weight != 0).float().mean() > 0.9 for weight in dense.values())
+
+
+def test_what_gets_gradients_stays_in_layers_that_are_not_asked_for():
+    sparsifier = Sparsifier(net(), context="local", straight_through=True, gradient_sparsity=0.25)
+    sparsifier.sparsify({"0": 0.75})
+    sparsifier.sparsify({"2": 0.75})
+    trained_masks = sparsifier.state_dict()["straight_through"]["trained"]
+    assert {name: float((~mask).float().mean()) for name, mask in trained_masks.items()} == {
+        "0.weight": 0.25, "2.weight": 0.25,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["sparsify", "apply_masks", "state_dict", "load_state_dict"])
+def test_what_is_called_in_inference_mode_can_be_trained_on(way):
+    model, sparsifier, optimizer = trained() if way != "sparsify" else (net(), None, None)
+    if way == "sparsify":
+        sparsifier = Sparsifier(model, straight_through=True)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.load_state_dict(model.state_dict())  # so that there is something to take over
+    state = sparsifier.state_dict()
+    with torch.inference_mode():
+        getattr(sparsifier, way)(*{"sparsify": (0.5,), "load_state_dict": (state,)}.get(way, ()))
+    model.load_state_dict(model.state_dict())
+    step(model, sparsifier, optimizer, 0)
+    sparsifier.sparsify(0.7)
+    step(model, sparsifier, optimizer, 1)
+    assert sparsifier.sparsity == pytest.approx(0.7, abs=0.01)
+
+
+@pytest.mark.parametrize("way", ["sparsify", "update_masks"])
+@pytest.mark.parametrize(("before", "after"), [(torch.channels_last, torch.contiguous_format),
+                                               (torch.contiguous_format, torch.channels_last)])  # fmt: skip
+def test_dense_weights_follow_the_memory_format_of_the_model(before, after, way):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)).to(memory_format=before)
+    sparsifier = Sparsifier(model, straight_through=True)
+    sparsifier.sparsify(0.5)
+    model.to(memory_format=after)
+    with sparsifier.dense_weights():
+        assert all(each.weight.is_contiguous(memory_format=after) for each in model)
+    getattr(sparsifier, way)(0.505)
+    assert sparsifier.sparsity == pytest.approx(0.505, abs=0.01)
+
+
+def test_a_copy_inside_the_block_is_refused():
+    model, sparsifier, _ = trained()
+    with sparsifier.dense_weights():
+        with pytest.raises(RuntimeError, match="copy.*outside of this block"):
+            copy.deepcopy((model, sparsifier))
+        with pytest.raises(RuntimeError, match="copy.*outside of this block"):
+            pickle.dumps((model, sparsifier))
+
+
+class Codes(torch.optim.SGD):
+    """Keeps a moment as codes, which cannot be set to zero."""
+
+    def step(self):
+        super().step()
+        for values in self.state.values():
+            values["codes"] = values["momentum_buffer"].to(torch.uint8)
+
+
+@pytest.mark.parametrize("way", ["mask_moments", "settle"])
+def test_moments_that_cannot_be_set_to_zero_are_told_before_anything_is_settled(way):
+    model, sparsifier, _ = trained()
+    optimizer = Codes(model.parameters(), 0.1, momentum=0.9)
+    step(model, sparsifier, optimizer, 0)
+    with pytest.raises(TypeError, match="keeps `codes` of a weight as codes"):
+        getattr(sparsifier, way)(optimizer)
+    assert sparsifier.is_straight_through
+    sparsifier.settle()
+
+
+def test_moments_that_cannot_be_written_are_told_at_an_update():
+    model, sparsifier, optimizer = trained()
+    optimizer.state[model[0].weight]["exp_avg"] = torch.zeros(1, 1).expand(16, 8)
+    with pytest.raises(TypeError, match="keeps `exp_avg` of a weight as an expanded tensor"):
+        sparsifier.update_masks(0.7, optimizer)
+    assert sparsifier.sparsity == pytest.approx(0.6, abs=0.01)

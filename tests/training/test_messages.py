@@ -331,6 +331,10 @@ LOTTERY = [
         "regrow", lottery(regrow="grad"), TypeError,
         ["lottery_ticket: tickets keep their masks, so regrow= is not possible; use SparsifyCallback"],
     ),
+    (
+        "straight_through", lottery(straight_through=True), TypeError,
+        ["lottery_ticket: tickets keep their masks, so straight_through= is not possible; use SparsifyCallback"],
+    ),
     ("more than 2:4 allows", lottery(sparsity=0.9, context="2:4"), ValueError, ["0.5"]),
     (
         "rewind_to after the end", rewind_after_the_end, ValueError,

@@ -82,7 +82,7 @@ def _last_pruned(rows: np.ndarray, count: int) -> np.ndarray:
     if length <= SHORT:
         return np.sort(rows, axis=1)[:, count - 1]
     step = length // SHORT
-    step -= step % 3 == 0  # in rows of 3 x 3 kernels, every ninth key would be at the same place of all kernels
+    step += step % 3 == 0  # in rows of 3 x 3 kernels, every ninth key would be at the same place of all kernels
     sample = np.sort(rows[:, ::step], axis=1)
     middle, spread = sample.shape[1] * count / length, 1.5 * math.sqrt(sample.shape[1])
     first, end = math.floor(middle - spread), math.ceil(middle + spread)
