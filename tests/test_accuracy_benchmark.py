@@ -148,20 +148,23 @@ def test_the_page_of_the_docs_has_the_tables_of_the_stored_runs(tmp_path):
 def test_a_command_that_was_stopped_goes_on(tmp_path):
     pytest.importorskip("fastai", reason="the tasks train with fastai")
     pytest.importorskip("sklearn", reason="the task trains on scikit-learn's digits")
-    command = [sys.executable, "-m", "benchmarks.accuracy", "--task", "digits", "--quick", "--out", str(tmp_path)]
-    command += ["--settings", "dense", "agp"]
+    command = [sys.executable, "-m", "benchmarks.accuracy", "--quick", "--out", str(tmp_path)]
+    command += ["--settings", "dense", "agp", "--task"]
 
-    def run():
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    def run(*tasks, code):
+        ended = subprocess.run([*command, *tasks], cwd=ROOT, capture_output=True, text=True)
+        assert ended.returncode == code, ended.stderr
+        return ended.stdout
 
-    first = run()
+    first = run("one_shot", "digits", code=1)
+    assert "one_shot is left out: one_shot needs 1,000 pictures" in first
     file = tmp_path / "digits.jsonl"
     lines = file.read_text().splitlines()
     assert len(lines) == 5  # dense, and four cases
     assert first.count("seed 0: 0.") == 5
     assert all(json.loads(line)["zeros"] == pytest.approx(0.9, abs=1e-3) for line in lines[1:])
     file.write_text("\n".join(lines[:4]) + "\n")
-    second = run()
+    second = run("digits", code=0)
     assert second.count("seed 0: 0.") == 1
     assert file.read_text().splitlines()[:4] == lines[:4]
     # The same seed gives the same net.

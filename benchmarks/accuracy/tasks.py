@@ -98,7 +98,6 @@ class OneShot:
 
     def __init__(self, options):
         self.folder = options.imagenet
-        self.net = None
 
     @staticmethod
     def cells(seed, quick):
