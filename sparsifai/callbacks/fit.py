@@ -22,7 +22,7 @@ from .keepers import Keepers
 from .learner import show_data
 from .pruned import Pruned
 from .ramp import Ramp
-from .straight_through import StraightThrough, tell_of_fixed_masks
+from .straight_through import straight_through_of
 
 # By less than this fraction of the weights, a sparsity above the target is not worth a warning.
 EXCESS = 0.01
@@ -117,8 +117,8 @@ class Fit:
         self.pruned, revives = pruned, self.ramp.falls_after(start, self.floor)
         self.keepers = Keepers(self.learn)
         had_keepers = self.keepers.find()
-        if pruned is not None and self.settle is not None and self.advances and pruned.sparsifier.is_straight_through:
-            self.straight_through = StraightThrough(self.learn, pruned, self.keepers.own, self.settle)
+        if pruned is not None and self.settle is not None and self.advances and highest(self.ramp.sparsity):
+            self.straight_through = straight_through_of(self.learn, pruned, self.keepers.own, self.settle, start)
         if not had_keepers and highest(self.ramp.sparsity):
             self._recover_zeros(revives)
         kept = self.keepers.masks
@@ -126,7 +126,6 @@ class Fit:
             pruned.take_in(kept, self.learn)
             kept = pruned.masks
             self._warn_of_higher_sparsity(revives)
-            tell_of_fixed_masks(self.learn, pruned, begins=self.advances and start < (self.settle or 0.0))
         self.keepers.give(kept)
         if self.straight_through is not None:
             self.straight_through.begin()

@@ -40,6 +40,14 @@ class StraightThrough:
         self.keeper.masks_of_gradients = self.pruned.others
         self.keeper.enforce()
         self.optimizer.step = self
+        layers, masks = self.pruned.sparsifier.layers, self.pruned.sparsifier.masks
+        fixed = [layers[name].count(mask).zeros for name, mask in self.pruned.others.items() if name in masks]
+        if any(fixed):
+            message = (
+                f"{sum(fixed):,} weights were zero before this fit and stay so, though straight_through= lets others "
+                "come back; to resume a fit in which all can, load the state_dict of its callback"
+            )
+            notify(self.learn, f"SparsifyCallback: {message}", matters=True)
 
     def pull(self) -> None:
         """Collect the gradients, and prepare them for a step of the dense weights."""
@@ -63,16 +71,19 @@ class StraightThrough:
                 self.optimizer.step = self.own_step
 
 
-def tell_of_fixed_masks(learn: Any, pruned: Pruned, begins: bool) -> None:
-    """Tell the user which masks cannot change their mind. begins: whether the fit begins before they settle."""
-    sparsifier, message = pruned.sparsifier, ""
-    fixed = {name: mask for name, mask in pruned.others.items() if name in sparsifier.masks}
-    if not sparsifier.is_straight_through:
+def straight_through_of(learn: Any, pruned: Pruned, keeper: KeepSparsity, settle: float, start: float) -> Any:
+    """A StraightThrough; or None if the masks are settled, which the user is told of.
+
+    Args:
+        learn: As of `StraightThrough`.
+        pruned: As of `StraightThrough`.
+        keeper: As of `StraightThrough`.
+        settle: As of `StraightThrough`.
+        start: The fraction of the fit that is skipped.
+    """
+    if pruned.sparsifier.is_straight_through:
+        return StraightThrough(learn, pruned, keeper, settle)
+    if start < settle:
         message = "the masks have settled in an earlier fit, so they do not change their mind in this one"
-    elif zeros := sum(sparsifier.layers[name].count(mask).zeros for name, mask in fixed.items()):
-        message = (
-            f"{zeros:,} weights were zero before this fit and stay so, though straight_through= lets others come back; "
-            "to resume a fit in which all can, load the state_dict of its callback"
-        )
-    if begins and message:
         notify(learn, f"SparsifyCallback: {message}", matters=True)
+    return None

@@ -39,6 +39,8 @@ class StraightThroughModel(MaskedModel):
             RuntimeError: A backward pass is made in the block.
 
         Example:
+            >>> import torch
+            >>> from torch import nn
             >>> from sparsifai import Sparsifier
             >>> model = nn.Linear(4, 2)
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

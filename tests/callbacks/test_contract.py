@@ -12,7 +12,10 @@ import torch
 from torch import nn
 
 fastai = pytest.importorskip("fastai.vision.all", reason="the callbacks are fastai's")
-pytestmark = pytest.mark.fastai
+pytestmark = [
+    pytest.mark.fastai,
+    pytest.mark.filterwarnings("ignore:(?s).*straight_through. no gradient reaches whole outputs"),
+]
 
 import forked  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402

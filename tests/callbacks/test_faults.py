@@ -12,7 +12,11 @@ from faults import Fault, unzeroed  # noqa: E402
 
 from sparsifai import KeepSparsity, SparsifyCallback  # noqa: E402
 
-pytestmark = [pytest.mark.fastai, misses_sparsity]
+pytestmark = [
+    pytest.mark.fastai,
+    misses_sparsity,
+    pytest.mark.filterwarnings("ignore:(?s).*straight_through. no gradient reaches whole outputs"),
+]
 
 
 class Interrupted(SparsifyCallback):

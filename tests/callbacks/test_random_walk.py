@@ -180,5 +180,6 @@ Walk.TestCase.settings = settings(
 @pytest.mark.fastai
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:(?s).*(sparsity is held at|of the weights are pruned, more than)")
+@pytest.mark.filterwarnings("ignore:(?s).*(masks have settled in an earlier fit|were zero before this fit and stay so)")
 class TestWalk(Walk.TestCase):
     pass
