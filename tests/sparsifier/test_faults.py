@@ -15,7 +15,10 @@ from updates import batches, moved, same_state, show_gradients
 from sparsifai import Sparsifier, contexts
 from sparsifai.sparsifier import masking
 
-pytestmark = pytest.mark.filterwarnings("ignore:straight_through. no gradient reaches whole outputs")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:straight_through. no gradient reaches whole outputs",
+    "ignore:straight_through. mask_gradients was not called",
+)
 
 
 def prepared(*axes, first=None, gradients=False, **options):
@@ -194,7 +197,8 @@ def test_an_interrupt_at_any_line_changes_nothing_or_is_made_up_for(name):
 @pytest.mark.filterwarnings("ignore:.*are frozen", "ignore:criterion .* compares")
 @pytest.mark.parametrize("name", CASES)
 def test_an_error_at_every_line_changes_nothing_or_is_made_up_for(name):
-    for number in numbers_of(name, 1):
+    # Dense weights run through much of what the other cases run through, too.
+    for number in numbers_of(name, 0.3 if name.startswith("dense weights") else 1):
         check_fault(name, number, MemoryError)
 
 

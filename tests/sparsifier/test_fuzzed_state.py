@@ -13,6 +13,11 @@ from updates import moved, same_state, show_gradients
 
 from sparsifai import Sparsifier
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:straight_through. no gradient reaches whole outputs",
+    "ignore:straight_through. mask_gradients was not called",
+)
+
 
 def net(width=8):
     return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 4), nn.ReLU(), nn.Linear(4, 2))
