@@ -82,7 +82,7 @@ def draw(found, path):
 
     panels = [(name, case) for name, runs in found.items() for case in _cases_drawn(runs)]
     rows = -(-len(panels) // 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(13, 4.6 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, 2, figsize=(17, 4.2 * rows), squeeze=False)
     for axis, (name, case) in zip(axes.flat, panels, strict=False):
         _panel(axis, [run for run in found[name] if run["case"] in (case, "dense")])
         axis.set_title(f"{name}{': ' if case else ''}{case}", fontsize=10)
@@ -106,7 +106,7 @@ def _panel(axis, runs):
         points = [(place, found.get(("", setting, each))) for place, each in enumerate(sparsities)]
         points = [(place, each) for place, each in points if each is not None]
         if setting == "dense":
-            axis.axhline(100 * found["", setting, 0.0].mean, color="0.5", label=setting)
+            axis.axhline(100 * found["", setting, 0.0].mean, color="black", label=setting)
             continue
         axis.errorbar(
             [place for place, _ in points],
@@ -117,4 +117,4 @@ def _panel(axis, runs):
     axis.set_xticks(range(len(sparsities)), [f"{each:.0%}" for each in sparsities])
     axis.set(xlabel="sparsity", ylabel="accuracy in percent")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the curves, which it would cover
