@@ -67,10 +67,8 @@ class Cifar10:
     def cells(seed, quick):
         "All settings, each at its sparsities"
         epochs, count = (1, 1000) if quick else (6, 10_000)
-        for sparsity in (0.0, 0.5, 0.9) if quick else (0.0, 0.9, 0.5, 0.95, 0.98, 0.8):
-            for setting, (_, sparsities) in settings.CIFAR10.items():
-                if sparsity in sparsities:
-                    yield Cell("cifar10", "", setting, sparsity, seed, epochs, count)
+        sparsities = (0.0, 0.5, 0.9) if quick else (0.0, 0.9, 0.5, 0.95, 0.98, 0.8)
+        return _cells("cifar10", settings.CIFAR10, sparsities, seed, epochs, count)
 
     @cached_property
     def data(self):
@@ -148,10 +146,8 @@ class FineTune:
     def cells(seed, quick):
         "All settings, each at its sparsities"
         epochs, count = (1, 320) if quick else (3, 1500)
-        for sparsity in (0.0, 0.9) if quick else (0.0, 0.9, 0.8, 0.95):
-            for setting, (_, sparsities) in settings.FINE_TUNE.items():
-                if sparsity in sparsities:
-                    yield Cell("fine_tune", "", setting, sparsity, seed, epochs, count)
+        sparsities = (0.0, 0.9) if quick else (0.0, 0.9, 0.8, 0.95)
+        return _cells("fine_tune", settings.FINE_TUNE, sparsities, seed, epochs, count)
 
     @cached_property
     def data(self):
@@ -171,6 +167,14 @@ class FineTune:
         test = pictures.normalized(pictures.resized(test[:1000], 96))
         accuracy = accuracy_of(net, test, wanted[:1000], size=50, bfloat16=True)
         return measured.of(accuracy, zeros_of(net))
+
+
+def _cells(task, table, sparsities, seed, epochs, count):
+    "All settings of a table, each at those of the sparsities that it has"
+    for sparsity in sparsities:
+        for setting, (_, own) in table.items():
+            if sparsity in own:
+                yield Cell(task, "", setting, sparsity, seed, epochs, count)
 
 
 def _standardized(images):

@@ -120,6 +120,12 @@ def test_the_step_of_sr_ste_is_its_formula():
     assert torch.equal(sparsifier.masks["weight"], kept.view(2, 8))
 
 
+def show_pictures(model, number):
+    """A backward pass of the small net, with a batch that the number makes."""
+    torch.manual_seed(number)
+    F.cross_entropy(model(torch.randn(4, 2, 8, 8)), torch.arange(4) % 3).backward()
+
+
 unmoved = pytest.mark.filterwarnings("ignore:straight_through. no gradient reaches whole outputs")
 
 
@@ -142,8 +148,7 @@ def test_every_granularity_and_context_ranks_the_dense_weights(granularity, cont
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     sparsifier = Sparsifier(model, granularity, context, straight_through=True, example_input=EXAMPLE)
     for number in range(6):
-        torch.manual_seed(number)
-        F.cross_entropy(model(torch.randn(4, 2, 8, 8)), torch.arange(4) % 3).backward()
+        show_pictures(model, number)
         sparsifier.mask_gradients()
         with sparsifier.dense_weights():
             optimizer.step()
@@ -165,8 +170,7 @@ def test_every_criterion_works_and_takes_the_weights_from_the_dense_ones(criteri
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     sparsifier = Sparsifier(model, criteria=criterion, context="local", straight_through=True, example_input=EXAMPLE)
     for number in range(4):
-        torch.manual_seed(number)
-        F.cross_entropy(model(torch.randn(4, 2, 8, 8)), torch.arange(4) % 3).backward()
+        show_pictures(model, number)
         sparsifier.mask_gradients()
         with sparsifier.dense_weights():
             optimizer.step()
