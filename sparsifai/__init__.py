@@ -49,6 +49,8 @@ from .export.csr import to_sparse_layout
 from .export.shrink import Shrinkage, shrink, shrinkage
 from .export.sparse_file import SparseFile, load_sparse, save_sparse
 from .export.two_four import SemiStructured, semi_structured_layers, to_semi_structured
+from .model.joint.attention import register_attention
+from .model.joint.mlp import register_mlp
 from .model.layers import register_layer
 from .sparsifier.given_masks import from_torch_prune
 from .sparsifier.report import Report
@@ -135,7 +137,9 @@ __all__ = [
     "one_shot",
     "quantities",
     "raised",
+    "register_attention",
     "register_layer",
+    "register_mlp",
     "save_sparse",
     "schedules",
     "select_groups",

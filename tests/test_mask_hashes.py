@@ -274,7 +274,9 @@ def spread_of(grouping, scores):
 
 # --- The table ------------------------------------------------------------------------------------------------------
 
-GRANULARITIES = {name: name for name in granularities} | {"4x4": "4x4", "3x2": block(3, 2), "(h, out)": ("h", "out")}
+# Joint granularities make groups of weights of several layers, which these nets do not have.
+ALONE = [name for name, each in granularities.items() if not getattr(each, "joint", False)]
+GRANULARITIES = {name: name for name in ALONE} | {"4x4": "4x4", "3x2": block(3, 2), "(h, out)": ("h", "out")}
 CONTEXTS = {
     **{name: name for name in ("local", "global", "erk", "er", "lamp", "uniform_plus", "per_output", "2:4")},
     "blocks(3)": blocks(3),

@@ -21,6 +21,9 @@ A granularity of your own is such a function. Pass the function itself:
 
 With `@granularities.register` above its `def`, granularity='filter_pairs' means the same. `Grouping` in grouping.py is
 the result for one weight: it pools scores into groups and turns one bool per group into a mask.
+
+A joint granularity makes groups of weights of several layers, such as all weights of an attention head. It is a
+function of the model, without wrappers, that returns its `JointGroups`, and is registered with joint=True.
 """
 
 from __future__ import annotations
@@ -30,6 +33,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
+from ..model.joint.attention import find_heads
+from ..model.joint.groups import JointGroups
+from ..model.joint.mlp import find_neurons
 from ..support.registry import Registry
 
 # Axis name -> size, in the order of the weight's shape.
@@ -119,7 +127,7 @@ def _parse(value: Any) -> Granularity | None:
     return along(*value) if isinstance(value, (tuple, list)) else None
 
 
-granularities = Registry("granularity", parse=_parse)
+granularities = Registry("granularity", parse=_parse, capabilities=("joint",))
 
 
 @granularities.register
@@ -157,3 +165,18 @@ _ALONG = {
 }
 for _name, _axes in _ALONG.items():
     granularities.register(_Along(_axes, _name))
+
+
+@granularities.register(joint=True)
+def head(model: nn.Module) -> list[JointGroups]:
+    """All weights of an attention head: rows of the query, key and value projections, columns of the output projection.
+
+    With grouped queries, a key-value head and the query heads that read it are one group.
+    """
+    return find_heads(model)
+
+
+@granularities.register(joint=True)
+def neuron(model: nn.Module) -> list[JointGroups]:
+    """All weights of an inner neuron of an MLP: its rows in the up and gate projections, its column in the down one."""
+    return find_neurons(model)

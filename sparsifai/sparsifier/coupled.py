@@ -32,10 +32,11 @@ Kept = Sequence[np.ndarray]  # for each layer, a bool per group
 
 @dataclass(frozen=True, eq=False)
 class CoupledLayers:
-    """Layers whose filters yield the same channels.
+    """Layers whose filters yield the same channels, or whose groups are joint.
 
     Attributes:
-        channels: Layer name -> the number of the channel that each of its filters yields.
+        channels: Layer name -> for each of its groups, the number of the channel, or of the joint group, that it
+            belongs to; negative where it belongs to none, and is kept.
         norms: Name of a parameter of a norm layer -> its entries, and the number of the channel of each of them.
     """
 
@@ -47,15 +48,21 @@ class CoupledLayers:
         """Number of channels."""
         return 1 + max(int(channels.max()) for channels in self.channels.values())
 
+    def kept_groups(self, name: str, kept: np.ndarray) -> np.ndarray:
+        """For each group of a layer, whether it is kept. kept: bool per channel."""
+        channels = self.channels[name]
+        return (channels < 0) | kept[np.maximum(channels, 0)]
+
     def join(self, layers: Sequence[ScoredLayer]) -> ScoredLayer:
         """Join layers to one layer, whose groups are the channels."""
         size, score, alive = np.zeros(self.count), np.zeros(self.count), np.zeros(self.count)
         for layer in layers:
             channels = self.channels[layer.target.name]
-            weights = np.broadcast_to(layer.size, len(layer))
+            belongs = channels >= 0
+            channels, weights = channels[belongs], np.broadcast_to(layer.size, len(layer))[belongs]
             size += np.bincount(channels, weights, self.count)
-            score += np.bincount(channels, layer.score * weights, self.count)
-            alive += np.bincount(channels, layer.alive, self.count)
+            score += np.bincount(channels, layer.score[belongs] * weights, self.count)
+            alive += np.bincount(channels, layer.alive[belongs], self.count)
         first = layers[0]
         score /= size
         return ScoredLayer(
@@ -67,7 +74,8 @@ class CoupledLayers:
 class Coupling:
     """The layers of a model whose filters are coupled. The layers of one part are not coupled with those of another."""
 
-    def __init__(self, parts: Sequence[CoupledLayers]):
+    def __init__(self, parts: Sequence[CoupledLayers], what: str = "filter"):
+        self.what = what
         self.part_of = {name: part for part in parts for name in part.channels}
 
     def together(self, asked: Asked) -> Asked:
@@ -104,13 +112,14 @@ class Coupling:
             if missing := part.channels.keys() - given.keys():
                 here = next(name for name in part.channels if name in given)
                 raise ValueError(
-                    f"coupled=True: the filters of {printable(here)} and {printable(min(missing))} are coupled, so "
-                    "both need the same sparsity; give one fraction for both"
+                    f"{printable(here)} and {printable(min(missing))} are pruned together, because their "
+                    f"{self.what}s are {'coupled' if self.what == 'filter' else 'made of weights of both'}, so both "
+                    "need the same sparsity; give one fraction for both"
                 )
 
         def split(kept: Kept) -> Kept:
             of_part = dict(zip(parts, kept, strict=True))
-            channels_kept = {name: of_part[self.part_of[name]][self.part_of[name].channels[name]] for name in given}
+            channels_kept = {name: self.part_of[name].kept_groups(name, of_part[self.part_of[name]]) for name in given}
             # In a channel that is kept, filters that were pruned by themselves stay pruned.
             return [channels_kept[name] & (layer.alive | layer.revives) for name, layer in given.items()]
 

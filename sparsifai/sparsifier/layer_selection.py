@@ -24,10 +24,11 @@ from ..support.printable import printable
 from ..support.warning import warn
 from .coupled import Asked, Coupling, couple
 from .followers import Follower, find_followers
+from .joint import joint_granularity
 from .layer import FROZEN, Layer, Layers, selected
 
 # Which filters are coupled is found once, so layers that are frozen then are never pruned.
-FROZEN_UNCOUPLED = "frozen when coupled filters were found"
+FROZEN_UNCOUPLED = "frozen when coupled filters or joint groups were found"
 
 # Why a layer stays dense whose weight is of a type or layout in which zeros cannot be written; the reason follows.
 CANNOT_BE_PRUNED = "cannot be pruned: "
@@ -64,27 +65,45 @@ def find_layers(
     check_fused_norms(model)
     flow = cache(partial(find_flow, model, example_input))
     weights = find_weights(model)
-    groupings = {
-        name: weight.unfit or grouping_of(granularity, weight.axes, weight.convolution_groups, fewest)
-        for name, weight in weights.items()
-    }
+    joint = joint_granularity(granularity, model, weights)
+    if joint is not None and coupled:
+        raise ValueError(
+            f"coupled=True couples whole filters; granularity {joint.what!r} already joins what belongs together, so "
+            "leave coupled= out"
+        )
+    groupings = (
+        joint.groupings(fewest)
+        if joint is not None
+        else {
+            name: weight.unfit or grouping_of(granularity, weight.axes, weight.convolution_groups, fewest)
+            for name, weight in weights.items()
+        }
+    )
     fixed = {id(model.get_parameter(name)): why for name, why in unprunable(model).items()}
-    reasons = _reasons_to_stay_dense(model, weights, groupings, flow, fixed, layers, exclude, refuse)
+    # Joint groups are inside of the model, so none of their layers reads its input or yields its output.
+    at_ends = joint is None
+    reasons = _reasons_to_stay_dense(model, weights, groupings, flow, fixed, layers, exclude, refuse, at_ends)
 
     def records() -> dict[str, Layer]:
         usable = {name: each for name, each in groupings.items() if not isinstance(each, str)}
         return {name: Layer.dense(weight, usable.get(name), reasons.get(name, "")) for name, weight in weights.items()}
 
     found, coupling = records(), None
-    if coupled:
-        coupling, more = couple(model, example_input, found, may_empty=not fewest)
+    if coupled or joint is not None:
+        if joint is not None:
+            coupling, more = joint.couple(found)
+        else:
+            coupling, more = couple(model, example_input, found, may_empty=not fewest)
         reasons = {name: FROZEN_UNCOUPLED if reason == FROZEN else reason for name, reason in reasons.items()} | more
         found = records()
     prunable = {name: layer for name, layer in found.items() if layer.is_selected or layer.why_dense == FROZEN}
-    _warn_of_norms(model, prunable, flow)
-    followers = {each.name: each for each in find_followers(model, prunable, flow)}
-    if coupling is not None:  # the dependency graph sees further than the data flow
-        followers |= {each.name: each for each in coupling.followers(model)}
+    if joint is not None:
+        followers = {each.name: each for each in joint.followers(prunable)}
+    else:
+        _warn_of_norms(model, prunable, flow)
+        followers = {each.name: each for each in find_followers(model, prunable, flow)}
+        if coupling is not None:  # the dependency graph sees further than the data flow
+            followers |= {each.name: each for each in coupling.followers(model)}
     unfit = {name: why for name in followers if (why := fixed.get(id(attrgetter(name)(model))))}
     for name, why in unfit.items() if refuse else ():
         raise ValueError(
@@ -122,6 +141,7 @@ def _reasons_to_stay_dense(
     layers: Any = None,
     exclude: Any = None,
     refuse: bool = True,
+    at_ends: bool = True,
 ) -> dict[str, str]:
     """Find which weights stay dense: parameter name -> reason.
 
@@ -134,6 +154,7 @@ def _reasons_to_stay_dense(
         layers: As of `find_layers`.
         exclude: As of `find_layers`.
         refuse: As of `find_layers`.
+        at_ends: Whether the layers at the ends of the model stay dense if whole outputs or inputs are pruned.
     """
     patterns = [] if layers is None else as_patterns(layers)
     exclusions = [] if exclude is None else as_patterns(exclude)
@@ -165,7 +186,7 @@ def _reasons_to_stay_dense(
             reasons[name] = why
         elif isinstance(grouping, str):
             reasons[name] = grouping
-        elif not exact:
+        elif not exact and at_ends:
             whole_outputs |= {name} if grouping.drops_outputs else set()
             whole_inputs |= {name} if grouping.drops_inputs else set()
     ends = [(whole_outputs, "last", "yields the model's output"), (whole_inputs, "first", "reads the model's input")]

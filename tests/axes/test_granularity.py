@@ -9,7 +9,8 @@ AXES = {"out": 4, "in": 3, "h": 2, "w": 5}
 
 
 def test_every_registered_granularity_is_tested():
-    assert set(granularities) == set(CONVOLUTION)
+    alone = {name for name, each in granularities.items() if not getattr(each, "joint", False)}
+    assert alone == set(CONVOLUTION)
 
 
 @pytest.mark.parametrize("name", CONVOLUTION)
@@ -40,4 +41,5 @@ def test_a_granularity_of_your_own_is_one_function(registering):
 
 @pytest.mark.parametrize("granularity", [*granularities.values(), along("out", "h"), block(4, 2)])
 def test_granularities_can_be_pickled(granularity):
-    assert pickle.loads(pickle.dumps(granularity))(AXES) == granularity(AXES)
+    again = pickle.loads(pickle.dumps(granularity))
+    assert again is granularity if getattr(granularity, "joint", False) else again(AXES) == granularity(AXES)

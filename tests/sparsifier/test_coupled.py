@@ -394,7 +394,7 @@ def test_equal_sparsities_by_key_in_steps_and_in_a_learner():
 
 def test_different_sparsities_of_coupled_layers_are_refused():
     sparsifier = coupled(Residual())
-    with pytest.raises(ValueError, match=r"stem.weight and branch.weight are coupled, so both need the same sparsity"):
+    with pytest.raises(ValueError, match=r"their filters are coupled, so both need the same sparsity"):
         sparsifier.sparsify({"stem": 0.5, "branch": 0.25})
     assert all(mask.all() for mask in sparsifier.masks.values())
 

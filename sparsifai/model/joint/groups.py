@@ -1,0 +1,170 @@
+"""What joint groups are: a record of which entries of which parameters belong to which group.
+
+The weights of an attention head are rows of the query, key and value projections and columns of the output projection.
+They are one group: it is ranked, pruned and removed as one. `JointGroups` says this for all heads of one attention, or
+for all neurons of one MLP, by parts of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from ..layers import axes_of, parameter_name
+
+# What becomes of the entries of a part. Those of a weight are scored, counted and pruned; a reader is the weight that
+# reads what the group computes: where it is zero, the group has no effect. Those of a follower, such as a bias, are
+# pruned with their group. Those of a table are only removed with it: zeros in them would mean something.
+WEIGHT, READER, FOLLOWER, TABLE = "weight", "reader", "follower", "table"
+
+# The number of entries that belong to no group.
+NO_GROUP = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The entries of one parameter that belong to joint groups.
+
+    Attributes:
+        name: Name of the parameter in the model.
+        axis: The axis of the parameter along which entries belong to groups.
+        groups: For each place along the axis, the number of the group that it belongs to, or NO_GROUP.
+        role: WEIGHT, READER, FOLLOWER or TABLE.
+    """
+
+    name: str
+    axis: int
+    groups: np.ndarray
+    role: str = WEIGHT
+
+    @property
+    def extent(self) -> int | None:
+        """How many neighbours along the axis make up a group or a piece of one; None if there is no such number."""
+        ends = np.flatnonzero(np.diff(self.groups)) + 1
+        runs = np.diff([0, *ends, len(self.groups)])
+        extent = int(np.gcd.reduce(runs))
+        return extent if NO_GROUP not in self.groups else None
+
+
+@dataclass(frozen=True)
+class Size:
+    """A number that a module keeps of its sizes: it is proportional to the number of groups.
+
+    Attributes:
+        module: Name of the module.
+        attribute: Name of the attribute, such as 'num_heads'.
+        per_group: By how much the attribute falls with each group that is removed.
+    """
+
+    module: str
+    attribute: str
+    per_group: int
+
+
+@dataclass(frozen=True, eq=False)
+class JointGroups:
+    """All joint groups of one attention or MLP.
+
+    Attributes:
+        name: Name of the module.
+        what: What a group is, such as 'head'.
+        count: Number of groups.
+        parts: The entries that belong to them.
+        sizes: The sizes that modules keep.
+        why_kept: Why groups cannot be removed, even if they are zero. Mostly empty.
+    """
+
+    name: str
+    what: str
+    count: int
+    parts: tuple[Part, ...]
+    sizes: tuple[Size, ...] = ()
+    why_kept: str = ""
+
+    def parts_in(self, *roles: str) -> list[Part]:
+        """The parts that have one of some roles."""
+        return [part for part in self.parts if part.role in roles]
+
+
+class Place:
+    """A layer, or a parameter that stands by itself, at a path from a module: the weight that is there, and its bias.
+
+    Args:
+        module: The module.
+        module_name: Its name in the model.
+        path: Path from the module to a layer, such as 'self.query', or to a parameter, such as 'in_proj_weight'.
+    """
+
+    def __init__(self, module: nn.Module, module_name: str, path: str):
+        found = attrgetter(path)(module)
+        self.path = path
+        if isinstance(found, nn.Module):
+            self.layer, self.attribute, name = found, "weight", parameter_name(module_name, path)
+        else:
+            *inside, self.attribute = path.split(".")
+            self.layer = attrgetter(".".join(inside))(module) if inside else module
+            name = ".".join(filter(None, (module_name, *inside)))
+        self.layer_name = name
+
+    @classmethod
+    def found(cls, module: nn.Module, module_name: str, path: str) -> Place | None:
+        """The place, None if there is no weight with an output and an input axis."""
+        try:
+            place = cls(module, module_name, path)
+        except AttributeError:
+            return None
+        return place if isinstance(place.weight, Tensor) and {"out", "in"} <= set(place.axes) else None
+
+    @property
+    def weight(self) -> Any:
+        """The weight."""
+        return getattr(self.layer, self.attribute, None)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the axes of the weight."""
+        return axes_of(self.layer, self.attribute) or ()
+
+    def size(self, axis: str) -> int:
+        """Number of outputs or inputs."""
+        return self.weight.shape[self.axes.index(axis)]
+
+    def _part(self, axis: str, groups: np.ndarray, role: str) -> Part:
+        return Part(parameter_name(self.layer_name, self.attribute), self.axes.index(axis), groups, role)
+
+    def inputs(self, groups: np.ndarray) -> Part:
+        """The part of the weight whose inputs belong to groups."""
+        return self._part("in", groups, READER)
+
+    def _bias(self, groups: np.ndarray) -> list[Part]:
+        """The part of the bias, if there is one with an entry for each output."""
+        for attribute in (self.attribute.replace("weight", "bias"), "bias"):
+            bias = getattr(self.layer, attribute, None)
+            if attribute != self.attribute and isinstance(bias, Tensor) and bias.shape == (self.size("out"),):
+                return [Part(parameter_name(self.layer_name, attribute), 0, groups, FOLLOWER)]
+        return []
+
+    def outputs(self, groups: np.ndarray) -> list[Part]:
+        """The parts of the weight and its bias whose outputs belong to groups."""
+        return [self._part("out", groups, WEIGHT), *self._bias(groups)]
+
+
+def sizes_in(modules: Iterable[tuple[str, nn.Module]], per_group: dict[str, int], count: int) -> tuple[Size, ...]:
+    """The sizes that some modules keep, of those that have one of the names and the value that it then has.
+
+    Args:
+        modules: Names and modules.
+        per_group: Name of an attribute -> how much of it belongs to one group.
+        count: Number of groups.
+    """
+    return tuple(
+        Size(name, attribute, share)
+        for name, module in dict(modules).items()
+        for attribute, share in per_group.items()
+        if getattr(module, attribute, None) == share * count
+    )
