@@ -6,10 +6,13 @@ layers, and a `Coupling` that joins the groups of the layers of one attention be
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from ..axes.grouping import Grouping
@@ -22,9 +25,26 @@ from .coupled import CoupledLayers, Coupling
 from .followers import Follower
 from .layer import Layers
 
+# Name of a granularity -> what to do if a model has no such groups.
+_ADVICE = {
+    "head": (
+        "its classes are not known. Declare them: register_attention(kind, query=..., key=..., value=..., output=...)"
+    ),
+    "neuron": "its classes are not known. Declare them: register_mlp(kind, up=..., down=...)",
+    "block": "blocks are modules of the same class in a ModuleList or Sequential",
+}
 
-def joint_granularity(granularity: Callable, model: nn.Module, weights: Mapping[str, NamedWeight]) -> Joint | None:
+
+def joint_granularity(
+    granularity: Callable, model: nn.Module, weights: Mapping[str, NamedWeight], example_input: Any = None
+) -> Joint | None:
     """The joint groups of a model; None for a granularity that groups the weights of each layer by themselves.
+
+    Args:
+        granularity: The granularity.
+        model: The model, without wrappers.
+        weights: All weights with named axes, by name.
+        example_input: A batch, or None; for a granularity that has a parameter of this name.
 
     Raises:
         TypeError: The granularity does not return joint groups.
@@ -32,16 +52,14 @@ def joint_granularity(granularity: Callable, model: nn.Module, weights: Mapping[
     """
     if not capability(granularity, "joint", False):
         return None
-    found = granularity(model)
+    takes_example = "example_input" in inspect.signature(granularity).parameters
+    found = granularity(model, example_input=example_input) if takes_example else granularity(model)
     name = name_of(granularity)
     if not isinstance(found, list) or not all(isinstance(each, JointGroups) for each in found):
         raise TypeError(f"granularity {name} is registered with joint=True, so it must return a list of JointGroups")
     if not found:
-        raise ValueError(
-            f"granularity {name!r}: no {name}s are found in {type(model).__name__}; its classes are not known. Declare "
-            "them: register_attention(kind, query=..., key=..., value=..., output=...) for heads, "
-            "register_mlp(kind, up=..., down=...) for neurons"
-        )
+        advice = _ADVICE.get(name, "choose another granularity")
+        raise ValueError(f"granularity {name!r}: no {name}s are found in {type(model).__name__}; {advice}")
     return Joint(name, found, model, weights)
 
 
@@ -79,9 +97,14 @@ class Joint:
         if weight.name not in self._parts:
             return f"belongs to no {self.what}"
         groups, part = self._parts[weight.name]
-        if groups.count < 2 * fewest:
+        if groups.why_dense:
+            return groups.why_dense
+        if groups.count < 2 * fewest and not groups.apart:
             return f"has {groups.count} {self.what}{'s' * (groups.count > 1)}, of which {fewest} must be kept"
-        return Grouping.of(lambda axes: {list(weight.axes)[part.axis]: part.extent}, weight.axes)
+        if part.axis is None:
+            return Grouping.of(lambda axes: (), weight.axes, weight.convolution_groups)
+        extents = {list(weight.axes)[part.axis]: part.extent}
+        return Grouping.of(lambda axes: extents, weight.axes)
 
     def couple(self, layers: Layers) -> tuple[Coupling, dict[str, str]]:
         """Join the groups of the layers that are selected.
@@ -96,9 +119,10 @@ class Joint:
             ValueError: No groups are left.
         """
         more: dict[str, str] = {}
-        members: dict[int, list[str]] = {}
-        for name, (groups, _) in self._parts.items():
-            members.setdefault(id(groups), []).append(name)
+        members: dict[tuple[int, int], list[str]] = {}
+        for name, (groups, part) in self._parts.items():
+            if not groups.why_dense:
+                members.setdefault((id(groups), int(part.groups[0]) if groups.apart else 0), []).append(name)
         coupled = []
         for names in members.values():
             dense = next((name for name in names if not layers[name].is_selected), None)
@@ -114,7 +138,9 @@ class Joint:
 
     def _numbers(self, name: str, layers: Layers) -> np.ndarray:
         """For each group of a layer, the number of the joint group that it is a part of."""
-        part, grouping = self._parts[name][1], layers[name].grouping
+        (groups, part), grouping = self._parts[name], layers[name].grouping
+        if part.axis is None:
+            return part.groups * (not groups.apart)
         along = part.groups[:: part.extent]
         # Experts that share a weight have groups of their own, which are part of the same joint groups.
         shape = [1] * len(grouping.grid)
@@ -127,7 +153,18 @@ class Joint:
         for name, (groups, weight) in self._parts.items():
             inside = name.rpartition(".")[0]
             for part in groups.parts_in(FOLLOWER):
+                if part.axis is None:
+                    if weight.axis is None and part.groups == weight.groups and layers[name].weight.out:
+                        found.append(self._whole_follower(part.name, name))
+                    continue
                 of_layer = part.name.rpartition(".")[0] == inside and np.array_equal(part.groups, weight.groups)
                 if of_layer and layers[name].grouping.drops_outputs:
                     found.append(Follower(part.name, len(part.groups), {name: None}))
         return found
+
+    def _whole_follower(self, name: str, layer: str) -> Follower:
+        """A parameter that is pruned as a whole, with a layer that is."""
+        parameter = attrgetter(name)(self._model)
+        entries = torch.arange(parameter.numel())
+        experts = len(parameter) if parameter.dim() > 1 else 1
+        return Follower(name, parameter.numel(), {layer: (torch.zeros_like(entries), entries)}, experts)

@@ -32,13 +32,15 @@ class Part:
 
     Attributes:
         name: Name of the parameter in the model.
-        axis: The axis of the parameter along which entries belong to groups.
-        groups: For each place along the axis, the number of the group that it belongs to, or NO_GROUP.
+        axis: The axis of the parameter along which entries belong to groups; None if the parameter is a part of one
+            group as a whole.
+        groups: For each place along the axis, the number of the group that it belongs to, or NO_GROUP. Without an axis
+            it has one entry.
         role: WEIGHT, READER, FOLLOWER or TABLE.
     """
 
     name: str
-    axis: int
+    axis: int | None
     groups: np.ndarray
     role: str = WEIGHT
 
@@ -67,8 +69,21 @@ class Size:
 
 
 @dataclass(frozen=True, eq=False)
+class Entries:
+    """A list of modules, some of which are the groups: they are removed from it as a whole.
+
+    Attributes:
+        name: Name of the ModuleList, Sequential or ModuleDict.
+        groups: For each entry, the number of the group that it is, or NO_GROUP.
+    """
+
+    name: str
+    groups: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class JointGroups:
-    """All joint groups of one attention or MLP.
+    """All joint groups of one attention or MLP, or of one list of blocks.
 
     Attributes:
         name: Name of the module.
@@ -77,6 +92,10 @@ class JointGroups:
         parts: The entries that belong to them.
         sizes: The sizes that modules keep.
         why_kept: Why groups cannot be removed, even if they are zero. Mostly empty.
+        why_dense: Why groups cannot be pruned. Mostly empty.
+        entries: The list of modules whose entries are the groups; None if groups are parts of layers.
+        apart: Whether each group is ranked as granularity 'layer' ranks layers: all may be pruned but the best of those
+            that are ranked together. Else the best group is kept.
     """
 
     name: str
@@ -85,6 +104,9 @@ class JointGroups:
     parts: tuple[Part, ...]
     sizes: tuple[Size, ...] = ()
     why_kept: str = ""
+    why_dense: str = ""
+    entries: Entries | None = None
+    apart: bool = False
 
     def parts_in(self, *roles: str) -> list[Part]:
         """The parts that have one of some roles."""
