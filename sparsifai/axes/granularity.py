@@ -38,6 +38,7 @@ from torch import nn
 
 from ..model.joint.attention import find_heads
 from ..model.joint.blocks import find_blocks
+from ..model.joint.experts import find_experts
 from ..model.joint.groups import JointGroups
 from ..model.joint.mlp import find_neurons
 from ..support.registry import Registry
@@ -194,3 +195,9 @@ def residual_block(model: nn.Module, example_input: Any = None) -> list[JointGro
 
 
 residual_block.__name__ = "block"  # its registered name; the function `block` makes tiles
+
+
+@granularities.register(joint=True)
+def expert(model: nn.Module) -> list[JointGroups]:
+    """All weights of an expert of a mixture. Its row of the router is removed with it, but not pruned."""
+    return find_experts(model)

@@ -23,7 +23,7 @@ from ..support.printable import printable
 from ..support.registry import name_of
 from .coupled import CoupledLayers, Coupling
 from .followers import Follower
-from .layer import Layers
+from .layer import Layer, Layers
 
 # Name of a granularity -> what to do if a model has no such groups.
 _ADVICE = {
@@ -31,6 +31,10 @@ _ADVICE = {
         "its classes are not known. Declare them: register_attention(kind, query=..., key=..., value=..., output=...)"
     ),
     "neuron": "its classes are not known. Declare them: register_mlp(kind, up=..., down=...)",
+    "expert": (
+        "a mixture is a module with experts and a router or gate; name the axes of experts that share a parameter: "
+        "register_layer(kind, name=('expert', 'out', 'in'))"
+    ),
     "block": "blocks are modules of the same class in a ModuleList or Sequential",
 }
 
@@ -148,23 +152,25 @@ class Joint:
         return np.broadcast_to(along.reshape(shape), grouping.grid).flatten()
 
     def followers(self, layers: Layers) -> list[Follower]:
-        """The biases of the layers of which whole groups of outputs are pruned."""
+        """The biases of the layers of which whole groups of outputs are pruned, and what goes with whole groups."""
         found = []
         for name, (groups, weight) in self._parts.items():
             inside = name.rpartition(".")[0]
             for part in groups.parts_in(FOLLOWER):
-                if part.axis is None:
-                    if weight.axis is None and part.groups == weight.groups and layers[name].weight.out:
-                        found.append(self._whole_follower(part.name, name))
+                alike = np.array_equal(part.groups, weight.groups) and (part.axis is None) == (weight.axis is None)
+                if name not in layers or not alike or not layers[name].grouping.drops_outputs:
                     continue
-                of_layer = part.name.rpartition(".")[0] == inside and np.array_equal(part.groups, weight.groups)
-                if of_layer and layers[name].grouping.drops_outputs:
+                if part.axis is None or "expert" in layers[name].weight.axes:
+                    found.append(self._whole_follower(part, layers[name]))
+                elif part.name.rpartition(".")[0] == inside:
                     found.append(Follower(part.name, len(part.groups), {name: None}))
         return found
 
-    def _whole_follower(self, name: str, layer: str) -> Follower:
-        """A parameter that is pruned as a whole, with a layer that is."""
-        parameter = attrgetter(name)(self._model)
+    def _whole_follower(self, part: Part, layer: Layer) -> Follower:
+        """A parameter that is pruned with a layer or its experts: as a whole, or its row for each expert."""
+        parameter = attrgetter(part.name)(self._model)
+        rows = len(part.groups)
         entries = torch.arange(parameter.numel())
-        experts = len(parameter) if parameter.dim() > 1 else 1
-        return Follower(name, parameter.numel(), {layer: (torch.zeros_like(entries), entries)}, experts)
+        first_outputs = torch.arange(rows) * (layer.weight.out // rows)
+        producers = {layer.name: (first_outputs.repeat_interleave(len(entries) // rows), entries)}
+        return Follower(part.name, len(entries), producers, len(parameter) if parameter.dim() > 1 else 1)

@@ -263,5 +263,5 @@ def _groups_of(model: nn.Module, name: str, entries: Sequence[str], blocks: Mapp
     )
     owner = name.rpartition(".")[0]
     sizes = sizes_in([(owner, model.get_submodule(owner))], dict.fromkeys(DEPTHS, 1), len(entries))
-    listed = Entries(name, np.array([numbers.get(entry, NO_GROUP) for entry in entries]))
+    listed = Entries(name, np.array([numbers.get(entry, NO_GROUP) for entry in entries]), are_layers=True)
     return JointGroups(name, "block", len(here), parts, sizes, entries=listed, apart=True)

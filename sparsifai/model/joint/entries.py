@@ -37,6 +37,8 @@ def remove_entries(model: nn.Module, entries: Entries, removed: Collection[int])
     renamed = names[: len(kept)] if _are_numbered(names) else [names[place] for place in kept]
     holder._modules.clear()
     holder._modules.update(zip(renamed, (modules[place] for place in kept), strict=True))
+    if not entries.are_layers:
+        return
     for now, before in enumerate(kept):
         for module in modules[before].modules():
             for attribute in _POSITIONS:
@@ -74,6 +76,12 @@ def _configs_above(model: nn.Module, name: str) -> list[Any]:
     for piece in name.split("."):
         module = getattr(module, piece)
         configs.append(getattr(module, "config", None))
+    return list({id(config): config for config in configs if hasattr(config, "__dict__")}.values())
+
+
+def configs_in(model: nn.Module) -> list[Any]:
+    """The configs of a model and of the modules in it."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
     return list({id(config): config for config in configs if hasattr(config, "__dict__")}.values())
 
 

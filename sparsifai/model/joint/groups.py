@@ -75,10 +75,12 @@ class Entries:
     Attributes:
         name: Name of the ModuleList, Sequential or ModuleDict.
         groups: For each entry, the number of the group that it is, or NO_GROUP.
+        are_layers: Whether the entries are the layers of the model, whose number and positions it keeps.
     """
 
     name: str
     groups: np.ndarray
+    are_layers: bool = False
 
 
 @dataclass(frozen=True, eq=False)
