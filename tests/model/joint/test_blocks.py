@@ -10,7 +10,7 @@ from conftest import dense_of, follower_masks, misses_sparsity, random_state
 from torch import nn
 
 from sparsifai import Sparsifier, SparsifyCallback
-from sparsifai.model.joint.blocks import find_blocks
+from sparsifai.model.joint.blocks import find_blocks, remove_zero_blocks
 from sparsifai.model.joint.removal import removable_groups, remove_groups
 
 IDS = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -250,6 +250,18 @@ def test_norm_layers_go_with_their_block_only_where_they_must():
         assert relative_difference(model, small, X) <= 1e-6
 
 
+def test_all_blocks_of_zeros_are_removed_at_once():
+    model, example, _ = made("timm Swin")
+    assert remove_zero_blocks(model) == []  # without a run, since there are no zeros
+    sparsifier = Sparsifier(model, "block", example_input=example)
+    sparsifier.sparsify(0.6)
+    small, counts = without_zero_blocks(model, example)
+    removed = remove_zero_blocks(model, example)
+    assert len(removed) == sum(counts) > 0
+    assert all(name.rpartition(".")[0] in ("layers.0.blocks", "layers.1.blocks") for name in removed)
+    assert model.state_dict().keys() == small.state_dict().keys()
+
+
 def test_biases_of_a_zero_block_count():
     model = Stem(*(Block() for _ in range(3)))
     Sparsifier(model, "block", example_input=X).sparsify(0.34)
@@ -332,7 +344,7 @@ def test_blocks_that_normalize_the_sum_stay_dense():
 def test_blocks_that_make_images_smaller_stay_dense():
     model, example, _ = made("ResNet-50")
     reasons = dense_of(Sparsifier(model, "block", example_input=example))
-    assert reasons["layer2.0.conv1.weight"] == "layer2.0 (Bottleneck) changes the shape of what it is given"
+    assert reasons["layer2.0.conv1.weight"] == "layer2.0 (Bottleneck) changes the shape or type of what it is given"
     assert reasons["conv1.weight"] == "belongs to no block"
     assert "layer2.1.conv1.weight" not in reasons
 
@@ -360,6 +372,11 @@ def test_blocks_that_share_weights_or_are_never_called_stay_dense():
     shared.blocks[0].inner.weight = shared.blocks[1].inner.weight
     reasons = dense_of(Sparsifier(shared, "block", layers="blocks.*", example_input=X, criteria="random"))
     assert "shares blocks.0.inner.weight" in str(reasons)
+    block = Block()
+    often = Stem(block, Block(), block, block)
+    assert (
+        "shares blocks.0.inner.weight" in dense_of(Sparsifier(often, "block", example_input=X))["blocks.0.inner.weight"]
+    )
     unused = nn.ModuleDict({"used": Stem(Block(), Block()), "unused": nn.ModuleList([Block(), Block()])})
     unused.forward = lambda x: unused["used"](x)
     reasons = dense_of(Sparsifier(unused, "block", example_input=X))
