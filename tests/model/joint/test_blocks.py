@@ -167,8 +167,10 @@ def test_the_config_follows():
 
 def test_the_config_of_an_encoder_and_a_decoder_follows():
     model, example, _ = made("T5")
-    for groups, removed in zip(find_blocks(model, example), ([0, 1], [2]), strict=False):
-        remove_groups(model, groups, removed)
+    encoder_blocks, decoder_blocks, *_ = find_blocks(model, example)
+    remove_groups(model, decoder_blocks, [2])
+    assert (model.config.num_layers, model.config.num_decoder_layers) == (4, 3)
+    remove_groups(model, encoder_blocks, [0, 1])
     assert (model.config.num_layers, model.config.num_decoder_layers) == (2, 3)
     assert [list(stack.block._modules) for stack in (model.encoder, model.decoder)] == [["0", "1"], ["0", "1", "2"]]
 
