@@ -277,7 +277,9 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
 
     def _joining(self) -> Change:
         """The layers that were frozen and are trained now, as a change that selects them."""
-        layers = {name: self.layers[name].as_selected() for name in unfrozen(self.layers)}
+        names, coupling = unfrozen(self.layers), self.ranking.coupling
+        names = names if coupling is None else coupling.complete(names, self.layers)
+        layers = {name: self.layers[name].as_selected() for name in names}
         if not layers:
             return Change()
         weights = {name: layer.weight for name, layer in selected({**self.layers, **layers}).items()}
