@@ -103,10 +103,16 @@ class CoupledLayers:
 
 
 class Coupling:
-    """The layers of a model whose filters are coupled. The layers of one part are not coupled with those of another."""
+    """The layers of a model whose filters are coupled. The layers of one part are not coupled with those of another.
 
-    def __init__(self, parts: Sequence[CoupledLayers], what: str = "filter"):
-        self.what = what
+    Args:
+        parts: The parts.
+        what: What is pruned as one: 'filter', or the name of a joint granularity.
+        joint: With a joint granularity, layer name -> (its `JointGroups`, its `Part` of them).
+    """
+
+    def __init__(self, parts: Sequence[CoupledLayers], what: str = "filter", joint: Mapping[str, Any] | None = None):
+        self.what, self.joint = what, joint or {}
         self.part_of = {name: part for part in parts for name in part.channels}
 
     def together(self, asked: Asked) -> Asked:

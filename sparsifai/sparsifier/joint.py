@@ -115,7 +115,7 @@ class Joint:
         if not any(layer.is_selected and name not in more for name, layer in layers.items()):
             listed = "; ".join(f"{printable(name)}: {why}" for name, why in list(more.items())[:3])
             raise ValueError(f"granularity {self.what!r}: no {self.what} is left to prune ({listed})")
-        return Coupling(coupled, self.what), more
+        return Coupling(coupled, self.what, self._parts), more
 
     def _members(self) -> list[tuple[JointGroups, list[str]]]:
         """The joint groups of each module, with the names of the weights that they are made of."""
