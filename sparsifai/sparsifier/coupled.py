@@ -183,6 +183,15 @@ class Coupling:
                 notes[name] = f"{zero} of {count} {self.what}s pruned{more}"
         return notes
 
+    def units(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """What is pruned as one -> the layers of it: the name of a module, or of its first layer -> layer names."""
+        units: dict[str, list[str]] = {}
+        unit_of: dict[CoupledLayers, str] = {}
+        for name in names:
+            part = self.part_of[name]
+            units.setdefault(unit_of.setdefault(part, part.name or name), []).append(name)
+        return units
+
     def complete(self, names: Iterable[str], layers: Layers) -> list[str]:
         """Those of some layers that are frozen no more whose coupled layers are all pruned, now or with them."""
         able = {*names, *(name for name, layer in layers.items() if layer.is_selected)}

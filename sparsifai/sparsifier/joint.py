@@ -114,7 +114,10 @@ class Joint:
                 more |= {name: FROZEN_UNCOUPLED for name in dense if layers[name].why_dense == FROZEN}
         if not any(layer.is_selected and name not in more for name, layer in layers.items()):
             listed = "; ".join(f"{printable(name)}: {why}" for name, why in list(more.items())[:3])
-            raise ValueError(f"granularity {self.what!r}: no {self.what} is left to prune ({listed})")
+            raise ValueError(
+                f"granularity {self.what!r}: no {self.what} is left to prune ({listed}); name whole modules in layers= "
+                "and exclude="
+            )
         return Coupling(coupled, self.what, self._parts), more
 
     def _members(self) -> list[tuple[JointGroups, list[str]]]:
