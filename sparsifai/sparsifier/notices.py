@@ -33,6 +33,11 @@ UNMOVED_OUTPUTS = (
     "or weights"
 )
 
+UNMOVED_GROUPS = (
+    "straight_through: no gradient reaches a {} that is pruned, because all of its weights are zero, so it is kept "
+    "again only where others shrink; choose smaller groups, such as weights"
+)
+
 # If more than this fraction of the weights is frozen, the user is warned.
 LARGE_PART = 0.2
 
@@ -49,7 +54,10 @@ def notices_of_frozen(layers: Layers) -> list[str]:
     Args:
         layers: All layers.
     """
-    later = {FROZEN: "until they are trained", FROZEN_UNCOUPLED: "even if they are trained later, because of coupled="}
+    later = {
+        FROZEN: "until they are trained",
+        FROZEN_UNCOUPLED: "even if they are trained later, because what is pruned together is found once",
+    }
     frozen = [name for name, layer in layers.items() if layer.why_dense in later]
     weights = sum(layers[name].parameter.numel() for name in frozen)
     part = weights / max(1, sum(layer.parameter.numel() for layer in layers.values()))
@@ -129,6 +137,8 @@ def notices_of_host(options: Options, layers: Layers) -> list[str]:
             "weights or gradients"
         )
     reasons = [f"context {name_of(options.context)}"] * (not capability(options.context, "on_device", False))
+    if capability(options.granularity, "joint", False):
+        reasons.append(f"granularity {name_of(options.granularity)}")
     reasons += ["round_to="] * (options.round_to is not None) + ["coupled="] * options.coupled
     reasons += [f"layers on {len(devices)} devices"] * (len(devices) > 1)
     if reasons:
@@ -185,6 +195,8 @@ def notices_of_outputs(options: Options, model: nn.Module, layers: Layers, follo
         followers: The biases and norm parameters that are masked with whole outputs.
     """
     notices = []
+    if capability(options.granularity, "joint", False):
+        return [UNMOVED_GROUPS.format(name_of(options.granularity))] if options.straight_through else []
     if any(layer.grouping.drops_outputs for layer in selected(layers).values()):
         notices += [REGROWN_OUTPUTS] if options.regrow is not None else []
         notices += [UNMOVED_OUTPUTS] if options.straight_through else []
