@@ -46,6 +46,7 @@ from .callbacks.plan_table import Plan
 from .export.comparison import compare
 from .export.comparison_table import Comparison
 from .export.csr import to_sparse_layout
+from .export.experts import remove_experts
 from .export.shrink import Shrinkage, shrink, shrinkage
 from .export.sparse_file import SparseFile, load_sparse, save_sparse
 from .export.two_four import SemiStructured, semi_structured_layers, to_semi_structured
@@ -140,6 +141,7 @@ __all__ = [
     "register_attention",
     "register_layer",
     "register_mlp",
+    "remove_experts",
     "save_sparse",
     "schedules",
     "select_groups",

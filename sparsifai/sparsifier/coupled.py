@@ -98,8 +98,8 @@ class CoupledLayers:
         first = layers[0]
         return ScoredLayer(
             first.target, score.__getitem__, total(lambda layer: layer.alive) > 0, size.astype(np.int64),
-            revives=first.revives, may_empty=first.may_empty, grid={"out": self.count},
-            others=tuple(layer.target for layer in layers[1:]),
+            self.count == 1 and all(layer.whole for layer in layers), revives=first.revives,
+            may_empty=first.may_empty, grid={"out": self.count}, others=tuple(layer.target for layer in layers[1:]),
         )  # fmt: skip
 
 
