@@ -18,6 +18,7 @@ from ...support.warning import own_filters
 from ..layers import CHANNEL_LAYERS, is_depthwise, outputs_of, size_of
 from ..parallel import kind_of, unwrapped
 from ..running import check_runs, copy_of, in_modes, random_restored, run
+from .equal_groups import has_several_groups
 from .marked_model import HiddenNorm, HiddenPart, MarkedModel
 from .pixel_shuffle import PixelShuffles, channels_of_shuffles, map_pixel_shuffles
 
@@ -185,7 +186,7 @@ def _groups(graph: Any, why_kept: dict[str, str], marked: MarkedModel) -> Iterat
             elif isinstance(module, nn.PixelShuffle):
                 # Its own number of outputs is that of its inputs divided by r x r, which are one channel each.
                 yield [((name, side, index), index // module.upscale_factor**2) for index, _ in pairs]
-            elif not isinstance(module, _BY_CHANNEL):
+            elif not isinstance(module, _BY_CHANNEL) and not has_several_groups(module):
                 kind = type(module.part if isinstance(module, HiddenPart) else module).__name__
                 reason = f"goes through {printable(name)} ({kind}), which mixes channels"
             if reason:
