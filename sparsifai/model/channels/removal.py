@@ -28,7 +28,7 @@ from .connections import keeps_constants, nonzero_connections, weights_of_output
 from .constants import constant_inputs, has_other_path
 from .coupling import ChannelSet, LayerIndex, find_channels
 from .cutting import cut, indices_of
-from .equal_groups import balance
+from .equal_groups import balance, has_several_groups
 from .output_check import OutputCheck
 
 LAST_OUTPUT = "last output of a layer"
@@ -165,8 +165,11 @@ class Removal:
                     continue
                 if math.isnan(value):
                     coupled = dict.fromkeys(layer for layer, _ in channel.outputs)
-                    if len(coupled) > 1 and not all(is_zero[layer][output] for layer, output in channel.outputs):
-                        return f"coupled in {', '.join(coupled)}, but not zero in all of them"
+                    if not all(is_zero[layer][output] for layer, output in channel.outputs):
+                        if len(coupled) > 1:
+                            return f"coupled in {', '.join(coupled)}, but not zero in all of them"
+                        if norm := next((each for each, _ in channel.through if has_several_groups(modules[each])), ""):
+                            return f"in one group of {printable(norm)} (GroupNorm) with channels that are not zero"
                     return f"not constant where {printable(name)} reads it"
                 if not keeps_constants(modules[name]):
                     return f"constant {value:.3g}, but {printable(name)} pads its input with zeros"
