@@ -38,6 +38,7 @@ from torch import nn
 from ..model.joint.attention import find_heads
 from ..model.joint.groups import JointGroups
 from ..model.joint.mlp import find_neurons
+from ..model.joint.recurrent import find_units
 from ..support.registry import Registry
 
 # Axis name -> size, in the order of the weight's shape.
@@ -180,3 +181,12 @@ def head(model: nn.Module) -> list[JointGroups]:
 def neuron(model: nn.Module) -> list[JointGroups]:
     """All weights of an inner neuron of an MLP: its rows in the up and gate projections, its column in the down one."""
     return find_neurons(model)
+
+
+@granularities.register(joint=True)
+def unit(model: nn.Module) -> list[JointGroups]:
+    """All weights of a unit of an LSTM, GRU or RNN: its rows of all gates in weight_ih and weight_hh, and its biases.
+
+    All layers and directions of a module lose as many units, since torch has one hidden_size for them.
+    """
+    return find_units(model)

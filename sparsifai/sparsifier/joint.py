@@ -37,11 +37,14 @@ def joint_granularity(granularity: Callable, model: nn.Module, weights: Mapping[
     if not isinstance(found, list) or not all(isinstance(each, JointGroups) for each in found):
         raise TypeError(f"granularity {name} is registered with joint=True, so it must return a list of JointGroups")
     if not found:
-        raise ValueError(
-            f"granularity {name!r}: no {name}s are found in {type(model).__name__}; its classes are not known. Declare "
+        why = (
+            "it has no LSTM, GRU or RNN of torch"
+            if name == "unit"
+            else "its classes are not known. Declare "
             "them: register_attention(kind, query=..., key=..., value=..., output=...) for heads, "
             "register_mlp(kind, up=..., down=...) for neurons"
         )
+        raise ValueError(f"granularity {name!r}: no {name}s are found in {type(model).__name__}; {why}")
     return Joint(name, found, model, weights)
 
 
@@ -79,6 +82,8 @@ class Joint:
         if weight.name not in self._parts:
             return f"belongs to no {self.what}"
         groups, part = self._parts[weight.name]
+        if groups.why_kept:
+            return groups.why_kept
         if groups.count < 2 * fewest:
             return f"has {groups.count} {self.what}{'s' * (groups.count > 1)}, of which {fewest} must be kept"
         return Grouping.of(lambda axes: {list(weight.axes)[part.axis]: part.extent}, weight.axes)
@@ -103,7 +108,9 @@ class Joint:
         for names in members.values():
             dense = next((name for name in names if not layers[name].is_selected), None)
             if dense is None:
-                coupled.append(CoupledLayers({name: self._numbers(name, layers) for name in names}, {}))
+                cells = self._parts[names[0]][0].cells
+                lines = None if cells is None else (cells, np.zeros_like(cells))
+                coupled.append(CoupledLayers({name: self._numbers(name, layers) for name in names}, {}, cells=lines))
             else:
                 why = f"its {self.what}s also need {printable(dense)}, which stays dense"
                 more |= {name: why for name in names if layers[name].is_selected}

@@ -77,6 +77,8 @@ class JointGroups:
         parts: The entries that belong to them.
         sizes: The sizes that modules keep.
         why_kept: Why groups cannot be removed, even if they are zero. Mostly empty.
+        cells: For each group, the number of the cell that it is in, such as the layer of a unit, if as many groups must
+            be pruned from each cell.
     """
 
     name: str
@@ -85,6 +87,7 @@ class JointGroups:
     parts: tuple[Part, ...]
     sizes: tuple[Size, ...] = ()
     why_kept: str = ""
+    cells: np.ndarray | None = None
 
     def parts_in(self, *roles: str) -> list[Part]:
         """The parts that have one of some roles."""
