@@ -18,7 +18,15 @@ from ...support.printable import printable
 from ..layers import CHANNEL_LAYERS
 from ..parallel import unwrapped
 from .dependency_graph import UNKNOWN, UNKNOWN_PATH, Group, Member, coupled_groups
-from .equal_groups import Cell, divisions_of_convolutions, find_places, is_grouped, join_whole_groups
+from .equal_groups import (
+    Cell,
+    divisions_of_chunks,
+    divisions_of_convolutions,
+    find_places,
+    is_grouped,
+    join_whole_groups,
+)
+from .rewriting import ChannelOperation
 
 LayerIndex = tuple[str, int]  # name of a layer, index of one of its outputs or inputs
 
@@ -57,8 +65,8 @@ def find_channels(model: nn.Module, example_input: Any) -> list[ChannelSet]:
         ValueError: The model does not run on the example, or torch-pruning cannot follow its computation.
     """
     why_kept = _layers_to_keep(unwrapped(model))
-    groups, order = coupled_groups(model, example_input, why_kept)
-    return _channels(unwrapped(model), groups, why_kept, order)
+    groups, order, operations = coupled_groups(model, example_input, why_kept)
+    return _channels(unwrapped(model), groups, why_kept, order, operations)
 
 
 def _layers_to_keep(model: nn.Module) -> dict[str, str]:
@@ -80,7 +88,11 @@ def _layers_to_keep(model: nn.Module) -> dict[str, str]:
 
 
 def _channels(
-    model: nn.Module, groups: Iterable[Group], why_kept: Mapping[str, str], order: Mapping[str, int]
+    model: nn.Module,
+    groups: Iterable[Group],
+    why_kept: Mapping[str, str],
+    order: Mapping[str, int],
+    operations: Mapping[str, ChannelOperation],
 ) -> list[ChannelSet]:
     """One set for all members that are coupled in any of the groups: a union-find over them."""
     parent: dict[Any, Any] = {}
@@ -105,14 +117,21 @@ def _channels(
         for member, channel in group:
             members.add(member)
             parent[root(member)] = root((number, channel))
+    for name, operation in operations.items():
+        for together in (
+            operation.joined if any((name, "through", index) in members for index in range(operation.channels)) else ()
+        ):
+            join([(name, "through", index) for index in together])
     whole = join_whole_groups(model, root, join)
     sets: dict[Any, list[Member]] = {}
     for member in sorted(members, key=lambda member: (order.get(member[0], len(order)), member)):
         sets.setdefault(root(member), []).append(member)
-    places = find_places(divisions_of_convolutions(model, whole), list(sets.values()))
+    divisions = divisions_of_convolutions(model, whole) | divisions_of_chunks(operations)
+    places = find_places(divisions, list(sets.values()))
     return [
         ChannelSet(
-            _on("outputs", each), _on("through", each), _on("inputs", each),
+            _on("outputs", each), _on("through", [member for member in each if member[0] not in operations]),
+            _on("inputs", each),
             next((why_kept[name] for name, _, _ in each if name in why_kept), place.reason if place.is_stuck else ""),
             place.cell, place.reason,
         )

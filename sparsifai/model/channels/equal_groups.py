@@ -20,6 +20,7 @@ from torch import nn
 from ...support.components import components
 from ...support.printable import printable
 from ..layers import CONVOLUTIONS, is_depthwise, size_of
+from .rewriting import CHUNK, ChannelOperation
 
 Side = tuple[str, str]  # name of a grouped convolution, 'outputs' or 'inputs'
 Cell = tuple[tuple[str, str, int], ...]  # name, side, number of the group
@@ -79,6 +80,19 @@ def divisions_of_convolutions(model: nn.Module, whole: Collection[str]) -> dict[
         )
         for name, module in grouped_convolutions(model).items()
         if name not in whole
+    }
+
+
+def divisions_of_chunks(operations: Mapping[str, ChannelOperation]) -> dict[str, Division]:
+    """The divisions by chunks of channels, by name; shuffles divide nothing."""
+    return {
+        name: Division(
+            each.parts,
+            {"through": each.share},
+            f"goes through a chunk of channels, whose {each.parts} parts must keep equal sizes",
+        )
+        for name, each in operations.items()
+        if each.kind == CHUNK
     }
 
 
