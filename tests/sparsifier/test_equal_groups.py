@@ -133,6 +133,19 @@ def test_equal_numbers_last_when_more_is_pruned_and_when_some_is_revived():
     assert numbers == [6, 4, 2, 5]
 
 
+def test_equal_numbers_last_when_weights_regrow():
+    model = trained(Block(width=32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sparsifier = pruned(model, regrow="random")
+        before = alive(sparsifier, "conv2")
+        sparsifier.sparsify(0.5, drop=0.5)
+    after = alive(sparsifier, "conv2")
+    assert not torch.equal(before, after)
+    assert after.unflatten(0, (4, 8)).sum(1).tolist() == [4, 4, 4, 4]
+    small_of(model)
+
+
 def test_masks_that_are_unequal_are_shrunk_as_far_as_the_groups_stay_equal():
     model = trained(Block())
     with torch.no_grad():
