@@ -143,7 +143,6 @@ def test_equal_numbers_last_when_weights_regrow():
     after = alive(sparsifier, "conv2")
     assert not torch.equal(before, after)
     assert after.unflatten(0, (4, 8)).sum(1).tolist() == [4, 4, 4, 4]
-    small_of(model)
 
 
 def test_masks_that_are_unequal_are_shrunk_as_far_as_the_groups_stay_equal():
