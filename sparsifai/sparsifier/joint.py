@@ -36,6 +36,7 @@ _ADVICE = {
         "register_layer(kind, name=('expert', 'out', 'in'))"
     ),
     "block": "blocks are modules of the same class in a ModuleList or Sequential",
+    "unit": "it has no LSTM, GRU or RNN of torch",
 }
 
 
@@ -133,7 +134,8 @@ class Joint:
             dense = [name for name in names if not layers[name].is_selected]
             if not dense or all(layers[name].why_dense == FROZEN for name in names):
                 channels = {name: self._numbers(name, layers) for name in names}
-                coupled.append(CoupledLayers(channels, {}, groups.name))
+                lines = None if groups.cells is None else (groups.cells, np.zeros_like(groups.cells))
+                coupled.append(CoupledLayers(channels, {}, groups.name, lines))
             else:
                 why = f"its {self.what}s also need {printable(dense[0])}, which stays dense"
                 more |= {name: why for name in names if layers[name].is_selected}

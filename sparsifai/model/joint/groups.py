@@ -100,6 +100,8 @@ class JointGroups:
         entries: The list of modules whose entries are the groups; None if groups are parts of layers.
         apart: Whether each group is ranked as granularity 'layer' ranks layers: all may be pruned but the best of those
             that are ranked together. Else the best group is kept.
+        cells: For each group, the number of the cell that it is in, such as the layer of a unit, if as many groups must
+            be pruned from each cell.
     """
 
     name: str
@@ -110,6 +112,7 @@ class JointGroups:
     why_kept: str = ""
     entries: Entries | None = None
     apart: bool = False
+    cells: np.ndarray | None = None
 
     def parts_in(self, *roles: str) -> list[Part]:
         """The parts that have one of some roles."""
