@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..support.printable import printable
@@ -118,6 +118,21 @@ def has_zero(dtype: torch.dtype) -> bool:
 
 def _short(value: torch.dtype | torch.layout) -> str:
     return str(value).removeprefix("torch.")
+
+
+def has_zero_slices(model: nn.Module) -> bool:
+    """Whether any output or input of a weight, or entry of a norm layer, is zero.
+
+    Without one there is nothing to shrink, and the attempt could take minutes. Zero biases, and zero rows of an
+    embedding, remove no channel.
+    """
+    for module in model.modules():
+        is_embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        for name, parameter in module.named_parameters(recurse=False):
+            for axis in range(is_embedding, min(parameter.dim(), 2) if "bias" not in name else 0):
+                if not is_nonzero(parameter).unsqueeze(-1).movedim(axis, 0).flatten(1).any(1).all():
+                    return True
+    return False
 
 
 def figures(count: Count) -> tuple[str, str, str]:

@@ -79,7 +79,12 @@ class Declared(Generic[Record]):
             what: What a module is that fits, for the UserWarning about such classes.
             fits: Whether a module, with its name, fits a record.
         """
-        everything = list(dict.fromkeys(record for _, record in self._records))
+        # Numbers are the names of layers in any nn.Sequential, so they tell nothing.
+        everything = [
+            record
+            for record in dict.fromkeys(record for _, record in self._records)
+            if not any(path.isdigit() for path in record.paths)
+        ]
         guessed: dict[str, Record] = {}
         taken: set[int] = set()
         for name, module in model.named_modules():
