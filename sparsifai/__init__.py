@@ -46,7 +46,8 @@ from .callbacks.plan_table import Plan
 from .export.comparison import compare
 from .export.comparison_table import Comparison
 from .export.csr import to_sparse_layout
-from .export.shrink import Shrinkage, shrink, shrinkage
+from .export.shrink import shrink, shrinkage
+from .export.shrinkage_table import Shrinkage
 from .export.sparse_file import SparseFile, load_sparse, save_sparse
 from .export.two_four import SemiStructured, semi_structured_layers, to_semi_structured
 from .model.joint.attention import register_attention

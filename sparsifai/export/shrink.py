@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,10 +22,10 @@ from ..model.layers import outputs_of
 from ..model.norms import check_fused_norms
 from ..model.parallel import unwrapped
 from ..model.tensors import check_values, with_autograd
-from ..model.zeros import Count, has_zero_slices
+from ..model.zeros import has_zero_slices, weights_of_embeddings
 from ..support.checks import check_is_module
-from ..support.table import Cells, Table, percent
 from ..support.warning import warn
+from .shrinkage_table import ShrinkableGroups, ShrinkableLayer, Shrinkage, first_reasons
 
 
 def shrink(model: nn.Module, example_input: Any) -> nn.Module:
@@ -94,7 +93,7 @@ def warn_of_zeros_left(table: Shrinkage) -> None:
         if left := sum(row.zeros_left for row in rows):
             warn(
                 f"shrink: {left} of {sum(row.zeros for row in rows)} zero {what}s cannot be removed: "
-                f"{_reasons(rows)}. shrinkage(model, example_input) lists all of them"
+                f"{first_reasons(rows)}. shrinkage(model, example_input) lists all of them"
             )
     if table.not_followed:
         warn(
@@ -153,131 +152,9 @@ def shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
     return small, _measured(removal, joint, model, not_followed)
 
 
-@dataclass(frozen=True)
-class ShrinkableLayer:
-    """What `shrink` removes from one layer.
-
-    Attributes:
-        name: Name of the layer.
-        kind: Class name of the layer.
-        outputs: Number of outputs in the given model.
-        zeros: Outputs whose weights are all zero.
-        removed: Outputs that are removed, whether their weights are zero or not.
-        zeros_left: Outputs whose weights are all zero, but that cannot be removed.
-        why: How many of these for which reason, such as '2: not constant where conv2 reads it'.
-    """
-
-    name: str
-    kind: str
-    outputs: int
-    zeros: int
-    removed: int
-    zeros_left: int
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class ShrinkableGroups:
-    """What `shrink` removes of the heads of one attention, or of the neurons of one MLP.
-
-    Attributes:
-        name: Name of the module.
-        kind: Class name of the module.
-        what: 'head' or 'neuron'.
-        count: Number of heads or neurons in the given model; of grouped queries, of key-value heads.
-        zeros: Those without effect, because the weights that read them are zero.
-        removed: Those that are removed.
-        why: Why the others without effect cannot be removed.
-    """
-
-    name: str
-    kind: str
-    what: str
-    count: int
-    zeros: int
-    removed: int
-    why: str = ""
-
-    @property
-    def zeros_left(self) -> int:
-        """Those without effect that cannot be removed."""
-        return self.zeros - self.removed
-
-
-@dataclass(frozen=True, repr=False)
-class Shrinkage(Table):
-    """What `shrink` removes from a model. Prints as a table; in a notebook it is HTML.
-
-    Attributes:
-        layers: One row per convolution or Linear layer, in the order of the model.
-        parameters: Number of parameters of the whole model before.
-        parameters_left: Number of parameters of the whole model after.
-        groups: One row for the heads of each attention and the neurons of each MLP.
-        not_followed: Why filters were not looked for; mostly empty.
-    """
-
-    layers: tuple[ShrinkableLayer, ...]
-    parameters: int
-    parameters_left: int
-    groups: tuple[ShrinkableGroups, ...] = ()
-    not_followed: str = ""
-
-    @property
-    def zeros(self) -> int:
-        """Outputs of all layers whose weights are all zero."""
-        return sum(layer.zeros for layer in self.layers)
-
-    @property
-    def removed(self) -> int:
-        """Outputs of all layers that are removed."""
-        return sum(layer.removed for layer in self.layers)
-
-    @property
-    def zeros_left(self) -> int:
-        """Outputs of all layers whose weights are all zero, but that cannot be removed."""
-        return sum(layer.zeros_left for layer in self.layers)
-
-    @property
-    def reasons(self) -> str:
-        """The first three layers with zero outputs that cannot be removed, each with the reasons."""
-        return _reasons(self.layers)
-
-    def _cells(self) -> Cells:
-        share = Count(self.parameters, self.parameters - self.parameters_left).sparsity
-        rows = [("filter", layer.outputs, layer) for layer in self.layers]
-        rows += [(groups.what, groups.count, groups) for groups in self.groups]
-        totals = []
-        for what in dict.fromkeys(what for what, _, _ in rows):
-            of_kind = [(count, row.zeros, row.removed, row.zeros_left) for each, count, row in rows if each == what]
-            totals.append((f"all {what}s", "", "", *_figures(*map(sum, zip(*of_kind, strict=True))), ""))
-        caption = f"{self.parameters:,} parameters, {self.parameters_left:,} after: {percent(share)} removed"
-        if self.not_followed:
-            caption += f"\nfilters were not looked for: {self.not_followed}"
-        return Cells(
-            ("layer", "kind", "what", "number", "zero", "removed", "zero left", "why"),
-            [
-                (row.name, row.kind, what, *_figures(count, row.zeros, row.removed, row.zeros_left), row.why)
-                for what, count, row in rows
-            ],
-            totals=totals,
-            left=(0, 1, 2, 7),
-            caption=caption,
-        )
-
-
-def _reasons(rows: Sequence[ShrinkableLayer | ShrinkableGroups]) -> str:
-    """The first three rows with zeros that cannot be removed, each with the reasons."""
-    left = [f"{row.name} ({row.why})" for row in rows if row.zeros_left]
-    return "; ".join(left[:3]) + (f"; and {len(left) - 3} more layers" if len(left) > 3 else "")
-
-
-def _figures(*numbers: int) -> tuple[str, ...]:
-    return tuple(f"{number:,}" for number in numbers)
-
-
 def _measured(removal: Removal, joint: JointRemoval, model: nn.Module, not_followed: str) -> Shrinkage:
     """The table of what has been removed from a model."""
-    sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (model, removal.model)]
+    before, after = (sum(parameter.numel() for parameter in each.parameters()) for each in (model, removal.model))
     groups = tuple(
         ShrinkableGroups(
             row.groups.name, type(model.get_submodule(row.groups.name)).__name__, row.groups.what, row.groups.count,
@@ -285,19 +162,21 @@ def _measured(removal: Removal, joint: JointRemoval, model: nn.Module, not_follo
         )
         for row in joint.rows
     )  # fmt: skip
-    return Shrinkage(tuple(_layers(removal, model)), *sizes, groups, not_followed)
+    return Shrinkage(tuple(_layers(removal, model, not_followed)), before, after, groups, not_followed)
 
 
-def _layers(removal: Removal, model: nn.Module) -> Iterator[ShrinkableLayer]:
+def _layers(removal: Removal, model: nn.Module, not_followed: str) -> Iterator[ShrinkableLayer]:
     """What has been removed from each layer."""
+    default = "filters were not looked for" if not_followed else "layer never called, or not as a module"
+    tables = weights_of_embeddings(model)
     for name, module in model.named_modules():
         if name not in removal.remaining:
             continue
-        zeros = {output for output, is_zero in enumerate(zero_outputs(module)) if is_zero}
+        # A zero row of a table that an embedding shares, as of the token for padding, is no filter.
+        is_zero = [] if module.weight in tables else zero_outputs(module)
+        zeros = {output for output, is_zero in enumerate(is_zero) if is_zero}
         left = zeros.intersection(removal.remaining[name])
-        reasons = Counter(
-            removal.why_kept.get((name, output), "layer never called, or not as a module") for output in sorted(left)
-        )
+        reasons = Counter(removal.why_kept.get((name, output), default) for output in sorted(left))
         yield ShrinkableLayer(
             name,
             type(module).__name__,

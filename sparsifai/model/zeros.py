@@ -126,13 +126,18 @@ def has_zero_slices(model: nn.Module) -> bool:
     Without one there is nothing to shrink, and the attempt could take minutes. Zero biases, and zero rows of an
     embedding, remove no channel.
     """
-    for module in model.modules():
-        is_embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        for name, parameter in module.named_parameters(recurse=False):
-            for axis in range(is_embedding, min(parameter.dim(), 2) if "bias" not in name else 0):
-                if not is_nonzero(parameter).unsqueeze(-1).movedim(axis, 0).flatten(1).any(1).all():
-                    return True
-    return False
+    tables = weights_of_embeddings(model)
+    return any(
+        not is_nonzero(parameter).unsqueeze(-1).movedim(axis, 0).flatten(1).any(1).all()
+        for name, parameter in model.named_parameters()
+        if "bias" not in name.rpartition(".")[2]
+        for axis in range(parameter in tables, min(parameter.dim(), 2))
+    )
+
+
+def weights_of_embeddings(model: nn.Module) -> set[Tensor]:
+    """The tables of the embeddings of a model; the layers that yield its output may share them."""
+    return {part.weight for part in model.modules() if isinstance(part, (nn.Embedding, nn.EmbeddingBag))}
 
 
 def figures(count: Count) -> tuple[str, str, str]:

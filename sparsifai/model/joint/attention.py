@@ -17,14 +17,17 @@ from torch import Tensor, nn
 
 from ...support.listing import in_short
 from ..layers import parameter_name
-from .groups import NO_GROUP, TABLE, JointGroups, Part, Place, sizes_in
+from .groups import FOLLOWER, NO_GROUP, TABLE, JointGroups, Part, Place, sizes_in
 from .kinds import Declared, Kind
+from .small_attention import SmallShiftedWindowAttention, SmallWindowAttentionV2
 
 # Attributes by which attentions of different libraries keep their sizes.
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_q_heads", "nhead", "heads")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "kv_heads")
 _HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "split_size", "embed_dim")
+# Biases of a fused projection without one of its own.
+_BIASES = ("q_bias", "k_bias", "v_bias")
 _REPEATS = ("num_key_value_groups", "n_rep")
 
 
@@ -134,8 +137,9 @@ _register(_TRANSFORMERS, "q k v o", per_head=_TABLES, joined=True)
 _register(_TRANSFORMERS, "q_proj k_proj v_proj out_proj")
 _register(_TRANSFORMERS, "q_proj k_proj v_proj o_proj", per_head=_TABLES)
 _register("timm.*Attention*", "qkv proj", per_head=_TABLES, also=("gate",))
-_register("torchvision.models.swin_transformer.ShiftedWindowAttention*", "qkv proj",
-          per_head={**_TABLES, "cpb_mlp.2.weight": 0})  # fmt: skip
+for _kind in ("timm.models.swin_transformer_v2.*", "torchvision.models.swin_transformer.ShiftedWindowAttention*",
+              SmallWindowAttentionV2, SmallShiftedWindowAttention):  # fmt: skip
+    _register(_kind, "qkv proj", per_head={**_TABLES, "cpb_mlp.2.weight": 0})
 _register(nn.MultiheadAttention, "q_proj_weight k_proj_weight v_proj_weight out_proj")
 _register(nn.MultiheadAttention, "in_proj_weight out_proj")
 
@@ -263,6 +267,11 @@ def _heads_of(module: nn.Module, name: str, record: Attention) -> JointGroups:
         place = Place.found(module, name, path)
         if place is not None and place.size("out") == len(of_query):
             parts += place.outputs(of_query)
+    for path in _BIASES:
+        bias = _read(module, path)
+        if isinstance(bias, Tensor) and bias.shape == of_query.shape:
+            role = FOLLOWER if isinstance(bias, nn.Parameter) else TABLE
+            parts.append(Part(parameter_name(name, path), 0, of_query, role))
     for path, axis in record.per_head:
         table = _read(module, path)
         if isinstance(table, Tensor) and table.dim() > axis and table.shape[axis] == sizes.heads:

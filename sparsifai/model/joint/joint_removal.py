@@ -13,6 +13,7 @@ from torch import nn
 from ...support.warning import own_filters
 from ..channels.smaller_copy import SmallerCopy
 from ..layers import CHANNEL_LAYERS, axes_of
+from .adapting import multiple_of, why_not_removed
 from .groups import NO_GROUP, JointGroups
 from .removal import removable_groups, remove_groups
 
@@ -29,19 +30,23 @@ class Removed:
     Attributes:
         groups: The groups.
         zeros: Numbers of the groups without effect.
+        multiple: What the number of groups that remain must be a multiple of.
         removed: Numbers of those that are removed.
         why_kept: Why the others are kept.
     """
 
     groups: JointGroups
     zeros: list[int]
+    multiple: int = 1
     removed: list[int] = field(default_factory=list)
     why_kept: str = ""
 
     @property
     def wanted(self) -> list[int]:
-        """Numbers of the groups to remove: those without effect, but not the last one of the module."""
-        return self.zeros[len(self.zeros) == self.groups.count :]
+        """Numbers of the groups to remove: those without effect, but not the last ones of the module."""
+        remaining = max(self.groups.count - len(self.zeros), 1)
+        remaining += -remaining % self.multiple
+        return self.zeros[len(self.zeros) - (self.groups.count - remaining) :]
 
 
 class JointRemoval:
@@ -64,7 +69,14 @@ class JointRemoval:
             # That a class is taken for an attention or an MLP by its layers can do no harm here: outputs are checked.
             warnings.simplefilter("ignore", UserWarning)
             found = [groups for find in finders for groups in find(copy.model)]
-        self.rows = [Removed(groups, np.flatnonzero(removable_groups(copy.model, groups)).tolist()) for groups in found]
+        self.rows = [
+            Removed(
+                groups,
+                np.flatnonzero(removable_groups(copy.model, groups)).tolist(),
+                multiple_of(copy.model, groups),
+            )
+            for groups in found
+        ]
 
     def remove_all(self) -> JointRemoval:
         """Remove the groups without effect, in as many modules as that is possible; returns itself.
@@ -76,14 +88,18 @@ class JointRemoval:
         for row in self.rows:
             if not row.wanted:
                 continue
-            if row.groups.why_kept:
-                row.why_kept = row.groups.why_kept
-            else:
+            row.why_kept = row.groups.why_kept or why_not_removed(self._copy.model, row.groups)
+            if not row.why_kept:
                 wanted.append(row)
         self._remove(wanted)
         for row in self.rows:
             if not row.why_kept and len(row.removed) < len(row.zeros):
-                row.why_kept = f"last {row.groups.what}"
+                row.why_kept = (
+                    f"last {row.groups.what}"
+                    if row.multiple == 1
+                    else f"stacked experts need widths that are multiples of {row.multiple}; prune with "
+                    f"round_to={row.multiple}"
+                )
         return self
 
     def _remove(self, rows: list[Removed]) -> None:
