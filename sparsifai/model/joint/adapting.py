@@ -34,11 +34,9 @@ def why_not_removed(model: nn.Module, groups: JointGroups) -> str:
         return ""
     if fnmatchcase(full_name(module), "transformers.models.*.Bloom*Attention"):
         return "the model computes the slopes of alibi for the heads that it has at first"
-    if isinstance(module, nn.MultiheadAttention):
-        if type(module).forward not in (nn.MultiheadAttention.forward, SmallMultiheadAttention.forward):
-            return f"{type(module).__name__} has a forward of its own, in which the width is fixed"
-        if module.bias_k is not None:
-            return "add_bias_kv=True is not supported"
+    known = nn.MultiheadAttention.forward, SmallMultiheadAttention.forward
+    if isinstance(module, nn.MultiheadAttention) and type(module).forward not in known:
+        return f"{type(module).__name__} has a forward of its own, in which the width is fixed"
     return ""
 
 

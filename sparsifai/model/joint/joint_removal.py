@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +9,6 @@ from functools import partial
 import numpy as np
 from torch import nn
 
-from ...support.warning import own_filters
 from ..channels.smaller_copy import SmallerCopy
 from ..layers import CHANNEL_LAYERS, axes_of
 from .adapting import multiple_of, why_not_removed
@@ -65,17 +63,14 @@ class JointRemoval:
         self._copy = copy
         self._trials = 0
         self.remaining: dict[str, list[int]] = {}
-        with own_filters():
-            # That a class is taken for an attention or an MLP by its layers can do no harm here: outputs are checked.
-            warnings.simplefilter("ignore", UserWarning)
-            found = [groups for find in finders for groups in find(copy.model)]
         self.rows = [
             Removed(
                 groups,
                 np.flatnonzero(removable_groups(copy.model, groups)).tolist(),
                 multiple_of(copy.model, groups),
             )
-            for groups in found
+            for find in finders
+            for groups in find(copy.model)
         ]
 
     def remove_all(self) -> JointRemoval:

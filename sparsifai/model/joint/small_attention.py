@@ -49,11 +49,18 @@ class SmallMultiheadAttention(nn.MultiheadAttention):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = (each.transpose(0, 1) for each in (query, key, value))
-        queries, keys, values = map(self._in_heads, self._projected(query, key, value))
-        mask = self._mask(key_padding_mask, attn_mask, queries)
+        queries, keys, values = self._projected(query, key, value)
+        added = 0  # keys that every query reads, beside those that are given
+        if self.bias_k is not None and self.bias_v is not None:
+            biases = (bias.expand(len(keys), -1, -1) for bias in (self.bias_k, self.bias_v))
+            keys, values = (torch.cat(each, 1) for each in zip((keys, values), biases, strict=True))
+            added += 1
         if self.add_zero_attn:
             keys, values = (F.pad(each, (0, 0, 0, 1)) for each in (keys, values))
-            mask = None if mask is None else F.pad(mask, (0, 1))
+            added += 1
+        queries, keys, values = map(self._in_heads, (queries, keys, values))
+        mask = self._mask(key_padding_mask, attn_mask, queries)
+        mask = None if mask is None else F.pad(mask, (0, added))
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
