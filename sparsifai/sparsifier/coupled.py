@@ -343,7 +343,7 @@ def _coupled_layers(model: nn.Module, part: Sequence[ChannelSet], names: Mapping
     return CoupledLayers(
         {name: np.array([numbers[place] for place in range(len(numbers))]) for name, numbers in filters.items()},
         {norm: (np.array(list(numbers)), np.array(list(numbers.values()))) for norm, numbers in norms.items()},
-        (cells[:, 0], cells[:, 1]) if lines else None,
+        cells=(cells[:, 0], cells[:, 1]) if lines else None,
     )
 
 
