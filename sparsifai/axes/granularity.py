@@ -41,6 +41,7 @@ from ..model.joint.blocks import find_blocks
 from ..model.joint.experts import find_experts
 from ..model.joint.groups import JointGroups
 from ..model.joint.mlp import find_neurons
+from ..model.joint.recurrent import find_units
 from ..support.registry import Registry
 
 # Axis name -> size, in the order of the weight's shape.
@@ -174,15 +175,17 @@ for _name, _axes in _ALONG.items():
 def head(model: nn.Module) -> list[JointGroups]:
     """All weights of an attention head: rows of the query, key and value projections, columns of the output projection.
 
-    With grouped queries, a key-value head and the query heads that read it are one group.
+    With grouped queries, a key-value head and the query heads that read it are one group; a query head of several is no
+    group by itself, because groups of different sizes cannot be removed. Where all query heads read one key-value head,
+    a group is a query head.
     """
-    return find_heads(model)
+    return find_heads(model, warns=True)
 
 
 @granularities.register(joint=True)
 def neuron(model: nn.Module) -> list[JointGroups]:
     """All weights of an inner neuron of an MLP: its rows in the up and gate projections, its column in the down one."""
-    return find_neurons(model)
+    return find_neurons(model, warns=True)
 
 
 @granularities.register(name="block", joint=True)
@@ -201,3 +204,12 @@ residual_block.__name__ = "block"  # its registered name; the function `block` m
 def expert(model: nn.Module) -> list[JointGroups]:
     """All weights of an expert of a mixture. Its row of the router is removed with it, but not pruned."""
     return find_experts(model)
+
+
+@granularities.register(joint=True)
+def unit(model: nn.Module) -> list[JointGroups]:
+    """All weights of a unit of an LSTM, GRU or RNN: its rows of all gates in weight_ih and weight_hh, and its biases.
+
+    All layers and directions of a module lose as many units, since torch has one hidden_size for them.
+    """
+    return find_units(model)

@@ -54,7 +54,7 @@ def find_blocks(model: nn.Module, example_input: Any = None) -> list[JointGroups
             bring one of their own.
 
     Returns:
-        For each list its blocks as groups; then the candidates that cannot be pruned, with `why_dense`.
+        For each list its blocks as groups; then the candidates that cannot be pruned, with `why_kept`.
 
     Raises:
         ValueError: The model does not run on the example, or there is none.
@@ -81,7 +81,7 @@ def find_blocks(model: nn.Module, example_input: Any = None) -> list[JointGroups
         if left:
             parts = tuple(Part(weight, None, np.zeros(1, np.int64)) for weight in left)
             why = f"{printable(each.name)} ({kind_of(each.module)}) {each.why_not}"
-            found.append(JointGroups(each.name, "block", 1, parts, why_dense=why, apart=True))
+            found.append(JointGroups(each.name, "block", 1, parts, why_kept=why, apart=True))
     return found
 
 

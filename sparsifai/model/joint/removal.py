@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import axes_of
+from .adapting import adapt
 from .entries import remove_entries
 from .groups import FOLLOWER, NO_GROUP, READER, WEIGHT, JointGroups
 
@@ -62,15 +63,17 @@ def remove_groups(model: nn.Module, groups: JointGroups, removed: Iterable[int])
             continue
         kept = np.flatnonzero(~np.isin(part.groups, removed))
         old = attrgetter(part.name)(model)
-        _replace(model, old, old.detach().index_select(part.axis, torch.from_numpy(kept).to(old.device)))
+        replace_tensor(model, old, old.detach().index_select(part.axis, torch.from_numpy(kept).to(old.device)))
     for size in groups.sizes:
         module: Any = model.get_submodule(size.module)
         setattr(module, size.attribute, getattr(module, size.attribute) - size.per_group * len(removed))
     if groups.entries is not None:
         remove_entries(model, groups.entries, removed)
+    elif len(removed):
+        adapt(model, groups)
 
 
-def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
+def replace_tensor(model: nn.Module, old: Tensor, new: Tensor) -> None:
     """Put a smaller tensor in the place of a parameter or buffer, wherever the model has it."""
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, old.requires_grad)
