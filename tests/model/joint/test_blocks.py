@@ -97,7 +97,7 @@ def without_zero_blocks(model, example):
     """A copy without the blocks that are zero, and how many were removed from each list."""
     small, counts = copy.deepcopy(model), []
     for groups in find_blocks(small, example):
-        if not groups.why_dense:
+        if not groups.why_kept:
             removed = np.flatnonzero(removable_groups(small, groups))
             remove_groups(small, groups, removed)
             counts.append(len(removed))
@@ -120,7 +120,7 @@ def test_blocks_of_zeros_are_removed(name):
     sparsifier = Sparsifier(model, "block", criteria="random", example_input=example)
     sparsifier.sparsify(0.5)
     assert 0.3 < sparsifier.sparsity < 0.7
-    blocks = [groups for groups in find_blocks(model, example) if not groups.why_dense]
+    blocks = [groups for groups in find_blocks(model, example) if not groups.why_kept]
     assert [groups.count for groups in blocks] == counts
     zero = [np.flatnonzero(removable_groups(model, groups)) for groups in blocks]
     entries = [
@@ -177,7 +177,7 @@ def test_the_config_of_an_encoder_and_a_decoder_follows():
 
 def test_the_depths_of_stages_follow():
     model, example, _ = made("Swin")
-    first, second = (groups for groups in find_blocks(model, example) if not groups.why_dense)
+    first, second = (groups for groups in find_blocks(model, example) if not groups.why_kept)
     remove_groups(model, first, [1])
     assert (model.config.depths, model.config.num_layers) == ([1, 2], 2)
 
@@ -303,7 +303,7 @@ def test_masks_survive_a_fall_of_the_sparsity_and_a_saved_state():
     sparsifier = Sparsifier(model, "block", example_input=X)
     sparsifier.sparsify(0.75)
     state = copy.deepcopy(sparsifier.state_dict())
-    with pytest.warns(UserWarning, match="revives whole outputs"):
+    with pytest.warns(UserWarning, match="revives a whole block"):
         sparsifier.sparsify(0.25)
     assert masked_blocks(sparsifier) == 1
     sparsifier.load_state_dict(state)
