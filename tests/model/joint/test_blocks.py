@@ -10,7 +10,7 @@ from conftest import dense_of, follower_masks, misses_sparsity, random_state
 from torch import nn
 
 from sparsifai import Sparsifier, SparsifyCallback
-from sparsifai.model.joint.blocks import find_blocks, remove_zero_blocks
+from sparsifai.model.joint.blocks import find_blocks
 from sparsifai.model.joint.removal import removable_groups, remove_groups
 
 IDS = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -250,18 +250,6 @@ def test_norm_layers_go_with_their_block_only_where_they_must():
         small, removed = without_zero_blocks(model, X)
         assert removed == [1]
         assert relative_difference(model, small, X) <= 1e-6
-
-
-def test_all_blocks_of_zeros_are_removed_at_once():
-    model, example, _ = made("timm Swin")
-    assert remove_zero_blocks(model) == []  # without a run, since there are no zeros
-    sparsifier = Sparsifier(model, "block", example_input=example)
-    sparsifier.sparsify(0.6)
-    small, counts = without_zero_blocks(model, example)
-    removed = remove_zero_blocks(model, example)
-    assert len(removed) == sum(counts) > 0
-    assert all(name.rpartition(".")[0] in ("layers.0.blocks", "layers.1.blocks") for name in removed)
-    assert model.state_dict().keys() == small.state_dict().keys()
 
 
 def test_norm_layers_in_front_of_a_branch_are_left_alone():
