@@ -1,7 +1,7 @@
 """Coupled filters: filters that can only be removed together are ranked and pruned together (`coupled=True`).
 
 Where a sum adds the outputs of several layers, channel i of the sum is zero only if filter i of all of them is. Such
-filters are one group: its size is the sum of their sizes, its score the mean of their scores by weights.
+filters are one group: its size is the sum of their sizes, and its score is pooled over the weights of all of them.
 
 The groups of a grouped convolution must keep equal sizes. So the channels with the same rank in their groups are one
 group, too: each group loses its lowest channels, and all lose as many.
@@ -9,7 +9,7 @@ group, too: each group loses its lowest channels, and all lose as many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -18,12 +18,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..axes.grouping import l2, largest, mean, squared_sum
+from ..axes.grouping import total as sum_of_all
 from ..axes.ranking.bundles import bundle
 from ..axes.ranking.by_rank import join_by_rank
 from ..axes.ranking.scored_layer import ScoredLayer
 from ..model.channels.coupling import ChannelSet, find_channels
 from ..model.channels.equal_groups import Side, connected
 from ..model.channels.removal import LAST_OUTPUT, why_stuck
+from ..model.joint.groups import NO_GROUP
 from ..model.layers import parameter_name
 from ..model.norms import affine_names
 from ..model.tensors import with_autograd
@@ -43,12 +46,14 @@ class CoupledLayers:
         channels: Layer name -> for each of its groups, the number of the channel, or of the joint group, that it
             belongs to; negative where it belongs to none, and is kept.
         norms: Name of a parameter of a norm layer -> its entries, and the number of the channel of each of them.
+        name: Name of the module whose groups are joint, such as that of an attention. Empty for coupled filters.
         cells: For each channel, the number of its cell, from which as many channels are pruned as from the others of
             its line, and the number of the line; negative for channels that are in none. None if all are in none.
     """
 
     channels: Mapping[str, np.ndarray]
     norms: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    name: str = ""
     cells: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
@@ -61,29 +66,62 @@ class CoupledLayers:
         channels = self.channels[name]
         return (channels < 0) | kept[np.maximum(channels, 0)]
 
-    def join(self, layers: Sequence[ScoredLayer]) -> ScoredLayer:
-        """Join layers to one layer, whose groups are the channels."""
-        size, score, alive = np.zeros(self.count), np.zeros(self.count), np.zeros(self.count)
-        for layer in layers:
-            channels = self.channels[layer.target.name]
-            belongs = channels >= 0
-            channels, weights = channels[belongs], np.broadcast_to(layer.size, len(layer))[belongs]
-            size += np.bincount(channels, weights, self.count)
-            score += np.bincount(channels, layer.score[belongs] * weights, self.count)
-            alive += np.bincount(channels, layer.alive[belongs], self.count)
+    def kept(self, layers: Layers) -> np.ndarray:
+        """Bool per channel, or per joint group: whether the masks keep any of its weights."""
+        kept = np.zeros(self.count, bool)
+        for name, channels in self.channels.items():
+            kept[channels[layers[name].kept.cpu().numpy() & (channels >= 0)]] = True
+        return kept
+
+    def join(self, layers: Sequence[ScoredLayer], pool: Callable = mean) -> ScoredLayer:
+        """Join layers to one layer, whose groups are the channels.
+
+        Args:
+            layers: The layers, with a score for every group of each.
+            pool: How scores of weights were pooled to these scores; for squared_sum they are the sums. They are pooled
+                to the score that the weights of all layers have together. A function of the user's own only sees
+                one layer; its scores are pooled by the mean over weights.
+        """
+
+        def total(of_layer: Callable[[ScoredLayer], Any]) -> np.ndarray:
+            result = np.zeros(self.count)
+            for layer in layers:
+                channels, values = self.channels[layer.target.name], np.broadcast_to(of_layer(layer), len(layer))
+                result += np.bincount(channels[channels >= 0], values[channels >= 0], self.count)
+            return result
+
+        size = total(lambda layer: layer.size)
+        if pool is largest:
+            score = np.full(self.count, -np.inf)
+            for layer in layers:
+                channels = self.channels[layer.target.name]
+                np.maximum.at(score, channels[channels >= 0], layer.score[channels >= 0])
+        elif pool is l2:
+            score = np.sqrt(total(lambda layer: layer.score.astype(np.float64) ** 2))
+        elif pool in (sum_of_all, squared_sum):
+            score = total(lambda layer: layer.score)
+            score = score**2 if pool is squared_sum else score
+        else:
+            score = total(lambda layer: layer.score.astype(np.float64) * layer.size) / size
         first = layers[0]
-        score /= size
         return ScoredLayer(
-            first.target, score.__getitem__, alive > 0, size.astype(np.int64), revives=first.revives,
+            first.target, score.__getitem__, total(lambda layer: layer.alive) > 0, size.astype(np.int64),
+            self.count == 1 and all(layer.whole for layer in layers), revives=first.revives,
             may_empty=first.may_empty, grid={"out": self.count}, others=tuple(layer.target for layer in layers[1:]),
         )  # fmt: skip
 
 
 class Coupling:
-    """The layers of a model whose filters are coupled. The layers of one part are not coupled with those of another."""
+    """The layers of a model whose filters are coupled. The layers of one part are not coupled with those of another.
 
-    def __init__(self, parts: Sequence[CoupledLayers], what: str = "filter"):
-        self.what = what
+    Args:
+        parts: The parts.
+        what: What is pruned as one: 'filter', or the name of a joint granularity.
+        joint: With a joint granularity, layer name -> (its `JointGroups`, its `Part` of them).
+    """
+
+    def __init__(self, parts: Sequence[CoupledLayers], what: str = "filter", joint: Mapping[str, Any] | None = None):
+        self.what, self.joint = what, joint or {}
         self.part_of = {name: part for part in parts for name in part.channels}
 
     def together(self, asked: Asked) -> Asked:
@@ -102,11 +140,14 @@ class Coupling:
                 moved[first_scope.setdefault((self.part_of[name], sparsity), number)].append(name)
         return [(sparsity, names) for (sparsity, _), names in zip(asked, moved, strict=True) if names]
 
-    def join(self, layers: Sequence[ScoredLayer]) -> tuple[list[ScoredLayer], Callable[[Kept], Kept]]:
+    def join(
+        self, layers: Sequence[ScoredLayer], pool: Callable = mean
+    ) -> tuple[list[ScoredLayer], Callable[[Kept], Kept]]:
         """Join the layers that are coupled.
 
         Args:
             layers: The layers of one scope, with a score for every filter.
+            pool: As of `CoupledLayers.join`.
 
         Returns:
             The joined layers, and a function from their kept groups to the kept filters of `layers`.
@@ -125,7 +166,7 @@ class Coupling:
                     "need the same sparsity; give one fraction for both"
                 )
 
-        joined = [part.join([given[name] for name in part.channels]) for part in parts]
+        joined = [part.join([given[name] for name in part.channels], pool) for part in parts]
         spreads: list[Callable] = [lambda kept: kept] * len(parts)
         for number, part in enumerate(parts):
             if part.cells is not None:
@@ -138,6 +179,46 @@ class Coupling:
             return [channels_kept[name] & (layer.alive | layer.revives) for name, layer in given.items()]
 
         return joined, split
+
+    def pruned_groups(self, layers: Layers) -> dict[str, tuple[int, int]]:
+        """How many joint groups of each module are pruned, and how many it has; nothing for coupled filters."""
+        parts = [part for part in dict.fromkeys(self.part_of.values()) if self.joint]
+        parts = [part for part in parts if all(layers[name].is_selected for name in part.channels)]
+        return {part.name: (part.count - int(part.kept(layers).sum()), part.count) for part in parts}
+
+    def notes(self, layers: Layers) -> dict[str, str]:
+        """Layer name -> how many of its joint groups are pruned, and how many of its entries belong to none."""
+        pruned, notes = self.pruned_groups(layers), {}
+        for name, part in self.part_of.items():
+            if part.name in pruned:
+                zero, count = pruned[part.name]
+                others = self.joint[name][1].groups == NO_GROUP
+                more = f"; {others.sum()} of its {len(others)} entries belong to no {self.what}" if others.any() else ""
+                notes[name] = f"{zero} of {count} {self.what}s pruned{more}"
+        return notes
+
+    def units(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """What is pruned as one -> the layers of it: the name of a module, or of its first layer -> layer names."""
+        units: dict[str, list[str]] = {}
+        unit_of: dict[CoupledLayers, str] = {}
+        for name in names:
+            part = self.part_of[name]
+            units.setdefault(unit_of.setdefault(part, part.name or name), []).append(name)
+        return units
+
+    def complete(self, names: Iterable[str], layers: Layers) -> list[str]:
+        """Those of some layers that are frozen no more whose coupled layers are all pruned, now or with them."""
+        able = {*names, *(name for name, layer in layers.items() if layer.is_selected)}
+        return [name for name in names if name in self.part_of and self.part_of[name].channels.keys() <= able]
+
+    def share(self, layers: Sequence[ScoredLayer], sparsity: float) -> float:
+        """The fraction of the weights of groups to prune, so that `sparsity` is that of all weights.
+
+        Entries that belong to no group stay, such as the rows of a key that all heads read.
+        """
+        fixed = sum(layer.weights(self.part_of[layer.target.name].channels[layer.target.name] < 0) for layer in layers)
+        total = sum(layer.total for layer in layers)
+        return min(sparsity * total / (total - fixed), 1.0) if fixed else sparsity
 
     def followers(self, model: nn.Module) -> list[Follower]:
         """The parameters of norm layers that the channels go through, also behind a sum or a concatenation."""
@@ -262,12 +343,12 @@ def _coupled_layers(model: nn.Module, part: Sequence[ChannelSet], names: Mapping
     return CoupledLayers(
         {name: np.array([numbers[place] for place in range(len(numbers))]) for name, numbers in filters.items()},
         {norm: (np.array(list(numbers)), np.array(list(numbers.values()))) for norm, numbers in norms.items()},
-        (cells[:, 0], cells[:, 1]) if lines else None,
+        cells=(cells[:, 0], cells[:, 1]) if lines else None,
     )
 
 
 def joint_layers(
-    layers: Sequence[ScoredLayer], coupling: Coupling | None, round_to: int | None
+    layers: Sequence[ScoredLayer], coupling: Coupling | None, round_to: int | None, pool: Callable = mean
 ) -> tuple[Sequence[ScoredLayer], Callable[[Kept], Kept]]:
     """Join the layers of one scope for the ranking, by coupling and by round_to.
 
@@ -276,13 +357,14 @@ def joint_layers(
         coupling: The coupled filters, or None.
         round_to: Groups per bundle, or None. Each bundle is pruned or kept as a whole, so that a multiple of this
             number of groups is kept.
+        pool: How scores of weights were pooled to those of groups, with a coupling; see `CoupledLayers.join`.
 
     Returns:
         The layers that the context ranks, and a function from their kept groups to the kept groups of `layers`.
     """
     split: Callable[[Kept], Kept] = list
     if coupling is not None:
-        layers, split = coupling.join(layers)
+        layers, split = coupling.join(layers, pool)
     if round_to is None:
         return layers, split
     bundles, spreads = zip(*(bundle(layer, round_to) for layer in layers), strict=True)

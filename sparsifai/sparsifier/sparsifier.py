@@ -25,12 +25,12 @@ from .calibration import calibrated
 from .change import Change
 from .collection import CollectedQuantities, Source
 from .copying import CopiedWithModel
-from .dense_weights import check_can_be_kept
+from .dense_checks import check_can_be_kept
 from .findings import both
 from .given_masks import check_masks
 from .layer import Layers, level_of, selected, unfrozen
 from .layer_selection import Asked, cannot_be_pruned, find_layers, scopes
-from .mask_building import REVIVED_OUTPUTS, NewMasks, Ranking, build_masks
+from .mask_building import NewMasks, Ranking, build_masks, notice_of_revived
 from .masking import NEXT_TO_ZERO, masked_parameters, moments_to_zero, newly_changed, newly_masked
 from .notices import notices_of_frozen, notices_of_host, notices_of_outputs, notices_of_unnamed, notices_of_unprunable
 from .options import Options, Sparsity, check_sparsity
@@ -139,8 +139,15 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         if options.straight_through:
             for layer in self._selected.values():
                 check_can_be_kept(layer.name, layer.parameter)
-        source = Source(inner, weights, rng, first_example(example_input), dense=self._dense)
+        example = first_example(example_input)
+        joint = {} if coupling is None else coupling.joint
+        source = Source(inner, weights, rng, example, dense=self._dense, joint=joint)
         self.collected = CollectedQuantities(options.criteria, source)
+        if not joint and (unfit := self.collected.at("input_grad")):
+            raise ValueError(
+                f"criterion {name_of(options.criteria)} needs {unfit[0]}, which is about groups of several layers; "
+                "give granularity 'head' or 'neuron', or a criterion of weights and gradients such as taylor"
+            )
         self._regrowth = None if options.regrow is None else Regrowth(options.regrow, source)
         for each in self._all_collected:
             each.take("start")
@@ -277,7 +284,9 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
 
     def _joining(self) -> Change:
         """The layers that were frozen and are trained now, as a change that selects them."""
-        layers = {name: self.layers[name].as_selected() for name in unfrozen(self.layers)}
+        names, coupling = unfrozen(self.layers), self.ranking.coupling
+        names = names if coupling is None else coupling.complete(names, self.layers)
+        layers = {name: self.layers[name].as_selected() for name in names}
         if not layers:
             return Change()
         weights = {name: layer.weight for name, layer in selected({**self.layers, **layers}).items()}
@@ -307,7 +316,8 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         with self._dense.in_place():
             new = build_masks(layers, asked, self.ranking, self.collected)
             # What is kept again has its dense value, so it is no dead output.
-            new = replace(new, notices=[notice for notice in new.notices if notice != REVIVED_OUTPUTS])
+            revived = notice_of_revived(self.ranking)
+            new = replace(new, notices=[notice for notice in new.notices if notice != revived])
             if not lowest:
                 return new
             fewer = [(min(sparsity, lowest), names) for sparsity, names in asked]
@@ -505,7 +515,9 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         """
         self._check_held("report")
         self._check_found()
-        return Report.measure(self.model, self.layers, self.ranking.options.context, self._regrowth)
+        return Report.measure(
+            self.model, self.layers, self.ranking.options.context, self._regrowth, self.ranking.coupling
+        )
 
     def __repr__(self) -> str:
         options = self.ranking.options

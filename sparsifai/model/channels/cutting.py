@@ -59,14 +59,14 @@ def indices_of(channels: Iterable[ChannelSet], side: str) -> dict[str, set[int]]
 def _add_to_bias(module: Any, constant: Mapping[int, float]) -> None:
     """Add to the bias of a layer what its constant inputs add to its outputs."""
     groups = getattr(module, "groups", 1)
-    weight = module.weight.double().unflatten(0, (groups, -1))  # (groups, outputs, inputs, ...)
+    weight = module.weight.detach().double().unflatten(0, (groups, -1))  # (groups, outputs, inputs, ...)
     values = weight.new_zeros(groups * weight.shape[2])
     values[list(constant)] = weight.new_tensor(list(constant.values()))
     summed = weight.flatten(3).sum(3) if weight.dim() > 3 else weight
     added = (summed @ values.reshape(groups, -1, 1)).flatten()
-    if module.bias is None:
-        module.bias = nn.Parameter(module.weight.new_zeros(outputs_of(module)), module.weight.requires_grad)
-    module.bias.copy_(module.bias + added)
+    bias = module.bias if module.bias is not None else module.weight.new_zeros(outputs_of(module))
+    trained = (module.weight if module.bias is None else module.bias).requires_grad
+    module.bias = nn.Parameter((bias.detach() + added).to(bias.dtype), trained)
 
 
 def _cut_layer(module: Any, outputs: set[int], inputs: set[int]) -> None:

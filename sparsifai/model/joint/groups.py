@@ -7,15 +7,16 @@ for all neurons of one MLP, by parts of parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from ..layers import axes_of, parameter_name
+from ...support.printable import printable
+from ..layers import CONVOLUTIONS, axes_of, parameter_name
 
 # What becomes of the entries of a part. Those of a weight are scored, counted and pruned; a reader is the weight that
 # reads what the group computes: where it is zero, the group has no effect. Those of a follower, such as a bias, are
@@ -32,23 +33,27 @@ class Part:
 
     Attributes:
         name: Name of the parameter in the model.
-        axis: The axis of the parameter along which entries belong to groups.
-        groups: For each place along the axis, the number of the group that it belongs to, or NO_GROUP.
+        axis: The axis of the parameter along which entries belong to groups; None if the parameter is a part of one
+            group as a whole.
+        groups: For each place along the axis, the number of the group that it belongs to, or NO_GROUP. Without an axis
+            it has one entry.
         role: WEIGHT, READER, FOLLOWER or TABLE.
     """
 
     name: str
-    axis: int
+    axis: int | None
     groups: np.ndarray
     role: str = WEIGHT
 
     @property
-    def extent(self) -> int | None:
-        """How many neighbours along the axis make up a group or a piece of one; None if there is no such number."""
+    def extent(self) -> int:
+        """How many neighbours along the axis make up a group or a piece of one, also of those that belong to none."""
         ends = np.flatnonzero(np.diff(self.groups)) + 1
-        runs = np.diff([0, *ends, len(self.groups)])
-        extent = int(np.gcd.reduce(runs))
-        return extent if NO_GROUP not in self.groups else None
+        return int(np.gcd.reduce(np.diff([0, *ends, len(self.groups)])))
+
+    def is_like(self, other: Part) -> bool:
+        """Whether the entries of another part belong to the same groups, in the same order."""
+        return (self.axis is None) == (other.axis is None) and np.array_equal(self.groups, other.groups)
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,23 @@ class Size:
 
 
 @dataclass(frozen=True, eq=False)
+class Entries:
+    """A list of modules, some of which are the groups: they are removed from it as a whole.
+
+    Attributes:
+        name: Name of the ModuleList, Sequential or ModuleDict.
+        groups: For each entry, the number of the group that it is, or NO_GROUP.
+        are_layers: Whether the entries are the layers of the model, whose number and positions it keeps.
+    """
+
+    name: str
+    groups: np.ndarray
+    are_layers: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class JointGroups:
-    """All joint groups of one attention or MLP.
+    """All joint groups of one attention or MLP, or of one list of blocks.
 
     Attributes:
         name: Name of the module.
@@ -76,7 +96,10 @@ class JointGroups:
         count: Number of groups.
         parts: The entries that belong to them.
         sizes: The sizes that modules keep.
-        why_kept: Why groups cannot be removed, even if they are zero. Mostly empty.
+        why_kept: Why its groups can be neither pruned nor removed. Mostly empty.
+        entries: The list of modules whose entries are the groups; None if groups are parts of layers.
+        apart: Whether each group is ranked as granularity 'layer' ranks layers: all may be pruned but the best of those
+            that are ranked together. Else the best group is kept.
         cells: For each group, the number of the cell that it is in, such as the layer of a unit, if as many groups must
             be pruned from each cell.
     """
@@ -87,6 +110,8 @@ class JointGroups:
     parts: tuple[Part, ...]
     sizes: tuple[Size, ...] = ()
     why_kept: str = ""
+    entries: Entries | None = None
+    apart: bool = False
     cells: np.ndarray | None = None
 
     def parts_in(self, *roles: str) -> list[Part]:
@@ -116,12 +141,18 @@ class Place:
 
     @classmethod
     def found(cls, module: nn.Module, module_name: str, path: str) -> Place | None:
-        """The place, None if there is no weight with an output and an input axis."""
+        """The place, None if there is no weight with an output and an input axis that every output has to itself."""
         try:
             place = cls(module, module_name, path)
         except AttributeError:
             return None
-        return place if isinstance(place.weight, Tensor) and {"out", "in"} <= set(place.axes) else None
+        fits = isinstance(place.weight, Tensor) and {"out", "in"} <= set(place.axes) and len(place.axes) == place.dim
+        return None if not fits or isinstance(place.layer, CONVOLUTIONS) and place.layer.groups > 1 else place
+
+    @property
+    def dim(self) -> int:
+        """Number of axes that the weight has."""
+        return self.weight.dim()
 
     @property
     def weight(self) -> Any:
@@ -171,3 +202,41 @@ def sizes_in(modules: Iterable[tuple[str, nn.Module]], per_group: dict[str, int]
         for attribute, share in per_group.items()
         if getattr(module, attribute, None) == share * count
     )
+
+
+def merged(found: Sequence[JointGroups], model: nn.Module) -> list[JointGroups]:
+    """Join the groups of modules that share a parameter: group i of all of them is one group.
+
+    If a shared parameter does not belong to the same groups in both modules, the groups of neither can be pruned.
+
+    Args:
+        found: The joint groups of modules.
+        model: The model.
+
+    Returns:
+        Joint groups that share no parameter, or that are kept.
+    """
+    # Tensors are held, since one that is computed at each access could have the id of an earlier one.
+    tensors = {part.name: attrgetter(part.name)(model) for groups in found for part in groups.parts}
+    cluster_of: dict[int, list[JointGroups]] = {}
+    for groups in found:
+        cluster = [groups]
+        earlier = [cluster_of.get(id(tensors[part.name])) for part in groups.parts]
+        for each in {id(known): known for known in earlier if known is not None}.values():
+            cluster = each + cluster
+        cluster_of |= {id(tensors[part.name]): cluster for each in cluster for part in each.parts}
+    return [one for each in {id(each): each for each in cluster_of.values()}.values() for one in _as_one(each, tensors)]
+
+
+def _as_one(several: Sequence[JointGroups], tensors: dict[str, Any]) -> list[JointGroups]:
+    """Joint groups that share parameters, as one; each by itself and kept if these belong to different groups."""
+    first = several[0]
+    parts: dict[int, Part] = {}
+    for part in [part for each in several for part in each.parts]:
+        known = parts.setdefault(id(tensors[part.name]), part)
+        if known.axis != part.axis or not np.array_equal(known.groups, part.groups):
+            why = f"{printable(part.name)} is shared by modules in which it belongs to different {first.what}s"
+            return [replace(each, why_kept=each.why_kept or why) for each in several]
+    sizes = dict.fromkeys(size for each in several for size in each.sizes)
+    why_kept = next((each.why_kept for each in several if each.why_kept), "")
+    return [replace(first, parts=tuple(parts.values()), sizes=tuple(sizes), why_kept=why_kept)]
