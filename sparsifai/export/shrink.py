@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from ..model.channels.connections import zero_outputs
 from ..model.channels.removal import Removal
 from ..model.channels.smaller_copy import SmallerCopy, named_tensors
 from ..model.joint.attention import find_heads
-from ..model.joint.joint_removal import JointRemoval
+from ..model.joint.joint_removal import JointRemoval, Removed
 from ..model.joint.mlp import find_neurons
+from ..model.joint.unit_removal import ZeroUnits, remove_all_units
 from ..model.layers import outputs_of
 from ..model.norms import check_fused_norms
 from ..model.parallel import unwrapped
@@ -131,14 +132,15 @@ def shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
     dtypes = {name: value.dtype for name, value in named_tensors(model)}
     copy = SmallerCopy(model, with_autograd(example_input))
     joint = JointRemoval(copy, (find_heads, find_neurons)).remove_all()
+    rows: list[Removed | ZeroUnits] = [*joint.rows, *remove_all_units(copy)]
     removal = Removal(copy, joint.remaining)
     not_followed = ""
     # Without zeros no channel of a transformer can be removed, and to follow it takes time.
-    if not joint.rows or has_zero_slices(copy.model):
+    if not rows or has_zero_slices(copy.model):
         try:
             removal.remove_all()
         except (ImportError, ValueError) as error:
-            if not any(row.removed for row in joint.rows):
+            if not any(row.removed for row in rows):
                 raise
             not_followed = str(error)
     small = copy.model
@@ -150,13 +152,13 @@ def shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
         value.data = value.data.to(dtypes.get(name, dtypes.get(f"{name.rpartition('.')[0]}.weight", value.dtype)))
         if value.untyped_storage().data_ptr() in shared:
             value.data = value.data.clone()
-    table = _measured(removal, joint, model, not_followed)
+    table = _measured(removal, rows, model, not_followed)
     if table.parameters_left < table.parameters:
         update_config(small, [row.groups for row in joint.rows])
     return small, table
 
 
-def _measured(removal: Removal, joint: JointRemoval, model: nn.Module, not_followed: str) -> Shrinkage:
+def _measured(removal: Removal, rows: Sequence[Removed | ZeroUnits], model: nn.Module, not_followed: str) -> Shrinkage:
     """The table of what has been removed from a model."""
     before, after = (sum(parameter.numel() for parameter in each.parameters()) for each in (model, removal.model))
     groups = tuple(
@@ -164,7 +166,7 @@ def _measured(removal: Removal, joint: JointRemoval, model: nn.Module, not_follo
             row.groups.name, type(model.get_submodule(row.groups.name)).__name__, row.groups.what, row.groups.count,
             len(row.zeros), len(row.removed), row.why_kept,
         )
-        for row in joint.rows
+        for row in rows
     )  # fmt: skip
     return Shrinkage(tuple(_layers(removal, model, not_followed)), before, after, groups, not_followed)
 
