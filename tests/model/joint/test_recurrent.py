@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from sparsifai import Sparsifier
+from sparsifai import Sparsifier, load_shrunk, save_shrunk, shrink, shrinkage
 from sparsifai.model.channels.smaller_copy import SmallerCopy
 from sparsifai.model.joint.recurrent import find_units
 from sparsifai.model.joint.unit_removal import remove_all_units
@@ -221,6 +221,20 @@ def test_last_states_of_packed_sequences_are_read():
     assert list(row.readers) == ["hidden"]
     assert (small.rnn.hidden_size, small.hidden.in_features) == (4, 8)
     assert parameters(small) < 0.5 * before
+
+
+def test_shrink_removes_units_and_its_file_is_loaded(tmp_path):
+    model = Net(num_layers=2, bidirectional=True)
+    pruned(model)
+    table = shrinkage(model, example(4, 2, 5))
+    assert [(row.name, row.what, row.count, row.zeros, row.removed) for row in table.groups] == [
+        ("rnn", "unit", 32, 16, 16)
+    ]
+    small = shrink(model, example(4, 2, 5))
+    assert (small.rnn.hidden_size, small.out.in_features) == (4, 8)
+    save_shrunk(small.eval(), tmp_path / "small.safetensors")
+    loaded = load_shrunk(Net(num_layers=2, bidirectional=True).eval(), tmp_path / "small.safetensors")
+    assert torch.equal(loaded(example(4, 2, 5)), small(example(4, 2, 5)))
 
 
 def test_all_outputs_and_padded_sequences_are_read():
