@@ -35,7 +35,9 @@ def shrink(model: nn.Module, example_input: Any) -> nn.Module:
 
     Attention heads and neurons of MLPs, as of granularity 'head' and 'neuron', are removed if the weights that read
     them are zero: with their rows of all projections, their biases and their entries in tables of positions. The sizes
-    that modules keep, such as num_heads, are updated. One head or neuron of each module is kept.
+    that modules keep, such as num_heads, are updated. One head or neuron of each module is kept. Units of LSTM, GRU and
+    RNN are removed if their weights and biases are zero, as many of each layer and direction, with the inputs of the
+    layers that read them.
 
     A filter is removed with all that belongs to its channel: its bias, its entries in norm layers, and the weights of
     the next layers that read it. If a zero filter leaves a constant channel, the constant is added to the biases of the

@@ -34,13 +34,14 @@ class ShrinkableLayer:
 
 @dataclass(frozen=True)
 class ShrinkableGroups:
-    """What `shrink` removes of the heads of one attention, or of the neurons of one MLP.
+    """What `shrink` removes of the heads of one attention, the neurons of one MLP, or the units of one LSTM, GRU or RNN.
 
     Attributes:
         name: Name of the module.
         kind: Class name of the module.
-        what: 'head' or 'neuron'.
-        count: Number of heads or neurons in the given model; of grouped queries, of key-value heads.
+        what: 'head', 'neuron' or 'unit'.
+        count: Number of heads, neurons or units in the given model; of grouped queries, of key-value heads; of units,
+            those of all layers and directions.
         zeros: Those without effect, because the weights that read them are zero.
         removed: Those that are removed.
         why: Why the others without effect cannot be removed.
