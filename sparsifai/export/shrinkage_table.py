@@ -34,7 +34,7 @@ class ShrinkableLayer:
 
 @dataclass(frozen=True)
 class ShrinkableGroups:
-    """What `shrink` removes of the heads of one attention, the neurons of one MLP, or the units of one LSTM, GRU or RNN.
+    """What `shrink` removes of the heads of an attention, the neurons of an MLP, or the units of an LSTM, GRU or RNN.
 
     Attributes:
         name: Name of the module.
