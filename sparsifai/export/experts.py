@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..model.joint.experts import find_experts, remove_from, why_too_few
+from ..model.joint.experts import find_experts, remove_experts_from, why_too_few
 from ..model.joint.removal import removable_groups
 from ..model.parallel import unwrapped
 from ..model.running import copy_of
@@ -62,5 +62,5 @@ def remove_experts(model: nn.Module) -> nn.Module:
         if why := found[name].why_kept or why_too_few(model, found[name], numbers):
             raise ValueError(f"remove_experts: {printable(name)}: {why}")
     small = copy_of(model)
-    remove_from(small, removed)
+    remove_experts_from(small, removed)
     return small

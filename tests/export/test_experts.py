@@ -74,3 +74,19 @@ def test_mistakes():
     with pytest.raises(ValueError, match=why):
         remove_experts(model)
     assert model.model.layers[0].mlp.experts.num_experts == 4
+
+
+def test_experts_in_groups_of_which_the_router_chooses_some_are_kept():
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.n_group = nn.Linear(4, 4), 2
+            self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    model, why = Mixture(), "its router chooses among 2 groups of experts, which must be of one size"
+    with pytest.raises(ValueError, match=why):
+        Sparsifier(model, "expert")
+    for parameter in model.experts[0].parameters():
+        nn.init.zeros_(parameter)
+    with pytest.raises(ValueError, match=why):
+        remove_experts(model)

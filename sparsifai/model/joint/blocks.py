@@ -20,7 +20,6 @@ from ..parallel import kind_of
 from .entries import DEPTHS, LISTS
 from .groups import FOLLOWER, NO_GROUP, WEIGHT, Entries, JointGroups, Part, sizes_in
 from .identity import RecordedRun, why_no_identity
-from .removal import removable_groups, remove_groups
 
 
 @dataclass(eq=False)
@@ -85,31 +84,10 @@ def find_blocks(model: nn.Module, example_input: Any = None) -> list[JointGroups
     return found
 
 
-def remove_zero_blocks(model: nn.Module, example_input: Any = None) -> list[str]:
-    """Remove the residual blocks that are zero, in place.
-
-    Args:
-        model: The model, without wrappers.
-        example_input: As of `find_blocks`. A model without modules of zeros is not run.
-
-    Returns:
-        Names of the blocks that were removed.
-
-    Raises:
-        ValueError: As `find_blocks`.
-    """
+def has_zero_candidates(model: nn.Module) -> bool:
+    """Whether a module that may be a residual block has weights of zero alone."""
     candidates = _candidates(model, _lists_of(model))
-    if not any(not any(model.get_parameter(name).any() for name in each.weights) for each in candidates):
-        return []
-    removed = []
-    for groups in find_blocks(model, example_input):
-        if groups.entries is not None:
-            numbers = np.flatnonzero(removable_groups(model, groups))
-            names = list(model.get_submodule(groups.entries.name)._modules)
-            places = np.flatnonzero(np.isin(groups.entries.groups, numbers))
-            removed += [parameter_name(groups.entries.name, names[place]) for place in places]
-            remove_groups(model, groups, numbers)
-    return removed
+    return any(not any(model.get_parameter(name).any() for name in each.weights) for each in candidates)
 
 
 def _lists_of(model: nn.Module) -> dict[str, list[str]]:

@@ -19,11 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..hooks import hooked
 from ..layers import axes_of, find_weights, parameter_name
-from ..running import check_runs, evaluating, shell_of, untraced, without_fast_path
-from ..tensors import tensors_in
+from ..running import check_runs, evaluating, untraced, without_fast_path
 from .entries import configs_in
 from .groups import FOLLOWER, TABLE, WEIGHT, Entries, JointGroups, Part, sizes_in
-from .removal import removable_groups, remove_groups
+from .removal import remove_groups
 
 _ROUTERS = ("gate", "router", "gating")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -141,57 +140,9 @@ def choosing_tokens(model: nn.Module, found: Sequence[JointGroups], example_inpu
         else:
             holder = next(part.name for part in groups.parts_in(WEIGHT)).rpartition(".")[0]
             before.append((model.get_submodule(holder), counter(place, None)))
-    _outputs(model, example_input, before)
+    with evaluating(model), untraced(model), torch.no_grad(), without_fast_path(), hooked(before=before):
+        check_runs(model, example_input)
     return counts
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, example_input: Any, before: Any = ()) -> list[Tensor]:
-    """The outputs of a model for an example."""
-    with evaluating(model), untraced(model), without_fast_path(), hooked(before=before):
-        return tensors_in(check_runs(model, example_input))
-
-
-def remove_unchosen(model: nn.Module, example_input: Any) -> dict[str, str]:
-    """Remove the experts that are zero and that no token of an example chooses, in place.
-
-    Args:
-        model: The model, without wrappers.
-        example_input: A batch.
-
-    Returns:
-        Name of a mixture -> why experts of it that are zero are not removed.
-    """
-    found = find_experts(model)
-    zero = [removable_groups(model, groups) for groups in found]
-    if not any(each.any() for each in zero):
-        return {}
-    reasons, removed = {}, {}
-    for groups, is_zero, tokens in zip(found, zero, choosing_tokens(model, found, example_input), strict=True):
-        numbers = np.flatnonzero(is_zero)
-        if not len(numbers):
-            continue
-        if why := groups.why_kept or why_too_few(model, groups, numbers):
-            reasons[groups.name] = why
-        elif tokens is None:
-            reasons[groups.name] = "it does not show which tokens choose its experts"
-        elif tokens[numbers].any():
-            reasons[groups.name] = (
-                f"{tokens[numbers].sum()} times a token of the example chooses one of the {len(numbers)} experts that "
-                "are zero, so without them its output is another; remove_experts removes them all the same"
-            )
-        else:
-            removed[groups.name] = numbers
-    if not removed:
-        return reasons
-    trial = shell_of(model)
-    remove_from(trial, removed)
-    pairs = zip(_outputs(trial, example_input), _outputs(model, example_input), strict=True)
-    if all(one.shape == other.shape and torch.allclose(one, other, atol=1e-5, rtol=1e-5) for one, other in pairs):
-        remove_from(model, removed)
-        return reasons
-    why = "without the experts that are zero, its router gives others other weights; remove_experts removes them"
-    return reasons | dict.fromkeys(removed, why)
 
 
 def why_too_few(model: nn.Module, groups: JointGroups, removed: Sequence[int] | np.ndarray) -> str:
@@ -206,7 +157,7 @@ def why_too_few(model: nn.Module, groups: JointGroups, removed: Sequence[int] | 
     )
 
 
-def remove_from(model: nn.Module, removed: Mapping[str, Sequence[int] | np.ndarray]) -> None:
+def remove_experts_from(model: nn.Module, removed: Mapping[str, Sequence[int] | np.ndarray]) -> None:
     """Remove experts, in place. What the model and its config keep of their number follows if all mixtures have one.
 
     Args:

@@ -1,7 +1,5 @@
 """Experts of mixtures as groups: which are found, how they are pruned, and models without them."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,7 @@ from conftest import dense_of, follower_masks, misses_sparsity
 from torch import nn
 
 from sparsifai import Sparsifier, register_layer
-from sparsifai.model.joint.experts import choosing_tokens, find_experts, remove_unchosen
+from sparsifai.model.joint.experts import choosing_tokens, find_experts
 from sparsifai.model.joint.removal import removable_groups
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -145,73 +143,6 @@ def test_tokens_that_choose_an_expert_are_counted():
     (tokens, _) = choosing_tokens(mixtral := of_transformers("Mixtral"), find_experts(mixtral), IDS)
     logits = mixtral(**IDS, output_router_logits=True).router_logits[0]
     assert tokens.tolist() == torch.bincount(logits.topk(2).indices.flatten(), minlength=4).tolist()
-
-
-def unused_expert(model, number=1):
-    """Prune an expert of every mixture that the router never chooses, in favour of the others."""
-    for groups in find_experts(model):
-        for part in groups.parts_in("weight", "follower"):
-            parameter = model.get_parameter(part.name)
-            if part.axis is None:
-                parameter.data *= number not in part.groups
-            else:
-                parameter.data.select(part.axis, number).zero_()
-        for part in groups.parts_in("table"):
-            tensor = dict(model.named_parameters()) | dict(model.named_buffers())
-            if tensor[part.name].dim() == 2 and not any("bias" in each.name for each in groups.parts_in("table")):
-                weight = tensor[part.name].data
-                weight[number] = -weight.sum(0) + weight[number]
-            elif tensor[part.name].dim() == 1:
-                tensor[part.name].data[number] = -1e4
-
-
-@pytest.mark.parametrize("name", ["GptOss", "DeepseekV3", "Listed"])
-def test_experts_that_no_token_chooses_are_removed(name, tmp_path):
-    model = Listed().eval() if name == "Listed" else of_transformers(name)
-    example = X if name == "Listed" else IDS
-    unused_expert(model, 2 if name == "Listed" else 1)
-    small = copy.deepcopy(model)
-    assert remove_unchosen(small, example) == {}
-    groups = find_experts(small)
-    assert [each.count for each in groups] == [2 if name == "Listed" else 3] * len(groups)
-    with torch.no_grad():
-        if name == "Listed":
-            assert torch.equal(small(X), model(X))
-            assert (small.router.out_features, small.num_experts) == (2, 2)
-            return
-        logits, expected = small(**IDS).logits, model(**IDS).logits
-    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert getattr(small.config, MIXTURES[name][1]) == 3
-    small.save_pretrained(tmp_path)
-    loaded = type(small).from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded(**IDS).logits, logits)
-    prompt, options = IDS["input_ids"][:1, :4], {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    assert torch.equal(small.generate(prompt, **options), model.generate(prompt, **options))
-
-
-def test_experts_that_tokens_choose_are_kept_with_their_number():
-    model = Listed().eval()
-    for parameter in model.experts[0].parameters():
-        nn.init.zeros_(parameter)
-    before = copy.deepcopy(model)
-    times = int((X[:, 0] > 0).sum())
-    why = remove_unchosen(model, X)[""]
-    assert why.startswith(f"{times} times a token of the example chooses one of the 1 experts that are zero")
-    assert all(map(torch.equal, model.state_dict().values(), before.state_dict().values()))
-
-
-def test_experts_are_kept_where_the_others_would_get_other_weights():
-    class Soft(Listed):
-        def forward(self, x):
-            shares = self.router(x).softmax(-1)
-            return super().forward(x) * shares.amax(-1, keepdim=True)
-
-    model = Soft().eval()
-    nn.init.zeros_(model.router.bias)
-    for parameter in model.experts[2].parameters():
-        nn.init.zeros_(parameter)
-    assert "its router gives others other weights" in remove_unchosen(model, X)[""]
-    assert len(model.experts) == 3
 
 
 def test_stacked_experts_of_ones_own():
