@@ -248,3 +248,8 @@ def test_gate_importance_of_a_head_that_was_pruned_is_zero_and_the_others_go_on(
     sparsifier.sparsify(0.6)
     assert all((mask <= first[name]).all() for name, mask in sparsifier.masks.items())
     assert sparsifier.sparsity == pytest.approx(4 / 6)
+
+
+def test_gates_without_any_gradient_have_scores_of_zero():
+    zero = criteria["gate_importance"](torch.ones(4, 2), torch.zeros(4, 1), 2)
+    assert zero.tolist() == [[0.0, 0.0]] * 4
