@@ -142,7 +142,8 @@ class Fit:
             zeros, weights = sum(each.zeros for each in counts), sum(each.weights for each in counts)
             # Groups are pruned as a whole, so that the sparsity can be above the target by one of them.
             largest_group = max(float(torch.as_tensor(layer.grouping.size).max()) for layer in layers)
-            if (coupling := sparsifier.ranking.coupling) is not None:  # a group spans several layers
+            coupling = sparsifier.ranking.coupling
+            if coupling is not None:  # a group spans several layers
                 largest_group = max(largest_group, coupling.rounding(names, sparsifier.layers))
             if target and zeros > target * weights + max(EXCESS * weights, largest_group):
                 self.warned = True

@@ -235,7 +235,7 @@ def test_gates_need_groups_of_several_layers():
     with pytest.raises(ValueError, match="needs gate_grad, but has seen no batch; call calibrate"):
         Sparsifier(Net(Separate), "head", criteria="gate_importance").sparsify(0.5)
     with pytest.raises(ValueError, match="regrow=gate_importance needs gate_grad, which a backward pass does not give"):
-        Sparsifier(Net(Separate), "head", regrow="gate_importance")
+        Sparsifier(Net(Separate), "weight", regrow="gate_importance")
 
 
 def test_gate_importance_of_a_head_that_was_pruned_is_zero_and_the_others_go_on():
