@@ -8,11 +8,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EXAMPLE, show_data, small_net
+from conftest import CRITERIA, EXAMPLE, show_data, small_net
 from interrupts import interrupted, places
 from torch import nn
 
-from sparsifai import Sparsifier, blocks, contexts, criteria
+from sparsifai import Sparsifier, blocks, contexts
 from sparsifai.sparsifier import dense_weights
 
 OPTIMIZERS = {
@@ -164,7 +164,7 @@ def test_every_granularity_and_context_ranks_the_dense_weights(granularity, cont
             assert parameter.stride() == dense.get_parameter(name).stride()
 
 
-@pytest.mark.parametrize("criterion", criteria)
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_works_and_takes_the_weights_from_the_dense_ones(criterion):
     model = small_net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
