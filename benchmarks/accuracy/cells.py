@@ -65,6 +65,14 @@ def _places(names):
     return {name: place for place, name in enumerate(dict.fromkeys(names))}
 
 
+def cells_of(task, table, sparsities, seed, epochs, count):
+    "All settings of a table of `settings`, each at those of the sparsities that it has"
+    for sparsity in sparsities:
+        for setting, (_, own) in table.items():
+            if sparsity in own:
+                yield Cell(task, "", setting, sparsity, seed, epochs, count)
+
+
 def share(cells, part):
     "What one of several processes runs: of part (2, 3), the second, fifth, ... cell"
     number, of = part

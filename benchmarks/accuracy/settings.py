@@ -6,7 +6,9 @@ of results, add a line here.
 
 from dataclasses import dataclass
 
-from sparsifai.all import between
+from sparsifai.all import between, granularities
+from sparsifai.model.joint.attention import find_heads
+from sparsifai.model.joint.mlp import find_neurons
 
 
 @dataclass(frozen=True)
@@ -127,4 +129,37 @@ FINE_TUNE = {
         {**_STRAIGHT_THROUGH, "criteria": "movement_pruning", "gradient_sparsity": 1.0},
         (0.8, 0.9, 0.95),
     ),
+}
+
+
+@granularities.register(joint=True)
+def head_and_neuron(model):
+    "Attention heads and neurons of MLPs, in one Sparsifier"
+    return find_heads(model) + find_neurons(model)
+
+
+_MOVEMENT_PRUNING = {**_STRAIGHT_THROUGH, "criteria": "movement_pruning", "gradient_sparsity": 1.0}
+_WEIGHTS = (0.9, 0.8, 0.5)
+_GROUPS = (0.5, 0.25)
+_HEADS = {"granularity": "head", "layers": ("bert.encoder.*.attention.*",)}
+_NEURONS = {"granularity": "neuron", "layers": ("*.layer.?.intermediate.dense", "*.layer.?.output.dense")}
+# The same fraction in each attention and each MLP.
+_BOTH = {"granularity": "head_and_neuron", "context": "local"}
+
+TEXT = {
+    "dense": (None, (0.0,)),
+    "weights, magnitude": ({}, _WEIGHTS),
+    "weights, movement": ({"criteria": "movement"}, _WEIGHTS),
+    "weights, straight-through movement pruning": (_MOVEMENT_PRUNING, _WEIGHTS),
+    "heads, magnitude": (_HEADS, _GROUPS),
+    "heads, taylor": ({**_HEADS, "criteria": "taylor", "every": 10}, _GROUPS),
+    "neurons, magnitude": (_NEURONS, _GROUPS),
+    "neurons, taylor": ({**_NEURONS, "criteria": "taylor", "every": 10}, _GROUPS),
+    "heads and neurons, magnitude": (_BOTH, _HALF),
+    "heads and neurons, taylor": ({**_BOTH, "criteria": "taylor", "every": 10}, _HALF),
+}
+# Pruned once after the training of the dense net, and not trained after it.
+TEXT_ONE_SHOT = {
+    "weights, magnitude, once": ({"context": "local"}, _WEIGHTS),
+    "weights, wanda, once": ({"context": "per_output", "criteria": "wanda"}, _WEIGHTS),
 }

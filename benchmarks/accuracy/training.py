@@ -53,7 +53,7 @@ def callbacks_of(setting, sparsity, kinds):
         return []
     if isinstance(setting, FasterAI):
         return [_fasterai(sparsity, setting, kinds)]
-    return [SparsifyCallback(sparsity, layers=list(kinds), **setting)]
+    return [SparsifyCallback(sparsity, **{"layers": list(kinds), **setting})]
 
 
 def _fasterai(sparsity, setting, kinds):
