@@ -163,3 +163,18 @@ TEXT_ONE_SHOT = {
     "weights, magnitude, once": ({"context": "local"}, _WEIGHTS),
     "weights, wanda, once": ({"context": "per_output", "criteria": "wanda"}, _WEIGHTS),
 }
+
+_NEURONS_OF_LLAMA = {"granularity": "neuron", "layers": ("*.mlp.*",)}
+_HEADS_OF_LLAMA = {"granularity": "head", "layers": ("*.self_attn.*",)}
+
+DECODER = {
+    "dense": (None, (0.0,)),
+    "weights, magnitude": ({"context": "local"}, _HALF),
+    "weights, wanda": ({"context": "per_output", "criteria": "wanda"}, _HALF),
+    "2:4, magnitude": ({"context": "2:4"}, _HALF),
+    "2:4, wanda": ({"context": "2:4", "criteria": "wanda"}, _HALF),
+    "heads, magnitude": (_HEADS_OF_LLAMA, _GROUPS),
+    "heads, taylor": ({**_HEADS_OF_LLAMA, "criteria": "taylor"}, _GROUPS),
+    "neurons, magnitude": (_NEURONS_OF_LLAMA, _GROUPS),
+    "neurons, taylor": ({**_NEURONS_OF_LLAMA, "criteria": "taylor"}, _GROUPS),
+}

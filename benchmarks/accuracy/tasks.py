@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks.accuracy import nets, pictures, settings
 from benchmarks.accuracy.cells import Cell, cells_of
+from benchmarks.accuracy.decoder import LanguageModel
 from benchmarks.accuracy.pictures import Batches
 from benchmarks.accuracy.settings import FasterAI
 from benchmarks.accuracy.text import Text
@@ -178,4 +179,13 @@ def _enlarged(augment):
     return lambda images: pictures.normalized(pictures.resized(augment(images), 96))
 
 
-TASKS = {"digits": Digits, "cifar10": Cifar10, "one_shot": OneShot, "fine_tune": FineTune, "text": Text}
+TASKS = {
+    "digits": Digits,
+    "cifar10": Cifar10,
+    "one_shot": OneShot,
+    "fine_tune": FineTune,
+    "text": Text,
+    "decoder": LanguageModel,
+}
+# The page of the docs that has the tables of a task.
+PAGES = {name: "transformers.md" if name in ("text", "decoder") else "accuracy.md" for name in TASKS}

@@ -122,8 +122,8 @@ class Text:
             net = self._pruned_once(cell, arguments)
         else:
             net = self._trained(cell, arguments)
-        zeros, dense = _zeros_of(net, (arguments or {}).get("layers", ENCODER)), _size_of(net)
-        _shrink(net)
+        zeros, dense = zeros_in(net, (arguments or {}).get("layers", ENCODER)), _size_of(net)
+        remove_zero_groups(net)
         _, test = self.data
         record = measured.of(accuracy_of(net, *test, bfloat16=True), zeros)
         return record | {"parameters": round(_size_of(net) / dense, 6)}
@@ -154,7 +154,7 @@ class Text:
         return net
 
 
-def _zeros_of(net, layers):
+def zeros_in(net, layers):
     "Fraction of zeros in the weights of Linear layers with names that match"
     weights = [
         layer.weight
@@ -164,7 +164,8 @@ def _zeros_of(net, layers):
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
-def _shrink(net):
+def remove_zero_groups(net):
+    "Take heads and neurons that are zero out of a net, in place"
     for groups in find_heads(net) + find_neurons(net):
         remove_groups(net, groups, np.flatnonzero(removable_groups(net, groups)))
 
