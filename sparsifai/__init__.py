@@ -46,10 +46,11 @@ from .callbacks.plan_table import Plan
 from .export.comparison import compare
 from .export.comparison_table import Comparison
 from .export.csr import to_sparse_layout
-from .export.shrink import Shrinkage, shrink, shrinkage
+from .export.shrink import shrink, shrinkage
+from .export.shrinkage_table import Shrinkage
 from .export.sparse_file import SparseFile, load_sparse, save_sparse
 from .export.two_four import SemiStructured, semi_structured_layers, to_semi_structured
-from .model.joint.attention import register_attention
+from .model.joint.attention_kinds import register_attention
 from .model.joint.mlp import register_mlp
 from .model.layers import register_layer
 from .sparsifier.given_masks import from_torch_prune

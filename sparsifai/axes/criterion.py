@@ -35,6 +35,7 @@ from torch import Tensor
 
 from ..support.capability import capability, declare
 from ..support.registry import Registry, name_of
+from . import gates  # noqa: F401 registers the quantities of gates
 from .quantity import quantities
 
 Criterion = Callable[..., Tensor]
@@ -322,3 +323,16 @@ def wanda(weight: Tensor, activation: Tensor) -> Tensor:
     Sun et al., 2023, "A Simple and Effective Pruning Approach for Large Language Models" (arXiv:2306.11695).
     """
     return weight.abs() * activation
+
+
+@criteria.register
+def gate_importance(weight: Tensor, gate_grad: Tensor, group_width: int, normalize: bool = True) -> Tensor:
+    """E |dL/dξ|, ξ = 1 being a gate that multiplies what a head (or a neuron) hands on, and E the mean over examples.
+
+    All weights of a head have the score of their head. With `normalize`, the scores of an attention are divided by
+    their l2 norm over its heads, as published. Only for granularities such as 'head' and 'neuron'. Michel et al., 2019,
+    "Are Sixteen Heads Really Better than One?" (arXiv:1905.10650).
+    """
+    # Each head has as many entries as it is wide, so the norm over entries is that over heads times the root of it.
+    norm = gate_grad.double().norm().clamp(min=1e-300) / group_width**0.5 if normalize else 1.0
+    return (gate_grad / norm).to(torch.promote_types(weight.dtype, torch.float32)).expand_as(weight)

@@ -171,12 +171,14 @@ for _name, _axes in _ALONG.items():
 def head(model: nn.Module) -> list[JointGroups]:
     """All weights of an attention head: rows of the query, key and value projections, columns of the output projection.
 
-    With grouped queries, a key-value head and the query heads that read it are one group.
+    With grouped queries, a key-value head and the query heads that read it are one group; a query head of several is no
+    group by itself, because groups of different sizes cannot be removed. Where all query heads read one key-value head,
+    a group is a query head.
     """
-    return find_heads(model)
+    return find_heads(model, warns=True)
 
 
 @granularities.register(joint=True)
 def neuron(model: nn.Module) -> list[JointGroups]:
     """All weights of an inner neuron of an MLP: its rows in the up and gate projections, its column in the down one."""
-    return find_neurons(model)
+    return find_neurons(model, warns=True)

@@ -11,8 +11,10 @@ computed if a criterion names it. `taken` marks the function with the moments at
   batch has skipped has zeros for `.grad`.
 - 'forward': in a batch of `calibrate`, when a layer computes; its input is `inputs[name]`.
 - 'loss': in a batch of `calibrate`, when its `loss` is there, for quantities that need more than the gradient.
+- 'input_grad': in a batch of `calibrate`, when the gradients of the inputs of those layers are there that read joint
+  groups, such as attention heads; they are in `input_grads`.
 
-For the last three, the mean over all batches since the last mask update is stored.
+For the last four, the mean over all batches since the last mask update is stored.
 
 A quantity of your own is such a function. Criteria can then name it:
 
@@ -54,6 +56,10 @@ class QuantitySource(Protocol):
         inputs: Parameter name -> the input of its layer, at the moment 'forward'.
         loss: The loss of the batch, a tensor, at the moment 'loss'.
         skipped: The layers that no gradient of the batch reaches; theirs is zero.
+        joint: With a joint granularity, parameter name -> (its `JointGroups`, its `Part` of them); else empty.
+        input_grads: Parameter name -> (input, its gradient, number of examples) for each call of its layer, at the
+            moment 'input_grad', for layers that read joint groups. Examples are the first axis of an input, or blocks
+            of it.
     """
 
     model: nn.Module
@@ -63,6 +69,8 @@ class QuantitySource(Protocol):
     inputs: dict[str, Tensor]
     loss: Any
     skipped: set[str]
+    joint: Mapping[str, Any]
+    input_grads: Mapping[str, list[tuple[Tensor, Tensor, int]]]
 
     def once(self, compute: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Compute something for all layers, once at each moment.
@@ -80,9 +88,10 @@ class UnsuitableLayerError(ValueError):
     """A quantity cannot be computed for a layer."""
 
 
-# Moments at which a copy is stored, and those at which a mean over batches is.
+# Moments at which a copy is stored, those of a batch of `calibrate` alone, and those at which a mean over batches is.
 STORED = ("start", "update")
-AVERAGED = ("backward", "forward", "loss")
+CALIBRATED = ("forward", "loss", "input_grad")
+AVERAGED = ("backward", *CALIBRATED)
 MOMENTS = ("score", *STORED, *AVERAGED)
 
 
@@ -95,8 +104,8 @@ def taken(*moments: str, running: bool = False, finish: Callable[[Tensor], Tenso
     Args:
         *moments: One or more of 'score' (whenever scores are computed), 'start' (when the Sparsifier is made) and
             'update' (after each mask update). Or, for a mean over batches, one of 'backward' (after a backward pass),
-            'forward' (when a layer computes in a batch of `calibrate`) and 'loss' (when the loss of a batch of
-            `calibrate` is computed).
+            'forward' (when a layer computes in a batch of `calibrate`), 'loss' (when the loss of a batch of
+            `calibrate` is computed) and 'input_grad' (when the gradients of inputs are there, too).
         running: Whether the mean is over all batches. By default it is over those since the last mask update.
         finish: Function of the mean, applied when a criterion needs it, such as torch.sqrt for a mean of squares.
             Default none.
@@ -118,11 +127,11 @@ def taken(*moments: str, running: bool = False, finish: Callable[[Tensor], Tenso
     averaged = set(moments) & set(AVERAGED)
     if not moments or not set(moments) <= set(MOMENTS) or (averaged and len(moments) > 1):
         raise ValueError(
-            "taken: give one or more of 'score', 'start' and 'update', or one of 'backward', 'forward' and 'loss'; "
-            f"not {moments!r}"
+            "taken: give one or more of 'score', 'start' and 'update', or one of 'backward', 'forward', 'loss' and "
+            f"'input_grad'; not {moments!r}"
         )
     if (running or finish) and not averaged:
-        raise ValueError("taken: running= and finish= are for means over batches, at 'backward', 'forward' or 'loss'")
+        raise ValueError(f"taken: running= and finish= are for means over batches, at {', '.join(AVERAGED)}")
 
     def mark(quantity: Callable) -> Callable:
         quantity.moments, quantity.running, quantity.finish = moments, running, finish  # type: ignore[attr-defined]

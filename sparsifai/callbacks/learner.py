@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..axes.quantity import CALIBRATED
 from ..model.running import Split, not_drawn_from, untraced
 from ..sparsifier.masking import parameters_of
 from ..sparsifier.notices import LARGE_PART
@@ -37,7 +38,7 @@ def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None, 
         anew: Whether gradients of past steps are not enough in any case, because layers have joined. Default False.
     """
     collected = sparsifier.collected
-    if not collected.looks_at_data or not (anew or collected.at("forward", "loss") or collected.missing()):
+    if not collected.looks_at_data or not (anew or collected.at(*CALIBRATED) or collected.missing()):
         return
     collected.may_skip = batches is None
     if batches is None and learn.xb[0] is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from inspect import signature
 from typing import Any
@@ -22,6 +22,10 @@ from ..support.printable import message_of
 from ..support.registry import name_of
 from ..support.warning import warn
 from .collection import CollectedQuantities, Source
+from .reading import Read, inputs_recorded, readers_of
+
+# Moments at which a quantity needs the loss.
+_OF_LOSS = ("loss", "backward", "input_grad")
 
 
 def calibrated(collected: CollectedQuantities, batches: Iterable, loss_func: Callable | None) -> dict[str, Any]:
@@ -45,9 +49,9 @@ def calibrated(collected: CollectedQuantities, batches: Iterable, loss_func: Cal
     """
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise TypeError(f"calibrate: batches is a list or a data loader of batches, not {_shown(batches)}")
-    needs_loss, source = bool(collected.at("loss", "backward")), collected.source
+    needs_loss, source = bool(collected.at(*_OF_LOSS)), collected.source
     if needs_loss and loss_func is None:
-        quantity = collected.at("loss", "backward")[0]
+        quantity = collected.at(*_OF_LOSS)[0]
         raise TypeError(f"calibrate: {name_of(collected.criterion)} needs {quantity}; give it a loss_func")
     check_autograd("calibrate", source.model)
     # The means are collected in a copy, so that a batch that fails changes nothing.
@@ -57,6 +61,7 @@ def calibrated(collected: CollectedQuantities, batches: Iterable, loss_func: Cal
 
     def forget() -> None:
         source.inputs.clear()
+        source.input_grads.clear()
         source.loss = None
         source.forget()
 
@@ -69,7 +74,7 @@ def calibrated(collected: CollectedQuantities, batches: Iterable, loss_func: Cal
             if not _has_rows(inputs):
                 continue
             try:
-                with _inputs_seen(collected):
+                with _inputs_seen(collected), _inputs_recorded(collected, inputs) as read:
                     output = run(source.model, inputs)
                 loss = loss_func(output, *targets) if needs_loss and loss_func is not None else None
             except UnsuitableLayerError:
@@ -81,7 +86,7 @@ def calibrated(collected: CollectedQuantities, batches: Iterable, loss_func: Cal
                 ) from error
             used += 1
             if needs_loss:
-                infinite += not _take_loss(collected, loss, number)
+                infinite += not _take_loss(collected, loss, number, read)
                 source.model.zero_grad(set_to_none=True)
     if not used:
         empty = ", or all are without rows" if number else ""
@@ -116,7 +121,7 @@ def _check_reached(collected: CollectedQuantities) -> None:
         )
 
 
-def _take_loss(collected: CollectedQuantities, loss: Any, number: int) -> bool:
+def _take_loss(collected: CollectedQuantities, loss: Any, number: int, read: Read) -> bool:
     """Collect the quantities that are taken from the loss of a batch, or from its gradients.
 
     Returns:
@@ -137,12 +142,29 @@ def _take_loss(collected: CollectedQuantities, loss: Any, number: int) -> bool:
         source.loss = loss
         collected.add("loss")
         source.loss = None
+    if collected.at("input_grad"):
+        _add_input_gradients(collected, loss, read)
     if collected.at("backward"):
         _backward(source, loss)
         collected.add("backward")
     finite = not collected.left_out
     collected.left_out |= earlier
     return finite
+
+
+def _add_input_gradients(collected: CollectedQuantities, loss: Tensor, read: Read) -> None:
+    """Collect the quantities that are taken from the gradients of inputs."""
+    source = collected.source
+    seen = [(name, value, rows) for name, several in read.items() for value, rows in several]
+    values = [value for _, value, _ in seen]
+    gradients = torch.autograd.grad(loss, values, retain_graph=True, allow_unused=True) if values else ()
+    for (name, value, rows), gradient in zip(seen, gradients, strict=True):
+        gradient = torch.zeros_like(value) if gradient is None else gradient
+        source.input_grads.setdefault(name, []).append((value.detach(), gradient, rows))
+    groups = {id(source.joint[name][0]) for name in read}
+    names = [name for name in source.layers if id(source.joint[name][0]) in groups]
+    collected.add("input_grad", names, count=max((rows for _, _, rows in seen), default=1))
+    source.input_grads.clear()
 
 
 def _backward(source: Source, loss: Tensor) -> None:
@@ -176,6 +198,15 @@ def _has_rows(inputs: Any) -> bool:
 
 def _shown(value: Any) -> str:
     return f"a tensor of the shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _inputs_recorded(collected: CollectedQuantities, inputs: Any) -> Any:
+    """Record the inputs whose gradients a quantity needs, if there is one."""
+    if not collected.at("input_grad"):
+        return nullcontext({})
+    tensors = [tensor for tensor in tensors_in(inputs) if tensor.dim()]
+    source = collected.source
+    return inputs_recorded(source.model, readers_of(source), len(tensors[0]) if tensors else 1)
 
 
 @contextmanager

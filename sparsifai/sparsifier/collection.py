@@ -33,6 +33,8 @@ class Source:
         inputs: Parameter name -> the input of the layer, while the layer runs (moment 'forward').
         loss: The loss of a batch, with its graph (moment 'loss').
         skipped: Layers that no gradient of the present batch reaches (moments 'backward' and 'loss').
+        joint: With a joint granularity, parameter name -> (its `JointGroups`, its `Part` of them).
+        input_grads: Parameter name -> (input, its gradient, number of examples) per call (moment 'input_grad').
         dense: The `DenseWeights` of straight-through training, from which quantities of weights are computed; or None.
     """
 
@@ -43,6 +45,8 @@ class Source:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
     skipped: set[str] = field(default_factory=set)
+    joint: Mapping[str, Any] = field(default_factory=dict)
+    input_grads: dict[str, list[tuple[Tensor, Tensor, int]]] = field(default_factory=dict)
     dense: Any = None
     _computed: dict[Callable, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -172,7 +176,7 @@ class CollectedQuantities:
         with at_end, at_end, zeros, self.source.with_dense_weights() if is_backward else nullcontext():
             finite: Any = all_finite(self._gradients(names) if is_backward else ())
             taken = {each: {name: quantities[each](self.source, name) for name in names} for each in self.at(moment)}
-        if moment == "loss":
+        if moment in ("loss", "input_grad"):
             finite = all_finite(value for values in taken.values() for value in values.values())
         # On a GPU the answer stays there, unless there is no earlier mean to fall back on.
         if _is_known(finite) or not all(self.stored.get(each, {}).keys() >= set(names) for each in taken):

@@ -1,12 +1,12 @@
 """Coupled filters: filters that can only be removed together are ranked and pruned together (`coupled=True`).
 
 Where a sum adds the outputs of several layers, channel i of the sum is zero only if filter i of all of them is. Such
-filters are one group: its size is the sum of their sizes, its score the mean of their scores by weights.
+filters are one group: its size is the sum of their sizes, and its score is pooled over the weights of all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..axes.grouping import l2, largest, mean, squared_sum
+from ..axes.grouping import total as sum_of_all
 from ..axes.ranking.bundles import bundle
 from ..axes.ranking.scored_layer import ScoredLayer
 from ..model.channels.coupling import ChannelSet, find_channels
@@ -38,10 +40,12 @@ class CoupledLayers:
         channels: Layer name -> for each of its groups, the number of the channel, or of the joint group, that it
             belongs to; negative where it belongs to none, and is kept.
         norms: Name of a parameter of a norm layer -> its entries, and the number of the channel of each of them.
+        name: Name of the module whose groups are joint, such as that of an attention. Empty for coupled filters.
     """
 
     channels: Mapping[str, np.ndarray]
     norms: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    name: str = ""
 
     @property
     def count(self) -> int:
@@ -53,29 +57,62 @@ class CoupledLayers:
         channels = self.channels[name]
         return (channels < 0) | kept[np.maximum(channels, 0)]
 
-    def join(self, layers: Sequence[ScoredLayer]) -> ScoredLayer:
-        """Join layers to one layer, whose groups are the channels."""
-        size, score, alive = np.zeros(self.count), np.zeros(self.count), np.zeros(self.count)
-        for layer in layers:
-            channels = self.channels[layer.target.name]
-            belongs = channels >= 0
-            channels, weights = channels[belongs], np.broadcast_to(layer.size, len(layer))[belongs]
-            size += np.bincount(channels, weights, self.count)
-            score += np.bincount(channels, layer.score[belongs] * weights, self.count)
-            alive += np.bincount(channels, layer.alive[belongs], self.count)
+    def kept(self, layers: Layers) -> np.ndarray:
+        """Bool per channel, or per joint group: whether the masks keep any of its weights."""
+        kept = np.zeros(self.count, bool)
+        for name, channels in self.channels.items():
+            kept[channels[layers[name].kept.cpu().numpy() & (channels >= 0)]] = True
+        return kept
+
+    def join(self, layers: Sequence[ScoredLayer], pool: Callable = mean) -> ScoredLayer:
+        """Join layers to one layer, whose groups are the channels.
+
+        Args:
+            layers: The layers, with a score for every group of each.
+            pool: How scores of weights were pooled to these scores; for squared_sum they are the sums. They are pooled
+                to the score that the weights of all layers have together. A function of the user's own only sees
+                one layer; its scores are pooled by the mean over weights.
+        """
+
+        def total(of_layer: Callable[[ScoredLayer], Any]) -> np.ndarray:
+            result = np.zeros(self.count)
+            for layer in layers:
+                channels, values = self.channels[layer.target.name], np.broadcast_to(of_layer(layer), len(layer))
+                result += np.bincount(channels[channels >= 0], values[channels >= 0], self.count)
+            return result
+
+        size = total(lambda layer: layer.size)
+        if pool is largest:
+            score = np.full(self.count, -np.inf)
+            for layer in layers:
+                channels = self.channels[layer.target.name]
+                np.maximum.at(score, channels[channels >= 0], layer.score[channels >= 0])
+        elif pool is l2:
+            score = np.sqrt(total(lambda layer: layer.score.astype(np.float64) ** 2))
+        elif pool in (sum_of_all, squared_sum):
+            score = total(lambda layer: layer.score)
+            score = score**2 if pool is squared_sum else score
+        else:
+            score = total(lambda layer: layer.score.astype(np.float64) * layer.size) / size
         first = layers[0]
-        score /= size
         return ScoredLayer(
-            first.target, score.__getitem__, alive > 0, size.astype(np.int64), revives=first.revives,
-            may_empty=first.may_empty, grid={"out": self.count}, others=tuple(layer.target for layer in layers[1:]),
+            first.target, score.__getitem__, total(lambda layer: layer.alive) > 0, size.astype(np.int64),
+            revives=first.revives, may_empty=first.may_empty, grid={"out": self.count},
+            others=tuple(layer.target for layer in layers[1:]),
         )  # fmt: skip
 
 
 class Coupling:
-    """The layers of a model whose filters are coupled. The layers of one part are not coupled with those of another."""
+    """The layers of a model whose filters are coupled. The layers of one part are not coupled with those of another.
 
-    def __init__(self, parts: Sequence[CoupledLayers], what: str = "filter"):
-        self.what = what
+    Args:
+        parts: The parts.
+        what: What is pruned as one: 'filter', or the name of a joint granularity.
+        joint: With a joint granularity, layer name -> (its `JointGroups`, its `Part` of them).
+    """
+
+    def __init__(self, parts: Sequence[CoupledLayers], what: str = "filter", joint: Mapping[str, Any] | None = None):
+        self.what, self.joint = what, joint or {}
         self.part_of = {name: part for part in parts for name in part.channels}
 
     def together(self, asked: Asked) -> Asked:
@@ -94,11 +131,14 @@ class Coupling:
                 moved[first_scope.setdefault((self.part_of[name], sparsity), number)].append(name)
         return [(sparsity, names) for (sparsity, _), names in zip(asked, moved, strict=True) if names]
 
-    def join(self, layers: Sequence[ScoredLayer]) -> tuple[list[ScoredLayer], Callable[[Kept], Kept]]:
+    def join(
+        self, layers: Sequence[ScoredLayer], pool: Callable = mean
+    ) -> tuple[list[ScoredLayer], Callable[[Kept], Kept]]:
         """Join the layers that are coupled.
 
         Args:
             layers: The layers of one scope, with a score for every filter.
+            pool: As of `CoupledLayers.join`.
 
         Returns:
             The joined layers, and a function from their kept groups to the kept filters of `layers`.
@@ -123,7 +163,12 @@ class Coupling:
             # In a channel that is kept, filters that were pruned by themselves stay pruned.
             return [channels_kept[name] & (layer.alive | layer.revives) for name, layer in given.items()]
 
-        return [part.join([given[name] for name in part.channels]) for part in parts], split
+        return [part.join([given[name] for name in part.channels], pool) for part in parts], split
+
+    def complete(self, names: Iterable[str], layers: Layers) -> list[str]:
+        """Those of some layers that are frozen no more whose coupled layers are all pruned, now or with them."""
+        able = {*names, *(name for name, layer in layers.items() if layer.is_selected)}
+        return [name for name in names if name in self.part_of and self.part_of[name].channels.keys() <= able]
 
     def followers(self, model: nn.Module) -> list[Follower]:
         """The parameters of norm layers that the channels go through, also behind a sum or a concatenation."""
@@ -238,7 +283,7 @@ def _coupled_layers(model: nn.Module, part: Sequence[ChannelSet], names: Mapping
 
 
 def joint_layers(
-    layers: Sequence[ScoredLayer], coupling: Coupling | None, round_to: int | None
+    layers: Sequence[ScoredLayer], coupling: Coupling | None, round_to: int | None, pool: Callable = mean
 ) -> tuple[Sequence[ScoredLayer], Callable[[Kept], Kept]]:
     """Join the layers of one scope for the ranking, by coupling and by round_to.
 
@@ -247,13 +292,14 @@ def joint_layers(
         coupling: The coupled filters, or None.
         round_to: Groups per bundle, or None. Each bundle is pruned or kept as a whole, so that a multiple of this
             number of groups is kept.
+        pool: How scores of weights were pooled to those of groups, with a coupling; see `CoupledLayers.join`.
 
     Returns:
         The layers that the context ranks, and a function from their kept groups to the kept groups of `layers`.
     """
     split: Callable[[Kept], Kept] = list
     if coupling is not None:
-        layers, split = coupling.join(layers)
+        layers, split = coupling.join(layers, pool)
     if round_to is None:
         return layers, split
     bundles, spreads = zip(*(bundle(layer, round_to) for layer in layers), strict=True)

@@ -7,20 +7,20 @@ layers, and a `Coupling` that joins the groups of the layers of one attention be
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..axes.grouping import Grouping
-from ..model.joint.groups import FOLLOWER, READER, WEIGHT, JointGroups, Part
+from ..model.joint.groups import FOLLOWER, NO_GROUP, READER, WEIGHT, JointGroups, Part
 from ..model.layers import NamedWeight
 from ..support.capability import capability
 from ..support.printable import printable
 from ..support.registry import name_of
 from .coupled import CoupledLayers, Coupling
 from .followers import Follower
-from .layer import Layers
+from .layer import FROZEN, FROZEN_UNCOUPLED, Layers
 
 
 def joint_granularity(granularity: Callable, model: nn.Module, weights: Mapping[str, NamedWeight]) -> Joint | None:
@@ -57,16 +57,18 @@ class Joint:
 
     def __init__(self, what: str, found: Sequence[JointGroups], model: nn.Module, weights: Mapping[str, NamedWeight]):
         self.what = what
-        self._found = found
-        self._model = model
         self._weights = weights
-        names = {id(weight.parameter): name for name, weight in weights.items()}
-        # A tied weight has one name here and several in the model.
+        # A weight that is tied has one name here and several in the model; one that is computed is no parameter.
+        name_of = {(id(owner), each.attribute): name for name, each in weights.items() for _, owner in each.owners}
         self._parts: dict[str, tuple[JointGroups, Part]] = {}
+        self._unnamed: dict[int, str] = {}
         for each in found:
             for part in each.parts_in(WEIGHT, READER):
-                name = names.get(id(attrgetter(part.name)(model)))
-                if name is not None:
+                inside, _, attribute = part.name.rpartition(".")
+                name = name_of.get((id(model.get_submodule(inside)), attribute))
+                if name is None:
+                    self._unnamed[id(each)] = part.name
+                else:
                     self._parts[name] = each, part
 
     def groupings(self, fewest: int) -> dict[str, Grouping | str]:
@@ -79,12 +81,16 @@ class Joint:
         if weight.name not in self._parts:
             return f"belongs to no {self.what}"
         groups, part = self._parts[weight.name]
+        if groups.why_kept:
+            return groups.why_kept
+        if id(groups) in self._unnamed:
+            return f"its {self.what}s also need {self._unnamed[id(groups)]}, which has no named axes"
         if groups.count < 2 * fewest:
             return f"has {groups.count} {self.what}{'s' * (groups.count > 1)}, of which {fewest} must be kept"
         return Grouping.of(lambda axes: {list(weight.axes)[part.axis]: part.extent}, weight.axes)
 
     def couple(self, layers: Layers) -> tuple[Coupling, dict[str, str]]:
-        """Join the groups of the layers that are selected.
+        """Join the groups of the layers that are selected, and of those that are frozen for the time being.
 
         Args:
             layers: All layers.
@@ -96,21 +102,27 @@ class Joint:
             ValueError: No groups are left.
         """
         more: dict[str, str] = {}
-        members: dict[int, list[str]] = {}
-        for name, (groups, _) in self._parts.items():
-            members.setdefault(id(groups), []).append(name)
         coupled = []
-        for names in members.values():
-            dense = next((name for name in names if not layers[name].is_selected), None)
-            if dense is None:
-                coupled.append(CoupledLayers({name: self._numbers(name, layers) for name in names}, {}))
+        for groups, names in self._members():
+            dense = [name for name in names if not layers[name].is_selected]
+            if not dense or all(layers[name].why_dense == FROZEN for name in names):
+                channels = {name: self._numbers(name, layers) for name in names}
+                coupled.append(CoupledLayers(channels, {}, groups.name))
             else:
-                why = f"its {self.what}s also need {printable(dense)}, which stays dense"
+                why = f"its {self.what}s also need {printable(dense[0])}, which stays dense"
                 more |= {name: why for name in names if layers[name].is_selected}
-        if not coupled:
+                more |= {name: FROZEN_UNCOUPLED for name in dense if layers[name].why_dense == FROZEN}
+        if not any(layer.is_selected and name not in more for name, layer in layers.items()):
             listed = "; ".join(f"{printable(name)}: {why}" for name, why in list(more.items())[:3])
             raise ValueError(f"granularity {self.what!r}: no {self.what} is left to prune ({listed})")
-        return Coupling(coupled, self.what), more
+        return Coupling(coupled, self.what, self._parts), more
+
+    def _members(self) -> list[tuple[JointGroups, list[str]]]:
+        """The joint groups of each module, with the names of the weights that they are made of."""
+        members: dict[int, tuple[JointGroups, list[str]]] = {}
+        for name, (groups, _) in self._parts.items():
+            members.setdefault(id(groups), (groups, []))[1].append(name)
+        return list(members.values())
 
     def _numbers(self, name: str, layers: Layers) -> np.ndarray:
         """For each group of a layer, the number of the joint group that it is a part of."""
@@ -122,12 +134,33 @@ class Joint:
         return np.broadcast_to(along.reshape(shape), grouping.grid).flatten()
 
     def followers(self, layers: Layers) -> list[Follower]:
-        """The biases of the layers of which whole groups of outputs are pruned."""
+        """The biases of the layers of which whole groups of outputs are pruned.
+
+        Args:
+            layers: The layers that are pruned, now or when they are trained.
+        """
         found = []
-        for name, (groups, weight) in self._parts.items():
-            inside = name.rpartition(".")[0]
-            for part in groups.parts_in(FOLLOWER):
-                of_layer = part.name.rpartition(".")[0] == inside and np.array_equal(part.groups, weight.groups)
-                if of_layer and layers[name].grouping.drops_outputs:
-                    found.append(Follower(part.name, len(part.groups), {name: None}))
+        for groups, names in self._members():
+            producers = [name for name in names if name in layers and layers[name].grouping.drops_outputs]
+            for part in groups.parts_in(FOLLOWER) if producers else ():
+                inside = part.name.rpartition(".")[0]
+                beside = [name for name in producers if name.rpartition(".")[0] == inside]
+                alike = [name for name in beside if np.array_equal(self._parts[name][1].groups, part.groups)]
+                if alike:
+                    found.append(Follower(part.name, len(part.groups), {alike[0]: None}))
+                else:
+                    pairs = _of_same_group(self._parts[producers[0]][1].groups, part.groups)
+                    found.append(Follower(part.name, len(part.groups), {producers[0]: pairs}))
         return found
+
+
+def _of_same_group(outputs: np.ndarray, entries: np.ndarray) -> tuple[Tensor, Tensor]:
+    """For each entry that belongs to a group, an output of the same group: two long tensors.
+
+    Args:
+        outputs: For each output of a layer, its group.
+        entries: For each entry of a parameter, its group.
+    """
+    numbers, first = np.unique(outputs, return_index=True)
+    places = np.flatnonzero(np.isin(entries, numbers[numbers != NO_GROUP]))
+    return torch.from_numpy(first[np.searchsorted(numbers, entries[places])]), torch.from_numpy(places)

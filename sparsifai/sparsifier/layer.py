@@ -17,6 +17,10 @@ from ..model.zeros import Count, is_nonzero
 # Why a layer stays dense whose weight needs no gradient at present. It is selected once that has changed.
 FROZEN = "frozen"
 
+# Which filters are coupled is found once, so layers that are frozen then are never pruned. Nor are layers whose joint
+# groups have weights in other layers that stay dense.
+FROZEN_UNCOUPLED = "frozen when coupled filters or joint groups were found"
+
 
 @dataclass(eq=False)
 class Layer:

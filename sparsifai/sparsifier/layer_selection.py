@@ -25,10 +25,7 @@ from ..support.warning import warn
 from .coupled import Asked, Coupling, couple
 from .followers import Follower, find_followers
 from .joint import joint_granularity
-from .layer import FROZEN, Layer, Layers, selected
-
-# Which filters are coupled is found once, so layers that are frozen then are never pruned.
-FROZEN_UNCOUPLED = "frozen when coupled filters or joint groups were found"
+from .layer import FROZEN, FROZEN_UNCOUPLED, Layer, Layers, selected
 
 # Why a layer stays dense whose weight is of a type or layout in which zeros cannot be written; the reason follows.
 CANNOT_BE_PRUNED = "cannot be pruned: "
@@ -94,7 +91,8 @@ def find_layers(
             coupling, more = joint.couple(found)
         else:
             coupling, more = couple(model, example_input, found, may_empty=not fewest)
-        reasons = {name: FROZEN_UNCOUPLED if reason == FROZEN else reason for name, reason in reasons.items()} | more
+            more |= {name: FROZEN_UNCOUPLED for name, reason in reasons.items() if reason == FROZEN}
+        reasons |= more
         found = records()
     prunable = {name: layer for name, layer in found.items() if layer.is_selected or layer.why_dense == FROZEN}
     if joint is not None:

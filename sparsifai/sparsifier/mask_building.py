@@ -127,7 +127,9 @@ def build_masks(
     on_device = ranking.stays_on_device(layers)
     if not on_device:
         check_values("sparsify", {name: layer.parameter for name, layer in layers.items()})
-    how: Any = {"pool": options.pool, "may_empty": options.may_empty, "on_device": on_device}
+    # Sums are squared when coupled groups have been joined.
+    pool = total if ranking.coupling is not None and options.pool is squared_sum else options.pool
+    how: Any = {"pool": pool, "may_empty": options.may_empty, "on_device": on_device}
     # The built-in contexts only rank scores; one of the user's own may read them.
     how["magnitudes"] = capability(options.context, "keeps_masked", False)
     if drop and regrowing is not None and regrowing.left_out and regrowing.missing():
@@ -146,7 +148,7 @@ def build_masks(
                 kept: Any = ask_on_device(options.context, scored, share, name_of(options.granularity), notices)
                 found = both(found, found_nan(scored))
             else:
-                ranked, split = joint_layers(scored, ranking.coupling, options.round_to)
+                ranked, split = joint_layers(scored, ranking.coupling, options.round_to, options.pool)
                 notices += _notices_of_scores(ranked, share, collected)
                 kept = split(ask(options.context, ranked, share, name_of(options.granularity), notices))
                 kept = agree(kept, ranking.process_groups(collected.source.model), layers[names[0]].parameter.device)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..axes.criterion import criteria, quantities_of
-from ..axes.quantity import quantities
+from ..axes.quantity import CALIBRATED, quantities
 from ..support.capability import capability
 from ..support.printable import printable
 from ..support.registry import name_of
@@ -74,7 +74,7 @@ def check_regrow(regrow: Any, context: Any) -> Any:
     criterion = criteria.resolve(regrow)
 
     def is_unseen(quantity: str) -> bool:
-        return bool({"forward", "loss"} & set(quantities[quantity].moments))  # type: ignore[attr-defined]
+        return bool(set(CALIBRATED) & set(quantities[quantity].moments))  # type: ignore[attr-defined]
 
     if unseen := [quantity for quantity in quantities_of(criterion) if is_unseen(quantity)]:
         raise ValueError(

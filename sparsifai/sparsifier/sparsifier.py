@@ -139,8 +139,15 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         if options.straight_through:
             for layer in self._selected.values():
                 check_can_be_kept(layer.name, layer.parameter)
-        source = Source(inner, weights, rng, first_example(example_input), dense=self._dense)
+        example = first_example(example_input)
+        joint = {} if coupling is None else coupling.joint
+        source = Source(inner, weights, rng, example, dense=self._dense, joint=joint)
         self.collected = CollectedQuantities(options.criteria, source)
+        if not joint and (unfit := self.collected.at("input_grad")):
+            raise ValueError(
+                f"criterion {name_of(options.criteria)} needs {unfit[0]}, which is about groups of several layers; "
+                "give granularity 'head' or 'neuron', or a criterion of weights and gradients such as taylor"
+            )
         self._regrowth = None if options.regrow is None else Regrowth(options.regrow, source)
         for each in self._all_collected:
             each.take("start")
@@ -277,7 +284,9 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
 
     def _joining(self) -> Change:
         """The layers that were frozen and are trained now, as a change that selects them."""
-        layers = {name: self.layers[name].as_selected() for name in unfrozen(self.layers)}
+        names, coupling = unfrozen(self.layers), self.ranking.coupling
+        names = names if coupling is None else coupling.complete(names, self.layers)
+        layers = {name: self.layers[name].as_selected() for name in names}
         if not layers:
             return Change()
         weights = {name: layer.weight for name, layer in selected({**self.layers, **layers}).items()}

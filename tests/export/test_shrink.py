@@ -205,9 +205,9 @@ def test_the_table(pictures):
     lines = str(report).splitlines()
     assert lines[0] == f"{report.parameters:,} parameters, {report.parameters:,} after: 0.00% removed"
     assert lines[1].split("  ")[0] == "layer"
-    assert "zero filters  removed  zero filters left  why" in lines[1]
-    assert lines[4].split()[:6] == ["branch", "Conv2d", "6", "2", "0", "2"]
-    assert lines[-1].split() == ["all", "layers", "16", "2", "0", "2"]
+    assert "number  zero  removed  zero left  why" in lines[1]
+    assert lines[4].split()[:7] == ["branch", "Conv2d", "filter", "6", "2", "0", "2"]
+    assert lines[-1].split() == ["all", "filters", "16", "2", "0", "2"]
     assert "<th" in report._repr_html_()
 
 

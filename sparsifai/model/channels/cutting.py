@@ -59,9 +59,9 @@ def _add_to_bias(module: Any, constant: Mapping[int, float]) -> None:
     weight = module.weight.index_select(1, indices).double()
     values = torch.tensor(list(constant.values()), dtype=torch.float64, device=weight.device)
     added = weight.flatten(2).sum(2) @ values if weight.dim() > 2 else weight @ values
-    if module.bias is None:
-        module.bias = nn.Parameter(module.weight.new_zeros(outputs_of(module)), module.weight.requires_grad)
-    module.bias.copy_(module.bias + added)
+    bias = module.bias if module.bias is not None else module.weight.new_zeros(outputs_of(module))
+    trained = (module.weight if module.bias is None else module.bias).requires_grad
+    module.bias = nn.Parameter((bias.detach() + added).to(bias.dtype), trained)
 
 
 def _cut_layer(module: Any, outputs: set[int], inputs: set[int]) -> None:

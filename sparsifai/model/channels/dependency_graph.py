@@ -17,7 +17,7 @@ from ...support.printable import printable
 from ...support.warning import own_filters
 from ..layers import CHANNEL_LAYERS, is_depthwise, outputs_of, size_of
 from ..parallel import kind_of, unwrapped
-from ..running import check_runs, copy_of, in_modes, random_restored, run
+from ..running import check_runs, in_modes, random_restored, run, sharing_copy
 from .marked_model import HiddenNorm, HiddenPart, MarkedModel
 from .pixel_shuffle import PixelShuffles, channels_of_shuffles, map_pixel_shuffles
 
@@ -71,7 +71,7 @@ def coupled_groups(
         ValueError: The model does not run on the example, or torch-pruning cannot follow its computation.
     """
     torch_pruning()
-    marked = MarkedModel(copy_of(unwrapped(model)).eval(), example_input)
+    marked = MarkedModel(sharing_copy(unwrapped(model)).eval(), example_input)
     with random_restored(model), in_modes(torch.no_grad()):
         check_runs(marked.model, example_input)
     with random_restored(model), in_modes(torch.enable_grad()), own_filters():

@@ -1,8 +1,7 @@
 """Attention heads as joint groups: which rows and columns of which projections make up one head.
 
-What makes an attention is declared once for each kind, by the names of its projections:
-register_attention(BertAttention, query='self.query', key='self.key', value='self.value', output='output.dense'). All
-numbers are read from the shapes of the weights and from one attribute, the number of heads or the size of a head.
+The names of the projections are declared in attention_kinds.py. All numbers are read from the shapes of the weights and
+from one attribute, the number of heads or the size of a head.
 """
 
 from __future__ import annotations
@@ -16,146 +15,40 @@ import numpy as np
 from torch import Tensor, nn
 
 from ...support.listing import in_short
+from ...support.warning import warn_each
 from ..layers import parameter_name
-from .groups import NO_GROUP, TABLE, JointGroups, Part, Place, sizes_in
-from .kinds import Declared, Kind
+from .attention_kinds import ATTENTIONS, Attention
+from .groups import FOLLOWER, NO_GROUP, TABLE, JointGroups, Part, Place, merged, sizes_in
 
 # Attributes by which attentions of different libraries keep their sizes.
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_q_heads", "nhead", "heads")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "kv_heads")
-_HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+_HEAD_SIZES = ("v_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "split_size", "embed_dim")
+# Biases of a fused projection without one of its own.
+_BIASES = ("q_bias", "k_bias", "v_bias")
 _REPEATS = ("num_key_value_groups", "n_rep")
 
 
-@dataclass(frozen=True)
-class Attention:
-    """The names of the parts of an attention, as paths from its module; arguments of `register_attention`."""
-
-    query: str
-    key: str
-    value: str
-    output: str
-    interleaved: bool = False
-    per_head: tuple[tuple[str, int], ...] = ()
-    also: tuple[str, ...] = ()
-    widths: tuple[str, ...] = ()
-    joined: bool = False
-
-    @property
-    def last(self) -> str:
-        """Path of the layer that reads the heads."""
-        return self.output
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """Paths of the projections."""
-        return self.query, self.key, self.value, self.output
-
-
-_ATTENTIONS: Declared[Attention] = Declared("register_attention")
-
-
-def register_attention(
-    kind: Kind,
-    *,
-    query: str,
-    key: str,
-    value: str,
-    output: str,
-    interleaved: bool = False,
-    per_head: Mapping[str, int] | None = None,
-    also: tuple[str, ...] = (),
-    widths: tuple[str, ...] = (),
-    joined: bool = False,
-) -> None:
-    """Declare what makes up the heads of a kind of attention, for granularity 'head' and for `shrink`.
-
-    A path leads from the module to a layer, such as 'self.query', or to a parameter, such as 'in_proj_weight'.
-    Projections that are fused in one layer have the same path: query='qkv', key='qkv', value='qkv'. The number of heads
-    is read from an attribute such as num_heads or head_dim, the number of key-value heads from the shapes.
-
-    Args:
-        kind: A module class, or its full name, such as 'package.module.Class', for a class that is not to be imported;
-            the full name may be a glob. Subclasses have the same parts. A kind may be declared several times; the first
-            declaration that fits is used, from the latest to the oldest.
-        query: Path of the query projection, whose outputs are those of head 0, then of head 1, and so on.
-        key: Path of the key projection.
-        value: Path of the value projection.
-        output: Path of the output projection, whose inputs are the heads.
-        interleaved: Whether the outputs of a fused projection are query, key and value of the first head, then those of
-            the second. By default, all queries come first, then all keys, then all values.
-        per_head: Path of a parameter or buffer -> its axis that has one place per head, for tables of relative
-            positions and the like, from which the places of removed heads are cut.
-        also: Paths of further layers with outputs for each query head, such as a gate of the attention's output.
-        widths: Attributes, besides the usual ones, that keep the number of heads times the size of a head.
-        joined: Whether head i of all attentions of this kind at like places of the model is one group, since they share
-            one table of positions.
-
-    Raises:
-        TypeError: `kind` is not a module class.
-
-    Example:
-        >>> class SelfAttention(nn.Module): ...
-        >>> register_attention(SelfAttention, query='to_q', key='to_k', value='to_v', output='to_out')
-    """
-    tables = tuple((per_head or {}).items())
-    record = Attention(query, key, value, output, interleaved, tables, tuple(also), tuple(widths), joined)
-    _ATTENTIONS.add(kind, record)
-
-
-def _register(kind: Kind, names: str, **more: Any) -> None:
-    """register_attention with the four paths in one string; of three, the first is that of a fused projection."""
-    query, *between, output = names.split()
-    key, value = between if len(between) == 2 else (query, query) if not between else (between[0], between[0])
-    register_attention(kind, query=query, key=key, value=value, output=output, **more)
-
-
-_TRANSFORMERS = "transformers.models.*Attention*"
-_TABLES = {
-    "relative_attention_bias.weight": 1,
-    "relative_position_bias_table": 1,
-    "relative_position_bias.relative_position_bias_table": 1,
-    "self.relative_position_bias_table": 1,
-    "logit_scale": 0,
-    "sinks": 0,
-}
-_register(_TRANSFORMERS, "query_key_value dense", interleaved=True)
-_register(_TRANSFORMERS, "q_lin k_lin v_lin out_lin", widths=("dim",))
-_register(_TRANSFORMERS, "qkv_proj o_proj")
-_register(_TRANSFORMERS, "qkv proj")
-_register(_TRANSFORMERS, "c_attn c_proj")
-_register(_TRANSFORMERS, "q_attn c_attn c_proj")
-_register(_TRANSFORMERS, "attention.query attention.key attention.value output.dense")
-_register(_TRANSFORMERS, "self.query self.key self.value output.dense", per_head=_TABLES)
-_register(_TRANSFORMERS, "self.query_proj self.key_proj self.value_proj output.dense",
-          also=("self.pos_key_proj", "self.pos_query_proj"))  # fmt: skip
-_register(_TRANSFORMERS, "q k v o", per_head=_TABLES, joined=True)
-_register(_TRANSFORMERS, "q_proj k_proj v_proj out_proj")
-_register(_TRANSFORMERS, "q_proj k_proj v_proj o_proj", per_head=_TABLES)
-_register("timm.*Attention*", "qkv proj", per_head=_TABLES, also=("gate",))
-_register("torchvision.models.swin_transformer.ShiftedWindowAttention*", "qkv proj",
-          per_head={**_TABLES, "cpb_mlp.2.weight": 0})  # fmt: skip
-_register(nn.MultiheadAttention, "q_proj_weight k_proj_weight v_proj_weight out_proj")
-_register(nn.MultiheadAttention, "in_proj_weight out_proj")
-
-
-def find_heads(model: nn.Module) -> list[JointGroups]:
+def find_heads(model: nn.Module, warns: bool = False) -> list[JointGroups]:
     """The heads of all attentions of a model, in the order of its modules.
 
-    With grouped queries, a key-value head and the query heads that read it are one group. Where all query heads read
-    the same key-value head, a group is one query head.
+    With grouped queries, a key-value head and the query heads that read it are one group; a query head of several is
+    no group by itself. Where all query heads read the same key-value head, a group is one query head, and the key-value
+    head is kept.
 
     Args:
         model: The model, without wrappers. Modules of classes that are not declared are taken for attentions if they
-            have a number of heads and projections with names that a declared class has; a UserWarning says so.
+            have a number of heads and projections with names that a declared class has.
+        warns: Whether to warn of classes that were taken for attentions, and of attentions that are left out.
 
     Raises:
         ValueError: Attentions that share a table of positions have different numbers of heads.
     """
     found: list[JointGroups] = []
     joined: dict[tuple[str, Attention], list[JointGroups]] = {}
-    for name, module, record in _ATTENTIONS.matching(model, _looks_like_attention, "an attention", _read_sizes):
+    matches = ATTENTIONS.matching(model, _why_unfit, _has_heads, _looks_like_attention)
+    for name, module, record in matches.found:
         heads = _heads_of(module, name, record)
         if not record.joined:
             found.append(heads)
@@ -165,11 +58,20 @@ def find_heads(model: nn.Module) -> list[JointGroups]:
         if len(joined[alike, record]) == 1:
             found.append(heads)
     together = {id(several[0]): _joined(several) for several in joined.values() if len(several) > 1}
-    return [together.get(id(each), each) for each in found]
+    if warns:
+        warn_each(ATTENTIONS.notices(model, matches))
+    return merged([together.get(id(each), each) for each in found], model)
+
+
+def _has_heads(module: nn.Module) -> bool:
+    return _attribute([module], _HEADS + _HEAD_SIZES) is not None
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
-    return _attribute([module], _HEADS + _HEAD_SIZES) is not None
+    """Whether a module should be named if its heads are not found."""
+    children = [name for name, _ in (*module.named_children(), *module.named_parameters(recurse=False))]
+    weights = sum(Place.found(module, "", name) is not None for name in children)
+    return weights >= (1 if "Attention" in type(module).__name__ else 2 if _has_heads(module) else 1 + len(children))
 
 
 def _attribute(modules: Iterable[nn.Module], names: tuple[str, ...]) -> int | None:
@@ -206,17 +108,24 @@ class _Sizes:
         """For each query head, its group."""
         return np.arange(self.heads) // (self.heads // self.count)
 
-    def outputs(self, record: Attention) -> dict[str, np.ndarray]:
-        """For each projection, by its path, the groups of its outputs."""
-        query = np.repeat(self.of_heads, self.size)
-        alone = self.by_query and self.heads > 1
-        key = np.full(self.size, NO_GROUP) if alone else np.repeat(np.arange(self.key_value_heads), self.size)
-        if record.interleaved and not self.by_query:
-            return {record.query: np.repeat(np.arange(self.count), (self.queries + 2) * self.size)}
-        pieces: dict[str, list[np.ndarray]] = {record.query: [query]}
-        for path in (record.key, record.value):
-            pieces.setdefault(path, []).append(key)
-        return {path: np.concatenate(each) for path, each in pieces.items()}
+    def outputs(self, record: Attention, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """For each projection, by its path, the groups of its outputs.
+
+        Args:
+            record: The paths of the projections.
+            sizes: Path -> number of outputs.
+        """
+        roles: dict[str, list[np.ndarray]] = {}
+        keys = np.full(1, NO_GROUP) if self.by_query and self.heads > 1 else np.arange(self.key_value_heads)
+        for path, heads in ((record.query, self.of_heads), (record.key, keys), (record.value, keys)):
+            roles.setdefault(path, []).append(heads)
+        of_outputs = {}
+        for path, several in roles.items():
+            if record.interleaved and not self.by_query:  # a head by itself, or all of it, in one piece
+                several = [np.arange(self.count) if len(several) > 1 else several[0]]
+            extent = max(1, sizes[path] // sum(map(len, several)))
+            of_outputs[path] = np.repeat(np.concatenate(several), extent)
+        return of_outputs
 
 
 def _holders(module: nn.Module, name: str, record: Attention) -> list[tuple[str, nn.Module]]:
@@ -226,43 +135,71 @@ def _holders(module: nn.Module, name: str, record: Attention) -> list[tuple[str,
     return [(".".join(filter(None, (name, path))), module.get_submodule(path)) for path in paths]
 
 
-def _read_sizes(module: nn.Module, name: str, record: Attention) -> _Sizes | None:
-    """The sizes of an attention; None if projections of the record are not there, or their sizes do not fit."""
-    paths = dict.fromkeys((record.query, record.key, record.value))
-    output = Place.found(module, name, record.output)
-    places = [Place.found(module, name, path) for path in paths]
-    if output is None or any(place is None for place in places):
-        return None
-    width = output.size("in")
+def _read_sizes(module: nn.Module, name: str, record: Attention) -> _Sizes | str:
+    """The sizes of an attention, or why it does not fit the record."""
+    places = {path: Place.found(module, name, path) for path in record.paths}
+    if missing := [path for path, place in places.items() if place is None]:
+        return f"it has no layer {missing[0]!r} whose weight has the axes out and in"
+    outputs = {path: place.size("out") for path, place in places.items() if place}
+    width = Place(module, name, record.output).size("in")
     modules = [each for _, each in _holders(module, name, record)]
     size, heads = _attribute(modules, _HEAD_SIZES), _attribute(modules, _HEADS)
     if size is None or width % size:
         if heads is None or width % heads:
-            return None
+            return f"it has no attribute such as num_heads or head_dim that divides the {width} inputs of its output"
         size = width // heads
-    heads = width // size
-    of_keys = sum(place.size("out") for place in places if place) - width
-    if of_keys <= 0 or of_keys % (2 * size) or heads % (of_keys // (2 * size)):
-        return None
-    sizes = _Sizes(heads, of_keys // (2 * size), size)
-    lengths = [len(groups) for groups in sizes.outputs(record).values()]
-    return sizes if lengths == [place.size("out") for place in places if place] else None
+    sizes = _Sizes(width // size, _key_value_heads(record, outputs, width, size), size)
+    shown = ", ".join(f"{path}: {outputs[path]}" for path in dict.fromkeys(record.paths[:3]))
+    misfit = f"the outputs of its projections ({shown}) do not fit {sizes.heads} heads of {size}"
+    if sizes.key_value_heads < 1 or sizes.heads % sizes.key_value_heads:
+        return misfit
+    lengths = {path: len(groups) for path, groups in sizes.outputs(record, outputs).items()}
+    if any(outputs[path] != length for path, length in lengths.items()):
+        return misfit
+    # A projection with more outputs, such as a gate, has them in an order that only a declaration tells.
+    exact = outputs[record.query] == width or record.query in (record.key, record.value)
+    return sizes if record.interleaved or exact and outputs[record.key] == outputs[record.value] else misfit
+
+
+def _key_value_heads(record: Attention, outputs: Mapping[str, int], width: int, size: int) -> int:
+    """The number of key-value heads, by the outputs of the projections; 0 if they do not fit."""
+    if record.value == record.query:
+        more, each = outputs[record.value] - width, 2 * size
+    elif record.value == record.key:
+        if record.interleaved:  # heads of any size, one for each query head
+            return width // size
+        more, each = outputs[record.value], 2 * size
+    else:
+        more, each = outputs[record.value], size
+    return 0 if more % each else max(0, more // each)
+
+
+def _why_unfit(module: nn.Module, name: str, record: Attention) -> str:
+    sizes = _read_sizes(module, name, record)
+    return sizes if isinstance(sizes, str) else ""
 
 
 def _heads_of(module: nn.Module, name: str, record: Attention) -> JointGroups:
     """The heads of one attention, which fits the record."""
     sizes = _read_sizes(module, name, record)
-    assert sizes is not None
+    assert isinstance(sizes, _Sizes)
     of_query = np.repeat(sizes.of_heads, sizes.size)
-    parts = [
-        part for path, groups in sizes.outputs(record).items() for part in Place(module, name, path).outputs(groups)
-    ]
+    outputs = {path: Place(module, name, path).size("out") for path in record.paths[:3]}
+    of_outputs = sizes.outputs(record, outputs)
+    parts = [part for path, groups in of_outputs.items() for part in Place(module, name, path).outputs(groups)]
     parts = [part for part in parts if (part.groups != NO_GROUP).any()]
     parts.append(Place(module, name, record.output).inputs(of_query))
+    if isinstance(module, nn.MultiheadAttention):
+        parts += _vectors_of_torch(module, name, parts, of_query)
     for path in record.also:
         place = Place.found(module, name, path)
-        if place is not None and place.size("out") == len(of_query):
-            parts += place.outputs(of_query)
+        if place is not None and place.size("out") % sizes.heads == 0:
+            parts += place.outputs(np.repeat(sizes.of_heads, place.size("out") // sizes.heads))
+    for path in _BIASES:
+        bias = _read(module, path)
+        if isinstance(bias, Tensor) and bias.shape == of_query.shape:
+            role = FOLLOWER if isinstance(bias, nn.Parameter) else TABLE
+            parts.append(Part(parameter_name(name, path), 0, of_query, role))
     for path, axis in record.per_head:
         table = _read(module, path)
         if isinstance(table, Tensor) and table.dim() > axis and table.shape[axis] == sizes.heads:
@@ -270,9 +207,31 @@ def _heads_of(module: nn.Module, name: str, record: Attention) -> JointGroups:
     share = sizes.heads // sizes.count
     kept = dict.fromkeys(_HEADS, share) | dict.fromkeys((*_WIDTHS, *record.widths), share * sizes.size)
     kept |= dict.fromkeys(_REPEATS if sizes.by_query else _KEY_VALUE_HEADS, 1)
-    return JointGroups(
-        name, "head", sizes.count, tuple(parts), sizes_in(_holders(module, name, record), kept, sizes.count)
-    )
+    held = sizes_in(_holders(module, name, record), kept, sizes.count)
+    return JointGroups(name, "head", sizes.count, tuple(parts), held, _why_kept(module, record, sizes))
+
+
+def _vectors_of_torch(module: nn.Module, name: str, parts: list[Part], of_query: np.ndarray) -> list[Part]:
+    """The vectors of nn.MultiheadAttention that do not stand beside their weights."""
+    vectors = []
+    bias = parameter_name(name, "in_proj_bias")
+    if module.in_proj_bias is not None and all(part.name != bias for part in parts):
+        vectors.append(Part(bias, 0, np.tile(of_query, 3), FOLLOWER))
+    for attribute in ("bias_k", "bias_v"):
+        if getattr(module, attribute) is not None:
+            vectors.append(Part(parameter_name(name, attribute), 2, of_query, TABLE))
+    return vectors
+
+
+def _why_kept(module: nn.Module, record: Attention, sizes: _Sizes) -> str:
+    """Why the heads of an attention have to stay: a norm layer over all of them."""
+    for path in record.norms:
+        norm = _read(module, path)
+        shapes = [each.shape for each in norm.parameters()] if isinstance(norm, nn.Module) else []
+        for heads in {sizes.heads, sizes.key_value_heads} - {1}:
+            if any(shape and shape[-1] == heads * sizes.size for shape in shapes):
+                return f"its norm layer {path} is over all heads, so a head that is removed changes the others"
+    return ""
 
 
 def _read(module: nn.Module, path: str) -> Any:
@@ -292,6 +251,6 @@ def _joined(groups: list[JointGroups]) -> JointGroups:
             "heads, so their heads cannot be pruned together; give all of them the same number"
         )
     parts = tuple(part for each in groups for part in each.parts)
-    return JointGroups(
-        first.name, first.what, first.count, parts, tuple(size for each in groups for size in each.sizes)
-    )
+    sizes = tuple(size for each in groups for size in each.sizes)
+    why_kept = next((each.why_kept for each in groups if each.why_kept), "")
+    return JointGroups(first.name, first.what, first.count, parts, sizes, why_kept)

@@ -7,15 +7,16 @@ for all neurons of one MLP, by parts of parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from ..layers import axes_of, parameter_name
+from ...support.printable import printable
+from ..layers import CONVOLUTIONS, axes_of, parameter_name
 
 # What becomes of the entries of a part. Those of a weight are scored, counted and pruned; a reader is the weight that
 # reads what the group computes: where it is zero, the group has no effect. Those of a follower, such as a bias, are
@@ -43,12 +44,10 @@ class Part:
     role: str = WEIGHT
 
     @property
-    def extent(self) -> int | None:
-        """How many neighbours along the axis make up a group or a piece of one; None if there is no such number."""
+    def extent(self) -> int:
+        """How many neighbours along the axis make up a group or a piece of one, also of those that belong to none."""
         ends = np.flatnonzero(np.diff(self.groups)) + 1
-        runs = np.diff([0, *ends, len(self.groups)])
-        extent = int(np.gcd.reduce(runs))
-        return extent if NO_GROUP not in self.groups else None
+        return int(np.gcd.reduce(np.diff([0, *ends, len(self.groups)])))
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class JointGroups:
         count: Number of groups.
         parts: The entries that belong to them.
         sizes: The sizes that modules keep.
-        why_kept: Why groups cannot be removed, even if they are zero. Mostly empty.
+        why_kept: Why its groups can be neither pruned nor removed. Mostly empty.
     """
 
     name: str
@@ -113,12 +112,18 @@ class Place:
 
     @classmethod
     def found(cls, module: nn.Module, module_name: str, path: str) -> Place | None:
-        """The place, None if there is no weight with an output and an input axis."""
+        """The place, None if there is no weight with an output and an input axis that every output has to itself."""
         try:
             place = cls(module, module_name, path)
         except AttributeError:
             return None
-        return place if isinstance(place.weight, Tensor) and {"out", "in"} <= set(place.axes) else None
+        fits = isinstance(place.weight, Tensor) and {"out", "in"} <= set(place.axes) and len(place.axes) == place.dim
+        return None if not fits or isinstance(place.layer, CONVOLUTIONS) and place.layer.groups > 1 else place
+
+    @property
+    def dim(self) -> int:
+        """Number of axes that the weight has."""
+        return self.weight.dim()
 
     @property
     def weight(self) -> Any:
@@ -168,3 +173,41 @@ def sizes_in(modules: Iterable[tuple[str, nn.Module]], per_group: dict[str, int]
         for attribute, share in per_group.items()
         if getattr(module, attribute, None) == share * count
     )
+
+
+def merged(found: Sequence[JointGroups], model: nn.Module) -> list[JointGroups]:
+    """Join the groups of modules that share a parameter: group i of all of them is one group.
+
+    If a shared parameter does not belong to the same groups in both modules, the groups of neither can be pruned.
+
+    Args:
+        found: The joint groups of modules.
+        model: The model.
+
+    Returns:
+        Joint groups that share no parameter, or that are kept.
+    """
+    # Tensors are held, since one that is computed at each access could have the id of an earlier one.
+    tensors = {part.name: attrgetter(part.name)(model) for groups in found for part in groups.parts}
+    cluster_of: dict[int, list[JointGroups]] = {}
+    for groups in found:
+        cluster = [groups]
+        earlier = [cluster_of.get(id(tensors[part.name])) for part in groups.parts]
+        for each in {id(known): known for known in earlier if known is not None}.values():
+            cluster = each + cluster
+        cluster_of |= {id(tensors[part.name]): cluster for each in cluster for part in each.parts}
+    return [one for each in {id(each): each for each in cluster_of.values()}.values() for one in _as_one(each, tensors)]
+
+
+def _as_one(several: Sequence[JointGroups], tensors: dict[str, Any]) -> list[JointGroups]:
+    """Joint groups that share parameters, as one; each by itself and kept if these belong to different groups."""
+    first = several[0]
+    parts: dict[int, Part] = {}
+    for part in [part for each in several for part in each.parts]:
+        known = parts.setdefault(id(tensors[part.name]), part)
+        if known.axis != part.axis or not np.array_equal(known.groups, part.groups):
+            why = f"{printable(part.name)} is shared by modules in which it belongs to different {first.what}s"
+            return [replace(each, why_kept=each.why_kept or why) for each in several]
+    sizes = dict.fromkeys(size for each in several for size in each.sizes)
+    why_kept = next((each.why_kept for each in several if each.why_kept), "")
+    return [replace(first, parts=tuple(parts.values()), sizes=tuple(sizes), why_kept=why_kept)]

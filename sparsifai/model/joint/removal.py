@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import axes_of
+from .adapting import adapt
 from .groups import NO_GROUP, READER, JointGroups
 
 # Attributes by which layers keep the sizes of the axes of their weight.
@@ -59,6 +60,8 @@ def remove_groups(model: nn.Module, groups: JointGroups, removed: Iterable[int])
     for size in groups.sizes:
         module: Any = model.get_submodule(size.module)
         setattr(module, size.attribute, getattr(module, size.attribute) - size.per_group * len(removed))
+    if len(removed):
+        adapt(model, groups)
 
 
 def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
