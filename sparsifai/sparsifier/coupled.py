@@ -21,6 +21,7 @@ from ..axes.ranking.bundles import bundle
 from ..axes.ranking.scored_layer import ScoredLayer
 from ..model.channels.coupling import ChannelSet, find_channels
 from ..model.channels.removal import LAST_OUTPUT, why_stuck
+from ..model.joint.groups import NO_GROUP
 from ..model.layers import parameter_name
 from ..model.norms import affine_names
 from ..model.tensors import with_autograd
@@ -165,10 +166,36 @@ class Coupling:
 
         return [part.join([given[name] for name in part.channels], pool) for part in parts], split
 
+    def pruned_groups(self, layers: Layers) -> dict[str, tuple[int, int]]:
+        """How many joint groups of each module are pruned, and how many it has; nothing for coupled filters."""
+        parts = [part for part in dict.fromkeys(self.part_of.values()) if self.joint]
+        parts = [part for part in parts if all(layers[name].is_selected for name in part.channels)]
+        return {part.name: (part.count - int(part.kept(layers).sum()), part.count) for part in parts}
+
+    def notes(self, layers: Layers) -> dict[str, str]:
+        """Layer name -> how many of its joint groups are pruned, and how many of its entries belong to none."""
+        pruned, notes = self.pruned_groups(layers), {}
+        for name, part in self.part_of.items():
+            if part.name in pruned:
+                zero, count = pruned[part.name]
+                others = self.joint[name][1].groups == NO_GROUP
+                more = f"; {others.sum()} of its {len(others)} entries belong to no {self.what}" if others.any() else ""
+                notes[name] = f"{zero} of {count} {self.what}s pruned{more}"
+        return notes
+
     def complete(self, names: Iterable[str], layers: Layers) -> list[str]:
         """Those of some layers that are frozen no more whose coupled layers are all pruned, now or with them."""
         able = {*names, *(name for name, layer in layers.items() if layer.is_selected)}
         return [name for name in names if name in self.part_of and self.part_of[name].channels.keys() <= able]
+
+    def share(self, layers: Sequence[ScoredLayer], sparsity: float) -> float:
+        """The fraction of the weights of groups to prune, so that `sparsity` is that of all weights.
+
+        Entries that belong to no group stay, such as the rows of a key that all heads read.
+        """
+        fixed = sum(layer.weights(self.part_of[layer.target.name].channels[layer.target.name] < 0) for layer in layers)
+        total = sum(layer.total for layer in layers)
+        return min(sparsity * total / (total - fixed), 1.0) if fixed else sparsity
 
     def followers(self, model: nn.Module) -> list[Follower]:
         """The parameters of norm layers that the channels go through, also behind a sum or a concatenation."""

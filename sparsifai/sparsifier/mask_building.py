@@ -149,6 +149,7 @@ def build_masks(
                 found = both(found, found_nan(scored))
             else:
                 ranked, split = joint_layers(scored, ranking.coupling, options.round_to, options.pool)
+                share = share if ranking.coupling is None else ranking.coupling.share(scored, share)
                 notices += _notices_of_scores(ranked, share, collected)
                 kept = split(ask(options.context, ranked, share, name_of(options.granularity), notices))
                 kept = agree(kept, ranking.process_groups(collected.source.model), layers[names[0]].parameter.device)

@@ -49,7 +49,10 @@ def notices_of_frozen(layers: Layers) -> list[str]:
     Args:
         layers: All layers.
     """
-    later = {FROZEN: "until they are trained", FROZEN_UNCOUPLED: "even if they are trained later, because of coupled="}
+    later = {
+        FROZEN: "until they are trained",
+        FROZEN_UNCOUPLED: "even if they are trained later, because what is pruned together is found once",
+    }
     frozen = [name for name, layer in layers.items() if layer.why_dense in later]
     weights = sum(layers[name].parameter.numel() for name in frozen)
     part = weights / max(1, sum(layer.parameter.numel() for layer in layers.values()))
@@ -129,6 +132,8 @@ def notices_of_host(options: Options, layers: Layers) -> list[str]:
             "weights or gradients"
         )
     reasons = [f"context {name_of(options.context)}"] * (not capability(options.context, "on_device", False))
+    if capability(options.granularity, "joint", False):
+        reasons.append(f"granularity {name_of(options.granularity)}")
     reasons += ["round_to="] * (options.round_to is not None) + ["coupled="] * options.coupled
     reasons += [f"layers on {len(devices)} devices"] * (len(devices) > 1)
     if reasons:

@@ -514,7 +514,9 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         """
         self._check_held("report")
         self._check_found()
-        return Report.measure(self.model, self.layers, self.ranking.options.context, self._regrowth)
+        return Report.measure(
+            self.model, self.layers, self.ranking.options.context, self._regrowth, self.ranking.coupling
+        )
 
     def __repr__(self) -> str:
         options = self.ranking.options
