@@ -79,7 +79,7 @@ def test_batches_of_similar_lengths_have_every_sentence_once():
     ("setting", "sparsity", "parameters"),
     [
         ("weights, straight-through movement pruning", 0.5, 1.0),
-        ("heads, taylor", 0.5, 0.77),
+        ("heads, gate importance", 0.5, 0.77),
         ("neurons, magnitude", 0.5, 0.76),
         ("heads and neurons, magnitude", 0.5, 0.52),
         ("weights, wanda, once", 0.5, 1.0),

@@ -11,9 +11,9 @@ from torch.nn import functional
 from benchmarks.accuracy import settings
 from benchmarks.accuracy.cells import cells_of
 from benchmarks.accuracy.pictures import Batches
-from benchmarks.accuracy.text import read_snippets, remove_zero_groups, zeros_in
+from benchmarks.accuracy.text import read_snippets, zeros_in
 from benchmarks.accuracy.training import Measured, fit, reproducible
-from sparsifai import Sparsifier
+from sparsifai import Sparsifier, shrink
 
 LENGTH = 128  # bytes in a sequence
 TEST = 512  # sequences of snippets that are not trained on
@@ -75,9 +75,10 @@ class LanguageModel:
             sparsifier.calibrate(list(calibration), functional.cross_entropy)
             sparsifier.sparsify(cell.sparsity)
         zeros = zeros_in(net, (arguments or {}).get("layers", LAYERS))
-        remove_zero_groups(net)
-        held_out = (part[:TEST] for part in sequences(test))
-        return measured.of(perplexity_of(net, *held_out), zeros, name="perplexity")
+        codes, following = (part[:TEST] for part in sequences(test))
+        if "granularity" in (arguments or {}):
+            net = shrink(net, codes[:4])
+        return measured.of(perplexity_of(net, codes, following), zeros, name="perplexity")
 
     def _trained(self, cell, codes, following):
         "The dense net of a seed; it is trained once"

