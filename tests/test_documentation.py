@@ -61,6 +61,7 @@ def test_there_are_pages():
         "accuracy.md",
         "cost.md",
         "defaults.md",
+        "depth.md",
         "distributed.md",
         "export.md",
         "fastai.md",

@@ -25,6 +25,7 @@ from ..model.tensors import check_values, with_autograd
 from ..model.zeros import has_zero_slices, weights_of_embeddings
 from ..support.checks import check_is_module
 from ..support.warning import warn
+from .pretrained_config import update_config
 from .shrinkage_table import ShrinkableGroups, ShrinkableLayer, Shrinkage, first_reasons
 
 
@@ -149,7 +150,10 @@ def shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
         value.data = value.data.to(dtypes.get(name, dtypes.get(f"{name.rpartition('.')[0]}.weight", value.dtype)))
         if value.untyped_storage().data_ptr() in shared:
             value.data = value.data.clone()
-    return small, _measured(removal, joint, model, not_followed)
+    table = _measured(removal, joint, model, not_followed)
+    if table.parameters_left < table.parameters:
+        update_config(small, [row.groups for row in joint.rows])
+    return small, table
 
 
 def _measured(removal: Removal, joint: JointRemoval, model: nn.Module, not_followed: str) -> Shrinkage:

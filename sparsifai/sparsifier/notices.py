@@ -33,6 +33,11 @@ UNMOVED_OUTPUTS = (
     "or weights"
 )
 
+UNMOVED_GROUPS = (
+    "straight_through: no gradient reaches a {} that is pruned, because all of its weights are zero, so it is kept "
+    "again only where others shrink; choose smaller groups, such as weights"
+)
+
 # If more than this fraction of the weights is frozen, the user is warned.
 LARGE_PART = 0.2
 
@@ -190,6 +195,8 @@ def notices_of_outputs(options: Options, model: nn.Module, layers: Layers, follo
         followers: The biases and norm parameters that are masked with whole outputs.
     """
     notices = []
+    if capability(options.granularity, "joint", False):
+        return [UNMOVED_GROUPS.format(name_of(options.granularity))] if options.straight_through else []
     if any(layer.grouping.drops_outputs for layer in selected(layers).values()):
         notices += [REGROWN_OUTPUTS] if options.regrow is not None else []
         notices += [UNMOVED_OUTPUTS] if options.straight_through else []

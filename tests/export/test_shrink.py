@@ -349,7 +349,7 @@ def test_channels_that_torch_pruning_loses_track_of_are_kept(pictures):
 
 
 def test_layers_that_mix_channels_are_named(pictures):
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(1, 8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
     grouped = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 4, 1)).eval()
     with torch.no_grad():
         model[0].weight[1] = 0
