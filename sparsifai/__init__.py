@@ -15,6 +15,7 @@ from .axes.context import contexts, global_, local
 from .axes.criterion import (
     criteria,
     fisher,
+    gate_importance,
     grasp,
     lamp,
     large_final,
@@ -117,6 +118,7 @@ __all__ = [
     "during",
     "fisher",
     "from_torch_prune",
+    "gate_importance",
     "global_",
     "granularities",
     "grasp",

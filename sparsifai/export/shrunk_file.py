@@ -21,7 +21,7 @@ from ..model.joint.adapting import adapt
 from ..model.joint.attention import find_heads
 from ..model.joint.mlp import find_neurons
 from ..model.joint.removal import replace_tensor
-from ..model.layers import CHANNEL_LAYERS, parameter_name
+from ..model.layers import CHANNEL_LAYERS, outputs_of, parameter_name, size_of
 from ..model.parallel import kind_of, unwrapped
 from ..model.running import sharing_copy
 from ..support.checks import check_is_module
@@ -174,7 +174,8 @@ def _added_biases(
 ) -> list[str]:
     """Names of biases of the file that the model does not have, because `shrink` added them; the others must fit."""
     missing = [name for name in persistent if name not in tensors]
-    added, unexpected = [], []
+    added: list[str] = []
+    unexpected: list[str] = []
     modules = dict(model.named_modules())
     for name in tensors.keys() - old.keys():
         owner, _, attribute = name.rpartition(".")
@@ -213,15 +214,12 @@ def _check_fits(file: Path, name: str, tensor: Tensor, tensors: Tensors) -> None
 def _check_layers(file: Path, model: nn.Module) -> None:
     """Check that the sizes that layers keep are those of their weights."""
     for name, module in model.named_modules():
-        layer: Any = module
-        if isinstance(layer, nn.Linear):
-            expected = (layer.out_features, layer.in_features)
-        elif isinstance(layer, CHANNEL_LAYERS):
-            first, second = layer.out_channels, layer.in_channels
-            first, second = (second, first) if layer.transposed else (first, second)
-            expected = (first, second // max(layer.groups, 1))
-        else:
+        if not isinstance(module, CHANNEL_LAYERS):
             continue
+        layer: Any = module
+        sizes = outputs_of(layer), size_of(layer, "inputs") or 0
+        first, second = reversed(sizes) if getattr(layer, "transposed", False) else sizes
+        expected = (first, second // max(getattr(layer, "groups", 1), 1))
         if "weight" in layer._parameters and tuple(layer.weight.shape[:2]) != expected:
             raise ValueError(
                 f"load_shrunk: the sizes of {printable(name)} in {file} are {expected}, which do not fit its weight of "

@@ -49,11 +49,7 @@ def copy_of(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: It holds something that cannot be copied, as a parameter in a sparse layout, or a lock.
     """
-    for name, parameter in model.named_parameters():
-        if why := _why_not_copied(parameter):
-            raise ValueError(
-                f"{printable(name)} of {kind_of(model)} cannot be copied ({why}); replace it by a plain dense tensor"
-            )
+    _check_copied(model)
     return _deepcopied(model, _detached(model))
 
 
@@ -63,14 +59,23 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     The parameters are other objects. Replace them in the copy to change it; writing to them changes the model.
 
     Raises:
-        ValueError: It holds something that cannot be copied, as a lock.
+        ValueError: It holds something that cannot be copied, as a parameter in a sparse layout, or a lock.
     """
+    _check_copied(model)
     shared = {
         id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad)
         for parameter in model.parameters()
         if type(parameter) is nn.Parameter and parameter.layout == torch.strided and not parameter.is_inference()
     }
     return _deepcopied(model, {**_detached(model), **shared})
+
+
+def _check_copied(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if why := _why_not_copied(parameter):
+            raise ValueError(
+                f"{printable(name)} of {kind_of(model)} cannot be copied ({why}); replace it by a plain dense tensor"
+            )
 
 
 def _detached(model: nn.Module) -> dict[int, Any]:

@@ -206,6 +206,17 @@ class Coupling:
             units.setdefault(unit_of.setdefault(part, part.name or name), []).append(name)
         return units
 
+    def rounding(self, names: Iterable[str], layers: Layers) -> float:
+        """By how many weights the count can be off, because coupled groups are pruned as a whole in every part."""
+        sizes = []
+        for part in {self.part_of[name] for name in names}:
+            total = np.zeros(part.count)
+            for name, channels in part.channels.items():
+                size = np.broadcast_to(np.asarray(layers[name].grouping.size), len(channels))
+                total += np.bincount(channels[channels >= 0], size[channels >= 0], part.count)
+            sizes.append(float(total.max()))
+        return max(max(sizes), sum(sizes) / 2)
+
     def complete(self, names: Iterable[str], layers: Layers) -> list[str]:
         """Those of some layers that are frozen no more whose coupled layers are all pruned, now or with them."""
         able = {*names, *(name for name, layer in layers.items() if layer.is_selected)}

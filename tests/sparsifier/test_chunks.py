@@ -9,7 +9,7 @@ pytest.importorskip("torch_pruning", reason="what is coupled torch-pruning knows
 
 from conftest import dense_of  # noqa: E402
 
-from sparsifai import Sparsifier, shrink, shrinkage  # noqa: E402
+from sparsifai import Sparsifier, load_shrunk, save_shrunk, shrink, shrinkage  # noqa: E402
 
 EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -146,6 +146,14 @@ def test_channels_that_a_shuffle_puts_side_by_side_are_pruned_together(shuffle):
     assert alive(sparsifier, "last").unflatten(0, (2, 8)).sum(1).tolist() == [4, 4]
     assert small.depthwise.groups == 8
     assert small.first.weight.shape == (8, 4, 1, 1)
+
+
+def test_the_file_of_a_shrunk_model_with_groups(tmp_path):
+    _, small = pruned_and_shrunk(Shuffled(nn.ChannelShuffle(2)))
+    save_shrunk(small.eval(), tmp_path / "small.safetensors")
+    loaded = load_shrunk(Shuffled(nn.ChannelShuffle(2)).eval(), tmp_path / "small.safetensors")
+    assert torch.equal(loaded(EXAMPLE), small(EXAMPLE))
+    assert (loaded.first.in_channels, loaded.first.out_channels, loaded.depthwise.groups) == (8, 8, 8)
 
 
 def test_a_view_that_is_no_shuffle_stays_as_it_is():

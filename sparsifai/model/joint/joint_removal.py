@@ -131,8 +131,8 @@ class JointRemoval:
             name, _, attribute = part.name.rpartition(".")
             layer = self._copy.model.get_submodule(name)
             axes = axes_of(layer, attribute) or ()
-            is_output = part.axis is not None and axes[part.axis : part.axis + 1] == ("out",)
-            if isinstance(layer, CHANNEL_LAYERS) and is_output:
+            axis = None if part.axis is None else axes[part.axis : part.axis + 1]
+            if isinstance(layer, CHANNEL_LAYERS) and axis == ("out",):
                 kept = (part.groups == NO_GROUP) | ~np.isin(part.groups, row.removed)
                 self.remaining[name] = np.flatnonzero(kept).tolist()
 

@@ -82,7 +82,8 @@ def replace_tensor(model: nn.Module, old: Tensor, new: Tensor) -> None:
         for held in every:
             for attribute in [name for name, value in held.items() if value is old]:
                 held[attribute] = new
-                axes = axes_of(module, attribute) or ()
+                # Of a grouped convolution an axis of the weight has the size of one group.
+                axes = () if getattr(module, "groups", 1) != 1 else axes_of(module, attribute) or ()
                 for axis, (before, after) in zip(axes, zip(old.shape, new.shape, strict=True), strict=False):
                     for size in _SIZES_OF_AXES.get(axis, ()):
                         if before != after and getattr(module, size, None) == before:

@@ -69,7 +69,10 @@ class SmallMultiheadAttention(nn.MultiheadAttention):
             heads = weights @ values
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            heads = F.scaled_dot_product_attention(queries, keys, values, mask, dropout)
+            # As in torch, the hint then replaces the mask, also where keys are added behind those that are given.
+            hinted = is_causal and key_padding_mask is None
+            mask = None if hinted else mask
+            heads = F.scaled_dot_product_attention(queries, keys, values, mask, dropout, hinted)
         output = F.linear(heads.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         if not batched:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)

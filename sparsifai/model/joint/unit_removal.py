@@ -6,11 +6,10 @@ them in those of its inputs that are NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ...support.printable import printable
 from ..channels.connections import channel_axis
 from ..channels.nan_propagation import NAN, NanPropagation, replaced_at_layers
+from ..channels.smaller_copy import SmallerCopy
 from ..hooks import hooked
 from ..layers import CHANNEL_LAYERS, CONVOLUTIONS
 from ..running import in_modes, run, untraced
@@ -48,21 +48,11 @@ class ZeroUnits:
     why_kept: str = ""
 
 
-class Shrinking(Protocol):
-    """A copy of a model that gets smaller, and must keep its outputs."""
-
-    model: nn.Module
-    example_input: Any
-
-    def try_change(self, change: Callable[[nn.Module], Any]) -> str:
-        """Change the copy in place, or say why not: its outputs would change."""
-
-
-def remove_all_units(copy: Shrinking) -> list[ZeroUnits]:
+def remove_all_units(copy: SmallerCopy) -> list[ZeroUnits]:
     """Remove the zero units of all recurrent modules of a model, where the model keeps its outputs.
 
     Args:
-        copy: A copy of the model, in evaluation mode. It gets smaller.
+        copy: A copy of the model, which gets smaller.
 
     Returns:
         The zero units of each module, numbered as in the model that was given.

@@ -12,34 +12,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from sparsifai import Sparsifier
-from sparsifai.model.channels.output_check import OutputCheck
+from sparsifai import Sparsifier, load_shrunk, save_shrunk, shrink, shrinkage
+from sparsifai.model.channels.smaller_copy import SmallerCopy
 from sparsifai.model.joint.recurrent import find_units
 from sparsifai.model.joint.unit_removal import remove_all_units
-from sparsifai.model.running import copy_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 
-class Copy:
-    """A copy of a model that gets smaller, and must keep its outputs."""
-
-    def __init__(self, model, example_input):
-        self.model, self.example_input = copy_of(model).eval(), example_input
-        self.check = OutputCheck(self.model, example_input)
-
-    def try_change(self, change):
-        trial = copy_of(self.model)
-        change(trial)
-        if not self.check.passes(trial):
-            return "its removal would change the model's outputs"
-        self.model = trial
-        return ""
-
-
 def removed(model, example):
     """The smaller copy, and what has been removed from each module. The outputs are the same up to 1e-5."""
-    small = Copy(model, example)
+    small = SmallerCopy(model, example)
     rows = remove_all_units(small)
     model = model.eval()
     inputs = example if isinstance(example, tuple) else (example,)
@@ -240,6 +223,20 @@ def test_last_states_of_packed_sequences_are_read():
     assert parameters(small) < 0.5 * before
 
 
+def test_shrink_removes_units_and_its_file_is_loaded(tmp_path):
+    model = Net(num_layers=2, bidirectional=True)
+    pruned(model)
+    table = shrinkage(model, example(4, 2, 5))
+    assert [(row.name, row.what, row.count, row.zeros, row.removed) for row in table.groups] == [
+        ("rnn", "unit", 32, 16, 16)
+    ]
+    small = shrink(model, example(4, 2, 5))
+    assert (small.rnn.hidden_size, small.out.in_features) == (4, 8)
+    save_shrunk(small.eval(), tmp_path / "small.safetensors")
+    loaded = load_shrunk(Net(num_layers=2, bidirectional=True).eval(), tmp_path / "small.safetensors")
+    assert torch.equal(loaded(example(4, 2, 5)), small(example(4, 2, 5)))
+
+
 def test_all_outputs_and_padded_sequences_are_read():
     class Tagger(Net):
         def forward(self, x):
@@ -414,7 +411,7 @@ def test_a_size_in_the_forward_keeps_the_units():
     model = Fixed()
     pruned(model)
     _, (row,) = removed(model, example(4, 2, 5))
-    assert row.why_kept == "its removal would change the model's outputs"
+    assert row.why_kept.startswith("the model fails without it")
 
 
 # --- fastai -----------------------------------------------------------------------------------------------------------
