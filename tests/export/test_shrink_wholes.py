@@ -69,6 +69,19 @@ def test_blocks_are_removed_with_filters():
     }
 
 
+def test_layers_behind_removed_blocks_keep_their_types():
+    class InFloat(nn.Module):
+        def forward(self, x):
+            return x.float()
+
+    blocks = [Block().double() for _ in range(3)]
+    model = nn.Sequential(*blocks, nn.Linear(8, 8).double(), InFloat(), nn.Linear(8, 2)).eval()
+    zero(blocks[0])
+    zero(blocks[2])
+    small = shrink(model, torch.randn(3, 8).double())
+    assert [module.weight.dtype for module in (small[1], small[3])] == [torch.float64, torch.float32]
+
+
 def test_experts_that_are_chosen_are_told():
     model = nn.Sequential(nn.Linear(4, 8), Mixture(), nn.Linear(8, 2)).eval()
     zero(model[1].experts[2])
