@@ -47,7 +47,10 @@ from .callbacks.plan_table import Plan
 from .export.comparison import compare
 from .export.comparison_table import Comparison
 from .export.csr import to_sparse_layout
-from .export.shrink import Shrinkage, shrink, shrinkage
+from .export.experts import remove_experts
+from .export.shrink import shrink, shrinkage
+from .export.shrinkage_table import Shrinkage
+from .export.shrunk_file import load_shrunk, save_shrunk
 from .export.sparse_file import SparseFile, load_sparse, save_sparse
 from .export.two_four import SemiStructured, semi_structured_layers, to_semi_structured
 from .model.joint.attention_kinds import register_attention
@@ -127,6 +130,7 @@ __all__ = [
     "large_init",
     "large_init_large_final",
     "lin",
+    "load_shrunk",
     "load_sparse",
     "local",
     "lottery_ticket",
@@ -142,6 +146,8 @@ __all__ = [
     "register_attention",
     "register_layer",
     "register_mlp",
+    "remove_experts",
+    "save_shrunk",
     "save_sparse",
     "schedules",
     "select_groups",

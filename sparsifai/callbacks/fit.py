@@ -270,6 +270,7 @@ class Fit:
             if self.is_short:
                 notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did, or its masks settled")
             self.keepers.announce(self.measured())
+            self.pruned.tell_of_starved(self.learn)
         self.undo()
 
     def undo(self) -> None:

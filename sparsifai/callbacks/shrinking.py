@@ -10,7 +10,8 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..export.shrink import Shrinkage, shrunk, warn_of_zeros_left
+from ..export.shrink import shrunk, warn_of_zeros_left
+from ..export.shrinkage_table import Shrinkage
 from .base import TrainingCallback
 from .learner import first_batch
 

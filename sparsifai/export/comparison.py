@@ -18,7 +18,7 @@ from ..model.flops import count_flops
 from ..model.layers import find_weights
 from ..model.parallel import unwrapped
 from ..model.running import evaluating, run, untraced
-from ..model.zeros import Count, check_counted, is_nonzero
+from ..model.zeros import Count, check_counted, has_zero_slices
 from ..support.checks import check_count, check_is_module
 from ..support.printable import printable
 from ..support.warning import own_filters
@@ -117,8 +117,8 @@ Made = tuple[nn.Module, Form]
 
 
 def _shrunk(sparse: nn.Module, masked: Form, flops: Mapping[str, int], example: Any) -> Made:
-    nothing = "nothing to remove: no whole filter is zero"
-    if not _has_zero_slices(sparse):
+    nothing = "nothing to remove: no whole filter, head or neuron is zero"
+    if not has_zero_slices(sparse):
         raise ValueError(nothing)
     model = shrink(sparse, example)
     run(model, example)
@@ -126,18 +126,6 @@ def _shrunk(sparse: nn.Module, masked: Form, flops: Mapping[str, int], example: 
     if form.parameters == masked.parameters:
         raise ValueError(nothing)
     return model, form
-
-
-def _has_zero_slices(model: nn.Module) -> bool:
-    """Whether any output or input of a weight, or entry of a bias or norm layer, is zero.
-
-    Without one there is nothing to shrink, and the attempt could take minutes.
-    """
-    return any(
-        not is_nonzero(parameter).unsqueeze(-1).movedim(axis, 0).flatten(1).any(1).all()
-        for parameter in model.parameters()
-        for axis in range(min(parameter.dim(), 2))
-    )
 
 
 def _semi_structured(sparse: nn.Module, masked: Form, flops: Mapping[str, int], example: Any) -> Made:

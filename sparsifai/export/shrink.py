@@ -1,28 +1,44 @@
-"""`shrink` removes the channels of a model that its zeros make unnecessary; `shrinkage` is the table of them."""
+"""`shrink` removes what the zeros of a model make unnecessary: channels, attention heads and neurons.
+
+`shrinkage` is the table of them.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..model.channels.connections import zero_outputs
-from ..model.channels.removal import Removal, named_tensors
+from ..model.channels.removal import Removal
+from ..model.channels.smaller_copy import SmallerCopy, named_tensors
+from ..model.joint.attention import find_heads
+from ..model.joint.joint_removal import JointRemoval, Removed
+from ..model.joint.mlp import find_neurons
+from ..model.joint.unit_removal import ZeroUnits, remove_all_units
+from ..model.joint.wholes import without_wholes
 from ..model.layers import outputs_of
 from ..model.norms import check_fused_norms
 from ..model.parallel import unwrapped
 from ..model.tensors import check_values, with_autograd
-from ..model.zeros import Count
+from ..model.zeros import has_zero_slices, weights_of_embeddings
 from ..support.checks import check_is_module
-from ..support.table import Cells, Table, percent
 from ..support.warning import warn
+from .pretrained_config import update_config
+from .shrinkage_table import ShrinkableGroups, ShrinkableLayer, Shrinkage, first_reasons
 
 
 def shrink(model: nn.Module, example_input: Any) -> nn.Module:
-    """Remove the filters of a model that are zero: returns a smaller dense copy with the same outputs.
+    """Remove filters, heads and neurons of a model that are zero: returns a smaller dense copy with the same outputs.
+
+    Attention heads and neurons of MLPs, as of granularity 'head' and 'neuron', are removed if the weights that read
+    them are zero: with their rows of all projections, their biases and their entries in tables of positions. The sizes
+    that modules keep, such as num_heads, are updated. One head or neuron of each module is kept. Units of LSTM, GRU and
+    RNN are removed if their weights and biases are zero, as many of each layer and direction, with the inputs of the
+    layers that read them.
 
     A filter is removed with all that belongs to its channel: its bias, its entries in norm layers, and the weights of
     the next layers that read it. If a zero filter leaves a constant channel, the constant is added to the biases of the
@@ -33,7 +49,7 @@ def shrink(model: nn.Module, example_input: Any) -> nn.Module:
     size, they differ by at most 1e-5 of the largest output (in float32). Branches of the forward that these inputs do
     not take are not checked.
 
-    torch-pruning's dependency graph shows which channels belong together (Fang et al., 2023, "DepGraph",
+    For filters, torch-pruning's dependency graph shows which channels belong together (Fang et al., 2023, "DepGraph",
     arXiv:2301.12900). Install it with `pip install 'sparsifai[shrink]'`.
 
     Args:
@@ -42,14 +58,14 @@ def shrink(model: nn.Module, example_input: Any) -> nn.Module:
             ones.
 
     Returns:
-        The smaller copy, in the same mode and dtype as the model. A UserWarning says how many zero filters could not be
-        removed; `shrinkage` lists why.
+        The smaller copy, in the same mode and dtype as the model. A UserWarning says how many zero filters, heads and
+        neurons could not be removed, and whether filters could not be looked for; `shrinkage` lists why.
 
     Raises:
-        ImportError: torch-pruning is not installed.
+        ImportError: torch-pruning is not installed, and there are no heads and neurons to remove.
         TypeError: `model` is not a torch.nn.Module.
         ValueError: The model does not run on the example, has different outputs for the same input, or torch-pruning
-            cannot follow its computation.
+            cannot follow its computation, and there are no heads and neurons to remove.
 
     Example:
         >>> import torch
@@ -66,7 +82,7 @@ def shrink(model: nn.Module, example_input: Any) -> nn.Module:
 
 
 def warn_of_zeros_left(table: Shrinkage) -> None:
-    """Warn of the zero filters that could not be removed, if there are any.
+    """Warn of the zero filters, heads and neurons that could not be removed, if there are any.
 
     Args:
         table: What was removed.
@@ -76,6 +92,18 @@ def warn_of_zeros_left(table: Shrinkage) -> None:
             f"shrink: {table.zeros_left} of {table.zeros} zero filters cannot be removed: {table.reasons}. "
             "shrinkage(model, example_input) lists all of them; to prune only filters that can be removed, use "
             "granularity 'filter' with coupled=True",
+        )
+    for what in dict.fromkeys(row.what for row in table.groups):
+        rows = [row for row in table.groups if row.what == what]
+        if left := sum(row.zeros_left for row in rows):
+            warn(
+                f"shrink: {left} of {sum(row.zeros for row in rows)} zero {what}s cannot be removed: "
+                f"{first_reasons(rows)}. shrinkage(model, example_input) lists all of them"
+            )
+    if table.not_followed:
+        warn(
+            f"shrink: filters were not looked for, because {table.not_followed}; heads and neurons were removed. Zero "
+            "filters remain, if there are any, and cost no more than before"
         )
 
 
@@ -105,115 +133,74 @@ def shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
     check_values("shrink", dict(model.named_parameters()))
     check_fused_norms(model)
     dtypes = {name: value.dtype for name, value in named_tensors(model)}
-    removal = Removal(model, with_autograd(example_input)).remove_all()
-    small = removal.model
-    for (_, part), (_, original) in zip(small.named_modules(), model.named_modules(), strict=True):
+    start, wholes = without_wholes(model, with_autograd(example_input))
+    copy = SmallerCopy(start, with_autograd(example_input))
+    joint = JointRemoval(copy, (find_heads, find_neurons)).remove_all()
+    rows: list[Removed | ZeroUnits] = [*wholes, *joint.rows, *remove_all_units(copy)]
+    removal = Removal(copy, joint.remaining)
+    not_followed = ""
+    # Without zeros no channel of a transformer can be removed, and to follow it takes time.
+    if not rows or has_zero_slices(copy.model):
+        try:
+            removal.remove_all()
+        except (ImportError, ValueError) as error:
+            if not any(row.removed for row in rows):
+                raise
+            not_followed = str(error)
+    small = copy.model
+    for (_, part), (_, original) in zip(small.named_modules(), start.named_modules(), strict=True):
         part.training = original.training
+    shared = {value.untyped_storage().data_ptr() for _, value in named_tensors(model)}
     for name, value in named_tensors(small):
         # A bias that the model did not have gets the dtype of the weight beside it.
         value.data = value.data.to(dtypes.get(name, dtypes.get(f"{name.rpartition('.')[0]}.weight", value.dtype)))
-    return small, _measured(removal, model)
+        if value.untyped_storage().data_ptr() in shared:
+            value.data = value.data.clone()
+    table = _measured(removal, rows, model, start, not_followed)
+    if table.parameters_left < table.parameters:
+        update_config(small, [row.groups for row in joint.rows])
+    return small, table
 
 
-@dataclass(frozen=True)
-class ShrinkableLayer:
-    """What `shrink` removes from one layer.
-
-    Attributes:
-        name: Name of the layer.
-        kind: Class name of the layer.
-        outputs: Number of outputs in the given model.
-        zeros: Outputs whose weights are all zero.
-        removed: Outputs that are removed, whether their weights are zero or not.
-        zeros_left: Outputs whose weights are all zero, but that cannot be removed.
-        why: How many of these for which reason, such as '2: not constant where conv2 reads it'.
-    """
-
-    name: str
-    kind: str
-    outputs: int
-    zeros: int
-    removed: int
-    zeros_left: int
-    why: str = ""
+def _measured(
+    removal: Removal, rows: Sequence[Removed | ZeroUnits], model: nn.Module, start: nn.Module, not_followed: str
+) -> Shrinkage:
+    """The table of what has been removed from a model. start: the model without the blocks and experts removed."""
+    before, after = (sum(parameter.numel() for parameter in each.parameters()) for each in (model, removal.model))
+    groups = tuple(
+        ShrinkableGroups(
+            row.groups.name, _kind(row, model, start), row.groups.what, row.groups.count,
+            len(row.zeros), len(row.removed), row.why_kept,
+        )
+        for row in rows
+    )  # fmt: skip
+    return Shrinkage(tuple(_layers(removal, start, not_followed)), before, after, groups, not_followed)
 
 
-@dataclass(frozen=True, repr=False)
-class Shrinkage(Table):
-    """What `shrink` removes from a model. Prints as a table; in a notebook it is HTML.
-
-    Attributes:
-        layers: One row per convolution or Linear layer, in the order of the model.
-        parameters: Number of parameters of the whole model before.
-        parameters_left: Number of parameters of the whole model after.
-    """
-
-    layers: tuple[ShrinkableLayer, ...]
-    parameters: int
-    parameters_left: int
-
-    @property
-    def zeros(self) -> int:
-        """Outputs of all layers whose weights are all zero."""
-        return sum(layer.zeros for layer in self.layers)
-
-    @property
-    def removed(self) -> int:
-        """Outputs of all layers that are removed."""
-        return sum(layer.removed for layer in self.layers)
-
-    @property
-    def zeros_left(self) -> int:
-        """Outputs of all layers whose weights are all zero, but that cannot be removed."""
-        return sum(layer.zeros_left for layer in self.layers)
-
-    @property
-    def reasons(self) -> str:
-        """The first three layers with zero outputs that cannot be removed, each with the reasons."""
-        left = [f"{layer.name} ({layer.why})" for layer in self.layers if layer.zeros_left]
-        return "; ".join(left[:3]) + (f"; and {len(left) - 3} more layers" if len(left) > 3 else "")
-
-    def _cells(self) -> Cells:
-        outputs = sum(layer.outputs for layer in self.layers)
-        share = Count(self.parameters, self.parameters - self.parameters_left).sparsity
-        return Cells(
-            ("layer", "kind", "outputs", "zero filters", "removed", "zero filters left", "why"),
-            [
-                (layer.name, layer.kind,
-                 *_figures(layer.outputs, layer.zeros, layer.removed, layer.zeros_left), layer.why)
-                for layer in self.layers
-            ],
-            totals=[("all layers", "", *_figures(outputs, self.zeros, self.removed, self.zeros_left), "")],
-            left=(0, 1, 6),
-            caption=f"{self.parameters:,} parameters, {self.parameters_left:,} after: {percent(share)} removed",
-        )  # fmt: skip
+def _kind(row: Removed | ZeroUnits, model: nn.Module, start: nn.Module) -> str:
+    """Class name of the module that has the groups of a row. Behind a removed block, modules have other numbers."""
+    holder = model if row.groups.what in ("block", "expert") else start
+    return type(holder.get_submodule(row.groups.name)).__name__
 
 
-def _figures(*numbers: int) -> tuple[str, ...]:
-    return tuple(f"{number:,}" for number in numbers)
-
-
-def _measured(removal: Removal, model: nn.Module) -> Shrinkage:
-    """The table of what has been removed from a model."""
-    layers = []
+def _layers(removal: Removal, model: nn.Module, not_followed: str) -> Iterator[ShrinkableLayer]:
+    """What has been removed from each layer."""
+    default = "filters were not looked for" if not_followed else "layer never called, or not as a module"
+    tables = weights_of_embeddings(model)
     for name, module in model.named_modules():
         if name not in removal.remaining:
             continue
-        zeros = {output for output, is_zero in enumerate(zero_outputs(module)) if is_zero}
+        # A zero row of a table that an embedding shares, as of the token for padding, is no filter.
+        is_zero = [] if module.weight in tables else zero_outputs(module)
+        zeros = {output for output, is_zero in enumerate(is_zero) if is_zero}
         left = zeros.intersection(removal.remaining[name])
-        reasons = Counter(
-            removal.why_kept.get((name, output), "layer never called, or not as a module") for output in sorted(left)
+        reasons = Counter(removal.why_kept.get((name, output), default) for output in sorted(left))
+        yield ShrinkableLayer(
+            name,
+            type(module).__name__,
+            outputs_of(module),
+            len(zeros),
+            outputs_of(module) - len(removal.remaining[name]),
+            len(left),
+            "; ".join(f"{count}: {reason}" for reason, count in reasons.items()),
         )
-        layers.append(
-            ShrinkableLayer(
-                name,
-                type(module).__name__,
-                outputs_of(module),
-                len(zeros),
-                outputs_of(module) - len(removal.remaining[name]),
-                len(left),
-                "; ".join(f"{count}: {reason}" for reason, count in reasons.items()),
-            )
-        )
-    sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (model, removal.model)]
-    return Shrinkage(tuple(layers), *sizes)

@@ -152,19 +152,36 @@ def save_sparse(model: nn.Module, path: str | os.PathLike) -> SparseFile:
         (True, True)
     """
     check_is_module("save_sparse", "model", model)
+    return write_state("save_sparse", path, state_of("save_sparse", model))
+
+
+def write_state(
+    operation: str, path: str | os.PathLike, state: Mapping[str, Tensor], more: Mapping[str, str] | None = None
+) -> SparseFile:
+    """Write tensors to a file without their zeros.
+
+    Args:
+        operation: Name of the function that was called, for messages.
+        path: The file.
+        state: The tensors by name.
+        more: Further metadata of the file.
+
+    Raises:
+        OSError: The file cannot be written.
+        ValueError: A tensor cannot be stored.
+    """
     path = Path(path)
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "save_sparse: path is a folder; pass the name of a file", str(path))
+        raise IsADirectoryError(errno.EISDIR, f"{operation}: path is a folder; pass the name of a file", str(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(
-            errno.ENOENT, "save_sparse: the folder does not exist; create it first", str(path.parent)
+            errno.ENOENT, f"{operation}: the folder does not exist; create it first", str(path.parent)
         )
-    state = _state("save_sparse", model)
-    ties = _ties(state)
+    ties = ties_of(state)
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in state.items():
         tensors[name] = tensors[ties[name]] if name in ties else StoredTensor.of(name, tensor)
-    return SparseFile._of(path, tensors, write_tensors(path, tensors))
+    return SparseFile._of(path, tensors, write_tensors(path, tensors, more))
 
 
 @torch.no_grad()
@@ -187,14 +204,14 @@ def load_sparse(path: str | os.PathLike, model: nn.Module) -> nn.Module:
         ValueError: The file was not written by `save_sparse`, is damaged, or does not fit the model.
     """
     check_is_module("load_sparse", "model", model)
-    path, state = Path(path), _state("load_sparse", model)
+    path, state = Path(path), state_of("load_sparse", model)
     tensors, _ = read_tensors(path)
     _check_names(path, model, state, tensors)
     for name, tensor in state.items():
         _check_fits(path, name, tensor, tensors[name])
     expanded = {name: stored.expand() for name, stored in tensors.items() if stored.name == name}
     values = {name: expanded[tensors[name].name] for name in state}
-    for name, first in _ties(state).items():
+    for name, first in ties_of(state).items():
         if not np.array_equal(bits_of(values[name]), bits_of(values[first])):
             raise ValueError(
                 f"load_sparse: {printable(first)} and {printable(name)} are one tensor in the model, but differ in "
@@ -204,9 +221,13 @@ def load_sparse(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     return model
 
 
-def _state(operation: str, model: nn.Module) -> dict[str, Tensor]:
+def state_of(operation: str, model: nn.Module) -> dict[str, Tensor]:
     """The state_dict of a model, checked for what a file cannot store."""
-    state = dict(unwrapped(model).state_dict())
+    return check_storable(operation, model, dict(unwrapped(model).state_dict()))
+
+
+def check_storable(operation: str, model: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
+    """The same tensors, if a file can store them; ValueError if not."""
     for name, value in state.items():
         why = _why_not_storable(value)
         if why:
@@ -239,7 +260,7 @@ def _why_not_storable(value: Any) -> str:
     return ""
 
 
-def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
+def ties_of(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Name of a tensor -> name of an earlier one in the same memory with the same layout."""
     first: dict[tuple, str] = {}
     ties = {}

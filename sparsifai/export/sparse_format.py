@@ -49,12 +49,13 @@ Tensors = Mapping[str, StoredTensor]
 FORMAT = "1"
 
 
-def write_tensors(path: Path, tensors: Tensors) -> int:
+def write_tensors(path: Path, tensors: Tensors, more: Mapping[str, str] | None = None) -> int:
     """Write tensors to a file whole or not at all, so that an error leaves an earlier file unchanged.
 
     Args:
         path: The file.
         tensors: What to store.
+        more: Further metadata, texts by name.
 
     Returns:
         Size of the file in bytes.
@@ -72,7 +73,7 @@ def write_tensors(path: Path, tensors: Tensors) -> int:
     pieces = {key: piece for stored in tensors.values() for key, piece in stored.pieces().items()}
     metadata = {
         "sparsifai_format": FORMAT, "sparsifai": __version__, "torch": torch.__version__,
-        "tensors": json.dumps(entries, separators=(",", ":")),
+        "tensors": json.dumps(entries, separators=(",", ":")), **(more or {}),
     }  # fmt: skip
     try:
         written = save(pieces, metadata)
@@ -93,13 +94,19 @@ def write_tensors(path: Path, tensors: Tensors) -> int:
 
 
 def read_tensors(path: Path) -> tuple[Tensors, int]:
+    """Read the tensors of a file; see `read_with_metadata`. Returns them and the size of the file in bytes."""
+    tensors, _, size = read_with_metadata(path)
+    return tensors, size
+
+
+def read_with_metadata(path: Path) -> tuple[Tensors, Mapping[str, str], int]:
     """Read the tensors of a file. All of them are checked and none is expanded.
 
     Args:
         path: The file. It is opened once, so another process may replace it meanwhile.
 
     Returns:
-        The tensors, and the size of the file in bytes.
+        The tensors, the metadata, and the size of the file in bytes.
 
     Raises:
         OSError: The file cannot be read, or is a folder, a device, a pipe or a socket.
@@ -115,7 +122,7 @@ def read_tensors(path: Path) -> tuple[Tensors, int]:
             file = SafetensorsFile.read(opened)
             version = file.metadata.get("sparsifai_format")
             if version == FORMAT:
-                return _tensors(file), file.bytes
+                return _tensors(file), file.metadata, file.bytes
         except ValueError as error:
             why = printable(str(error), LONGEST_MESSAGE)
             raise ValueError(

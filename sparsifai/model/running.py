@@ -49,13 +49,39 @@ def copy_of(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: It holds something that cannot be copied, as a parameter in a sparse layout, or a lock.
     """
-    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    _check_copied(model)
+    return _deepcopied(model, _detached(model))
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """Copy a model like `copy_of`, but with parameters that share memory with those of the model.
+
+    The parameters are other objects. Replace them in the copy to change it; writing to them changes the model.
+
+    Raises:
+        ValueError: It holds something that cannot be copied, as a parameter in a sparse layout, or a lock.
+    """
+    _check_copied(model)
+    shared = {
+        id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad)
+        for parameter in model.parameters()
+        if type(parameter) is nn.Parameter and parameter.layout == torch.strided and not parameter.is_inference()
+    }
+    return _deepcopied(model, {**_detached(model), **shared})
+
+
+def _check_copied(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if why := _why_not_copied(parameter):
             raise ValueError(
                 f"{printable(name)} of {kind_of(model)} cannot be copied ({why}); replace it by a plain dense tensor"
             )
-    return _deepcopied(model, {id(value): value.detach().clone() for value in held if not value.is_leaf})
+
+
+def _detached(model: nn.Module) -> dict[int, Any]:
+    """Tensors that the modules of a model hold from a forward, which cannot be copied, and copies without a graph."""
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return {id(value): value.detach().clone() for value in held if not value.is_leaf}
 
 
 def _deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:

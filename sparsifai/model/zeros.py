@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..support.printable import printable
@@ -118,6 +118,26 @@ def has_zero(dtype: torch.dtype) -> bool:
 
 def _short(value: torch.dtype | torch.layout) -> str:
     return str(value).removeprefix("torch.")
+
+
+def has_zero_slices(model: nn.Module) -> bool:
+    """Whether any output or input of a weight, or entry of a norm layer, is zero.
+
+    Without one there is nothing to shrink, and the attempt could take minutes. Zero biases, and zero rows of an
+    embedding, remove no channel.
+    """
+    tables = weights_of_embeddings(model)
+    return any(
+        not is_nonzero(parameter).unsqueeze(-1).movedim(axis, 0).flatten(1).any(1).all()
+        for name, parameter in model.named_parameters()
+        if "bias" not in name.rpartition(".")[2]
+        for axis in range(parameter in tables, min(parameter.dim(), 2))
+    )
+
+
+def weights_of_embeddings(model: nn.Module) -> set[Tensor]:
+    """The tables of the embeddings of a model; the layers that yield its output may share them."""
+    return {part.weight for part in model.modules() if isinstance(part, (nn.Embedding, nn.EmbeddingBag))}
 
 
 def figures(count: Count) -> tuple[str, str, str]:

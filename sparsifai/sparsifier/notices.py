@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from ..model.parallel import kind_of
 from ..model.tensors import shape_of
 from ..support.capability import capability
 from ..support.listing import in_short
+from ..support.printable import printable
 from ..support.registry import name_of
 from ..support.table import percent
 from .followers import Follower, rescaled_layers
@@ -65,6 +67,36 @@ def notices_of_frozen(layers: Layers) -> list[str]:
         f"{percent(part)} of the weights ({len(frozen)} of {len(layers)} layers, such as {frozen[0]}) are frozen, so "
         f"they stay dense {later[layers[frozen[0]].why_dense]}; unfreeze them, or name them in layers= to prune them "
         "as they are"
+    ]
+
+
+def notices_of_starved(layers: Layers, context: Any) -> list[str]:
+    """What the user should be warned of when a ranking of several layers has left hardly any weights in some of them.
+
+    That happens to a new layer on top of pretrained ones, whose weights are much smaller than theirs. A layer with
+    fewer weights than outputs has outputs that no input reaches.
+
+    Args:
+        layers: All layers.
+        context: The context by which they were ranked.
+    """
+    starved = {
+        name: layer
+        for name, layer in selected(layers).items()
+        if not (layer.grouping.drops_outputs or layer.grouping.drops_inputs)
+        and layer.parameter.numel() - layer.count().zeros < layer.weight.out
+        # Had it been pruned as much as all layers, it would have a weight for each output.
+        and (1 - layer.level) * layer.parameter.numel() >= layer.weight.out
+    }
+    if not starved:
+        return []
+    name, first = next(iter(starved.items()))
+    left = first.parameter.numel() - first.count().zeros
+    others = f"; {in_short(list(starved)[1:])} too" if len(starved) > 1 else ""
+    return [
+        f"context {name_of(context)} leaves {left:,} of {first.parameter.numel():,} weights of {printable(name)}, "
+        f"fewer than its {first.weight.out:,} outputs{others}. A new layer on pretrained ones has small weights, which "
+        "rank lowest: leave it out with exclude=, or rank each layer by itself (context 'erk' or 'local')"
     ]
 
 

@@ -25,7 +25,7 @@ from .calibration import calibrated
 from .change import Change
 from .collection import CollectedQuantities, Source
 from .copying import CopiedWithModel
-from .dense_weights import check_can_be_kept
+from .dense_checks import check_can_be_kept
 from .findings import both
 from .given_masks import check_masks
 from .layer import Layers, level_of, selected, unfrozen

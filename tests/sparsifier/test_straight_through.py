@@ -618,6 +618,20 @@ def test_settling_before_anything_is_pruned_is_told():
     sparsifier.settle()
 
 
+def test_masks_of_a_layer_that_joins_are_applied_before_it_has_dense_weights():
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 2))
+    model[1].weight.requires_grad_(False)
+    sparsifier = Sparsifier(model, straight_through=True)
+    sparsifier.sparsify(0.5)
+    model[1].weight.requires_grad_(True)
+    assert sparsifier.select_unfrozen() == ["1.weight"]
+    mask = torch.arange(32).view(2, 16) % 3 > 0
+    sparsifier.all_masks.add({"1.weight": mask})
+    sparsifier.apply_masks()
+    assert torch.equal(model[1].weight != 0, mask)
+    assert (model[0].weight == 0).sum() == 64
+
+
 def test_sparse_gradients_are_refused_if_they_are_to_be_pulled():
     model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 2))
     sparsifier = Sparsifier(model, layers=nn.Embedding, straight_through=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ...support.printable import message_of
 from ..running import check_runs, random_restored, run, untraced
 from ..tensors import is_float, tensors_in
 
@@ -34,7 +35,7 @@ class OutputCheck:
             self._inputs = [example_input, tree_map(_random_like, example_input), *self.others]
             self._outputs = self._outputs_of(model)
             torch.manual_seed(0)
-            is_repeatable = self.passes(model)
+            is_repeatable = not self.why_not(model)
         if not is_repeatable:
             raise ValueError(
                 f"shrink: {type(model).__name__} has different outputs for the same input in evaluation mode, so the "
@@ -42,13 +43,13 @@ class OutputCheck:
                 "remembers from one input to the next"
             )
 
-    def passes(self, model: nn.Module) -> bool:
-        """Whether a model has the same outputs, up to `TOLERANCE`."""
+    def why_not(self, model: nn.Module) -> str:
+        """Why a model does not have the same outputs, up to `TOLERANCE`; empty if it has."""
         try:
             outputs = self._outputs_of(model)
-        except Exception:  # shapes that no longer fit together
-            return False
-        return all(map(_is_same, outputs, self._outputs))
+        except Exception as error:  # shapes that no longer fit together
+            return f"the model fails without it ({message_of(error.__cause__ or error)})"
+        return "" if all(map(_is_same, outputs, self._outputs)) else "its removal would change the model's outputs"
 
     def _outputs_of(self, model: nn.Module) -> list[Tensor]:
         with untraced(model), torch.no_grad():

@@ -7,34 +7,28 @@ finds which are constant. Removing some channels lets others be removed, so this
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from ...support.components import components
 from ...support.printable import printable
-from ..layers import CHANNEL_LAYERS, is_depthwise, outputs_of
+from ..layers import CHANNEL_LAYERS, outputs_of
 from ..norms import affine_names
 from ..parallel import unwrapped
 from ..running import copy_of, untraced
-from ..tensors import is_float
-from .connections import keeps_constants, nonzero_connections, zero_outputs
+from .connections import keeps_constants, nonzero_connections, weights_of_output, zero_outputs
 from .constants import constant_inputs, has_other_path
 from .coupling import ChannelSet, LayerIndex, find_channels
 from .cutting import cut, indices_of
-from .output_check import OutputCheck
+from .equal_groups import balance, has_several_groups
+from .smaller_copy import SmallerCopy
 
 LAST_OUTPUT = "last output of a layer"
-
-
-def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers, by name."""
-    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def why_stuck(model: nn.Module, example_input: Any, channels: Iterable[ChannelSet]) -> dict[ChannelSet, str]:
@@ -50,68 +44,66 @@ def why_stuck(model: nn.Module, example_input: Any, channels: Iterable[ChannelSe
         for name, index in dict.fromkeys(pair for each in channels for pair in (*each.outputs, *each.through)):
             module: Any = trial.get_submodule(name)
             if isinstance(getattr(module, "weight", None), Tensor):
-                out_axis = 1 if getattr(module, "transposed", False) and not is_depthwise(module) else 0
-                module.weight.select(out_axis, index).zero_()
+                weights_of_output(module, index).zero_()
             for other in {"bias", *affine_names(module)} - {"weight"}:
                 if isinstance(getattr(module, other, None), Tensor):
                     getattr(module, other)[index] = 0
-    why_kept = Removal(trial, example_input).remove_all().why_kept
-    return {each: why_kept[each.outputs[0]] for each in channels if each.outputs[0] in why_kept}
+    removal = Removal(SmallerCopy(trial, example_input)).remove_all()
+    # A channel that stays so that groups keep equal sizes is one of several zero ones; another one was removed.
+    reasons = {output: why for output, why in removal.why_kept.items() if output not in removal.spared}
+    return {each: reasons[each.outputs[0]] for each in channels if each.outputs[0] in reasons}
 
 
 class Removal:
-    """A copy of a model that gets smaller step by step, and must keep its outputs.
-
-    Outputs of layers are numbered as in the model that was given.
+    """Removal of channels from a copy of a model.
 
     Args:
-        model: The model, which is not changed.
-        example_input: A batch, a tuple of positional inputs or a dictionary of named ones.
+        copy: The copy, which gets smaller.
+        remaining: Layer name -> the outputs of the model that the copy still has, where it lacks some. Outputs are
+            numbered as in the model.
 
     Attributes:
-        model: The copy, in evaluation mode, in float32 where the model has half precision.
-        remaining: Layer name -> the outputs that remain.
+        remaining: The same for all convolutions and Linear layers.
         why_kept: (layer name, output) -> why it cannot be removed.
-
-    Raises:
-        ImportError: torch-pruning is not installed.
-        ValueError: The model does not run on the example, cannot be followed, or has other outputs when run again.
+        spared: Those of them that could be removed, if the groups of a convolution need not keep equal sizes.
     """
 
-    def __init__(self, model: nn.Module, example_input: Any):
-        self.model = copy_of(model).eval()
-        self.example_input = example_input
-        halves = [value for _, value in named_tensors(self.model) if value.dtype in (torch.float16, torch.bfloat16)]
-        if halves:
-            # In half precision rounding would hide real differences.
-            for value in halves:
-                value.data = value.data.float()
-            self.example_input = tree_map(_in_float32, self.example_input)
-        self._check = OutputCheck(self.model, self.example_input)
+    def __init__(self, copy: SmallerCopy, remaining: Mapping[str, list[int]] | None = None):
+        self._copy = copy
+        known = remaining or {}
         self.remaining = {
-            name: list(range(outputs_of(module)))
-            for name, module in self.model.named_modules()
+            name: list(known[name]) if name in known else list(range(outputs_of(module)))
+            for name, module in copy.model.named_modules()
             if isinstance(module, CHANNEL_LAYERS)
         }
         self.why_kept: dict[LayerIndex, str] = {}
+        self.spared: set[LayerIndex] = set()
+        self._whole: set[tuple[str, int]] = set()  # grouped convolution, and group of it that is removed as a whole
         self._needed: set[LayerIndex] = set()  # outputs whose removal changed the outputs of the model, or would
 
+    @property
+    def model(self) -> nn.Module:
+        """The copy, as small as it is by now."""
+        return self._copy.model
+
     def remove_all(self) -> Removal:
-        """Remove channels until none is left that can be removed; returns itself."""
+        """Remove channels until none is left that can be removed; returns itself.
+
+        Raises:
+            ImportError: torch-pruning is not installed.
+            ValueError: torch-pruning cannot follow the computation of the model.
+        """
         while self._step():
             pass
         return self
 
     def _step(self) -> bool:
         """Remove the channels that can be removed now; returns whether there were any to try."""
-        channels = find_channels(self.model, self.example_input)
+        channels = find_channels(self.model, self._copy.example_input)
         with untraced(self.model):
-            constants = constant_inputs(self.model, self.example_input, *self._check.others)
+            constants = constant_inputs(self.model, self._copy.example_input, *self._copy.check.others)
         removable, self.why_kept = self._divide(channels, constants)
-        of_layers: dict[Any, list[ChannelSet]] = {}  # channels of the same layers are removed together
-        for channel in removable:
-            of_layers.setdefault(tuple(dict.fromkeys(name for name, _ in channel.outputs)), []).append(channel)
-        parts = list(of_layers.values())
+        parts = self._parts(removable)
         if mixed := self._mixed(parts):
             self._keep(mixed)
         elif removable:
@@ -130,6 +122,12 @@ class Removal:
             if not all(kept[name] for name, _ in channel.outputs):
                 reasons[number] = LAST_OUTPUT
                 kept.update(name for name, _ in channel.outputs)
+        free = {number for number, why in enumerate(reasons) if not why}
+        self.spared = set()
+        spared, self._whole = balance([each.cell for each in channels], free)
+        for number in spared:
+            reasons[number] = channels[number].why_spared
+            self.spared.update((name, self.remaining[name][index]) for name, index in channels[number].outputs)
         why_kept = {
             (name, self.remaining[name][index]): why
             for channel, why in zip(channels, reasons, strict=True)
@@ -156,8 +154,11 @@ class Removal:
                     continue
                 if math.isnan(value):
                     coupled = dict.fromkeys(layer for layer, _ in channel.outputs)
-                    if len(coupled) > 1 and not all(is_zero[layer][output] for layer, output in channel.outputs):
-                        return f"coupled in {', '.join(coupled)}, but not zero in all of them"
+                    if not all(is_zero[layer][output] for layer, output in channel.outputs):
+                        if len(coupled) > 1:
+                            return f"coupled in {', '.join(coupled)}, but not zero in all of them"
+                        if norm := next((each for each, _ in channel.through if has_several_groups(modules[each])), ""):
+                            return f"in one group of {printable(norm)} (GroupNorm) with channels that are not zero"
                     return f"not constant where {printable(name)} reads it"
                 if not keeps_constants(modules[name]):
                     return f"constant {value:.3g}, but {printable(name)} pads its input with zeros"
@@ -165,13 +166,23 @@ class Removal:
 
         return [why_kept(channel) for channel in channels]
 
+    def _parts(self, channels: Sequence[ChannelSet]) -> list[list[ChannelSet]]:
+        """Split channels into those that are removed together: of the same layers, or of the same groups."""
+        keys: list[list] = [[tuple(dict.fromkeys(name for name, _ in each.outputs))] for each in channels]
+        for key, channel in zip(keys, channels, strict=True):
+            key += [name if (name, group) in self._whole else (name, side) for name, side, group in channel.cell]
+        parts: dict[int, list[ChannelSet]] = {}
+        for channel, number in zip(channels, components(keys), strict=True):
+            parts.setdefault(number, []).append(channel)
+        return list(parts.values())
+
     def _mixed(self, parts: list[list[ChannelSet]]) -> list[ChannelSet]:
         """The channels that are also read by something other than their known layers, such as a mean over channels."""
 
         def has_reader(channels: list[ChannelSet]) -> bool:
             with untraced(self.model):
                 sides = indices_of(channels, "outputs"), indices_of(channels, "inputs")
-                return has_other_path(self.model, self.example_input, *sides)
+                return has_other_path(self.model, self._copy.example_input, *sides)
 
         every = [channel for part in parts for channel in part]
         # Where NaN reaches the output even if no channel is NaN, as after whole numbers, the check says nothing.
@@ -188,10 +199,7 @@ class Removal:
         Returns whether something was removed: the indices of all other channels are then out of date.
         """
         channels = [channel for part in parts for channel in part]
-        smaller = copy.deepcopy(self.model)
-        cut(smaller, channels, constants)
-        if self._check.passes(smaller):
-            self.model = smaller
+        if not self._copy.try_change(lambda trial: cut(trial, channels, constants)):
             for name, removed in indices_of(channels, "outputs").items():
                 self.remaining[name] = [
                     output for index, output in enumerate(self.remaining[name]) if index not in removed
@@ -202,8 +210,3 @@ class Removal:
             return False
         half = len(parts) // 2
         return self._remove(parts[:half], constants) or self._remove(parts[half:], constants)
-
-
-def _in_float32(value: Any) -> Any:
-    """A float tensor in float32; all else unchanged."""
-    return value.float() if is_float(value) else value

@@ -25,6 +25,8 @@ _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_q_heads"
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "kv_heads")
 _HEAD_SIZES = ("v_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "split_size", "embed_dim")
+# Biases of a fused projection without one of its own.
+_BIASES = ("q_bias", "k_bias", "v_bias")
 _REPEATS = ("num_key_value_groups", "n_rep")
 
 
@@ -193,6 +195,11 @@ def _heads_of(module: nn.Module, name: str, record: Attention) -> JointGroups:
         place = Place.found(module, name, path)
         if place is not None and place.size("out") % sizes.heads == 0:
             parts += place.outputs(np.repeat(sizes.of_heads, place.size("out") // sizes.heads))
+    for path in _BIASES:
+        bias = _read(module, path)
+        if isinstance(bias, Tensor) and bias.shape == of_query.shape:
+            role = FOLLOWER if isinstance(bias, nn.Parameter) else TABLE
+            parts.append(Part(parameter_name(name, path), 0, of_query, role))
     for path, axis in record.per_head:
         table = _read(module, path)
         if isinstance(table, Tensor) and table.dim() > axis and table.shape[axis] == sizes.heads:

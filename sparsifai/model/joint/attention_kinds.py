@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from .kinds import Declared, Kind, checked_paths
+from .small_attention import SmallShiftedWindowAttention, SmallWindowAttentionV2
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ _register(_TRANSFORMERS, "q_proj k_proj v_proj o_proj", norms=_NORMS, interleave
 _register(_TRANSFORMERS, "q_proj k_proj v_proj o_proj", norms=_NORMS, per_head=_TABLES)
 _register("timm.*Attention*", "q_proj k_proj v_proj proj", norms=("norm", "q_norm", "k_norm"), also=("gate",))
 _register("timm.*Attention*", "qkv proj", norms=("norm", "q_norm", "k_norm"), per_head=_TABLES, also=("gate",))
-_register("torchvision.models.swin_transformer.ShiftedWindowAttention*", "qkv proj",
-          per_head={**_TABLES, "cpb_mlp.2.weight": 0})  # fmt: skip
+for _kind in ("timm.models.swin_transformer_v2.*", "torchvision.models.swin_transformer.ShiftedWindowAttention*",
+              SmallWindowAttentionV2, SmallShiftedWindowAttention):  # fmt: skip
+    _register(_kind, "qkv proj", per_head={**_TABLES, "cpb_mlp.2.weight": 0})
 _register(nn.MultiheadAttention, "q_proj_weight k_proj_weight v_proj_weight out_proj")
 _register(nn.MultiheadAttention, "in_proj_weight out_proj")

@@ -1,0 +1,135 @@
+"""The table of what `shrink` removes from a model: filters, attention heads and neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..model.zeros import Count
+from ..support.table import Cells, Table, percent
+
+
+@dataclass(frozen=True)
+class ShrinkableLayer:
+    """What `shrink` removes from one layer.
+
+    Attributes:
+        name: Name of the layer.
+        kind: Class name of the layer.
+        outputs: Number of outputs in the given model.
+        zeros: Outputs whose weights are all zero.
+        removed: Outputs that are removed, whether their weights are zero or not.
+        zeros_left: Outputs whose weights are all zero, but that cannot be removed.
+        why: How many of these for which reason, such as '2: not constant where conv2 reads it'.
+    """
+
+    name: str
+    kind: str
+    outputs: int
+    zeros: int
+    removed: int
+    zeros_left: int
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class ShrinkableGroups:
+    """What `shrink` removes of the heads of an attention, the neurons of an MLP, the units of an LSTM, and the like.
+
+    Attributes:
+        name: Name of the module. If residual blocks are removed, those behind them in a list have lower numbers.
+        kind: Class name of the module.
+        what: 'head', 'neuron', 'unit' (of an LSTM, GRU or RNN), 'block' (of a list of residual blocks) or 'expert' (of
+            a mixture).
+        count: Number of them in the given model; of grouped queries, of key-value heads; of units, those of all layers
+            and directions.
+        zeros: Those without effect, because the weights that read them are zero.
+        removed: Those that are removed.
+        why: Why the others without effect cannot be removed.
+    """
+
+    name: str
+    kind: str
+    what: str
+    count: int
+    zeros: int
+    removed: int
+    why: str = ""
+
+    @property
+    def zeros_left(self) -> int:
+        """Those without effect that cannot be removed."""
+        return self.zeros - self.removed
+
+
+@dataclass(frozen=True, repr=False)
+class Shrinkage(Table):
+    """What `shrink` removes from a model. Prints as a table; in a notebook it is HTML.
+
+    Attributes:
+        layers: One row per convolution or Linear layer, in the order of the model.
+        parameters: Number of parameters of the whole model before.
+        parameters_left: Number of parameters of the whole model after.
+        groups: One row for the heads of each attention and the neurons of each MLP.
+        not_followed: Why filters were not looked for; mostly empty.
+    """
+
+    layers: tuple[ShrinkableLayer, ...]
+    parameters: int
+    parameters_left: int
+    groups: tuple[ShrinkableGroups, ...] = ()
+    not_followed: str = ""
+
+    @property
+    def zeros(self) -> int:
+        """Outputs of all layers whose weights are all zero."""
+        return sum(layer.zeros for layer in self.layers)
+
+    @property
+    def removed(self) -> int:
+        """Outputs of all layers that are removed."""
+        return sum(layer.removed for layer in self.layers)
+
+    @property
+    def zeros_left(self) -> int:
+        """Outputs of all layers whose weights are all zero, but that cannot be removed."""
+        return sum(layer.zeros_left for layer in self.layers)
+
+    @property
+    def reasons(self) -> str:
+        """The first three layers with zero outputs that cannot be removed, each with the reasons."""
+        return first_reasons(self.layers)
+
+    def _cells(self) -> Cells:
+        share = Count(self.parameters, self.parameters - self.parameters_left).sparsity
+        rows: list[tuple[str, int, ShrinkableLayer | ShrinkableGroups]] = [
+            *(("filter", layer.outputs, layer) for layer in self.layers),
+            *((groups.what, groups.count, groups) for groups in self.groups),
+        ]
+        totals = []
+        for what in dict.fromkeys(what for what, _, _ in rows):
+            of_kind = [(count, row.zeros, row.removed, row.zeros_left) for each, count, row in rows if each == what]
+            totals.append((f"all {what}s", "", "", *_figures(*map(sum, zip(*of_kind, strict=True))), ""))
+        caption = f"{self.parameters:,} parameters, {self.parameters_left:,} after: {percent(share)} removed"
+        if self.not_followed:
+            caption += f"\nfilters were not looked for: {self.not_followed}"
+        return Cells(
+            ("layer", "kind", "what", "number", "zero", "removed", "zero left", "why"),
+            [
+                (row.name, row.kind, what, *_figures(count, row.zeros, row.removed, row.zeros_left), row.why)
+                for what, count, row in rows
+            ],
+            totals=totals,
+            left=(0, 1, 2, 7),
+            caption=caption,
+        )
+
+
+def first_reasons(rows: Sequence[ShrinkableLayer | ShrinkableGroups]) -> str:
+    """The first three rows with zeros that cannot be removed, each with the reasons."""
+    left = [f"{row.name} ({row.why})" for row in rows if row.zeros_left]
+    return "; ".join(left[:3]) + (f"; and {len(left) - 3} more layers" if len(left) > 3 else "")
+
+
+def _figures(*numbers: int) -> tuple[str, ...]:
+    return tuple(f"{number:,}" for number in numbers)
