@@ -52,7 +52,8 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
             it. Several processes that train it together, with DistributedDataParallel or fully_shard, get the same
             masks: pass the wrapped model, and call every method in all processes. Names are those inside the wrapper.
         granularity: How weights are grouped: a name of `granularities`, a tuple of axes such as ('out', 'h'), or a
-            function. Default 'weight', every weight by itself.
+            function. Default 'weight', every weight by itself. Some, such as 'head' and 'neuron', make groups of weights
+            of several layers.
         context: Where scores are ranked: a name of `contexts` or a function. Default 'global', all layers together.
         criteria: How weights are scored: a name of `criteria` or a function of named quantities. The groups with
             the lowest scores are pruned. Default 'large_final', the magnitude.
@@ -65,7 +66,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
             the criterion's definition, which is 'mean' except for taylor.
         may_empty: Whether a layer may lose all its groups. By default it keeps its best one.
         regrow: The criterion by which pruned weights regrow, highest scores first, when `sparsify` is called with
-            `drop`: 'grad' as in RigL, 'random' as in SET, or another criterion.
+            `drop`: 'grad' as in RigL, 'random' as in SET, or another criterion. Not with groups of several layers.
         round_to: Keep a multiple of this many groups in every layer, or all of them.
         coupled: Whether filters that can only be removed together (such as those whose outputs are added) are ranked
             and pruned together, so that `shrink` can remove every zero filter. Needs torch-pruning and example_input.

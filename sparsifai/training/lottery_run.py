@@ -203,8 +203,16 @@ class LotteryRun:
         self.sparsifier.load_state_dict({**self.pruned, "masks": masks})
 
     def _shuffled(self, masks: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Masks with as many remaining groups in each layer, at random places."""
+        """Masks with as many remaining groups in each layer, at random places; whole joint groups, if there are any."""
         shuffled = {}
+        coupling = self.sparsifier.ranking.coupling
+        if coupling is not None and coupling.joint:
+            layers = {name: self.sparsifier.layers[name].with_mask(mask, 0.0) for name, mask in masks.items()}
+            for part in dict.fromkeys(coupling.part_of[name] for name in masks):
+                kept = part.kept(layers)[torch.randperm(part.count, generator=generator).numpy()]
+                for name in part.channels:
+                    shuffled[name] = layers[name].mask_of(torch.from_numpy(part.kept_groups(name, kept)))
+            return shuffled
         for name, mask in masks.items():
             layer = self.sparsifier.layers[name]
             kept = layer.grouping.gather(mask.cpu())
