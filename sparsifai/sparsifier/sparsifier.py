@@ -34,6 +34,7 @@ from .mask_building import NewMasks, Ranking, build_masks, notice_of_revived
 from .masking import NEXT_TO_ZERO, masked_parameters, moments_to_zero, newly_changed, newly_masked
 from .notices import notices_of_frozen, notices_of_host, notices_of_outputs, notices_of_unnamed, notices_of_unprunable
 from .options import Options, Sparsity, check_sparsity
+from .reading import check_read
 from .regrowth import Regrowth, check_drop
 from .report import Report
 from .saved_state import read_state
@@ -52,8 +53,8 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
             it. Several processes that train it together, with DistributedDataParallel or fully_shard, get the same
             masks: pass the wrapped model, and call every method in all processes. Names are those inside the wrapper.
         granularity: How weights are grouped: a name of `granularities`, a tuple of axes such as ('out', 'h'), or a
-            function. Default 'weight', every weight by itself. Some, such as 'head' and 'neuron', make groups of weights
-            of several layers.
+            function. Default 'weight', every weight by itself. Groups of some, such as 'head', have weights in
+            several layers.
         context: Where scores are ranked: a name of `contexts` or a function. Default 'global', all layers together.
         criteria: How weights are scored: a name of `criteria` or a function of named quantities. The groups with
             the lowest scores are pruned. Default 'large_final', the magnitude.
@@ -144,11 +145,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         joint = {} if coupling is None else coupling.joint
         source = Source(inner, weights, rng, example, dense=self._dense, joint=joint)
         self.collected = CollectedQuantities(options.criteria, source)
-        if not joint and (unfit := self.collected.at("input_grad")):
-            raise ValueError(
-                f"criterion {name_of(options.criteria)} needs {unfit[0]}, which is about groups of several layers; "
-                "give granularity 'head' or 'neuron', or a criterion of weights and gradients such as taylor"
-            )
+        check_read(self.collected)
         self._regrowth = None if options.regrow is None else Regrowth(options.regrow, source)
         for each in self._all_collected:
             each.take("start")

@@ -225,6 +225,8 @@ def test_every_criterion_ranks_heads_and_neurons(criterion):
 def test_gates_need_groups_of_several_layers():
     with pytest.raises(ValueError, match="gate_importance needs gate_grad.*give granularity 'head' or 'neuron'"):
         Sparsifier(Net(Separate), "weight", criteria="gate_importance")
+    with pytest.raises(ValueError, match="gate_grad.*, but no layer reads the units of weight_ih_l0; give granularity"):
+        Sparsifier(nn.LSTM(3, 4), "unit", criteria="gate_importance")
     with pytest.raises(TypeError, match="gate_importance needs gate_grad; give it a loss_func"):
         Sparsifier(Net(Separate), "head", criteria="gate_importance").calibrate([X])
     with pytest.raises(ValueError, match="needs gate_grad, but has seen no batch; call calibrate"):
