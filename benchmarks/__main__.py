@@ -1,7 +1,7 @@
 """What sparsifai costs, beside a copy of the weights and beside other libraries.
 
     python -m benchmarks [--quick] [--section build apply straight step memory exactness scaling layouts
-        shrinking] [--out benchmarks/results] [--threads N]
+        shrinking heads] [--out benchmarks/results] [--threads N]
 
 Prints a table for each section, and writes all of it to results.json and a picture to results.png. FasterAI is measured
 if it is installed. --quick takes about two minutes on two cores that have nothing else to do, all sections about
@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.applying import apply
 from benchmarks.exactness import exactness
+from benchmarks.heads import heads
 from benchmarks.memory import memory
 from benchmarks.peers import version_of_fasterai
 from benchmarks.report import write
@@ -37,6 +38,7 @@ SECTIONS = {
     "scaling": scaling,
     "layouts": layouts,
     "shrinking": shrinking,
+    "heads": heads,
 }
 
 

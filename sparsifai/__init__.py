@@ -15,6 +15,7 @@ from .axes.context import contexts, global_, local
 from .axes.criterion import (
     criteria,
     fisher,
+    gate_importance,
     grasp,
     lamp,
     large_final,
@@ -46,6 +47,7 @@ from .callbacks.plan_table import Plan
 from .export.comparison import compare
 from .export.comparison_table import Comparison
 from .export.csr import to_sparse_layout
+from .export.experts import remove_experts
 from .export.shrink import shrink, shrinkage
 from .export.shrinkage_table import Shrinkage
 from .export.shrunk_file import load_shrunk, save_shrunk
@@ -116,6 +118,7 @@ __all__ = [
     "during",
     "fisher",
     "from_torch_prune",
+    "gate_importance",
     "global_",
     "granularities",
     "grasp",
@@ -143,6 +146,7 @@ __all__ = [
     "register_attention",
     "register_layer",
     "register_mlp",
+    "remove_experts",
     "save_shrunk",
     "save_sparse",
     "schedules",

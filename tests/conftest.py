@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from sparsifai import criteria, granularities
+from sparsifai.axes.criterion import quantities_of
 from sparsifai.sparsifier.mask_building import Ranking
 
 # The nets are tiny: threads would wait for each other longer than they work.
@@ -21,6 +23,10 @@ def pytest_collection_modifyitems(items):
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
+
+# Those that work on every net. Joint groups, such as attention heads, are only in nets that have such modules.
+GRANULARITIES = [name for name, each in granularities.items() if not getattr(each, "joint", False)]
+CRITERIA = [name for name, each in criteria.items() if "gate_grad" not in quantities_of(each)]
 
 # The nets of some tests are so small, or so often tied, that users would be warned.
 misses_sparsity = pytest.mark.filterwarnings("ignore:the sparsity that was asked for cannot be reached")

@@ -19,14 +19,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from conftest import EXAMPLE, follower_masks, show_data, small_net  # isort: skip
+from conftest import CRITERIA, EXAMPLE, follower_masks, show_data, small_net  # isort: skip
 from sparsifai import Sparsifier, criteria, quantities, taken
 from sparsifai.model.parallel import is_sharded, whole
 
 RANK = int(os.environ.get("RANK", "0"))
 CAN_SHARD_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # not yet in torch 2.6
 
-REPLICATED_AXES = [("weight", "global", name) for name in criteria] + [
+REPLICATED_AXES = [("weight", "global", name) for name in CRITERIA] + [
     ("kernel", "local", "large_final"),
     ("filter", "global", "movement"),
     ("filter", "local", "random"),

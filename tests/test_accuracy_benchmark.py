@@ -100,6 +100,19 @@ def test_a_table_has_a_row_for_each_setting_and_says_what_it_is_made_of(tmp_path
     ]
 
 
+def test_a_table_of_a_language_model_has_perplexities(tmp_path):
+    from benchmarks.accuracy.cells import Cell, store
+    from benchmarks.accuracy.report import tables
+
+    file = tmp_path / "decoder.jsonl"
+    runs = [{"perplexity": value, "zeros": 0.5, "date": "2026-01-02"} for value in (7.5, 8.3)]
+    for seed, run in enumerate(runs):
+        store(file, Cell("decoder", "", "wanda", 0.5, seed, 1, 2000), run)
+    (table,) = tables([json.loads(line) for line in file.read_text().splitlines()])
+    assert table.splitlines()[0] == "1 epoch on 2,000 snippets; 2 seeds; 2026-01-02."
+    assert table.splitlines()[-1] == "| wanda | 7.90 ± 0.40 |"
+
+
 def test_rows_stand_in_the_order_of_the_cells(tmp_path):
     from benchmarks.accuracy.cells import ordered
 
@@ -129,18 +142,19 @@ def test_a_page_gets_its_tables_and_stays_the_same_else(tmp_path):
 
 
 @pytest.mark.fastai
-def test_the_page_of_the_docs_has_the_tables_of_the_stored_runs(tmp_path):
+@pytest.mark.parametrize(("page", "task"), [("accuracy.md", "digits"), ("transformers.md", "text")])
+def test_a_page_of_the_docs_has_the_tables_of_the_stored_runs(page, task, tmp_path):
     pytest.importorskip("fastai", reason="the tasks train with fastai")
     pytest.importorskip("sklearn", reason="a task trains on scikit-learn's digits")
     from benchmarks.accuracy.__main__ import STORED, stored_runs
     from benchmarks.accuracy.report import write_page
-    from benchmarks.accuracy.tasks import TASKS
+    from benchmarks.accuracy.tasks import PAGES
 
-    page = shutil.copy(ROOT / "docs" / "accuracy.md", tmp_path)
-    found = {name: stored_runs(name, STORED) for name in TASKS if (STORED / f"{name}.jsonl").exists()}
-    assert "digits" in found
-    write_page(Path(page), found)
-    assert Path(page).read_text() == (ROOT / "docs" / "accuracy.md").read_text()
+    copied = Path(shutil.copy(ROOT / "docs" / page, tmp_path))
+    names = [name for name in PAGES if PAGES[name] == page and (STORED / f"{name}.jsonl").exists()]
+    assert task in names
+    write_page(copied, {name: stored_runs(name, STORED) for name in names})
+    assert copied.read_text() == (ROOT / "docs" / page).read_text()
 
 
 @pytest.mark.fastai

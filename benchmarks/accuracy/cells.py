@@ -65,29 +65,51 @@ def _places(names):
     return {name: place for place, name in enumerate(dict.fromkeys(names))}
 
 
+def cells_of(task, table, sparsities, seed, epochs, count):
+    "All settings of a table of `settings`, each at those of the sparsities that it has"
+    for sparsity in sparsities:
+        for setting, (_, own) in table.items():
+            if sparsity in own:
+                yield Cell(task, "", setting, sparsity, seed, epochs, count)
+
+
 def share(cells, part):
     "What one of several processes runs: of part (2, 3), the second, fifth, ... cell"
     number, of = part
     return cells[number - 1 :: of]
 
 
+# What tasks measure, and what it is multiplied with in tables.
+MEASURES = {"accuracy": 100, "perplexity": 1}
+
+
+def measure_of(run):
+    "What a run has measured: the name of a measure"
+    return next(name for name in MEASURES if name in run)
+
+
 @dataclass(frozen=True)
 class Summary:
-    "Accuracies of one cell over seeds: their mean, its standard error (None with one seed), how many seeds"
+    """What was measured of one cell over seeds, such as accuracies.
+
+    mean: over seeds. error: its standard error; None with one seed. seeds: how many. scale: of the text.
+    """
 
     mean: float
     error: float | None
     seeds: int
+    scale: int = MEASURES["accuracy"]
 
     @classmethod
-    def of(cls, accuracies):
+    def of(cls, values, scale=MEASURES["accuracy"]):
         "The standard error is that of the mean: the standard deviation (n - 1) over the square root of n"
-        count = len(accuracies)
-        return cls(mean(accuracies), stdev(accuracies) / count**0.5 if count > 1 else None, count)
+        count = len(values)
+        return cls(mean(values), stdev(values) / count**0.5 if count > 1 else None, count, scale)
 
     def __str__(self):
-        error = "" if self.error is None else f" ± {100 * self.error:.1f}"
-        return f"{100 * self.mean:.1f}{error}"
+        digits = 1 if self.scale == MEASURES["accuracy"] else 2
+        error = "" if self.error is None else f" ± {self.scale * self.error:.{digits}f}"
+        return f"{self.scale * self.mean:.{digits}f}{error}"
 
 
 def summaries(runs):
@@ -97,5 +119,8 @@ def summaries(runs):
     """
     groups = {}
     for run in runs:
-        groups.setdefault((run["case"], run["setting"], run["sparsity"]), []).append(run["accuracy"])
-    return {key: Summary.of(accuracies) for key, accuracies in groups.items()}
+        groups.setdefault((run["case"], run["setting"], run["sparsity"], measure_of(run)), []).append(run)
+    return {
+        tuple(key): Summary.of([run[measure] for run in several], MEASURES[measure])
+        for (*key, measure), several in groups.items()
+    }

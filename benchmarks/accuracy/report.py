@@ -2,11 +2,13 @@
 
 import re
 
-from benchmarks.accuracy.cells import summaries
+from benchmarks.accuracy.cells import MEASURES, measure_of, summaries
 from sparsifai.support.files import write_text, write_whole
 
 # A cell whose net has other zeros than were asked for by more than this is told beneath its table.
 TOLERANCE = 0.002
+# What a task is trained on, if it is not pictures.
+EXAMPLES = {"text": "snippets", "decoder": "snippets"}
 
 
 def tables(runs):
@@ -30,7 +32,11 @@ def _table(case, epochs, pictures, runs):
         cells = ["-" if each is None else f"{each}{_seeds(each, counts)}" for each in row]
         lines.append(" | ".join([f"| {setting}", *cells]) + " |")
     dates = sorted({run["date"] for run in runs})
-    trained = f"{_counted(epochs, 'epoch')} on {pictures:,} pictures" if epochs else "not trained"
+    trained = (
+        f"{_counted(epochs, 'epoch')} on {pictures:,} {EXAMPLES.get(runs[0]['task'], 'pictures')}"
+        if epochs
+        else "not trained"
+    )
     seeds = _counted(counts[0], "seed") if len(counts) == 1 else "seeds in brackets"
     when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     caption = f"{case + ': ' if case else ''}{trained}; {seeds}; {when}."
@@ -101,20 +107,22 @@ def _cases_drawn(runs):
 def _panel(axis, runs):
     found = summaries([{**run, "case": ""} for run in runs])
     sparsities = sorted({sparsity for _, _, sparsity in found if sparsity})
+    measure = measure_of(runs[0])
+    scale = MEASURES[measure]
     styles = ["-o", "--s", ":^"]
     for number, setting in enumerate(dict.fromkeys(run["setting"] for run in runs)):
         points = [(place, found.get(("", setting, each))) for place, each in enumerate(sparsities)]
         points = [(place, each) for place, each in points if each is not None]
         if setting == "dense":
-            axis.axhline(100 * found["", setting, 0.0].mean, color="black", label=setting)
+            axis.axhline(scale * found["", setting, 0.0].mean, color="black", label=setting)
             continue
         axis.errorbar(
             [place for place, _ in points],
-            [100 * each.mean for _, each in points],
-            [100 * (each.error or 0) for _, each in points],
+            [scale * each.mean for _, each in points],
+            [scale * (each.error or 0) for _, each in points],
             fmt=styles[number // 10 % 3], markersize=4, capsize=2, label=setting,
         )  # fmt: skip
     axis.set_xticks(range(len(sparsities)), [f"{each:.0%}" for each in sparsities])
-    axis.set(xlabel="sparsity", ylabel="accuracy in percent")
+    axis.set(xlabel="sparsity", ylabel=f"{measure}{' in percent' if scale == 100 else ''}")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the curves, which it would cover

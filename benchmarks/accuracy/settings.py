@@ -6,7 +6,9 @@ of results, add a line here.
 
 from dataclasses import dataclass
 
-from sparsifai.all import between
+from sparsifai.all import between, granularities
+from sparsifai.model.joint.attention import find_heads
+from sparsifai.model.joint.mlp import find_neurons
 
 
 @dataclass(frozen=True)
@@ -127,4 +129,64 @@ FINE_TUNE = {
         {**_STRAIGHT_THROUGH, "criteria": "movement_pruning", "gradient_sparsity": 1.0},
         (0.8, 0.9, 0.95),
     ),
+}
+
+
+@granularities.register(joint=True)
+def head_and_neuron(model):
+    "Attention heads and neurons of MLPs, in one Sparsifier"
+    return find_heads(model) + find_neurons(model)
+
+
+_MOVEMENT_PRUNING = {**_STRAIGHT_THROUGH, "criteria": "movement_pruning", "gradient_sparsity": 1.0}
+_WEIGHTS = (0.9, 0.8, 0.5)
+_GROUPS = (0.5, 0.25)
+_HEADS = {"granularity": "head", "layers": ("bert.encoder.*.attention.*",)}
+_NEURONS = {"granularity": "neuron", "layers": ("*.layer.?.intermediate.dense", "*.layer.?.output.dense")}
+# The same fraction in each attention and each MLP.
+_BOTH = {"granularity": "head_and_neuron", "context": "local"}
+
+_GATES = {"criteria": "gate_importance"}
+_TAYLOR = {"criteria": "taylor"}
+_EACH_TEN = {"every": 10}  # so that a score is the mean over ten batches
+
+TEXT = {
+    "dense": (None, (0.0,)),
+    "weights, magnitude": ({}, _WEIGHTS),
+    "weights, movement": ({"criteria": "movement"}, _WEIGHTS),
+    "weights, straight-through movement pruning": (_MOVEMENT_PRUNING, _WEIGHTS),
+    "heads, magnitude": (_HEADS, _GROUPS),
+    "heads, gate importance": ({**_HEADS, **_GATES, **_EACH_TEN}, _GROUPS),
+    "neurons, magnitude": (_NEURONS, _GROUPS),
+    "neurons, gate importance": ({**_NEURONS, **_GATES, **_EACH_TEN}, _GROUPS),
+    "heads and neurons, magnitude": (_BOTH, _HALF),
+    "heads and neurons, gate importance": ({**_BOTH, **_GATES, **_EACH_TEN}, _HALF),
+}
+# Pruned once after the training of the dense net, and not trained after it.
+TEXT_ONE_SHOT = {
+    "weights, magnitude, once": ({"context": "local"}, _WEIGHTS),
+    "weights, wanda, once": ({"context": "per_output", "criteria": "wanda"}, _WEIGHTS),
+    "heads, magnitude, once": (_HEADS, _GROUPS),
+    "heads, taylor, once": ({**_HEADS, **_TAYLOR}, _GROUPS),
+    "heads, gate importance, once": ({**_HEADS, **_GATES}, _GROUPS),
+    "neurons, magnitude, once": (_NEURONS, _GROUPS),
+    "neurons, taylor, once": ({**_NEURONS, **_TAYLOR}, _GROUPS),
+    "neurons, gate importance, once": ({**_NEURONS, **_GATES}, _GROUPS),
+}
+
+_NEURONS_OF_LLAMA = {"granularity": "neuron", "layers": ("*.mlp.*",)}
+_HEADS_OF_LLAMA = {"granularity": "head", "layers": ("*.self_attn.*",)}
+
+DECODER = {
+    "dense": (None, (0.0,)),
+    "weights, magnitude": ({"context": "local"}, _HALF),
+    "weights, wanda": ({"context": "per_output", "criteria": "wanda"}, _HALF),
+    "2:4, magnitude": ({"context": "2:4"}, _HALF),
+    "2:4, wanda": ({"context": "2:4", "criteria": "wanda"}, _HALF),
+    "heads, magnitude": (_HEADS_OF_LLAMA, _GROUPS),
+    "heads, taylor": ({**_HEADS_OF_LLAMA, **_TAYLOR}, _GROUPS),
+    "heads, gate importance": ({**_HEADS_OF_LLAMA, **_GATES}, _GROUPS),
+    "neurons, magnitude": (_NEURONS_OF_LLAMA, _GROUPS),
+    "neurons, taylor": ({**_NEURONS_OF_LLAMA, **_TAYLOR}, _GROUPS),
+    "neurons, gate importance": ({**_NEURONS_OF_LLAMA, **_GATES}, _GROUPS),
 }

@@ -53,7 +53,7 @@ def callbacks_of(setting, sparsity, kinds):
         return []
     if isinstance(setting, FasterAI):
         return [_fasterai(sparsity, setting, kinds)]
-    return [SparsifyCallback(sparsity, layers=list(kinds), **setting)]
+    return [SparsifyCallback(sparsity, **{"layers": list(kinds), **setting})]
 
 
 def _fasterai(sparsity, setting, kinds):
@@ -90,10 +90,10 @@ class Measured:
     def __init__(self):
         self.start = time.perf_counter()
 
-    def of(self, accuracy, zeros):
-        "The record: accuracy and zeros (fractions), seconds of the run, the day, version of torch"
+    def of(self, value, zeros, name="accuracy"):
+        "The record: accuracy or what else is named, zeros (a fraction), seconds of the run, the day, version of torch"
         return {
-            "accuracy": round(accuracy, 6),
+            name: round(value, 6),
             "zeros": round(zeros, 6),
             "seconds": round(time.perf_counter() - self.start, 1),
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),

@@ -37,7 +37,7 @@ def masks(section):
     # Short parts: one that takes longer than there is time for is stopped, and shows nothing.
     for dtype, context in itertools.product(DTYPES[:2], CONTEXTS):
         section.part(f"{dtype}, {context}", _axes, dtype, context)
-    for criterion in criteria:
+    for criterion in [name for name in criteria if name != "gate_importance"]:  # which is for heads and neurons
         section.part(f"criterion {criterion}", _criterion, criterion)
     for dtype in (torch.float32, torch.bfloat16):
         section.part(f"large model, {dtype}", _large_model, dtype)

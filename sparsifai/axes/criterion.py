@@ -334,5 +334,6 @@ def gate_importance(weight: Tensor, gate_grad: Tensor, group_width: int, normali
     "Are Sixteen Heads Really Better than One?" (arXiv:1905.10650).
     """
     # Each head has as many entries as it is wide, so the norm over entries is that over heads times the root of it.
-    norm = gate_grad.double().norm().clamp(min=1e-300) / group_width**0.5 if normalize else 1.0
-    return (gate_grad / norm).to(torch.promote_types(weight.dtype, torch.float32)).expand_as(weight)
+    importance = gate_grad.double()
+    norm = importance.norm().clamp(min=1e-300) / group_width**0.5 if normalize else 1.0
+    return (importance / norm).to(torch.promote_types(weight.dtype, torch.float32)).expand_as(weight)

@@ -23,7 +23,8 @@ With `@granularities.register` above its `def`, granularity='filter_pairs' means
 the result for one weight: it pools scores into groups and turns one bool per group into a mask.
 
 A joint granularity makes groups of weights of several layers, such as all weights of an attention head. It is a
-function of the model, without wrappers, that returns its `JointGroups`, and is registered with joint=True.
+function of the model, without wrappers, that returns its `JointGroups`, and is registered with joint=True. If it has a
+parameter example_input, it is given the batch that the Sparsifier was made with, or None.
 """
 
 from __future__ import annotations
@@ -36,8 +37,11 @@ from typing import Any
 from torch import nn
 
 from ..model.joint.attention import find_heads
+from ..model.joint.blocks import find_blocks
+from ..model.joint.experts import find_experts
 from ..model.joint.groups import JointGroups
 from ..model.joint.mlp import find_neurons
+from ..model.joint.recurrent import find_units
 from ..support.registry import Registry
 
 # Axis name -> size, in the order of the weight's shape.
@@ -182,3 +186,30 @@ def head(model: nn.Module) -> list[JointGroups]:
 def neuron(model: nn.Module) -> list[JointGroups]:
     """All weights of an inner neuron of an MLP: its rows in the up and gate projections, its column in the down one."""
     return find_neurons(model, warns=True)
+
+
+@granularities.register(name="block", joint=True)
+def residual_block(model: nn.Module, example_input: Any = None) -> list[JointGroups]:
+    """All weights of a residual block, such as a layer of a transformer: without them it passes on what it is given.
+
+    Blocks of which zeros make something else stay dense. An example input shows which these are.
+    """
+    return find_blocks(model, example_input)
+
+
+residual_block.__name__ = "block"  # its registered name; the function `block` makes tiles
+
+
+@granularities.register(joint=True)
+def expert(model: nn.Module) -> list[JointGroups]:
+    """All weights of an expert of a mixture. Its row of the router is removed with it, but not pruned."""
+    return find_experts(model)
+
+
+@granularities.register(joint=True)
+def unit(model: nn.Module) -> list[JointGroups]:
+    """All weights of a unit of an LSTM, GRU or RNN: its rows of all gates in weight_ih and weight_hh, and its biases.
+
+    All layers and directions of a module lose as many units, since torch has one hidden_size for them.
+    """
+    return find_units(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..sparsifier.layer_selection import scopes
 from ..sparsifier.model_masks import prune_any
 from ..sparsifier.options import highest
 from ..sparsifier.report import Report
+from ..sparsifier.sparsifier import Sparsifier
 from ..support.listing import in_short
 from ..support.table import percent
 from ..support.warning import warn
@@ -140,8 +141,7 @@ class Fit:
             layers = [sparsifier.layers[name] for name in names]
             counts = [layer.count(kept[layer.name]) for layer in layers]
             zeros, weights = sum(each.zeros for each in counts), sum(each.weights for each in counts)
-            # Groups are pruned as a whole, so that the sparsity can be above the target by one of them.
-            largest_group = max(float(torch.as_tensor(layer.grouping.size).max()) for layer in layers)
+            largest_group = _rounding(sparsifier, names)
             if target and zeros > target * weights + max(EXCESS * weights, largest_group):
                 self.warned = True
                 instead = "call learn.remove_cb(KeepSparsity) and train without sparsity for a while, or "
@@ -270,6 +270,7 @@ class Fit:
             if self.is_short:
                 notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did, or its masks settled")
             self.keepers.announce(self.measured())
+            self.pruned.tell_of_starved(self.learn)
         self.undo()
 
     def undo(self) -> None:
@@ -278,3 +279,11 @@ class Fit:
             self.straight_through.end()
         self.column.hide()
         self.trackers.resume()
+
+
+def _rounding(sparsifier: Sparsifier, names: Iterable[str]) -> float:
+    """By how many weights the count can be above the target, since groups are pruned as a whole."""
+    coupling, layers = sparsifier.ranking.coupling, sparsifier.layers
+    if coupling is not None:
+        return coupling.rounding(names, layers)
+    return max(float(torch.as_tensor(layers[name].grouping.size).max()) for name in names)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..model.parallel import process_group_of, unwrapped
 from ..sparsifier.model_masks import merged, prunes
+from ..sparsifier.notices import notices_of_starved
 from ..sparsifier.sparsifier import Sparsifier
+from .display import notify
 from .keep import KeepSparsity
 
 
@@ -38,6 +40,11 @@ class Pruned:
     def masks(self) -> dict[str, Tensor]:
         """Parameter name -> mask of everything that is to be kept at zero."""
         return merged(self.sparsifier.all_masks, self.others)
+
+    def tell_of_starved(self, learn: Any) -> None:
+        """Tell the user of layers in which hardly any weights are left."""
+        for notice in notices_of_starved(self.sparsifier.layers, self.sparsifier.ranking.options.context):
+            notify(learn, notice, matters=True)
 
     def join(self, resting: Collection[str] = ()) -> bool:
         """Let layers join that were frozen and are trained now.

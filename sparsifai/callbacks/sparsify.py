@@ -19,7 +19,7 @@ from ..model.running import first_example
 from ..sparsifier.options import Options, check_sparsity, highest, mapped
 from ..sparsifier.regrowth import check_drop, sparsity_of_drop
 from ..sparsifier.sparsifier import Sparsifier
-from ..support.checks import check_count, check_fraction
+from ..support.checks import check_count, check_fraction, check_number
 from ..support.table import percent
 from .base import TrainingCallback
 from .display import notify
@@ -308,11 +308,12 @@ class SparsifyCallback(TrainingCallback):
                 it does not fit the model or the arguments.
         """
         is_state = isinstance(state, Mapping) and state.keys() == {"sparsifier", "reached"}
-        if not is_state or not isinstance(state["sparsifier"], Mapping) or not _is_fraction(state["reached"]):
+        if not is_state or not isinstance(state["sparsifier"], Mapping):
             raise ValueError("load_state_dict: give what SparsifyCallback.state_dict() returned")
+        reached = check_number("load_state_dict: reached", state["reached"], 0, 1)
         if self._pruned is not None:
             raise ValueError("load_state_dict: this callback has pruned a model already; make a new SparsifyCallback")
-        self._loaded = state
+        self._loaded = {"sparsifier": state["sparsifier"], "reached": reached}
 
     @property
     def _is_due(self) -> bool:
@@ -348,7 +349,3 @@ class SparsifyCallback(TrainingCallback):
         if self._fit is not None:
             self._fit.end()
             self._fit = None
-
-
-def _is_fraction(value: Any) -> bool:
-    return isinstance(value, float) and 0 <= value <= 1

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from ..model.channels.connections import zero_outputs
 from ..model.channels.removal import Removal
 from ..model.channels.smaller_copy import SmallerCopy, named_tensors
 from ..model.joint.attention import find_heads
-from ..model.joint.joint_removal import JointRemoval
+from ..model.joint.joint_removal import JointRemoval, Removed
 from ..model.joint.mlp import find_neurons
+from ..model.joint.unit_removal import ZeroUnits, remove_all_units
+from ..model.joint.wholes import without_wholes
 from ..model.layers import outputs_of
 from ..model.norms import check_fused_norms
 from ..model.parallel import unwrapped
@@ -34,7 +36,9 @@ def shrink(model: nn.Module, example_input: Any) -> nn.Module:
 
     Attention heads and neurons of MLPs, as of granularity 'head' and 'neuron', are removed if the weights that read
     them are zero: with their rows of all projections, their biases and their entries in tables of positions. The sizes
-    that modules keep, such as num_heads, are updated. One head or neuron of each module is kept.
+    that modules keep, such as num_heads, are updated. One head or neuron of each module is kept. Units of LSTM, GRU and
+    RNN are removed if their weights and biases are zero, as many of each layer and direction, with the inputs of the
+    layers that read them.
 
     A filter is removed with all that belongs to its channel: its bias, its entries in norm layers, and the weights of
     the next layers that read it. If a zero filter leaves a constant channel, the constant is added to the biases of the
@@ -129,20 +133,22 @@ def shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
     check_values("shrink", dict(model.named_parameters()))
     check_fused_norms(model)
     dtypes = {name: value.dtype for name, value in named_tensors(model)}
-    copy = SmallerCopy(model, with_autograd(example_input))
+    start, wholes = without_wholes(model, with_autograd(example_input))
+    copy = SmallerCopy(start, with_autograd(example_input))
     joint = JointRemoval(copy, (find_heads, find_neurons)).remove_all()
+    rows: list[Removed | ZeroUnits] = [*wholes, *joint.rows, *remove_all_units(copy)]
     removal = Removal(copy, joint.remaining)
     not_followed = ""
     # Without zeros no channel of a transformer can be removed, and to follow it takes time.
-    if not joint.rows or has_zero_slices(copy.model):
+    if not rows or has_zero_slices(copy.model):
         try:
             removal.remove_all()
         except (ImportError, ValueError) as error:
-            if not any(row.removed for row in joint.rows):
+            if not any(row.removed for row in rows):
                 raise
             not_followed = str(error)
     small = copy.model
-    for (_, part), (_, original) in zip(small.named_modules(), model.named_modules(), strict=True):
+    for (_, part), (_, original) in zip(small.named_modules(), start.named_modules(), strict=True):
         part.training = original.training
     shared = {value.untyped_storage().data_ptr() for _, value in named_tensors(model)}
     for name, value in named_tensors(small):
@@ -150,23 +156,31 @@ def shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
         value.data = value.data.to(dtypes.get(name, dtypes.get(f"{name.rpartition('.')[0]}.weight", value.dtype)))
         if value.untyped_storage().data_ptr() in shared:
             value.data = value.data.clone()
-    table = _measured(removal, joint, model, not_followed)
+    table = _measured(removal, rows, model, start, not_followed)
     if table.parameters_left < table.parameters:
         update_config(small, [row.groups for row in joint.rows])
     return small, table
 
 
-def _measured(removal: Removal, joint: JointRemoval, model: nn.Module, not_followed: str) -> Shrinkage:
-    """The table of what has been removed from a model."""
+def _measured(
+    removal: Removal, rows: Sequence[Removed | ZeroUnits], model: nn.Module, start: nn.Module, not_followed: str
+) -> Shrinkage:
+    """The table of what has been removed from a model. start: the model without the blocks and experts removed."""
     before, after = (sum(parameter.numel() for parameter in each.parameters()) for each in (model, removal.model))
     groups = tuple(
         ShrinkableGroups(
-            row.groups.name, type(model.get_submodule(row.groups.name)).__name__, row.groups.what, row.groups.count,
+            row.groups.name, _kind(row, model, start), row.groups.what, row.groups.count,
             len(row.zeros), len(row.removed), row.why_kept,
         )
-        for row in joint.rows
+        for row in rows
     )  # fmt: skip
-    return Shrinkage(tuple(_layers(removal, model, not_followed)), before, after, groups, not_followed)
+    return Shrinkage(tuple(_layers(removal, start, not_followed)), before, after, groups, not_followed)
+
+
+def _kind(row: Removed | ZeroUnits, model: nn.Module, start: nn.Module) -> str:
+    """Class name of the module that has the groups of a row. Behind a removed block, modules have other numbers."""
+    holder = model if row.groups.what in ("block", "expert") else start
+    return type(holder.get_submodule(row.groups.name)).__name__
 
 
 def _layers(removal: Removal, model: nn.Module, not_followed: str) -> Iterator[ShrinkableLayer]:

@@ -34,13 +34,15 @@ class ShrinkableLayer:
 
 @dataclass(frozen=True)
 class ShrinkableGroups:
-    """What `shrink` removes of the heads of one attention, or of the neurons of one MLP.
+    """What `shrink` removes of the heads of an attention, the neurons of an MLP, the units of an LSTM, and the like.
 
     Attributes:
-        name: Name of the module.
+        name: Name of the module. If residual blocks are removed, those behind them in a list have lower numbers.
         kind: Class name of the module.
-        what: 'head' or 'neuron'.
-        count: Number of heads or neurons in the given model; of grouped queries, of key-value heads.
+        what: 'head', 'neuron', 'unit' (of an LSTM, GRU or RNN), 'block' (of a list of residual blocks) or 'expert' (of
+            a mixture).
+        count: Number of them in the given model; of grouped queries, of key-value heads; of units, those of all layers
+            and directions.
         zeros: Those without effect, because the weights that read them are zero.
         removed: Those that are removed.
         why: Why the others without effect cannot be removed.

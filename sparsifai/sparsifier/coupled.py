@@ -2,6 +2,9 @@
 
 Where a sum adds the outputs of several layers, channel i of the sum is zero only if filter i of all of them is. Such
 filters are one group: its size is the sum of their sizes, and its score is pooled over the weights of all of them.
+
+The groups of a grouped convolution must keep equal sizes. So the channels with the same rank in their groups are one
+group, too: each group loses its lowest channels, and all lose as many.
 """
 
 from __future__ import annotations
@@ -18,9 +21,12 @@ from torch import nn
 from ..axes.grouping import l2, largest, mean, squared_sum
 from ..axes.grouping import total as sum_of_all
 from ..axes.ranking.bundles import bundle
+from ..axes.ranking.by_rank import join_by_rank
 from ..axes.ranking.scored_layer import ScoredLayer
 from ..model.channels.coupling import ChannelSet, find_channels
+from ..model.channels.equal_groups import Side, connected
 from ..model.channels.removal import LAST_OUTPUT, why_stuck
+from ..model.joint.groups import NO_GROUP
 from ..model.layers import parameter_name
 from ..model.norms import affine_names
 from ..model.tensors import with_autograd
@@ -41,11 +47,14 @@ class CoupledLayers:
             belongs to; negative where it belongs to none, and is kept.
         norms: Name of a parameter of a norm layer -> its entries, and the number of the channel of each of them.
         name: Name of the module whose groups are joint, such as that of an attention. Empty for coupled filters.
+        cells: For each channel, the number of its cell, from which as many channels are pruned as from the others of
+            its line, and the number of the line; negative for channels that are in none. None if all are in none.
     """
 
     channels: Mapping[str, np.ndarray]
     norms: Mapping[str, tuple[np.ndarray, np.ndarray]]
     name: str = ""
+    cells: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def count(self) -> int:
@@ -97,8 +106,8 @@ class CoupledLayers:
         first = layers[0]
         return ScoredLayer(
             first.target, score.__getitem__, total(lambda layer: layer.alive) > 0, size.astype(np.int64),
-            revives=first.revives, may_empty=first.may_empty, grid={"out": self.count},
-            others=tuple(layer.target for layer in layers[1:]),
+            self.count == 1 and all(layer.whole for layer in layers), revives=first.revives,
+            may_empty=first.may_empty, grid={"out": self.count}, others=tuple(layer.target for layer in layers[1:]),
         )  # fmt: skip
 
 
@@ -157,18 +166,70 @@ class Coupling:
                     "need the same sparsity; give one fraction for both"
                 )
 
+        joined = [part.join([given[name] for name in part.channels], pool) for part in parts]
+        spreads: list[Callable] = [lambda kept: kept] * len(parts)
+        for number, part in enumerate(parts):
+            if part.cells is not None:
+                joined[number], spreads[number] = join_by_rank(joined[number], *part.cells)
+
         def split(kept: Kept) -> Kept:
-            of_part = dict(zip(parts, kept, strict=True))
+            of_part = {part: spread(each) for part, spread, each in zip(parts, spreads, kept, strict=True)}
             channels_kept = {name: self.part_of[name].kept_groups(name, of_part[self.part_of[name]]) for name in given}
             # In a channel that is kept, filters that were pruned by themselves stay pruned.
             return [channels_kept[name] & (layer.alive | layer.revives) for name, layer in given.items()]
 
-        return [part.join([given[name] for name in part.channels], pool) for part in parts], split
+        return joined, split
+
+    def pruned_groups(self, layers: Layers) -> dict[str, tuple[int, int]]:
+        """How many joint groups of each module are pruned, and how many it has; nothing for coupled filters."""
+        parts = [part for part in dict.fromkeys(self.part_of.values()) if self.joint]
+        parts = [part for part in parts if all(layers[name].is_selected for name in part.channels)]
+        return {part.name: (part.count - int(part.kept(layers).sum()), part.count) for part in parts}
+
+    def notes(self, layers: Layers) -> dict[str, str]:
+        """Layer name -> how many of its joint groups are pruned, and how many of its entries belong to none."""
+        pruned, notes = self.pruned_groups(layers), {}
+        for name, part in self.part_of.items():
+            if part.name in pruned:
+                zero, count = pruned[part.name]
+                others = self.joint[name][1].groups == NO_GROUP
+                more = f"; {others.sum()} of its {len(others)} entries belong to no {self.what}" if others.any() else ""
+                notes[name] = f"{zero} of {count} {self.what}s pruned{more}"
+        return notes
+
+    def units(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """What is pruned as one -> the layers of it: the name of a module, or of its first layer -> layer names."""
+        units: dict[str, list[str]] = {}
+        unit_of: dict[CoupledLayers, str] = {}
+        for name in names:
+            part = self.part_of[name]
+            units.setdefault(unit_of.setdefault(part, part.name or name), []).append(name)
+        return units
+
+    def rounding(self, names: Iterable[str], layers: Layers) -> float:
+        """By how many weights the count can be off, because coupled groups are pruned as a whole in every part."""
+        sizes = []
+        for part in {self.part_of[name] for name in names}:
+            total = np.zeros(part.count)
+            for name, channels in part.channels.items():
+                size = np.broadcast_to(np.asarray(layers[name].grouping.size), len(channels))
+                total += np.bincount(channels[channels >= 0], size[channels >= 0], part.count)
+            sizes.append(float(total.max()))
+        return max(max(sizes), sum(sizes) / 2)
 
     def complete(self, names: Iterable[str], layers: Layers) -> list[str]:
         """Those of some layers that are frozen no more whose coupled layers are all pruned, now or with them."""
         able = {*names, *(name for name, layer in layers.items() if layer.is_selected)}
         return [name for name in names if name in self.part_of and self.part_of[name].channels.keys() <= able]
+
+    def share(self, layers: Sequence[ScoredLayer], sparsity: float) -> float:
+        """The fraction of the weights of groups to prune, so that `sparsity` is that of all weights.
+
+        Entries that belong to no group stay, such as the rows of a key that all heads read.
+        """
+        fixed = sum(layer.weights(self.part_of[layer.target.name].channels[layer.target.name] < 0) for layer in layers)
+        total = sum(layer.total for layer in layers)
+        return min(sparsity * total / (total - fixed), 1.0) if fixed else sparsity
 
     def followers(self, model: nn.Module) -> list[Follower]:
         """The parameters of norm layers that the channels go through, also behind a sum or a concatenation."""
@@ -222,19 +283,28 @@ def couple(
     reasons = dict(dense)
     known = {name_of_module[module] for each in channels for module, _ in each.outputs if module in name_of_module}
     reasons |= {name: "its channels are not followed" for name in layers if name not in known and name not in reasons}
+    held_sides: dict[Side, str] = {}  # of grouped convolutions -> why no channel there can be removed
     changed = True
     while changed:
         changed = False
         for channel in channels:
             members = dict.fromkeys(name_of_module.get(module, module) for module, _ in channel.outputs)
             held = [each for each in members if each in reasons or each not in layers]
+            sides = [(grouped, side) for grouped, side, _ in channel.cell]
             why = channel.kept or (f"coupled with {printable(held[0])}, which stays dense" if held else "")
+            why = why or next((held_sides[side] for side in sides if side in held_sides), "")
             for name in members if why else ():
                 if name not in reasons:
                     reasons[name], changed = why, True
+            for side in sides if why else ():
+                if side not in held_sides:
+                    held_sides[side], changed = channel.why_spared, True
     parts = _parts(channels, {module: name for module, name in name_of_module.items() if name not in reasons})
-    # The dependency graph can be wrong, so one channel of each kind is removed from a copy of the model.
-    kinds = {tuple(dict.fromkeys(module for module, _ in each.outputs)): each for part in parts for each in part}
+    # The dependency graph can be wrong, so one channel of each kind is removed from a copy of the model,
+    # and one from each group of a grouped convolution.
+    kinds: dict[Any, ChannelSet] = {
+        each.cell or tuple(dict.fromkeys(module for module, _ in each.outputs)): each for part in parts for each in part
+    }
     for channel, why in why_stuck(model, example_input, kinds.values()).items():
         if why == LAST_OUTPUT and may_empty:
             continue
@@ -250,17 +320,19 @@ def couple(
 
 def _parts(channels: Sequence[ChannelSet], names: Mapping[str, str]) -> list[list[ChannelSet]]:
     """Split the channels into parts whose layers are not coupled. names: module of a selected layer -> layer name."""
-    part_of: dict[str, list[ChannelSet]] = {}
+    part_of: dict[Any, tuple[list[ChannelSet], dict[Any, None]]] = {}  # layer, or side of a grouped convolution
     for channel in channels:
-        coupled = dict.fromkeys(names[module] for module, _ in channel.outputs if module in names)
-        if not coupled:
+        keys: dict[Any, None] = dict.fromkeys(names[module] for module, _ in channel.outputs if module in names)
+        if not keys:
             continue
+        keys |= dict.fromkeys((name, side) for name, side, _ in channel.cell)
         merged = [channel]
-        for before in {id(part_of[name]): part_of[name] for name in coupled if name in part_of}.values():
-            merged = before + merged
-        touched = dict.fromkeys(names[module] for each in merged for module, _ in each.outputs)
-        part_of.update(dict.fromkeys(touched, merged))
-    return list({id(part): part for part in part_of.values()}.values())
+        before = {id(part_of[key][0]): part_of[key] for key in keys if key in part_of}
+        for those, more in before.values():
+            merged = those + merged
+            keys |= more
+        part_of.update(dict.fromkeys(keys, (merged, keys)))
+    return list({id(part): part for part, _ in part_of.values()}.values())
 
 
 def _coupled_layers(model: nn.Module, part: Sequence[ChannelSet], names: Mapping[str, str]) -> CoupledLayers:
@@ -276,9 +348,13 @@ def _coupled_layers(model: nn.Module, part: Sequence[ChannelSet], names: Mapping
                 affine[module_name] = affine_names(model.get_submodule(module_name))
             for attribute in affine[module_name]:
                 norms.setdefault(parameter_name(module_name, attribute), {})[place] = number
+    lines = connected(each.cell for each in part)
+    number_of = {cell: number for number, cell in enumerate(lines)}
+    cells = np.array([[number_of.get(each.cell, -1), lines.get(each.cell, -1)] for each in part])
     return CoupledLayers(
         {name: np.array([numbers[place] for place in range(len(numbers))]) for name, numbers in filters.items()},
         {norm: (np.array(list(numbers)), np.array(list(numbers.values()))) for norm, numbers in norms.items()},
+        cells=(cells[:, 0], cells[:, 1]) if lines else None,
     )
 
 

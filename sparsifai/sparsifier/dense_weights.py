@@ -12,34 +12,21 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..model.parallel import is_sharded
 from ..support.at_end import AtEnd
 from ..support.printable import printable
 from ..support.warning import warn
+from .dense_checks import BACKWARD_INSIDE, MOVED_ELSEWHERE, UNPREPARED, check_can_be_kept, check_can_be_pulled
 from .masking import add_pull, is_masked_zero, write_masked, zero_masked
 from .model_masks import ModelMasks
 
 # The pull of pruned weights towards zero of Zhou et al., 2021, who chose it for the training of N:M sparse networks.
 DECAY = 2e-4
-
-MOVED_ELSEWHERE = (
-    "straight_through: pruned weights were changed outside of the step of the optimizer, and are set to zero again; "
-    "call the step inside `with sparsifier.dense_weights():`, so that it moves the dense weights"
-)
-
-UNPREPARED = (
-    "straight_through: mask_gradients was not called before this step, so decay= and gradient_sparsity= do nothing in "
-    "it; call it after backward, before `with sparsifier.dense_weights():`"
-)
-
-SETTLED_UNPRUNED = (
-    "settle: no weight is pruned yet, and from here on the masks cannot change their mind; settle after the last update"
-)
 
 
 class DenseWeights:
@@ -67,7 +54,6 @@ class DenseWeights:
         self.trained: dict[str, Tensor] = {}
         self.is_whole = self.is_prepared = False
         self._seen: dict[str, tuple[int, int]] = {}  # the version of each parameter when it last had the sparse weights
-        self._holders: dict[str, tuple[nn.Module, str]] = {}  # the module that has each parameter, and its attribute
         self._own: dict[str, Tensor] = {}  # the memory of each parameter that has the memory of the dense weights
 
     @property
@@ -87,11 +73,8 @@ class DenseWeights:
             yield name, parameter, self.masks[name].to(parameter.device)
 
     def _parameter(self, name: str) -> nn.Parameter:
-        if name not in self._holders:  # looking through a deep model at every step would take long
-            path, _, attribute = name.rpartition(".")
-            self._holders[name] = self.model.get_submodule(path), attribute
-        module, attribute = self._holders[name]
-        return getattr(module, attribute)
+        layer = self.masks.layers.get(name)
+        return attrgetter(name)(self.model) if layer is None else layer.parameter
 
     @torch.inference_mode(False)  # what is made in this mode could not be changed outside of it
     @torch.no_grad()
@@ -101,7 +84,7 @@ class DenseWeights:
         Raises:
             ValueError: A parameter is sharded, or was made in inference mode.
         """
-        missing = {name: self.model.get_parameter(name) for name in self.masks if name not in self.values}
+        missing = {name: self._parameter(name) for name in self.masks if name not in self.values}
         for name, parameter in missing.items():
             check_can_be_kept(name, parameter)
         self.values.update({name: parameter.detach().clone() for name, parameter in missing.items()})
@@ -164,11 +147,6 @@ class DenseWeights:
             self._seen[name] = _version_of(parameter)
         self.is_whole = False
 
-    def note(self) -> None:
-        """Note that the parameters have the sparse weights."""
-        self._seen = {name: _version_of(parameter) for name, parameter, _ in self.pairs()}
-        self.is_whole = False
-
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Give the parameters the memory of the dense weights in a `with` block, to be read."""
@@ -191,11 +169,8 @@ class DenseWeights:
         if not self.values:
             yield
             return
-        self.refresh()
-        at_end = AtEnd(self._end_step)
-        with at_end, at_end:
+        with self.in_place():
             self.is_whole = True
-            self._put_in()
             learning = [(name, parameter) for name, parameter, _ in self.pairs() if parameter.requires_grad]
             hooks = [each.register_post_accumulate_grad_hook(partial(self._refuse, name)) for name, each in learning]
             versions = [each._version for _, each in learning]
@@ -212,15 +187,7 @@ class DenseWeights:
 
     def _refuse(self, name: str, _: Tensor) -> None:
         if self.is_in_place:  # or an interrupt has kept the hook from being removed
-            raise RuntimeError(
-                f"dense_weights: a backward pass has reached {printable(name)} inside the block, where gradients are "
-                "those of the dense model; make it before the block, and call the step without a closure"
-            )
-
-    def _end_step(self) -> None:
-        self._put_back()
-        if self.is_whole:
-            self.write()
+            raise RuntimeError(BACKWARD_INSIDE.format(printable(name)))
 
     def _put_in(self) -> None:
         for name, parameter, _ in self.pairs():
@@ -231,6 +198,8 @@ class DenseWeights:
         for name, memory in self._own.items():
             self._parameter(name).data = memory
         self._own = {}
+        if self.is_whole:  # after a step
+            self.write()
 
     @torch.no_grad()
     def mask_gradients(self, names: Container[str]) -> None:
@@ -245,12 +214,8 @@ class DenseWeights:
         self.is_prepared = True
         self.refresh()
         graded = [(*each, each[1].grad) for each in self.pairs() if each[1].grad is not None]
-        for name, _, _, gradient in graded:
-            if self.decay and gradient.layout != torch.strided:
-                raise ValueError(
-                    f"straight_through: the gradient of {printable(name)} is a sparse tensor, to which the pull of "
-                    "decay= cannot be added; pass decay=0, or make the layer with sparse=False"
-                )
+        if self.decay:
+            check_can_be_pulled({name: gradient for name, _, _, gradient in graded})
         for name, parameter, mask, gradient in graded:
             if self.decay and name in names:
                 add_pull(gradient, self.values[name], parameter, self.decay)
@@ -260,12 +225,10 @@ class DenseWeights:
 
     @staticmethod
     def changed(
-        values: Mapping[str, Tensor] | None = None,
-        trained: Mapping[str, Tensor] | None = None,
-        settled: bool = False,
+        values: dict[str, Tensor] | None = None, trained: dict[str, Tensor] | None = None, settled: bool = False
     ) -> dict[str, Any]:
         """The attributes that keep these values where weights are pruned, by default none, for a Change."""
-        kept = {"values": dict(values or {}), "trained": dict(trained or {})}
+        kept = {"values": values or {}, "trained": trained or {}}
         return {**kept, "is_settled": settled, "is_whole": False, "_seen": {}}
 
     @torch.inference_mode(False)
@@ -279,24 +242,6 @@ class DenseWeights:
     def as_it_is(self) -> dict[str, Any]:
         """The attributes as they are now, for a Change."""
         return self.changed(**self.state())
-
-
-def check_can_be_kept(name: str, parameter: Tensor) -> None:
-    """Check that the dense weights of a parameter can be kept.
-
-    Raises:
-        ValueError: It is sharded, or cannot be trained.
-    """
-    if parameter.is_inference():
-        raise ValueError(
-            f"straight_through: {printable(name)} was made in inference mode, so that no optimizer can move it; make "
-            "the model outside of torch.inference_mode()"
-        )
-    if is_sharded(parameter):
-        raise ValueError(
-            f"straight_through: {printable(name)} is sharded by fully_shard, whose parameters cannot hold other memory "
-            "for a step; use DistributedDataParallel, or train without straight_through="
-        )
 
 
 def _version_of(parameter: Tensor) -> tuple[int, int]:

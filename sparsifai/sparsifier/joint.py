@@ -6,7 +6,10 @@ layers, and a `Coupling` that joins the groups of the layers of one attention be
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +23,33 @@ from ..support.printable import printable
 from ..support.registry import name_of
 from .coupled import CoupledLayers, Coupling
 from .followers import Follower
-from .layer import FROZEN, FROZEN_UNCOUPLED, Layers
+from .layer import FROZEN, FROZEN_UNCOUPLED, Layer, Layers
+
+# Name of a granularity -> what to do if a model has no such groups.
+_ADVICE = {
+    "head": (
+        "its classes are not known. Declare them: register_attention(kind, query=..., key=..., value=..., output=...)"
+    ),
+    "neuron": "its classes are not known. Declare them: register_mlp(kind, up=..., down=...)",
+    "expert": (
+        "a mixture is a module with experts and a router or gate; name the axes of experts that share a parameter: "
+        "register_layer(kind, name=('expert', 'out', 'in'))"
+    ),
+    "block": "blocks are modules of the same class in a ModuleList or Sequential",
+    "unit": "it has no LSTM, GRU or RNN of torch",
+}
 
 
-def joint_granularity(granularity: Callable, model: nn.Module, weights: Mapping[str, NamedWeight]) -> Joint | None:
+def joint_granularity(
+    granularity: Callable, model: nn.Module, weights: Mapping[str, NamedWeight], example_input: Any = None
+) -> Joint | None:
     """The joint groups of a model; None for a granularity that groups the weights of each layer by themselves.
+
+    Args:
+        granularity: The granularity.
+        model: The model, without wrappers.
+        weights: All weights with named axes, by name.
+        example_input: A batch, or None; for a granularity that has a parameter of this name.
 
     Raises:
         TypeError: The granularity does not return joint groups.
@@ -32,16 +57,14 @@ def joint_granularity(granularity: Callable, model: nn.Module, weights: Mapping[
     """
     if not capability(granularity, "joint", False):
         return None
-    found = granularity(model)
+    takes_example = "example_input" in inspect.signature(granularity).parameters
+    found = granularity(model, example_input=example_input) if takes_example else granularity(model)
     name = name_of(granularity)
     if not isinstance(found, list) or not all(isinstance(each, JointGroups) for each in found):
         raise TypeError(f"granularity {name} is registered with joint=True, so it must return a list of JointGroups")
     if not found:
-        raise ValueError(
-            f"granularity {name!r}: no {name}s are found in {type(model).__name__}; its classes are not known. Declare "
-            "them: register_attention(kind, query=..., key=..., value=..., output=...) for heads, "
-            "register_mlp(kind, up=..., down=...) for neurons"
-        )
+        advice = _ADVICE.get(name, "choose another granularity")
+        raise ValueError(f"granularity {name!r}: no {name}s are found in {type(model).__name__}; {advice}")
     return Joint(name, found, model, weights)
 
 
@@ -57,6 +80,7 @@ class Joint:
 
     def __init__(self, what: str, found: Sequence[JointGroups], model: nn.Module, weights: Mapping[str, NamedWeight]):
         self.what = what
+        self._model = model
         self._weights = weights
         # A weight that is tied has one name here and several in the model; one that is computed is no parameter.
         name_of = {(id(owner), each.attribute): name for name, each in weights.items() for _, owner in each.owners}
@@ -85,9 +109,12 @@ class Joint:
             return groups.why_kept
         if id(groups) in self._unnamed:
             return f"its {self.what}s also need {self._unnamed[id(groups)]}, which has no named axes"
-        if groups.count < 2 * fewest:
+        if groups.count < 2 * fewest and not groups.apart:
             return f"has {groups.count} {self.what}{'s' * (groups.count > 1)}, of which {fewest} must be kept"
-        return Grouping.of(lambda axes: {list(weight.axes)[part.axis]: part.extent}, weight.axes)
+        if part.axis is None:
+            return Grouping.of(lambda axes: (), weight.axes, weight.convolution_groups)
+        extents = {list(weight.axes)[part.axis]: part.extent}
+        return Grouping.of(lambda axes: extents, weight.axes)
 
     def couple(self, layers: Layers) -> tuple[Coupling, dict[str, str]]:
         """Join the groups of the layers that are selected, and of those that are frozen for the time being.
@@ -107,26 +134,34 @@ class Joint:
             dense = [name for name in names if not layers[name].is_selected]
             if not dense or all(layers[name].why_dense == FROZEN for name in names):
                 channels = {name: self._numbers(name, layers) for name in names}
-                coupled.append(CoupledLayers(channels, {}, groups.name))
+                lines = None if groups.cells is None else (groups.cells, np.zeros_like(groups.cells))
+                coupled.append(CoupledLayers(channels, {}, groups.name, lines))
             else:
                 why = f"its {self.what}s also need {printable(dense[0])}, which stays dense"
                 more |= {name: why for name in names if layers[name].is_selected}
                 more |= {name: FROZEN_UNCOUPLED for name in dense if layers[name].why_dense == FROZEN}
         if not any(layer.is_selected and name not in more for name, layer in layers.items()):
             listed = "; ".join(f"{printable(name)}: {why}" for name, why in list(more.items())[:3])
-            raise ValueError(f"granularity {self.what!r}: no {self.what} is left to prune ({listed})")
+            raise ValueError(
+                f"granularity {self.what!r}: no {self.what} is left to prune ({listed}); name whole modules in layers= "
+                "and exclude="
+            )
         return Coupling(coupled, self.what, self._parts), more
 
     def _members(self) -> list[tuple[JointGroups, list[str]]]:
-        """The joint groups of each module, with the names of the weights that they are made of."""
-        members: dict[int, tuple[JointGroups, list[str]]] = {}
-        for name, (groups, _) in self._parts.items():
-            members.setdefault(id(groups), (groups, []))[1].append(name)
+        """The joint groups of each module, or each group that is ranked apart, with the names of their weights."""
+        members: dict[tuple[int, int], tuple[JointGroups, list[str]]] = {}
+        for name, (groups, part) in self._parts.items():
+            if not groups.why_kept:
+                number = int(part.groups[0]) if groups.apart else 0
+                members.setdefault((id(groups), number), (groups, []))[1].append(name)
         return list(members.values())
 
     def _numbers(self, name: str, layers: Layers) -> np.ndarray:
         """For each group of a layer, the number of the joint group that it is a part of."""
-        part, grouping = self._parts[name][1], layers[name].grouping
+        (groups, part), grouping = self._parts[name], layers[name].grouping
+        if part.axis is None:
+            return part.groups * (not groups.apart)
         along = part.groups[:: part.extent]
         # Experts that share a weight have groups of their own, which are part of the same joint groups.
         shape = [1] * len(grouping.grid)
@@ -134,7 +169,7 @@ class Joint:
         return np.broadcast_to(along.reshape(shape), grouping.grid).flatten()
 
     def followers(self, layers: Layers) -> list[Follower]:
-        """The biases of the layers of which whole groups of outputs are pruned.
+        """The biases of the layers of which whole groups of outputs are pruned, and what goes with whole groups.
 
         Args:
             layers: The layers that are pruned, now or when they are trained.
@@ -143,15 +178,25 @@ class Joint:
         for groups, names in self._members():
             producers = [name for name in names if name in layers and layers[name].grouping.drops_outputs]
             for part in groups.parts_in(FOLLOWER) if producers else ():
-                inside = part.name.rpartition(".")[0]
-                beside = [name for name in producers if name.rpartition(".")[0] == inside]
-                alike = [name for name in beside if np.array_equal(self._parts[name][1].groups, part.groups)]
-                if alike:
-                    found.append(Follower(part.name, len(part.groups), {alike[0]: None}))
+                alike = [name for name in producers if self._parts[name][1].is_like(part)]
+                beside = [name for name in alike if name.rpartition(".")[0] == part.name.rpartition(".")[0]]
+                if part.axis is None or "expert" in layers[producers[0]].weight.axes:
+                    found += [self._whole_follower(part, layers[name]) for name in alike[:1]]
+                elif beside:
+                    found.append(Follower(part.name, len(part.groups), {beside[0]: None}))
                 else:
                     pairs = _of_same_group(self._parts[producers[0]][1].groups, part.groups)
                     found.append(Follower(part.name, len(part.groups), {producers[0]: pairs}))
         return found
+
+    def _whole_follower(self, part: Part, layer: Layer) -> Follower:
+        """A parameter that is pruned with a layer or its experts: as a whole, or its row for each expert."""
+        parameter = attrgetter(part.name)(self._model)
+        rows = len(part.groups)
+        entries = torch.arange(parameter.numel())
+        first_outputs = torch.arange(rows) * (layer.weight.out // rows)
+        producers = {layer.name: (first_outputs.repeat_interleave(len(entries) // rows), entries)}
+        return Follower(part.name, len(entries), producers, len(parameter) if parameter.dim() > 1 else 1)
 
 
 def _of_same_group(outputs: np.ndarray, entries: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ def find_layers(
     check_fused_norms(model)
     flow = cache(partial(find_flow, model, example_input))
     weights = find_weights(model)
-    joint = joint_granularity(granularity, model, weights)
+    joint = joint_granularity(granularity, model, weights, example_input)
     if joint is not None and coupled:
         raise ValueError(
             f"coupled=True couples whole filters; granularity {joint.what!r} already joins what belongs together, so "

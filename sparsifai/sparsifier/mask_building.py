@@ -38,6 +38,10 @@ REVIVED_OUTPUTS = (
     "a falling sparsity revives whole outputs from zero, and their bias and norm entries too. Behind a ReLU or a norm "
     "layer no gradient reaches them, so they stay zero; revive single weights instead, or re-initialize them"
 )
+REVIVED_GROUPS = (
+    "a falling sparsity revives a whole {0} from zero. No gradient reaches a {0} whose weights are all zero, so it "
+    "stays zero; revive single weights instead, or re-initialize it"
+)
 ALL_EQUAL = (
     "criterion {} compares with an earlier value, and nothing has changed since then: all scores are equal, so weights "
     "are pruned in index order; train before the first update"
@@ -149,6 +153,7 @@ def build_masks(
                 found = both(found, found_nan(scored))
             else:
                 ranked, split = joint_layers(scored, ranking.coupling, options.round_to, options.pool)
+                share = share if ranking.coupling is None else ranking.coupling.share(scored, share)
                 notices += _notices_of_scores(ranked, share, collected)
                 kept = split(ask(options.context, ranked, share, name_of(options.granularity), notices))
                 kept = agree(kept, ranking.process_groups(collected.source.model), layers[names[0]].parameter.device)
@@ -160,11 +165,17 @@ def build_masks(
         levels.update(dict.fromkeys(names, sparsity))
     notices += notices_of_unreached(collected, {name for sparsity, names in asked if sparsity for name in names})
     if any(levels[name] < layer.level and layer.grouping.drops_outputs for name, layer in layers.items()):
-        notices.append(REVIVED_OUTPUTS)
+        notices.append(notice_of_revived(ranking))
     if not on_device:
         notices += in_words(found)
         found = {}
     return NewMasks(masks, levels, source.rng.get_state(), notices, found)
+
+
+def notice_of_revived(ranking: Ranking) -> str:
+    """Notice that whole outputs, or groups of several layers, are revived from zero."""
+    joint = ranking.coupling is not None and ranking.coupling.joint
+    return REVIVED_GROUPS.format(name_of(ranking.options.granularity)) if joint else REVIVED_OUTPUTS
 
 
 def _notices_of_scores(ranked: Sequence[ScoredLayer], sparsity: float, by: CollectedQuantities) -> list[str]:

@@ -61,11 +61,12 @@ class MaskedModel:
             model: A copy of the model to apply the masks to instead, such as an AveragedModel.
         """
         self._check_held("apply_masks")
+        masked = dict(zip(self.all_masks, self._masked(model), strict=True))
         if model is None:
-            self._dense.refresh(by_value=True)
-        zero_weights(self._masked(model))
-        if model is None:
-            self._dense.note()
+            self._dense.refresh(by_value=True)  # sets pruned weights to zero that have dense ones
+            for name in self._dense.values:
+                del masked[name]
+        zero_weights(masked.values())
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero. Call it after backward and before gradient clipping."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from ..model.parallel import kind_of
 from ..model.tensors import shape_of
 from ..support.capability import capability
 from ..support.listing import in_short
+from ..support.printable import printable
 from ..support.registry import name_of
 from ..support.table import percent
 from .followers import Follower, rescaled_layers
@@ -31,6 +33,11 @@ UNMOVED_OUTPUTS = (
     "or weights"
 )
 
+UNMOVED_GROUPS = (
+    "straight_through: no gradient reaches a {} that is pruned, because all of its weights are zero, so it is kept "
+    "again only where others shrink; choose smaller groups, such as weights"
+)
+
 # If more than this fraction of the weights is frozen, the user is warned.
 LARGE_PART = 0.2
 
@@ -47,7 +54,10 @@ def notices_of_frozen(layers: Layers) -> list[str]:
     Args:
         layers: All layers.
     """
-    later = {FROZEN: "until they are trained", FROZEN_UNCOUPLED: "even if they are trained later, because of coupled="}
+    later = {
+        FROZEN: "until they are trained",
+        FROZEN_UNCOUPLED: "even if they are trained later, because what is pruned together is found once",
+    }
     frozen = [name for name, layer in layers.items() if layer.why_dense in later]
     weights = sum(layers[name].parameter.numel() for name in frozen)
     part = weights / max(1, sum(layer.parameter.numel() for layer in layers.values()))
@@ -57,6 +67,36 @@ def notices_of_frozen(layers: Layers) -> list[str]:
         f"{percent(part)} of the weights ({len(frozen)} of {len(layers)} layers, such as {frozen[0]}) are frozen, so "
         f"they stay dense {later[layers[frozen[0]].why_dense]}; unfreeze them, or name them in layers= to prune them "
         "as they are"
+    ]
+
+
+def notices_of_starved(layers: Layers, context: Any) -> list[str]:
+    """What the user should be warned of when a ranking of several layers has left hardly any weights in some of them.
+
+    That happens to a new layer on top of pretrained ones, whose weights are much smaller than theirs. A layer with
+    fewer weights than outputs has outputs that no input reaches.
+
+    Args:
+        layers: All layers.
+        context: The context by which they were ranked.
+    """
+    starved = {
+        name: layer
+        for name, layer in selected(layers).items()
+        if not (layer.grouping.drops_outputs or layer.grouping.drops_inputs)
+        and layer.parameter.numel() - layer.count().zeros < layer.weight.out
+        # Had it been pruned as much as all layers, it would have a weight for each output.
+        and (1 - layer.level) * layer.parameter.numel() >= layer.weight.out
+    }
+    if not starved:
+        return []
+    name, first = next(iter(starved.items()))
+    left = first.parameter.numel() - first.count().zeros
+    others = f"; {in_short(list(starved)[1:])} too" if len(starved) > 1 else ""
+    return [
+        f"context {name_of(context)} leaves {left:,} of {first.parameter.numel():,} weights of {printable(name)}, "
+        f"fewer than its {first.weight.out:,} outputs{others}. A new layer on pretrained ones has small weights, which "
+        "rank lowest: leave it out with exclude=, or rank each layer by itself (context 'erk' or 'local')"
     ]
 
 
@@ -97,6 +137,8 @@ def notices_of_host(options: Options, layers: Layers) -> list[str]:
             "weights or gradients"
         )
     reasons = [f"context {name_of(options.context)}"] * (not capability(options.context, "on_device", False))
+    if capability(options.granularity, "joint", False):
+        reasons.append(f"granularity {name_of(options.granularity)}")
     reasons += ["round_to="] * (options.round_to is not None) + ["coupled="] * options.coupled
     reasons += [f"layers on {len(devices)} devices"] * (len(devices) > 1)
     if reasons:
@@ -153,6 +195,8 @@ def notices_of_outputs(options: Options, model: nn.Module, layers: Layers, follo
         followers: The biases and norm parameters that are masked with whole outputs.
     """
     notices = []
+    if capability(options.granularity, "joint", False):
+        return [UNMOVED_GROUPS.format(name_of(options.granularity))] if options.straight_through else []
     if any(layer.grouping.drops_outputs for layer in selected(layers).values()):
         notices += [REGROWN_OUTPUTS] if options.regrow is not None else []
         notices += [UNMOVED_OUTPUTS] if options.straight_through else []

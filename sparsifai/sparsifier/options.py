@@ -15,7 +15,9 @@ from ..axes.granularity import Granularity, granularities
 from ..axes.grouping import poolings
 from ..model.layers import find_weights
 from ..model.patterns import Pattern, as_patterns, matching_each
+from ..support.capability import capability
 from ..support.checks import check_fraction, check_number, check_round_to, check_seed
+from ..support.registry import name_of
 from .dense_weights import DECAY
 from .regrowth import check_regrow
 
@@ -67,6 +69,11 @@ class Options:
             ValueError: A name is unknown, or a value cannot work.
         """
         granularity, context, criteria, pool = resolve_axes(granularity, context, criteria, pool)
+        if regrow is not None and capability(granularity, "joint", False):
+            raise ValueError(
+                f"regrow: no gradient reaches a {name_of(granularity)} whose weights are all zero, so it would not "
+                "learn when it regrows; choose smaller groups, such as weights or filters, or straight_through=True"
+            )
         decay, gradient_sparsity = check_straight_through(straight_through, decay, gradient_sparsity, regrow)
         return cls(
             granularity,

@@ -17,6 +17,9 @@ from ..model.joint.groups import READER
 from ..model.layers import NamedWeight
 from .collection import Source
 
+# Its subclass of the second version, too.
+_OF_TORCHVISION = "torchvision.models.swin_transformer.ShiftedWindowAttention"
+
 Read = dict[str, list[tuple[Tensor, int]]]  # name of a weight -> (input, number of examples) for each call
 
 
@@ -54,36 +57,50 @@ def inputs_recorded(model: nn.Module, layers: Mapping[str, NamedWeight], rows: i
 
         return hook
 
-    def after(name: str) -> Callable:
-        def hook(attention: Any, inputs: tuple, named: dict[str, Any], output: tuple) -> tuple:
-            heads = _without_projection(attention)(*inputs, **named)[0]
+    def after(name: str, path: str) -> Callable:
+        def hook(attention: nn.Module, inputs: tuple, named: dict[str, Any], output: Any) -> Any:
+            heads = _without_projection(attention, path)(*inputs, **named)
+            heads = heads[0] if isinstance(heads, tuple) else heads
             if heads.dim() == 2:
                 value = see(name, heads[None], 1)[0]
-            elif attention.batch_first:
+            elif getattr(attention, "batch_first", True):
                 value = see(name, heads, len(heads))
             else:
                 value = see(name, heads.transpose(0, 1), heads.shape[1]).transpose(0, 1)
-            return F.linear(value, attention.out_proj.weight, attention.out_proj.bias), *output[1:]
+            projection: Any = attention.get_submodule(path)
+            result = F.linear(value, projection.weight, projection.bias)
+            return (result, *output[1:]) if isinstance(output, tuple) else result
 
         return hook
 
     owners = [(name, place, owner) for name, layer in layers.items() for place, owner in layer.owners]
-    # nn.MultiheadAttention reads the weight of its output projection itself, without calling it.
-    inside = {(name, place): model.get_submodule(place.rpartition(".")[0]) for name, place, _ in owners}
-    of_torch = {key: module for key, module in inside.items() if isinstance(module, nn.MultiheadAttention)}
+    around = {(name, place): model.get_submodule(place.rpartition(".")[0]) for name, place, _ in owners}
+    uncalled = {key: module for key, module in around.items() if _reads_weights(module)}
     with hooked(
-        before=[(owner, before(name, owner)) for name, place, owner in owners if (name, place) not in of_torch],
-        after=[(attention, after(name)) for (name, _), attention in of_torch.items()],
+        before=[(owner, before(name, owner)) for name, place, owner in owners if (name, place) not in uncalled],
+        after=[(module, after(name, place.rpartition(".")[2])) for (name, place), module in uncalled.items()],
     ):
         yield read
 
 
-def _without_projection(attention: nn.MultiheadAttention) -> nn.MultiheadAttention:
-    """The same attention, with shared weights, that returns the outputs of its heads side by side."""
+def _reads_weights(module: nn.Module) -> bool:
+    """Whether an attention reads the weight of its output projection itself, without calling it."""
+    kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__}
+    return isinstance(module, nn.MultiheadAttention) or bool(kinds & {_OF_TORCHVISION})
+
+
+def _without_projection(attention: nn.Module, path: str) -> nn.Module:
+    """The same attention, with shared weights, that returns the outputs of its heads side by side.
+
+    Args:
+        attention: The attention. What it does to the output of its projection, such as moving it to other places, does
+            not mix features.
+        path: Name of the output projection.
+    """
     bare = copy(attention)
-    weight = attention.out_proj.weight
+    weight: Any = attention.get_parameter(f"{path}.weight")
     projection = nn.Linear(1, 1, bias=False)
-    projection.weight = nn.Parameter(torch.eye(len(weight), dtype=weight.dtype, device=weight.device), False)
-    bare._modules = {**attention._modules, "out_proj": projection}
+    projection.weight = nn.Parameter(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), False)
+    bare._modules = {**attention._modules, path: projection}
     bare._forward_hooks, bare._forward_pre_hooks = type(bare._forward_hooks)(), type(bare._forward_pre_hooks)()
     return bare

@@ -15,6 +15,7 @@ from ..model.zeros import Count, figures, why_not_counted
 from ..support.listing import in_short
 from ..support.printable import printable
 from ..support.table import Cells, Table, percent
+from .coupled import Coupling
 from .layer import Layer, Layers, selected
 from .regrowth import Regrowth
 
@@ -58,6 +59,9 @@ class Report(Table):
         not_counted: Name -> why, for parameters whose zeros cannot be counted, such as quantized ones. No other number
             includes them.
         left_out: Number of values of these parameters.
+        joint: With granularity 'head' or 'neuron', name of an attention or MLP -> (number of its heads or neurons that
+            are pruned, number of all).
+        what: The name of that granularity; else empty.
 
     Example:
         >>> import torch
@@ -73,6 +77,8 @@ class Report(Table):
     explored: float | None = None
     not_counted: Mapping[str, str] = field(default_factory=dict)
     left_out: int = 0
+    joint: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    what: str = ""
 
     @classmethod
     def of(cls, model: nn.Module, masks: Container[str] | None = None) -> Report:
@@ -100,7 +106,14 @@ class Report(Table):
         return cls.measure(model, layers, None)
 
     @classmethod
-    def measure(cls, model: nn.Module, layers: Layers, context: Any, regrowth: Regrowth | None = None) -> Report:
+    def measure(
+        cls,
+        model: nn.Module,
+        layers: Layers,
+        context: Any,
+        regrowth: Regrowth | None = None,
+        coupling: Coupling | None = None,
+    ) -> Report:
         """Count the zeros of a model.
 
         Args:
@@ -108,6 +121,7 @@ class Report(Table):
             layers: Its layers.
             context: The context, which may have a note on a layer.
             regrowth: The regrowth, which knows which weights were ever active, or None.
+            coupling: The joint groups of the layers, or None.
 
         Returns:
             The report.
@@ -126,9 +140,11 @@ class Report(Table):
         def count_of(parameter: Tensor) -> Count:
             return Count(0, 0) if why_not_counted(parameter) else Count.of(parameter)
 
+        notes = {} if coupling is None else coupling.notes(layers)
+
         def row_of(name: str, layer: Layer) -> Row:
             shape = tuple(layer.parameter.shape)
-            note = note_of(layer, context, regrowth)
+            note = "; ".join(filter(None, (notes.get(name), note_of(layer, context, regrowth))))
             return Row(name, layer.weight.kind, shape, count_of(layer.parameter), layer.why_dense, note)
 
         rows = tuple(row_of(name, layer) for name, layer in layers.items())
@@ -143,14 +159,20 @@ class Report(Table):
         explored = None if regrowth is None else regrowth.explored(pruned)
         zeros = Count.of(*(layer.parameter for layer in pruned.values()))
         whole = Count.of(*(each for name, each in parameters.items() if name not in not_counted))
-        return cls(rows, zeros, whole, explored, not_counted, sum(size_of(parameters[name]) for name in not_counted))
+        left_out = sum(size_of(parameters[name]) for name in not_counted)
+        joint = {} if coupling is None else coupling.pruned_groups(layers)
+        what = coupling.what if coupling is not None and joint else ""
+        return cls(rows, zeros, whole, explored, not_counted, left_out, joint, what)
 
     def _cells(self) -> Cells:
         last = "note" if any(row.note for row in self.rows) else "why dense"
         caption = ""
+        if self.joint:
+            pruned, count = (sum(column) for column in zip(*self.joint.values(), strict=True))
+            caption = f"{pruned:,} of {count:,} {self.what}s are pruned."
         if self.not_counted:
             names = [f"{name} ({why})" for name, why in self.not_counted.items()]
-            caption = f"Not counted: {self.left_out:,} values of {in_short(names)}."
+            caption += f"{chr(10) * bool(caption)}Not counted: {self.left_out:,} values of {in_short(names)}."
         return Cells(
             ("layer", "kind", "shape", "weights", "zeros", "sparsity", last),
             [

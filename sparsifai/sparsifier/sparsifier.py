@@ -25,12 +25,12 @@ from .calibration import calibrated
 from .change import Change
 from .collection import CollectedQuantities, Source
 from .copying import CopiedWithModel
-from .dense_weights import check_can_be_kept
+from .dense_checks import check_can_be_kept
 from .findings import both
 from .given_masks import check_masks
 from .layer import Layers, level_of, selected, unfrozen
 from .layer_selection import Asked, cannot_be_pruned, find_layers, scopes
-from .mask_building import REVIVED_OUTPUTS, NewMasks, Ranking, build_masks
+from .mask_building import NewMasks, Ranking, build_masks, notice_of_revived
 from .masking import NEXT_TO_ZERO, masked_parameters, moments_to_zero, newly_changed, newly_masked
 from .notices import notices_of_frozen, notices_of_host, notices_of_outputs, notices_of_unnamed, notices_of_unprunable
 from .options import Options, Sparsity, check_sparsity
@@ -316,7 +316,8 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         with self._dense.in_place():
             new = build_masks(layers, asked, self.ranking, self.collected)
             # What is kept again has its dense value, so it is no dead output.
-            new = replace(new, notices=[notice for notice in new.notices if notice != REVIVED_OUTPUTS])
+            revived = notice_of_revived(self.ranking)
+            new = replace(new, notices=[notice for notice in new.notices if notice != revived])
             if not lowest:
                 return new
             fewer = [(min(sparsity, lowest), names) for sparsity, names in asked]
@@ -514,7 +515,9 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         """
         self._check_held("report")
         self._check_found()
-        return Report.measure(self.model, self.layers, self.ranking.options.context, self._regrowth)
+        return Report.measure(
+            self.model, self.layers, self.ranking.options.context, self._regrowth, self.ranking.coupling
+        )
 
     def __repr__(self) -> str:
         options = self.ranking.options

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..support.warning import warn
 from .change import Change
-from .dense_weights import SETTLED_UNPRUNED
+from .dense_checks import SETTLED_UNPRUNED
 from .masked_model import MaskedModel
 from .masking import NEXT_TO_ZERO, moments_to_zero
 

@@ -76,7 +76,7 @@ def check_number(name: str, value: Any, low: float = 0.0, high: float = inf) -> 
         ValueError: It is not a finite number from `low` to `high`.
     """
     value = _without_axes(value)
-    if not _is_number(value) or not low <= float(value) <= high:
+    if not _is_number(value) or not low <= value <= high:
         allowed = f"of at least {low:g}" if high == inf else f"from {low:g} to {high:g}"
         raise ValueError(f"{name} must be a number {allowed}, not {value!r}")
     if float(value) == inf:

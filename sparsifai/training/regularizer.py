@@ -1,7 +1,7 @@
 """Regularizer: a penalty on the norms of groups of weights, which drives whole groups to zero during training.
 
 The granularity and the criterion mean the same as for the Sparsifier. With single weights and large_final the penalty
-is the lasso; with filters it is the group lasso.
+is the lasso; with filters or attention heads it is the group lasso.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -77,12 +78,19 @@ class Regularizer:
         self.sparsifier = Sparsifier(
             model, granularity, "local", criteria, layers=layers, exclude=exclude, example_input=example_input
         )
+        self._coupling: Any = self.sparsifier.ranking.coupling
         self._size_roots: dict[str, float | Tensor] = {}  # sqrt(|g|) of the groups g of each weight
         check_differentiable(self.sparsifier.collected.criterion)
         for name, layer in self._layers.items():
             size = layer.grouping.size
             self._size_roots[name] = size**0.5 if isinstance(size, int) else size.sqrt()
             self._check_scores(layer)
+        if self._coupling:  # the size of a joint group is the sum of the sizes of its parts
+            roots = {
+                name: torch.as_tensor(root, dtype=torch.float64).expand(len(self._numbers(name)))
+                for name, root in self._size_roots.items()
+            }
+            self._size_roots |= self._joint(roots)
 
     def penalty(self) -> Tensor:
         """The penalty: sum over groups g of sqrt(|g|) ||s_g||_2, with s the scores of the weights.
@@ -98,7 +106,12 @@ class Regularizer:
         Returns:
             A scalar to add to the loss, in float32 at least.
         """
-        parts = [self._penalty_of(layer) for layer in self._trainable()]
+        norms = {layer.name: self._norms_of(layer) for layer in self._trainable()}
+        norms = self._joint(norms)
+        parts = [
+            (each * self._size_root(name, each)).sum().to(torch.promote_types(each.dtype, torch.float32))
+            for name, each in norms.items()
+        ]
         return torch.stack([part.to(parts[0]) for part in parts]).sum() if parts else torch.zeros(())
 
     @torch.no_grad()
@@ -125,13 +138,18 @@ class Regularizer:
             threshold = dict.fromkeys(self._layers, threshold)
         thresholds = {name: _check_threshold(name, value, self._size_roots) for name, value in threshold.items()}
         reshard(self.sparsifier.model)
-        for layer in self._trainable():
-            if thresholds.get(layer.name):
-                weight = layer.parameter.detach()
-                norms = _norms(layer.grouping, widened(whole(weight)))
-                bounds = thresholds[layer.name] * self._size_root(layer.name, norms)
-                factors = torch.where(norms > bounds, 1 - bounds / norms, 0)
-                values, factors = own_shard(weight, layer.grouping.spread(factors))
+        trainable = {layer.name: layer for layer in self._trainable()}
+        norms = {
+            name: _norms(each.grouping, widened(whole(each.parameter.detach()))) for name, each in trainable.items()
+        }
+        joint = self._joint(norms)
+        for name, layer in trainable.items():
+            if thresholds.get(name):
+                weight, first = layer.parameter.detach(), self._first_of(name)
+                of_groups = joint[first].to(weight.device)
+                bounds = thresholds[name] * self._size_root(first, of_groups)
+                factors = torch.where(of_groups > bounds, 1 - bounds / of_groups, 0)
+                values, factors = own_shard(weight, layer.grouping.spread(self._of_layer(name, factors)))
                 values.copy_(widened(values) * factors + 0.0)  # -1.0 times zero is -0.0
 
     @property
@@ -146,10 +164,39 @@ class Regularizer:
     def _trainable(self) -> list[Layer]:
         return [layer for layer in self._layers.values() if not layer.weight.is_frozen]
 
-    def _penalty_of(self, layer: Layer) -> Tensor:
-        weight = layer.parameter
-        norms = _norms(layer.grouping, self._scores(layer.name, widened(whole(weight))))
-        return (norms * self._size_root(layer.name, norms)).sum().to(torch.promote_types(norms.dtype, torch.float32))
+    def _norms_of(self, layer: Layer) -> Tensor:
+        """The norm of the scores of each group of a layer."""
+        return _norms(layer.grouping, self._scores(layer.name, widened(whole(layer.parameter))))
+
+    def _first_of(self, name: str) -> str:
+        """The layer under whose name the norms of the joint groups of a layer are; without such groups, itself."""
+        return next(iter(self._coupling.part_of[name].channels)) if self._coupling else name
+
+    def _numbers(self, name: str) -> Tensor:
+        """For each group of a layer, the number of its joint group; the last number is that of no group."""
+        part = self._coupling.part_of[name]
+        return torch.from_numpy(np.where(part.channels[name] < 0, part.count, part.channels[name]))
+
+    def _joint(self, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The norms of joint groups, from those of their parts; without such groups, the same."""
+        if not self._coupling:
+            return dict(norms)
+        squares: dict[str, Tensor] = {}
+        for name, each in norms.items():
+            first = self._first_of(name)
+            known = squares.get(first, each.new_zeros(self._coupling.part_of[name].count + 1))
+            squares[first] = known.index_add(0, self._numbers(name).to(known.device), each.square().to(known))
+        # The root has no gradient at zero, the norm has the gradient zero.
+        return {
+            first: torch.where(each > 0, torch.where(each > 0, each, 1).sqrt(), 0)[:-1]
+            for first, each in squares.items()
+        }
+
+    def _of_layer(self, name: str, factors: Tensor) -> Tensor:
+        """Factors of joint groups as those of the groups of a layer; what belongs to none has the factor 1."""
+        if not self._coupling:
+            return factors
+        return torch.cat([factors, factors.new_ones(1)])[self._numbers(name).to(factors.device)]
 
     def _scores(self, name: str, weight: Tensor) -> Tensor:
         """The scores of a layer, with gradients to `weight`."""

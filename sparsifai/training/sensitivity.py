@@ -36,6 +36,8 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure a metric with one layer pruned at a time, once and without training.
 
+    With granularity 'head' or 'neuron', one attention or MLP is pruned at a time.
+
     Model and Learner are not changed, even if the metric fails: weights stay the same bit by bit, and so do buffers,
     gradients, modes and random generators. Each measurement starts from the original weights.
 
@@ -85,15 +87,18 @@ def sensitivity(
     shows = progress and (measure.learn is None or hasattr(learn_or_model, "progress"))
     with measure.learner_unchanged():
         one_shot = OneShot(measure, calibration, loss_func, options)
-        names = list(one_shot.sizes)
+        names = list(one_shot.units)
         for name in names:
-            one_shot.sparsifier.check({name: levels[-1]})
+            one_shot.sparsifier.check(one_shot.of_unit(name, levels[-1]))
         baseline = measure.baseline()
         values: dict[str, list[float]] = {name: [] for name in names}
         for name, level in _with_progress_bar([(name, level) for name in names for level in levels], shows):
-            values[name].append(one_shot.metric_at({name: level}))
-    table, sizes = tuple(map(tuple, values.values())), tuple(one_shot.sizes.values())
-    return Sensitivity(tuple(names), sizes, levels, table, baseline, measure.name, measure.lower_is_better)
+            values[name].append(one_shot.metric_at(one_shot.of_unit(name, level)))
+    table = tuple(map(tuple, values.values()))
+    members = tuple(map(tuple, one_shot.units.values()))
+    sizes = tuple(sum(one_shot.sizes[name] for name in unit) for unit in members)
+    members = () if names == list(one_shot.sizes) else members
+    return Sensitivity(tuple(names), sizes, levels, table, baseline, measure.name, measure.lower_is_better, members)
 
 
 def highest_sparsity(
@@ -172,6 +177,7 @@ class OneShot:
 
     Attributes:
         sizes: Number of weights of each selected layer, by parameter name.
+        units: What is pruned by itself -> parameter names: each layer; with joint groups, each attention or MLP.
         measured_sparsity: The fraction of zeros counted in the last measurement.
     """
 
@@ -191,6 +197,12 @@ class OneShot:
         _check_comparisons(self.sparsifier)
         self.dense = self.sparsifier.state_dict()
         self.sizes = {name: layer.parameter.numel() for name, layer in selected(self.sparsifier.layers).items()}
+        coupling = self.sparsifier.ranking.coupling
+        self.units = {name: [name] for name in self.sizes} if coupling is None else coupling.units(self.sizes)
+
+    def of_unit(self, unit: str, level: float) -> Sparsity:
+        """One level for all weights of a unit."""
+        return dict.fromkeys(self.units[unit], level)
 
     def can_reach(self, sparsity: Sparsity) -> bool:
         """Whether the context can prune to this sparsity."""

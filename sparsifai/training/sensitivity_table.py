@@ -18,13 +18,15 @@ class Sensitivity(Table):
     Printed it is a table, in a notebook HTML; `plot` draws it.
 
     Attributes:
-        layers: Parameter names of the weights.
+        layers: Parameter names of the weights; with granularity 'head' or 'neuron' the names of attentions or MLPs.
         sizes: Number of weights of each layer.
         levels: The sparsities that were measured, rising, each above 0 and below 1.
         values: For each layer, the metric at each level.
         baseline: The metric before pruning.
         metric: The name of the metric.
         lower_is_better: Whether a better model has a lower metric.
+        members: With granularity 'head' or 'neuron', for each of the attentions or MLPs in `layers` the parameter names
+            of its weights; else empty.
     """
 
     layers: tuple[str, ...]
@@ -34,6 +36,7 @@ class Sensitivity(Table):
     baseline: float
     metric: str
     lower_is_better: bool
+    members: tuple[tuple[str, ...], ...] = ()
 
     def budget(self, sparsity: float) -> dict[str, float]:
         """A sparsity for each layer that together make `sparsity`, at the same loss of the metric per weight.
@@ -83,7 +86,9 @@ class Sensitivity(Table):
         below, above = totals[place - 1], totals[place]
         share = min(max((wanted - below) / (above - below), 0.0), 1.0) if above > below else 0.0
         levels = corners[place - 1] + share * (corners[place] - corners[place - 1])
-        return dict(zip(self.layers, np.clip(levels, 0.0, self.levels[-1]).tolist(), strict=True))
+        clipped = np.clip(levels, 0.0, self.levels[-1]).tolist()
+        members = self.members or [(name,) for name in self.layers]
+        return {name: level for names, level in zip(members, clipped, strict=True) for name in names}
 
     def _corners(self, sizes: np.ndarray) -> np.ndarray:
         """Sparsities of all layers, before and after each jump, as the tolerance rises; linear between two of them."""

@@ -36,6 +36,7 @@ SCORES = {
     "fisher": [2, 8, 0.5],
     "movement_pruning": [1, -2, 0.5],
     "wanda": [3, 4, 0.25],
+    "gate_importance": [2 / 3 * 2**0.5, 2 / 3 * 2**0.5, 1 / 3 * 2**0.5],
 }
 OF_DATA = {
     "grad": [2.0, 1, -0.5],
@@ -44,6 +45,7 @@ OF_DATA = {
     "hessian_grad": [3.0, -1, 0.5],
     "flow": [4.0, 1, 6],
     "activation": [3.0, 2, 0.5],
+    "gate_grad": [2.0, 2, 1],
 }
 
 
@@ -54,7 +56,7 @@ def test_every_criterion_but_random_has_scores_by_hand():
 @pytest.mark.parametrize("name", SCORES)
 def test_scores_by_hand(name):
     known = {"weight": WEIGHT, "init": INIT, "previous": PREVIOUS}
-    known |= {quantity: torch.tensor(values) for quantity, values in OF_DATA.items()}
+    known |= {quantity: torch.tensor(values) for quantity, values in OF_DATA.items()} | {"group_width": 2}
     criterion = criteria[name]
     scores = criterion(**{quantity: known[quantity] for quantity in quantities_of(criterion)})
     assert scores.tolist() == pytest.approx(SCORES[name], rel=1e-6)

@@ -236,8 +236,8 @@ CRITERION = [
                                         np.ones(2, bool))], 0.5),
      ValueError, "NaN scores for 0.weight: look for NaN or inf in its weights, ..."),
     ("a moment that is none", lambda: taken("often"), ValueError,
-     "taken: give one or more of 'score', 'start' and 'update', or one of 'backward', 'forward' and 'loss'; not "
-     "('often',)"),
+     "taken: give one or more of 'score', 'start' and 'update', or one of 'backward', 'forward', 'loss' and "
+     "'input_grad'; not ('often',)"),
     ("a function for a moment", lambda: taken(print), ValueError,
      "taken: give one or more of 'score', 'start' and 'update', ... not (<built-in function print>,)"),
     ("no moment", lambda: taken(), ValueError, "taken: give one or more of 'score', 'start' and 'update', ... not ()"),
@@ -246,12 +246,12 @@ CRITERION = [
     ("a mean and a stored value", lambda: taken("backward", "start"), ValueError,
      "taken: give one or more of 'score', 'start' and 'update', ... not ('backward', 'start')"),
     ("a running value", lambda: taken("start", running=True), ValueError,
-     "taken: running= and finish= are for means over batches, at 'backward', 'forward' or 'loss'"),
+     "taken: running= and finish= are for means over batches, at backward, forward, loss, input_grad"),
     ("a finished value", lambda: taken("score", finish=torch.sqrt), ValueError,
-     "taken: running= and finish= are for means over batches, at 'backward', 'forward' or 'loss'"),
+     "taken: running= and finish= are for means over batches, at backward, forward, loss, input_grad"),
     ("a quantity without a moment", lambda: quantities.register(print), ValueError,
      "quantity print does not say when it is computed; mark it with @taken(...) below the registration, and with one "
-     "or more of score, start, update, backward, forward, loss"),
+     "or more of score, start, update, backward, forward, loss, input_grad"),
     ("gradients of a layer without any", lambda: calibrated("snip", Halves()), ValueError,
      f"calibrate: {UNUSED}"),
     ("the Hessian of a layer without gradients", lambda: calibrated("grasp", Halves()), ValueError,

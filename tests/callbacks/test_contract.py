@@ -20,7 +20,7 @@ pytestmark = [
 import forked  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 import new_process  # noqa: E402
-from conftest import masked_of, picture, picture_learner, small_net  # noqa: E402
+from conftest import CRITERIA, masked_of, picture, picture_learner, small_net  # noqa: E402
 from fastai.callback import core  # noqa: E402
 from fastai.callback.fp16 import MixedPrecision  # noqa: E402
 from fastai.callback.training import GradientAccumulation, GradientClip  # noqa: E402
@@ -28,7 +28,7 @@ from fastai.learner import Callback  # noqa: E402
 from soundness import assert_sound, counted, share  # noqa: E402
 from watch import EVENTS, At, raises  # noqa: E402
 
-from sparsifai.all import KeepSparsity, Sparsifier, SparsifyCallback, criteria, schedules  # noqa: E402
+from sparsifai.all import KeepSparsity, Sparsifier, SparsifyCallback, schedules  # noqa: E402
 from sparsifai.sparsifier import masking  # noqa: E402
 
 
@@ -338,7 +338,7 @@ def in_new_process(task, folder):
 @pytest.mark.slow
 def test_training_is_resumed_in_a_new_process_bit_for_bit_with_every_criterion(tmp_path):
     ends = {}
-    for criterion in criteria:
+    for criterion in CRITERIA:
         model, sparsifier, optimizer = new_process.plain(criterion)
         new_process.train(model, sparsifier, optimizer, range(new_process.STEPS))
         parts = {"model": model, "sparsifier": sparsifier, "optimizer": optimizer}

@@ -220,7 +220,7 @@ def test_with_coupled_filters_frozen_layers_stay_dense_and_the_warning_says_so()
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
     model[0].requires_grad_(False)
     model[4].requires_grad_(False)
-    with pytest.warns(UserWarning, match="stay dense even if they are trained later, because of coupled="):
+    with pytest.warns(UserWarning, match="stay dense even if they are trained later, because"):
         sparsifier = Sparsifier(model, "filter", coupled=True, example_input=torch.rand(1, 3, 12, 12))
     model.requires_grad_(True)
     sparsifier.sparsify(0.5)

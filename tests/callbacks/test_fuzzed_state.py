@@ -20,6 +20,12 @@ KINDS = {
     "settled": {"straight_through": True, "settle": 0.25},
 }
 
+# How the messages begin by which a state is refused before the fit.
+EARLY = (
+    "load_state_dict: give what SparsifyCallback.state_dict() returned",
+    "load_state_dict: reached must be a number from 0 to 1, not ",
+)
+
 
 def learner():
     torch.manual_seed(0)
@@ -45,7 +51,7 @@ def test_a_damaged_state_is_refused_early_or_by_the_fit_and_nothing_changes(kind
         damaged, place, what = mutated(state, chance)
         callback = made(kind)
         if message := refusal(lambda given=(callback, damaged): given[0].load_state_dict(given[1])):
-            assert message == "load_state_dict: give what SparsifyCallback.state_dict() returned", (place, what)
+            assert message.startswith(EARLY), (place, what)
             counts["early"] += 1
             continue
         if what == "another tensor" and "inf" in str(at(damaged, place)):

@@ -290,9 +290,15 @@ SPARSIFY = [
     *(
         (f"{state!r:.40} for a state", load_state(state), ValueError, NO_STATE)
         for state in (
-            None, 3, [], {}, {"sparsifier": {}}, {"sparsifier": [], "reached": 0.5}, {"sparsifier": {}, "reached": "a"},
-            {"sparsifier": {}, "reached": math.nan}, {"sparsifier": {}, "reached": 2.0}, {"masks": {}, "levels": {}},
+            None, 3, [], {}, {"sparsifier": {}}, {"sparsifier": [], "reached": 0.5}, {"masks": {}, "levels": {}},
         )
+    ),
+    *(
+        (
+            f"{reached!r:.40} for how far a fit has come", load_state({"sparsifier": {}, "reached": reached}),
+            ValueError, [f"load_state_dict: reached must be a number from 0 to 1, not {reached!r}"],
+        )
+        for reached in ("a", True, math.nan, 2.0, 10**400)
     ),
     (
         "state for a used callback", load_into_a_used_callback, ValueError,

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import EXAMPLE, small_net
+from conftest import CRITERIA, EXAMPLE, small_net
 from torch import nn
 
 import sparsifai
@@ -155,7 +155,7 @@ def test_one_percent_of_many_weights():
 
 KNOWN_NOW = ("random", "large_final", "small_final", "squared_final", "normalized_final", "lamp", "large_init",
              "small_init", "large_init_large_final", "small_init_small_final")  # fmt: skip
-BUILT_IN = [name for name in criteria if criteria[name].__module__.startswith("sparsifai")]
+BUILT_IN = [name for name in CRITERIA if criteria[name].__module__.startswith("sparsifai")]
 
 
 @pytest.mark.filterwarnings("ignore:near collapse")  # as small_final with a global ranking is

@@ -599,3 +599,17 @@ def test_a_callback_that_is_taken_off_within_a_step_leaves_the_step_whole(make_l
     learn, callback = make_learner(steps=6, opt_func=fastai.Adam), SparsifyCallback(0.8, schedule="lin")
     learn.fit(2, 0.01, cbs=[callback, Callback(**{event: take_off})])
     assert learn.keep_sparsity.report().selected.sparsity == share(0.8 * 3 / 12)
+
+
+@pytest.mark.parametrize(("context", "told"), [("global", 1), ("local", 0)])
+def test_a_layer_with_hardly_any_weights_left_is_told(make_learner, capsys, context, told):
+    """A new layer on pretrained ones has smaller weights than they, so one ranking of all leaves it none."""
+    model = nn.Sequential(small_net(), nn.Linear(3, 16), nn.Linear(16, 3))
+    with torch.no_grad():
+        model[2].weight.mul_(1e-4)
+    learn = make_learner(model=model)
+    learn.fit(1, 0.0, cbs=SparsifyCallback(0.5, context=context, schedule="one_shot"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "fewer than its 3 outputs" in line]
+    assert len(lines) == told
+    if told:
+        assert lines[0].startswith("context global leaves 1 of 48 weights of 2.weight, fewer than its 3 outputs.")

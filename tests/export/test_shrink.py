@@ -349,7 +349,7 @@ def test_channels_that_torch_pruning_loses_track_of_are_kept(pictures):
 
 
 def test_layers_that_mix_channels_are_named(pictures):
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(1, 8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
     grouped = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 4, 1)).eval()
     with torch.no_grad():
         model[0].weight[1] = 0
@@ -665,8 +665,12 @@ def test_reshapes_that_torch_pruning_misreads_end():
 
 
 def test_a_layer_keeps_its_inputs_if_all_would_be_removed(pictures):
+    class Maxout(nn.Module):
+        def forward(self, x):
+            return x.unfold(1, 2, 2).amax(-1)
+
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GLU(1), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Maxout(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
     with torch.no_grad():
         model[0].weight.zero_()
         model[0].bias.zero_()

@@ -166,7 +166,7 @@ def test_filters_that_cannot_be_removed_stay_dense_with_the_reason():
             torch.manual_seed(0)
             self.conv, self.free, self.same = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1)
             self.gate, self.out = nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 3, padding=1)
-            self.groups = nn.GroupNorm(2, 4)
+            self.groups = nn.GroupNorm(1, 4)
 
         def forward(self, x):
             x = x + self.conv(x)

@@ -14,10 +14,10 @@ import forked
 import processes
 import pytest
 import torch
-from conftest import EXAMPLE, follower_masks, misses_sparsity, small_net
+from conftest import CRITERIA, EXAMPLE, follower_masks, misses_sparsity, small_net
 from filelock import FileLock
 
-from sparsifai import Sparsifier, criteria
+from sparsifai import Sparsifier
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -135,7 +135,7 @@ def check_same_in_both(first, second):
 
 
 def test_every_criterion_is_among_the_replicated():
-    assert {criterion for _, _, criterion in processes.REPLICATED_AXES} == set(criteria)
+    assert {criterion for _, _, criterion in processes.REPLICATED_AXES} == set(CRITERIA)
 
 
 @pytest.mark.parametrize("given", ["wrapper", "module"])

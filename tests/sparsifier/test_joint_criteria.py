@@ -235,7 +235,7 @@ def test_gates_need_groups_of_several_layers():
     with pytest.raises(ValueError, match="needs gate_grad, but has seen no batch; call calibrate"):
         Sparsifier(Net(Separate), "head", criteria="gate_importance").sparsify(0.5)
     with pytest.raises(ValueError, match="regrow=gate_importance needs gate_grad, which a backward pass does not give"):
-        Sparsifier(Net(Separate), "head", regrow="gate_importance")
+        Sparsifier(Net(Separate), "weight", regrow="gate_importance")
 
 
 def test_gate_importance_of_a_head_that_was_pruned_is_zero_and_the_others_go_on():
@@ -248,3 +248,34 @@ def test_gate_importance_of_a_head_that_was_pruned_is_zero_and_the_others_go_on(
     sparsifier.sparsify(0.6)
     assert all((mask <= first[name]).all() for name, mask in sparsifier.masks.items())
     assert sparsifier.sparsity == pytest.approx(4 / 6)
+
+
+def test_gates_without_any_gradient_have_scores_of_zero():
+    zero = criteria["gate_importance"](torch.ones(4, 2), torch.zeros(4, 1), 2)
+    assert zero.tolist() == [[0.0, 0.0]] * 4
+
+
+def _models():
+    """Small models of other libraries with a batch of four examples, which may be cut into windows inside."""
+    torchvision = pytest.importorskip("torchvision")
+    pictures = torch.randn(4, 3, 8, 8)
+    for version in ({}, {"block": torchvision.models.swin_transformer.SwinTransformerBlockV2}):
+        yield torchvision.models.SwinTransformer([2, 2], 8, [1, 1], [2, 4], [2, 2], **version), pictures
+    yield torchvision.models.VisionTransformer(8, 4, 1, 4, 16, 24, num_classes=3), pictures
+    transformers = pytest.importorskip("transformers")
+    sizes = {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2}
+    yield transformers.SwinForImageClassification(transformers.SwinConfig(**sizes, num_labels=3)), pictures
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 4, "vocab_size": 30, "pad_token_id": 0, "num_labels": 3}
+    yield transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**sizes)), torch.randint(1, 30, (4, 5))
+
+
+@pytest.mark.parametrize("granularity", ["head", "neuron"])
+def test_examples_in_one_batch_count_as_examples_by_themselves(granularity):
+    for model, examples in _models():
+        found = []
+        for batches in ([(examples, Y)], [(examples[n : n + 1], Y[n : n + 1]) for n in range(4)]):
+            sparsifier = Sparsifier(model.eval(), granularity, criteria="gate_importance")
+            sparsifier.calibrate(batches, lambda output, y: F.cross_entropy(getattr(output, "logits", output), y))
+            found.append(sparsifier.collected.stored["gate_grad"])
+        for name, gates in found[0].items():
+            assert torch.allclose(gates, found[1][name], rtol=1e-2, atol=1e-9), (type(model).__name__, name)

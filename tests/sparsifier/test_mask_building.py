@@ -10,7 +10,9 @@ import oracle
 import pytest
 import torch
 from conftest import (
+    CRITERIA,
     EXAMPLE,
+    GRANULARITIES,
     as_on_device,
     dense_of,
     has_ties,
@@ -25,7 +27,7 @@ from hypothesis import strategies as st
 from torch import nn
 from updates import moved, same_state
 
-from sparsifai import Sparsifier, contexts, criteria, granularities
+from sparsifai import Sparsifier, contexts, criteria
 from sparsifai.axes.criterion import quantities_of
 from sparsifai.sparsifier.layer import selected
 from sparsifai.sparsifier.mask_building import build_masks
@@ -55,9 +57,9 @@ def expected_masks(sparsifier, scores, masks, sparsity, context):
 
 
 @pytest.mark.filterwarnings("ignore:taylor")
-@pytest.mark.parametrize("criterion", criteria)
+@pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("context", ["local", "global"])
-@pytest.mark.parametrize("granularity", granularities)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @misses_sparsity
 def test_every_combination_prunes_what_the_oracle_prunes(granularity, context, criterion):
     model = small_net()

@@ -742,8 +742,8 @@ def without_torch_pruning():
 
 COUPLED = [
     ("one of two coupled layers", lambda: coupled().sparsify({"stem": 0.5}), ValueError,
-     "coupled=True: the filters of stem.weight and branch.weight are coupled, so both need the same sparsity; give one "
-     "fraction for both"),
+     "stem.weight and branch.weight are pruned together, because their filters are coupled, so both need the same "
+     "sparsity; give one fraction for both"),
     ("coupled without an input", lambda: Sparsifier(Sum(), "filter", coupled=True), ValueError,
      "coupled=True: coupled filters are found by running the model once; give example_input=, a batch"),
     *((f"coupled with granularity {name}", lambda granularity=granularity: coupled(granularity=granularity), ValueError,

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import has_ties, misses_sparsity
+from conftest import GRANULARITIES, has_ties, misses_sparsity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from updates import alive, rounded, show_gradients
 
-from sparsifai import Sparsifier, contexts, granularities
+from sparsifai import Sparsifier, contexts
 from sparsifai.sparsifier.regrowth import sparsity_of_drop
 
 
@@ -88,10 +88,10 @@ def test_the_highest_gradients_of_a_block_regrow(context, axis):
 
 
 # Left out: granularities of so few groups per layer that none would move, and those of whole outputs.
-APART = {"layer", "filter", "row", *(name for name in granularities if "slice" in name)}
+APART = {"layer", "filter", "row", *(name for name in GRANULARITIES if "slice" in name)}
 
 
-CASES = [(granularity, "local") for granularity in granularities if granularity not in APART]
+CASES = [(granularity, "local") for granularity in GRANULARITIES if granularity not in APART]
 CASES += [("weight", context) for context in contexts] + [("kernel", "erk"), ("4x4", "global"), ("weight", "blocks")]
 
 

@@ -8,11 +8,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EXAMPLE, show_data, small_net
+from conftest import CRITERIA, EXAMPLE, show_data, small_net
 from interrupts import interrupted, places
 from torch import nn
 
-from sparsifai import Sparsifier, blocks, contexts, criteria
+from sparsifai import Sparsifier, blocks, contexts
 from sparsifai.sparsifier import dense_weights
 
 OPTIMIZERS = {
@@ -164,7 +164,7 @@ def test_every_granularity_and_context_ranks_the_dense_weights(granularity, cont
             assert parameter.stride() == dense.get_parameter(name).stride()
 
 
-@pytest.mark.parametrize("criterion", criteria)
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_works_and_takes_the_weights_from_the_dense_ones(criterion):
     model = small_net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -616,6 +616,20 @@ def test_settling_before_anything_is_pruned_is_told():
     with pytest.warns(match="no weight is pruned yet"):
         sparsifier.settle()
     sparsifier.settle()
+
+
+def test_masks_of_a_layer_that_joins_are_applied_before_it_has_dense_weights():
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 2))
+    model[1].weight.requires_grad_(False)
+    sparsifier = Sparsifier(model, straight_through=True)
+    sparsifier.sparsify(0.5)
+    model[1].weight.requires_grad_(True)
+    assert sparsifier.select_unfrozen() == ["1.weight"]
+    mask = torch.arange(32).view(2, 16) % 3 > 0
+    sparsifier.all_masks.add({"1.weight": mask})
+    sparsifier.apply_masks()
+    assert torch.equal(model[1].weight != 0, mask)
+    assert (model[0].weight == 0).sum() == 64
 
 
 def test_sparse_gradients_are_refused_if_they_are_to_be_pulled():

@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
-from conftest import dense_of, layers_of, small_net
+from attentions import BLOCKS, Net, weights_of
+from conftest import CRITERIA, GRANULARITIES, dense_of, layers_of, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparsifai import Regularizer, criteria, granularities, magnitude_increase
+from sparsifai import Regularizer, criteria, magnitude_increase
 from sparsifai.model.layers import find_weights
 
 DIFFERENTIABLE = ("large_final", "squared_final", "normalized_final", "lamp", "movement", "movmag", "small_final")
@@ -105,7 +106,7 @@ def test_gradients_are_those_of_finite_differences(granularity, criterion):
 
 
 @pytest.mark.parametrize("criterion", DIFFERENTIABLE)
-@pytest.mark.parametrize("granularity", [*granularities, "3x2", ("out", "h")])
+@pytest.mark.parametrize("granularity", [*GRANULARITIES, "3x2", ("out", "h")])
 def test_every_granularity_with_several_criteria(granularity, criterion):
     model = small_net()
     regularizer = Regularizer(model, granularity, criterion)
@@ -212,7 +213,7 @@ def test_embeddings_are_not_regularized_unless_they_are_selected():
 
 
 def test_every_built_in_criterion_works_or_is_refused():
-    for name in criteria:
+    for name in CRITERIA:
         try:
             regularizer = Regularizer(linear(), criteria=name)
         except ValueError as error:
@@ -241,7 +242,7 @@ def test_the_proximal_step_of_single_weights_is_soft_thresholding():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 1000), st.sampled_from([*granularities, "3x2"]), st.floats(0.01, 0.3))
+@given(st.integers(0, 1000), st.sampled_from([*GRANULARITIES, "3x2"]), st.floats(0.01, 0.3))
 def test_the_proximal_step_minimizes_its_objective(seed, granularity, threshold):
     """||W - V||^2 / 2 + threshold * penalty(W): no small move from the result is better."""
     torch.manual_seed(seed)
@@ -307,3 +308,31 @@ def test_proximal_steps_train_a_torch_model_to_whole_rows_of_zeros():
         opt.step()
         regularizer.proximal_step(0.1 * 0.5)
     assert (model[0].weight[0] != 0).tolist() == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("kind", ["separate", "fused multi-query", "interleaved grouped", "fused gated mlp"])
+def test_the_groups_of_heads_and_neurons_span_several_layers(kind):
+    make, granularity, groups, _ = BLOCKS[kind]
+    model = Net(make)
+    regularizer = Regularizer(model, granularity)
+
+    def norms():
+        return torch.stack([
+            torch.cat([each.flatten() for each in weights_of(model, block, group).values()]).norm()
+            for block in range(2) for group in groups
+        ])  # fmt: skip
+
+    size = sum(each.numel() for each in weights_of(model, 0, groups[0]).values())
+    assert regularizer.penalty().item() == pytest.approx(size**0.5 * norms().sum().item(), rel=1e-5)
+    regularizer.penalty().backward()
+    name, (axis, at) = next(iter(groups[0].items()))
+    weight = model.blocks[0].get_parameter(name)
+    part = weight.grad.index_select(axis, torch.tensor(at))
+    assert torch.allclose(part, size**0.5 * weight.detach().index_select(axis, torch.tensor(at)) / norms()[0])
+    before, threshold = norms(), 0.5 * norms().min().item() / size**0.5
+    regularizer.proximal_step(threshold)
+    assert torch.allclose(norms(), (before - threshold * size**0.5).clamp(min=0), atol=1e-5)
+    regularizer.proximal_step(norms().median().item() / size**0.5)
+    assert 0 < (norms() == 0).sum() < len(before)
+    regularizer.penalty().backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -5,11 +5,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLE, layers_of, small_net
+from conftest import EXAMPLE, GRANULARITIES, layers_of, small_net
 from soundness import counted
 from torch import nn
 
-from sparsifai import Sparsifier, granularities, highest_sparsity, sensitivity
+from sparsifai import Sparsifier, highest_sparsity, sensitivity
 
 
 def remaining_weights(model):
@@ -77,7 +77,7 @@ def test_every_level_is_measured_from_the_dense_weights():
     assert [*both.values[0]] == [one_by_one[0][0], one_by_one[1][0]]
 
 
-@pytest.mark.parametrize("granularity", granularities)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.filterwarnings("ignore:sparsity .* no group can be pruned")
 def test_every_granularity(net, granularity):
     sparsifier = Sparsifier(net, granularity)

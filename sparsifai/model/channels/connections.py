@@ -35,6 +35,14 @@ def nonzero_connections(layer: Any) -> Tensor:
     return nonzero.flatten(3).any(3) if nonzero.dim() > 3 else nonzero
 
 
+def weights_of_output(layer: Any, index: int) -> Tensor:
+    """The weights of one output of a convolution or Linear layer, or of one channel of a norm layer: a view of them."""
+    if not getattr(layer, "transposed", False):
+        return layer.weight.select(0, index)
+    share = layer.out_channels // layer.groups
+    return layer.weight.unflatten(0, (layer.groups, -1))[index // share, :, index % share]
+
+
 def zero_outputs(layer: Any) -> list[bool]:
     """For each output of a layer, whether all its weights are zero."""
     return (~nonzero_connections(layer).any(2)).flatten().tolist()

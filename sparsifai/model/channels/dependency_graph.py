@@ -17,12 +17,17 @@ from ...support.printable import printable
 from ...support.warning import own_filters
 from ..layers import CHANNEL_LAYERS, is_depthwise, outputs_of, size_of
 from ..parallel import kind_of, unwrapped
-from ..running import check_runs, in_modes, random_restored, run, sharing_copy
+from ..running import in_modes, random_restored, run, sharing_copy
+from .concatenations import sizes_of_concatenation
+from .equal_groups import has_several_groups
 from .marked_model import HiddenNorm, HiddenPart, MarkedModel
 from .pixel_shuffle import PixelShuffles, channels_of_shuffles, map_pixel_shuffles
+from .rewriting import ChannelOperation, ChannelOperations, map_shuffles
 
 # Layers that handle each channel by itself.
-_BY_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU, HiddenNorm)
+_BY_CHANNEL = (
+    *(nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU, HiddenNorm, ChannelOperation),
+)
 
 
 # The reason for keeping a channel that the graph loses track of.
@@ -55,7 +60,7 @@ def torch_pruning() -> Any:
 
 def coupled_groups(
     model: nn.Module, example_input: Any, why_kept: dict[str, str]
-) -> tuple[list[Group], dict[str, int]]:
+) -> tuple[list[Group], dict[str, int], dict[str, ChannelOperation]]:
     """What the outputs of each layer are coupled with, by one forward pass of a copy of the model.
 
     Args:
@@ -64,7 +69,8 @@ def coupled_groups(
         why_kept: Layer name -> why none of its channels can be removed. Reasons that the graph shows are added.
 
     Returns:
-        A group for each layer, and the order of names: name -> its position in the model.
+        A group for each layer; the order of names: name -> its position in the model; and the chunks and shuffles of
+        channels, which are members of the groups, by names that begin with a dot.
 
     Raises:
         ImportError: torch-pruning is not installed.
@@ -73,7 +79,7 @@ def coupled_groups(
     torch_pruning()
     marked = MarkedModel(sharing_copy(unwrapped(model)).eval(), example_input)
     with random_restored(model), in_modes(torch.no_grad()):
-        check_runs(marked.model, example_input)
+        marked.add_operations(example_input)
     with random_restored(model), in_modes(torch.enable_grad()), own_filters():
         # torch-pruning warns of parameters outside of layers. Here they become reasons in `why_kept`.
         warnings.simplefilter("ignore")
@@ -86,7 +92,9 @@ def coupled_groups(
                     f"{error}), so it is unknown which channels are coupled"
                 ) from error
             groups = _all_groups(marked, example_input, why_kept)
-    return groups, {name: number for number, name in enumerate(marked.names.values())}
+    order = {name: number for number, name in enumerate(marked.names.values())}
+    operations = {marked.names[each]: each for each in marked.operations if isinstance(each, ChannelOperation)}
+    return groups, order, operations
 
 
 def _hide_what_fails(marked: MarkedModel, example_input: Any) -> bool:
@@ -133,18 +141,26 @@ def _graph(marked: MarkedModel, example_input: Any) -> Any:
         nn.PixelShuffle: PixelShuffles(channels_of_shuffles(marked, example_input)),
         HiddenPart: _HiddenParts(),
         HiddenNorm: _HiddenNorms(),
+        ChannelOperation: ChannelOperations(),
     }
 
     def build() -> Any:
-        return library.DependencyGraph().build_dependency(
+        graph = library.DependencyGraph().build_dependency(
             marked, example_input, run, verbose=False, customized_pruners=pruners
         )
+        for node in graph.module2node.values():
+            sizes = sizes_of_concatenation(node.grad_fn) if node.type == library.ops.OPTYPE.CONCAT else None
+            if sizes is not None and len(sizes) == len(node.inputs):
+                node.module.concat_sizes = sizes
+                library.dependency.index_mapping.update_concat_index_mapping(graph, node)
+        return graph
 
     marked.ends.clear()
     graph = build()
     if marked.add_ends(graph.module2node):
         graph = build()
     map_pixel_shuffles(graph)
+    map_shuffles(graph)
     return graph
 
 
@@ -185,7 +201,7 @@ def _groups(graph: Any, why_kept: dict[str, str], marked: MarkedModel) -> Iterat
             elif isinstance(module, nn.PixelShuffle):
                 # Its own number of outputs is that of its inputs divided by r x r, which are one channel each.
                 yield [((name, side, index), index // module.upscale_factor**2) for index, _ in pairs]
-            elif not isinstance(module, _BY_CHANNEL):
+            elif not isinstance(module, _BY_CHANNEL) and not has_several_groups(module):
                 kind = type(module.part if isinstance(module, HiddenPart) else module).__name__
                 reason = f"goes through {printable(name)} ({kind}), which mixes channels"
             if reason:

@@ -11,7 +11,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from ..layers import CHANNEL_LAYERS
 from ..norms import is_norm_of_others, keeps_channels_apart
+from ..running import check_runs
 from ..tensors import is_float, tensors_in
+from .rewriting import Rewriting
 
 # Number of axes of an input -> a layer that has a parameter for each of its channels.
 _MARKS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -33,6 +35,7 @@ class MarkedModel(nn.Module):
     Attributes:
         names: Modules and parameters -> their names in the model. Names of what is added here begin with a dot.
         ends: Layers whose output nothing reads; they are made outputs of the model.
+        operations: Chunks and shuffles of channels that `add_operations` has found.
     """
 
     def __init__(self, model: nn.Module, example_input: Any):
@@ -47,6 +50,8 @@ class MarkedModel(nn.Module):
         for module in model.modules():
             if isinstance(module, CHANNEL_LAYERS):
                 module.register_forward_hook(lambda module, inputs, output: self.called.update({module: output}))
+        self._rewriting = Rewriting()
+        self.operations = self._rewriting.operations
         self._number = 0
         self._each(example_input, self._add_mark)
         for kind in _ALWAYS_HIDDEN:
@@ -60,8 +65,20 @@ class MarkedModel(nn.Module):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The outputs of the model, after an operation that the graph sees as the end of the model."""
         inputs, named = self._each((inputs, named), self._mark)
-        outputs = [output for output in tensors_in(self.model(*inputs, **named)) if is_float(output)]
+        with self._rewriting:
+            found = self.model(*inputs, **named)
+        outputs = [output for output in tensors_in(found) if is_float(output)]
         return [output * 1 for output in [*outputs, *(self.called[end] for end in self.ends)] if output.requires_grad]
+
+    def add_operations(self, example_input: Any) -> None:
+        """Run the model once, to find the chunks and shuffles of channels in it.
+
+        Raises:
+            ValueError: The model does not run on the example.
+        """
+        with self._rewriting.recording():
+            check_runs(self.model, example_input)
+        self.names |= {each: f".{each.kind} {number}" for number, each in enumerate(self.operations)}
 
     def add_ends(self, known: Container[nn.Module]) -> bool:
         """Make outputs of the called layers that are not known; returns whether there are any."""

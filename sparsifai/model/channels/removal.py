@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...support.components import components
 from ...support.printable import printable
-from ..layers import CHANNEL_LAYERS, is_depthwise, outputs_of
+from ..layers import CHANNEL_LAYERS, outputs_of
 from ..norms import affine_names
 from ..parallel import unwrapped
 from ..running import copy_of, untraced
-from .connections import keeps_constants, nonzero_connections, zero_outputs
+from .connections import keeps_constants, nonzero_connections, weights_of_output, zero_outputs
 from .constants import constant_inputs, has_other_path
 from .coupling import ChannelSet, LayerIndex, find_channels
 from .cutting import cut, indices_of
+from .equal_groups import balance, has_several_groups
 from .smaller_copy import SmallerCopy
 
 LAST_OUTPUT = "last output of a layer"
@@ -42,13 +44,14 @@ def why_stuck(model: nn.Module, example_input: Any, channels: Iterable[ChannelSe
         for name, index in dict.fromkeys(pair for each in channels for pair in (*each.outputs, *each.through)):
             module: Any = trial.get_submodule(name)
             if isinstance(getattr(module, "weight", None), Tensor):
-                out_axis = 1 if getattr(module, "transposed", False) and not is_depthwise(module) else 0
-                module.weight.select(out_axis, index).zero_()
+                weights_of_output(module, index).zero_()
             for other in {"bias", *affine_names(module)} - {"weight"}:
                 if isinstance(getattr(module, other, None), Tensor):
                     getattr(module, other)[index] = 0
-    why_kept = Removal(SmallerCopy(trial, example_input)).remove_all().why_kept
-    return {each: why_kept[each.outputs[0]] for each in channels if each.outputs[0] in why_kept}
+    removal = Removal(SmallerCopy(trial, example_input)).remove_all()
+    # A channel that stays so that groups keep equal sizes is one of several zero ones; another one was removed.
+    reasons = {output: why for output, why in removal.why_kept.items() if output not in removal.spared}
+    return {each: reasons[each.outputs[0]] for each in channels if each.outputs[0] in reasons}
 
 
 class Removal:
@@ -62,6 +65,7 @@ class Removal:
     Attributes:
         remaining: The same for all convolutions and Linear layers.
         why_kept: (layer name, output) -> why it cannot be removed.
+        spared: Those of them that could be removed, if the groups of a convolution need not keep equal sizes.
     """
 
     def __init__(self, copy: SmallerCopy, remaining: Mapping[str, list[int]] | None = None):
@@ -73,6 +77,8 @@ class Removal:
             if isinstance(module, CHANNEL_LAYERS)
         }
         self.why_kept: dict[LayerIndex, str] = {}
+        self.spared: set[LayerIndex] = set()
+        self._whole: set[tuple[str, int]] = set()  # grouped convolution, and group of it that is removed as a whole
         self._needed: set[LayerIndex] = set()  # outputs whose removal changed the outputs of the model, or would
 
     @property
@@ -97,10 +103,7 @@ class Removal:
         with untraced(self.model):
             constants = constant_inputs(self.model, self._copy.example_input, *self._copy.check.others)
         removable, self.why_kept = self._divide(channels, constants)
-        of_layers: dict[Any, list[ChannelSet]] = {}  # channels of the same layers are removed together
-        for channel in removable:
-            of_layers.setdefault(tuple(dict.fromkeys(name for name, _ in channel.outputs)), []).append(channel)
-        parts = list(of_layers.values())
+        parts = self._parts(removable)
         if mixed := self._mixed(parts):
             self._keep(mixed)
         elif removable:
@@ -119,6 +122,12 @@ class Removal:
             if not all(kept[name] for name, _ in channel.outputs):
                 reasons[number] = LAST_OUTPUT
                 kept.update(name for name, _ in channel.outputs)
+        free = {number for number, why in enumerate(reasons) if not why}
+        self.spared = set()
+        spared, self._whole = balance([each.cell for each in channels], free)
+        for number in spared:
+            reasons[number] = channels[number].why_spared
+            self.spared.update((name, self.remaining[name][index]) for name, index in channels[number].outputs)
         why_kept = {
             (name, self.remaining[name][index]): why
             for channel, why in zip(channels, reasons, strict=True)
@@ -145,14 +154,27 @@ class Removal:
                     continue
                 if math.isnan(value):
                     coupled = dict.fromkeys(layer for layer, _ in channel.outputs)
-                    if len(coupled) > 1 and not all(is_zero[layer][output] for layer, output in channel.outputs):
-                        return f"coupled in {', '.join(coupled)}, but not zero in all of them"
+                    if not all(is_zero[layer][output] for layer, output in channel.outputs):
+                        if len(coupled) > 1:
+                            return f"coupled in {', '.join(coupled)}, but not zero in all of them"
+                        if norm := next((each for each, _ in channel.through if has_several_groups(modules[each])), ""):
+                            return f"in one group of {printable(norm)} (GroupNorm) with channels that are not zero"
                     return f"not constant where {printable(name)} reads it"
                 if not keeps_constants(modules[name]):
                     return f"constant {value:.3g}, but {printable(name)} pads its input with zeros"
             return ""
 
         return [why_kept(channel) for channel in channels]
+
+    def _parts(self, channels: Sequence[ChannelSet]) -> list[list[ChannelSet]]:
+        """Split channels into those that are removed together: of the same layers, or of the same groups."""
+        keys: list[list] = [[tuple(dict.fromkeys(name for name, _ in each.outputs))] for each in channels]
+        for key, channel in zip(keys, channels, strict=True):
+            key += [name if (name, group) in self._whole else (name, side) for name, side, group in channel.cell]
+        parts: dict[int, list[ChannelSet]] = {}
+        for channel, number in zip(channels, components(keys), strict=True):
+            parts.setdefault(number, []).append(channel)
+        return list(parts.values())
 
     def _mixed(self, parts: list[list[ChannelSet]]) -> list[ChannelSet]:
         """The channels that are also read by something other than their known layers, such as a mean over channels."""

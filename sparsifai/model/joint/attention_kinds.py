@@ -129,6 +129,19 @@ _register(_TRANSFORMERS, "qkv_proj o_proj", norms=_NORMS)
 _register(_TRANSFORMERS, "Wqkv out_proj")
 _register(_TRANSFORMERS, "Wqkv Wo")
 _register(_TRANSFORMERS, "qkv proj")
+_register(_TRANSFORMERS, "qkv projection")
+_register(_TRANSFORMERS, "att_proj out_proj")
+_register(_TRANSFORMERS, "Wq Wk Wv dense")
+_register(_TRANSFORMERS, "query key value dense")
+_register(_TRANSFORMERS, "query key value out_proj")
+_register(_TRANSFORMERS, "query key value output")
+_register(_TRANSFORMERS, "query key value proj")
+_register(_TRANSFORMERS, "query_proj key_proj value_proj out_proj")
+_register(_TRANSFORMERS, "q_proj k_proj v_proj dense", norms=_NORMS)
+_register(_TRANSFORMERS, "q_proj k_proj v_proj proj", norms=_NORMS)
+_register(_TRANSFORMERS, "q_proj k_proj v_proj projection_layer", norms=_NORMS)
+_register(_TRANSFORMERS, "linear_q linear_k linear_v linear_out", also=("linear_pos",),
+          per_head={"pos_bias_u": 0, "pos_bias_v": 0})  # fmt: skip
 _register(_TRANSFORMERS, "c_attn c_proj")
 _register(_TRANSFORMERS, "q_attn c_attn c_proj")
 _register("transformers.models.gpt_bigcode.*Attention", "c_attn c_proj", interleaved=True)
@@ -136,7 +149,8 @@ _register(_TRANSFORMERS, "q_b_proj kv_b_proj o_proj", interleaved=True)
 _register(_TRANSFORMERS, "q_proj kv_b_proj o_proj", interleaved=True)
 _register(_TRANSFORMERS, "attention.query attention.key attention.value output.dense")
 _register(_TRANSFORMERS, "self.query self.key self.value output.dense", per_head=_TABLES,
-          also=("self.query_global", "self.key_global", "self.value_global"))  # fmt: skip
+          also=("self.query_global", "self.key_global", "self.value_global", "self.w2e_query", "self.e2w_query",
+                "self.e2e_query"))  # fmt: skip
 _register(_TRANSFORMERS, "self.query_proj self.key_proj self.value_proj output.dense",
           also=("self.pos_key_proj", "self.pos_query_proj"))  # fmt: skip
 _register(_TRANSFORMERS, "q k v o", per_head=_TABLES, joined=True)

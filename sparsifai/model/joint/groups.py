@@ -33,13 +33,15 @@ class Part:
 
     Attributes:
         name: Name of the parameter in the model.
-        axis: The axis of the parameter along which entries belong to groups.
-        groups: For each place along the axis, the number of the group that it belongs to, or NO_GROUP.
+        axis: The axis of the parameter along which entries belong to groups; None if the parameter is a part of one
+            group as a whole.
+        groups: For each place along the axis, the number of the group that it belongs to, or NO_GROUP. Without an axis
+            it has one entry.
         role: WEIGHT, READER, FOLLOWER or TABLE.
     """
 
     name: str
-    axis: int
+    axis: int | None
     groups: np.ndarray
     role: str = WEIGHT
 
@@ -48,6 +50,10 @@ class Part:
         """How many neighbours along the axis make up a group or a piece of one, also of those that belong to none."""
         ends = np.flatnonzero(np.diff(self.groups)) + 1
         return int(np.gcd.reduce(np.diff([0, *ends, len(self.groups)])))
+
+    def is_like(self, other: Part) -> bool:
+        """Whether the entries of another part belong to the same groups, in the same order."""
+        return (self.axis is None) == (other.axis is None) and np.array_equal(self.groups, other.groups)
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,23 @@ class Size:
 
 
 @dataclass(frozen=True, eq=False)
+class Entries:
+    """A list of modules, some of which are the groups: they are removed from it as a whole.
+
+    Attributes:
+        name: Name of the ModuleList, Sequential or ModuleDict.
+        groups: For each entry, the number of the group that it is, or NO_GROUP.
+        are_layers: Whether the entries are the layers of the model, whose number and positions it keeps.
+    """
+
+    name: str
+    groups: np.ndarray
+    are_layers: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class JointGroups:
-    """All joint groups of one attention or MLP.
+    """All joint groups of one attention or MLP, or of one list of blocks.
 
     Attributes:
         name: Name of the module.
@@ -76,6 +97,11 @@ class JointGroups:
         parts: The entries that belong to them.
         sizes: The sizes that modules keep.
         why_kept: Why its groups can be neither pruned nor removed. Mostly empty.
+        entries: The list of modules whose entries are the groups; None if groups are parts of layers.
+        apart: Whether each group is ranked as granularity 'layer' ranks layers: all may be pruned but the best of those
+            that are ranked together. Else the best group is kept.
+        cells: For each group, the number of the cell that it is in, such as the layer of a unit, if as many groups must
+            be pruned from each cell.
     """
 
     name: str
@@ -84,6 +110,9 @@ class JointGroups:
     parts: tuple[Part, ...]
     sizes: tuple[Size, ...] = ()
     why_kept: str = ""
+    entries: Entries | None = None
+    apart: bool = False
+    cells: np.ndarray | None = None
 
     def parts_in(self, *roles: str) -> list[Part]:
         """The parts that have one of some roles."""

@@ -131,7 +131,8 @@ class JointRemoval:
             name, _, attribute = part.name.rpartition(".")
             layer = self._copy.model.get_submodule(name)
             axes = axes_of(layer, attribute) or ()
-            if isinstance(layer, CHANNEL_LAYERS) and axes[part.axis : part.axis + 1] == ("out",):
+            axis = None if part.axis is None else axes[part.axis : part.axis + 1]
+            if isinstance(layer, CHANNEL_LAYERS) and axis == ("out",):
                 kept = (part.groups == NO_GROUP) | ~np.isin(part.groups, row.removed)
                 self.remaining[name] = np.flatnonzero(kept).tolist()
 

@@ -69,10 +69,11 @@ def register_mlp(kind: Kind, *, up: str, down: str, gate: str | None = None) -> 
 # A record of a kind that is declared later is tried first.
 for _kind in ("transformers.models.*", "timm.*", "torchvision.*"):
     for _names in (
-        "w12 w3", "0 3", "lin1 lin2", "wi wo", "Wi Wo", "intermediate.dense output.dense", "fc_in fc_out",
-        "intermediate_dense output_dense", "dense_h_to_4h dense_4h_to_h", "c_fc c_proj", "up_proj down_proj",
-        "gate_up_proj down_proj", "w1 w2", "fc1 fc2", "w2 w3 w1", "w3 w2 w1", "wi_1 wo wi_0", "fc1_x fc2 fc1_g",
-        "up_proj down_proj gate_proj",
+        "w12 w3", "0 3", "linear1 linear2", "linear_1 linear_2", "linear_fc1 linear_fc2", "dense1 dense2",
+        "layer_1 layer_2", "input_linear output_linear", "ffn ffn_output", "lin1 lin2", "wi wo", "Wi Wo",
+        "intermediate.dense output.dense", "fc_in fc_out", "intermediate_dense output_dense",
+        "dense_h_to_4h dense_4h_to_h", "c_fc c_proj", "up_proj down_proj", "gate_up_proj down_proj", "w1 w2", "fc1 fc2",
+        "w2 w3 w1", "w3 w2 w1", "wi_1 wo wi_0", "fc1_x fc2 fc1_g", "up_proj down_proj gate_proj",
     ):  # fmt: skip
         _up, _down, *_gate = _names.split()
         register_mlp(_kind, up=_up, down=_down, gate=_gate[0] if _gate else None)

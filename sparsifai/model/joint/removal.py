@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..layers import axes_of
 from .adapting import adapt
-from .groups import NO_GROUP, READER, JointGroups
+from .entries import remove_entries
+from .groups import FOLLOWER, NO_GROUP, READER, WEIGHT, JointGroups
 
 # Attributes by which layers keep the sizes of the axes of their weight.
 _SIZES_OF_AXES = {"out": ("out_features", "out_channels", "nf"), "in": ("in_features", "in_channels", "nx")}
@@ -22,7 +23,8 @@ _SIZES_OF_AXES = {"out": ("out_features", "out_channels", "nf"), "in": ("in_feat
 def removable_groups(model: nn.Module, groups: JointGroups) -> np.ndarray:
     """Which groups have no effect on the outputs of the model: bool per group.
 
-    A group has none if the weights that read it are zero.
+    A group has none if the weights that read it are zero. A group without such weights, such as a residual block, has
+    none if all its weights are zero.
 
     Args:
         model: The model.
@@ -31,13 +33,16 @@ def removable_groups(model: nn.Module, groups: JointGroups) -> np.ndarray:
     return np.logical_and.reduce(
         [
             _zero_groups(attrgetter(part.name)(model), part.axis, part.groups, groups.count)
-            for part in groups.parts_in(READER)
+            for part in groups.parts_in(READER) or groups.parts_in(WEIGHT, FOLLOWER)
         ]
     )
 
 
-def _zero_groups(tensor: Tensor, axis: int, of: np.ndarray, count: int) -> np.ndarray:
+def _zero_groups(tensor: Tensor, axis: int | None, of: np.ndarray, count: int) -> np.ndarray:
     """For each group, whether all entries of a tensor that belong to it are zero."""
+    if axis is None:
+        tensor, axis = tensor.flatten(), 0
+        of = np.broadcast_to(of, len(tensor))
     is_nonzero = (tensor.detach() != 0).movedim(axis, 0).flatten(1).any(1) if tensor.dim() > 1 else tensor.detach() != 0
     belongs = of != NO_GROUP
     return np.bincount(of[belongs], is_nonzero.cpu().numpy()[belongs], count) == 0
@@ -54,13 +59,17 @@ def remove_groups(model: nn.Module, groups: JointGroups, removed: Iterable[int])
     """
     removed = np.asarray(sorted(removed), dtype=np.int64)
     for part in groups.parts:
+        if part.axis is None:  # it goes with its module
+            continue
         kept = np.flatnonzero(~np.isin(part.groups, removed))
         old = attrgetter(part.name)(model)
         replace_tensor(model, old, old.detach().index_select(part.axis, torch.from_numpy(kept).to(old.device)))
     for size in groups.sizes:
         module: Any = model.get_submodule(size.module)
         setattr(module, size.attribute, getattr(module, size.attribute) - size.per_group * len(removed))
-    if len(removed):
+    if groups.entries is not None:
+        remove_entries(model, groups.entries, removed)
+    elif len(removed):
         adapt(model, groups)
 
 
@@ -73,7 +82,8 @@ def replace_tensor(model: nn.Module, old: Tensor, new: Tensor) -> None:
         for held in every:
             for attribute in [name for name, value in held.items() if value is old]:
                 held[attribute] = new
-                axes = axes_of(module, attribute) or ()
+                # Of a grouped convolution an axis of the weight has the size of one group.
+                axes = () if getattr(module, "groups", 1) != 1 else axes_of(module, attribute) or ()
                 for axis, (before, after) in zip(axes, zip(old.shape, new.shape, strict=True), strict=False):
                     for size in _SIZES_OF_AXES.get(axis, ()):
                         if before != after and getattr(module, size, None) == before:

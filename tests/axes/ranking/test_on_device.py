@@ -20,14 +20,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLE, as_on_device, has_ties, masked_of, misses_sparsity, show_data, small_net, without_values
+from conftest import (
+    CRITERIA,
+    EXAMPLE,
+    as_on_device,
+    has_ties,
+    masked_of,
+    misses_sparsity,
+    show_data,
+    small_net,
+    without_values,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from updates import no_waiting
 
-from sparsifai import Sparsifier, blocks, bounded, criteria
+from sparsifai import Sparsifier, blocks, bounded
 from sparsifai.axes.ranking.device_layer import DeviceLayer
 from sparsifai.axes.ranking.on_device import select_on_device
 from sparsifai.axes.ranking.scored_layer import ScoredLayer
@@ -145,7 +155,7 @@ def test_masks_within_rows_and_blocks_are_the_same(context, granularity, criteri
         assert all(torch.equal(host.masks[name], device.masks[name]) for name in host.masks), level
 
 
-@pytest.mark.parametrize("criterion", [name for name in criteria if name != "random"])
+@pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "random"])
 def test_masks_are_the_same_with_every_criterion(criterion):
     # random draws on the host, so that it gives the same numbers everywhere, and sends them to the GPU.
     both = []
