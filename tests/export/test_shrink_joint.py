@@ -108,6 +108,7 @@ def test_half_precision_stays():
     assert parameters(model) - parameters(small) == MODELS["llama"][1]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_padding_goes_through_a_smaller_encoder():
     """In evaluation mode torch hands its layers nested tensors, unless the fast path is off."""
     model, batch = pruned("encoder")
