@@ -7,8 +7,6 @@ of results, add a line here.
 from dataclasses import dataclass
 
 from sparsifai.all import between, granularities
-from sparsifai.model.joint.attention import find_heads
-from sparsifai.model.joint.mlp import find_neurons
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ FINE_TUNE = {
 @granularities.register(joint=True)
 def head_and_neuron(model):
     "Attention heads and neurons of MLPs, in one Sparsifier"
-    return find_heads(model) + find_neurons(model)
+    return granularities["head"](model) + granularities["neuron"](model)
 
 
 _MOVEMENT_PRUNING = {**_STRAIGHT_THROUGH, "criteria": "movement_pruning", "gradient_sparsity": 1.0}
