@@ -118,7 +118,7 @@ if __name__ == "__main__":
     parser.add_argument("--part", type=int, nargs=2, default=(1, 1), help="1 2: every second run, from the first")
     parser.add_argument("--minutes", type=float, help="after which no further run begins")
     parser.add_argument("--report", action="store_true", help="run nothing: print the tables of the stored runs")
-    parser.add_argument("--page", type=Path, help="a page that gets its tables; a plot that it shows, NAME.png, is drawn")
+    parser.add_argument("--page", type=Path, help="a page that gets its tables, and its plot NAME.png if it shows one")
     parser.add_argument("--out", type=Path, help=f"folder of the results; by default {STORED}")
     parser.add_argument("--threads", type=int, default=1, help="of torch; by default 1")
     arguments = parser.parse_args()

@@ -153,9 +153,10 @@ TEXT = {
     "weights, magnitude": ({}, _WEIGHTS),
     "weights, movement": ({"criteria": "movement"}, _WEIGHTS),
     "weights, straight-through movement pruning": (_MOVEMENT_PRUNING, _WEIGHTS),
+    "weights, straight-through magnitude": (_STRAIGHT_THROUGH, _HALF),
     "weights, straight-through movement pruning, late": (
         {**_MOVEMENT_PRUNING, "schedule": between("agp", 0.25, 0.75)},
-        _WEIGHTS,
+        _HALF,
     ),
     "heads, magnitude": (_HEADS, _GROUPS),
     "heads, gate importance": ({**_HEADS, **_GATES, **_EACH_TEN}, _GROUPS),
