@@ -158,7 +158,7 @@ def shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
             value.data = value.data.clone()
     table = _measured(removal, rows, model, start, not_followed)
     if table.parameters_left < table.parameters:
-        update_config(small, [row.groups for row in joint.rows])
+        update_config(small, [row.groups for row in joint.rows], model)
     return small, table
 
 
