@@ -26,17 +26,19 @@ _HEAD_SIZE = "head_dim"
 _SIZES = (*_HEADS, *_KEY_VALUE_HEADS, "head_dim", "attention_head_size", "num_key_value_groups", "n_rep")
 
 
-def update_config(model: nn.Module, found: Iterable[JointGroups]) -> None:
-    """Have the configs of a smaller model say its widths; where they cannot, its `save_pretrained` raises an error.
+def update_config(model: nn.Module, found: Iterable[JointGroups], original: nn.Module) -> None:
+    """Have the configs of a smaller model say its sizes; where they cannot, its `save_pretrained` raises an error.
 
     Args:
         model: The smaller model, which holds models of transformers, or is one. Others are left as they are.
-        found: The joint groups of the larger model.
+        found: The joint groups of the larger model, under the names that they have in the smaller one.
+        original: The larger model.
     """
     found = list(found)
     for name, pretrained in _outermost(model):
         inside = [(groups, _remaining(model, groups)) for groups in found if _is_in(groups.name, name)]
-        why = _updated(pretrained, [(groups, _without(groups.name, name), left) for groups, left in inside])
+        larger: Any = original.get_submodule(name)
+        why = _updated(pretrained, [(groups, _without(groups.name, name), left) for groups, left in inside], larger)
         for part in pretrained.modules():
             if _is_pretrained(part):
                 vars(part).pop("save_pretrained", None)
@@ -82,7 +84,7 @@ def _remaining(model: nn.Module, groups: JointGroups) -> int:
     return attrgetter(part.name)(model).shape[part.axis] * groups.count // len(part.groups)
 
 
-def _updated(model: Any, found: list[tuple[JointGroups, str, int]]) -> str:
+def _updated(model: Any, found: list[tuple[JointGroups, str, int]], original: Any) -> str:
     """Change the config of a model; why it cannot say the widths, with the config as before, or empty."""
     configs = {id(part.config): part.config for part in model.modules() if _is_config(vars(part).get("config"))}
     wanted: dict[tuple[type, str], set[int]] = {}
@@ -100,7 +102,7 @@ def _updated(model: Any, found: list[tuple[JointGroups, str, int]]) -> str:
             for config in configs.values():
                 if type(config) is kind:
                     setattr(config, attribute, value)
-        why = _why_different(model)
+        why = _why_different(model, original)
     except Exception as error:  # a config can refuse any value
         why = f"{type(model.config).__name__} refuses its widths ({message_of(error)})"
     for config, values in before:
@@ -125,17 +127,20 @@ def _config_of(model: Any, name: str) -> Any:
     return model.config if type(config) is type(model.config) else config
 
 
+def _named(config: Any, path: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """The attributes that a config has: with the prefix of the encoder or decoder of a path, or else without."""
+    for prefix in (*(f"{part}_" for part in ("encoder", "decoder") if part in path.split(".")), ""):
+        have = {f"{prefix}{name}" for name in names} & vars(config).keys()
+        if have:
+            return {name: getattr(config, name) for name in have}
+    return {}
+
+
 def _widths(config: Any, module: nn.Module, groups: JointGroups, left: int) -> dict[str, int]:
     """The attributes of a config that say how many groups a module has, with the values for the smaller module."""
-    inside = [f"{part}_" for part in ("encoder", "decoder") if part in groups.name.split(".")]
 
     def named(names: tuple[str, ...]) -> dict[str, Any]:
-        """The attributes that there are: with the prefix of an encoder or decoder, if there are such, or without."""
-        for prefix in (*inside, ""):
-            have = {f"{prefix}{name}" for name in names} & (vars(config).keys())
-            if have:
-                return {name: getattr(config, name) for name in have}
-        return {}
+        return _named(config, groups.name, names)
 
     if groups.what == "neuron":
         values = named(_NEURONS)
@@ -152,7 +157,7 @@ def _widths(config: Any, module: nn.Module, groups: JointGroups, left: int) -> d
     return {**widths, _HEAD_SIZE: size} if isinstance(size, int) and is_free else widths
 
 
-def _why_different(model: Any) -> str:
+def _why_different(model: Any, original: Any) -> str:
     """Why a model that is made from the config has other sizes; empty if it has the same."""
     kind = type(model).__name__
     try:
@@ -164,6 +169,9 @@ def _why_different(model: Any) -> str:
     for name, value in model.state_dict().items():
         if shapes.get(name) != value.shape:
             return f"its config cannot say that {name} has the shape {tuple(value.shape)}"
+    missing = [name for name in shapes.keys() & original.state_dict().keys() if name not in model.state_dict()]
+    if missing:
+        return f"its config cannot say that it has no {min(missing)}"
     modules = dict(made.named_modules())
     for name, module in model.named_modules():
         for attribute in _SIZES:

@@ -124,7 +124,7 @@ def load_shrunk(model: nn.Module, file: str | os.PathLike) -> nn.Module:
             adapt(small, groups)
     _check_layers(file, small)
     if cut:
-        update_config(small, found)
+        update_config(small, found, model)
     return small
 
 

@@ -85,3 +85,18 @@ def test_a_model_inside_another_one(tmp_path):
     smaller = shrink(small, batch)
     with pytest.raises(ValueError, match="BertModel.save_pretrained: its config cannot say"):
         smaller.inner.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_fewer_layers(name, tmp_path):
+    """A layer that is zero is removed as a whole, and the number of layers is in the config."""
+    model, batch = model_and_batch(name)
+    with torch.no_grad():
+        for parameter in next(part for part in model.modules() if isinstance(part, nn.ModuleList))[0].parameters():
+            parameter.zero_()
+    Sparsifier(model, "neuron", "local", "random").sparsify(0.5)
+    small = shrink(model, batch)
+    small.save_pretrained(tmp_path)
+    loaded = type(small).from_pretrained(tmp_path).eval()
+    assert torch.equal(output_of(loaded, batch), output_of(small, batch))
+    assert loaded.config.num_hidden_layers == 1
