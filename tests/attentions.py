@@ -24,30 +24,28 @@ register_layer(Transposed, weight=("in", "out"))
 
 
 class Attention(nn.Module):
-    """Heads of size 2. `gates`, if it is set, multiplies what each head hands on."""
+    """`gates`, if it is set, multiplies what each head hands on."""
 
     gates = None
 
-    def __init__(self, heads=3, key_value_heads=None):
+    def __init__(self, heads=3, key_value_heads=None, size=2):
         super().__init__()
-        self.num_heads, self.kv = heads, key_value_heads or heads
+        self.num_heads, self.kv, self.size = heads, key_value_heads or heads, size
 
     def attend(self, query, key, value):
-        """query, key and value: (batch, tokens, heads * 2)."""
-        query, key, value = (
-            each.unflatten(-1, (-1, 2)).transpose(1, 2).repeat_interleave(self.num_heads * 2 // each.shape[-1], 1)
-            for each in (query, key, value)
-        )
-        heads = (query @ key.mT / 2**0.5).softmax(-1) @ value
+        """query, key and value: (batch, tokens, heads * size)."""
+        query, key, value = (each.unflatten(-1, (-1, self.size)).transpose(1, 2) for each in (query, key, value))
+        key, value = (each.repeat_interleave(self.num_heads // self.kv, 1) for each in (key, value))
+        heads = (query @ key.mT / self.size**0.5).softmax(-1) @ value
         heads = heads if self.gates is None else heads * self.gates.view(-1, 1, 1)
         return heads.transpose(1, 2).flatten(2)
 
 
 class Separate(Attention):
-    def __init__(self, heads=3, key_value_heads=None):
-        super().__init__(heads, key_value_heads)
-        self.q, self.o = nn.Linear(WIDTH, heads * 2), nn.Linear(heads * 2, WIDTH)
-        self.k, self.v = nn.Linear(WIDTH, self.kv * 2), nn.Linear(WIDTH, self.kv * 2)
+    def __init__(self, heads=3, key_value_heads=None, size=2, **options):
+        super().__init__(heads, key_value_heads, size)
+        self.q, self.o = nn.Linear(WIDTH, heads * size, **options), nn.Linear(heads * size, WIDTH)
+        self.k, self.v = (nn.Linear(WIDTH, self.kv * size, **options) for _ in range(2))
 
     def forward(self, x):
         return self.o(self.attend(self.q(x), self.k(x), self.v(x)))
@@ -74,12 +72,13 @@ class Cross(Attention):
 class Fused(Attention):
     layer = nn.Linear
 
-    def __init__(self, heads=3, key_value_heads=None):
-        super().__init__(heads, key_value_heads)
-        self.qkv, self.proj = self.layer(WIDTH, heads * 2 + self.kv * 4), self.layer(heads * 2, WIDTH)
+    def __init__(self, heads=3, key_value_heads=None, size=2, **options):
+        super().__init__(heads, key_value_heads, size)
+        self.qkv = self.layer(WIDTH, (heads + 2 * self.kv) * size, **options)
+        self.proj = self.layer(heads * size, WIDTH)
 
     def forward(self, x):
-        sizes = [self.num_heads * 2, self.kv * 2, self.kv * 2]
+        sizes = [self.num_heads * self.size, self.kv * self.size, self.kv * self.size]
         return self.proj(self.attend(*self.qkv(x).split(sizes, -1)))
 
 
@@ -90,7 +89,7 @@ class FusedTransposed(Fused):
 class Interleaved(Fused):
     def forward(self, x):
         queries = self.num_heads // self.kv
-        fused = self.qkv(x).unflatten(-1, (self.kv, queries + 2, 2))
+        fused = self.qkv(x).unflatten(-1, (self.kv, queries + 2, self.size))
         query, key, value = fused[..., :queries, :], fused[..., queries, :], fused[..., queries + 1, :]
         return self.proj(self.attend(query.flatten(2), key.flatten(2), value.flatten(2)))
 

@@ -132,8 +132,8 @@ def shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
     model = unwrapped(model)
     check_values("shrink", dict(model.named_parameters()))
     check_fused_norms(model)
-    dtypes = {name: value.dtype for name, value in named_tensors(model)}
     start, wholes = without_wholes(model, with_autograd(example_input))
+    dtypes = {name: value.dtype for name, value in named_tensors(start)}
     copy = SmallerCopy(start, with_autograd(example_input))
     joint = JointRemoval(copy, (find_heads, find_neurons)).remove_all()
     rows: list[Removed | ZeroUnits] = [*wholes, *joint.rows, *remove_all_units(copy)]

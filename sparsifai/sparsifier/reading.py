@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..model.hooks import hooked
 from ..model.joint.groups import READER
 from ..model.layers import NamedWeight
-from .collection import Source
+from ..support.registry import name_of
+from .collection import CollectedQuantities, Source
 
 # Its subclass of the second version, too.
 _OF_TORCHVISION = "torchvision.models.swin_transformer.ShiftedWindowAttention"
@@ -26,6 +27,24 @@ Read = dict[str, list[tuple[Tensor, int]]]  # name of a weight -> (input, number
 def readers_of(source: Source) -> dict[str, NamedWeight]:
     """The selected weights that read joint groups, by name."""
     return {name: layer for name, layer in source.layers.items() if source.joint[name][1].role == READER}
+
+
+def check_read(collected: CollectedQuantities) -> None:
+    """Refuse a criterion of what layers read of joint groups, if there are no such groups or no such layers.
+
+    Raises:
+        ValueError: No layer reads the groups of some module.
+    """
+    source = collected.source
+    for quantity in collected.at("input_grad"):
+        needs = f"criterion {name_of(collected.criterion)} needs {quantity}, which is about"
+        advice = "give granularity 'head' or 'neuron', or a criterion of weights and gradients such as taylor"
+        if not source.joint:
+            raise ValueError(f"{needs} groups of several layers; {advice}")
+        read = {id(source.joint[name][0]) for name in readers_of(source)}
+        if unread := [name for name in source.layers if id(source.joint[name][0]) not in read]:
+            what = source.joint[unread[0]][0].what
+            raise ValueError(f"{needs} the inputs of layers, but no layer reads the {what}s of {unread[0]}; {advice}")
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from .mask_building import NewMasks, Ranking, build_masks, notice_of_revived
 from .masking import NEXT_TO_ZERO, masked_parameters, moments_to_zero, newly_changed, newly_masked
 from .notices import notices_of_frozen, notices_of_host, notices_of_outputs, notices_of_unnamed, notices_of_unprunable
 from .options import Options, Sparsity, check_sparsity
+from .reading import check_read
 from .regrowth import Regrowth, check_drop
 from .report import Report
 from .saved_state import read_state
@@ -52,7 +53,8 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
             it. Several processes that train it together, with DistributedDataParallel or fully_shard, get the same
             masks: pass the wrapped model, and call every method in all processes. Names are those inside the wrapper.
         granularity: How weights are grouped: a name of `granularities`, a tuple of axes such as ('out', 'h'), or a
-            function. Default 'weight', every weight by itself.
+            function. Default 'weight', every weight by itself. Groups of some, such as 'head', have weights in
+            several layers.
         context: Where scores are ranked: a name of `contexts` or a function. Default 'global', all layers together.
         criteria: How weights are scored: a name of `criteria` or a function of named quantities. The groups with
             the lowest scores are pruned. Default 'large_final', the magnitude.
@@ -65,7 +67,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
             the criterion's definition, which is 'mean' except for taylor.
         may_empty: Whether a layer may lose all its groups. By default it keeps its best one.
         regrow: The criterion by which pruned weights regrow, highest scores first, when `sparsify` is called with
-            `drop`: 'grad' as in RigL, 'random' as in SET, or another criterion.
+            `drop`: 'grad' as in RigL, 'random' as in SET, or another criterion. Not with groups of several layers.
         round_to: Keep a multiple of this many groups in every layer, or all of them.
         coupled: Whether filters that can only be removed together (such as those whose outputs are added) are ranked
             and pruned together, so that `shrink` can remove every zero filter. Needs torch-pruning and example_input.
@@ -143,11 +145,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         joint = {} if coupling is None else coupling.joint
         source = Source(inner, weights, rng, example, dense=self._dense, joint=joint)
         self.collected = CollectedQuantities(options.criteria, source)
-        if not joint and (unfit := self.collected.at("input_grad")):
-            raise ValueError(
-                f"criterion {name_of(options.criteria)} needs {unfit[0]}, which is about groups of several layers; "
-                "give granularity 'head' or 'neuron', or a criterion of weights and gradients such as taylor"
-            )
+        check_read(self.collected)
         self._regrowth = None if options.regrow is None else Regrowth(options.regrow, source)
         for each in self._all_collected:
             each.take("start")

@@ -15,8 +15,10 @@ from sparsifai.all import (  # noqa: E402
     SparsifyCallback,
     compare,
     highest_sparsity,
+    lottery_ticket,
     sensitivity,
 )
+from sparsifai.training.lottery_run import LotteryRun  # noqa: E402
 
 
 def learner(kind=lambda: Separate(6), **options):
@@ -98,6 +100,20 @@ def test_sensitivity_prunes_one_attention_at_a_time():
     learn.fit(1, 1e-3, cbs=callback)
     assert callback.sparsifier.sparsity == pytest.approx(0.4, abs=0.1)
     assert 0 < highest_sparsity(learn, 10.0, granularity="head") < 1
+
+
+def test_lottery_tickets_of_heads_and_a_control_whose_heads_are_others(monkeypatch):
+    seen = []
+    shuffled = LotteryRun._shuffled
+    monkeypatch.setattr(LotteryRun, "_shuffled", lambda *given: seen.append(shuffled(*given)) or seen[-1])
+    learn = learner()
+    lottery_ticket(learn, 0.5, rounds=1, granularity="head", context="local", controls=["shuffled"])
+    for masks in (seen[0], {name: parameter != 0 for name, parameter in learn.model.named_parameters()}):
+        for block in range(2):
+            rows = [masks[f"blocks.{block}.{name}.weight"].any(1).tolist() for name in "qkv"]
+            assert rows[0] == rows[1] == rows[2] == masks[f"blocks.{block}.o.weight"].any(0).tolist()
+            assert sum(rows[0]) == 6
+    assert not torch.equal(seen[0]["blocks.0.q.weight"].any(1), (learn.model.blocks[0].q.weight != 0).any(1))
 
 
 def test_a_schedule_that_falls_and_a_second_fit():

@@ -2,12 +2,15 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from attentions import BLOCKS, WIDTH, Fused, FusedGatedMlp, Mlp, Net, Separate, Torch, masks_of, weights_of
+from attentions import BLOCKS, WIDTH, Fused, FusedGatedMlp, Interleaved, Mlp, Net, Separate, Torch, masks_of, weights_of
 from conftest import dense_of, misses_sparsity
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from sparsifai import Sparsifier, bounded, contexts, granularities
@@ -367,3 +370,31 @@ def test_the_attention_of_torch_keeps_what_it_computes_in_eval_and_in_training()
     model = Net(Torch)
     Sparsifier(model, "head", "local").sparsify(0.3)
     assert torch.allclose(model.train()(X), model.eval()(X), atol=1e-6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from([Separate, Fused, Interleaved]), st.sampled_from([(2, 2), (4, 4), (4, 2), (6, 3), (6, 2), (3, 1)]),
+    st.integers(1, 4), st.booleans(), st.floats(0.2, 0.8), st.integers(0, 1000),
+)  # fmt: skip
+def test_other_heads_compute_what_they_did_and_pruned_ones_hand_nothing_on(kind, heads, size, bias, fraction, seed):
+    model = Net(lambda: kind(*heads, size, bias=bias), blocks=1)
+    block = model.blocks[0]
+    seen = []
+    reads = block.o if kind is Separate else block.proj
+    hook = reads.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].unflatten(-1, (heads[0], size))))
+    model(X)
+    sparsifier = Sparsifier(model, "head", "local", "random", seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the sparsity cannot be reached
+        sparsifier.sparsify(fraction)
+    model(X)
+    hook.remove()
+    dense, sparse = seen
+    zero = (reads.weight.unflatten(1, (heads[0], size)) == 0).all(0).all(1)
+    queries = 1 if heads[1] == 1 else heads[0] // heads[1]
+    (pruned, _) = sparsifier.report().joint["blocks.0"]
+    assert int(zero.sum()) == pruned * queries
+    assert torch.allclose(sparse[..., ~zero, :], dense[..., ~zero, :], atol=1e-5)
+    if heads[1] > 1:
+        assert (sparse[..., zero, :] == 0).all()

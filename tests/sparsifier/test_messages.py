@@ -732,7 +732,7 @@ def coupled(model=None, granularity="filter", example_input=None, **options):
 
 
 def mixed_channels():
-    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(1, 4), nn.Conv2d(4, 2, 1))
 
 
 def without_torch_pruning():

@@ -314,6 +314,7 @@ def test_proximal_steps_train_a_torch_model_to_whole_rows_of_zeros():
 def test_the_groups_of_heads_and_neurons_span_several_layers(kind):
     make, granularity, groups, _ = BLOCKS[kind]
     model = Net(make)
+    rows = {name: parameter[6:10].clone() for name, parameter in model.named_parameters() if "qkv" in name}
     regularizer = Regularizer(model, granularity)
 
     def norms():
@@ -333,6 +334,8 @@ def test_the_groups_of_heads_and_neurons_span_several_layers(kind):
     regularizer.proximal_step(threshold)
     assert torch.allclose(norms(), (before - threshold * size**0.5).clamp(min=0), atol=1e-5)
     regularizer.proximal_step(norms().median().item() / size**0.5)
+    if kind == "fused multi-query":  # the rows of the key and the value belong to no head
+        assert all(torch.equal(model.get_parameter(name)[6:10], those) for name, those in rows.items())
     assert 0 < (norms() == 0).sum() < len(before)
     regularizer.penalty().backward()
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -62,7 +62,8 @@ def _channel_values(model: nn.Module, example_input: Any, nan: NanPropagation | 
     def record_input(name: str, layer: nn.Module, given: Tensor) -> Tensor:
         with nan.paused() if nan else nullcontext():
             values = given.movedim(channel_axis(layer, given), 0).flatten(1)
-            value = torch.where(_equal(values, values[:, :1]).all(1), values[:, 0], NAN)
+            first = values[:, 0] if values.numel() else torch.full((len(values),), NAN, device=values.device)
+            value = torch.where(_equal(values, values[:, :1]).all(1), first, NAN)
             found[name] = torch.where(_equal(found[name], value), value, NAN) if name in found else value
             if nan is None:
                 return given

@@ -73,7 +73,7 @@ def _stage_of(model: nn.Module, name: str) -> int | None:
 def _configs_above(model: nn.Module, name: str) -> list[Any]:
     """The configs of the modules that a module is in, from the model inwards."""
     configs, module = [getattr(model, "config", None)], model
-    for piece in name.split("."):
+    for piece in filter(None, name.split(".")):
         module = getattr(module, piece)
         configs.append(getattr(module, "config", None))
     return list({id(config): config for config in configs if hasattr(config, "__dict__")}.values())

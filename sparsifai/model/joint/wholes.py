@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from ..channels.output_check import OutputCheck
+from ..layers import parameter_name
 from ..running import sharing_copy
 from .blocks import find_blocks, has_zero_candidates
 from .experts import choosing_tokens, find_experts, remove_experts_from, why_too_few
@@ -37,11 +38,10 @@ def without_wholes(model: nn.Module, example_input: Any) -> tuple[nn.Module, lis
         return model, []
     start = sharing_copy(model).eval()
     check = OutputCheck(start, example_input)
-    _remove(start, blocks, blocks, check)
+    _remove(start, blocks, {row.groups.name: row.zeros for row in blocks}, blocks, check)
     gone = tuple(f"{name}." for row in blocks for name in _names(model, row))
     experts = [row for row in experts if not row.groups.name.startswith(gone)]
-    _refuse_chosen(start, experts, example_input)
-    _remove(start, [row for row in experts if not row.why_kept], blocks + experts, check)
+    _remove(start, experts, _unchosen(start, experts, example_input), blocks + experts, check)
     removed = [row for row in blocks + experts if row.removed]
     return (_without(model, removed) if removed else model), blocks + experts
 
@@ -51,7 +51,7 @@ def _names(model: nn.Module, row: Removed) -> list[str]:
     assert row.groups.entries is not None
     name, groups = row.groups.entries.name, row.groups.entries.groups
     keys = list(model.get_submodule(name)._modules)
-    return [f"{name}.{key}" for key, group in zip(keys, groups, strict=True) if group in row.removed]
+    return [parameter_name(name, key) for key, group in zip(keys, groups, strict=True) if group in row.removed]
 
 
 def _rows(model: nn.Module, found: Sequence[JointGroups]) -> list[Removed]:
@@ -64,36 +64,56 @@ def _rows(model: nn.Module, found: Sequence[JointGroups]) -> list[Removed]:
     return [row for row in rows if row.zeros]
 
 
-def _refuse_chosen(model: nn.Module, rows: Sequence[Removed], example_input: Any) -> None:
-    """Note why experts are kept that tokens of the example choose, or without which too few are left."""
-    if not rows:
-        return
-    for row, tokens in zip(rows, choosing_tokens(model, [row.groups for row in rows], example_input), strict=True):
-        row.why_kept = row.why_kept or why_too_few(model, row.groups, row.zeros)
+def _unchosen(model: nn.Module, rows: Sequence[Removed], example_input: Any) -> dict[str, list[int]]:
+    """The experts that are zero and that no token of an example chooses: name of the mixture -> their numbers.
+
+    Notes why others are kept.
+    """
+    found: dict[str, list[int]] = {}
+    counts = choosing_tokens(model, [row.groups for row in rows], example_input) if rows else []
+    for row, tokens in zip(rows, counts, strict=True):
+        unchosen = [number for number in row.zeros if tokens is not None and not tokens[number]]
+        row.why_kept = row.why_kept or why_too_few(model, row.groups, unchosen)
         if not row.why_kept and tokens is None:
             row.why_kept = "it does not show which tokens choose its experts"
-        elif not row.why_kept and tokens is not None and (times := tokens[row.zeros].sum()):
+        if row.why_kept:
+            continue
+        if tokens is not None and (times := tokens[row.zeros].sum()):
             row.why_kept = (
                 f"tokens of the example choose them {times} times, so without them the outputs would be others; "
                 "remove_experts removes them all the same"
             )
+        if unchosen:
+            found[row.groups.name] = unchosen
+    return found
 
 
-def _remove(model: nn.Module, rows: Sequence[Removed], everything: Sequence[Removed], check: OutputCheck) -> None:
-    """Note which groups are removed: all of them, or if that changes the outputs, those of each row that does not.
+def _remove(
+    model: nn.Module,
+    rows: Sequence[Removed],
+    wanted: Mapping[str, list[int]],
+    everything: Sequence[Removed],
+    check: OutputCheck,
+) -> None:
+    """Note which groups are removed: all that are wanted, or if that changes the outputs, those of single rows.
 
-    everything: All rows, also those of which groups are removed already.
+    Args:
+        model: The model in evaluation mode.
+        rows: Some lists of blocks, or some mixtures.
+        wanted: Name of the list or mixture -> numbers of the groups to remove.
+        everything: All rows, also those of which groups are removed already.
+        check: The check of the outputs.
     """
+    rows = [row for row in rows if row.groups.name in wanted]
     for tried in [rows, *([row] for row in rows)] if len(rows) > 1 else [rows] if rows else []:
         if any(row.removed for row in tried):
             continue
         for row in tried:
-            row.removed = row.zeros
+            row.removed = wanted[row.groups.name]
         why = check.why_not(_without(model, [row for row in everything if row.removed]))
         for row in tried if why else ():
             row.removed = []
-        if len(tried) == 1:
-            tried[0].why_kept = why
+            row.why_kept = why if len(tried) == 1 else row.why_kept
 
 
 def _without(model: nn.Module, rows: Sequence[Removed]) -> nn.Module:

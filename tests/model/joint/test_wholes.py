@@ -51,6 +51,15 @@ def test_zero_blocks_of_several_lists_are_removed():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_blocks_of_a_model_that_is_a_list():
+    model = nn.Sequential(nn.Linear(4, 8), *(Block() for _ in range(3)), nn.Linear(8, 3)).eval()
+    Sparsifier(model, "block", example_input=EXAMPLE).sparsify(0.67)
+    small, rows = without_wholes(model, EXAMPLE)
+    assert counts(rows) == [("block", "", 2, 2, "")]
+    assert list(small._modules) == ["0", "1", "2"]
+    assert torch.equal(small(EXAMPLE), model(EXAMPLE))
+
+
 def test_a_list_of_which_the_model_reads_the_length_is_kept():
     class Deep(Stem):
         def forward(self, x):
@@ -116,6 +125,24 @@ def test_experts_that_tokens_choose_are_kept():
     assert why.startswith(
         f"tokens of the example choose them {times} times, so without them the outputs would be others"
     )
+
+
+def test_of_several_experts_those_go_that_no_token_chooses():
+    model = Listed(4).eval()
+    zero(model.experts[0]), zero(model.experts[3])
+    small, (row,) = without_wholes(model, TOKENS)
+    assert (row.zeros, row.removed, len(small.experts)) == ([0, 3], [3], 3)
+    assert row.why_kept.startswith("tokens of the example choose them")
+    assert torch.equal(small(TOKENS), model(TOKENS))
+
+
+def test_too_few_experts_are_not_left():
+    model = Listed().eval()
+    model.top_k = 3
+    zero(model.experts[2])
+    ((*_, removed, why),) = counts(without_wholes(model, TOKENS)[1])
+    assert removed == 0
+    assert why.startswith("only 2 of 3 experts would be left, but its router chooses 3 for each token")
 
 
 def test_experts_are_kept_where_the_others_would_get_other_weights():
