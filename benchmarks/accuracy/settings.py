@@ -155,6 +155,10 @@ TEXT = {
     "weights, magnitude": ({}, _WEIGHTS),
     "weights, movement": ({"criteria": "movement"}, _WEIGHTS),
     "weights, straight-through movement pruning": (_MOVEMENT_PRUNING, _WEIGHTS),
+    "weights, straight-through movement pruning, late": (
+        {**_MOVEMENT_PRUNING, "schedule": between("agp", 0.25, 0.75)},
+        _WEIGHTS,
+    ),
     "heads, magnitude": (_HEADS, _GROUPS),
     "heads, gate importance": ({**_HEADS, **_GATES, **_EACH_TEN}, _GROUPS),
     "neurons, magnitude": (_NEURONS, _GROUPS),
