@@ -270,7 +270,8 @@ class Fit:
             if self.is_short:
                 notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did, or its masks settled")
             self.keepers.announce(self.measured())
-            self.pruned.tell_of_starved(self.learn)
+            if self.pruned is not None:  # else all layers were frozen, and nothing was ranked
+                self.pruned.tell_of_starved(self.learn)
         self.undo()
 
     def undo(self) -> None:

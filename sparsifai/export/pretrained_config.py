@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..model.joint.groups import READER, JointGroups
-from ..support.printable import message_of
+from ..support.printable import message_of, printable
 
 # Names of widths in the configs of transformers. Those with a prefix are for modules inside an encoder or a decoder.
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "attention_heads")
@@ -168,14 +168,14 @@ def _why_different(model: Any, original: Any) -> str:
     shapes = {name: value.shape for name, value in made.state_dict().items()}
     for name, value in model.state_dict().items():
         if shapes.get(name) != value.shape:
-            return f"its config cannot say that {name} has the shape {tuple(value.shape)}"
+            return f"its config cannot say that {printable(name)} has the shape {tuple(value.shape)}"
     missing = [name for name in shapes.keys() & original.state_dict().keys() if name not in model.state_dict()]
     if missing:
-        return f"its config cannot say that it has no {min(missing)}"
+        return f"its config cannot say that it has no {printable(min(missing))}"
     modules = dict(made.named_modules())
     for name, module in model.named_modules():
         for attribute in _SIZES:
             value = vars(module).get(attribute)
             if name in modules and value != vars(modules[name]).get(attribute):
-                return f"its config cannot say that {attribute} of {name} is {value}"
+                return f"its config cannot say that {attribute} of {printable(name)} is {value}"
     return ""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..model.channels.connections import zero_outputs
 from ..model.channels.removal import Removal
@@ -46,8 +46,9 @@ def shrink(model: nn.Module, example_input: Any) -> nn.Module:
     optimizer: in a Learner, `learn.shrink()` replaces the model and makes one.
 
     The outputs in evaluation mode are checked: on the example, on random inputs like it, and on an input of another
-    size, they differ by at most 1e-5 of the largest output (in float32). Branches of the forward that these inputs do
-    not take are not checked.
+    size, they differ by at most 1e-5 of the largest output (in float32, for which a model in half precision is copied
+    as a whole; of other models only what is cut takes memory until the end). Branches of the forward that these inputs
+    do not take are not checked.
 
     For filters, torch-pruning's dependency graph shows which channels belong together (Fang et al., 2023, "DepGraph",
     arXiv:2301.12900). Install it with `pip install 'sparsifai[shrink]'`.
@@ -150,16 +151,21 @@ def shrunk(model: nn.Module, example_input: Any) -> tuple[nn.Module, Shrinkage]:
     small = copy.model
     for (_, part), (_, original) in zip(small.named_modules(), start.named_modules(), strict=True):
         part.training = original.training
-    shared = {value.untyped_storage().data_ptr() for _, value in named_tensors(model)}
+    shared = {_address(value) for _, value in named_tensors(model)} - {None}
     for name, value in named_tensors(small):
         # A bias that the model did not have gets the dtype of the weight beside it.
         value.data = value.data.to(dtypes.get(name, dtypes.get(f"{name.rpartition('.')[0]}.weight", value.dtype)))
-        if value.untyped_storage().data_ptr() in shared:
+        if _address(value) in shared:
             value.data = value.data.clone()
     table = _measured(removal, rows, model, start, not_followed)
     if table.parameters_left < table.parameters:
         update_config(small, [row.groups for row in joint.rows], model)
     return small, table
+
+
+def _address(tensor: Tensor) -> int | None:
+    """Where the values of a tensor begin; None if it has no memory of its own, as a sparse one."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and not tensor.is_nested else None
 
 
 def _measured(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..axes.grouping import Grouping
 from ..model.joint.groups import FOLLOWER, NO_GROUP, READER, WEIGHT, JointGroups, Part
-from ..model.layers import NamedWeight
+from ..model.layers import NamedWeight, parameter_name
 from ..support.capability import capability
 from ..support.printable import printable
 from ..support.registry import name_of
@@ -135,7 +135,7 @@ class Joint:
             if not dense or all(layers[name].why_dense == FROZEN for name in names):
                 channels = {name: self._numbers(name, layers) for name in names}
                 lines = None if groups.cells is None else (groups.cells, np.zeros_like(groups.cells))
-                coupled.append(CoupledLayers(channels, {}, groups.name, lines))
+                coupled.append(CoupledLayers(channels, {}, self._name_of(groups, names[0]), lines))
             else:
                 why = f"its {self.what}s also need {printable(dense[0])}, which stays dense"
                 more |= {name: why for name in names if layers[name].is_selected}
@@ -156,6 +156,13 @@ class Joint:
                 number = int(part.groups[0]) if groups.apart else 0
                 members.setdefault((id(groups), number), (groups, []))[1].append(name)
         return list(members.values())
+
+    def _name_of(self, groups: JointGroups, weight: str) -> str:
+        """Name of the module that groups belong to; of groups that are ranked apart, that of the group itself."""
+        if not groups.apart or groups.entries is None:
+            return groups.name
+        place = groups.entries.groups.tolist().index(self._parts[weight][1].groups[0])
+        return parameter_name(groups.name, list(self._model.get_submodule(groups.name)._modules)[place])
 
     def _numbers(self, name: str, layers: Layers) -> np.ndarray:
         """For each group of a layer, the number of the joint group that it is a part of."""

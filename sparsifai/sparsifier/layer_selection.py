@@ -22,7 +22,8 @@ from ..model.tracing import find_flow
 from ..support.listing import in_short
 from ..support.printable import printable
 from ..support.warning import warn
-from .coupled import Asked, Coupling, couple
+from .coupled import Asked, Coupling
+from .coupled_filters import couple
 from .followers import Follower, find_followers
 from .joint import joint_granularity
 from .layer import FROZEN, FROZEN_UNCOUPLED, Layer, Layers, selected

@@ -20,8 +20,6 @@ from ..callbacks.learner import first_batch, metric_names, show_data, unchanged
 from ..callbacks.sparsify import SparsifyCallback
 from ..model.parallel import unwrapped
 from ..model.patterns import as_patterns
-from ..sparsifier.coupled import Coupling
-from ..sparsifier.layer import Layers
 from ..sparsifier.layer_selection import scopes
 from ..sparsifier.options import Sparsity, mapped, resolve_axes
 from ..sparsifier.sparsifier import Sparsifier
@@ -205,17 +203,7 @@ class LotteryRun:
         self.sparsifier.load_state_dict({**self.pruned, "masks": masks})
 
     def _shuffled(self, masks: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Masks with as many remaining groups in each layer, at random places; whole joint groups, if there are any."""
-        shuffled = {}
-        coupling = self.sparsifier.ranking.coupling
-        if coupling is not None and coupling.joint:
-            layers = {name: self.sparsifier.layers[name].with_mask(mask, 0.0) for name, mask in masks.items()}
-            return _shuffled_joint(coupling, layers, generator)
-        for name, mask in masks.items():
-            layer = self.sparsifier.layers[name]
-            kept = layer.grouping.gather(mask.cpu())
-            shuffled[name] = layer.mask_of(kept[torch.randperm(len(kept), generator=generator)])
-        return shuffled
+        return _shuffled(self.sparsifier, masks, generator)
 
     @torch.no_grad()
     def _reinitialize(self, generator: torch.Generator) -> None:
@@ -304,11 +292,17 @@ class LotteryRun:
         restore_random_states(self.learn, state["random"])
 
 
-def _shuffled_joint(coupling: Coupling, layers: Layers, generator: torch.Generator) -> dict[str, Tensor]:
-    """Masks of layers with as many joint groups in each module, at random places."""
-    shuffled = {}
+def _shuffled(sparsifier: Sparsifier, masks: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Masks with as many remaining groups in each layer, at random places; whole joint groups, if there are any."""
+    coupling, shuffled = sparsifier.ranking.coupling, {}
+    layers = {name: sparsifier.layers[name].with_mask(mask, 0.0) for name, mask in masks.items()}
+    if coupling is None or not coupling.joint:
+        for name, layer in layers.items():
+            kept = layer.kept.cpu()
+            shuffled[name] = layer.mask_of(kept[torch.randperm(len(kept), generator=generator)])
+        return shuffled
     for part in dict.fromkeys(coupling.part_of[name] for name in layers):
-        kept = part.kept(layers)[torch.randperm(part.count, generator=generator).numpy()]
+        kept_groups = part.kept(layers)[torch.randperm(part.count, generator=generator).numpy()]
         for name in part.channels:
-            shuffled[name] = layers[name].mask_of(torch.from_numpy(part.kept_groups(name, kept)))
+            shuffled[name] = layers[name].mask_of(torch.from_numpy(part.kept_groups(name, kept_groups)))
     return shuffled

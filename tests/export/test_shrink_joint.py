@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import sys
 import warnings
 from contextlib import contextmanager
 
@@ -248,6 +249,32 @@ def test_modules_that_fail_are_kept_by_name_and_the_others_are_removed():
         small = shrink(model, example)
     assert same(model, small, example)
     assert [layer.num_heads for layer in small] == [2, 4, 2, 2, 4]
+
+
+def test_the_search_for_modules_that_fail_is_bounded():
+    torch.manual_seed(0)
+    kinds = [FixedWidth] * 40 + [Attention] * 2
+    model = nn.Sequential(*[kind(16, 4, 1, 4, True, False) for kind in kinds]).eval()
+    with torch.no_grad():
+        for layer in model:
+            layer.out.weight[:, :8] = 0
+    example = torch.randn(1, 2, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = shrinkage(model, example)
+    assert [row.removed for row in table.groups] == [0] * 40 + [2] * 2
+    assert any(row.why.startswith("not tried: 32 trials") for row in table.groups)
+
+
+def test_heads_are_removed_without_torch_pruning(monkeypatch):
+    model, batch = pruned("encoder")
+    with torch.no_grad():
+        model.layers[0].linear2.weight[3] = 0
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with warned("filters were not looked for, because torch-pruning finds which channels"):
+        small = shrink(model, batch)
+    assert same(model, small, batch)
+    assert parameters(model) - parameters(small) == MODELS["encoder"][1]
 
 
 class Undecided(nn.Module):

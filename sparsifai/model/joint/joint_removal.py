@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -61,7 +62,6 @@ class JointRemoval:
 
     def __init__(self, copy: SmallerCopy, finders: Iterable[Finder]):
         self._copy = copy
-        self._trials = 0
         self.remaining: dict[str, list[int]] = {}
         self.rows = [
             Removed(
@@ -98,29 +98,30 @@ class JointRemoval:
         return self
 
     def _remove(self, rows: list[Removed]) -> None:
-        if not rows:
-            return
-        if self._trials == MOST_TRIALS:
-            for row in rows:
-                row.why_kept = f"not tried: {MOST_TRIALS} trials have not found all modules whose groups must stay"
-            return
-        self._trials += 1
-        why = self._copy.try_change(partial(_cut, rows))
-        if not why:
-            for row in rows:
-                row.removed = row.wanted
-                self._count(row)
-        elif len(rows) == 1:
-            rows[0].why_kept = why
-        else:
-            # What cannot be removed, cannot be for a class of modules, mostly.
-            kinds = dict.fromkeys(self._kind(row) for row in rows)
-            if len(kinds) > 1:
-                parts = [[row for row in rows if self._kind(row) == kind] for kind in kinds]
+        """Remove the groups of some modules: all at once, or in parts, the largest first, if that fails."""
+        waiting = deque([rows] if rows else [])
+        for _ in range(MOST_TRIALS):
+            if not waiting:
+                return
+            part = waiting.popleft()
+            why = self._copy.try_change(partial(_cut, part))
+            if not why:
+                for row in part:
+                    row.removed = row.wanted
+                    self._count(row)
+            elif len(part) == 1:
+                part[0].why_kept = why
             else:
-                parts = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
-            for part in parts:
-                self._remove(part)
+                waiting += self._parts(part)
+        for row in (row for part in waiting for row in part):
+            row.why_kept = f"not tried: {MOST_TRIALS} trials have not found all modules whose groups must stay"
+
+    def _parts(self, rows: list[Removed]) -> list[list[Removed]]:
+        """The rows of each class, since mostly all modules of a class must stay; halves if they have one class."""
+        kinds = dict.fromkeys(self._kind(row) for row in rows)
+        if len(kinds) > 1:
+            return [[row for row in rows if self._kind(row) == kind] for kind in kinds]
+        return [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
 
     def _kind(self, row: Removed) -> tuple[str, type[nn.Module]]:
         return row.groups.what, type(self._copy.model.get_submodule(row.groups.name))

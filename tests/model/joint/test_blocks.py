@@ -228,6 +228,17 @@ def test_the_blocks_of_the_lowest_mean_go():
     assert all(parameter.all() for name, parameter in model.named_parameters() if not name.startswith("blocks."))
 
 
+def test_the_report_says_which_blocks_are_pruned():
+    model = Stem(*(Block() for _ in range(4)))
+    sparsifier = Sparsifier(model, "block", example_input=X)
+    for parameter in model.blocks[2].parameters():
+        parameter.data /= 9
+    sparsifier.sparsify(0.25)
+    report = sparsifier.report()
+    assert str(report).startswith("1 of 4 blocks are pruned.")
+    assert report.joint == {f"blocks.{number}": (int(number == 2), 1) for number in range(4)}
+
+
 def test_one_block_stays():
     model = Stem(*(Block() for _ in range(3)))
     with pytest.warns(UserWarning, match="cannot be reached"):
