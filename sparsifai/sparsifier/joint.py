@@ -28,9 +28,10 @@ from .layer import FROZEN, FROZEN_UNCOUPLED, Layer, Layers
 # Name of a granularity -> what to do if a model has no such groups.
 _ADVICE = {
     "head": (
-        "its classes are not known. Declare them: register_attention(kind, query=..., key=..., value=..., output=...)"
+        "no class in it is a known attention. Declare it: register_attention(kind, query=..., key=..., value=..., "
+        "output=...)"
     ),
-    "neuron": "its classes are not known. Declare them: register_mlp(kind, up=..., down=...)",
+    "neuron": "no class in it is a known MLP. Declare it: register_mlp(kind, up=..., down=...)",
     "expert": (
         "a mixture is a module with experts and a router or gate; name the axes of experts that share a parameter: "
         "register_layer(kind, name=('expert', 'out', 'in'))"

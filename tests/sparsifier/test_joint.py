@@ -318,7 +318,7 @@ def test_mistakes_are_named():
         Sparsifier(Net(Separate), "head", coupled=True, example_input=X)
     with pytest.raises(ValueError, match="no head is left to prune .blocks.0.q.weight: its heads also need blocks.0.k"):
         Sparsifier(Net(Separate), "head", layers="blocks.0.q")
-    with pytest.raises(ValueError, match="no heads are found in Net; .* Declare them: register_attention"):
+    with pytest.raises(ValueError, match="no heads are found in Net; .* Declare it: register_attention"):
         Sparsifier(Net(Mlp), "head")
     with pytest.raises(ValueError, match="has 1 head, of which 1 must be kept"):
         Sparsifier(Net(lambda: Separate(1)), "head")

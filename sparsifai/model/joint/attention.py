@@ -71,7 +71,9 @@ def _looks_like_attention(module: nn.Module) -> bool:
     """Whether a module should be named if its heads are not found."""
     children = [name for name, _ in (*module.named_children(), *module.named_parameters(recurse=False))]
     weights = sum(Place.found(module, "", name) is not None for name in children)
-    return weights >= (1 if "Attention" in type(module).__name__ else 2 if _has_heads(module) else 1 + len(children))
+    if "Attention" in type(module).__name__:
+        return weights >= 1
+    return weights >= 2 and _has_heads(module)
 
 
 def _attribute(modules: Iterable[nn.Module], names: tuple[str, ...]) -> int | None:
@@ -148,6 +150,8 @@ def _read_sizes(module: nn.Module, name: str, record: Attention) -> _Sizes | str
         if heads is None or width % heads:
             return f"it has no attribute such as num_heads or head_dim that divides the {width} inputs of its output"
         size = width // heads
+    elif heads is not None and heads * size != width:
+        return f"{heads} heads of {size}, as its attributes say, do not make the {width} inputs of its output"
     sizes = _Sizes(width // size, _key_value_heads(record, outputs, width, size), size)
     shown = ", ".join(f"{path}: {outputs[path]}" for path in dict.fromkeys(record.paths[:3]))
     misfit = f"the outputs of its projections ({shown}) do not fit {sizes.heads} heads of {size}"
@@ -157,8 +161,27 @@ def _read_sizes(module: nn.Module, name: str, record: Attention) -> _Sizes | str
     if any(outputs[path] != length for path, length in lengths.items()):
         return misfit
     # A projection with more outputs, such as a gate, has them in an order that only a declaration tells.
-    exact = outputs[record.query] == width or record.query in (record.key, record.value)
-    return sizes if record.interleaved or exact and outputs[record.key] == outputs[record.value] else misfit
+    fits = outputs[record.query] == width or record.query in (record.key, record.value)
+    if not record.interleaved and not (fits and outputs[record.key] == outputs[record.value]):
+        return misfit
+    return (_why_incomplete(module, name, record, sizes) if record.exact else "") or sizes
+
+
+def _why_incomplete(module: nn.Module, name: str, record: Attention, sizes: _Sizes) -> str:
+    """Which further layer or table of a record an attention lacks, or has in another size; empty if none."""
+    for path in record.also:
+        place = Place.found(module, name, path)
+        if place is None or place.size("out") % sizes.heads:
+            return f"it has no layer {path!r} with outputs for each of its {sizes.heads} heads"
+    for path, axis in record.per_head:
+        if not _is_per_head(_read(module, path), axis, sizes.heads):
+            return f"it has no table {path!r} with {sizes.heads} places along axis {axis}, one for each head"
+    return ""
+
+
+def _is_per_head(table: Any, axis: int, heads: int) -> bool:
+    """Whether something is a tensor with one place per head along an axis."""
+    return isinstance(table, Tensor) and -table.dim() <= axis < table.dim() and table.shape[axis] == heads
 
 
 def _key_value_heads(record: Attention, outputs: Mapping[str, int], width: int, size: int) -> int:
@@ -202,8 +225,8 @@ def _heads_of(module: nn.Module, name: str, record: Attention) -> JointGroups:
             parts.append(Part(parameter_name(name, path), 0, of_query, role))
     for path, axis in record.per_head:
         table = _read(module, path)
-        if isinstance(table, Tensor) and table.dim() > axis and table.shape[axis] == sizes.heads:
-            parts.append(Part(parameter_name(name, path), axis, sizes.of_heads, TABLE))
+        if _is_per_head(table, axis, sizes.heads):
+            parts.append(Part(parameter_name(name, path), axis % table.dim(), sizes.of_heads, TABLE))
     share = sizes.heads // sizes.count
     kept = dict.fromkeys(_HEADS, share) | dict.fromkeys((*_WIDTHS, *record.widths), share * sizes.size)
     kept |= dict.fromkeys(_REPEATS if sizes.by_query else _KEY_VALUE_HEADS, 1)

@@ -42,13 +42,16 @@ def checked_paths(function: str, **paths: Any) -> None:
         **paths: Argument -> a path, or a tuple or dictionary of paths.
 
     Raises:
-        TypeError: A tuple of paths is a string.
+        TypeError: A tuple or dictionary of paths is something else.
         ValueError: A path does not consist of names with dots between them.
     """
     for argument, given in paths.items():
         several = argument in ("also", "norms", "widths", "per_head")
-        if several and isinstance(given, str):
-            raise TypeError(f"{function}: {argument}={given!r} must be a tuple of names, such as ({given!r},)")
+        if argument == "per_head" and not isinstance(given, Mapping):
+            raise TypeError(f"{function}: per_head={given!r} must be a dictionary, such as {{'table': 0}}")
+        if several and not isinstance(given, (tuple, list, Mapping)):
+            example = given if isinstance(given, str) else "name"
+            raise TypeError(f"{function}: {argument}={given!r} must be a tuple of names, such as ({example!r},)")
         for path in given if several else [given]:
             if not isinstance(path, str) or not re.fullmatch(r"\w+(\.\w+)*", path):
                 raise ValueError(
@@ -169,7 +172,10 @@ class Declared(Generic[Record]):
     def _notice_of_left_out(self, model: nn.Module, left_out: Mapping[str, str]) -> str:
         """How much of a model is left out, with a reason for each class."""
         weights = _size(tensor for name in left_out for tensor in model.get_submodule(name).parameters())
-        reasons = {kind_of(model.get_submodule(name)): f"{printable(name)}: {why}" for name, why in left_out.items()}
+        reasons = {
+            kind_of(model.get_submodule(name)): f"{printable(name) or 'the model itself'}: {why}"
+            for name, why in left_out.items()
+        }
         listed = in_short([f"{kind} ({reason})" for kind, reason in reasons.items()], others="other classes")
         return (
             f"{len(left_out)} of the {self.what}, with {percent(weights / max(1, _size(model.parameters())))} of the "
