@@ -52,13 +52,18 @@ def multiple_of(model: nn.Module, groups: JointGroups) -> int:
 
 
 def adapt(model: nn.Module, groups: JointGroups) -> None:
-    """Make a module work with its smaller weights, where its class cannot.
+    """Make modules work with their smaller weights, where their classes cannot.
 
     Args:
         model: The model.
-        groups: The joint groups of the module, some of which have been removed.
+        groups: The joint groups of a module, or of several that share a parameter, some of which have been removed.
     """
-    module = model.get_submodule(groups.name)
+    for name in dict.fromkeys([groups.name, *(size.module for size in groups.sizes)]):
+        _adapt(model, groups, model.get_submodule(name))
+
+
+def _adapt(model: nn.Module, groups: JointGroups, module: nn.Module) -> None:
+    """Make one module work with its smaller weights."""
     if groups.what == "head":
         for pattern, function in _ADAPTED.items():
             if any(fnmatchcase(f"{kind.__module__}.{kind.__qualname__}", pattern) for kind in type(module).__mro__):
