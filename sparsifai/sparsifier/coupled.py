@@ -184,11 +184,17 @@ class Coupling:
 
         return joined, split
 
-    def pruned_groups(self, layers: Layers) -> dict[str, tuple[int, int]]:
-        """How many joint groups of each module are zero, and how many it has; nothing for coupled filters."""
+    def pruned_groups(self, layers: Layers, by_masks: bool = False) -> dict[str, tuple[int, int]]:
+        """How many joint groups of each module are zero, and how many it has; nothing for coupled filters.
+
+        Args:
+            layers: All layers.
+            by_masks: Whether those are counted that the masks prune, also before they are applied.
+        """
+        count = CoupledLayers.kept if by_masks else CoupledLayers.nonzero
         parts = [part for part in dict.fromkeys(self.part_of.values()) if self.joint]
         parts = [part for part in parts if all(layers[name].is_selected for name in part.channels)]
-        return {part.name: (part.count - int(part.nonzero(layers).sum()), part.count) for part in parts}
+        return {part.name: (part.count - int(count(part, layers).sum()), part.count) for part in parts}
 
     def notes(self, pruned: Mapping[str, tuple[int, int]]) -> dict[str, str]:
         """Layer name -> how many of its joint groups are pruned, and how many of its entries belong to none.

@@ -113,6 +113,7 @@ class Report(Table):
         context: Any,
         regrowth: Regrowth | None = None,
         coupling: Coupling | None = None,
+        by_masks: bool = False,
     ) -> Report:
         """Count the zeros of a model.
 
@@ -122,6 +123,7 @@ class Report(Table):
             context: The context, which may have a note on a layer.
             regrowth: The regrowth, which knows which weights were ever active, or None.
             coupling: The joint groups of the layers, or None.
+            by_masks: Whether joint groups count as pruned where the masks of the layers prune them, as in a plan.
 
         Returns:
             The report.
@@ -140,7 +142,7 @@ class Report(Table):
         def count_of(parameter: Tensor) -> Count:
             return Count(0, 0) if why_not_counted(parameter) else Count.of(parameter)
 
-        joint = {} if coupling is None else coupling.pruned_groups(layers)
+        joint = {} if coupling is None else coupling.pruned_groups(layers, by_masks)
         notes = {} if coupling is None else coupling.notes(joint)
 
         def row_of(name: str, layer: Layer) -> Row:
