@@ -110,6 +110,8 @@ class Joint:
             return groups.why_kept
         if id(groups) in self._unnamed:
             return f"its {self.what}s also need {self._unnamed[id(groups)]}, which has no named axes"
+        if groups.apart and fewest > 1:
+            return f"each {self.what} is ranked by itself, so round_to= cannot keep a multiple of them"
         if groups.count < 2 * fewest and not groups.apart:
             return f"has {groups.count} {self.what}{'s' * (groups.count > 1)}, of which {fewest} must be kept"
         if part.axis is None:

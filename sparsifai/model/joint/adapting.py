@@ -10,16 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from ..layers import full_name_of
 from .groups import JointGroups
 from .small_attention import SmallMultiheadAttention, SmallShiftedWindowAttention, SmallWindowAttentionV2
 
 # Widths of stacked experts are multiples of this: grouped products want rows of 16 bytes, of 2 bytes per weight too.
 _EXPERT_MULTIPLE = 8
-
-
-def full_name(module: nn.Module) -> str:
-    """Module and name of the class of a module."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def why_not_removed(model: nn.Module, groups: JointGroups) -> str:
@@ -32,7 +28,7 @@ def why_not_removed(model: nn.Module, groups: JointGroups) -> str:
     module: Any = model.get_submodule(groups.name)
     if groups.what != "head":
         return ""
-    if fnmatchcase(full_name(module), "transformers.models.*.Bloom*Attention"):
+    if fnmatchcase(full_name_of(type(module)), "transformers.models.*.Bloom*Attention"):
         return "the model computes the slopes of alibi for the heads that it has at first"
     known = nn.MultiheadAttention.forward, SmallMultiheadAttention.forward
     if isinstance(module, nn.MultiheadAttention) and type(module).forward not in known:
@@ -66,7 +62,7 @@ def _adapt(model: nn.Module, groups: JointGroups, module: nn.Module) -> None:
     """Make one module work with its smaller weights."""
     if groups.what == "head":
         for pattern, function in _ADAPTED.items():
-            if any(fnmatchcase(f"{kind.__module__}.{kind.__qualname__}", pattern) for kind in type(module).__mro__):
+            if any(fnmatchcase(full_name_of(kind), pattern) for kind in type(module).__mro__):
                 function(module)
                 break
     if isinstance(module, SmallMultiheadAttention):

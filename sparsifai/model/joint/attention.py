@@ -132,9 +132,8 @@ class _Sizes:
 
 def _holders(module: nn.Module, name: str, record: Attention) -> list[tuple[str, nn.Module]]:
     """The modules that may keep sizes: the attention, and those in it that hold its projections. Names and modules."""
-    inside = {path.rpartition(".")[0] for path in (record.query, record.key, record.value, record.output)}
-    paths = ["", *sorted(inside - {""})]
-    return [(".".join(filter(None, (name, path))), module.get_submodule(path)) for path in paths]
+    inside = sorted({path.rpartition(".")[0] for path in record.paths} - {""})
+    return [(name, module), *((parameter_name(name, path), module.get_submodule(path)) for path in inside)]
 
 
 def _read_sizes(module: nn.Module, name: str, record: Attention) -> _Sizes | str:

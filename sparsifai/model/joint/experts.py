@@ -60,7 +60,7 @@ def _experts_of(module: nn.Module, name: str) -> JointGroups | None:
         for each, value in rows.items()
         if value.dim() and len(value) == count
     ]
-    inside = [(".".join(filter(None, (name, each))), part) for each, part in module.named_modules()]
+    inside = list(module.named_modules(prefix=name))
     groups = max(_number(inside, _GROUPS), 1)
     why = f"its router chooses among {groups} groups of experts, which must be of one size" if groups > 1 else ""
     return JointGroups(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...support.listing import in_short
 from ...support.printable import printable
 from ...support.table import percent
+from ..layers import full_name_of
 from ..parallel import kind_of
 
 Kind = type[nn.Module] | str
@@ -104,7 +105,7 @@ class Declared(Generic[Record]):
         """The records of the class of a module and of its base classes, with the kind that they were declared for."""
         found: dict[Record, Kind] = {}
         for cls in type(module).__mro__:
-            full_name = f"{cls.__module__}.{cls.__qualname__}"
+            full_name = full_name_of(cls)
             for kind, record in self._records:
                 if kind is cls or isinstance(kind, str) and fnmatchcase(full_name, kind):
                     found.setdefault(record, kind)
