@@ -6,7 +6,7 @@ from one attribute, the number of heads or the size of a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -18,7 +18,7 @@ from ...support.listing import in_short
 from ...support.warning import warn_each
 from ..layers import parameter_name
 from .attention_kinds import ATTENTIONS, Attention
-from .groups import FOLLOWER, NO_GROUP, TABLE, JointGroups, Part, Place, merged, sizes_in
+from .groups import FOLLOWER, NO_GROUP, TABLE, JointGroups, Part, Place, merged, number_in, sizes_in
 
 # Attributes by which attentions of different libraries keep their sizes.
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_q_heads", "nhead", "heads")
@@ -64,7 +64,7 @@ def find_heads(model: nn.Module, warns: bool = False) -> list[JointGroups]:
 
 
 def _has_heads(module: nn.Module) -> bool:
-    return _attribute([module], _HEADS + _HEAD_SIZES) is not None
+    return number_in([module], _HEADS + _HEAD_SIZES) is not None
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
@@ -74,12 +74,6 @@ def _looks_like_attention(module: nn.Module) -> bool:
     if "Attention" in type(module).__name__:
         return weights >= 1
     return weights >= 2 and _has_heads(module)
-
-
-def _attribute(modules: Iterable[nn.Module], names: tuple[str, ...]) -> int | None:
-    """The first of some attributes of some modules that is a positive whole number."""
-    values = [getattr(module, name, None) for module in modules for name in names]
-    return next((each for each in values if isinstance(each, int) and not isinstance(each, bool) and each > 0), None)
 
 
 @dataclass(frozen=True)
@@ -144,7 +138,7 @@ def _read_sizes(module: nn.Module, name: str, record: Attention) -> _Sizes | str
     outputs = {path: place.size("out") for path, place in places.items() if place}
     width = Place(module, name, record.output).size("in")
     modules = [each for _, each in _holders(module, name, record)]
-    size, heads = _attribute(modules, _HEAD_SIZES), _attribute(modules, _HEADS)
+    size, heads = number_in(modules, _HEAD_SIZES), number_in(modules, _HEADS)
     if size is None or width % size:
         if heads is None or width % heads:
             return f"it has no attribute such as num_heads or head_dim that divides the {width} inputs of its output"

@@ -153,7 +153,7 @@ class Declared(Generic[Record]):
                     unfit[name] = "its layers have other names or sizes than those of the declared classes"
         inside = [name for name, _, _ in matches.found]
         for name, why in unfit.items():
-            if not any(_contains(name, other) or _contains(other, name) for other in [*inside, *matches.left_out]):
+            if not any(contains(name, other) or contains(other, name) for other in [*inside, *matches.left_out]):
                 matches.left_out[name] = why
         return matches
 
@@ -188,7 +188,7 @@ def _is_glob(kind: Kind) -> bool:
     return isinstance(kind, str) and bool(re.search(r"[*?\[]", kind))
 
 
-def _contains(outer: str, inner: str) -> bool:
+def contains(outer: str, inner: str) -> bool:
     """Whether a module, by its name, is or contains another."""
     return not outer or inner == outer or inner.startswith(f"{outer}.")
 
