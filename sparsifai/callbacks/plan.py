@@ -110,7 +110,7 @@ def plan_of(
     weights = {name: layer.weight for name, layer in planned.items()}
     flops = Flops({}, 0) if example_input is None else all_flops(model, weights, collected.source.example_input)
     if ranking.coupling is not None:  # its notes say how many heads are pruned
-        measured = Report.measure(model, planned, ranking.options.context, coupling=ranking.coupling)
+        measured = Report.measure(model, planned, ranking.options.context, coupling=ranking.coupling, by_masks=True)
     layers = _planned_layers(model, planned, measured, flops.of_weights)
     sizes = [layer.size for layer in layers]
     total = Size.total([layer.size for layer in layers if not layer.why_dense])

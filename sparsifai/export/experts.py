@@ -60,7 +60,7 @@ def remove_experts(model: nn.Module) -> nn.Module:
         )
     for name, numbers in removed.items():
         if why := found[name].why_kept or why_too_few(model, found[name], numbers):
-            raise ValueError(f"remove_experts: {printable(name)}: {why}")
+            raise ValueError(f"remove_experts: {printable(name) or 'the model itself'}: {why}")
     small = copy_of(model)
     remove_experts_from(small, removed)
     return small

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..model.joint.groups import READER, JointGroups
+from ..model.joint.kinds import contains
 from ..support.printable import message_of, printable
 
 # Names of widths in the configs of transformers. Those with a prefix are for modules inside an encoder or a decoder.
@@ -36,7 +37,7 @@ def update_config(model: nn.Module, found: Iterable[JointGroups], original: nn.M
     """
     found = list(found)
     for name, pretrained in _outermost(model):
-        inside = [(groups, _remaining(model, groups)) for groups in found if _is_in(groups.name, name)]
+        inside = [(groups, _remaining(model, groups)) for groups in found if contains(name, groups.name)]
         larger: Any = original.get_submodule(name)
         why = _updated(pretrained, [(groups, _without(groups.name, name), left) for groups, left in inside], larger)
         for part in pretrained.modules():
@@ -68,10 +69,6 @@ def _outermost(model: nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:
     else:
         for child, module in model.named_children():
             yield from _outermost(module, f"{name}.{child}" if name else child)
-
-
-def _is_in(name: str, outer: str) -> bool:
-    return not outer or name == outer or name.startswith(f"{outer}.")
 
 
 def _without(name: str, outer: str) -> str:

@@ -127,7 +127,7 @@ class Shrinkage(Table):
 
 def first_reasons(rows: Sequence[ShrinkableLayer | ShrinkableGroups]) -> str:
     """The first three rows with zeros that cannot be removed, each with the reasons."""
-    left = [f"{row.name} ({row.why})" for row in rows if row.zeros_left]
+    left = [f"{row.name or 'the model itself'} ({row.why})" for row in rows if row.zeros_left]
     return "; ".join(left[:3]) + (f"; and {len(left) - 3} more layers" if len(left) > 3 else "")
 
 

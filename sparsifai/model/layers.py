@@ -183,9 +183,14 @@ def axes_of(module: nn.Module, attribute: str) -> tuple[str, ...] | None:
     return None
 
 
+def full_name_of(kind: type) -> str:
+    """Module and name of a class, by which kinds of layers are registered."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def _registered_with(kind: type) -> list[tuple[str, AxisNames]]:
     """Parameter names or globs, and their axes: of a class itself, then of its full name, then of globs that match."""
-    full_name = f"{kind.__module__}.{kind.__qualname__}"
+    full_name = full_name_of(kind)
     keys = [key for key in (kind, full_name) if key in _AXES_OF_KIND]
     keys += [key for key in _AXES_OF_KIND if isinstance(key, str) and key != full_name and fnmatchcase(full_name, key)]
     return [named for key in keys for named in _AXES_OF_KIND[key].items()]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..axes.grouping import l2, largest, mean, squared_sum
 from ..axes.grouping import total as sum_of_all
@@ -24,6 +24,7 @@ from ..axes.ranking.bundles import bundle
 from ..axes.ranking.by_rank import join_by_rank
 from ..axes.ranking.scored_layer import ScoredLayer
 from ..model.joint.groups import NO_GROUP
+from ..model.parallel import whole
 from ..support.printable import printable
 from .followers import Follower
 from .layer import Layers
@@ -62,10 +63,19 @@ class CoupledLayers:
 
     def kept(self, layers: Layers) -> np.ndarray:
         """Bool per channel, or per joint group: whether the masks keep any of its weights."""
-        kept = np.zeros(self.count, bool)
+        return self._any({name: layers[name].kept for name in self.channels})
+
+    def nonzero(self, layers: Layers) -> np.ndarray:
+        """Bool per channel, or per joint group: whether any of its weights is not zero."""
+        weights = {name: whole(layers[name].parameter.detach()) for name in self.channels}
+        return self._any({name: layers[name].grouping.any_of(weight != 0) for name, weight in weights.items()})
+
+    def _any(self, true: Mapping[str, Tensor]) -> np.ndarray:
+        """Bool per channel, or per joint group: whether any of its parts is true. true: layer name -> bool per part."""
+        result = np.zeros(self.count, bool)
         for name, channels in self.channels.items():
-            kept[channels[layers[name].kept.cpu().numpy() & (channels >= 0)]] = True
-        return kept
+            result[channels[true[name].cpu().numpy() & (channels >= 0)]] = True
+        return result
 
     def join(self, layers: Sequence[ScoredLayer], pool: Callable = mean) -> ScoredLayer:
         """Join layers to one layer, whose groups are the channels.
@@ -174,15 +184,24 @@ class Coupling:
 
         return joined, split
 
-    def pruned_groups(self, layers: Layers) -> dict[str, tuple[int, int]]:
-        """How many joint groups of each module are pruned, and how many it has; nothing for coupled filters."""
+    def pruned_groups(self, layers: Layers, by_masks: bool = False) -> dict[str, tuple[int, int]]:
+        """How many joint groups of each module are zero, and how many it has; nothing for coupled filters.
+
+        Args:
+            layers: All layers.
+            by_masks: Whether those are counted that the masks prune, also before they are applied.
+        """
+        count = CoupledLayers.kept if by_masks else CoupledLayers.nonzero
         parts = [part for part in dict.fromkeys(self.part_of.values()) if self.joint]
         parts = [part for part in parts if all(layers[name].is_selected for name in part.channels)]
-        return {part.name: (part.count - int(part.kept(layers).sum()), part.count) for part in parts}
+        return {part.name: (part.count - int(count(part, layers).sum()), part.count) for part in parts}
 
-    def notes(self, layers: Layers) -> dict[str, str]:
-        """Layer name -> how many of its joint groups are pruned, and how many of its entries belong to none."""
-        pruned, notes = self.pruned_groups(layers), {}
+    def notes(self, pruned: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+        """Layer name -> how many of its joint groups are pruned, and how many of its entries belong to none.
+
+        pruned: As of `pruned_groups`.
+        """
+        notes = {}
         for name, part in self.part_of.items():
             if part.name in pruned:
                 zero, count = pruned[part.name]

@@ -28,9 +28,10 @@ from .layer import FROZEN, FROZEN_UNCOUPLED, Layer, Layers
 # Name of a granularity -> what to do if a model has no such groups.
 _ADVICE = {
     "head": (
-        "its classes are not known. Declare them: register_attention(kind, query=..., key=..., value=..., output=...)"
+        "no class in it is a known attention. Declare it: register_attention(kind, query=..., key=..., value=..., "
+        "output=...)"
     ),
-    "neuron": "its classes are not known. Declare them: register_mlp(kind, up=..., down=...)",
+    "neuron": "no class in it is a known MLP. Declare it: register_mlp(kind, up=..., down=...)",
     "expert": (
         "a mixture is a module with experts and a router or gate; name the axes of experts that share a parameter: "
         "register_layer(kind, name=('expert', 'out', 'in'))"
@@ -109,6 +110,8 @@ class Joint:
             return groups.why_kept
         if id(groups) in self._unnamed:
             return f"its {self.what}s also need {self._unnamed[id(groups)]}, which has no named axes"
+        if groups.apart and fewest > 1:
+            return f"each {self.what} is ranked by itself, so round_to= cannot keep a multiple of them"
         if groups.count < 2 * fewest and not groups.apart:
             return f"has {groups.count} {self.what}{'s' * (groups.count > 1)}, of which {fewest} must be kept"
         if part.axis is None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..model.hooks import hooked
 from ..model.joint.groups import READER
-from ..model.layers import NamedWeight
+from ..model.layers import NamedWeight, full_name_of
 from ..support.registry import name_of
 from .collection import CollectedQuantities, Source
 
@@ -104,8 +104,7 @@ def inputs_recorded(model: nn.Module, layers: Mapping[str, NamedWeight], rows: i
 
 def _reads_weights(module: nn.Module) -> bool:
     """Whether an attention reads the weight of its output projection itself, without calling it."""
-    kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__}
-    return isinstance(module, nn.MultiheadAttention) or bool(kinds & {_OF_TORCHVISION})
+    return isinstance(module, nn.MultiheadAttention) or _OF_TORCHVISION in map(full_name_of, type(module).__mro__)
 
 
 def _without_projection(attention: nn.Module, path: str) -> nn.Module:

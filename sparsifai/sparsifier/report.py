@@ -59,8 +59,8 @@ class Report(Table):
         not_counted: Name -> why, for parameters whose zeros cannot be counted, such as quantized ones. No other number
             includes them.
         left_out: Number of values of these parameters.
-        joint: With granularity 'head' or 'neuron', name of an attention or MLP -> (number of its heads or neurons that
-            are pruned, number of all).
+        joint: With a granularity of groups of several layers, such as 'head', name of an attention or another module
+            -> (number of its groups whose weights are all zero, number of all).
         what: The name of that granularity; else empty.
 
     Example:
@@ -113,6 +113,7 @@ class Report(Table):
         context: Any,
         regrowth: Regrowth | None = None,
         coupling: Coupling | None = None,
+        by_masks: bool = False,
     ) -> Report:
         """Count the zeros of a model.
 
@@ -122,6 +123,7 @@ class Report(Table):
             context: The context, which may have a note on a layer.
             regrowth: The regrowth, which knows which weights were ever active, or None.
             coupling: The joint groups of the layers, or None.
+            by_masks: Whether joint groups count as pruned where the masks of the layers prune them, as in a plan.
 
         Returns:
             The report.
@@ -140,7 +142,8 @@ class Report(Table):
         def count_of(parameter: Tensor) -> Count:
             return Count(0, 0) if why_not_counted(parameter) else Count.of(parameter)
 
-        notes = {} if coupling is None else coupling.notes(layers)
+        joint = {} if coupling is None else coupling.pruned_groups(layers, by_masks)
+        notes = {} if coupling is None else coupling.notes(joint)
 
         def row_of(name: str, layer: Layer) -> Row:
             shape = tuple(layer.parameter.shape)
@@ -160,7 +163,6 @@ class Report(Table):
         zeros = Count.of(*(layer.parameter for layer in pruned.values()))
         whole = Count.of(*(each for name, each in parameters.items() if name not in not_counted))
         left_out = sum(size_of(parameters[name]) for name in not_counted)
-        joint = {} if coupling is None else coupling.pruned_groups(layers)
         what = coupling.what if coupling is not None and joint else ""
         return cls(rows, zeros, whole, explored, not_counted, left_out, joint, what)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from joint_models import MODELS, model_and_batch, output_of
+from joint_models import MODELS, encoder, model_and_batch, output_of
 from torch import nn
 
 from sparsifai import Sparsifier, compare, register_attention, shrink, shrinkage
@@ -192,6 +192,17 @@ def test_random_attentions(groups, queries, size, bias, fused, data, seed):
 
 
 # --- What cannot be removed -------------------------------------------------------------------------------------------
+
+
+def test_attentions_of_torch_that_share_a_weight_get_smaller_together():
+    model, batch = encoder(batch_first=True)
+    first, second = (layer.self_attn for layer in model.layers)
+    second.in_proj_weight = first.in_proj_weight
+    Sparsifier(model.eval(), "head").sparsify(0.5)
+    small = shrink(model, batch)
+    assert same(model, small, batch)
+    assert [layer.self_attn.num_heads for layer in small.layers] == [2, 2]
+    assert small.layers[0].self_attn.in_proj_weight is small.layers[1].self_attn.in_proj_weight
 
 
 def test_one_head_and_one_neuron_of_a_module_are_kept():

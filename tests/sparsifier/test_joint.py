@@ -152,7 +152,8 @@ def test_a_rising_sparsity_only_prunes_more_and_a_falling_one_revives_with_a_war
         earlier = {name: mask.clone() for name, mask in sparsifier.masks.items()}
     with pytest.warns(UserWarning, match="revives a whole head from zero. No gradient reaches a head"):
         sparsifier.sparsify(0.5)
-    assert sum(pruned_of(sparsifier)) == 6
+    assert sum(int((~sparsifier.masks[f"blocks.{block}.o.weight"]).sum()) for block in (0, 1)) == 6 * 2
+    assert sum(pruned_of(sparsifier)) == 8  # those that are revived are zero still
 
 
 def test_steps_end_where_one_step_does():
@@ -318,7 +319,7 @@ def test_mistakes_are_named():
         Sparsifier(Net(Separate), "head", coupled=True, example_input=X)
     with pytest.raises(ValueError, match="no head is left to prune .blocks.0.q.weight: its heads also need blocks.0.k"):
         Sparsifier(Net(Separate), "head", layers="blocks.0.q")
-    with pytest.raises(ValueError, match="no heads are found in Net; .* Declare them: register_attention"):
+    with pytest.raises(ValueError, match="no heads are found in Net; .* Declare it: register_attention"):
         Sparsifier(Net(Mlp), "head")
     with pytest.raises(ValueError, match="has 1 head, of which 1 must be kept"):
         Sparsifier(Net(lambda: Separate(1)), "head")
@@ -356,6 +357,17 @@ def test_the_report_counts_heads():
     neurons = Sparsifier(Net(FusedGatedMlp), "neuron")
     assert str(neurons.report()).startswith("0 of 8 neurons are pruned.")
     assert Sparsifier(Net(Separate)).report().joint == {}
+
+
+def test_the_report_counts_heads_that_are_zero_whoever_has_pruned_them():
+    model = Net(Separate)
+    Sparsifier(model, "head", "local").sparsify(0.3)
+    report = Sparsifier(model, "head").report()
+    assert report.joint == {"blocks.0": (1, 3), "blocks.1": (1, 3)}
+    assert report.rows[0].note == "1 of 3 heads pruned"
+    with torch.no_grad():
+        model.blocks[0].o.weight += 1
+    assert Sparsifier(model, "head").report().joint == {"blocks.0": (0, 3), "blocks.1": (1, 3)}
 
 
 def test_masks_that_are_given_prune_parts_of_a_head_and_sparsify_goes_on():

@@ -10,16 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from ..layers import full_name_of
 from .groups import JointGroups
 from .small_attention import SmallMultiheadAttention, SmallShiftedWindowAttention, SmallWindowAttentionV2
 
 # Widths of stacked experts are multiples of this: grouped products want rows of 16 bytes, of 2 bytes per weight too.
 _EXPERT_MULTIPLE = 8
-
-
-def full_name(module: nn.Module) -> str:
-    """Module and name of the class of a module."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def why_not_removed(model: nn.Module, groups: JointGroups) -> str:
@@ -32,7 +28,7 @@ def why_not_removed(model: nn.Module, groups: JointGroups) -> str:
     module: Any = model.get_submodule(groups.name)
     if groups.what != "head":
         return ""
-    if fnmatchcase(full_name(module), "transformers.models.*.Bloom*Attention"):
+    if fnmatchcase(full_name_of(type(module)), "transformers.models.*.Bloom*Attention"):
         return "the model computes the slopes of alibi for the heads that it has at first"
     known = nn.MultiheadAttention.forward, SmallMultiheadAttention.forward
     if isinstance(module, nn.MultiheadAttention) and type(module).forward not in known:
@@ -52,16 +48,21 @@ def multiple_of(model: nn.Module, groups: JointGroups) -> int:
 
 
 def adapt(model: nn.Module, groups: JointGroups) -> None:
-    """Make a module work with its smaller weights, where its class cannot.
+    """Make modules work with their smaller weights, where their classes cannot.
 
     Args:
         model: The model.
-        groups: The joint groups of the module, some of which have been removed.
+        groups: The joint groups of a module, or of several that share a parameter, some of which have been removed.
     """
-    module = model.get_submodule(groups.name)
+    for name in dict.fromkeys([groups.name, *(size.module for size in groups.sizes)]):
+        _adapt(model, groups, model.get_submodule(name))
+
+
+def _adapt(model: nn.Module, groups: JointGroups, module: nn.Module) -> None:
+    """Make one module work with its smaller weights."""
     if groups.what == "head":
         for pattern, function in _ADAPTED.items():
-            if any(fnmatchcase(f"{kind.__module__}.{kind.__qualname__}", pattern) for kind in type(module).__mro__):
+            if any(fnmatchcase(full_name_of(kind), pattern) for kind in type(module).__mro__):
                 function(module)
                 break
     if isinstance(module, SmallMultiheadAttention):

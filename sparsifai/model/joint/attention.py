@@ -6,7 +6,7 @@ from one attribute, the number of heads or the size of a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -18,7 +18,7 @@ from ...support.listing import in_short
 from ...support.warning import warn_each
 from ..layers import parameter_name
 from .attention_kinds import ATTENTIONS, Attention
-from .groups import FOLLOWER, NO_GROUP, TABLE, JointGroups, Part, Place, merged, sizes_in
+from .groups import FOLLOWER, NO_GROUP, TABLE, JointGroups, Part, Place, merged, number_in, sizes_in
 
 # Attributes by which attentions of different libraries keep their sizes.
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_q_heads", "nhead", "heads")
@@ -64,20 +64,16 @@ def find_heads(model: nn.Module, warns: bool = False) -> list[JointGroups]:
 
 
 def _has_heads(module: nn.Module) -> bool:
-    return _attribute([module], _HEADS + _HEAD_SIZES) is not None
+    return number_in([module], _HEADS + _HEAD_SIZES) is not None
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
     """Whether a module should be named if its heads are not found."""
     children = [name for name, _ in (*module.named_children(), *module.named_parameters(recurse=False))]
     weights = sum(Place.found(module, "", name) is not None for name in children)
-    return weights >= (1 if "Attention" in type(module).__name__ else 2 if _has_heads(module) else 1 + len(children))
-
-
-def _attribute(modules: Iterable[nn.Module], names: tuple[str, ...]) -> int | None:
-    """The first of some attributes of some modules that is a positive whole number."""
-    values = [getattr(module, name, None) for module in modules for name in names]
-    return next((each for each in values if isinstance(each, int) and not isinstance(each, bool) and each > 0), None)
+    if "Attention" in type(module).__name__:
+        return weights >= 1
+    return weights >= 2 and _has_heads(module)
 
 
 @dataclass(frozen=True)
@@ -130,9 +126,8 @@ class _Sizes:
 
 def _holders(module: nn.Module, name: str, record: Attention) -> list[tuple[str, nn.Module]]:
     """The modules that may keep sizes: the attention, and those in it that hold its projections. Names and modules."""
-    inside = {path.rpartition(".")[0] for path in (record.query, record.key, record.value, record.output)}
-    paths = ["", *sorted(inside - {""})]
-    return [(".".join(filter(None, (name, path))), module.get_submodule(path)) for path in paths]
+    inside = sorted({path.rpartition(".")[0] for path in record.paths} - {""})
+    return [(name, module), *((parameter_name(name, path), module.get_submodule(path)) for path in inside)]
 
 
 def _read_sizes(module: nn.Module, name: str, record: Attention) -> _Sizes | str:
@@ -143,11 +138,13 @@ def _read_sizes(module: nn.Module, name: str, record: Attention) -> _Sizes | str
     outputs = {path: place.size("out") for path, place in places.items() if place}
     width = Place(module, name, record.output).size("in")
     modules = [each for _, each in _holders(module, name, record)]
-    size, heads = _attribute(modules, _HEAD_SIZES), _attribute(modules, _HEADS)
+    size, heads = number_in(modules, _HEAD_SIZES), number_in(modules, _HEADS)
     if size is None or width % size:
         if heads is None or width % heads:
             return f"it has no attribute such as num_heads or head_dim that divides the {width} inputs of its output"
         size = width // heads
+    elif heads is not None and heads * size != width:
+        return f"{heads} heads of {size}, as its attributes say, do not make the {width} inputs of its output"
     sizes = _Sizes(width // size, _key_value_heads(record, outputs, width, size), size)
     shown = ", ".join(f"{path}: {outputs[path]}" for path in dict.fromkeys(record.paths[:3]))
     misfit = f"the outputs of its projections ({shown}) do not fit {sizes.heads} heads of {size}"
@@ -157,8 +154,27 @@ def _read_sizes(module: nn.Module, name: str, record: Attention) -> _Sizes | str
     if any(outputs[path] != length for path, length in lengths.items()):
         return misfit
     # A projection with more outputs, such as a gate, has them in an order that only a declaration tells.
-    exact = outputs[record.query] == width or record.query in (record.key, record.value)
-    return sizes if record.interleaved or exact and outputs[record.key] == outputs[record.value] else misfit
+    fits = outputs[record.query] == width or record.query in (record.key, record.value)
+    if not record.interleaved and not (fits and outputs[record.key] == outputs[record.value]):
+        return misfit
+    return (_why_incomplete(module, name, record, sizes) if record.exact else "") or sizes
+
+
+def _why_incomplete(module: nn.Module, name: str, record: Attention, sizes: _Sizes) -> str:
+    """Which further layer or table of a record an attention lacks, or has in another size; empty if none."""
+    for path in record.also:
+        place = Place.found(module, name, path)
+        if place is None or place.size("out") % sizes.heads:
+            return f"it has no layer {path!r} with outputs for each of its {sizes.heads} heads"
+    for path, axis in record.per_head:
+        if not _is_per_head(_read(module, path), axis, sizes.heads):
+            return f"it has no table {path!r} with {sizes.heads} places along axis {axis}, one for each head"
+    return ""
+
+
+def _is_per_head(table: Any, axis: int, heads: int) -> bool:
+    """Whether something is a tensor with one place per head along an axis."""
+    return isinstance(table, Tensor) and -table.dim() <= axis < table.dim() and table.shape[axis] == heads
 
 
 def _key_value_heads(record: Attention, outputs: Mapping[str, int], width: int, size: int) -> int:
@@ -202,8 +218,8 @@ def _heads_of(module: nn.Module, name: str, record: Attention) -> JointGroups:
             parts.append(Part(parameter_name(name, path), 0, of_query, role))
     for path, axis in record.per_head:
         table = _read(module, path)
-        if isinstance(table, Tensor) and table.dim() > axis and table.shape[axis] == sizes.heads:
-            parts.append(Part(parameter_name(name, path), axis, sizes.of_heads, TABLE))
+        if _is_per_head(table, axis, sizes.heads):
+            parts.append(Part(parameter_name(name, path), axis % table.dim(), sizes.of_heads, TABLE))
     share = sizes.heads // sizes.count
     kept = dict.fromkeys(_HEADS, share) | dict.fromkeys((*_WIDTHS, *record.widths), share * sizes.size)
     kept |= dict.fromkeys(_REPEATS if sizes.by_query else _KEY_VALUE_HEADS, 1)

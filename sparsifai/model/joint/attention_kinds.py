@@ -30,6 +30,7 @@ class Attention:
     norms: tuple[str, ...] = ()
     widths: tuple[str, ...] = ()
     joined: bool = False
+    exact: bool = False  # whether `also` and `per_head` have to be there
 
     @property
     def last(self) -> str:
@@ -65,6 +66,8 @@ def register_attention(
     Projections that are fused in one layer have the same path: query='qkv', key='qkv', value='qkv'. The number of heads
     is read from an attribute such as num_heads or head_dim, the number of key-value heads from the shapes.
 
+    A module that lacks one of the declared layers or tables, or has one of another size, is left out with a warning.
+
     Args:
         kind: A module class, or its full name, such as 'package.module.Class', for a class that is not to be imported;
             the full name may be a glob. Subclasses have the same parts. A kind may be declared several times; the first
@@ -79,37 +82,55 @@ def register_attention(
         per_head: Path of a parameter or buffer -> its axis that has one place per head, for tables of relative
             positions and the like, from which the places of removed heads are cut.
         also: Paths of further layers with outputs for each query head, such as a gate of the attention's output.
-        norms: Paths of norm layers of queries, keys or values. One that normalizes each head by itself is no problem;
-            with one over all heads, the attention stays dense, because removing a head would change the others.
+        norms: Paths of norm layers of queries, keys or values, if the module has them. One that normalizes each head by
+            itself is no problem; with one over all heads, the attention stays dense, because removing a head would
+            change the others.
         widths: Attributes, besides the usual ones, that keep the number of heads times the size of a head.
         joined: Whether head i of all attentions of this kind at like places of the model is one group, since they share
             one table of positions.
 
     Raises:
-        TypeError: `kind` is not a module class, or an argument is a string instead of a tuple.
+        TypeError: `kind` is not a module class, or an argument is no tuple or dictionary where it must be one.
         ValueError: A path is empty or no path, or an axis is not a whole number.
 
     Example:
         >>> class SelfAttention(nn.Module): ...
         >>> register_attention(SelfAttention, query='to_q', key='to_k', value='to_v', output='to_out')
     """
+    per_head = {} if per_head is None else per_head
     checked_paths(
         "register_attention", query=query, key=key, value=value, output=output, also=also, norms=norms, widths=widths,
-        per_head={} if per_head is None else per_head,
+        per_head=per_head,
     )  # fmt: skip
-    tables = tuple((per_head or {}).items())
+    tables = tuple(per_head.items())
     for path, axis in tables:
         if isinstance(axis, bool) or not isinstance(axis, int):
             raise ValueError(f"register_attention: per_head={{{path!r}: {axis!r}}} must give an axis, a whole number")
-    record = Attention(query, key, value, output, interleaved, tables, tuple(also), tuple(norms), tuple(widths), joined)
+    record = Attention(
+        query, key, value, output, interleaved, tables, tuple(also), tuple(norms), tuple(widths), joined, exact=True
+    )
     ATTENTIONS.add(kind, record)
 
 
-def _register(kind: Kind, names: str, **more: Any) -> None:
-    """register_attention with the four paths in one string; of three, the first is that of a fused projection."""
+_NORMS = ("q_norm", "k_norm", "query_norm", "key_norm", "q_layernorm", "k_layernorm", "attn_sub_norm")
+
+
+def _register(
+    kind: Kind,
+    names: str,
+    *,
+    per_head: Mapping[str, int] | None = None,
+    norms: tuple[str, ...] = _NORMS[:2],
+    **more: Any,
+) -> None:
+    """Declare many classes, which may lack what is in `also` and `per_head`.
+
+    names: The four paths; of two, the first is that of a fused projection, of three, the second that of key and value.
+    """
     query, *between, output = names.split()
     key, value = between if len(between) == 2 else (query, query) if not between else (between[0], between[0])
-    register_attention(kind, query=query, key=key, value=value, output=output, **more)
+    tables = tuple((per_head or {}).items())
+    ATTENTIONS.add(kind, Attention(query, key, value, output, per_head=tables, norms=norms, **more))
 
 
 _TRANSFORMERS = "transformers.models.*Attention*"
@@ -121,7 +142,6 @@ _TABLES = {
     "logit_scale": 0,
     "sinks": 0,
 }
-_NORMS = ("q_norm", "k_norm", "query_norm", "key_norm", "q_layernorm", "k_layernorm", "attn_sub_norm")
 # The record that is registered last is tried first.
 _register(_TRANSFORMERS, "query_key_value dense", interleaved=True, norms=_NORMS)
 _register(_TRANSFORMERS, "q_lin k_lin v_lin out_lin", widths=("dim",))

@@ -9,7 +9,7 @@ never chooses the expert, but that it always scores 0. As long as the expert is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..hooks import hooked
 from ..layers import axes_of, find_weights, parameter_name
 from ..running import check_runs, evaluating, untraced, without_fast_path
 from .entries import configs_in
-from .groups import FOLLOWER, TABLE, WEIGHT, Entries, JointGroups, Part, sizes_in
+from .groups import FOLLOWER, TABLE, WEIGHT, Entries, JointGroups, Part, number_in, sizes_in
 from .removal import remove_groups
 
 _ROUTERS = ("gate", "router", "gating")
@@ -60,8 +60,8 @@ def _experts_of(module: nn.Module, name: str) -> JointGroups | None:
         for each, value in rows.items()
         if value.dim() and len(value) == count
     ]
-    inside = [(".".join(filter(None, (name, each))), part) for each, part in module.named_modules()]
-    groups = max(_number(inside, _GROUPS), 1)
+    inside = list(module.named_modules(prefix=name))
+    groups = number_in((part for _, part in inside), _GROUPS) or 1
     why = f"its router chooses among {groups} groups of experts, which must be of one size" if groups > 1 else ""
     return JointGroups(
         name, "expert", count, tuple(parts), sizes_in(inside, dict.fromkeys(_COUNTS, 1), count), why, entries=entries
@@ -95,12 +95,6 @@ def _listed(module: nn.Module, name: str, count: int) -> tuple[list[Part], Entri
                     parts.append(Part(f"{path}.{of_expert}.{each}", None, np.array([number]), role))
         return parts, Entries(path, np.arange(count))
     return [], None
-
-
-def _number(modules: Iterable[tuple[str, nn.Module]], names: Sequence[str]) -> int:
-    """The first of some attributes of some modules that is a whole number; 0 if none is."""
-    values = (vars(module).get(name) for _, module in modules for name in names)
-    return next((value for value in values if type(value) is int), 0)
 
 
 def choosing_tokens(model: nn.Module, found: Sequence[JointGroups], example_input: Any) -> list[np.ndarray | None]:
@@ -147,7 +141,7 @@ def choosing_tokens(model: nn.Module, found: Sequence[JointGroups], example_inpu
 
 def why_too_few(model: nn.Module, groups: JointGroups, removed: Sequence[int] | np.ndarray) -> str:
     """Why some experts cannot be removed, because too few would be left; empty if they can."""
-    chosen = max(_number(model.get_submodule(groups.name).named_modules(), _CHOSEN), 1)
+    chosen = number_in(model.get_submodule(groups.name).modules(), _CHOSEN) or 1
     left = groups.count - len(removed)
     if left >= chosen:
         return ""

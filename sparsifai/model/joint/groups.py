@@ -204,6 +204,12 @@ def sizes_in(modules: Iterable[tuple[str, nn.Module]], per_group: dict[str, int]
     )
 
 
+def number_in(modules: Iterable[nn.Module], names: Iterable[str]) -> int | None:
+    """The first of some attributes of some modules that is a positive whole number; None if none is."""
+    values = (getattr(module, name, None) for module in modules for name in names)
+    return next((each for each in values if type(each) is int and each > 0), None)
+
+
 def merged(found: Sequence[JointGroups], model: nn.Module) -> list[JointGroups]:
     """Join the groups of modules that share a parameter: group i of all of them is one group.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...support.listing import in_short
 from ...support.printable import printable
 from ...support.table import percent
+from ..layers import full_name_of
 from ..parallel import kind_of
 
 Kind = type[nn.Module] | str
@@ -42,13 +43,16 @@ def checked_paths(function: str, **paths: Any) -> None:
         **paths: Argument -> a path, or a tuple or dictionary of paths.
 
     Raises:
-        TypeError: A tuple of paths is a string.
+        TypeError: A tuple or dictionary of paths is something else.
         ValueError: A path does not consist of names with dots between them.
     """
     for argument, given in paths.items():
         several = argument in ("also", "norms", "widths", "per_head")
-        if several and isinstance(given, str):
-            raise TypeError(f"{function}: {argument}={given!r} must be a tuple of names, such as ({given!r},)")
+        if argument == "per_head" and not isinstance(given, Mapping):
+            raise TypeError(f"{function}: per_head={given!r} must be a dictionary, such as {{'table': 0}}")
+        if several and not isinstance(given, (tuple, list, Mapping)):
+            example = given if isinstance(given, str) else "name"
+            raise TypeError(f"{function}: {argument}={given!r} must be a tuple of names, such as ({example!r},)")
         for path in given if several else [given]:
             if not isinstance(path, str) or not re.fullmatch(r"\w+(\.\w+)*", path):
                 raise ValueError(
@@ -101,7 +105,7 @@ class Declared(Generic[Record]):
         """The records of the class of a module and of its base classes, with the kind that they were declared for."""
         found: dict[Record, Kind] = {}
         for cls in type(module).__mro__:
-            full_name = f"{cls.__module__}.{cls.__qualname__}"
+            full_name = full_name_of(cls)
             for kind, record in self._records:
                 if kind is cls or isinstance(kind, str) and fnmatchcase(full_name, kind):
                     found.setdefault(record, kind)
@@ -149,7 +153,7 @@ class Declared(Generic[Record]):
                     unfit[name] = "its layers have other names or sizes than those of the declared classes"
         inside = [name for name, _, _ in matches.found]
         for name, why in unfit.items():
-            if not any(_contains(name, other) or _contains(other, name) for other in [*inside, *matches.left_out]):
+            if not any(contains(name, other) or contains(other, name) for other in [*inside, *matches.left_out]):
                 matches.left_out[name] = why
         return matches
 
@@ -169,7 +173,10 @@ class Declared(Generic[Record]):
     def _notice_of_left_out(self, model: nn.Module, left_out: Mapping[str, str]) -> str:
         """How much of a model is left out, with a reason for each class."""
         weights = _size(tensor for name in left_out for tensor in model.get_submodule(name).parameters())
-        reasons = {kind_of(model.get_submodule(name)): f"{printable(name)}: {why}" for name, why in left_out.items()}
+        reasons = {
+            kind_of(model.get_submodule(name)): f"{printable(name) or 'the model itself'}: {why}"
+            for name, why in left_out.items()
+        }
         listed = in_short([f"{kind} ({reason})" for kind, reason in reasons.items()], others="other classes")
         return (
             f"{len(left_out)} of the {self.what}, with {percent(weights / max(1, _size(model.parameters())))} of the "
@@ -181,7 +188,7 @@ def _is_glob(kind: Kind) -> bool:
     return isinstance(kind, str) and bool(re.search(r"[*?\[]", kind))
 
 
-def _contains(outer: str, inner: str) -> bool:
+def contains(outer: str, inner: str) -> bool:
     """Whether a module, by its name, is or contains another."""
     return not outer or inner == outer or inner.startswith(f"{outer}.")
 

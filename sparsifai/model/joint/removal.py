@@ -30,15 +30,25 @@ def removable_groups(model: nn.Module, groups: JointGroups) -> np.ndarray:
         model: The model.
         groups: Its joint groups.
     """
-    return np.logical_and.reduce(
-        [
-            _zero_groups(attrgetter(part.name)(model), part.axis, part.groups, groups.count)
-            for part in groups.parts_in(READER) or groups.parts_in(WEIGHT, FOLLOWER)
-        ]
-    )
+    return zero_groups(model, groups, *((READER,) if groups.parts_in(READER) else (WEIGHT, FOLLOWER)))
 
 
-def _zero_groups(tensor: Tensor, axis: int | None, of: np.ndarray, count: int) -> np.ndarray:
+def zero_groups(model: nn.Module, groups: JointGroups, *roles: str) -> np.ndarray:
+    """For each group, whether all its entries in parts with some roles are zero; false if there are no such parts.
+
+    Args:
+        model: The model.
+        groups: Its joint groups.
+        *roles: Such as WEIGHT.
+    """
+    parts = groups.parts_in(*roles)
+    are_zero = np.full(groups.count, bool(parts))
+    for part in parts:
+        are_zero &= _are_zero(attrgetter(part.name)(model), part.axis, part.groups, groups.count)
+    return are_zero
+
+
+def _are_zero(tensor: Tensor, axis: int | None, of: np.ndarray, count: int) -> np.ndarray:
     """For each group, whether all entries of a tensor that belong to it are zero."""
     if axis is None:
         tensor, axis = tensor.flatten(), 0

@@ -26,7 +26,7 @@ from ..running import in_modes, run, untraced
 from ..tensors import tensors_in
 from .groups import FOLLOWER, READER, TABLE, WEIGHT, JointGroups, Part
 from .recurrent import RECURRENT, directions, find_units
-from .removal import remove_groups
+from .removal import remove_groups, zero_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +78,9 @@ def find_zero_units(model: nn.Module, groups: JointGroups, example_input: Any) -
         groups: The units of the module, as of `find_units`.
         example_input: A batch, a tuple of positional inputs or a dictionary of named ones.
     """
-    is_zero = _are_zero(model, groups, WEIGHT, FOLLOWER)
+    is_zero = zero_groups(model, groups, WEIGHT, FOLLOWER)
     if groups.parts_in(READER):  # a projection: what it does not read has no effect
-        is_zero |= _are_zero(model, groups, READER)
+        is_zero |= zero_groups(model, groups, READER)
     zeros = np.flatnonzero(is_zero)
     found = tuple(zeros.tolist())
     if groups.why_kept or not found:
@@ -107,16 +107,6 @@ def _why_left(groups: JointGroups, cells: int, least: int) -> str:
     if cells == 1:
         return kept
     return f"all layers and directions of {printable(groups.name)} must keep equal numbers of units, and {kept}"
-
-
-def _are_zero(model: nn.Module, groups: JointGroups, *roles: str) -> np.ndarray:
-    """For each unit, whether all its entries in parts with some roles are zero."""
-    nonzero = np.zeros(groups.count)
-    for part in groups.parts_in(*roles):
-        tensor = attrgetter(part.name)(model).detach()
-        is_nonzero = (tensor != 0).movedim(part.axis, 0).flatten(1).any(1) if tensor.dim() > 1 else tensor != 0
-        nonzero += np.bincount(part.groups, is_nonzero.cpu().numpy(), groups.count)
-    return nonzero == 0
 
 
 # --- What reads the units ---------------------------------------------------------------------------------------------

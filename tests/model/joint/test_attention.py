@@ -1,5 +1,7 @@
 """Which attentions are found in a model, and which are left out."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,8 @@ from conftest import dense_of
 from torch import nn
 
 from sparsifai import Sparsifier, register_attention
+from sparsifai.model.joint.attention import find_heads
+from sparsifai.model.joint.groups import TABLE
 
 
 class Declarable(nn.Module):
@@ -92,6 +96,50 @@ def test_a_declared_class_that_lacks_a_layer_is_named_with_it():
         Sparsifier(nn.ModuleList([Net(Separate, 1), odd]), "head")
 
 
+def test_numbers_of_heads_that_contradict_each_other_leave_an_attention_out():
+    odd = LikeOthers()
+    odd.head_dim = 1
+    with pytest.warns(UserWarning, match=re.escape("(0: its layers have other names or sizes")):
+        assert joint_of(nn.ModuleList([odd, Separate()])) == {"1": (0, 3)}  # and not 8 heads of which two make one
+
+    class Known(Declarable):
+        head_dim = 1
+
+    register_attention(Known, query="ask", key="find", value="find", output="tell")
+    match = "the model itself: 2 heads of 1, as its attributes say, do not make the 4 inputs of its output"
+    with pytest.warns(UserWarning, match=match), pytest.raises(ValueError, match="no class in it is a known attention"):
+        Sparsifier(Known(), "head")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"also": ("gate",)}, "it has no layer 'gate' with outputs for each of its 2 heads"),
+        ({"also": ("odd",)}, "it has no layer 'odd' with outputs for each of its 2 heads"),
+        ({"per_head": {"bias": 0}}, "it has no table 'bias' with 2 places along axis 0, one for each head"),
+        ({"per_head": {"table": 1}}, "it has no table 'table' with 2 places along axis 1"),
+        ({"per_head": {"table": 2}}, "it has no table 'table' with 2 places along axis 2"),
+        ({"per_head": {"table": -2}}, ""),
+        ({"per_head": {"table": 0}}, ""),
+    ],
+)
+def test_declared_layers_and_tables_have_to_be_there(arguments, match):
+    class Whole(Declarable):
+        def __init__(self):
+            super().__init__()
+            self.odd, self.table = nn.Linear(4, 3), nn.Parameter(torch.randn(2, 7))
+
+    register_attention(Whole, query="ask", key="find", value="find", output="tell", **arguments)
+    model = nn.ModuleList([Net(Separate, 1), Whole()])
+    if match:
+        with pytest.warns(UserWarning, match=match):
+            assert set(joint_of(model)) == {"0.blocks.0"}
+    else:
+        assert joint_of(model)["1"] == (0, 2)
+        table = find_heads(model)[-1].parts_in(TABLE)
+        assert [(each.name, each.axis) for each in table] == [("1.table", 0)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
@@ -101,6 +149,9 @@ def test_a_declared_class_that_lacks_a_layer_is_named_with_it():
         ({"key": "self..key"}, ValueError, "key='self..key' is no path"),
         ({"also": "gate"}, TypeError, r"also='gate' must be a tuple of names, such as \('gate',\)"),
         ({"also": ("",)}, ValueError, "also='' is no path"),
+        ({"norms": None}, TypeError, r"norms=None must be a tuple of names, such as \('name',\)"),
+        ({"per_head": "table"}, TypeError, "per_head='table' must be a dictionary, such as {'table': 0}"),
+        ({"per_head": ("table",)}, TypeError, "must be a dictionary"),
         ({"per_head": {"table": "first"}}, ValueError, "must give an axis, a whole number"),
     ],
 )

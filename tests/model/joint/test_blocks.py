@@ -246,6 +246,12 @@ def test_one_block_stays():
     assert without_zero_blocks(model, X)[1] == [2]
 
 
+def test_blocks_cannot_be_kept_in_multiples():
+    with pytest.raises(ValueError, match="each block is ranked by itself, so round_to= cannot keep a multiple of them"):
+        Sparsifier(Stem(*(Block() for _ in range(4))), "block", example_input=X, round_to=2)
+    Sparsifier(Stem(*(Block() for _ in range(4))), "block", example_input=X, round_to=1)
+
+
 def test_norm_layers_go_with_their_block_only_where_they_must():
     for norm, followers in ((None, ["inner.bias", "outer.bias"]), (nn.BatchNorm1d, 4), (nn.LayerNorm, 4)):
         model = Stem(*(Block(norm=norm and norm(8)) for _ in range(2))).eval()

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from sparsifai import Sparsifier, load_shrunk, save_shrunk, shrink, shrinkage
 from sparsifai.model.channels.smaller_copy import SmallerCopy
 from sparsifai.model.joint.recurrent import find_units
-from sparsifai.model.joint.unit_removal import remove_all_units
+from sparsifai.model.joint.unit_removal import find_zero_units, remove_all_units
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
@@ -146,6 +146,10 @@ def test_computed_weights_are_refused_by_name():
     nn.utils.parametrizations.weight_norm(model.rnn, "weight_hh_l0")
     with pytest.raises(ValueError, match="weight_hh_l0 is computed from other parameters"):
         Sparsifier(model, "unit")
+    lstm = nn.Sequential(nn.LSTM(4, 6, bias=False))
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        nn.utils.parametrizations.weight_norm(lstm[0], name)
+    assert find_zero_units(lstm, find_units(lstm)[0], torch.randn(2, 3, 4)).zeros == ()
 
 
 def test_a_weight_that_is_excluded_keeps_the_units():
