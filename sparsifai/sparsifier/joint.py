@@ -25,12 +25,12 @@ from .coupled import CoupledLayers, Coupling
 from .followers import Follower
 from .layer import FROZEN, FROZEN_UNCOUPLED, Layer, Layers
 
+_UNKNOWN = "its classes are not known, or do not fit, which a warning says then. Declare them: "
+
 # Name of a granularity -> what to do if a model has no such groups.
 _ADVICE = {
-    "head": (
-        "its classes are not known. Declare them: register_attention(kind, query=..., key=..., value=..., output=...)"
-    ),
-    "neuron": "its classes are not known. Declare them: register_mlp(kind, up=..., down=...)",
+    "head": f"{_UNKNOWN}register_attention(kind, query=..., key=..., value=..., output=...)",
+    "neuron": f"{_UNKNOWN}register_mlp(kind, up=..., down=...)",
     "expert": (
         "a mixture is a module with experts and a router or gate; name the axes of experts that share a parameter: "
         "register_layer(kind, name=('expert', 'out', 'in'))"

@@ -96,6 +96,15 @@ def test_experts_that_are_chosen_are_told():
         message.startswith("shrink: 1 of 2 zero experts cannot be removed: 1 (") and "tokens of the example" in message
         for message in messages
     )
+    assert not any("zero filters" in message for message in messages)
+    assert sum(row.zeros_left for row in shrinkage(model, X).layers) == 0
+
+
+def test_nothing_to_remove_is_told():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    Sparsifier(model, "column", "local", layers="0").sparsify(0.5)
+    with pytest.warns(UserWarning, match=r"nothing is removed, because no whole filter, head.* is zero. Prune with"):
+        assert shrink(model, X)[0].out_features == 8
 
 
 def test_a_smaller_transformer_is_saved_and_loaded(tmp_path):

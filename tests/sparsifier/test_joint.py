@@ -318,10 +318,14 @@ def test_mistakes_are_named():
         Sparsifier(Net(Separate), "head", coupled=True, example_input=X)
     with pytest.raises(ValueError, match="no head is left to prune .blocks.0.q.weight: its heads also need blocks.0.k"):
         Sparsifier(Net(Separate), "head", layers="blocks.0.q")
-    with pytest.raises(ValueError, match="no heads are found in Net; .* Declare them: register_attention"):
+    with pytest.raises(
+        ValueError, match="no heads are found in Net; .* not known, or do not fit.* Declare them: register_attention"
+    ):
         Sparsifier(Net(Mlp), "head")
     with pytest.raises(ValueError, match="has 1 head, of which 1 must be kept"):
         Sparsifier(Net(lambda: Separate(1)), "head")
+    with pytest.raises(ValueError, match="left to prune; 9.blocks.0.q.weight: has 1 head, of which 1 must be kept"):
+        Sparsifier(nn.Sequential(*(nn.Linear(2, 2) for _ in range(9)), Net(lambda: Separate(1))), "head")
     with pytest.raises(ValueError, match="has 3 heads, of which 2 must be kept"):
         Sparsifier(Net(Separate), "head", round_to=2)
 

@@ -146,7 +146,10 @@ def _read_sizes(module: nn.Module, name: str, record: Attention) -> _Sizes | str
     size, heads = _attribute(modules, _HEAD_SIZES), _attribute(modules, _HEADS)
     if size is None or width % size:
         if heads is None or width % heads:
-            return f"it has no attribute such as num_heads or head_dim that divides the {width} inputs of its output"
+            return (
+                f"it has no attribute such as num_heads or head_dim that divides the {width} inputs of its output, so "
+                "set self.num_heads in its __init__"
+            )
         size = width // heads
     sizes = _Sizes(width // size, _key_value_heads(record, outputs, width, size), size)
     shown = ", ".join(f"{path}: {outputs[path]}" for path in dict.fromkeys(record.paths[:3]))
