@@ -69,6 +69,14 @@ def test_blocks_are_removed_with_filters():
     }
 
 
+def test_lists_without_zero_blocks_are_counted_too():
+    model = nn.ModuleList([nn.Sequential(*(Block() for _ in range(depth))) for depth in (3, 2)])
+    model = nn.Sequential(nn.Linear(4, 8), *model, nn.Linear(8, 2)).eval()
+    zero(model[1][1])
+    rows = shrinkage(model, X).groups
+    assert [(row.count, row.zeros, row.removed) for row in rows if row.what == "block"] == [(3, 1, 1), (2, 0, 0)]
+
+
 def test_layers_behind_removed_blocks_keep_their_types():
     class InFloat(nn.Module):
         def forward(self, x):
