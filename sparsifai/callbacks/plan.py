@@ -20,6 +20,7 @@ from ..model.linear import why_not_two_four
 from ..model.running import first_example
 from ..model.zeros import Count
 from ..sparsifier.collection import CollectedQuantities
+from ..sparsifier.coupled import Coupling
 from ..sparsifier.findings import check_found
 from ..sparsifier.followers import masks_of_followers
 from ..sparsifier.layer import Layer, Layers, level_of, selected
@@ -111,7 +112,7 @@ def plan_of(
     flops = Flops({}, 0) if example_input is None else all_flops(model, weights, collected.source.example_input)
     if ranking.coupling is not None:  # its notes say how many heads are pruned
         measured = Report.measure(model, planned, ranking.options.context, coupling=ranking.coupling, by_masks=True)
-    layers = _planned_layers(model, planned, measured, flops.of_weights)
+    layers = _planned_layers(model, planned, measured, flops.of_weights, ranking.coupling)
     sizes = [layer.size for layer in layers]
     total = Size.total([layer.size for layer in layers if not layer.why_dense])
     timeline = timeline_of(schedule, n_epoch, n_iter, every, level)
@@ -158,7 +159,7 @@ def timeline_of(
 
 
 def _planned_layers(
-    model: nn.Module, layers: Layers, measured: Report, flops: Mapping[str, int]
+    model: nn.Module, layers: Layers, measured: Report, flops: Mapping[str, int], coupling: Coupling | None
 ) -> tuple[PlannedLayer, ...]:
     """The layers of the plan, in the order of the report."""
     elements = {name: parameter.element_size() for name, parameter in model.named_parameters()}
@@ -167,7 +168,8 @@ def _planned_layers(
         layer, weights = layers.get(row.name), math.prod(row.shape)
         pruned = layer is not None and layer.is_selected
         left = weights - layer.count().zeros if layer is not None and pruned else weights
-        collapses = layer is not None and pruned and _is_near_collapse(layer, left)
+        is_meant = coupling is not None and left == 0 and coupling.is_pruned_whole(row.name)
+        collapses = layer is not None and pruned and not is_meant and _is_near_collapse(layer, left)
         element = elements[row.name] if layer is None else layer.parameter.element_size()
         size = Size.of(weights, left, element, flops.get(row.name))
         refused = why_not_two_four(model, None if layer is None else layer.weight)

@@ -173,7 +173,8 @@ class SparsifyCallback(TrainingCallback):
         if len(learn._grab_cbs(SparsifyCallback)) > 1:
             raise ValueError(
                 "two SparsifyCallbacks in one fit would undo each other; use one with a dictionary of sparsities by "
-                "layer, or remove the other with learn.remove_cb(SparsifyCallback)"
+                "layer, prune in two fits (the second keeps the zeros of the first), or remove the other with "
+                "learn.remove_cb(SparsifyCallback)"
             )
         check_steps_model(learn)
         if self._fit is not None:  # the last fit was interrupted

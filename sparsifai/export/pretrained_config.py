@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model.joint.entries import LISTS
 from ..model.joint.groups import READER, JointGroups
 from ..model.joint.kinds import contains
 from ..support.printable import message_of, printable
@@ -25,6 +26,10 @@ _NEURONS = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "ffn_hidden
 _HEAD_SIZE = "head_dim"
 # Sizes of modules that decide what they compute, beside the shapes of their parameters.
 _SIZES = (*_HEADS, *_KEY_VALUE_HEADS, "head_dim", "attention_head_size", "num_key_value_groups", "n_rep")
+
+# What to use in place of save_pretrained: where modules are narrower, and where whole ones are gone.
+_CUT = "sparsifai.save_shrunk(model, file) and load_shrunk(original_model, file)"
+_WHOLE = "torch.save(model, file) and torch.load(file, weights_only=False), since whole modules are removed"
 
 
 def update_config(model: nn.Module, found: Iterable[JointGroups], original: nn.Module) -> None:
@@ -40,18 +45,22 @@ def update_config(model: nn.Module, found: Iterable[JointGroups], original: nn.M
         inside = [(groups, _remaining(model, groups)) for groups in found if contains(name, groups.name)]
         larger: Any = original.get_submodule(name)
         why = _updated(pretrained, [(groups, _without(groups.name, name), left) for groups, left in inside], larger)
+        advice = _WHOLE if _has_lost_modules(pretrained, larger) else _CUT
         for part in pretrained.modules():
             if _is_pretrained(part):
                 vars(part).pop("save_pretrained", None)
                 if why:
-                    vars(part)["save_pretrained"] = partial(_refuse_to_save, type(part).__name__, why)
+                    vars(part)["save_pretrained"] = partial(_refuse_to_save, type(part).__name__, why, advice)
 
 
-def _refuse_to_save(kind: str, why: str, *arguments: Any, **named: Any) -> None:
-    raise ValueError(
-        f"{kind}.save_pretrained: {why}, so from_pretrained could not load what is saved; use "
-        "sparsifai.save_shrunk(model, file) and load_shrunk(original_model, file)"
-    )
+def _refuse_to_save(kind: str, why: str, advice: str, *arguments: Any, **named: Any) -> None:
+    raise ValueError(f"{kind}.save_pretrained: {why}, so from_pretrained could not load what is saved; use {advice}")
+
+
+def _has_lost_modules(model: nn.Module, original: nn.Module) -> bool:
+    """Whether whole modules, such as residual blocks, have been removed from lists of a model."""
+    lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, LISTS)}
+    return any(len(module) != lists.get(name) for name, module in original.named_modules() if isinstance(module, LISTS))
 
 
 def _is_config(value: Any) -> bool:
@@ -84,8 +93,11 @@ def _remaining(model: nn.Module, groups: JointGroups) -> int:
 def _updated(model: Any, found: list[tuple[JointGroups, str, int]], original: Any) -> str:
     """Change the config of a model; why it cannot say the widths, with the config as before, or empty."""
     configs = {id(part.config): part.config for part in model.modules() if _is_config(vars(part).get("config"))}
+    narrower = {groups.what for groups, _, left in found if left < groups.count}
     wanted: dict[tuple[type, str], set[int]] = {}
     for groups, name, left in found:
+        if groups.what not in narrower:
+            continue
         kind = type(_config_of(model, name))
         for attribute, value in _widths(_config_of(model, name), model.get_submodule(name), groups, left).items():
             wanted.setdefault((kind, attribute), set()).add(value)
@@ -158,10 +170,11 @@ def _why_different(model: Any, original: Any) -> str:
     """Why a model that is made from the config has other sizes; empty if it has the same."""
     kind = type(model).__name__
     try:
+        config = type(model.config).from_dict(model.config.to_dict())  # as from_pretrained reads it
         with torch.device("meta"):
-            made = type(model)(model.config)
+            made = type(model)(config)
     except Exception as error:  # the code of a model's class can raise anything
-        return f"{kind} cannot be made from the config for its widths ({message_of(error)})"
+        return f"{kind} cannot be made from the config for its sizes ({message_of(error)})"
     shapes = {name: value.shape for name, value in made.state_dict().items()}
     for name, value in model.state_dict().items():
         if shapes.get(name) != value.shape:

@@ -16,6 +16,7 @@ from ..model.channels.connections import zero_outputs
 from ..model.channels.removal import Removal
 from ..model.channels.smaller_copy import SmallerCopy, named_tensors
 from ..model.joint.attention import find_heads
+from ..model.joint.experts import layers_of_zero_experts
 from ..model.joint.joint_removal import JointRemoval, Removed
 from ..model.joint.mlp import find_neurons
 from ..model.joint.unit_removal import ZeroUnits, remove_all_units
@@ -60,7 +61,8 @@ def shrink(model: nn.Module, example_input: Any) -> nn.Module:
 
     Returns:
         The smaller copy, in the same mode and dtype as the model. A UserWarning says how many zero filters, heads and
-        neurons could not be removed, and whether filters could not be looked for; `shrinkage` lists why.
+        neurons could not be removed, whether none is zero, and whether filters could not be looked for; `shrinkage`
+        lists why.
 
     Raises:
         ImportError: torch-pruning is not installed, and there are no heads and neurons to remove.
@@ -83,11 +85,17 @@ def shrink(model: nn.Module, example_input: Any) -> nn.Module:
 
 
 def warn_of_zeros_left(table: Shrinkage) -> None:
-    """Warn of the zero filters, heads and neurons that could not be removed, if there are any.
+    """Warn of the zero filters, heads and neurons that could not be removed, if there are any, or if none is zero.
 
     Args:
         table: What was removed.
     """
+    if table.parameters_left == table.parameters and not table.zeros and not any(row.zeros for row in table.groups):
+        warn(
+            "shrink: nothing is removed, because no whole filter, head, neuron, unit, block or expert is zero. Prune "
+            "with such a granularity before, as Sparsifier(model, 'head') does; of single zeros, save_sparse makes "
+            "smaller files"
+        )
     if table.zeros_left:
         warn(
             f"shrink: {table.zeros_left} of {table.zeros} zero filters cannot be removed: {table.reasons}. "
@@ -192,14 +200,15 @@ def _kind(row: Removed | ZeroUnits, model: nn.Module, start: nn.Module) -> str:
 def _layers(removal: Removal, model: nn.Module, not_followed: str) -> Iterator[ShrinkableLayer]:
     """What has been removed from each layer."""
     default = "filters were not looked for" if not_followed else "layer never called, or not as a module"
-    tables = weights_of_embeddings(model)
+    tables, experts = weights_of_embeddings(model), layers_of_zero_experts(model)
     for name, module in model.named_modules():
         if name not in removal.remaining:
             continue
         # A zero row of a table that an embedding shares, as of the token for padding, is no filter.
         is_zero = [] if module.weight in tables else zero_outputs(module)
         zeros = {output for output, is_zero in enumerate(is_zero) if is_zero}
-        left = zeros.intersection(removal.remaining[name])
+        # Zero experts that stay are in the table as such.
+        left = set() if name in experts else zeros.intersection(removal.remaining[name])
         reasons = Counter(removal.why_kept.get((name, output), default) for output in sorted(left))
         yield ShrinkableLayer(
             name,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..model.joint.adapting import adapt
 from ..model.joint.attention import find_heads
+from ..model.joint.entries import LISTS
 from ..model.joint.mlp import find_neurons
 from ..model.joint.removal import replace_tensor
 from ..model.layers import CHANNEL_LAYERS, outputs_of, parameter_name, size_of
@@ -65,8 +66,9 @@ def load_shrunk(model: nn.Module, file: str | os.PathLike) -> nn.Module:
     """Load a file of `save_shrunk`: returns a copy of a model of the original size that is cut to the saved one.
 
     Args:
-        model: A model as it was before `shrink`, with weights of any values; it is not changed. Of a wrapper (compiled,
-            data parallel) the model inside is copied.
+        model: A model as it was before `shrink`, with weights of any values; it is not changed. If `shrink` removed
+            whole blocks or experts, it must have as many of them as the smaller model. Of a wrapper (compiled, data
+            parallel) the model inside is copied.
         file: The file.
 
     Returns:
@@ -187,11 +189,33 @@ def _added_biases(
     if missing or unexpected:
         what = [f"lacks {some_of(missing)}"] if missing else []
         what += [f"has {some_of(sorted(unexpected))}, which the model does not have"] if unexpected else []
+        advice = _advice_on_lists(model, tensors, bool(unexpected)) or "pass a model as it was before shrink"
         raise ValueError(
-            f"load_shrunk: {file} was saved from another model than {kind_of(model)}: it {' and '.join(what)}; pass a "
-            "model as it was before shrink"
+            f"load_shrunk: {file} was saved from another model than {kind_of(model)}: it {' and '.join(what)}; {advice}"
         )
     return added
+
+
+def _advice_on_lists(model: nn.Module, tensors: Tensors, is_other: bool) -> str:
+    """What to do if a list of modules, such as residual blocks, is longer in a model than in a file; empty if none is.
+
+    Which entries are gone is not in the file. is_other: whether the file has tensors that the model does not have; then
+    a list of which it has nothing tells nothing.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, LISTS):
+            continue
+        start = len(parameter_name(name, ""))
+        keys = {key[start:].split(".")[0] for key in tensors if key.startswith(parameter_name(name, ""))}
+        entries = [key for key, entry in module._modules.items() if entry is not None and entry.state_dict()]
+        if (keys or not is_other) and len(keys) < len(entries):
+            return (
+                f"it has {len(keys)} of the {len(entries)} modules in {printable(name) or kind_of(module)}, so if "
+                "shrink removed whole blocks or experts, pass a model that was made with as many as the smaller one, "
+                "of the same kinds; or save the smaller model with its own save_pretrained (transformers), or with "
+                "torch.save(model, file), and read that with torch.load(file, weights_only=False)"
+            )
+    return ""
 
 
 def _check_fits(file: Path, name: str, tensor: Tensor, tensors: Tensors) -> None:

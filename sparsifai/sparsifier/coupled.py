@@ -208,7 +208,13 @@ class Coupling:
                 others = self.joint[name][1].groups == NO_GROUP
                 more = f"; {others.sum()} of its {len(others)} entries belong to no {self.what}" if others.any() else ""
                 notes[name] = f"{zero} of {count} {self.what}s pruned{more}"
+                if count == 1:
+                    notes[name] = f"its {self.what} is {'pruned' if zero else 'kept'}"
         return notes
+
+    def is_pruned_whole(self, name: str) -> bool:
+        """Whether all of a layer belongs to one joint group, such as a residual block."""
+        return name in self.joint and name in self.part_of and len(self.part_of[name].channels[name]) == 1
 
     def units(self, names: Iterable[str]) -> dict[str, list[str]]:
         """What is pruned as one -> the layers of it: the name of a module, or of its first layer -> layer names."""

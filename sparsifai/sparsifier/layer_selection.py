@@ -235,7 +235,9 @@ def _summary(reasons: Mapping[str, str]) -> str:
     """Why all layers stay dense, and what to do."""
     if not reasons:
         return "it has no weights with named axes; name those of its layers: register_layer(kind, weight=('out', 'in'))"
-    shown = [f"{printable(name)}: {reason}" for name, reason in reasons.items()]
+    # That a layer has no head, for example, says nothing of why those with heads stay dense.
+    telling_first = sorted(reasons.items(), key=lambda item: item[1].startswith("belongs to no "))
+    shown = [f"{printable(name)}: {reason}" for name, reason in telling_first]
     more = f"; and {len(shown) - 5} more" if len(shown) > 5 else ""
     return f"{'; '.join(shown[:5])}{more}. Choose another granularity, or name layers in layers="
 

@@ -321,7 +321,8 @@ SPARSIFY = [
         "two callbacks", fit_with_two, ValueError,
         [
             "two SparsifyCallbacks in one fit would undo each other; use one with a dictionary of sparsities by layer, "
-            "or remove the other with learn.remove_cb(SparsifyCallback)"
+            "prune in two fits (the second keeps the zeros of the first), or remove the other with "
+            "learn.remove_cb(SparsifyCallback)"
         ],
     ),
     (

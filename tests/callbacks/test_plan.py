@@ -151,6 +151,18 @@ def test_one_percent_of_many_weights():
     assert not planned(filters, 0.5, "filter").collapsing  # outputs without weights are what was asked for
 
 
+def test_pruned_blocks_and_experts_are_not_near_collapse():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+    blocks = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    plan = planned(blocks, 0.5, "block", example_input=torch.randn(2, 5, 8))
+    assert not plan.collapsing
+    assert {layer.note for layer in plan.layers} == {"its block is pruned", "its block is kept"}
+    experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(4))
+    mixture = nn.ModuleDict({"router": nn.Linear(8, 4), "experts": experts})
+    mixture.top_k = 2
+    assert not planned(mixture, 0.5, "expert").collapsing
+
+
 # --- Criteria --------------------------------------------------------------------------------------------------------
 
 KNOWN_NOW = ("random", "large_final", "small_final", "squared_final", "normalized_final", "lamp", "large_init",

@@ -100,3 +100,59 @@ def test_fewer_layers(name, tmp_path):
     loaded = type(small).from_pretrained(tmp_path).eval()
     assert torch.equal(output_of(loaded, batch), output_of(small, batch))
     assert loaded.config.num_hidden_layers == 1
+
+
+def without_a_block(kind, config, batch, **sizes):
+    """A model of transformers of which one block is pruned, and the smaller one."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, config)(**sizes)).eval()
+    Sparsifier(model, "block", criteria="random", seed=1, example_input=batch).sparsify(0.2)
+    return model, shrink(model, batch)
+
+
+PICTURES = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
+OF_PICTURES = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "mlp_ratio": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "sizes"),
+    [
+        ("Dinov2Model", "Dinov2Config", {"num_hidden_layers": 4, **OF_PICTURES}),
+        ("Dinov2Backbone", "Dinov2Config", {"num_hidden_layers": 4, "out_indices": [2, -1], **OF_PICTURES}),
+        ("SegformerModel", "SegformerConfig",  # heads of different sizes, all of which stay
+         {"hidden_sizes": [16, 32], "num_attention_heads": [1, 4], "depths": [2, 2], "sr_ratios": [2, 1],
+          "num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2]}),
+    ],
+)  # fmt: skip
+def test_a_model_without_a_block_is_saved_and_loaded(kind, config, sizes, tmp_path):
+    model, small = without_a_block(kind, config, PICTURES, **sizes)
+    assert small.num_parameters() < model.num_parameters()
+    small.save_pretrained(tmp_path)
+    loaded = type(small).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        for each in (small, loaded):
+            outputs = each(**PICTURES)[0], model(**PICTURES)[0]
+            first, expected = (value if isinstance(value, tuple) else (value,) for value in outputs)
+            assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(first, expected, strict=True))
+
+
+def test_where_a_config_cannot_say_which_block_is_gone_another_way_is_named(tmp_path):
+    sizes = {
+        "vocab_size": 60, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
+    }  # fmt: skip
+    transformers = pytest.importorskip("transformers")
+    tokens = {"input_ids": torch.arange(3, 21).reshape(2, 9)}
+    model = transformers.ModernBertModel(transformers.ModernBertConfig(**sizes)).eval()
+    with torch.no_grad():
+        for weight in model.layers[0].parameters():  # unlike the second, it has no norm layer before its attention
+            weight.zero_()
+    small = shrink(model, tokens)
+    assert len(small.layers) == 1
+    with pytest.raises(ValueError, match=r"its config cannot say .*; use torch.save.*since whole modules are removed"):
+        small.save_pretrained(tmp_path)
+    torch.save(small, tmp_path / "file")
+    loaded = torch.load(tmp_path / "file", weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(loaded(**tokens)[0], small(**tokens)[0])

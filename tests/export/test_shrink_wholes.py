@@ -69,6 +69,14 @@ def test_blocks_are_removed_with_filters():
     }
 
 
+def test_lists_without_zero_blocks_are_counted_too():
+    model = nn.ModuleList([nn.Sequential(*(Block() for _ in range(depth))) for depth in (3, 2)])
+    model = nn.Sequential(nn.Linear(4, 8), *model, nn.Linear(8, 2)).eval()
+    zero(model[1][1])
+    rows = shrinkage(model, X).groups
+    assert [(row.count, row.zeros, row.removed) for row in rows if row.what == "block"] == [(3, 1, 1), (2, 0, 0)]
+
+
 def test_layers_behind_removed_blocks_keep_their_types():
     class InFloat(nn.Module):
         def forward(self, x):
@@ -96,6 +104,15 @@ def test_experts_that_are_chosen_are_told():
         message.startswith("shrink: 1 of 2 zero experts cannot be removed: 1 (") and "tokens of the example" in message
         for message in messages
     )
+    assert not any("zero filters" in message for message in messages)
+    assert sum(row.zeros_left for row in shrinkage(model, X).layers) == 0
+
+
+def test_nothing_to_remove_is_told():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    Sparsifier(model, "column", "local", layers="0").sparsify(0.5)
+    with pytest.warns(UserWarning, match=r"nothing is removed, because no whole filter, head.* is zero. Prune with"):
+        assert shrink(model, X)[0].out_features == 8
 
 
 def test_a_smaller_transformer_is_saved_and_loaded(tmp_path):

@@ -215,3 +215,35 @@ def test_models_that_do_not_fit(file):
         save_shrunk(file, original())
     with pytest.raises(FileNotFoundError, match="save_shrunk: the folder does not exist"):
         save_shrunk(original(), file.parent / "nothing" / "file")
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return x + self.outer(self.inner(x).relu())
+
+
+def test_a_model_that_has_lost_blocks(tmp_path):
+    rows = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+
+    def net(depth):
+        return nn.Sequential(nn.Linear(3, 3), *(Block() for _ in range(depth)), nn.Linear(3, 2)).eval()
+
+    model = net(4)
+    Sparsifier(model, "block", example_input=rows).sparsify(0.5)
+    small = shrink(model, rows)
+    save_shrunk(small, tmp_path / "file")
+    message = (
+        r"has 4 of the 6 modules in Sequential, so if shrink removed whole blocks or experts, pass a model that was "
+        r"made with as many as the smaller one, .*save_pretrained.* or with torch.save\(model, file\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_shrunk(net(4), tmp_path / "file")
+    assert_loaded(load_shrunk(net(2), tmp_path / "file"), small, (rows,))
+    stages = nn.ModuleList([nn.Linear(3, 3), nn.Sequential(Block(), Block())])
+    save_shrunk(nn.ModuleList([stages[0], nn.Sequential()]), tmp_path / "file")
+    with pytest.raises(ValueError, match=r"has 1 of the 2 modules in ModuleList"):
+        load_shrunk(stages, tmp_path / "file")

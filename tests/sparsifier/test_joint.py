@@ -323,6 +323,8 @@ def test_mistakes_are_named():
         Sparsifier(Net(Mlp), "head")
     with pytest.raises(ValueError, match="has 1 head, of which 1 must be kept"):
         Sparsifier(Net(lambda: Separate(1)), "head")
+    with pytest.raises(ValueError, match="left to prune; 9.blocks.0.q.weight: has 1 head, of which 1 must be kept"):
+        Sparsifier(nn.Sequential(*(nn.Linear(2, 2) for _ in range(9)), Net(lambda: Separate(1))), "head")
     with pytest.raises(ValueError, match="has 3 heads, of which 2 must be kept"):
         Sparsifier(Net(Separate), "head", round_to=2)
 

@@ -141,7 +141,10 @@ def _read_sizes(module: nn.Module, name: str, record: Attention) -> _Sizes | str
     size, heads = number_in(modules, _HEAD_SIZES), number_in(modules, _HEADS)
     if size is None or width % size:
         if heads is None or width % heads:
-            return f"it has no attribute such as num_heads or head_dim that divides the {width} inputs of its output"
+            return (
+                f"it has no attribute such as num_heads or head_dim that divides the {width} inputs of its output, so "
+                "set self.num_heads in its __init__"
+            )
         size = width // heads
     elif heads is not None and heads * size != width:
         return f"{heads} heads of {size}, as its attributes say, do not make the {width} inputs of its output"

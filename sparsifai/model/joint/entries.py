@@ -104,3 +104,11 @@ def _update_depth(config: Any, name: str, before: int, kept: list[int]) -> None:
             setattr(config, attribute, type(value)(value[place] for place in kept))
         elif value and all(type(each) is int and 0 <= each < before for each in value):
             setattr(config, attribute, type(value)(kept.index(each) for each in value if each in kept))
+    stages = getattr(config, "stage_names", None)  # of a backbone: the stem, and one for each block
+    if found and isinstance(stages, list) and len(stages) == before + 1:
+        places = [
+            sum(place < stage % len(stages) for place in kept) for stage in getattr(config, "_out_indices", None) or []
+        ]
+        config.stage_names = stages[: len(kept) + 1]
+        if places:
+            vars(config).update(_out_indices=places, _out_features=[stages[place] for place in places])

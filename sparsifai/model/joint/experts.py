@@ -22,7 +22,7 @@ from ..layers import axes_of, find_weights, parameter_name
 from ..running import check_runs, evaluating, untraced, without_fast_path
 from .entries import configs_in
 from .groups import FOLLOWER, TABLE, WEIGHT, Entries, JointGroups, Part, number_in, sizes_in
-from .removal import remove_groups
+from .removal import removable_groups, remove_groups
 
 _ROUTERS = ("gate", "router", "gating")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -37,6 +37,16 @@ def find_experts(model: nn.Module) -> list[JointGroups]:
         model: The model, without wrappers.
     """
     return [groups for name, module in model.named_modules() if (groups := _experts_of(module, name)) is not None]
+
+
+def layers_of_zero_experts(model: nn.Module) -> set[str]:
+    """Names of the layers in those experts of lists that are zero."""
+    names = set()
+    for groups in find_experts(model):
+        zero = np.flatnonzero(removable_groups(model, groups))
+        own = (part for part in groups.parts_in(WEIGHT) if part.axis is None and np.isin(part.groups, zero).all())
+        names |= {part.name.rpartition(".")[0] for part in own}
+    return names
 
 
 def _experts_of(module: nn.Module, name: str) -> JointGroups | None:

@@ -26,24 +26,25 @@ def without_wholes(model: nn.Module, example_input: Any) -> tuple[nn.Module, lis
         example_input: A batch, a tuple of positional inputs or a dictionary of named ones.
 
     Returns:
-        The copy; the model itself if nothing is removed. And what becomes of each list of blocks and each mixture that
-        has some that are zero.
+        The copy; the model itself if nothing is removed. And what becomes of each list of blocks and each mixture, if
+        any of them has some that are zero.
 
     Raises:
         ValueError: The model does not run on the example, or has other outputs when run again.
     """
-    blocks = _rows(model, find_blocks(model, example_input)) if has_zero_candidates(model) else []
-    experts = _rows(model, find_experts(model))
+    lists = _rows(model, find_blocks(model, example_input)) if has_zero_candidates(model) else []
+    mixtures = _rows(model, find_experts(model))
+    blocks, experts = ([row for row in rows if row.zeros] for rows in (lists, mixtures))
     if not blocks and not experts:
         return model, []
     start = sharing_copy(model).eval()
     check = OutputCheck(start, example_input)
     _remove(start, blocks, {row.groups.name: row.zeros for row in blocks}, blocks, check)
     gone = tuple(f"{name}." for row in blocks for name in _names(model, row))
-    experts = [row for row in experts if not row.groups.name.startswith(gone)]
+    experts, mixtures = ([row for row in rows if not row.groups.name.startswith(gone)] for rows in (experts, mixtures))
     _remove(start, experts, _unchosen(start, experts, example_input), blocks + experts, check)
     removed = [row for row in blocks + experts if row.removed]
-    return (_without(model, removed) if removed else model), blocks + experts
+    return (_without(model, removed) if removed else model), lists + mixtures
 
 
 def _names(model: nn.Module, row: Removed) -> list[str]:
@@ -55,13 +56,13 @@ def _names(model: nn.Module, row: Removed) -> list[str]:
 
 
 def _rows(model: nn.Module, found: Sequence[JointGroups]) -> list[Removed]:
-    """What becomes of joint groups of which some are zero, before anything is removed."""
-    rows = [
-        Removed(groups, np.flatnonzero(removable_groups(model, groups)).tolist(), why_kept=groups.why_kept)
+    """What becomes of joint groups, before anything is removed."""
+    return [
+        Removed(groups, zeros, why_kept=groups.why_kept if zeros else "")
         for groups in found
         if groups.what == "expert" or not groups.why_kept
+        for zeros in [np.flatnonzero(removable_groups(model, groups)).tolist()]
     ]
-    return [row for row in rows if row.zeros]
 
 
 def _unchosen(model: nn.Module, rows: Sequence[Removed], example_input: Any) -> dict[str, list[int]]:

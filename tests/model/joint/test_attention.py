@@ -86,7 +86,9 @@ def test_a_declared_class_that_lacks_a_layer_is_named_with_it():
 
     register_attention(Misfit, query="ask", key="find", value="find", output="tell")
     assert joint_of(nn.ModuleList([Misfit()])) == {"0": (0, 2)}
-    with pytest.warns(UserWarning, match="it has no attribute such as num_heads or head_dim that divides the 4 inputs"):
+    with pytest.warns(
+        UserWarning, match="it has no attribute such as num_heads or head_dim .*, so set self.num_heads in"
+    ):
         Sparsifier(nn.ModuleList([Net(Separate, 1), Misfit(heads=3)]), "head")
     register_attention(Misfit, query="find", key="ask", value="ask", output="tell")
     register_attention(Misfit, query="find", key="tell", value="ask", output="tell")
