@@ -23,6 +23,8 @@ from sparsifai.export.checkpoint import Checkpoint
 from sparsifai.model.zeros import Count
 from sparsifai.sparsifier.report import Report
 
+pytestmark = pytest.mark.filterwarnings("ignore:shrink. nothing is removed")  # most have no zero filter
+
 SMALL = "sparsifai.export.csr.WEIGHTS"
 
 
