@@ -62,10 +62,13 @@ def joint_granularity(
     found = granularity(model, example_input=example_input) if takes_example else granularity(model)
     name = name_of(granularity)
     if not isinstance(found, list) or not all(isinstance(each, JointGroups) for each in found):
-        raise TypeError(f"granularity {name} is registered with joint=True, so it must return a list of JointGroups")
+        raise TypeError(
+            f"granularity {name_of(granularity)} is registered with joint=True, so it must return a list of JointGroups"
+        )
     if not found:
         advice = _ADVICE.get(name, "choose another granularity")
-        raise ValueError(f"granularity {name!r}: no {name}s are found in {type(model).__name__}; {advice}")
+        what = printable(name)
+        raise ValueError(f"granularity {what!r}: no {what}s are found in {type(model).__name__}; {advice}")
     return Joint(name, found, model, weights)
 
 
