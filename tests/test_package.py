@@ -89,7 +89,12 @@ def test_every_public_name_is_exported():
 
 @pytest.mark.parametrize("module", OF_THE_CORE)
 def test_everything_public_has_a_docstring(module):
-    module = import_module(module)
+    try:
+        module = import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "fastai":
+            raise
+        pytest.skip("this module needs fastai")
     assert module.__doc__
     for name, value in vars(module).items():
         own = getattr(value, "__module__", None) == module.__name__

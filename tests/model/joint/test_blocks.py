@@ -9,7 +9,8 @@ import torch
 from conftest import dense_of, follower_masks, misses_sparsity, random_state
 from torch import nn
 
-from sparsifai import Sparsifier, SparsifyCallback
+import sparsifai
+from sparsifai import Sparsifier
 from sparsifai.model.joint.blocks import find_blocks
 from sparsifai.model.joint.removal import removable_groups, remove_groups
 
@@ -335,7 +336,7 @@ def test_a_fit_prunes_blocks(make_learner):
     model = nn.Sequential(nn.Flatten(), nn.Linear(128, 4), Stem(*(Block() for _ in range(4))))
     learn = make_learner(model)
     with learn.no_bar(), learn.no_logging():
-        learn.fit(1, 1e-2, cbs=SparsifyCallback(0.5, "block"))
+        learn.fit(1, 1e-2, cbs=sparsifai.SparsifyCallback(0.5, "block"))
     example = learn.dls.one_batch()[0]
     small, removed = without_zero_blocks(learn.model.eval(), example)
     assert removed == [2]

@@ -114,6 +114,8 @@ def test_parameters_keep_their_names():
 
 
 def test_a_subclass_with_a_forward_of_its_own_is_named():
+    pytest.importorskip("torch_pruning", reason="where no head is removed, shrink looks for filters with it")
+
     class Own(nn.MultiheadAttention):
         def forward(self, x):
             return super().forward(x, x, x)[0] * 2
