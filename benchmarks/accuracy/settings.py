@@ -165,16 +165,22 @@ TEXT = {
     "heads and neurons, magnitude": (_BOTH, _HALF),
     "heads and neurons, gate importance": ({**_BOTH, **_GATES, **_EACH_TEN}, _HALF),
 }
+
+
+def _by_criteria(heads, neurons, ending=""):
+    "From names to arguments and sparsities: heads, then neurons, by the magnitude and by criteria of data"
+    return {
+        f"{what}, {criterion}{ending}": ({**groups, **options}, _GROUPS)
+        for what, groups in (("heads", heads), ("neurons", neurons))
+        for criterion, options in (("magnitude", {}), ("taylor", _TAYLOR), ("gate importance", _GATES))
+    }
+
+
 # Pruned once after the training of the dense net, and not trained after it.
 TEXT_ONE_SHOT = {
     "weights, magnitude, once": ({"context": "local"}, _WEIGHTS),
     "weights, wanda, once": ({"context": "per_output", "criteria": "wanda"}, _WEIGHTS),
-    "heads, magnitude, once": (_HEADS, _GROUPS),
-    "heads, taylor, once": ({**_HEADS, **_TAYLOR}, _GROUPS),
-    "heads, gate importance, once": ({**_HEADS, **_GATES}, _GROUPS),
-    "neurons, magnitude, once": (_NEURONS, _GROUPS),
-    "neurons, taylor, once": ({**_NEURONS, **_TAYLOR}, _GROUPS),
-    "neurons, gate importance, once": ({**_NEURONS, **_GATES}, _GROUPS),
+    **_by_criteria(_HEADS, _NEURONS, ", once"),
 }
 
 _NEURONS_OF_LLAMA = {"granularity": "neuron", "layers": ("*.mlp.*",)}
@@ -186,10 +192,5 @@ DECODER = {
     "weights, wanda": ({"context": "per_output", "criteria": "wanda"}, _HALF),
     "2:4, magnitude": ({"context": "2:4"}, _HALF),
     "2:4, wanda": ({"context": "2:4", "criteria": "wanda"}, _HALF),
-    "heads, magnitude": (_HEADS_OF_LLAMA, _GROUPS),
-    "heads, taylor": ({**_HEADS_OF_LLAMA, **_TAYLOR}, _GROUPS),
-    "heads, gate importance": ({**_HEADS_OF_LLAMA, **_GATES}, _GROUPS),
-    "neurons, magnitude": (_NEURONS_OF_LLAMA, _GROUPS),
-    "neurons, taylor": ({**_NEURONS_OF_LLAMA, **_TAYLOR}, _GROUPS),
-    "neurons, gate importance": ({**_NEURONS_OF_LLAMA, **_GATES}, _GROUPS),
+    **_by_criteria(_HEADS_OF_LLAMA, _NEURONS_OF_LLAMA),
 }

@@ -80,23 +80,24 @@ def notices_of_starved(layers: Layers, context: Any) -> list[str]:
         layers: All layers.
         context: The context by which they were ranked.
     """
-    starved = {
-        name: layer
-        for name, layer in selected(layers).items()
-        if not (layer.grouping.drops_outputs or layer.grouping.drops_inputs)
-        and layer.parameter.numel() - layer.count().zeros < layer.weight.out
+    left = {name: layer.parameter.numel() - layer.count().zeros for name, layer in selected(layers).items()}
+    starved = [
+        name
+        for name, weights in left.items()
+        if not (layers[name].grouping.drops_outputs or layers[name].grouping.drops_inputs)
+        and weights < layers[name].weight.out
         # Had it been pruned as much as all layers, it would have a weight for each output.
-        and (1 - layer.level) * layer.parameter.numel() >= layer.weight.out
-    }
+        and (1 - layers[name].level) * layers[name].parameter.numel() >= layers[name].weight.out
+    ]
     if not starved:
         return []
-    name, first = next(iter(starved.items()))
-    left = first.parameter.numel() - first.count().zeros
-    others = f"; {in_short(list(starved)[1:])} too" if len(starved) > 1 else ""
+    name, first = starved[0], layers[starved[0]]
+    others = f"; {in_short(starved[1:])} too" if len(starved) > 1 else ""
     return [
-        f"context {name_of(context)} leaves {left:,} of {first.parameter.numel():,} weights of {printable(name)}, "
-        f"fewer than its {first.weight.out:,} outputs{others}. A new layer on pretrained ones has small weights, which "
-        "rank lowest: leave it out with exclude=, or rank each layer by itself (context 'erk' or 'local')"
+        f"context {name_of(context)} leaves {left[name]:,} of {first.parameter.numel():,} weights of "
+        f"{printable(name)}, fewer than its {first.weight.out:,} outputs{others}. A new layer on pretrained ones has "
+        "small weights, which rank lowest: leave it out with exclude=, or rank each layer by itself (context 'erk' or "
+        "'local')"
     ]
 
 

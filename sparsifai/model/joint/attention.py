@@ -18,7 +18,7 @@ from ...support.listing import in_short
 from ...support.warning import warn_each
 from ..layers import parameter_name
 from .attention_kinds import ATTENTIONS, Attention
-from .groups import FOLLOWER, NO_GROUP, TABLE, JointGroups, Part, Place, merged, number_in, sizes_in
+from .groups import FOLLOWER, NO_GROUP, TABLE, JointGroups, Part, Place, as_one, merged, number_in, sizes_in
 
 # Attributes by which attentions of different libraries keep their sizes.
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_q_heads", "nhead", "heads")
@@ -263,13 +263,9 @@ def _read(module: nn.Module, path: str) -> Any:
 
 def _joined(groups: list[JointGroups]) -> JointGroups:
     """Head i of several attentions as one group."""
-    first = groups[0]
     if len({each.count for each in groups}) > 1:
         raise ValueError(
             f"{in_short([each.name for each in groups])} share one table of positions, but have different numbers of "
             "heads, so their heads cannot be pruned together; give all of them the same number"
         )
-    parts = tuple(part for each in groups for part in each.parts)
-    sizes = tuple(size for each in groups for size in each.sizes)
-    why_kept = next((each.why_kept for each in groups if each.why_kept), "")
-    return JointGroups(first.name, first.what, first.count, parts, sizes, why_kept)
+    return as_one(groups, (part for each in groups for part in each.parts))

@@ -231,10 +231,14 @@ def merged(found: Sequence[JointGroups], model: nn.Module) -> list[JointGroups]:
         for each in {id(known): known for known in earlier if known is not None}.values():
             cluster = each + cluster
         cluster_of |= {id(tensors[part.name]): cluster for each in cluster for part in each.parts}
-    return [one for each in {id(each): each for each in cluster_of.values()}.values() for one in _as_one(each, tensors)]
+    return [
+        one
+        for each in {id(each): each for each in cluster_of.values()}.values()
+        for one in _sharing_as_one(each, tensors)
+    ]
 
 
-def _as_one(several: Sequence[JointGroups], tensors: dict[str, Any]) -> list[JointGroups]:
+def _sharing_as_one(several: Sequence[JointGroups], tensors: dict[str, Any]) -> list[JointGroups]:
     """Joint groups that share parameters, as one; each by itself and kept if these belong to different groups."""
     first = several[0]
     parts: dict[int, Part] = {}
@@ -243,6 +247,11 @@ def _as_one(several: Sequence[JointGroups], tensors: dict[str, Any]) -> list[Joi
         if known.axis != part.axis or not np.array_equal(known.groups, part.groups):
             why = f"{printable(part.name)} is shared by modules in which it belongs to different {first.what}s"
             return [replace(each, why_kept=each.why_kept or why) for each in several]
+    return [as_one(several, parts.values())]
+
+
+def as_one(several: Sequence[JointGroups], parts: Iterable[Part]) -> JointGroups:
+    """Group i of several joint groups as one group, under the name of the first, with these parts."""
     sizes = dict.fromkeys(size for each in several for size in each.sizes)
     why_kept = next((each.why_kept for each in several if each.why_kept), "")
-    return [replace(first, parts=tuple(parts.values()), sizes=tuple(sizes), why_kept=why_kept)]
+    return replace(several[0], parts=tuple(parts), sizes=tuple(sizes), why_kept=why_kept)
