@@ -69,12 +69,14 @@ def _check(context: Context) -> None:
 # fixes_counts      Shapes alone say how many groups of each layer are pruned; "together" if they say it of all layers
 #                   that are ranked together.
 # keeps_masked      It never revives a group that must stay masked, and does not change its answer later.
-CAPABILITIES = ("on_device", "highest_sparsity", "fixes_counts", "keeps_masked")
+# ranks_within      It prunes the lowest groups of each "layer" or of each "output", so that a sweep can do the same for
+#                   some columns after the other.
+CAPABILITIES = ("on_device", "highest_sparsity", "fixes_counts", "keeps_masked", "ranks_within")
 
 contexts = Registry("context", check=_check, parse=parse_blocks, capabilities=CAPABILITIES)
 
 
-@contexts.register(on_device=True, fixes_counts=True, keeps_masked=True)
+@contexts.register(on_device=True, fixes_counts=True, keeps_masked=True, ranks_within="layer")
 def local(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Rank each layer alone; each layer reaches the target sparsity."""
     return select_each(layers, sparsity)
@@ -89,7 +91,7 @@ def global_(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
 global_.__name__ = "global"  # its registered name, which is a keyword and so cannot name a function
 
 
-@contexts.register(on_device=True, fixes_counts=True, keeps_masked=True)
+@contexts.register(on_device=True, fixes_counts=True, keeps_masked=True, ranks_within="output")
 def per_output(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Rank the groups within each output of a layer alone; each output reaches the target and keeps its best group.
 
