@@ -86,14 +86,15 @@ class Curvature:
 
     def inverse_diagonal(self) -> Tensor:
         """[C^-1]_ii for each weight, in the shape of the weight, or with size 1 along its outputs."""
-        inverse = torch.cholesky_inverse(_cholesky(self.matrices, self.form.weight.name))
-        diagonal = inverse.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+        diagonal = self._inverse().diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
         return self.form.back(diagonal.expand(self.form.shape))
 
     def inverse_factor(self) -> Tensor:
         """The upper triangular U with C^-1 = U^T U. U_jj^2 is [C^-1]_jj of the columns from j on alone."""
-        inverse = torch.cholesky_inverse(_cholesky(self.matrices, self.form.weight.name))
-        return _cholesky(inverse, self.form.weight.name).mT
+        return _cholesky(self._inverse(), self.form.weight.name).mT
+
+    def _inverse(self) -> Tensor:
+        return torch.cholesky_inverse(_cholesky(self.matrices, self.form.weight.name))
 
     def fitted(self, weight: Tensor, mask: Tensor) -> Tensor:
         """The weights with the least error among those that are zero where a mask prunes.
@@ -110,21 +111,23 @@ class Curvature:
         """
         dense, kept = self.rows(weight), self.form.rows(mask.expand_as(weight)).to(self.matrices)
         masked = dense * kept
-        solved = _solved(self.matrices, dense, kept)
+        solved = _solved(self.matrices, self._inverse(), dense, kept)
         rounded = solved.to(weight.dtype).to(solved)
         better = self.error(rounded - dense) < self.error(masked - dense)
         values = torch.where(better.unsqueeze(-1), rounded, masked)
         return self.form.back(values).to(weight.dtype)
 
 
-def _solved(matrices: Tensor, dense: Tensor, kept: Tensor) -> Tensor:
-    """Conjugate gradients on the kept weights of each row, scaled by the diagonal: C_KK x = (C w)_K."""
-    scale = matrices.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+def _solved(matrices: Tensor, inverse: Tensor, dense: Tensor, kept: Tensor) -> Tensor:
+    """Conjugate gradients on the kept weights of each row: C_KK x = (C w)_K, preconditioned by (C^-1)_KK.
+
+    With this preconditioner some 20 to 60 steps are enough; with the diagonal of C they are four times as many.
+    """
     values = dense * kept
     residual = ((dense - values) @ matrices) * kept
-    direction = scaled = residual / scale
+    direction = scaled = (residual @ inverse) * kept
     size = (residual * scaled).sum(-1, keepdim=True)
-    enough = size * torch.finfo(size.dtype).eps ** 1.5
+    enough = size * torch.finfo(size.dtype).eps / 10
     for _ in range(2 * matrices.shape[-1]):
         unfinished = size > enough
         if not unfinished.any():
@@ -132,7 +135,7 @@ def _solved(matrices: Tensor, dense: Tensor, kept: Tensor) -> Tensor:
         product = (direction @ matrices) * kept
         step = torch.where(unfinished, size / (direction * product).sum(-1, keepdim=True), 0)
         values, residual = values + step * direction, residual - step * product
-        scaled = residual / scale
+        scaled = (residual @ inverse) * kept
         new_size = (residual * scaled).sum(-1, keepdim=True)
         direction = scaled + torch.where(unfinished, new_size / size, 0) * direction
         size = new_size
@@ -180,12 +183,11 @@ class InputCurvature:
         return WeightRows(weight)
 
     def finished(self, form: WeightRows, total: Tensor, count: int) -> Curvature:
-        """The curvature from the sum of X X^T. Columns whose input is always zero get 1 on the diagonal."""
+        """The curvature from the sum of X X^T. Where an input is always zero, the mean of the diagonal stands in it."""
         matrices = total * (2 / count)
         diagonal = matrices.diagonal(dim1=-2, dim2=-1)
-        dead = diagonal == 0
-        diagonal += dead
-        diagonal += self.damping * diagonal.mean(-1, keepdim=True)
+        dead, mean = diagonal == 0, diagonal.mean(-1, keepdim=True)
+        diagonal += (self.damping + dead.to(mean)) * torch.where(mean == 0, 1, mean)
         return Curvature(form, matrices, dead)
 
 

@@ -143,13 +143,14 @@ def compensated(
     losing = {name: layer.weight for name, layer in layers.items() if _loses(layer.parameter, new.masks[name])}
     if not losing:
         return new
-    masks = {**{name: new.masks[name] for name in layers}, **followers}
-    passes = Passes(model, losing, calibration, curvature_of(options.criteria), process_group, masks, may_skip)
+    kind = curvature_of(options.criteria)
+    # The inputs are those of the pruned model. The gradients are those of the model as it is.
+    masks = {} if kind.needs_loss else {**{name: new.masks[name] for name in layers}, **followers}
+    passes = Passes(model, losing, calibration, kind, process_group, masks, may_skip)
     weights = {}
     for name, curvature in passes.curvatures():
-        values = curvature.fitted(losing[name].parameter, new.masks[name])
-        passes.replace(name, _of_first(values, process_group))
-        weights[name] = passes.weights[name].detach()
+        values = _of_first(curvature.fitted(losing[name].parameter, new.masks[name]), process_group)
+        weights[name] = values if kind.needs_loss else passes.replaced(name, values)
     parameters = {name: weight.parameter for name, weight in losing.items()}
     notices = [*new.notices, *_notices_of_uncompensated(parameters, weights, layers)]
     return replace(new, notices=notices, weights=[(parameters[name], values) for name, values in weights.items()])
@@ -194,8 +195,7 @@ def swept_masks(
         choice = ColumnMasks(options.context, share, alive, curvature.form.inputs, options.may_empty)
         values, kept = swept(layer.parameter, curvature, criterion, choice, width)
         masks[name] = layer.mask_of(_of_first(kept, process_group).reshape(-1))
-        passes.replace(name, _of_first(values * masks[name], process_group))
-        weights[name] = passes.weights[name].detach()
+        weights[name] = passes.replaced(name, _of_first(values * masks[name], process_group))
         if not weights[name].isfinite().all():
             raise ValueError(
                 f"sparsify: the new weights of {printable(name)} leave the range of {values.dtype}; give the criterion "

@@ -80,7 +80,9 @@ class Passes:
         parameters = {name: layer.parameter for name, layer in layers.items()}
         masked = {name: model.get_parameter(name) for name in masks or {} if name not in parameters}
         with torch.inference_mode(False), torch.no_grad():
-            copies = {name: each.detach().clone() for name, each in {**masked, **parameters}.items()}
+            copies = {name: each.detach() for name, each in {**masked, **parameters}.items()}
+            if not kind.needs_loss:  # else they are not replaced
+                copies = {name: each.clone() for name, each in copies.items()}
             for name, mask in (masks or {}).items():
                 copies[name].masked_fill_(~mask.to(copies[name].device), 0)
         self.weights = {name: copies[name].requires_grad_(kind.needs_loss) for name in parameters}
@@ -94,7 +96,7 @@ class Passes:
     def curvatures(self) -> Iterator[tuple[str, Curvature]]:
         """Yield parameter names and curvatures, in the order in which the layers run.
 
-        One curvature is in memory after the other. What `replace` has given a layer counts for those behind it. Layers
+        One curvature is in memory after the other. What `replaced` has given a layer counts for those behind it. Layers
         are left out whose weight is not multiplied with their input, or whose input is not seen.
 
         Raises:
@@ -102,10 +104,10 @@ class Passes:
         """
         yield from self._fisher() if self._kind.needs_loss else self._of_inputs()
 
-    def replace(self, name: str, values: Tensor) -> None:
-        """Give a layer of the copy of the model other weights."""
+    def replaced(self, name: str, values: Tensor) -> Tensor:
+        """Give a layer of the copy of the model other weights. Returns the tensor that holds them."""
         with torch.no_grad():
-            self.weights[name].copy_(values)
+            return self.weights[name].copy_(values)
 
     def _of_inputs(self) -> Iterator[tuple[str, Curvature]]:
         together: dict[tuple, list[str]] = {}
