@@ -6,29 +6,24 @@ It decides when the Sparsifier updates its masks. A KeepSparsity on the Learner 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ..axes.changed_schedule import between
-from ..axes.n_of_m import check_reachable
-from ..axes.schedule import progress, schedules
+from ..gradual.gradual_pruning import GradualPruning
 from ..model.parallel import unwrapped
 from ..model.running import first_example
-from ..sparsifier.options import Options, check_sparsity, highest, mapped
-from ..sparsifier.regrowth import check_drop, sparsity_of_drop
 from ..sparsifier.sparsifier import Sparsifier
-from ..support.checks import check_count, check_fraction, check_number
+from ..support.checks import check_count, check_number
 from ..support.table import percent
 from .base import TrainingCallback
 from .display import notify
 from .fit import Fit
+from .fit_part import FitPart
 from .keep import KeepSparsity
 from .learner import check_steps_model, check_steps_weights, is_search, show_data, warn_of_unstepped
-from .plan import every_of, plan_of
 from .pruned import Pruned
-from .ramp import Ramp, default_schedule, settle_of
 
 
 # Large, because fastai wants a method for each event and a comment for each argument.
@@ -99,7 +94,8 @@ class SparsifyCallback(TrainingCallback):
 
     # Without values here, fastai would look these names up in the Learner.
     _pruned: Pruned | None = None  # it lasts over fits
-    _fit: Any = None  # a Fit, during a fit
+    _fit: Any = None  # a Fit, during a fit, which all SparsifyCallbacks of a Learner share
+    _part: Any = None  # the FitPart of this one
     _loaded: Any = None  # what `load_state_dict` was given, until the Sparsifier is made
 
     def __init__(
@@ -131,25 +127,14 @@ class SparsifyCallback(TrainingCallback):
         every=None,  # Batches from one mask update to the next; by default 1, with regrow= a hundredth of the fit
     ):
         super().__init__()
-        self.sparsity = check_sparsity(sparsity, compression_ratio)
-        self.options = Options.of(
-            granularity, context, criteria, layers=layers, exclude=exclude, pool=pool, may_empty=may_empty,
-            regrow=regrow, round_to=round_to, coupled=coupled, seed=seed, straight_through=straight_through,
-            decay=decay, gradient_sparsity=gradient_sparsity,
+        self.pruning = GradualPruning.of(
+            sparsity, granularity, context, criteria, schedule, initial_sparsity=initial_sparsity,
+            compression_ratio=compression_ratio, layers=layers, exclude=exclude, pool=pool, may_empty=may_empty,
+            regrow=regrow, drop=drop, drop_schedule=drop_schedule, calibration=calibration,
+            example_input=example_input, round_to=round_to, coupled=coupled, seed=seed,
+            straight_through=straight_through, decay=decay, gradient_sparsity=gradient_sparsity, settle=settle,
+            every=every,
         )  # fmt: skip
-        check_reachable(self.options.context, highest(self.sparsity))
-        schedule = default_schedule(straight_through) if schedule is None else schedules.resolve(schedule)
-        self.ramp = Ramp(self.sparsity, schedule, check_fraction(initial_sparsity, "initial_sparsity"))
-        _ = self.ramp.end  # raises now if the schedule or the initial sparsity cannot work
-        self.every = None if every is None else check_count("every", every)
-        self.drop = check_drop(0.3 if drop is None else drop)
-        self.drop_schedule = schedules.resolve(drop_schedule)
-        if drop is not None and self.options.regrow is None:
-            raise ValueError(f"drop={drop!r} needs regrow=: pass regrow='grad', 'random' or another criterion")
-        if settle is not None and not straight_through:
-            raise ValueError(f"settle={settle!r} needs straight_through=True: other masks do not change their mind")
-        self.settle = settle_of(self.ramp, settle) if straight_through else None
-        self.calibration, self.example_input = calibration, example_input
 
     @property
     def sparsifier(self):
@@ -168,14 +153,8 @@ class SparsifyCallback(TrainingCallback):
             self._fit.column.hide()
 
     def before_fit(self):
-        "Refuse a second SparsifyCallback; show the measured sparsity in the table of a fit"
+        "Join the fit, which all SparsifyCallbacks have in common; show the measured sparsity in its table"
         learn = self.learn
-        if len(learn._grab_cbs(SparsifyCallback)) > 1:
-            raise ValueError(
-                "two SparsifyCallbacks in one fit would undo each other; use one with a dictionary of sparsities by "
-                "layer, prune in two fits (the second keeps the zeros of the first), or remove the other with "
-                "learn.remove_cb(SparsifyCallback)"
-            )
         check_steps_model(learn)
         if self._fit is not None:  # the last fit was interrupted
             self._fit.undo()
@@ -184,7 +163,10 @@ class SparsifyCallback(TrainingCallback):
             return
         if self._pruned is not None and not self._pruned.is_kept_on(learn):
             self._pruned = None
-        self._fit = Fit(learn, self.ramp, self.calibration, self._pruned, self.settle)
+        first = min(learn._grab_cbs(SparsifyCallback), key=lambda callback: callback.order)
+        self._fit = Fit(learn) if first is self else first._fit
+        self._part = FitPart(learn, self.pruning, self._pruned)
+        self._fit.parts.append(self._part)
 
     def before_epoch(self):
         "Switch the trackers on again"
@@ -197,20 +179,25 @@ class SparsifyCallback(TrainingCallback):
     before_validate = before_train
 
     def before_batch(self):
-        "At the first batch, make the Sparsifier and prune to where the schedule begins"
-        fit, learn = self._fit, self.learn
+        "At the first batch, make the Sparsifier; when all are made, prune to where the schedules begin"
+        fit, part, learn = self._fit, self._part, self.learn
         is_frozen = getattr(learn.opt, "frozen_idx", 0) > 0
         if fit.begun and (fit.advances or is_frozen):
             return
-        fit.advances = not is_frozen  # layers can be unfrozen in the middle of a fit
-        if fit.advances and self._pruned is None:
-            self._pruned = self._new_pruned()
-        if fit.advances and self.sparsifier.is_straight_through:
-            check_steps_weights(learn)
-        fit.begin(self._pruned, self._start)
+        if not is_frozen:  # layers can be unfrozen in the middle of a fit
+            if self._pruned is None:
+                self._pruned = self._new_pruned()
+            part.pruned = self._pruned
+            if self.sparsifier.is_straight_through:
+                check_steps_weights(learn)
+        if not fit.is_last(part):
+            return
+        fit.advances = not is_frozen
+        fit.begin(self._start)
         if fit.advances:
-            fit.updated = self._batches(0)
-            fit.go_to(self._start)
+            for each in fit.parts:
+                each.updated = self._batches(0)
+                each.go_to(self._start)
         else:
             held = percent(fit.measured())
             message = f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit"
@@ -221,38 +208,38 @@ class SparsifyCallback(TrainingCallback):
         # Weights regrow before the step, so that this step already moves them away from zero.
         if self._fit.moves:
             is_due = self._is_due
-            regrows = self.options.regrow is not None and is_due
-            drop = self.drop * (1 - progress(self.drop_schedule, self._start)) if regrows else 0.0
-            self._fit.collect_gradients(self._batches(1) / self._batches_of_fit, drop, is_due)
+            drop = self.pruning.drop_at(self._start) if is_due else 0.0
+            self._part.collect_gradients(self._batches(1) / self._batches_of_fit, drop, is_due)
 
     def after_step(self):
         "Prune to where the schedule is after this step"
         if self._fit.moves:
             batches = self._batches(1)
             done = batches / self._batches_of_fit
-            if self._is_due or done == 1 or self._fit.settles_at(done):
-                self._fit.updated = batches
-                self._fit.go_to(done)
+            if self._is_due or done == 1 or self._part.settles_at(done):
+                self._part.updated = batches
+                self._part.go_to(done)
 
     def after_batch(self):
         "Record the level for the recorder's curves"
-        if self._fit.begun:
+        if self._fit.begun and self._fit.is_last(self._part):
             self._fit.curves.by_batch.append(self._fit.level)
 
     def after_train(self):
         "Go to the end of the schedule, if the last batch of the fit had no optimizer step"
-        learn, fit = self.learn, self._fit
-        if fit.moves and learn.epoch == learn.n_epoch - 1 and learn.iter == learn.n_iter - 1:
-            fit.go_to(1.0)
+        learn = self.learn
+        if self._fit.moves and learn.epoch == learn.n_epoch - 1 and learn.iter == learn.n_iter - 1:
+            self._part.go_to(1.0)
 
     def after_epoch(self):
         "Record level and sparsity; switch the trackers off if the epoch is short of the target sparsity"
-        if self._fit.begun:
+        if self._fit.begun and self._fit.is_last(self._part):
             self._fit.end_epoch()
 
     def after_fit(self):
         "Remove the column from the table; tell the user what keeps the zeros"
-        self._fit.record()
+        if self._fit.is_last(self._part):
+            self._fit.record()
         self._end()
 
     def plan(self, model, n_epoch, n_iter, example_input=None):
@@ -275,12 +262,7 @@ class SparsifyCallback(TrainingCallback):
         if not isinstance(model, nn.Module):
             raise TypeError(f"plan: model must be a torch.nn.Module, such as learn.model, not {type(model).__name__}")
         n_epoch, n_iter = check_count("n_epoch", n_epoch), check_count("n_iter", n_iter)
-        example_input = self.example_input if example_input is None else example_input
-        every, inner = every_of(self.every, self.options.regrow is not None, n_epoch * n_iter), unwrapped(model)
-        return plan_of(
-            self._sparsifier_of(inner, example_input), self.sparsity, self.ramp.schedule, n_epoch, n_iter, every,
-            example_input, self.ramp.initial,
-        )  # fmt: skip
+        return self.pruning.plan(model, n_epoch, n_iter, example_input)
 
     def state_dict(self):
         """Collect what another SparsifyCallback needs to resume a fit exactly; save it beside `learn.save`.
@@ -319,8 +301,7 @@ class SparsifyCallback(TrainingCallback):
     @property
     def _is_due(self) -> bool:
         """Whether the masks are updated in the step of the present batch."""
-        every = every_of(self.every, self.options.regrow is not None, self._batches_of_fit)
-        return self._batches(1) // every > self._fit.updated // every
+        return self.pruning.is_due(self._batches(1), self._part.updated, self._batches_of_fit)
 
     def _new_pruned(self) -> Pruned:
         """Make the Sparsifier at the first batch, with the state that was loaded."""
@@ -332,21 +313,14 @@ class SparsifyCallback(TrainingCallback):
 
     def _new_sparsifier(self) -> Sparsifier:
         """Make the Sparsifier: the data flow of some models can only be found with an example."""
-        example = first_example(self.learn.xb) if self.example_input is None else self.example_input
-        sparsifier = self._sparsifier_of(unwrapped(self.learn.model), example)
+        sparsifier = self.pruning.sparsifier(unwrapped(self.learn.model), first_example(self.learn.xb))
         sparsifier.wait_for_frozen()
-        show_data(self.learn, sparsifier, self.calibration)
-        sparsifier.check(self.sparsity)
+        show_data(self.learn, sparsifier, self.pruning.calibration)
+        self.pruning.check(sparsifier)
         warn_of_unstepped(self.learn, sparsifier)
-        if self.options.regrow is not None:  # an update prunes this much before weights regrow
-            sparsifier.check(mapped(self.sparsity, partial(sparsity_of_drop, drop=self.drop)))
         return sparsifier
-
-    def _sparsifier_of(self, model: nn.Module, example_input: Any) -> Sparsifier:
-        """A Sparsifier with the options of the callback. With a dictionary of sparsities, only of the layers in it."""
-        return Sparsifier(model, **vars(self.options.only(self.sparsity, model)), example_input=example_input)
 
     def _end(self) -> None:
         if self._fit is not None:
-            self._fit.end()
+            self._fit.leave(self._part)
             self._fit = None

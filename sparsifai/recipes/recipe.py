@@ -26,10 +26,10 @@ from torch import nn
 
 from ..axes.schedule import progress
 from ..callbacks.learner import metric_names, unchanged
-from ..callbacks.plan import every_of, plan_of
-from ..callbacks.plan_table import Plan
+from ..gradual.gradual_pruning import GradualPruning
+from ..gradual.plan_table import Plan
 from ..model.parallel import unwrapped
-from ..sparsifier.options import Options, mapped
+from ..sparsifier.options import mapped
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
 from ..support.files import write_text
@@ -38,7 +38,7 @@ from .reading import Reading
 from .safe_yaml import Located, dump_yaml, load_yaml, read_text
 from .sparseml.convert import convert
 from .sparseml.modifiers import Notice
-from .step import AXES, SPARSIFIER_OPTIONS, Step
+from .step import Step
 
 
 class Recipe:
@@ -207,11 +207,14 @@ class Recipe:
             if step.kind not in ("sparsify", "keep"):
                 with self._at(step):
                     raise ValueError(f"{step.kind} needs training; pass recipe.callbacks() to learn.fit instead")
-        sparsifier, arguments = self._sparsifier(model, example_input)
+        step = self.sparsifying()
+        pruning = self._pruning(step)
+        with self._at(step):
+            sparsifier = pruning.sparsifier(model, example_input)
         if calibration is not None:
             sparsifier.calibrate(calibration, loss_func)
-        end = progress(arguments["schedule"], 1.0)
-        sparsifier.sparsify(mapped(arguments["sparsity"], lambda fraction: end * fraction))
+        end = progress(pruning.ramp.schedule, 1.0)
+        sparsifier.sparsify(mapped(pruning.ramp.sparsity, lambda fraction: end * fraction))
         return sparsifier
 
     def plan(self, model: nn.Module, n_iter: int = 100, example_input: Any = None) -> Plan:
@@ -228,13 +231,10 @@ class Recipe:
         Raises:
             ValueError: The recipe has no sparsify step, or it does not fit the model.
         """
-        sparsifier, arguments = self._sparsifier(model, example_input)
-        epochs = self.epochs or 1
-        every = every_of(arguments.get("every"), "regrow" in arguments, epochs * n_iter)
-        initial = arguments.get("initial_sparsity", 0.0)
-        return plan_of(
-            sparsifier, arguments["sparsity"], arguments["schedule"], epochs, n_iter, every, example_input, initial
-        )
+        step = self.sparsifying()
+        pruning = self._pruning(step)
+        with self._at(step):
+            return pruning.plan(model, self.epochs or 1, n_iter, example_input)
 
     def recorded(self, learn: Any, sparsifier: Sparsifier | None = None) -> Recipe:
         """Add the results of a fit: measured sparsity of the model and of each layer, metrics, versions.
@@ -275,14 +275,10 @@ class Recipe:
                 return step
         raise ValueError("the recipe has no sparsify step; add one, such as - sparsify: {sparsity: 0.9}")
 
-    def _sparsifier(self, model: nn.Module, example_input: Any = None) -> tuple[Sparsifier, dict[str, Any]]:
-        """A Sparsifier as the sparsify step says, and the arguments of the step."""
-        step = self.sparsifying()
-        arguments = self._reading.arguments(step)
-        options = {name: arguments[name] for name in (*AXES, *SPARSIFIER_OPTIONS) if name in arguments}
+    def _pruning(self, step: Step) -> GradualPruning:
+        """What a sparsify step prunes, and when."""
         with self._at(step):
-            only = vars(Options.of(**options).only(arguments["sparsity"], model))
-            return Sparsifier(model, **only, example_input=example_input), arguments
+            return GradualPruning.of(**self._reading.arguments(step))
 
     def _at(self, step: Step) -> AbstractContextManager[None]:
         """Errors of the block name the line of a step."""

@@ -11,7 +11,7 @@ from torch import nn
 
 import sparsifai
 from sparsifai import Sparsifier, between
-from sparsifai.callbacks.plan import plan_of
+from sparsifai.gradual.plan import plan_of
 
 # Rows of the tables: name, mistake, class of the error or warning, and the parts of its message that matter. What other
 # folders say (checks of numbers, registries, the Sparsifier) is given in a word or two.
@@ -320,9 +320,9 @@ SPARSIFY = [
     (
         "two callbacks", fit_with_two, ValueError,
         [
-            "two SparsifyCallbacks in one fit would undo each other; use one with a dictionary of sparsities by layer, "
-            "prune in two fits (the second keeps the zeros of the first), or remove the other with "
-            "learn.remove_cb(SparsifyCallback)"
+            "fit: two SparsifyCallbacks both prune 0.weight, 10.weight, 12.weight and 2 others; give each of them its "
+            "own layers with layers= or exclude=, prune in two fits (the second keeps the zeros of the first), or "
+            "remove one of them"
         ],
     ),
     (
