@@ -14,7 +14,14 @@ from ..axes.changed_schedule import between, during, stepped
 from ..axes.schedule import Schedule
 from ..gradual.plan import MOST_EPOCHS
 from ..gradual.ramp import default_schedule
-from ..sparsifier.options import check_straight_through, resolve_axes, share_of_initial
+from ..sparsifier.options import (
+    check_compensate,
+    check_straight_through,
+    check_swept,
+    is_swept,
+    resolve_axes,
+    share_of_initial,
+)
 from ..support.checks import check_count, check_number
 from ..support.registry import close_matches
 from .axis_value import REGISTRIES, axis_value
@@ -224,7 +231,11 @@ class Reading:
 def _check_together(options: Mapping[str, Any]) -> None:
     """Check options of `sparsify` that depend on each other."""
     granularity, context, criteria = (options.get(axis, default) for axis, default in AXES.items())
-    resolve_axes(granularity, context, criteria, options.get("pool"))
+    granularity, context, criterion, _ = resolve_axes(granularity, context, criteria, options.get("pool"))
+    changing = options.get("straight_through"), options.get("regrow")
+    check_compensate(options.get("compensate"), criterion, *changing)
+    if is_swept(criterion):
+        check_swept(granularity, context, criterion, options.get("round_to"), options.get("coupled"), *changing)
     share_of_initial(options.get("initial_sparsity", 0.0), options["sparsity"])
     if "drop" in options and "regrow" not in options:
         raise ValueError("drop is given without regrow; add regrow: grad or regrow: random, or leave drop out")

@@ -87,6 +87,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "gradient_sparsity": lambda value: check_fraction(value, "gradient_sparsity"),
     "settle": lambda value: check_fraction(value, "settle"),
     "straight_through": _flag,
+    "compensate": _flag,
     "may_empty": _flag,
     "coupled": _flag,
     "proximal": _flag,

@@ -6,18 +6,21 @@ through the columns of a layer, as sparsegpt does, choose masks and change weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..axes.criterion import quantities_of
+from ..axes.context import notices_of_limits
 from ..axes.curvature import curvature_of
 from ..axes.quantity import UnsuitableLayerError
+from ..axes.ranking.scored_layer import ScoredLayer
 from ..axes.sweep import ColumnMasks, swept, width_of
 from ..model.parallel import is_sharded
+from ..model.running import Split
 from ..support.capability import capability
 from ..support.listing import in_short
 from ..support.printable import printable
@@ -27,20 +30,20 @@ from .collection import CollectedQuantities
 from .layer import Layers
 from .layer_selection import Asked
 from .mask_building import NewMasks
-from .options import Options
+from .options import Options, reads_passes
 from .passes import Passes
 
 Calibration = tuple[Iterable, Callable | None]
 
 
-def makes_passes(options: Options, collected: CollectedQuantities) -> bool:
+def makes_passes(options: Options) -> bool:
     """Whether building masks, or changing weights, needs passes over the batches of `calibrate`."""
-    return options.compensate or bool(collected.at("passes"))
+    return options.compensate or reads_passes(options.criteria)
 
 
-def passes_need_loss(options: Options, collected: CollectedQuantities) -> bool:
+def passes_need_loss(options: Options) -> bool:
     """Whether these passes need a loss."""
-    return makes_passes(options, collected) and curvature_of(options.criteria).needs_loss
+    return makes_passes(options) and curvature_of(options.criteria).needs_loss
 
 
 def check_calibrated(options: Options, calibration: Calibration | None) -> Calibration:
@@ -51,8 +54,7 @@ def check_calibrated(options: Options, calibration: Calibration | None) -> Calib
     """
     if calibration is None:
         loss = ", loss_func" if curvature_of(options.criteria).needs_loss else ""
-        of_criterion = "inverse_curvature" in quantities_of(options.criteria)
-        why = f"criterion {name_of(options.criteria)}" if of_criterion else "compensate=True"
+        why = f"criterion {name_of(options.criteria)}" if reads_passes(options.criteria) else "compensate=True"
         raise ValueError(
             f"{why} needs batches each time that weights are pruned; call calibrate(batches{loss}) before, also on a "
             "Sparsifier that was copied or loaded"
@@ -60,13 +62,14 @@ def check_calibrated(options: Options, calibration: Calibration | None) -> Calib
     return calibration
 
 
-def check_kept(options: Options, collected: CollectedQuantities, batches: Any) -> None:
+def check_kept(options: Options, batches: Any) -> None:
     """Refuse batches that can be iterated over once, where they are needed again.
 
     Raises:
         ValueError: They are an iterator.
     """
-    if makes_passes(options, collected) and isinstance(batches, Iterator):
+    inner = batches.batches if isinstance(batches, Split) else batches
+    if makes_passes(options) and isinstance(inner, Iterator):
         raise ValueError(
             "calibrate: the batches are run again whenever weights are pruned, and an iterator has them once; give a "
             "list or a data loader"
@@ -104,7 +107,7 @@ def inverse_curvatures(
     options: Options, collected: CollectedQuantities, calibration: Calibration | None, process_group: Any
 ) -> CollectedQuantities:
     """The same quantities, with what `inverse_curvature` is computed from, if the criterion names it."""
-    if not collected.at("passes"):
+    if not reads_passes(options.criteria):
         return collected
     given, source = check_calibrated(options, calibration), collected.source
 
@@ -207,7 +210,21 @@ def swept_masks(
             f"{layers[unseen[0]].weight.kind} or in a module that is not called; leave it out with exclude="
         )
     changed = [(layers[name].parameter, values) for name, values in weights.items()] if options.compensate else []
-    return NewMasks(masks, levels, source.rng.get_state(), weights=changed)
+    notices = [each for share, names in asked for each in _notices_of_limits(layers, masks, share, names, options)]
+    return NewMasks(masks, levels, source.rng.get_state(), notices, weights=changed)
+
+
+def _notices_of_limits(
+    layers: Layers, masks: Mapping[str, Tensor], sparsity: float, names: Sequence[str], options: Options
+) -> list[str]:
+    """Notice that masks miss the sparsity of some layers, as when their shapes have no whole blocks."""
+    scored, all_kept = [], []
+    for name in names if sparsity else ():
+        kept = layers[name].grouping.gather(masks[name]).cpu().numpy()
+        grid = layers[name].grouping.named_grid
+        scored.append(ScoredLayer(layers[name].weight, np.zeros(len(kept)).__getitem__, np.ones_like(kept), grid=grid))
+        all_kept.append(kept)
+    return notices_of_limits(options.context, scored, sparsity, name_of(options.granularity), all_kept)
 
 
 def _loses(parameter: Tensor, mask: Tensor) -> bool:

@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from ..axes.context import Context, contexts
-from ..axes.criterion import Criterion, criteria
+from ..axes.criterion import Criterion, criteria, quantities_of
 from ..axes.granularity import Granularity, granularities
 from ..axes.grouping import poolings
+from ..axes.quantity import quantities
 from ..axes.sweep import check_sweeps_within
 from ..model.layers import find_weights
 from ..model.patterns import Pattern, as_patterns, matching_each
@@ -185,6 +186,11 @@ def check_compensate(compensate: Any, criterion: Criterion, straight_through: An
             "change their mind; leave one of them out, or pass compensate=False"
         )
     return compensates
+
+
+def reads_passes(criterion: Criterion) -> bool:
+    """Whether a criterion names a quantity that is computed in passes over the batches of `calibrate`."""
+    return any("passes" in quantities[name].moments for name in quantities_of(criterion))  # type: ignore[attr-defined]
 
 
 def is_swept(criterion: Criterion) -> bool:

@@ -161,7 +161,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         source = Source(inner, weights, rng, example, dense=self._dense, joint=joint)
         self.collected = CollectedQuantities(options.criteria, source)
         check_read(self.collected)
-        if makes_passes(options, self.collected):
+        if makes_passes(options):
             check_compensated(options, self._selected)
         self._regrowth = None if options.regrow is None else Regrowth(options.regrow, source)
         for each in self._all_collected:
@@ -337,7 +337,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
     def _built(self, asked: Asked, drop: float = 0.0) -> NewMasks:
         """Build masks from the weights as they are, or by a sweep that changes them."""
         options, group = self.ranking.options, self.ranking.process_group
-        if makes_passes(options, self.collected):
+        if makes_passes(options):
             calibration = check_calibrated(options, self._calibration)
             if is_swept(options.criteria):
                 return swept_masks(self._selected, asked, calibration, options, self.collected, group)
@@ -495,9 +495,14 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         self._check_held("calibrate")
         self.select_unfrozen()
         options = self.ranking.options
-        check_kept(options, self.collected, batches)
-        means = calibrated(self.collected, batches, loss_func, passes_need_loss(options, self.collected))
+        check_kept(options, batches)
+        means = calibrated(self.collected, batches, loss_func, passes_need_loss(options))
         self._take(Change(attributes=[(self.collected, means), (self, {"_calibration": (batches, loss_func)})]))
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether masks, or the weights that stay, depend on batches, so that `calibrate` is called for them."""
+        return self.collected.looks_at_data or makes_passes(self.ranking.options)
 
     def collect_gradients(self) -> None:
         """Collect the gradients for a criterion that needs them. Call it after backward, before they are masked.
