@@ -46,7 +46,7 @@ def test_masks_are_updated_ten_times_and_the_end_is_exact(options, given):
     assert callback.sparsifier.sparsity == pytest.approx(0.5, abs=0.02)
     for name, mask in callback.sparsifier.masks.items():
         assert ((learn.model.get_parameter(name) == 0) == ~mask).all()
-    assert data is None or data.passes > 20
+    assert data is None or data.passes > 10
 
 
 def test_an_update_changes_the_weights_that_stay_and_leaves_their_moments():
