@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..support.capability import capability
 from ..support.checks import check_count
-from ..support.printable import printable
 from ..support.registry import name_of
 from .curvature import Curvature
 from .n_of_m import Blocks, check_reachable
@@ -169,6 +168,6 @@ def check_sweeps_within(context: Any, criterion: Callable) -> None:
         return
     raise ValueError(
         f"criterion {name_of(criterion)} chooses the masks of a layer column by column, so it needs a context that "
-        f"ranks within a layer and along its inputs, not {printable(name_of(context))}; choose 'local', 'per_output' "
+        f"ranks within a layer and along its inputs, not {name_of(context)}; choose 'local', 'per_output' "
         "or N:M such as '2:4'"
     )

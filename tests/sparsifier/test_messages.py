@@ -815,8 +815,8 @@ COMPENSATION = [
     ("obs without a loss", lambda: compensated(loss=None, criteria="obs"), TypeError,
      "calibrate: obs needs gradients; give it a loss_func"),
     ("batches that come once", lambda: compensated(iter(batches(1))), ValueError,
-     "calibrate: the batches are run again whenever weights are pruned, and an iterator has them once; give a list or a "
-     "data loader"),
+     "calibrate: the batches are run again whenever weights are pruned, and an iterator has them once; give a list or "
+     "a data loader"),
     ("batches that do not run", lambda: compensated([torch.randn(4, 5, 8, 8)], loss=None), ValueError,
      "calibrate: batch 1 fails (...)..."),
     ("a model that runs in training alone", lambda: compensated(PAIR, model=Once()), ValueError,
@@ -829,7 +829,8 @@ COMPENSATION = [
      "compensate=True, which criterion obs does by default, changes ... and regrow= lets masks change their mind; ..."),
     *((f"compensated {name}s", lambda name=name: Sparsifier(small_net(), name, compensate=True), ValueError,
        f"compensate: with granularity {name} whole outputs are pruned, of which no weight stays that could make up for "
-       "the others; choose smaller groups, such as 'weight', or pass compensate=False") for name in ("filter", "layer")),
+       "the others; choose smaller groups, such as 'weight', or pass compensate=False")
+      for name in ("filter", "layer")),
     ("compensated heads", lambda: Sparsifier(nn.TransformerEncoderLayer(8, 2, 16), "head", compensate=True), ValueError,
      "compensate: with granularity head whole outputs are pruned, ..."),
     ("compensated complex weights", lambda: Sparsifier(nn.Linear(4, 2, dtype=torch.cfloat), compensate=True),
@@ -851,8 +852,8 @@ COMPENSATION = [
         criteria=lambda weight, inverse_curvature: weight.abs() / inverse_curvature), ValueError,
      "inverse_curvature: no batch shows what self_attn.in_proj_weight is multiplied with, as in MultiheadAttention or "
      "in a module that is not called; leave it out with exclude=, or choose a criterion without it"),
-    ("layers that are not seen", lambda: compensated([torch.randn(2, 3, 8)], None, nn.TransformerEncoderLayer(8, 2, 16)),
-     UserWarning,
+    ("layers that are not seen", lambda: compensated(
+        [torch.randn(2, 3, 8)], None, nn.TransformerEncoderLayer(8, 2, 16)), UserWarning,
      "compensate: the weights that stay in self_attn.in_proj_weight, self_attn.out_proj.weight are not changed (50.00% "
      "of the weights of the selected layers), because no batch shows what they are multiplied with, as in an attention "
      "that reads its weights itself, an embedding, or a module that is not called"),
@@ -886,7 +887,7 @@ class Infinite:
 def large_halves():
     model = nn.Sequential(nn.Linear(2, 1, bias=False)).half()
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[600.0, 60000.0]]))
+        model[0].weight.copy_(torch.tensor([[600.0, 65000.0]]))
     return model
 
 
