@@ -261,12 +261,15 @@ def refused():
     torch.manual_seed(RANK)
     model = uneven_net()
     made_before = Sparsifier(model, straight_through=True)
+    compensated_before = Sparsifier(model, compensate=True)
     shard(model, 2)
     for key, function in {
         "made after": lambda: Sparsifier(model, straight_through=True),
         "made before": lambda: made_before.sparsify(0.5),
         "made before, updated": lambda: made_before.update_masks(0.5),
         "made before, settled": lambda: made_before.settle(),
+        "compensated": lambda: Sparsifier(model, compensate=True),
+        "compensated, made before": lambda: compensated_before.sparsify(0.5),
     }.items():
         before, seen = values_of(model), ""
         try:

@@ -338,6 +338,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         """Build masks from the weights as they are, or by a sweep that changes them."""
         options, group = self.ranking.options, self.ranking.process_group
         if makes_passes(options):
+            check_compensated(options, self._selected)  # it may have been sharded since
             calibration = check_calibrated(options, self._calibration)
             if is_swept(options.criteria):
                 return swept_masks(self._selected, asked, calibration, options, self.collected, group)

@@ -267,6 +267,16 @@ def test_dense_weights_of_shards_are_refused_and_nothing_changes(sharded, key):
         assert all(mask.all() for mask in seen["masks"].values())
 
 
+@pytest.mark.parametrize("key", ["compensated", "compensated, made before"])
+def test_shards_are_not_compensated_and_nothing_changes(sharded, key):
+    for seen in sharded:
+        seen = seen["straight through"][key]
+        assert " is sharded by fully_shard, and the curvature of a layer needs its whole weight in one process; " in (
+            seen["seen"]
+        )
+        assert same(seen["before"], seen["after"])
+
+
 @shards_on_the_cpu
 def test_sparsify_after_a_forward_in_evaluation_mode(sharded):
     for seen in sharded:
