@@ -73,26 +73,55 @@ class Branches(nn.Module):
         return self.last(torch.relu(self.twice(y)))
 
 
-def test_shared_inputs_and_several_calls():
-    model = Branches().double()
-    dense, data = copy.deepcopy(model), [torch.randn(9, 6).double(), torch.randn(3, 6).double()]
+class InPlace(nn.Module):
+    """Layers that read the same tensor, which changes in between, and one that unfolds it otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.skip, self.two = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        h = self.stem(x)
+        skipped = self.skip(h)
+        y = self.one(h)
+        return skipped + y + self.two(h.relu_())
+
+
+NETS = {
+    "branches": (Branches, ("one", "two", "twice", "last"), lambda: [torch.randn(9, 6), torch.randn(3, 6)]),
+    "in place": (InPlace, ("stem", "skip", "one", "two"), lambda: [torch.randn(2, 3, 5, 5) for _ in range(2)]),
+}
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_layers_that_have_inputs_in_common(net):
+    kind, order, data_of = NETS[net]
+    model, data = kind().double(), [value.double() for value in data_of()]
+    dense = copy.deepcopy(model)
     sparsifier = pruned(model, data)
-    seen = {name: [] for name in ("one", "two", "twice", "last")}
     state = copy.deepcopy(dense)  # the layers that were passed are pruned, and the next sees what they give
-    for name, inputs in seen.items():
+    for name in order:
+        layer, inputs = getattr(state, name), []
         # While it is not solved yet, a layer is as the mask leaves it.
         with torch.no_grad():
-            getattr(state, name).weight.mul_(sparsifier.masks[f"{name}.weight"])
-        handle = getattr(state, name).register_forward_pre_hook(
-            lambda module, args, inputs=inputs: inputs.append(args[0])
-        )
+            layer.weight.mul_(sparsifier.masks[f"{name}.weight"])
+        handle = layer.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0].clone()))
         for batch in data:
             state(batch)
         handle.remove()
         value = torch.cat(inputs).detach()
         expected = least_squares(getattr(dense, name), value, sparsifier.masks[f"{name}.weight"])
         assert torch.allclose(getattr(model, name).weight, expected, atol=1e-6), name
-        getattr(state, name).load_state_dict(getattr(model, name).state_dict())
+        layer.load_state_dict(getattr(model, name).state_dict())
+
+
+def test_weights_that_would_leave_their_range_stay_as_they_are():
+    model = nn.Sequential(nn.Linear(2, 1, bias=False)).half()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[600.0, 65000.0]]))
+    pruned(model, [torch.tensor([[1.0, 0.01], [2.0, 0.02]]).half()])  # the second would get 66,000
+    assert model[0].weight.tolist() == [[0.0, 64992.0]]
 
 
 @misses_sparsity

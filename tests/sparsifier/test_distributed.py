@@ -271,8 +271,9 @@ def test_dense_weights_of_shards_are_refused_and_nothing_changes(sharded, key):
 def test_shards_are_not_compensated_and_nothing_changes(sharded, key):
     for seen in sharded:
         seen = seen["straight through"][key]
-        assert " is sharded by fully_shard, and the curvature of a layer needs its whole weight in one process; " in (
-            seen["seen"]
+        assert (
+            " is sharded by fully_shard, and the curvature of a layer needs its whole weight in one process; "
+            in (seen["seen"])
         )
         assert same(seen["before"], seen["after"])
 
