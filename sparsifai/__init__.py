@@ -60,7 +60,8 @@ from .sparsifier.given_masks import from_torch_prune
 from .sparsifier.report import Report
 from .sparsifier.sparsifier import Sparsifier
 from .support.version import __version__ as __version__
-from .training.distillation_loss import soft_targets
+from .training.distillation import Distillation
+from .training.distillation_loss import distillation_losses, soft_targets
 from .training.regularizer import Regularizer
 from .training.sensitivity import highest_sparsity, sensitivity
 from .training.sensitivity_table import Sensitivity
@@ -88,6 +89,7 @@ _NEED_FASTAI = {
 __all__ = [
     "Comparison",
     "DistillCallback",
+    "Distillation",
     "FreezeCallback",
     "KeepSparsity",
     "LotteryTickets",
@@ -114,6 +116,7 @@ __all__ = [
     "contexts",
     "cos",
     "criteria",
+    "distillation_losses",
     "dsd",
     "during",
     "fisher",
