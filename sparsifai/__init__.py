@@ -62,6 +62,7 @@ from .sparsifier.sparsifier import Sparsifier
 from .support.version import __version__ as __version__
 from .training.distillation import Distillation
 from .training.distillation_loss import distillation_losses, soft_targets
+from .training.feature_losses import attention_transfer, relational, similarity
 from .training.regularizer import Regularizer
 from .training.sensitivity import highest_sparsity, sensitivity
 from .training.sensitivity_table import Sensitivity
@@ -108,6 +109,7 @@ __all__ = [
     "ac_dc",
     "agp",
     "along",
+    "attention_transfer",
     "between",
     "block",
     "blocks",
@@ -149,6 +151,7 @@ __all__ = [
     "register_attention",
     "register_layer",
     "register_mlp",
+    "relational",
     "remove_experts",
     "save_shrunk",
     "save_sparse",
@@ -158,6 +161,7 @@ __all__ = [
     "sensitivity",
     "shrink",
     "shrinkage",
+    "similarity",
     "small_final",
     "small_init",
     "small_init_small_final",
