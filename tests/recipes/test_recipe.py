@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from work import at_most_calls
 
-from sparsifai import Recipe, Sparsifier
+from sparsifai import Recipe, Sparsifier, relational, similarity, soft_targets
 from sparsifai.recipes.sparseml.convert import convert
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
@@ -104,6 +104,21 @@ def test_the_options_of_straight_through_training_arrive_at_the_callback(make_le
     assert sparsifier.is_straight_through
     assert sparsifier.sparsity == pytest.approx(0.8, abs=1e-3)
     assert "80.00%" in str(recipe.plan(net()))
+
+
+@pytest.mark.fastai
+def test_a_recipe_with_losses_of_a_teacher(make_learner):
+    recipe = Recipe.loads(
+        "epochs: 1\nsteps:\n"
+        "- distil: {loss: {soft_targets: {temperature: 2}}, features: ['0'], feature_loss: similarity, end: 50%}\n"
+        "- distil: {weight: 0, features: {'0': '1'}, feature_loss: {relational: {angle_weight: 0}}}\n"
+    )
+    callbacks = recipe.callbacks(teacher=net())
+    first, second = (each.distillation for each in callbacks)
+    assert (first.output_loss.func, first.output_loss.keywords) == (soft_targets, {"temperature": 2})
+    assert (first.features, first.feature_loss) == ({"0": "0"}, similarity)
+    assert (second.feature_loss.func, second.feature_loss.keywords) == (relational, {"angle_weight": 0})
+    make_learner(net()).fit(recipe.epochs, cbs=callbacks)
 
 
 @pytest.mark.fastai
