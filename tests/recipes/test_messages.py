@@ -69,8 +69,6 @@ ROWS = [
      ["line 1: steps.0: a step must be one of sparsify, keep, regularize, distil, freeze with its options, not 3"]),
     ("two keep", loads("steps: [keep, keep]"), ValueError,
      ["line 1: steps.1.keep: a second keep step; a fit has only one"]),
-    ("two sparsify", loads("steps:\n- sparsify: {sparsity: 0.5}\n- sparsify: {sparsity: 0.5}"), ValueError,
-     ["line 3: steps.1.sparsify: a second sparsify step; a fit has only one; give sparsity as {pattern: fraction}"]),
     ("options without names", loads("steps:\n- sparsify: 0.5"), ValueError,
      ["line 2: steps.0.sparsify: sparsify has options by name, such as sparsity:, not 0.5"]),
     ("options of keep", loads("steps:\n- keep: 0.5"), ValueError,

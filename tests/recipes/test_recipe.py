@@ -269,3 +269,60 @@ def test_expressions_of_a_recipe_are_computed_once():
     last = "  - !EpochRangeModifier {end_epoch: eval(v48 * 0 + 1)}\n"
     with at_most_calls(1_000_000):
         assert convert(f"{chain}modifiers:\n{last * 300}")[0]["epochs"] == 1
+
+
+# --- Several sparsify steps -------------------------------------------------------------------------------------------
+
+SEVERAL = """
+epochs: 4
+steps:
+- sparsify: {sparsity: 0.5, granularity: row, context: local, layers: '1', schedule: lin}
+- sparsify: {sparsity: 0.75, criteria: random, layers: '3', schedule: one_shot, start: 2}
+"""
+
+
+@pytest.mark.filterwarnings("ignore:near collapse")
+def test_several_sparsify_steps_are_planned_as_one():
+    recipe, model = Recipe.loads(SEVERAL), net()
+    plan = recipe.plan(model, n_iter=5, example_input=torch.zeros(1, 2, 8, 8))
+    first, second = (layer.size for layer in plan.layers)
+    assert (first.left, second.left) == (1024, 12)
+    assert (plan.selected.weights, plan.selected.left) == (2096, 1036)
+    assert (plan.model.weights, plan.model.left) == (2096 + 19, 1036 + 19)
+    assert plan.model.bytes - plan.model.bytes_left == plan.selected.bytes - plan.selected.bytes_left
+    assert plan.model.flops == 2 * 2096
+    expected = [(0.5 * epoch / 4 * 2048 + (0.75 if epoch >= 2 else 0) * 48) / 2096 for epoch in range(1, 5)]
+    assert plan.levels == pytest.approx(expected)
+    assert "Plan for 50.00% zeros (row, local" in str(plan)
+    assert "Plan for 75.00% zeros (weight, global" in str(plan)
+
+
+def test_several_sparsify_steps_are_applied_at_once():
+    model = net()
+    several = Recipe.loads(SEVERAL).apply(model)
+    assert (model[1].weight == 0).all(1).sum() == 8
+    assert (model[3].weight == 0).sum() == 36
+    assert several.sparsity == (1024 + 36) / 2096
+
+
+@pytest.mark.fastai
+def test_several_sparsify_steps_are_trained_in_one_fit(make_learner):
+    pytest.importorskip("fastai", reason="the callbacks need fastai")
+    recipe, learn = Recipe.loads(SEVERAL), make_learner(net())
+    assert Recipe.loads(recipe.dumps()) == recipe
+    learn.fit(recipe.epochs, 0.1, cbs=recipe.callbacks())
+    assert (learn.model[1].weight == 0).all(1).sum() == 8
+    assert (learn.model[3].weight == 0).sum() == 36
+    results = recipe.recorded(learn).content["results"]
+    assert results["layers"] == {"1.weight": 0.5, "3.weight": 0.75}
+
+
+@pytest.mark.filterwarnings("ignore:near collapse")
+def test_several_sparsify_steps_of_the_same_layer_are_refused():
+    recipe = Recipe.loads("steps: [sparsify: {sparsity: 0.5}, sparsify: {sparsity: 0.7, layers: '3'}]")
+    model = net()
+    before = model[3].weight.detach().clone()
+    for use in (recipe.apply, recipe.plan):
+        with pytest.raises(ValueError, match="both prune 3.weight"):
+            use(model)
+    assert torch.equal(model[3].weight, before)
