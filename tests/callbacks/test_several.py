@@ -263,7 +263,7 @@ def test_one_that_is_removed_in_the_middle_leaves_its_zeros_and_the_other_goes_o
 
 
 def test_the_dense_weights_of_one_that_is_removed_in_the_middle_do_not_move_any_more():
-    learn, dense = small_learner(net()), []
+    learn, dense = small_learner(net(), opt_func=partial(fastai.SGD, mom=0.9)), []
     first, second = (SparsifyCallback(0.5, layers=layer, straight_through=True, schedule="one_shot") for layer in "13")
 
     def remove():
