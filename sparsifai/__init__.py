@@ -56,6 +56,8 @@ from .gradual.plan_table import Plan
 from .model.joint.attention_kinds import register_attention
 from .model.joint.mlp import register_mlp
 from .model.layers import register_layer
+from .quantization.quantized import Quantized, load_quantized
+from .quantization.static import quantize
 from .sparsifier.given_masks import from_torch_prune
 from .sparsifier.report import Report
 from .sparsifier.sparsifier import Sparsifier
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
     from .callbacks.freeze import FreezeCallback
     from .callbacks.keep import KeepSparsity
     from .callbacks.sparsify import SparsifyCallback
+    from .quantization.quantize_callback import QuantizeCallback
     from .recipes.recipe import Recipe
     from .training.distill import DistillCallback
     from .training.lottery import lottery_ticket
@@ -80,6 +83,7 @@ _NEED_FASTAI = {
     "DistillCallback": ".training.distill",
     "FreezeCallback": ".callbacks.freeze",
     "KeepSparsity": ".callbacks.keep",
+    "QuantizeCallback": ".quantization.quantize_callback",
     "RegularizeCallback": ".training.regularize",
     "SparsifyCallback": ".callbacks.sparsify",
     "lottery_ticket": ".training.lottery",
@@ -92,6 +96,8 @@ __all__ = [
     "KeepSparsity",
     "LotteryTickets",
     "Plan",
+    "QuantizeCallback",
+    "Quantized",
     "Recipe",
     "RegularizeCallback",
     "Regularizer",
@@ -130,6 +136,7 @@ __all__ = [
     "large_init",
     "large_init_large_final",
     "lin",
+    "load_quantized",
     "load_shrunk",
     "load_sparse",
     "local",
@@ -142,6 +149,7 @@ __all__ = [
     "one_cycle",
     "one_shot",
     "quantities",
+    "quantize",
     "raised",
     "register_attention",
     "register_layer",

@@ -15,6 +15,9 @@ from ..model.parallel import is_sharded
 from ..model.patterns import Places, name_matcher
 from ..support.printable import printable, quoted
 from ..support.registry import close_matches
+from ..support.table import percent
+
+START = 0.75  # fraction of training after which rounding begins, by default: where the default schedule of pruning ends
 
 # Where modules and tensors of quantized models, and of those that are prepared for it, are defined.
 _OF_QUANTIZED = ("torch.ao.nn.", "torch.ao.quantization.", "torchao.", "bitsandbytes.")
@@ -70,8 +73,8 @@ def quantized_layers(
     if not kept:
         kinds = ", ".join(sorted({weight.kind for weight in named.values()})) or "no layer with weights"
         raise ValueError(
-            f"{caller}: no layer to quantize is left; linear layers, convolutions and MultiheadAttention are quantized, "
-            f"and the model has {kinds}"
+            f"{caller}: no layer to quantize is left; linear layers, convolutions and MultiheadAttention are "
+            f"quantized, and the model has {kinds}"
         )
     covered = {name for layer in kept for name in layer.weights}
     left = [
@@ -80,6 +83,32 @@ def quantized_layers(
         if name in chosen and not weight.is_embedding and not covered & weight.names
     ]
     return kept, left
+
+
+def planned(
+    model: nn.Module,
+    start: float = START,
+    layers: Collection[str] | None = None,
+    exclude: Collection[str] | None = None,
+) -> str:
+    """Say what training for int8 would do to a model.
+
+    Args:
+        model: The model, without wrappers.
+        start: Fraction of training after which it begins.
+        layers: See `quantized_layers`.
+        exclude: See `quantized_layers`.
+
+    Raises:
+        ValueError: As `quantized_layers`; or the model is quantized already.
+    """
+    check_float("quantize", model)
+    chosen, left = quantized_layers("quantize", model, layers, exclude)
+    float_weights = f"; {len(left)} other weights stay float" if left else ""
+    return (
+        f"quantize: from {percent(start)} of training on, the weights and inputs of {len(chosen)} layers are rounded "
+        f"as in int8{float_weights}; quantize(model, calibration, path) writes the int8 model"
+    )
 
 
 def check_patterns(caller: str, name: str, patterns: Any) -> list[str] | None:
@@ -170,8 +199,9 @@ def check_single_precision(caller: str, layers: Iterable[QuantizedLayer]) -> Non
             dtype = getattr(holder, attribute).dtype
             if dtype != torch.float32:
                 raise ValueError(
-                    f"{caller}: {printable(name)} is {str(dtype).removeprefix('torch.')}, and torch's fake quantization "
-                    "takes float32; keep the weights in float32, which mixed precision (learn.to_fp16(), to_bf16()) does"
+                    f"{caller}: {printable(name)} is {str(dtype).removeprefix('torch.')}, and torch's fake "
+                    "quantization takes float32; keep the weights in float32, as mixed precision does "
+                    "(learn.to_fp16(), learn.to_bf16())"
                 )
 
 
@@ -181,7 +211,10 @@ def _candidates(model: nn.Module) -> list[QuantizedLayer]:
     inner: set[int] = set()  # projections that attention uses without calling them
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
-            weights = [(name, module, each) for each in module._parameters if each.endswith("proj_weight")]
+            held_here = [each for each in module._parameters if each.endswith("proj_weight")]
+            weights: list[tuple[str, nn.Module, str]] = [(name, module, each) for each in held_here]
+                (name, module, each) for each in module._parameters if each.endswith("proj_weight")
+            ]
             weights.append((parameter_name(name, "out_proj"), module.out_proj, "weight"))
             inner.add(id(module.out_proj))
         elif id(module) in inner or not (

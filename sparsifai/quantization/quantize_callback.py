@@ -14,7 +14,7 @@ from ..model.parallel import unwrapped
 from ..support.at_end import AtEnd
 from ..support.checks import check_fraction
 from .fake_quantization import FakeQuantization
-from .layers import check_float, check_hookable, check_patterns, check_single_precision, quantized_layers
+from .layers import START, check_float, check_hookable, check_patterns, check_single_precision, quantized_layers
 
 
 class QuantizeCallback(TrainingCallback):
@@ -55,7 +55,7 @@ class QuantizeCallback(TrainingCallback):
 
     def __init__(
         self,
-        start=0.75,  # Fraction of the fit that is done when rounding begins
+        start=START,  # Fraction of the fit that is done when rounding begins
         layers=None,  # Names or globs of layers to quantize, or a list of them; by default all
         exclude=None,  # Names or globs of layers that stay float, or a list of them
     ):

@@ -32,6 +32,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "regularize": ("weight", "granularity", "criteria", "schedule", "layers", "exclude", "proximal", *TIMES),
     "distil": ("weight", "temperature", "features", "feature_weight", "schedule", "axis", *TIMES),
     "freeze": ("layers", *TIMES),
+    "quantize": ("layers", "exclude", "start"),
 }
 
 # Kind of step -> the option that it must have.
@@ -43,7 +44,7 @@ class Step:
     """One step of a recipe.
 
     Args:
-        kind: 'sparsify', 'keep', 'regularize', 'distil' or 'freeze'.
+        kind: 'sparsify', 'keep', 'regularize', 'distil', 'freeze' or 'quantize'.
         options: Name -> value as in the recipe, with expressions replaced by their values.
         position: Position among the steps, from 0 on.
     """
