@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,7 +69,11 @@ def quantized_layers(
     places = Places({name: [name] for name in known})
     chosen = known if layers is None else _matching(caller, layers, places)
     chosen = chosen - (set() if exclude is None else _matching(caller, exclude, places))
-    kept = [layer for layer in found if chosen & layer.weights.keys()]
+    kept = [
+        replace(layer, weights={name: place for name, place in layer.weights.items() if name in chosen})
+        for layer in found
+        if chosen & layer.weights.keys()
+    ]
     if not kept:
         kinds = ", ".join(sorted({weight.kind for weight in named.values()})) or "no layer with weights"
         raise ValueError(
@@ -213,8 +217,6 @@ def _candidates(model: nn.Module) -> list[QuantizedLayer]:
         if isinstance(module, nn.MultiheadAttention):
             held_here = [each for each in module._parameters if each.endswith("proj_weight")]
             weights: list[tuple[str, nn.Module, str]] = [(name, module, each) for each in held_here]
-                (name, module, each) for each in module._parameters if each.endswith("proj_weight")
-            ]
             weights.append((parameter_name(name, "out_proj"), module.out_proj, "weight"))
             inner.add(id(module.out_proj))
         elif id(module) in inner or not (
