@@ -79,6 +79,7 @@ def export_float(model: nn.Module, inputs: Any, path: Path) -> Any:
             f"({message_of(error)[:400]}); export a part of the model that it can"
         ) from error
     exported = onnx.load(path)
+    _fold_transposed(exported.graph)
     _name_matrices(exported.graph, model)
     for each in (*exported.graph.node, *exported.graph.value_info, *exported.graph.initializer):
         each.ClearField("metadata_props")  # of each operator the lines of code that it is from, with paths
@@ -90,18 +91,31 @@ def _dynamic(value: Any, axes: dict) -> Any:
     return axes if isinstance(value, Tensor) and value.dim() else None
 
 
+def _fold_transposed(graph: Any) -> None:
+    """Store weights that the graph transposes as they are used, such as those of a decoder tied to an embedding."""
+    onnx, _ = import_onnx()
+    tensors = {each.name: each for each in graph.initializer}
+    for node in [each for each in graph.node if each.op_type == "Transpose"]:
+        tensor = tensors.get(node.input[0])
+        if tensor is not None and len(tensor.dims) == 2:
+            transposed = onnx.numpy_helper.to_array(tensor).T.copy()
+            graph.initializer.append(onnx.numpy_helper.from_array(transposed, node.output[0]))
+            graph.node.remove(node)
+
+
 def _name_matrices(graph: Any, model: nn.Module) -> None:
     """Give transposed weights, which the exporter numbers, the names of their parameters."""
     onnx, _ = import_onnx()
     taken = {each.name for each in graph.initializer}
+    known = dict(model.named_parameters(remove_duplicate=False))
     transposed = {
         parameter.detach().t().contiguous().numpy().tobytes(): name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
+        for name, parameter in known.items()
         if parameter.dim() == 2 and name not in taken
     }
     names = {}
     for tensor in graph.initializer:
-        if len(tensor.dims) == 2 and tensor.name.startswith("val_"):
+        if len(tensor.dims) == 2 and tensor.name not in known:
             name = transposed.pop(onnx.numpy_helper.to_array(tensor).tobytes(), None)
             if name is not None:
                 names[tensor.name] = name

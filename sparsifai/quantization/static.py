@@ -85,7 +85,7 @@ def quantize(
     with TemporaryDirectory() as folder:
         exported = export_float(copied, _of_two(first), Path(folder) / "float.onnx")
         prepared, written = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
-        names = {name for layer in chosen for name in layer.weights}
+        names = _all_names(inner, [name for layer in chosen for name in layer.weights])
         nodes = [node.name for node in exported.graph.node if node.op_type in _OPERATORS and names & {*node.input}]
         if not nodes:
             raise ValueError("quantize: none of the layers to quantize is in the exported model; does it run them?")
@@ -93,7 +93,7 @@ def quantize(
         onnx.helper.set_model_props(exported, {"onnx.quant.pre_process": "onnxruntime.quant"})
         onnx.save(exported, prepared)
         _quantize(prepared, written, _Batches([each.name for each in exported.graph.input], first, batches), nodes)
-        content = written.read_bytes()
+        content = _as_stored(onnx.load(written))
     quantized = quantized_of(Path(path), content)
     write_whole(path, lambda file: file.write(content))
     return quantized
@@ -110,6 +110,20 @@ def _quantize(source: Path, to: Path, batches: Any, nodes: list[str]) -> None:
         )  # fmt: skip
     except Exception as error:
         raise ValueError(f"quantize: onnxruntime cannot quantize the exported model ({message_of(error)})") from error
+
+
+def _all_names(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """The names of parameters, and those of the same parameters elsewhere: the exporter takes any for a tied one."""
+    chosen = {id(model.get_parameter(name)) for name in names}
+    return {name for name, each in model.named_parameters(remove_duplicate=False) if id(each) in chosen}
+
+
+def _as_stored(model: Any) -> bytes:
+    """The content of the file. All tensors are stored as bytes, so that a sparse file can hold them."""
+    onnx, _ = import_onnx()
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor), tensor.name))
+    return model.SerializeToString(deterministic=True)
 
 
 class _Batches:
