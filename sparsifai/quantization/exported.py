@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..model.parallel import kind_of
 from ..model.running import without_fast_path
 from ..support.printable import message_of
-from ..support.warning import own_filters
+from ..support.warning import own_filters, warn
 
 # Beyond this, protobuf needs the tensors in a second file.
 MOST_BYTES = 2**31 - 2**24
@@ -59,7 +59,7 @@ def export_float(model: nn.Module, inputs: Any, path: Path) -> Any:
     size = sum(parameter.nbytes for parameter in model.parameters())
     if size > MOST_BYTES:
         raise ValueError(
-            f"quantize: the model has {size:,} bytes of parameters, more than one ONNX file can hold (2 GB)"
+            f"quantize: the model has {size:,} bytes of parameters, more than an ONNX file can hold (2 GB)"
         )
     axes = {0: torch.export.Dim("batch")}
     named = isinstance(inputs, Mapping)
@@ -79,6 +79,12 @@ def export_float(model: nn.Module, inputs: Any, path: Path) -> Any:
             f"({message_of(error)[:400]}); export a part of the model that it can"
         ) from error
     exported = onnx.load(path)
+    sizes = [each.type.tensor_type.shape.dim[0] for each in exported.graph.input if each.type.tensor_type.shape.dim]
+    if fixed := [size.dim_value for size in sizes if not size.dim_param]:
+        warn(
+            f"quantize: the forward of {kind_of(model)} fixes the size of a batch, so the file takes batches of "
+            f"{fixed[0]} examples only; calibrate with batches of the size that it is to have"
+        )
     _fold_transposed(exported.graph)
     _name_matrices(exported.graph, model)
     for each in (*exported.graph.node, *exported.graph.value_info, *exported.graph.initializer):

@@ -162,13 +162,12 @@ def check_float(caller: str, model: nn.Module) -> None:
             )
 
 
-def check_hookable(caller: str, model: nn.Module, device: Any = None) -> None:
+def check_hookable(caller: str, model: nn.Module) -> None:
     """Check that the layers of a model can be trained with fake quantization.
 
     Args:
         caller: Name of what is used, for messages.
         model: The model, in its wrappers.
-        device: The device of the data, if it is known.
 
     Raises:
         ValueError: They cannot, because of a wrapper, a device, a dtype or sharding.
@@ -184,7 +183,6 @@ def check_hookable(caller: str, model: nn.Module, device: Any = None) -> None:
     if any(is_sharded(parameter) for parameter in model.parameters()):
         raise ValueError(f"{caller}: the parameters are sharded; use DistributedDataParallel, or one device")
     devices = {parameter.device.type for parameter in model.parameters()}
-    devices |= set() if device is None else {torch.device(device).type}
     if others := devices - {"cpu", "cuda"}:
         raise ValueError(
             f"{caller}: torch has fake quantization for the CPU and CUDA, not for {', '.join(sorted(others))}; train "

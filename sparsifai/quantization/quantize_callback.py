@@ -120,7 +120,7 @@ class QuantizeCallback(TrainingCallback):
             return
         caller = "QuantizeCallback"
         check_float(caller, unwrapped(learn.model))
-        check_hookable(caller, learn.model, getattr(learn.dls, "device", None))
+        check_hookable(caller, learn.model)
         layers, left = quantized_layers(caller, unwrapped(learn.model), self.layers, self.exclude)
         check_single_precision(caller, layers)
         self._fake, self._left = FakeQuantization(layers), tuple(left)
