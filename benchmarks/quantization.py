@@ -5,11 +5,12 @@
 Prints a table in Markdown, and writes it to quantization.md, with the numbers of each seed in quantization.json.
 Accuracy is that of the ONNX file in onnxruntime, mean and standard deviation over the seeds, which also divide the
 data. Latency is of 64 pictures on one thread, the median of rounds in which all files take turns, as a ratio to the
-dense file; the smaller, the faster.
+dense file; the smaller, the faster. It is the time of the thread on the CPU, so that other processes do not matter.
 """
 
 import argparse
 import json
+import time
 import warnings
 from pathlib import Path
 from statistics import mean, stdev
