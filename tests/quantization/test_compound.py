@@ -44,7 +44,7 @@ def test_the_plan_tells_what_is_rounded_and_from_when_on(tmp_path, monkeypatch, 
 
 
 @pytest.mark.fastai
-def test_one_recipe_prunes_distils_and_quantizes_and_the_onnx_file_has_its_zeros(tmp_path, make_learner):
+def test_one_recipe_prunes_distils_and_quantizes_and_the_onnx_file_has_its_zeros(tmp_path, make_learner, capsys):
     onnxruntime = pytest.importorskip("onnxruntime", reason="it runs the int8 model")
     pytest.importorskip("onnxscript", reason="torch's exporter needs it")
     recipe, teacher = Recipe.loads(RECIPE), net()
@@ -62,6 +62,8 @@ def test_one_recipe_prunes_distils_and_quantizes_and_the_onnx_file_has_its_zeros
         assert (integers[~sparsifier.masks[name]] == 0).all()
         assert (integers != 0).any()
     assert Quantized.read(made.path).rows == made.rows
+    assert main(["report", str(made.path)]) == 0
+    assert capsys.readouterr().out.endswith(f"{made}\n")
 
     images = torch.randn(5, 2, 8, 8)
     session = onnxruntime.InferenceSession(str(made.path), providers=["CPUExecutionProvider"])

@@ -18,6 +18,7 @@ from fastai.learner import Callback  # noqa: E402
 from watch import Invented  # noqa: E402
 
 from sparsifai.all import KeepSparsity, QuantizeCallback, Sparsifier, SparsifyCallback  # noqa: E402
+from sparsifai.quantization.fake_quantization import rounded_weight  # noqa: E402
 
 LAYERS = ("0", "3", "5", "10", "12")  # of small_net
 
@@ -129,9 +130,10 @@ def test_the_table_shows_the_rounded_model_and_validate_the_float_one():
         quantize.fake_quantized().__enter__()
     learn.fit(2, 0.05, cbs=quantize)
     (shown,) = learn.recorder.values[-1][1:2]
-    (plain,) = learn.validate()
+    (plain,), ranges = learn.validate(), quantize.ranges
     with quantize.fake_quantized():
         assert learn.validate()[0] == pytest.approx(shown, abs=1e-7)
+    assert quantize.ranges == ranges  # validation data do not move them
     assert learn.validate()[0] == plain != pytest.approx(shown, abs=1e-7)
     learn.add_cb(quantize)  # as one that stays on the Learner
     with quantize.fake_quantized():
@@ -143,8 +145,8 @@ def test_trackers_ignore_the_epochs_of_the_float_model(tmp_path):
     learn = small_learner(steps=2, path=tmp_path)
     learn.metrics = [Invented(learn, lambda epoch: [9.0, 8.0, 2.0, 3.0, 1.0, 0.0][epoch])]
     saved = []
-    save = fastai.SaveModelCallback(monitor="invented")
-    save.after_save = None
+    save = fastai.SaveModelCallback(monitor="invented", reset_on_fit=False)
+    save.best = 100.0  # of an earlier fit of the float model
     note = Callback(after_epoch=lambda self: saved.append(save.best))
     note.order = 99
     learn.fit(6, cbs=[QuantizeCallback(0.4), save, note])
@@ -306,6 +308,12 @@ def test_mixed_precision_keeps_the_zeros_and_trains():
 
 
 def test_a_pruned_filter_has_no_range_and_gives_no_nan():
+    weight = torch.zeros(2, 3)
+    weight[1] = torch.tensor([0.0, -1.0, 0.5])
+    value = rounded_weight(weight.requires_grad_(), 0)
+    value.sum().backward()
+    assert torch.equal(value[0], torch.zeros(3))
+    assert torch.equal(weight.grad, torch.ones(2, 3))  # so that criteria see how it would change
     model = small_net()
     Sparsifier(model, "filter", "local").sparsify(0.5)
     learn = small_learner(model, steps=4)
