@@ -61,8 +61,11 @@ from .quantization.static import quantize
 from .sparsifier.given_masks import from_torch_prune
 from .sparsifier.report import Report
 from .sparsifier.sparsifier import Sparsifier
+from .sparsifier.sparsifiers import Sparsifiers
 from .support.version import __version__ as __version__
-from .training.distillation_loss import soft_targets
+from .training.distillation import Distillation
+from .training.distillation_loss import distillation_losses, soft_targets
+from .training.feature_losses import attention_transfer, relational, similarity
 from .training.regularizer import Regularizer
 from .training.sensitivity import highest_sparsity, sensitivity
 from .training.sensitivity_table import Sensitivity
@@ -92,6 +95,7 @@ _NEED_FASTAI = {
 __all__ = [
     "Comparison",
     "DistillCallback",
+    "Distillation",
     "FreezeCallback",
     "KeepSparsity",
     "LotteryTickets",
@@ -107,11 +111,13 @@ __all__ = [
     "Shrinkage",
     "SparseFile",
     "Sparsifier",
+    "Sparsifiers",
     "SparsifyCallback",
     "Ticket",
     "ac_dc",
     "agp",
     "along",
+    "attention_transfer",
     "between",
     "block",
     "blocks",
@@ -120,6 +126,7 @@ __all__ = [
     "contexts",
     "cos",
     "criteria",
+    "distillation_losses",
     "dsd",
     "during",
     "fisher",
@@ -154,6 +161,7 @@ __all__ = [
     "register_attention",
     "register_layer",
     "register_mlp",
+    "relational",
     "remove_experts",
     "save_shrunk",
     "save_sparse",
@@ -163,6 +171,7 @@ __all__ = [
     "sensitivity",
     "shrink",
     "shrinkage",
+    "similarity",
     "small_final",
     "small_init",
     "small_init_small_final",
