@@ -16,7 +16,7 @@ from ..export.sparse_file import SparseFile, write_state
 from ..export.sparse_format import read_with_metadata
 from ..model.zeros import Count, figures
 from ..support.files import open_regular, write_whole
-from ..support.printable import message_of
+from ..support.printable import message_of, printable
 from ..support.table import Cells, Table, percent
 from .exported import MOST_BYTES, import_onnx
 
@@ -187,7 +187,9 @@ def load_quantized(path: str | os.PathLike, to: str | os.PathLike) -> Quantized:
         stored = tensors.get(tensor.name)
         if stored is not None and tensor.name != _GRAPH and not tensor.HasField("raw_data"):
             if stored.shape != tuple(tensor.dims):
-                raise ValueError(f"load_quantized: {path} is damaged: the shape of {tensor.name} differs in its graph")
+                raise ValueError(
+                    f"load_quantized: {path} is damaged: the shape of {printable(tensor.name)} is another in its graph"
+                )
             tensor.raw_data = stored.expand().numpy().tobytes()
     content = model.SerializeToString(deterministic=True)
     quantized = quantized_of(to, content)
@@ -214,7 +216,11 @@ def quantized_of(path: Path, content: bytes) -> Quantized:
     lengths = {each.name: int(np.prod(each.dims)) for each in graph.initializer}
     rows = []
     for tensor in graph.initializer:
-        values = onnx.numpy_helper.to_array(tensor)
+        try:
+            values = onnx.numpy_helper.to_array(tensor)
+        except Exception as error:  # numpy's and onnx's own
+            name = printable(tensor.name)
+            raise ValueError(f"{path} is damaged: {name} has no values ({message_of(error)}); get a new copy") from None
         if values.ndim < 2 or (tensor.name not in names and values.dtype.kind != "f"):
             continue
         zeros = values.size - int(np.count_nonzero(values))

@@ -3,6 +3,7 @@
 import sys
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_learner, small_net
@@ -10,6 +11,7 @@ from torch import nn
 
 import sparsifai
 from sparsifai import Quantized, load_quantized, quantize, save_sparse
+from sparsifai.export.sparse_file import write_state
 
 # Rows of the tables: name, mistake, class of the error, and the parts of its message. A mistake is a function of an
 # empty folder.
@@ -152,6 +154,25 @@ def float_file(folder):
     Quantized.read(folder / "net.onnx")
 
 
+def without_values(folder):
+    onnx = pytest.importorskip("onnx", reason="it writes the file")
+    node = onnx.helper.make_node("DequantizeLinear", ["w", "s"], ["y"])
+    empty = onnx.TensorProto(name="w", dims=[2, 2], data_type=onnx.TensorProto.INT8, raw_data=b"1")
+    graph = onnx.helper.make_graph([node], "net", [], [], [empty, onnx.numpy_helper.from_array(np.ones(1), "s")])
+    (folder / "net.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    Quantized.read(folder / "net.onnx")
+
+
+def another_shape(folder):
+    onnx = pytest.importorskip("onnx", reason="it writes the file")
+    empty = onnx.TensorProto(name="w", dims=[2, 2], data_type=onnx.TensorProto.INT8)
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "net", [], [], [empty])
+    content = np.frombuffer(onnx.helper.make_model(graph).SerializeToString(), np.uint8).copy()
+    state = {"w": torch.ones(3, 2, dtype=torch.int8), "onnx graph": torch.from_numpy(content)}
+    write_state("test", folder / "net.safetensors", state)
+    load_quantized(folder / "net.safetensors", folder / "net.onnx")
+
+
 def load_of_a_model(folder):
     save_sparse(nn.Linear(4, 4), folder / "net.safetensors")
     load_quantized(folder / "net.safetensors", folder / "net.onnx")
@@ -162,6 +183,10 @@ READ = [
     ("a text", read(b"hello"), ValueError, ["net.onnx is not an ONNX file ", "; write it with quantize"]),
     ("an empty file", read(b""), ValueError, ["net.onnx is not an ONNX file, or has no operators; write it with"]),
     ("a float file", float_file, ValueError, ["net.onnx has no int8 weights with scales; write it with quantize"]),
+    ("a weight without values", without_values, ValueError,
+     ["net.onnx is damaged: w has no values (", "); get a new copy"]),
+    ("a weight of another shape", another_shape, ValueError,
+     ["net.safetensors is damaged: the shape of w is another in its graph"]),
     ("of a float model", load_of_a_model, ValueError,
      ["load_quantized: ", "is not of an int8 model, for it has no ONNX graph; use load_sparse for a file of"]),
 ]  # fmt: skip
