@@ -19,7 +19,8 @@ from ..model.parallel import unwrapped
 from ..model.running import Split, check_runs, copy_of
 from ..support.checks import check_is_module
 from ..support.files import write_whole
-from ..support.printable import message_of
+from ..support.printable import message_of, printable
+from ..support.warning import warn
 from .exported import export_float, import_onnx
 from .layers import check_float, check_patterns, quantized_layers
 from .quantized import Quantized, quantized_of
@@ -73,7 +74,7 @@ def quantize(
     layers, exclude = check_patterns("quantize", "layers", layers), check_patterns("quantize", "exclude", exclude)
     inner = unwrapped(model)
     check_float("quantize", inner)
-    chosen, _ = quantized_layers("quantize", inner, layers, exclude)
+    chosen, left = quantized_layers("quantize", inner, layers, exclude)
     onnx, _ = import_onnx()
     batches = _inputs_of(calibration)
     first = next(batches, None)
@@ -96,7 +97,19 @@ def quantize(
         content = _as_stored(onnx.load(written))
     quantized = quantized_of(Path(path), content)
     write_whole(path, lambda file: file.write(content))
+    _warn_of_float(inner, [*left, *(name for layer in chosen for name in layer.weights)], quantized)
     return quantized
+
+
+def _warn_of_float(model: nn.Module, names: Iterable[str], quantized: Quantized) -> None:
+    """Warn of weights that stay float in the file though nobody asked for it."""
+    stored = {row.name for row in quantized.rows if row.scales}
+    if left := [name for name in names if not stored & _all_names(model, [name])]:
+        shown = ", ".join(map(printable, left[:3])) + ", ..." * (len(left) > 3)
+        warn(
+            f"quantize: {len(left)} weights stay float in {quantized.path.name}, since their kind of layer is not "
+            f"quantized, or the model does not multiply by them as they are: {shown}; exclude= leaves them out"
+        )
 
 
 def _quantize(source: Path, to: Path, batches: Any, nodes: list[str]) -> None:
