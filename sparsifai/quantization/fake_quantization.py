@@ -30,10 +30,15 @@ class FakeQuantization:
     a layer sees the rounded weight instead of its own only while its forward runs.
 
     Args:
-        layers: The layers.
+        model: The model, without wrappers.
+        layers: The layers of it.
     """
 
-    def __init__(self, layers: Iterable[QuantizedLayer]):
+    def __init__(self, model: nn.Module, layers: Iterable[QuantizedLayer]):
+        # In evaluation mode they would hand nested tensors to their layers, which fake quantization does not take.
+        self._nesting = [
+            each for each in model.modules() if isinstance(each, nn.TransformerEncoder) and each.use_nested_tensor
+        ]
         self._before = [_Round(layer) for layer in layers]
         self._hooks = ForwardHooks(
             [(each.layer.module, _Restore(each.layer)) for each in self._before],
@@ -43,11 +48,15 @@ class FakeQuantization:
     def put(self) -> None:
         """Put the hooks on the layers, if they are not on them."""
         self._hooks.remove()
+        for each in self._nesting:
+            each.use_nested_tensor = False
         self._hooks.put()
 
     def remove(self) -> None:
         """Remove the hooks, and what an interrupted forward has left."""
         self._hooks.remove()
+        for encoder in self._nesting:
+            encoder.use_nested_tensor = True
         for each in self._before:
             _restore(each.layer)
 

@@ -121,9 +121,10 @@ class QuantizeCallback(TrainingCallback):
         caller = "QuantizeCallback"
         check_float(caller, unwrapped(learn.model))
         check_hookable(caller, learn.model)
-        layers, left = quantized_layers(caller, unwrapped(learn.model), self.layers, self.exclude)
+        model = unwrapped(learn.model)
+        layers, left = quantized_layers(caller, model, self.layers, self.exclude)
         check_single_precision(caller, layers)
-        self._fake, self._left = FakeQuantization(layers), tuple(left)
+        self._fake, self._left = FakeQuantization(model, layers), tuple(left)
 
     def before_epoch(self):
         "Switch the trackers on again"

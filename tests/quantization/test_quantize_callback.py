@@ -213,17 +213,19 @@ class Attention(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Linear(8, 16)
-        self.encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
         self.out = nn.Linear(16, 3)
 
     def forward(self, x):
-        return self.out(self.encoder(self.embed(x.flatten(1, 2))).mean(1))
+        tokens = self.embed(x.flatten(1, 2))
+        padding = torch.arange(16).expand(len(x), 16) > 12  # for which torch nests tensors in evaluation mode
+        return self.out(self.encoder(tokens, src_key_padding_mask=padding).mean(1))
 
 
 def test_attention_sees_its_rounded_projections_in_training_and_in_validation():
     learn = small_learner(Attention())
     seen = []
-    attention = learn.model.encoder.self_attn
+    attention = learn.model.encoder.layers[0].self_attn
 
     def note(self):
         handle = attention.register_forward_hook(
@@ -235,6 +237,7 @@ def test_attention_sees_its_rounded_projections_in_training_and_in_validation():
     remove = Callback(after_batch=lambda self: self.learn.handle.remove())
     learn.fit(1, 0.0, cbs=[QuantizeCallback(0), Callback(before_batch=note), remove])
     assert len(seen) == 6
+    assert learn.model.encoder.use_nested_tensor
     for projection, out in seen:
         assert torch.allclose(projection, rounded(attention.in_proj_weight), atol=1e-6)
         assert torch.allclose(out, rounded(attention.out_proj.weight), atol=1e-6)

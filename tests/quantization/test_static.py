@@ -87,7 +87,7 @@ def test_every_zero_of_the_weights_is_a_zero_integer(sparse_net, quantized):
 def test_the_file_runs_for_any_number_of_examples_and_computes_what_training_has_rounded(sparse_net, quantized):
     layers, left = quantized_layers("test", sparse_net, exclude=["out"])
     assert left == []
-    fake = FakeQuantization(layers)
+    fake = FakeQuantization(sparse_net, layers)
     with torch.no_grad():
         fake.put()
         for layer in layers:
