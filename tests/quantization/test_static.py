@@ -164,3 +164,46 @@ def test_filters_that_are_pruned_as_a_whole_give_no_nan_and_go_with_shrink(tmp_p
         sizes.append(made.count)
     assert sizes[0].sparsity > 0.45
     assert sizes[1].weights < 0.4 * sizes[0].weights
+
+
+def resnet18():
+    models = pytest.importorskip("torchvision.models", reason="the model is torchvision's")
+    return models.resnet18(num_classes=10), {"x": torch.randn(4, 3, 64, 64)}
+
+
+def bert():
+    transformers = pytest.importorskip("transformers", reason="the model is of transformers")
+    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                                     vocab_size=100)  # fmt: skip
+    words = torch.randint(100, (4, 8))
+    return transformers.BertForSequenceClassification(config), {
+        "input_ids": words,
+        "attention_mask": torch.ones_like(words),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "count"), [(resnet18, 21), (bert, 14)])
+def test_models_of_other_libraries_are_trained_and_quantized(tmp_path, make, count):
+    net, inputs = make()
+    Sparsifier(net, context="local").sparsify(0.8)
+
+    def first(output):
+        return getattr(output, "logits", output)
+
+    layers, left = quantized_layers("test", net)
+    fake = FakeQuantization(net, layers)
+    fake.put()
+    first(net(**inputs)).square().sum().backward()
+    fake.remove()
+    assert (len(layers), left) == (count, [])
+    weights = {name: net.get_parameter(name) for layer in layers for name in layer.weights}
+    assert all(each.grad.isfinite().all() and (each.grad != 0).any() for each in weights.values())
+    net.eval()
+    made = quantize(net, [inputs], tmp_path / "net.onnx")
+    zeros = {row.name: row.count.zeros for row in made.rows if row.scales}
+    assert zeros.keys() == weights.keys()
+    assert all(zeros[name] >= int((weight == 0).sum()) > 0 for name, weight in weights.items())
+    with torch.no_grad():
+        expected = first(net(**inputs)).numpy()
+    assert np.abs(outputs(made.path, *inputs.values()) - expected).max() < 0.1 * np.abs(expected).max()
