@@ -115,12 +115,12 @@ def planned(
     )
 
 
-def check_patterns(caller: str, name: str, patterns: Any) -> list[str] | None:
+def check_patterns(caller: str, argument: str, patterns: Any) -> list[str] | None:
     """Check names or globs of layers.
 
     Args:
         caller: Name of what is used, for messages.
-        name: Name of the argument.
+        argument: Name of the argument.
         patterns: What was given: a name or glob, a list of them, or None.
 
     Returns:
@@ -134,7 +134,7 @@ def check_patterns(caller: str, name: str, patterns: Any) -> list[str] | None:
         return None
     listed = [patterns] if isinstance(patterns, str) else list(patterns) if isinstance(patterns, Iterable) else []
     if not listed or not all(isinstance(each, str) for each in listed):
-        raise TypeError(f"{caller}: {name} must be names or globs of layers, or a list, not {patterns!r}")
+        raise TypeError(f"{caller}: {argument} must be names or globs of layers, or a list, not {patterns!r}")
     for each in listed:
         name_matcher(each)
     return listed

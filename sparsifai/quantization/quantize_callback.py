@@ -13,6 +13,7 @@ from ..callbacks.sparsify import SparsifyCallback
 from ..model.parallel import unwrapped
 from ..support.at_end import AtEnd
 from ..support.checks import check_fraction
+from ..support.printable import printable
 from .fake_quantization import FakeQuantization
 from .layers import START, check_float, check_hookable, check_patterns, check_single_precision, quantized_layers
 
@@ -169,7 +170,7 @@ class QuantizeCallback(TrainingCallback):
         self._begun = True
         self._trackers.forget(self.learn)  # their best epoch is one of the float model
         if self._left:
-            shown = ", ".join(self._left[:3]) + ", ..." * (len(self._left) > 3)
+            shown = ", ".join(map(printable, self._left[:3])) + ", ..." * (len(self._left) > 3)
             message = f"{len(self._left)} weights stay float, since their kind of layer is not quantized: {shown}"
             notify(self.learn, f"QuantizeCallback: {message}", matters=True)
 

@@ -219,8 +219,8 @@ def quantized_of(path: Path, content: bytes) -> Quantized:
         try:
             values = onnx.numpy_helper.to_array(tensor)
         except Exception as error:  # numpy's and onnx's own
-            name = printable(tensor.name)
-            raise ValueError(f"{path} is damaged: {name} has no values ({message_of(error)}); get a new copy") from None
+            why = f"{printable(tensor.name)} has no values ({message_of(error)})"
+            raise ValueError(f"{path} is damaged: {why}; get a new copy") from None
         if values.ndim < 2 or (tensor.name not in names and values.dtype.kind != "f"):
             continue
         zeros = values.size - int(np.count_nonzero(values))
