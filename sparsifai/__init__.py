@@ -58,6 +58,8 @@ from .gradual.plan_table import Plan
 from .model.joint.attention_kinds import register_attention
 from .model.joint.mlp import register_mlp
 from .model.layers import register_layer
+from .quantization.quantized import Quantized, load_quantized
+from .quantization.static import quantize
 from .sparsifier.given_masks import from_torch_prune
 from .sparsifier.report import Report
 from .sparsifier.sparsifier import Sparsifier
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from .callbacks.freeze import FreezeCallback
     from .callbacks.keep import KeepSparsity
     from .callbacks.sparsify import SparsifyCallback
+    from .quantization.quantize_callback import QuantizeCallback
     from .recipes.recipe import Recipe
     from .training.distill import DistillCallback
     from .training.lottery import lottery_ticket
@@ -85,6 +88,7 @@ _NEED_FASTAI = {
     "DistillCallback": ".training.distill",
     "FreezeCallback": ".callbacks.freeze",
     "KeepSparsity": ".callbacks.keep",
+    "QuantizeCallback": ".quantization.quantize_callback",
     "RegularizeCallback": ".training.regularize",
     "SparsifyCallback": ".callbacks.sparsify",
     "lottery_ticket": ".training.lottery",
@@ -98,6 +102,8 @@ __all__ = [
     "KeepSparsity",
     "LotteryTickets",
     "Plan",
+    "QuantizeCallback",
+    "Quantized",
     "Recipe",
     "RegularizeCallback",
     "Regularizer",
@@ -139,6 +145,7 @@ __all__ = [
     "large_init",
     "large_init_large_final",
     "lin",
+    "load_quantized",
     "load_shrunk",
     "load_sparse",
     "local",
@@ -152,6 +159,7 @@ __all__ = [
     "one_cycle",
     "one_shot",
     "quantities",
+    "quantize",
     "raised",
     "register_attention",
     "register_layer",

@@ -15,6 +15,7 @@ from torch import nn
 from .export.checkpoint import Checkpoint
 from .export.sparse_file import SparseFile
 from .export.sparse_format import is_safetensors
+from .quantization.quantized import Quantized
 from .recipes.recipe import Recipe
 from .support.checkpoints import load_checkpoint
 from .support.files import write_whole
@@ -35,7 +36,7 @@ the totals. What is not counted is listed with the reason: tensors that are quan
 without values on the meta device, the state of optimizers, and what stands beside the weights in a training checkpoint.
 
 For a file of save_sparse, the table has the form in which each tensor is stored, its bytes, and the bytes that it would
-take dense.
+take dense. For an int8 model in an ONNX file of quantize, it has the zeros of each weight.
 
 example: sparsifai report checkpoint.pth
 example: sparsifai report sparse.safetensors
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--picture", type=Path, help="a file for a picture of the sparsity over time and of the layers")
 
     report = command("report", _report, _REPORT)
-    report.add_argument("checkpoint", type=Path, help="a file of torch.save, learn.save or save_sparse")
+    report.add_argument("checkpoint", type=Path, help="a file of torch.save, learn.save, save_sparse or quantize")
 
     convert = command("convert", _convert, _CONVERT)
     convert.add_argument("recipe", type=Path, help="a recipe of SparseML, YAML or Markdown that begins with YAML")
@@ -120,6 +121,9 @@ def _plan(given: Any) -> None:
 
 
 def _report(given: Any) -> None:
+    if given.checkpoint.suffix == ".onnx":
+        print(Quantized.read(given.checkpoint))
+        return
     if is_safetensors(given.checkpoint):
         print(SparseFile.read(given.checkpoint))
         return

@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "gradual": {"support", "model", "axes", "sparsifier"},
     "callbacks": {"support", "model", "axes", "sparsifier", "export", "gradual"},
     "training": {"support", "model", "axes", "sparsifier", "export", "gradual", "callbacks"},
-    "recipes": {"support", "model", "axes", "sparsifier", "export", "gradual", "callbacks", "training"},
+    "quantization": {"support", "model", "export", "callbacks"},
+    "recipes": {"support", "model", "axes", "sparsifier", "export", "gradual", "callbacks", "training", "quantization"},
 }
 FACE = {"__init__", "__main__", "all"}
 # (folder, another that it may not import from); what is meant is what lies in them directly.

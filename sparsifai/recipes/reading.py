@@ -98,6 +98,8 @@ class Reading:
                     options.setdefault("schedule", default_schedule(options.get("straight_through", False)))
             elif step.kind == "freeze":
                 options |= {"start": start, "end": end}
+            elif step.kind == "quantize":
+                options |= {"start": start} if is_timed else {}
             elif is_timed:
                 options["schedule"] = during(options.get("schedule", "one_shot"), start, end)
             if step.kind == "distil":
@@ -165,7 +167,7 @@ class Reading:
             ((kind, options),) = step.items()
             self._check_keys(path, step, OPTIONS, "step", "the steps")
             path = (*path, kind)
-            if kind in seen and kind == "keep":
+            if kind in seen and kind in ("keep", "quantize"):
                 raise self.source.error(path, f"a second {kind} step; a fit has only one")
             seen.add(kind)
             options = {} if options is None else options

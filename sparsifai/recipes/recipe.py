@@ -15,9 +15,10 @@ variables, in `${...}`. A name of an axis with options is a mapping, such as `sc
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
@@ -31,6 +32,7 @@ from ..callbacks.learner import metric_names, unchanged
 from ..gradual.gradual_pruning import GradualPruning
 from ..gradual.plan_table import Plan, joined
 from ..model.parallel import unwrapped
+from ..quantization.layers import planned
 from ..sparsifier.options import mapped
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
@@ -42,6 +44,12 @@ from .safe_yaml import Located, dump_yaml, load_yaml, read_text
 from .sparseml.convert import convert
 from .sparseml.modifiers import Notice
 from .step import Step
+
+# What to do instead of `apply`, of a step that needs training.
+_FIT = "pass recipe.callbacks() to learn.fit instead"
+_INSTEAD_OF_APPLY = {
+    "quantize": f"{_FIT}, or leave the step out and call quantize(model, calibration, path) after recipe.apply"
+}
 
 
 class Recipe:
@@ -210,7 +218,7 @@ class Recipe:
         for step in self.steps:
             if step.kind not in ("sparsify", "keep"):
                 with self._at(step):
-                    raise ValueError(f"{step.kind} needs training; pass recipe.callbacks() to learn.fit instead")
+                    raise ValueError(f"{step.kind} needs training; {_INSTEAD_OF_APPLY.get(step.kind, _FIT)}")
         made = []
         for step, pruning in self._prunings():
             with self._at(step):
@@ -241,7 +249,8 @@ class Recipe:
         for step, pruning in self._prunings():
             with self._at(step):
                 plans.append(pruning.plan(model, self.epochs or 1, n_iter, example_input))
-        return joined(plans)
+        plan = joined(plans)
+        return replace(plan, notes=(*plan.notes, *_notes_on_int8(self, model)))
 
     def recorded(self, learn: Any, sparsifier: Sparsifier | None = None) -> Recipe:
         """Add the results of a fit: measured sparsity of the model and of each layer, metrics, versions.
@@ -284,6 +293,15 @@ class Recipe:
         return self._reading.source.at("steps", step.position, step.kind)
 
 
+def _notes_on_int8(recipe: Recipe, model: nn.Module) -> Iterator[str]:
+    """What a quantize step does to a model, for its plan."""
+    for step in recipe.steps:
+        if step.kind == "quantize":
+            arguments = recipe._reading.arguments(step)
+            with recipe._at(step):
+                yield planned(unwrapped(model), **arguments)
+
+
 def _check_converted(path: Any, content: Mapping[str, Any], notices: Iterable[Notice], strict: bool) -> None:
     """Refuse a converted recipe without steps, and if `strict`, one that has lost something."""
     lost = [notice for notice in notices if notice.lost]
@@ -302,12 +320,14 @@ def _callback_classes() -> dict[str, Callable]:
     from ..callbacks.freeze import FreezeCallback
     from ..callbacks.keep import KeepSparsity
     from ..callbacks.sparsify import SparsifyCallback
+    from ..quantization.quantize_callback import QuantizeCallback
     from ..training.distill import DistillCallback
     from ..training.regularize import RegularizeCallback
 
     return {
         "sparsify": SparsifyCallback, "keep": KeepSparsity, "regularize": RegularizeCallback,
         "distil": DistillCallback, "freeze": FreezeCallback,
+        "quantize": QuantizeCallback,
     }  # fmt: skip
 
 

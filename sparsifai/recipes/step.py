@@ -34,6 +34,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         *("weight", "temperature", "loss", "features", "feature_weight", "feature_loss", "schedule", "axis", *TIMES),
     ),
     "freeze": ("layers", *TIMES),
+    "quantize": ("layers", "exclude", "start"),
 }
 
 # Kind of step -> the option that it must have.
@@ -45,7 +46,7 @@ class Step:
     """One step of a recipe.
 
     Args:
-        kind: 'sparsify', 'keep', 'regularize', 'distil' or 'freeze'.
+        kind: 'sparsify', 'keep', 'regularize', 'distil', 'freeze' or 'quantize'.
         options: Name -> value as in the recipe, with expressions replaced by their values.
         position: Position among the steps, from 0 on.
     """

@@ -48,7 +48,8 @@ ROWS = [
     # --- Keys, variables and epochs
     ("no mapping", loads("- a"), ValueError, ["line 1: a recipe must be a mapping with epochs: and steps:"]),
     ("no steps", loads("steps: []"), ValueError,
-     ["line 1: steps: steps must be a list with at least one step, of sparsify, keep, regularize, distil, freeze"]),
+     ["line 1: steps: steps must be a list with at least one step, of sparsify, keep, regularize, distil, freeze, "
+      "quantize"]),
     ("unknown key", loads("epochs: 3\nstep: []"), ValueError,
      ["line 2: step: unknown key 'step'; did you mean 'steps'", "(the keys of a recipe: name, description, epochs,"]),
     ("no variables", loads("variables: 3\nsteps: [keep]"), ValueError,
@@ -66,7 +67,8 @@ ROWS = [
     ("unknown step", loads("steps:\n- sparsfy: {}"), ValueError,
      ["line 2: steps.0.sparsfy: unknown step 'sparsfy'; did you mean 'sparsify'", "(the steps: sparsify, keep,"]),
     ("no step", loads("steps: [3]"), ValueError,
-     ["line 1: steps.0: a step must be one of sparsify, keep, regularize, distil, freeze with its options, not 3"]),
+     ["line 1: steps.0: a step must be one of sparsify, keep, regularize, distil, freeze, quantize with its "
+      "options, not 3"]),
     ("two keep", loads("steps: [keep, keep]"), ValueError,
      ["line 1: steps.1.keep: a second keep step; a fit has only one"]),
     ("options without names", loads("steps:\n- sparsify: 0.5"), ValueError,

@@ -42,6 +42,7 @@ OTHERS = {
     "frozen at first": {"freeze": {"layers": ["0", "3"], "end": 1}},
     "frozen later": {"freeze": {"layers": ["0", "8"], "start": 1}},
     "frozen all the time": {"freeze": {"layers": "6"}},
+    "int8": {"quantize": {"start": 0}},
     "all weights frozen at first": {"freeze": {"layers": ["0", "3", "6.weight", "8.weight"], "end": 1}},
 }
 STEPS = {name: {"sparsify": {"sparsity": 0.5, **options}} for name, options in SPARSIFY.items()} | OTHERS
