@@ -10,11 +10,19 @@
 The options of a step are the arguments of the callback of that name. `start` and `end` are epochs, or shares of
 training such as 75%; by default a step lasts all of training. A value may be an arithmetic expression of the
 variables, in `${...}`. A name of an axis with options is a mapping, such as `schedule: {iterative: 5}`.
+
+A recipe of several parts, one after the other, has `stages` instead of steps. Each has steps and epochs of its own, or
+`training: false`, if it is applied at once:
+
+    stages:
+      - {name: prune, training: false, steps: [sparsify: {sparsity: 0.5, context: 2:4, criteria: wanda}]}
+      - {name: finetune, epochs: 3, steps: [keep]}
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
@@ -47,7 +55,8 @@ class Recipe:
     Attributes:
         epochs: Number of epochs, or None if the recipe does not give it.
         variables: Name of a variable -> number.
-        steps: The steps, a tuple of `Step`.
+        steps: The steps, a tuple of `Step`; none for a recipe with stages.
+        training: Whether the recipe is for a fit; False if it is applied at once, without training.
 
     Args:
         content: The recipe as a dictionary, with the keys of a file.
@@ -69,6 +78,26 @@ class Recipe:
         self.variables = self._reading.variables
         self.epochs = self._reading.epochs
         self.steps = self._reading.steps
+        self.training = self._reading.training
+
+    @property
+    def stages(self) -> tuple[Recipe, ...]:
+        """The parts of the recipe, each a recipe, to be applied or fitted one after the other; else itself alone.
+
+        Example:
+            for stage in recipe.stages:
+                if stage.training:
+                    learn.fit(stage.epochs, cbs=stage.callbacks())
+                else:
+                    stage.apply(learn.model, calibration, loss_func)
+        """
+        if not self._reading.stages:
+            return (self,)
+        stages = []
+        for stage in self._reading.stages:
+            content = {**stage.content, **({"variables": stage.variables} if stage.variables else {})}
+            stages.append(Recipe(content, source=stage.source))
+        return tuple(stages)
 
     # --- Files --------------------------------------------------------------------------------------------------
 
@@ -112,27 +141,31 @@ class Recipe:
 
     @classmethod
     def from_sparseml(cls, path: str | os.PathLike, *, strict: bool = False, epochs: int | None = None) -> Recipe:
-        """Convert a recipe of SparseML. No code in it is run.
+        """Convert a recipe of SparseML or llm-compressor. No code in it is run.
 
-        What has no counterpart here is left out and listed in `notices`, with its line.
+        What has no counterpart here is left out and listed in `notices`, with its line. A warning says if something
+        that changes the model is lost.
 
         Args:
             path: The file, YAML or Markdown that begins with YAML.
             strict: Whether it is an error if something that changes the model has no counterpart. Default False.
-            epochs: The number of epochs, for a recipe that does not give it. Default None.
+            epochs: The number of epochs, for a recipe or stages that do not give it. Default None.
 
         Returns:
-            The recipe. Its `notices` say what has no counterpart.
+            The recipe. Its `notices` say what has no counterpart. A recipe of several stages has `stages`.
 
         Raises:
             OSError: The file cannot be read.
-            ValueError: It is not a recipe of SparseML, nothing in it can be converted, or `strict` forbids a loss.
+            ValueError: It is not a recipe of SparseML, nothing in it can be converted, nothing is left of its pruning,
+                or `strict` forbids a loss.
         """
-        content, notices = convert(read_text(path))
+        content, notices = convert(read_text(path), epochs)
         _check_converted(path, content, notices, strict)
-        if epochs is not None:
-            content.setdefault("epochs", epochs)
-        return cls(content, notices)
+        recipe = cls(content, notices)
+        if lost := [notice for notice in notices if notice.lost]:
+            title = f"{printable(str(path))}: {len(lost)} of its parts change the model and have no counterpart here:"
+            warnings.warn(_joined(title, lost), stacklevel=2)
+        return recipe
 
     def dumps(self) -> str:
         """Write the recipe as YAML.
@@ -171,6 +204,9 @@ class Recipe:
         Raises:
             ValueError: The recipe has a distil step and no teacher is given, or a callback refuses its arguments.
         """
+        self._check_single("callbacks")
+        if not self.training:
+            raise ValueError("the recipe has training: false; call recipe.apply(model) instead of a fit")
         made, kinds = [], _callback_classes()
         for step in self.steps:
             arguments = self._reading.arguments(step)
@@ -203,6 +239,7 @@ class Recipe:
         Raises:
             ValueError: The recipe has a step that needs training, or no sparsify step, or the criterion needs data.
         """
+        self._check_single("apply")
         for step in self.steps:
             if step.kind not in ("sparsify", "keep"):
                 with self._at(step):
@@ -228,6 +265,7 @@ class Recipe:
         Raises:
             ValueError: The recipe has no sparsify step, or it does not fit the model.
         """
+        self._check_single("plan")
         sparsifier, arguments = self._sparsifier(model, example_input)
         epochs = self.epochs or 1
         every = every_of(arguments.get("every"), "regrow" in arguments, epochs * n_iter)
@@ -284,6 +322,15 @@ class Recipe:
             only = vars(Options.of(**options).only(arguments["sparsity"], model))
             return Sparsifier(model, **only, example_input=example_input), arguments
 
+    def _check_single(self, method: str) -> None:
+        """Refuse what is asked of a recipe that has stages."""
+        if self._reading.stages:
+            raise ValueError(
+                f"the recipe has {len(self._reading.stages)} stages; call {method} for each: for stage in "
+                "recipe.stages: learn.fit(stage.epochs, cbs=stage.callbacks()) if stage.training else "
+                "stage.apply(learn.model)"
+            )
+
     def _at(self, step: Step) -> AbstractContextManager[None]:
         """Errors of the block name the line of a step."""
         return self._reading.source.at("steps", step.position, step.kind)
@@ -294,7 +341,7 @@ def _check_converted(path: Any, content: Mapping[str, Any], notices: Iterable[No
     lost = [notice for notice in notices if notice.lost]
     if strict and lost:
         raise ValueError(_joined(f"{path}: parts of the recipe have no counterpart:", lost))
-    if not content["steps"]:
+    if not content.get("stages") and not content["steps"]:
         raise ValueError(_joined(f"{path}: nothing in the recipe can be converted:", notices))
 
 

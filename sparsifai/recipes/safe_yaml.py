@@ -1,7 +1,7 @@
 """YAML from other people: read as plain values with their lines, within limits, and never as Python objects.
 
-No tag constructs anything. An alias may stand for a single value only, so that a short text cannot grow huge while it
-is read.
+No tag constructs anything. An alias of a list or a mapping counts as all of its values, so that a short text cannot
+grow huge while it is read.
 """
 
 from __future__ import annotations
@@ -34,34 +34,66 @@ LARGEST_FILE = 4 * LONGEST_TEXT
 _TAG = "tag:yaml.org,2002:"
 
 
-class _Loader(yaml.SafeLoader):
-    """Composes nodes within the limits, and constructs no objects."""
+@dataclass(frozen=True)
+class _Anchored:
+    """What an anchor stands for, with its own aliases written out: how many values, characters and levels."""
 
-    depth = values = copied = 0
+    values: int
+    characters: int
+    levels: int
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes nodes within the limits, and constructs no objects. An alias counts as all that it stands for."""
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self.depth = self.deepest = self.values = self.characters = self.copied = 0
+        self.anchored: dict[str, _Anchored] = {}
 
     def compose_node(self, parent, index):
-        """Like SafeLoader's; raises ComposerError beyond the limits, and for an alias of more than one value."""
+        """Like SafeLoader's; raises ComposerError beyond the limits, and for an alias of what is not above it."""
         event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            self._count_alias(event)
+            node = super().compose_node(parent, index)
+            node.has_alias = True
+            return node
+        before, outer = (self.values, self.characters), self.deepest
         self.values += 1
-        problem = ""
-        if self.depth == DEEPEST:
-            problem = f"nested deeper than {DEEPEST} levels"
-        elif self.values > MOST_VALUES:
-            problem = f"more than {MOST_VALUES} values"
-        elif isinstance(event, yaml.AliasEvent) and not isinstance(self.anchors.get(event.anchor), ScalarNode):
-            problem = (
-                f"the alias *{event.anchor} must stand for a single value that is defined above it; write the value out"
-            )
-        elif isinstance(event, yaml.AliasEvent):
-            self.copied += len(self.anchors[event.anchor].value)
-            if self.copied > LONGEST_TEXT:
-                problem = f"aliases stand for more than {LONGEST_TEXT:,} characters in all"
-        if problem:
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        self._check(event, self.depth + 1, self.values)
         self.depth += 1
+        self.deepest = self.depth
         node = super().compose_node(parent, index)
         self.depth -= 1
+        self.characters += len(node.value) if isinstance(node, ScalarNode) else 0
+        if event.anchor:
+            values, characters = self.values - before[0], self.characters - before[1]
+            self.anchored[event.anchor] = _Anchored(values, characters, self.deepest - self.depth)
+        self.deepest = max(outer, self.deepest)
         return node
+
+    def _count_alias(self, event):
+        """Count what an alias stands for, before anything is made of it."""
+        anchored = self.anchored.get(event.anchor)
+        if anchored is None:
+            raise self._error(event, f"the alias *{event.anchor} must stand for a value that is complete above it")
+        self.values += anchored.values
+        self.characters += anchored.characters
+        self.copied += anchored.characters
+        self.deepest = max(self.deepest, self.depth + anchored.levels)
+        self._check(event, self.depth + anchored.levels, self.values)
+        if self.copied > LONGEST_TEXT:
+            raise self._error(event, f"aliases stand for more than {LONGEST_TEXT:,} characters in all")
+
+    def _check(self, event, depth, values):
+        if depth > DEEPEST:
+            raise self._error(event, f"nested deeper than {DEEPEST} levels")
+        if values > MOST_VALUES:
+            raise self._error(event, f"more than {MOST_VALUES} values")
+
+    def _error(self, event, problem):
+        return yaml.composer.ComposerError(None, None, problem, event.start_mark)
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -128,6 +160,19 @@ def compose(text: str) -> Node:
 def line_of(node: Node) -> int:
     """The line on which a node begins, counted from 1."""
     return node.start_mark.line + 1
+
+
+def has_alias(node: Node) -> bool:
+    """Whether an alias stands for a node, or for one within it.
+
+    Args:
+        node: The node, from `compose`.
+    """
+    if getattr(node, "has_alias", False):
+        return True
+    if isinstance(node, MappingNode):
+        return any(has_alias(each) for pair in node.value for each in pair)
+    return isinstance(node, SequenceNode) and any(map(has_alias, node.value))
 
 
 def pairs(node: MappingNode) -> Iterator[tuple[Any, int, Node]]:
@@ -224,10 +269,24 @@ class Located:
         value: The plain values: numbers, strings, booleans, None, lists and dictionaries.
         lines: Path of keys and positions, such as ('steps', 0, 'sparsify') -> line, counted from 1. Empty by default,
             for values that were not read from a text.
+        within: Path of the value in the text, for errors. Empty by default.
     """
 
     value: Any
     lines: dict[tuple[Hashable, ...], int] = field(default_factory=dict)
+    within: tuple[Hashable, ...] = ()
+
+    def part(self, *path: Hashable) -> Located:
+        """The value at a path, with its lines.
+
+        Args:
+            *path: Keys and positions that lead to the value.
+        """
+        value = self.value
+        for key in path:
+            value = value[key]
+        lines = {place[len(path) :]: line for place, line in self.lines.items() if place[: len(path)] == path}
+        return Located(value, {(): self.line(*path)} | lines, (*self.within, *path))
 
     def line(self, *path: Hashable) -> int:
         """The line of the value at a path, or of the nearest value that contains it; 1 if no line is known.
@@ -246,7 +305,7 @@ class Located:
             path: Keys and positions that lead to the value.
             message: What is wrong with it.
         """
-        where = ".".join(printable(str(key)) for key in path)
+        where = ".".join(printable(str(key)) for key in (*self.within, *path))
         return ValueError(f"line {self.line(*path)}: {where}: {printable(str(message), LONGEST_MESSAGE)}")
 
     @contextmanager

@@ -26,13 +26,17 @@ SPARSIFIER_OPTIONS = tuple(option.name for option in fields(Options) if option.n
 OPTIONS: dict[str, tuple[str, ...]] = {
     "sparsify": (
         *("sparsity", "granularity", "context", "criteria", "schedule", *SPARSIFIER_OPTIONS, "drop", "drop_schedule"),
-        *("settle", "every", "initial_sparsity", *TIMES, "update_every"),
+        *("settle", "every", "initial_sparsity", "compensate", *TIMES, "update_every"),
     ),
     "keep": (),
     "regularize": ("weight", "granularity", "criteria", "schedule", "layers", "exclude", "proximal", *TIMES),
     "distil": ("weight", "temperature", "features", "feature_weight", "schedule", "axis", *TIMES),
     "freeze": ("layers", *TIMES),
+    "quantize": ("start",),
 }
+
+# Kinds of steps that a recipe without training may have.
+APPLICABLE = ("sparsify", "keep", "quantize")
 
 # Kind of step -> the option that it must have.
 REQUIRED = {"sparsify": "sparsity", "regularize": "weight", "freeze": "layers"}
@@ -43,7 +47,7 @@ class Step:
     """One step of a recipe.
 
     Args:
-        kind: 'sparsify', 'keep', 'regularize', 'distil' or 'freeze'.
+        kind: 'sparsify', 'keep', 'regularize', 'distil', 'freeze' or 'quantize'.
         options: Name -> value as in the recipe, with expressions replaced by their values.
         position: Position among the steps, from 0 on.
     """
@@ -53,11 +57,25 @@ class Step:
     position: int
 
 
+@dataclass(frozen=True)
+class _OfClass:
+    """A pattern that selects the layers whose class has a name."""
+
+    name: str
+
+    def __call__(self, name: str, module: Any) -> bool:
+        return type(module).__name__ == self.name
+
+    @property
+    def __name__(self) -> str:
+        return f"class:{self.name}"
+
+
 def _patterns(layers: Any) -> Any:
     names = [layers] if isinstance(layers, str) else layers
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"layers must be names or globs of layers, in quotes if they are numbers, not {layers!r}")
-    return as_patterns(names)
+    return as_patterns([_OfClass(name[len("class:") :]) if name.startswith("class:") else name for name in names])
 
 
 def _flag(value: Any) -> bool:
@@ -89,6 +107,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "straight_through": _flag,
     "may_empty": _flag,
     "coupled": _flag,
+    "compensate": _flag,
     "proximal": _flag,
     "weight": partial(check_number, "weight"),
     "temperature": _temperature,
