@@ -92,10 +92,11 @@ def _step_variants(rounds):
     # One callback for all fits continues its schedule, as in one long fit.
     moving, fixed = SparsifyCallback(0.9, schedule="lin"), SparsifyCallback(0.9, schedule="one_shot")
     changing = SparsifyCallback(0.9, schedule="lin", straight_through=True)
-    changing.settle = 2.0  # never: all fits are one
+    changing.pruning = replace(changing.pruning, settle=2.0)  # never: all fits are one
 
     def moved(callback, number):
-        callback.ramp = replace(callback.ramp, schedule=lambda t: (number + t) / rounds)
+        ramp = replace(callback.pruning.ramp, schedule=lambda t: (number + t) / rounds)
+        callback.pruning = replace(callback.pruning, ramp=ramp)
         return [callback]
 
     variants = {

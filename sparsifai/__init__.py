@@ -43,7 +43,6 @@ from .axes.n_of_m import blocks, is_nm
 from .axes.quantity import quantities, taken
 from .axes.ranking.selection import select_groups
 from .axes.schedule import ac_dc, agp, cos, dsd, iterative, lin, one_cycle, one_shot, schedules
-from .callbacks.plan_table import Plan
 from .export.comparison import compare
 from .export.comparison_table import Comparison
 from .export.csr import to_sparse_layout
@@ -53,6 +52,7 @@ from .export.shrinkage_table import Shrinkage
 from .export.shrunk_file import load_shrunk, save_shrunk
 from .export.sparse_file import SparseFile, load_sparse, save_sparse
 from .export.two_four import SemiStructured, semi_structured_layers, to_semi_structured
+from .gradual.plan_table import Plan
 from .model.joint.attention_kinds import register_attention
 from .model.joint.mlp import register_mlp
 from .model.layers import register_layer

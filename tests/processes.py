@@ -364,7 +364,7 @@ def learner():
         with learn.distrib_ctx(sync_bn=False, cpu=True):
             for callback in callbacks:
                 learn.fit(2, 0.1, cbs=callback)
-                note(f"to {callback.sparsity}")
+                note(f"to {callback.pruning.ramp.sparsity}")
             learn.fit(1, 0.1)
             note("plain")
         learn.fit(1, 0.1)

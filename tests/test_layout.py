@@ -18,9 +18,10 @@ MAY_IMPORT = {
     "axes": {"support", "model"},
     "sparsifier": {"support", "model", "axes"},
     "export": {"support", "model", "axes"},
-    "callbacks": {"support", "model", "axes", "sparsifier", "export"},
-    "training": {"support", "model", "axes", "sparsifier", "export", "callbacks"},
-    "recipes": {"support", "model", "axes", "sparsifier", "export", "callbacks", "training"},
+    "gradual": {"support", "model", "axes", "sparsifier"},
+    "callbacks": {"support", "model", "axes", "sparsifier", "export", "gradual"},
+    "training": {"support", "model", "axes", "sparsifier", "export", "gradual", "callbacks"},
+    "recipes": {"support", "model", "axes", "sparsifier", "export", "gradual", "callbacks", "training"},
 }
 FACE = {"__init__", "__main__", "all"}
 # (folder, another that it may not import from); what is meant is what lies in them directly.

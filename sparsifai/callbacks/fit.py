@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from fastai.learner import Learner
 
+from ..gradual.gradual_pruning import GradualPruning
 from ..model.parallel import unwrapped
 from ..sparsifier.layer_selection import scopes
 from ..sparsifier.model_masks import prune_any
@@ -22,7 +23,6 @@ from .display import Column, Curves, Trackers, notify
 from .keepers import Keepers
 from .learner import show_data
 from .pruned import Pruned
-from .ramp import Ramp
 from .straight_through import straight_through_of
 
 # By less than this fraction of the weights, a sparsity above the target is not worth a warning.
@@ -35,10 +35,8 @@ class Fit:
 
     Attributes:
         learn: The Learner.
-        ramp: The sparsity at each point of the fit.
-        calibration: Batches for criteria that need inputs or a loss, or None.
+        pruning: What is pruned in the fit, how, and when.
         pruned: What was pruned so far: a Pruned; or None, before the first batch of the first fit that prunes.
-        settle: With straight_through, the fraction of the fit after which the masks are fixed; else None.
         advances: Whether the sparsity follows the ramp; it does not while layers are frozen.
         floor: What earlier fits reached, as a fraction of the target sparsity.
         keepers: What keeps the pruned weights at zero: Keepers; or None, before the first batch.
@@ -54,10 +52,8 @@ class Fit:
     """
 
     learn: Learner
-    ramp: Ramp
-    calibration: Any
+    pruning: GradualPruning
     pruned: Any
-    settle: float | None = None
     advances: bool = False
     floor: float = field(init=False)
     keepers: Any = None
@@ -104,7 +100,7 @@ class Fit:
 
     def level_at(self, t: float) -> float:
         """Where the ramp is after a fraction t of the fit, as a fraction of the target sparsity."""
-        return self.ramp.at(t, self.floor)
+        return self.pruning.ramp.at(t, self.floor)
 
     # --- Moving the sparsity ------------------------------------------------------------------------------------
 
@@ -115,12 +111,13 @@ class Fit:
             pruned: What the callback has pruned so far, with its Sparsifier; None if it stays without one.
             start: The fraction of the fit that is skipped, as when training is resumed.
         """
-        self.pruned, revives = pruned, self.ramp.falls_after(start, self.floor)
+        self.pruned, revives = pruned, self.pruning.ramp.falls_after(start, self.floor)
         self.keepers = Keepers(self.learn)
         had_keepers = self.keepers.find()
-        if pruned is not None and self.settle is not None and self.advances and highest(self.ramp.sparsity):
-            self.straight_through = straight_through_of(self.learn, pruned, self.keepers.own, self.settle, start)
-        if not had_keepers and highest(self.ramp.sparsity):
+        settle = self.pruning.settle
+        if pruned is not None and settle is not None and self.advances and highest(self.pruning.ramp.sparsity):
+            self.straight_through = straight_through_of(self.learn, pruned, self.keepers.own, settle, start)
+        if not had_keepers and highest(self.pruning.ramp.sparsity):
             self._recover_zeros(revives)
         kept = self.keepers.masks
         if pruned is not None:
@@ -137,7 +134,9 @@ class Fit:
         if self.warned or revives or sparsifier.ranking.options.regrow is not None:
             return
         kept = self.pruned.masks
-        for target, names in scopes(self.ramp.sparsity_at(self.level_at(1.0)), sparsifier.layers, sparsifier.model):
+        for target, names in scopes(
+            self.pruning.ramp.sparsity_at(self.level_at(1.0)), sparsifier.layers, sparsifier.model
+        ):
             layers = [sparsifier.layers[name] for name in names]
             counts = [layer.count(kept[layer.name]) for layer in layers]
             zeros, weights = sum(each.zeros for each in counts), sum(each.weights for each in counts)
@@ -161,7 +160,7 @@ class Fit:
         if joining or reached != pruned.reached or (self.straight_through is not None and reached):
             if pruned.sparsifier.collected.looks_at_data:
                 pruned.sparsifier.apply_masks()  # the last step may have moved masked weights
-            show_data(self.learn, pruned.sparsifier, self.calibration, anew=joining)
+            show_data(self.learn, pruned.sparsifier, self.pruning.calibration, anew=joining)
             self.moved |= joining
             self._update(reached)
         if self.settles_at(t):
@@ -180,7 +179,7 @@ class Fit:
         if is_due:
             self.regrowing = drop > 0
         if drop and reached > 0:
-            show_data(self.learn, sparsifier, self.calibration)
+            show_data(self.learn, sparsifier, self.pruning.calibration)
             sparsifier.collect_gradients()
             # A rising level is reached in the same update. A second update would prune the regrown weights at once,
             # because their scores are lowest.
@@ -201,7 +200,7 @@ class Fit:
         self._tell_of_resting(resting)
         before = dict(sparsifier.layers)
         try:
-            sparsifier.update_masks(self.ramp.sparsity_at(reached), self.learn.opt, drop=drop)
+            sparsifier.update_masks(self.pruning.ramp.sparsity_at(reached), self.learn.opt, drop=drop)
             self._note_update(reached, drop, resting)
         except BaseException:
             sparsifier.apply_masks()  # ends the update, if it has begun

@@ -6,29 +6,23 @@ It decides when the Sparsifier updates its masks. A KeepSparsity on the Learner 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ..axes.changed_schedule import between
-from ..axes.n_of_m import check_reachable
-from ..axes.schedule import progress, schedules
+from ..gradual.gradual_pruning import GradualPruning
 from ..model.parallel import unwrapped
 from ..model.running import first_example
-from ..sparsifier.options import Options, check_sparsity, highest, mapped
-from ..sparsifier.regrowth import check_drop, sparsity_of_drop
 from ..sparsifier.sparsifier import Sparsifier
-from ..support.checks import check_count, check_fraction, check_number
+from ..support.checks import check_count, check_number
 from ..support.table import percent
 from .base import TrainingCallback
 from .display import notify
 from .fit import Fit
 from .keep import KeepSparsity
 from .learner import check_steps_model, check_steps_weights, is_search, show_data, warn_of_unstepped
-from .plan import every_of, plan_of
 from .pruned import Pruned
-from .ramp import Ramp, default_schedule, settle_of
 
 
 # Large, because fastai wants a method for each event and a comment for each argument.
@@ -131,25 +125,14 @@ class SparsifyCallback(TrainingCallback):
         every=None,  # Batches from one mask update to the next; by default 1, with regrow= a hundredth of the fit
     ):
         super().__init__()
-        self.sparsity = check_sparsity(sparsity, compression_ratio)
-        self.options = Options.of(
-            granularity, context, criteria, layers=layers, exclude=exclude, pool=pool, may_empty=may_empty,
-            regrow=regrow, round_to=round_to, coupled=coupled, seed=seed, straight_through=straight_through,
-            decay=decay, gradient_sparsity=gradient_sparsity,
+        self.pruning = GradualPruning.of(
+            sparsity, granularity, context, criteria, schedule, initial_sparsity=initial_sparsity,
+            compression_ratio=compression_ratio, layers=layers, exclude=exclude, pool=pool, may_empty=may_empty,
+            regrow=regrow, drop=drop, drop_schedule=drop_schedule, calibration=calibration,
+            example_input=example_input, round_to=round_to, coupled=coupled, seed=seed,
+            straight_through=straight_through, decay=decay, gradient_sparsity=gradient_sparsity, settle=settle,
+            every=every,
         )  # fmt: skip
-        check_reachable(self.options.context, highest(self.sparsity))
-        schedule = default_schedule(straight_through) if schedule is None else schedules.resolve(schedule)
-        self.ramp = Ramp(self.sparsity, schedule, check_fraction(initial_sparsity, "initial_sparsity"))
-        _ = self.ramp.end  # raises now if the schedule or the initial sparsity cannot work
-        self.every = None if every is None else check_count("every", every)
-        self.drop = check_drop(0.3 if drop is None else drop)
-        self.drop_schedule = schedules.resolve(drop_schedule)
-        if drop is not None and self.options.regrow is None:
-            raise ValueError(f"drop={drop!r} needs regrow=: pass regrow='grad', 'random' or another criterion")
-        if settle is not None and not straight_through:
-            raise ValueError(f"settle={settle!r} needs straight_through=True: other masks do not change their mind")
-        self.settle = settle_of(self.ramp, settle) if straight_through else None
-        self.calibration, self.example_input = calibration, example_input
 
     @property
     def sparsifier(self):
@@ -184,7 +167,7 @@ class SparsifyCallback(TrainingCallback):
             return
         if self._pruned is not None and not self._pruned.is_kept_on(learn):
             self._pruned = None
-        self._fit = Fit(learn, self.ramp, self.calibration, self._pruned, self.settle)
+        self._fit = Fit(learn, self.pruning, self._pruned)
 
     def before_epoch(self):
         "Switch the trackers on again"
@@ -221,8 +204,7 @@ class SparsifyCallback(TrainingCallback):
         # Weights regrow before the step, so that this step already moves them away from zero.
         if self._fit.moves:
             is_due = self._is_due
-            regrows = self.options.regrow is not None and is_due
-            drop = self.drop * (1 - progress(self.drop_schedule, self._start)) if regrows else 0.0
+            drop = self.pruning.drop_at(self._start) if is_due else 0.0
             self._fit.collect_gradients(self._batches(1) / self._batches_of_fit, drop, is_due)
 
     def after_step(self):
@@ -275,12 +257,7 @@ class SparsifyCallback(TrainingCallback):
         if not isinstance(model, nn.Module):
             raise TypeError(f"plan: model must be a torch.nn.Module, such as learn.model, not {type(model).__name__}")
         n_epoch, n_iter = check_count("n_epoch", n_epoch), check_count("n_iter", n_iter)
-        example_input = self.example_input if example_input is None else example_input
-        every, inner = every_of(self.every, self.options.regrow is not None, n_epoch * n_iter), unwrapped(model)
-        return plan_of(
-            self._sparsifier_of(inner, example_input), self.sparsity, self.ramp.schedule, n_epoch, n_iter, every,
-            example_input, self.ramp.initial,
-        )  # fmt: skip
+        return self.pruning.plan(model, n_epoch, n_iter, example_input)
 
     def state_dict(self):
         """Collect what another SparsifyCallback needs to resume a fit exactly; save it beside `learn.save`.
@@ -319,8 +296,7 @@ class SparsifyCallback(TrainingCallback):
     @property
     def _is_due(self) -> bool:
         """Whether the masks are updated in the step of the present batch."""
-        every = every_of(self.every, self.options.regrow is not None, self._batches_of_fit)
-        return self._batches(1) // every > self._fit.updated // every
+        return self.pruning.is_due(self._batches(1), self._fit.updated, self._batches_of_fit)
 
     def _new_pruned(self) -> Pruned:
         """Make the Sparsifier at the first batch, with the state that was loaded."""
@@ -332,19 +308,12 @@ class SparsifyCallback(TrainingCallback):
 
     def _new_sparsifier(self) -> Sparsifier:
         """Make the Sparsifier: the data flow of some models can only be found with an example."""
-        example = first_example(self.learn.xb) if self.example_input is None else self.example_input
-        sparsifier = self._sparsifier_of(unwrapped(self.learn.model), example)
+        sparsifier = self.pruning.sparsifier(unwrapped(self.learn.model), first_example(self.learn.xb))
         sparsifier.wait_for_frozen()
-        show_data(self.learn, sparsifier, self.calibration)
-        sparsifier.check(self.sparsity)
+        show_data(self.learn, sparsifier, self.pruning.calibration)
+        self.pruning.check(sparsifier)
         warn_of_unstepped(self.learn, sparsifier)
-        if self.options.regrow is not None:  # an update prunes this much before weights regrow
-            sparsifier.check(mapped(self.sparsity, partial(sparsity_of_drop, drop=self.drop)))
         return sparsifier
-
-    def _sparsifier_of(self, model: nn.Module, example_input: Any) -> Sparsifier:
-        """A Sparsifier with the options of the callback. With a dictionary of sparsities, only of the layers in it."""
-        return Sparsifier(model, **vars(self.options.only(self.sparsity, model)), example_input=example_input)
 
     def _end(self) -> None:
         if self._fit is not None:

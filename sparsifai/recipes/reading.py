@@ -12,8 +12,8 @@ from typing import Any
 
 from ..axes.changed_schedule import between, during, stepped
 from ..axes.schedule import Schedule
-from ..callbacks.plan import MOST_EPOCHS
-from ..callbacks.ramp import default_schedule
+from ..gradual.plan import MOST_EPOCHS
+from ..gradual.ramp import default_schedule
 from ..sparsifier.options import check_straight_through, resolve_axes, share_of_initial
 from ..support.checks import check_count, check_number
 from ..support.registry import close_matches

@@ -34,10 +34,10 @@ from torch import nn
 
 from ..axes.schedule import progress
 from ..callbacks.learner import metric_names, unchanged
-from ..callbacks.plan import every_of, plan_of
-from ..callbacks.plan_table import Plan
+from ..gradual.gradual_pruning import GradualPruning
+from ..gradual.plan_table import Plan
 from ..model.parallel import unwrapped
-from ..sparsifier.options import Options, mapped
+from ..sparsifier.options import mapped
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
 from ..support.files import write_text
@@ -46,7 +46,7 @@ from .reading import Reading
 from .safe_yaml import Located, dump_yaml, load_yaml, read_text
 from .sparseml.convert import convert
 from .sparseml.modifiers import Notice
-from .step import AXES, SPARSIFIER_OPTIONS, Step
+from .step import Step
 
 
 class Recipe:
@@ -161,11 +161,10 @@ class Recipe:
         """
         content, notices = convert(read_text(path), epochs)
         _check_converted(path, content, notices, strict)
-        recipe = cls(content, notices)
         if lost := [notice for notice in notices if notice.lost]:
-            title = f"{printable(str(path))}: {len(lost)} of its parts change the model and have no counterpart here:"
+            title = f"{path}: {len(lost)} of its parts would change the model and have no counterpart here:"
             warnings.warn(_joined(title, lost), stacklevel=2)
-        return recipe
+        return cls(content, notices)
 
     def dumps(self) -> str:
         """Write the recipe as YAML.
@@ -204,7 +203,7 @@ class Recipe:
         Raises:
             ValueError: The recipe has a distil step and no teacher is given, or a callback refuses its arguments.
         """
-        self._check_single("callbacks")
+        _check_single(self._reading, "callbacks")
         if not self.training:
             raise ValueError("the recipe has training: false; call recipe.apply(model) instead of a fit")
         made, kinds = [], _callback_classes()
@@ -239,16 +238,19 @@ class Recipe:
         Raises:
             ValueError: The recipe has a step that needs training, or no sparsify step, or the criterion needs data.
         """
-        self._check_single("apply")
+        _check_single(self._reading, "apply")
         for step in self.steps:
             if step.kind not in ("sparsify", "keep"):
                 with self._at(step):
                     raise ValueError(f"{step.kind} needs training; pass recipe.callbacks() to learn.fit instead")
-        sparsifier, arguments = self._sparsifier(model, example_input)
+        step = self.sparsifying()
+        pruning = self._pruning(step)
+        with self._at(step):
+            sparsifier = pruning.sparsifier(model, example_input)
         if calibration is not None:
             sparsifier.calibrate(calibration, loss_func)
-        end = progress(arguments["schedule"], 1.0)
-        sparsifier.sparsify(mapped(arguments["sparsity"], lambda fraction: end * fraction))
+        end = progress(pruning.ramp.schedule, 1.0)
+        sparsifier.sparsify(mapped(pruning.ramp.sparsity, lambda fraction: end * fraction))
         return sparsifier
 
     def plan(self, model: nn.Module, n_iter: int = 100, example_input: Any = None) -> Plan:
@@ -265,14 +267,11 @@ class Recipe:
         Raises:
             ValueError: The recipe has no sparsify step, or it does not fit the model.
         """
-        self._check_single("plan")
-        sparsifier, arguments = self._sparsifier(model, example_input)
-        epochs = self.epochs or 1
-        every = every_of(arguments.get("every"), "regrow" in arguments, epochs * n_iter)
-        initial = arguments.get("initial_sparsity", 0.0)
-        return plan_of(
-            sparsifier, arguments["sparsity"], arguments["schedule"], epochs, n_iter, every, example_input, initial
-        )
+        _check_single(self._reading, "plan")
+        step = self.sparsifying()
+        pruning = self._pruning(step)
+        with self._at(step):
+            return pruning.plan(model, self.epochs or 1, n_iter, example_input)
 
     def recorded(self, learn: Any, sparsifier: Sparsifier | None = None) -> Recipe:
         """Add the results of a fit: measured sparsity of the model and of each layer, metrics, versions.
@@ -313,27 +312,23 @@ class Recipe:
                 return step
         raise ValueError("the recipe has no sparsify step; add one, such as - sparsify: {sparsity: 0.9}")
 
-    def _sparsifier(self, model: nn.Module, example_input: Any = None) -> tuple[Sparsifier, dict[str, Any]]:
-        """A Sparsifier as the sparsify step says, and the arguments of the step."""
-        step = self.sparsifying()
-        arguments = self._reading.arguments(step)
-        options = {name: arguments[name] for name in (*AXES, *SPARSIFIER_OPTIONS) if name in arguments}
+    def _pruning(self, step: Step) -> GradualPruning:
+        """What a sparsify step prunes, and when."""
         with self._at(step):
-            only = vars(Options.of(**options).only(arguments["sparsity"], model))
-            return Sparsifier(model, **only, example_input=example_input), arguments
-
-    def _check_single(self, method: str) -> None:
-        """Refuse what is asked of a recipe that has stages."""
-        if self._reading.stages:
-            raise ValueError(
-                f"the recipe has {len(self._reading.stages)} stages; call {method} for each: for stage in "
-                "recipe.stages: learn.fit(stage.epochs, cbs=stage.callbacks()) if stage.training else "
-                "stage.apply(learn.model)"
-            )
+            return GradualPruning.of(**self._reading.arguments(step))
 
     def _at(self, step: Step) -> AbstractContextManager[None]:
         """Errors of the block name the line of a step."""
         return self._reading.source.at("steps", step.position, step.kind)
+
+
+def _check_single(reading: Reading, method: str) -> None:
+    """Refuse what is asked of a recipe that has stages."""
+    if reading.stages:
+        raise ValueError(
+            f"the recipe has {len(reading.stages)} stages; call {method} for each: for stage in recipe.stages: "
+            "learn.fit(stage.epochs, cbs=stage.callbacks()) if stage.training else stage.apply(learn.model)"
+        )
 
 
 def _check_converted(path: Any, content: Mapping[str, Any], notices: Iterable[Notice], strict: bool) -> None:

@@ -32,7 +32,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "regularize": ("weight", "granularity", "criteria", "schedule", "layers", "exclude", "proximal", *TIMES),
     "distil": ("weight", "temperature", "features", "feature_weight", "schedule", "axis", *TIMES),
     "freeze": ("layers", *TIMES),
-    "quantize": ("start",),
+    "quantize": ("layers", "exclude", "start"),
 }
 
 # Kinds of steps that a recipe without training may have.

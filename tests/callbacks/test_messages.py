@@ -11,7 +11,7 @@ from torch import nn
 
 import sparsifai
 from sparsifai import Sparsifier, between
-from sparsifai.callbacks.plan import plan_of
+from sparsifai.gradual.plan import plan_of
 
 # Rows of the tables: name, mistake, class of the error or warning, and the parts of its message that matter. What other
 # folders say (checks of numbers, registries, the Sparsifier) is given in a word or two.

@@ -91,11 +91,13 @@ class Walk(RuleBasedStateMachine):
 
     @rule(epochs=st.integers(1, 2))
     def fit(self, epochs):
-        self.sparsified(lambda: self.learn.fit(epochs, 0.1, cbs=self.callbacks()), self.callback.sparsity)
+        self.sparsified(lambda: self.learn.fit(epochs, 0.1, cbs=self.callbacks()), self.callback.pruning.ramp.sparsity)
 
     @rule()
     def one_cycle(self):
-        self.sparsified(lambda: self.learn.fit_one_cycle(1, 0.1, cbs=self.callbacks()), self.callback.sparsity)
+        self.sparsified(
+            lambda: self.learn.fit_one_cycle(1, 0.1, cbs=self.callbacks()), self.callback.pruning.ramp.sparsity
+        )
 
     @rule()
     def fine_tune(self):
@@ -104,7 +106,7 @@ class Walk(RuleBasedStateMachine):
 
         before = counted(self.learn.model)
         self.run(call)
-        assert counted(self.learn.model) == max(before, share(self.callback.sparsity, self.learn.model))
+        assert counted(self.learn.model) == max(before, share(self.callback.pruning.ramp.sparsity, self.learn.model))
 
     @precondition(lambda self: not self.own)
     @rule()

@@ -93,10 +93,10 @@ def test_a_schedule_that_fails_in_the_fit_is_named(make_learner):
 
 def test_the_defaults_are_those_of_the_table_in_the_readme():
     callback = SparsifyCallback(0.5)
-    assert callback.ramp.schedule == between("agp", 0, 0.75)
-    assert callback.options.criteria is large_final
-    assert callback.options.context is contexts["global"]
-    assert callback.options.granularity is granularities["weight"]
+    assert callback.pruning.ramp.schedule == between("agp", 0, 0.75)
+    assert callback.pruning.options.criteria is large_final
+    assert callback.pruning.options.context is contexts["global"]
+    assert callback.pruning.options.granularity is granularities["weight"]
 
 
 def test_a_model_that_cannot_be_traced_is_read_from_the_first_batch(make_learner):
@@ -342,7 +342,7 @@ def test_nothing_of_the_constructor_is_changed_by_a_fit(make_learner):
     }
     make_learner().fit(1, cbs=callback)
     assert {key: vars(callback)[key] for key in before} == before
-    assert callback.sparsity == {"0": 0.5, "3": 0.9}
+    assert callback.pruning.ramp.sparsity == {"0": 0.5, "3": 0.9}
 
 
 # --- Zeros that must not be lost between fits ---------------------------------------------------------------------

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from sparsifai import SemiStructured, Sparsifier, is_nm, semi_structured_layers, to_semi_structured
-from sparsifai.callbacks.plan import plan_of
 from sparsifai.export.two_four import why_no_kernels
+from sparsifai.gradual.plan import plan_of
 
 
 def two_four(model, layers=None):

@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsifai import Sparsifier
-from sparsifai.callbacks.plan import plan_of
+from sparsifai.gradual.plan import plan_of
 from sparsifai.model.flops import all_flops, count_flops
 from sparsifai.model.layers import find_weights
 from sparsifai.model.running import without_fast_path

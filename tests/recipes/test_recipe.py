@@ -90,15 +90,15 @@ def test_the_options_of_straight_through_training_arrive_at_the_callback(make_le
     )
     assert Recipe.loads(recipe.dumps()) == recipe
     (callback,) = recipe.callbacks()
-    options = callback.options
+    options = callback.pruning.options
     assert (options.straight_through, options.decay, options.gradient_sparsity) == (True, 0.02, 0.25)
-    assert callback.settle == 0.5
+    assert callback.pruning.settle == 0.5
     learn, changing = make_learner(net()), []
     callback.after_epoch = lambda: changing.append(callback.sparsifier.is_straight_through)
     learn.fit(recipe.epochs, cbs=callback)
     assert changing == [True, False, False, False]
     assert callback.sparsifier.sparsity == pytest.approx(0.8, abs=1e-3)
-    plain = sparsify().callbacks()[0]
+    plain = sparsify().callbacks()[0].pruning
     assert (plain.options.straight_through, plain.options.decay, plain.settle) == (False, None, None)
     sparsifier = recipe.apply(net())
     assert sparsifier.is_straight_through

@@ -348,7 +348,7 @@ def test_coupled_in_a_recipe_and_in_a_plan(tmp_path):
         "      context: local\n      coupled: true\n"
     )
     (callback, *_) = Recipe.load(file).callbacks()
-    assert callback.options.coupled
+    assert callback.pruning.options.coupled
     sparsifier = Recipe.load(file).apply(Residual(), example_input=EXAMPLE)
     assert alive(sparsifier.masks["stem.weight"]) == alive(sparsifier.masks["branch.weight"])
     plan = SparsifyCallback(0.5, "filter", "local", coupled=True).plan(Residual(), 2, 4, EXAMPLE)

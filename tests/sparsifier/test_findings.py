@@ -9,7 +9,7 @@ from conftest import as_on_device
 from torch import nn
 
 from sparsifai import Sparsifier
-from sparsifai.callbacks.plan import plan_of
+from sparsifai.gradual.plan import plan_of
 
 
 def with_zero_head():

@@ -18,7 +18,7 @@ from sparsifai import (
     shrink,
     shrinkage,
 )
-from sparsifai.callbacks.plan import plan_of
+from sparsifai.gradual.plan import plan_of
 
 
 @pytest.mark.filterwarnings("ignore:.*are frozen")

@@ -7,7 +7,7 @@ from kinds_of_weights import dense, same
 from torch import nn
 
 from sparsifai import Sparsifier
-from sparsifai.callbacks.plan import plan_of
+from sparsifai.gradual.plan import plan_of
 
 
 @dense

@@ -149,9 +149,22 @@ def _merged(steps: list[tuple[str, StepDict]]) -> Iterator[tuple[str, StepDict]]
             same[1] = {}  # one step quantizes a model
         groups.setdefault(json.dumps(same, sort_keys=True), (kind, []))[1].append(step)
     for kind, each in groups.values():
-        joined = _one_step(each) if kind == "sparsify" else {key: step[key] for step in each for key in step}
+        joined = _one_step(each) if kind == "sparsify" else _united(each) if kind == "quantize" else each[0]
         for step in each if joined is None else [joined]:
             yield kind, step
+
+
+def _united(steps: list[StepDict]) -> StepDict:
+    """One step of several: from the start of the first on, with the layers of all."""
+    united = {key: value for step in steps for key, value in step.items()}
+    if "start" in united:
+        united["start"] = min(step["start"] for step in steps)
+    for key, needed in (("layers", all), ("exclude", any)):  # without `layers`, a step has all layers
+        lists = [step.get(key) for step in steps]
+        united.pop(key, None)
+        if needed(lists):
+            united[key] = list(dict.fromkeys(name for names in lists if names for name in names))
+    return united
 
 
 def _one_step(steps: list[StepDict]) -> StepDict | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...support.printable import quoted
 from .modifiers import Modifier
-from .parameters import StepDict, patterns, times
+from .parameters import StepDict, ignored, patterns, times
 
 _TO_FASTAI = "learning rates are left to fastai, such as fit_one_cycle"
 _SCALES = "has no counterpart: weights are not rescaled before they are quantized"
@@ -48,11 +48,10 @@ _OF_QUANTIZERS = (
     "sequential_update", "sequential_targets", "block_size", "dampening_frac", "percdamp", "actorder", "reduce_range",
     "offload_hessians", "model_fuse_fn_name", "model_fuse_fn_kwargs", "strict",
 )  # fmt: skip
-# Parameters that say which layers and tensors are quantized, and how activations are.
-_QUANTIZED = (
-    "ignore", "params", "submodules", "exclude_module_types", "exclude_batchnorm", "quantize_linear_activations",
-    "quantize_conv_activations", "quantize_embeddings", "custom_quantizable_module_types", "tensorrt",
-    "activation_bits", "kv_cache_scheme",
+# Parameters that say what else is quantized than weights and inputs of layers, and how.
+_ALSO_QUANTIZED = (
+    "exclude_module_types", "exclude_batchnorm", "quantize_linear_activations", "quantize_conv_activations",
+    "quantize_embeddings", "custom_quantizable_module_types", "tensorrt", "kv_cache_scheme", "activation_bits",
 )  # fmt: skip
 
 
@@ -134,26 +133,39 @@ def _distil_layers(modifier: Modifier, epochs: float | None) -> list[StepDict]:
 
 def _quantize(modifier: Modifier, epochs: float | None) -> list[StepDict]:
     """QuantizationModifier and GPTQModifier: int8 from an epoch on, or at once."""
-    start = modifier.number("start_epoch", 0)
+    start = max(modifier.number("start_epoch", 0), 0)
+    if epochs is not None and start >= epochs:
+        raise modifier.error("start_epoch", f"{start:g} is not before the end of training, {epochs:g}")
+    if start > 0 and epochs is None:
+        raise modifier.error("start_epoch", "no modifier says how many epochs there are; give epochs= or --epochs")
     if modifier.number("end_epoch", -1) >= 0:
         modifier.note("end_epoch", "the model stays quantized to the end of training")
     for key in _OF_QUANTIZERS:
         modifier.note(key, "it says how ranges are found; left out")
     if modifier.name == "GPTQModifier":
-        modifier.note(modifier.name, "weights are rounded to the nearest value, and the others stay", lost=True)
-    for key in _QUANTIZED:
-        modifier.note(key, "all layers that can be quantized are; left out", lost=key not in ("ignore", "params"))
+        modifier.note(modifier.name, "weights are rounded to the nearest value; the others do not make up", lost=True)
+    for key in _ALSO_QUANTIZED:
+        modifier.note(key, "weights and inputs of linear layers and convolutions are quantized; left out", lost=True)
     schemes = [modifier.take(key) for key in ("scheme", "scheme_overrides", "config_groups", "quantize")]
     others = sorted({found for scheme in schemes for found in _not_int8(scheme)})
     if "weight_bits" in modifier.values and modifier.number("weight_bits") != 8:
         others.append(f"{modifier.values['weight_bits']} bits")
     if others:
         modifier.note(modifier.name, f"weights become int8, not {quoted(', '.join(others))}", lost=True)
-    if epochs is not None and start >= epochs:
-        raise modifier.error("start_epoch", f"{start:g} is not before the end of training, {epochs:g}")
-    if start > 0 and epochs is None:
-        raise modifier.error("start_epoch", "no modifier says how many epochs there are; give epochs= or --epochs")
-    return [{"start": start} if start > 0 else {}]
+    named = {**_quantized(modifier), **ignored(modifier)}
+    # Layers of a class are quantized all or not at all, as the library says.
+    named = {key: [name for name in names if not name.startswith("class:")] for key, names in named.items()}
+    return [{**{key: names for key, names in named.items() if names}, "start": start}]
+
+
+def _quantized(modifier: Modifier) -> StepDict:
+    """layers of submodules or targets; nothing for all."""
+    key = "submodules" if "submodules" in modifier.values else "params"
+    names = modifier.take(key)
+    named = names if isinstance(names, list) else [names]
+    if names is None or names == [] or any(str(name) in ("Linear", "") or str(name)[:2] == "__" for name in named):
+        return {}
+    return {"layers": patterns(modifier, key, names)}
 
 
 def _not_int8(scheme: Any) -> Iterator[str]:

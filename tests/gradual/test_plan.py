@@ -7,7 +7,7 @@ from torch import nn
 
 import sparsifai
 from sparsifai import Plan, Sparsifier, between, bounded, contexts, criteria, schedules
-from sparsifai.callbacks.plan import plan_of
+from sparsifai.gradual.plan import plan_of
 
 
 def planned(model, sparsity, *axes, schedule="lin", n_epoch=2, n_iter=4, every=None, example_input=None, **options):
@@ -290,7 +290,7 @@ def test_a_schedule_that_ends_below_the_target_gives_a_warning(mlp):
 
 def plan_by(callback, *arguments, **options):
     """What callback.plan gives, with the warning of dsd."""
-    if callback.ramp.schedule is schedules["dsd"]:
+    if callback.pruning.ramp.schedule is schedules["dsd"]:
         with pytest.warns(UserWarning, match="ends at"):
             return callback.plan(*arguments, **options)
     return callback.plan(*arguments, **options)
@@ -305,7 +305,7 @@ def test_the_timeline_is_that_of_a_fit(make_learner, schedule, options):
     before = plan_by(callback, learn.model, 2, 5)
     learn.fit(2, 0.01, cbs=callback)
     assert learn.recorder.hps["sparsity"] == pytest.approx([level for _, level in before.timeline[1:]], abs=1e-12)
-    if callback.ramp.schedule(1.0) == 1:
+    if callback.pruning.ramp.schedule(1.0) == 1:
         assert left(before) == {name: int(mask.sum()) for name, mask in callback.sparsifier.masks.items()}
 
 
