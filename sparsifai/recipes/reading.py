@@ -101,6 +101,8 @@ class Reading:
                     options.setdefault("schedule", default_schedule(options.get("straight_through", False)))
             elif step.kind == "freeze":
                 options |= {"start": start, "end": end}
+            elif step.kind == "quantize":
+                options |= {"start": start} if is_timed else {}
             elif is_timed:
                 options["schedule"] = during(options.get("schedule", "one_shot"), start, end)
             if step.kind == "distil":

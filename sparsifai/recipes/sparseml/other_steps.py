@@ -30,14 +30,19 @@ LEFT_OUT = {
     "PerLayerDistillationModifier": "has no counterpart with names; give features to a distil step",
     "SmoothQuantModifier": _SCALES,
     "LogarithmicEqualizationModifier": _SCALES,
-    "AWQModifier": _SCALES,
     "SpinQuantModifier": _SCALES,
     "QuIPModifier": _SCALES,
-    "AutoRoundModifier": "has no counterpart: weights are rounded to the nearest value",
 }
 
 # Those of them that change neither the model nor its sparsity.
 LEFT_TO_FASTAI = {name for name in LEFT_OUT if re.search("LearningRate|WeightDecay|Logging", name)}
+
+# Modifiers that quantize -> what they do that is not done here.
+_METHODS = {
+    "GPTQModifier": "weights are rounded to the nearest value, and the others do not make up for it",
+    "AutoRoundModifier": "weights are rounded to the nearest value; how they are rounded is not trained",
+    "AWQModifier": "weights are not rescaled before they are quantized",
+}
 
 # Names of schemes that are int8 for weights.
 _INT8_SCHEMES = ("W8A8", "INT8", "W8A16")
@@ -46,7 +51,7 @@ _INT8_SCHEMES = ("W8A8", "INT8", "W8A16")
 _OF_QUANTIZERS = (
     "disable_quantization_observer_epoch", "freeze_bn_stats_epoch", "num_calibration_steps", "post_oneshot_calibration",
     "sequential_update", "sequential_targets", "block_size", "dampening_frac", "percdamp", "actorder", "reduce_range",
-    "offload_hessians", "model_fuse_fn_name", "model_fuse_fn_kwargs", "strict",
+    "offload_hessians", "mappings", "duo_scaling", "iters", "model_fuse_fn_name", "model_fuse_fn_kwargs", "strict",
 )  # fmt: skip
 # Parameters that say what else is quantized than weights and inputs of layers, and how.
 _ALSO_QUANTIZED = (
@@ -133,6 +138,9 @@ def _distil_layers(modifier: Modifier, epochs: float | None) -> list[StepDict]:
 
 def _quantize(modifier: Modifier, epochs: float | None) -> list[StepDict]:
     """QuantizationModifier and GPTQModifier: int8 from an epoch on, or at once."""
+    if modifier.name == "AWQModifier" and not modifier.values.keys() & {"scheme", "config_groups"}:
+        modifier.leave(_SCALES)
+        return []
     start = max(modifier.number("start_epoch", 0), 0)
     if epochs is not None and start >= epochs:
         raise modifier.error("start_epoch", f"{start:g} is not before the end of training, {epochs:g}")
@@ -142,8 +150,8 @@ def _quantize(modifier: Modifier, epochs: float | None) -> list[StepDict]:
         modifier.note("end_epoch", "the model stays quantized to the end of training")
     for key in _OF_QUANTIZERS:
         modifier.note(key, "it says how ranges are found; left out")
-    if modifier.name == "GPTQModifier":
-        modifier.note(modifier.name, "weights are rounded to the nearest value; the others do not make up", lost=True)
+    if modifier.name in _METHODS:
+        modifier.note(modifier.name, _METHODS[modifier.name], lost=True)
     for key in _ALSO_QUANTIZED:
         modifier.note(key, "weights and inputs of linear layers and convolutions are quantized; left out", lost=True)
     schemes = [modifier.take(key) for key in ("scheme", "scheme_overrides", "config_groups", "quantize")]
@@ -197,4 +205,6 @@ OTHER_STEPS: dict[str, tuple[str, Callable[[Modifier, float | None], list[StepDi
     "QuantizationModifier": ("quantize", _quantize),
     "LegacyQuantizationModifier": ("quantize", _quantize),
     "GPTQModifier": ("quantize", _quantize),
+    "AWQModifier": ("quantize", _quantize),
+    "AutoRoundModifier": ("quantize", _quantize),
 }

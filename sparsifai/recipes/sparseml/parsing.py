@@ -42,7 +42,7 @@ _ABOUT_THE_RECIPE = ("version", "__metadata__", "metadata", "framework")
 _ABOUT_A_STAGE = ("run_type", "enabled", "exclude_default", "group")
 
 # run_type -> whether the stage trains.
-_RUN_TYPES = {"train": True, "oneshot": False}
+_RUN_TYPES = {"post_train": False, "train": True, "oneshot": False}
 
 # Parameters of modifiers without tags -> their names in those with tags, which mean the same.
 _RENAMED = {

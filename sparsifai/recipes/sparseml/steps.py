@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,12 +24,15 @@ _CONTEXTS = {"erdos_renyi_kernel": "erk", "erdos_renyi": "er", "uniform": "local
 # Parameters that say how a second-order criterion is computed, not what it is.
 _OF_SECOND_ORDER = (
     "num_grads", "damp", "fisher_block_size", "grad_sampler_kwargs", "num_recomputations", "available_devices",
-    "available_gpus", "grads_device", "num_pages", "use_gradient_buffering",
+    "available_gpus", "grads_device", "num_pages", "use_gradient_buffering", "mfac_options",
 )  # fmt: skip
 # Parameters that say how layers are visited, not what is pruned.
-_OF_ONE_SHOT = ("sequential_update", "sequential_targets", "target_ids", "percdamp", "dampening_frac", "block_size")
+_OF_ONE_SHOT = (
+    "sequential_update", "sequential_targets", "target_ids", "percdamp", "dampening_frac", "block_size",
+    "layer_prefix", "offload_hessians",
+)  # fmt: skip
 # The zeros that a model has rank lowest, so they stay, whatever this says.
-_SILENT = ("preserve_sparsity_mask",)
+_SILENT = ("preserve_sparsity_mask", "prunen", "prunem")
 
 
 # --- Levels that rise -------------------------------------------------------------------------------------------------
@@ -204,8 +208,21 @@ def _keep(modifier: Modifier, epochs: float | None) -> list[StepDict]:
 
 
 def _one_shot(modifier: Modifier, epochs: float | None, context: str, options: StepDict) -> list[StepDict]:
-    """SparseGPTModifier and WandaPruningModifier: layer by layer, on calibration data."""
-    grouped = masks(modifier, context)
+    """SparseGPTModifier and WandaPruningModifier: layer by layer, on calibration data.
+
+    N of a mask N:M counts the weights that are pruned, and the mask alone says how many are.
+    """
+    structure = modifier.values.get("mask_type", f"{modifier.values.get('prunen')}:{modifier.values.get('prunem')}")
+    n_of_m = re.fullmatch(r"([1-9]\d?):([1-9]\d?)", str(structure))
+    if n_of_m:
+        pruned, of = map(int, n_of_m.groups())
+        if pruned >= of:
+            raise modifier.error("mask_type", f"expected fewer pruned weights than there are, not {quoted(structure)}")
+        modifier.take("mask_type")
+        grouped: StepDict | None = {"granularity": "weight", "context": f"{of - pruned}:{of}"}
+        modifier.values["sparsity"] = pruned / of
+    else:
+        grouped = masks(modifier, context)
     if grouped is None:
         return []
     names, given = modifier.values.get("params"), modifier.take("sparsity")
