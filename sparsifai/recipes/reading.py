@@ -109,6 +109,11 @@ class Reading:
                 check_number("weight", options.get("weight", 0.5), 0, 1)
         return options
 
+    @property
+    def whole_content(self) -> dict[str, Any]:
+        """The content, for a stage with the variables of its recipe, so that it is a recipe of its own."""
+        return {**self.content, **({"variables": self.variables} if self.variables else {})}
+
     # --- Stages -------------------------------------------------------------------------------------------------
 
     def _stages(self) -> Iterator[Reading]:

@@ -22,29 +22,23 @@ A recipe of several parts, one after the other, has `stages` instead of steps. E
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
-from importlib.metadata import PackageNotFoundError, version
-from math import isfinite
 from typing import Any
 
 from torch import nn
 
 from ..axes.schedule import progress
-from ..callbacks.learner import metric_names, unchanged
 from ..gradual.gradual_pruning import GradualPruning
 from ..gradual.plan_table import Plan
-from ..model.parallel import unwrapped
 from ..sparsifier.options import mapped
-from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
 from ..support.files import write_text
-from ..support.printable import LONGEST_MESSAGE, printable
 from .reading import Reading
+from .results import results_of
 from .safe_yaml import Located, dump_yaml, load_yaml, read_text
-from .sparseml.convert import convert
+from .sparseml.converted import converted
 from .sparseml.modifiers import Notice
 from .step import Step
 
@@ -91,13 +85,7 @@ class Recipe:
                 else:
                     stage.apply(learn.model, calibration, loss_func)
         """
-        if not self._reading.stages:
-            return (self,)
-        stages = []
-        for stage in self._reading.stages:
-            content = {**stage.content, **({"variables": stage.variables} if stage.variables else {})}
-            stages.append(Recipe(content, source=stage.source))
-        return tuple(stages)
+        return tuple(Recipe(stage.whole_content, source=stage.source) for stage in self._reading.stages) or (self,)
 
     # --- Files --------------------------------------------------------------------------------------------------
 
@@ -159,12 +147,7 @@ class Recipe:
             ValueError: It is not a recipe of SparseML, nothing in it can be converted, nothing is left of its pruning,
                 or `strict` forbids a loss.
         """
-        content, notices = convert(read_text(path), epochs)
-        _check_converted(path, content, notices, strict)
-        if lost := [notice for notice in notices if notice.lost]:
-            title = f"{path}: {len(lost)} of its parts would change the model and have no counterpart here:"
-            warnings.warn(_joined(title, lost), stacklevel=2)
-        return cls(content, notices)
+        return cls(*converted(path, strict, epochs))
 
     def dumps(self) -> str:
         """Write the recipe as YAML.
@@ -284,19 +267,7 @@ class Recipe:
         Returns:
             A new recipe, with the key `results`.
         """
-        holder = sparsifier or getattr(learn, "keep_sparsity", None)
-        report = Report.of(unwrapped(learn.model)) if holder is None else holder.report()
-        with unchanged(learn):
-            values = learn.validate() or []
-        metrics = dict(zip(metric_names(learn), values, strict=False))
-        results = {
-            "sparsity": report.selected.sparsity,
-            "sparsity_of_model": report.model.sparsity,
-            "layers": {row.name: row.count.sparsity for row in report.rows if not row.why_dense},
-            "metrics": {name: _finite(value) for name, value in metrics.items()},
-            "versions": {name: _version(name) for name in ("sparsifai", "torch", "fastai")},
-        }
-        return Recipe({**self.content, "results": results}, self.notices)
+        return Recipe({**self.content, "results": results_of(learn, sparsifier)}, self.notices)
 
     def sparsifying(self) -> Step:
         """Return the sparsify step.
@@ -331,19 +302,6 @@ def _check_single(reading: Reading, method: str) -> None:
         )
 
 
-def _check_converted(path: Any, content: Mapping[str, Any], notices: Iterable[Notice], strict: bool) -> None:
-    """Refuse a converted recipe without steps, and if `strict`, one that has lost something."""
-    lost = [notice for notice in notices if notice.lost]
-    if strict and lost:
-        raise ValueError(_joined(f"{path}: parts of the recipe have no counterpart:", lost))
-    if not content.get("stages") and not content["steps"]:
-        raise ValueError(_joined(f"{path}: nothing in the recipe can be converted:", notices))
-
-
-def _joined(title: str, notices: Iterable[Notice]) -> str:
-    return "\n".join([printable(title, LONGEST_MESSAGE), *map(str, notices)])
-
-
 def _callback_classes() -> dict[str, Callable]:
     """Kind of step -> its callback. They are imported here, as they need fastai, which a plan does not."""
     from ..callbacks.freeze import FreezeCallback
@@ -356,16 +314,3 @@ def _callback_classes() -> dict[str, Callable]:
         "sparsify": SparsifyCallback, "keep": KeepSparsity, "regularize": RegularizeCallback,
         "distil": DistillCallback, "freeze": FreezeCallback,
     }  # fmt: skip
-
-
-def _finite(value: Any) -> float | None:
-    """A metric as a file can hold it; None if it is not finite."""
-    return float(value) if value is not None and isfinite(value) else None
-
-
-def _version(name: str) -> str | None:
-    """The version of an installed package, or None."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
