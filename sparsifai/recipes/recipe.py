@@ -276,11 +276,13 @@ class Recipe:
             The step.
 
         Raises:
-            ValueError: The recipe has none.
+            ValueError: The recipe has none, or several.
         """
-        for step in self.steps:
-            if step.kind == "sparsify":
-                return step
+        found = [step for step in self.steps if step.kind == "sparsify"]
+        if len(found) > 1:
+            raise ValueError(f"the recipe has {len(found)} sparsify steps, which only a fit serves; call callbacks()")
+        if found:
+            return found[0]
         raise ValueError("the recipe has no sparsify step; add one, such as - sparsify: {sparsity: 0.9}")
 
     def _pruning(self, step: Step) -> GradualPruning:

@@ -141,8 +141,6 @@ def _merged(steps: list[tuple[str, StepDict]]) -> Iterator[tuple[str, StepDict]]
         same: list[Any] = [kind, step]
         if kind == "sparsify":
             same[1] = {key: value for key, value in step.items() if key not in ("sparsity", "layers")}
-            # In one step, only layers of equal sparsity start at the same one.
-            same += [step["sparsity"]] if step.get("initial_sparsity") else []
         elif kind == "distil":
             same.append(number)
         elif kind == "quantize":

@@ -68,7 +68,8 @@ def _freeze(modifier: Modifier, epochs: float | None) -> list[StepDict]:
     names = modifier.take("params")
     layers = ["*"] if names == "__ALL__" else patterns(modifier, "params", names)
     modifier.note("params_strict", "a pattern that matches nothing is an error")
-    return [{"layers": layers, **times(modifier, epochs)}]
+    during = {key: time for key, time in times(modifier, epochs).items() if key != "update_every"}
+    return [{"layers": layers, **during}]
 
 
 # --- Distillation -----------------------------------------------------------------------------------------------------

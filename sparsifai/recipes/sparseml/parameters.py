@@ -86,8 +86,10 @@ def masks(modifier: Modifier, context: str, default: str = "unstructured") -> St
         does = "gives the model's output" if given == "filter" else "reads the model's input"
         modifier.note("mask_type", f"the layer that {does} stays dense, unless it is named exactly")
         return {"granularity": given, "context": context, "pool": "l2"}
-    if given == "tensorrt" or (isinstance(given, str) and re.fullmatch(r"[1-9]\d?:[1-9]\d?", given)):
-        return {"granularity": "weight", "context": "2:4" if given == "tensorrt" else given}
+    given = "2:4" if given == "tensorrt" else given
+    n_of_m = re.fullmatch(r"([1-9]\d?):([1-9]\d?)", given) if isinstance(given, str) else None
+    if n_of_m and int(n_of_m[1]) < int(n_of_m[2]):
+        return {"granularity": "weight", "context": given}
     modifier.leave(f"{modifier.spelled.get('mask_type', 'mask_type')} {quoted(str(given))} has no counterpart")
     return None
 

@@ -59,7 +59,7 @@ def _gradual(modifier: Modifier, epochs: float | None, **changed: Any) -> list[S
     note_common(modifier)
     if modifier.values.get("param_groups"):
         modifier.note("param_groups", "layers are ranked one by one, not in groups of layers; left out")
-    return _with_initial(modifier, step)
+    return [_with_initial(modifier, step)]
 
 
 def _schedule(modifier: Modifier) -> str:
@@ -78,44 +78,23 @@ def _schedule(modifier: Modifier) -> str:
     return chosen(modifier, "inter_func", "cubic", _SCHEDULES)
 
 
-def _with_initial(modifier: Modifier, step: StepDict) -> list[StepDict]:
-    """The step with its initial sparsity: one step for each sparsity, as each starts at the initial one."""
+def _with_initial(modifier: Modifier, step: StepDict) -> StepDict:
+    """The step with its initial sparsity, which is that of all its layers."""
     initial = modifier.take("init_sparsity")
     if initial == "__FROM_PARAM__":
         modifier.note(
             "init_sparsity", "sparsity starts at 0, and weights that are zero already are the first to be pruned"
         )
-        return [step]
+        return step
     if initial is None:
-        return [step]
+        return step
     initial = modifier.fraction("init_sparsity", initial)
-    steps = [step]
-    if isinstance(step["sparsity"], dict) and initial and len(set(step["sparsity"].values())) > 1:
-        steps = _one_each(step, step["sparsity"])
-        if len(steps) == 1:
-            modifier.note(
-                "init_sparsity", f"layers of the highest sparsity start at {initial:g}, the others lower in proportion"
-            )
-    for each in steps:
-        fractions = each["sparsity"].values() if isinstance(each["sparsity"], dict) else [each["sparsity"]]
-        lowest = min(fractions)
-        if initial > lowest:
-            modifier.note(
-                "init_sparsity", f"the sparsity would fall from {initial:g} to {lowest:g}; it starts there", lost=True
-            )
-        each["initial_sparsity"] = min(initial, lowest)
-    return steps
-
-
-def _one_each(step: StepDict, fractions: dict[str, float]) -> list[StepDict]:
-    """A step for each sparsity; only that step if a layer may match patterns of several sparsities."""
-    if any(name.startswith("re:") for name in fractions) or step["context"] not in ("local", "per_output"):
-        return [step]
-    named: dict[float, list[str]] = {}
-    for name, fraction in reversed(fractions.items()):
-        named.setdefault(fraction, []).append(name)
-    rest = {key: value for key, value in step.items() if key != "sparsity"}
-    return [{"sparsity": fraction, "layers": names, **rest} for fraction, names in named.items()]
+    lowest = min(step["sparsity"].values()) if isinstance(step["sparsity"], dict) else step["sparsity"]
+    if initial > lowest:
+        modifier.note(
+            "init_sparsity", f"the sparsity would fall from {initial:g} to {lowest:g}; it starts there", lost=True
+        )
+    return {**step, "initial_sparsity": min(initial, lowest)}
 
 
 def _second_order(modifier: Modifier, epochs: float | None, context: str) -> list[StepDict]:
