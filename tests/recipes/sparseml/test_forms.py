@@ -302,7 +302,7 @@ def recipes(draw):
     return text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(recipes(), st.sampled_from([None, 3]))
 def test_any_recipe_is_read_or_refused_with_its_line(text, epochs):
     with at_most_calls(2_000_000):
