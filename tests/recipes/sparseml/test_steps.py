@@ -196,7 +196,9 @@ def test_constant_pruning_keeps():
 
 
 def test_trainable_parameters_and_distillation():
-    step, notices = only("!TrainableParamsModifier {params: ['re:features'], trainable: False, end_epoch: 5}")
+    step, notices = only(
+        "!TrainableParamsModifier {params: ['re:features'], trainable: False, end_epoch: 5, update_frequency: 1}"
+    )
     assert (step, notices) == ({"freeze": {"layers": ["re:features.*"], "end": 5}}, {})
     step, notices = only("!TrainableParamsModifier {params: __ALL__, trainable: False, params_strict: False}")
     assert step == {"freeze": {"layers": ["*"]}}
@@ -237,6 +239,7 @@ def test_a_modifier_without_counterpart_is_left_out_with_a_notice(text, message)
         ("!GMPruningModifier {final_sparsity: 0.9, score_type: MFAC}", "score_type 'MFAC' has no counterpart"),
         ("!GMPruningModifier {final_sparsity: 0.9, mask_type: [1, -1]}", r"mask_type '\[1, -1\]' has no counterpart"),
         ("!GMPruningModifier {final_sparsity: 0.9, mask_type: odd}", "mask_type 'odd' has no counterpart"),
+        ("!GMPruningModifier {final_sparsity: 0.9, mask_type: '4:4'}", "mask_type '4:4' has no counterpart"),
     ],
 )  # fmt: skip
 def test_a_recipe_of_which_no_pruning_is_left_is_refused(text, message):
