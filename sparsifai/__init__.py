@@ -59,8 +59,11 @@ from .model.layers import register_layer
 from .sparsifier.given_masks import from_torch_prune
 from .sparsifier.report import Report
 from .sparsifier.sparsifier import Sparsifier
+from .sparsifier.sparsifiers import Sparsifiers
 from .support.version import __version__ as __version__
-from .training.distillation_loss import soft_targets
+from .training.distillation import Distillation
+from .training.distillation_loss import distillation_losses, soft_targets
+from .training.feature_losses import attention_transfer, relational, similarity
 from .training.regularizer import Regularizer
 from .training.sensitivity import highest_sparsity, sensitivity
 from .training.sensitivity_table import Sensitivity
@@ -88,6 +91,7 @@ _NEED_FASTAI = {
 __all__ = [
     "Comparison",
     "DistillCallback",
+    "Distillation",
     "FreezeCallback",
     "KeepSparsity",
     "LotteryTickets",
@@ -101,11 +105,13 @@ __all__ = [
     "Shrinkage",
     "SparseFile",
     "Sparsifier",
+    "Sparsifiers",
     "SparsifyCallback",
     "Ticket",
     "ac_dc",
     "agp",
     "along",
+    "attention_transfer",
     "between",
     "block",
     "blocks",
@@ -114,6 +120,7 @@ __all__ = [
     "contexts",
     "cos",
     "criteria",
+    "distillation_losses",
     "dsd",
     "during",
     "fisher",
@@ -146,6 +153,7 @@ __all__ = [
     "register_attention",
     "register_layer",
     "register_mlp",
+    "relational",
     "remove_experts",
     "save_shrunk",
     "save_sparse",
@@ -155,6 +163,7 @@ __all__ = [
     "sensitivity",
     "shrink",
     "shrinkage",
+    "similarity",
     "small_final",
     "small_init",
     "small_init_small_final",

@@ -25,15 +25,18 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from functools import partial
+from operator import mul
 from typing import Any
 
 from torch import nn
 
 from ..axes.schedule import progress
 from ..gradual.gradual_pruning import GradualPruning
-from ..gradual.plan_table import Plan
+from ..gradual.plan_table import Plan, joined
 from ..sparsifier.options import mapped
 from ..sparsifier.sparsifier import Sparsifier
+from ..sparsifier.sparsifiers import Sparsifiers
 from ..support.files import write_text
 from .reading import Reading
 from .results import results_of
@@ -206,7 +209,7 @@ class Recipe:
         calibration: Iterable | None = None,
         loss_func: Callable | None = None,
         example_input: Any = None,
-    ) -> Sparsifier:
+    ) -> Sparsifier | Sparsifiers:
         """Prune a model to the final sparsity of the recipe at once, without training.
 
         Args:
@@ -216,24 +219,27 @@ class Recipe:
             example_input: A batch, for models that torch.fx cannot trace and for `coupled: true`. Default None.
 
         Returns:
-            The Sparsifier of the model.
+            The Sparsifier of the model; of several sparsify steps, their `Sparsifiers`.
 
         Raises:
-            ValueError: The recipe has a step that needs training, or no sparsify step, or the criterion needs data.
+            ValueError: The recipe has a step that needs training, or no sparsify step, two of them prune the same
+                layer, or a criterion needs data.
         """
         _check_single(self._reading, "apply")
         for step in self.steps:
             if step.kind not in ("sparsify", "keep"):
                 with self._at(step):
                     raise ValueError(f"{step.kind} needs training; pass recipe.callbacks() to learn.fit instead")
-        step = self.sparsifying()
-        pruning = self._pruning(step)
-        with self._at(step):
-            sparsifier = pruning.sparsifier(model, example_input)
-        if calibration is not None:
-            sparsifier.calibrate(calibration, loss_func)
-        end = progress(pruning.ramp.schedule, 1.0)
-        sparsifier.sparsify(mapped(pruning.ramp.sparsity, lambda fraction: end * fraction))
+        made = []
+        for step, pruning in self._prunings():
+            with self._at(step):
+                made.append((pruning.ramp, pruning.sparsifier(model, example_input)))
+        sparsifier = made[0][1] if len(made) == 1 else Sparsifiers(each for _, each in made)
+        for ramp, each in made:
+            if calibration is not None:
+                each.calibrate(calibration, loss_func)
+            end = progress(ramp.schedule, 1.0)
+            each.sparsify(mapped(ramp.sparsity, partial(mul, end)))
         return sparsifier
 
     def plan(self, model: nn.Module, n_iter: int = 100, example_input: Any = None) -> Plan:
@@ -251,10 +257,11 @@ class Recipe:
             ValueError: The recipe has no sparsify step, or it does not fit the model.
         """
         _check_single(self._reading, "plan")
-        step = self.sparsifying()
-        pruning = self._pruning(step)
-        with self._at(step):
-            return pruning.plan(model, self.epochs or 1, n_iter, example_input)
+        plans = []
+        for step, pruning in self._prunings():
+            with self._at(step):
+                plans.append(pruning.plan(model, self.epochs or 1, n_iter, example_input))
+        return joined(plans)
 
     def recorded(self, learn: Any, sparsifier: Sparsifier | None = None) -> Recipe:
         """Add the results of a fit: measured sparsity of the model and of each layer, metrics, versions.
@@ -269,26 +276,16 @@ class Recipe:
         """
         return Recipe({**self.content, "results": results_of(learn, sparsifier)}, self.notices)
 
-    def sparsifying(self) -> Step:
-        """Return the sparsify step.
-
-        Returns:
-            The step.
-
-        Raises:
-            ValueError: The recipe has none, or several.
-        """
-        found = [step for step in self.steps if step.kind == "sparsify"]
-        if len(found) > 1:
-            raise ValueError(f"the recipe has {len(found)} sparsify steps, which only a fit serves; call callbacks()")
-        if found:
-            return found[0]
-        raise ValueError("the recipe has no sparsify step; add one, such as - sparsify: {sparsity: 0.9}")
-
-    def _pruning(self, step: Step) -> GradualPruning:
-        """What a sparsify step prunes, and when."""
-        with self._at(step):
-            return GradualPruning.of(**self._reading.arguments(step))
+    def _prunings(self) -> list[tuple[Step, GradualPruning]]:
+        """The sparsify steps, and what each prunes, and when."""
+        steps = [step for step in self.steps if step.kind == "sparsify"]
+        if not steps:
+            raise ValueError("the recipe has no sparsify step; add one, such as - sparsify: {sparsity: 0.9}")
+        prunings = []
+        for step in steps:
+            with self._at(step):
+                prunings.append((step, GradualPruning.of(**self._reading.arguments(step))))
+        return prunings
 
     def _at(self, step: Step) -> AbstractContextManager[None]:
         """Errors of the block name the line of a step."""

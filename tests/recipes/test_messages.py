@@ -70,9 +70,6 @@ ROWS = [
       "not 3"]),
     ("two keep", loads("steps: [keep, keep]"), ValueError,
      ["line 1: steps.1.keep: a second keep step; a fit has only one"]),
-    ("two sparsify steps without training", apply({"steps": [{"sparsify": {"sparsity": 0.5, "layers": name}}
-                                                             for name in "ab"]}), ValueError,
-     ["the recipe has 2 sparsify steps, which only a fit serves; call callbacks()"]),
     ("options without names", loads("steps:\n- sparsify: 0.5"), ValueError,
      ["line 2: steps.0.sparsify: sparsify has options by name, such as sparsity:, not 0.5"]),
     ("options of keep", loads("steps:\n- keep: 0.5"), ValueError,
@@ -133,6 +130,11 @@ ROWS = [
      ["line 2: steps.0.distil: weight", "a number from 0 to 1, not 2"]),
     ("temperature", loads("steps:\n- distil:\n    temperature: 0"), ValueError,
      ["line 3: steps.0.distil.temperature: temperature must be above 0, not 0"]),
+    ("loss of a teacher", loads("steps:\n- distil:\n    loss: relation"), ValueError,
+     ["line 3: steps.0.distil.loss: unknown distillation loss 'relation'; did you mean 'relational'?"]),
+    ("option of a loss", loads("steps:\n- distil:\n    feature_loss: {relational: {angel_weight: 2}}"), ValueError,
+     ["line 3: steps.0.distil.feature_loss: distillation loss relational(angel_weight=2): relational has no such "
+      "option; it has distance_weight, angle_weight"]),
     # --- Stages
     ("steps beside stages", loads("steps: [keep]\nstages: [{steps: [keep]}]"), ValueError,
      ["line 1: steps: a recipe with stages has no steps of its own; put steps into a stage"]),
