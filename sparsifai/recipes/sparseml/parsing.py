@@ -44,7 +44,7 @@ _ABOUT_A_STAGE = ("run_type", "enabled", "exclude_default", "group")
 # run_type -> whether the stage trains.
 _RUN_TYPES = {"post_train": False, "train": True, "oneshot": False}
 
-# Parameters of modifiers without tags -> their names in those with tags, which mean the same.
+# Parameters of modifiers without tags -> names of the same in those with tags.
 _RENAMED = {
     "start": "start_epoch", "end": "end_epoch", "update": "update_frequency", "targets": "params",
     "mask_structure": "mask_type", "update_scheduler": "inter_func", "apply_globally": "global_sparsity",
@@ -298,8 +298,7 @@ class _Reader:
         keys = {str(key) for key, _, _ in given}
         for key, at, value in given:
             spelled = str(key)
-            known = _RENAMED.get(spelled, spelled) if line else spelled
-            known = spelled if known in keys else known
+            known = spelled if _RENAMED.get(spelled) in keys else _RENAMED.get(spelled, spelled)
             try:
                 modifier.values[known] = variables.computed(plain(value))
             except (ValueError, TypeError) as error:

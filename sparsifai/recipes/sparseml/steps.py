@@ -21,16 +21,13 @@ _CRITERIA = {"magnitude": "large_final", "movement": "movement_pruning"}
 # sparsity_strategy -> context
 _CONTEXTS = {"erdos_renyi_kernel": "erk", "erdos_renyi": "er", "uniform": "local"}
 
-# Parameters that say how a second-order criterion is computed, not what it is.
+# Parameters that say how the gradients of a second-order criterion are collected.
 _OF_SECOND_ORDER = (
-    "num_grads", "damp", "fisher_block_size", "grad_sampler_kwargs", "num_recomputations", "available_devices",
-    "available_gpus", "grads_device", "num_pages", "use_gradient_buffering", "mfac_options",
+    "num_grads", "grad_sampler_kwargs", "num_recomputations", "available_devices", "available_gpus", "grads_device",
+    "num_pages", "use_gradient_buffering", "mfac_options",
 )  # fmt: skip
 # Parameters that say how layers are visited, not what is pruned.
-_OF_ONE_SHOT = (
-    "sequential_update", "sequential_targets", "target_ids", "percdamp", "dampening_frac", "block_size",
-    "layer_prefix", "offload_hessians",
-)  # fmt: skip
+_OF_ONE_SHOT = ("sequential_update", "sequential_targets", "target_ids", "layer_prefix", "offload_hessians")
 # The zeros that a model has rank lowest, so they stay, whatever this says.
 _SILENT = ("preserve_sparsity_mask", "prunen", "prunem")
 
@@ -100,8 +97,21 @@ def _with_initial(modifier: Modifier, step: StepDict) -> StepDict:
 def _second_order(modifier: Modifier, epochs: float | None, context: str) -> list[StepDict]:
     """OBSPruningModifier and M-FAC: gradual pruning by the inverse of the empirical Fisher, which moves the rest."""
     for key in _OF_SECOND_ORDER:
-        modifier.note(key, "the Fisher matrix is computed as 'obs' does it; left out")
-    return _gradual(modifier, epochs, context=context, options={"criteria": "obs", "compensate": True})
+        modifier.note(key, "gradients are collected as 'obs' does it; left out")
+    known = {"damp": ("damping", 1e-7)}
+    if modifier.name == "OBSPruningModifier":
+        known["fisher_block_size"] = ("block_size", 50)
+    else:
+        modifier.note("fisher_block_size", "'obs' stores the blocks, which M-FAC does not; they have its 50 weights")
+    criterion = _with_options(modifier, "obs", known)
+    return _gradual(modifier, epochs, context=context, options={"criteria": criterion, "compensate": True})
+
+
+def _with_options(modifier: Modifier, criterion: str, known: dict[str, tuple[str, float]]) -> Any:
+    """A criterion with the options that differ from its defaults: {parameter: (option, default)}."""
+    given = {option: modifier.number(key, default) for key, (option, default) in known.items()}
+    changed = {option: given[option] for option, default in known.values() if given[option] != default}
+    return {criterion: changed} if changed else criterion
 
 
 # --- Levels that are constant or alternate ----------------------------------------------------------------------------
@@ -186,7 +196,7 @@ def _keep(modifier: Modifier, epochs: float | None) -> list[StepDict]:
 # --- Without training -------------------------------------------------------------------------------------------------
 
 
-def _one_shot(modifier: Modifier, epochs: float | None, context: str, options: StepDict) -> list[StepDict]:
+def _one_shot(modifier: Modifier, epochs: float | None, context: str) -> list[StepDict]:
     """SparseGPTModifier and WandaPruningModifier: layer by layer, on calibration data.
 
     N of a mask N:M counts the weights that are pruned, and the mask alone says how many are.
@@ -229,11 +239,16 @@ def _one_shot(modifier: Modifier, epochs: float | None, context: str, options: S
         modifier.take(key)
     for key in _OF_ONE_SHOT:
         modifier.note(key, "it says how the layers are visited and computed; left out")
+    grouped["criteria"] = "wanda"
+    if modifier.name == "SparseGPTModifier":
+        damping = "percdamp" if "percdamp" in modifier.values else "dampening_frac"
+        known = {damping: ("damping", 0.01), "block_size": ("block_size", 128)}
+        grouped |= {"criteria": _with_options(modifier, "sparsegpt", known), "compensate": True}
     quantizes = modifier.take("quantize", False)
     if quantizes is not False:
         message = "this modifier only prunes; a QuantizationModifier quantizes"
         modifier.note("quantize", message, lost=isinstance(quantizes, dict))
-    return [{**step, **grouped, **options}]
+    return [{**step, **grouped}]
 
 
 # Modifier -> the kind of its steps, and a function of (modifier, epochs) that makes their options.
@@ -250,11 +265,8 @@ STEPS: dict[str, tuple[str, Callable[[Modifier, float | None], list[StepDict]]]]
     "RigLPruningModifier": ("sparsify", _rigl),
     "TopKASTPruningModifier": ("sparsify", _top_kast),
     "ConstantPruningModifier": ("keep", _keep),
-    "SparseGPTModifier": (
-        "sparsify",
-        partial(_one_shot, context="local", options={"criteria": "sparsegpt", "compensate": True}),
-    ),
-    "WandaPruningModifier": ("sparsify", partial(_one_shot, context="per_output", options={"criteria": "wanda"})),
+    "SparseGPTModifier": ("sparsify", partial(_one_shot, context="local")),
+    "WandaPruningModifier": ("sparsify", partial(_one_shot, context="per_output")),
     **OTHER_STEPS,
 }
 for _name in ("GMPruningModifier", "MagnitudePruningModifier", "GlobalMagnitudePruningModifier", "ACDCPruningModifier",

@@ -163,11 +163,25 @@ def test_top_kast():
     [("OBSPruningModifier", "global"), ("MFACPruningModifier", "local"), ("MFACGlobalPruningModifier", "global")],
 )
 def test_second_order_modifiers(name, context):
-    step, notices = only(f"!{name} {{{COMMON}, final_sparsity: 0.9, num_grads: 64, damp: 1e-7, fisher_block_size: 50}}")
+    step, notices = only(f"!{name} {{{COMMON}, final_sparsity: 0.9, num_grads: 64, damp: 1e-7}}")
     assert (step["sparsify"]["criteria"], step["sparsify"]["compensate"]) == ("obs", True)
     assert (step["sparsify"]["context"], step["sparsify"]["schedule"]) == (context, "agp")
     assert (step["sparsify"]["initial_sparsity"], step["sparsify"]["sparsity"]) == (0.1, 0.9)
-    assert notices.keys() == {"num_grads", "damp", "fisher_block_size"}
+    assert notices.keys() == {"num_grads"}
+
+
+def test_options_of_second_order_criteria():
+    def criterion(text):
+        step, notices = only(text)
+        return step["sparsify"]["criteria"], {*notices}
+
+    obs = f"!OBSPruningModifier {{{COMMON}, final_sparsity: 0.9, fisher_block_size: %s, damp: '1e-6'}}"
+    assert criterion(obs % 50) == ({"obs": {"damping": 1e-6}}, set())
+    assert criterion(obs % 4) == ({"obs": {"damping": 1e-6, "block_size": 4}}, set())
+    assert criterion((obs % 2000).replace("OBS", "MFAC")) == ({"obs": {"damping": 1e-6}}, {"fisher_block_size"})
+    gpt = "!SparseGPTModifier {sparsity: 0.5, targets: ['a'], block_size: 128, %s: 0.02}"
+    assert criterion(gpt % "percdamp") == criterion(gpt % "dampening_frac") == ({"sparsegpt": {"damping": 0.02}}, set())
+    assert criterion((gpt % "percdamp").replace("0.02", "0.01")) == ("sparsegpt", set())
 
 
 def test_legacy_names_and_parameters():
