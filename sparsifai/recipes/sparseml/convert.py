@@ -182,4 +182,6 @@ def _one_step(steps: list[StepDict]) -> StepDict | None:
     rest = {key: value for key, value in steps[0].items() if key not in ("sparsity", "layers")}
     if len(set(fractions.values())) == 1 and all("layers" in step for step in steps):
         return {"sparsity": steps[0]["sparsity"], "layers": list(fractions), **rest}
+    if any(name.startswith("class:") for name in fractions):
+        return None
     return {"sparsity": fractions, **rest}

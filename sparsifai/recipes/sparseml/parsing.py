@@ -19,26 +19,22 @@ this form:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from ...support.printable import printable, quoted
-from ...support.work import Work
-from ..expression import Evaluation, is_expression, without_eval, work_of_recipe
-from ..safe_yaml import compose, has_alias, line_of, pairs, plain
+from ..yaml_nodes import compose, line_of, pairs, plain
 from .modifiers import Modifier, Notice
+from .variables import Variables
 
 _TAG = re.compile(r"!(?:\w{1,100}\.)?(\w{0,100}Modifier)")
 _KEY = re.compile(r"\w{0,100}Modifier")
-_NAME = re.compile(r"[^\W\d]\w*")
 
 MOST_MODIFIERS = 1000  # far beyond what a recipe has
 
-# Keys that are no variables: they describe the recipe, or say how a stage runs.
-_ABOUT_THE_RECIPE = ("version", "__metadata__", "metadata", "framework")
+# Keys of a stage that say how it runs, and are no variables.
 _ABOUT_A_STAGE = ("run_type", "enabled", "exclude_default", "group")
 
 # run_type -> whether the stage trains.
@@ -118,77 +114,6 @@ def _is_comment(lines: list[str]) -> bool:
     return not within
 
 
-@dataclass
-class _Variables(Mapping):
-    """The variables of a recipe or of a stage, which may use the variables around it.
-
-    own: name -> value. places: name -> line. outer: the variables around. used: names that a modifier has used.
-    work: what may be spent on expressions, of all stages together.
-    """
-
-    own: dict[Any, Any]
-    places: dict[Any, int]
-    outer: _Variables | None
-    used: set[str] = field(default_factory=set)
-    work: Work = field(default_factory=work_of_recipe)
-
-    def __post_init__(self) -> None:
-        self.work = self.work if self.outer is None else self.outer.work
-        self.evaluation = Evaluation(self, self.work)
-
-    def __getitem__(self, name: str) -> Any:
-        self.used.add(name)
-        if name in self.own or self.outer is None:
-            return self.own[name]
-        return self.outer[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.own or (self.outer is not None and name in self.outer)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter({**self.own, **(self.outer or {})})
-
-    def __len__(self) -> int:
-        return len({**self.own, **(self.outer or {})})
-
-    def computed(self, value: Any) -> Any:
-        """A value with every 'eval(...)' computed; 'eval(name)' may also name a variable that is not a number."""
-        if isinstance(value, list):
-            return [self.computed(item) for item in value]
-        if isinstance(value, dict):
-            return {self.computed(key): self.computed(item) for key, item in value.items()}
-        if not is_expression(value):
-            return value
-        name = without_eval(value)
-        if name in self and not is_expression(self[name]) and not isinstance(self[name], (int, float)):
-            self.work.spend(len(repr(self[name])))
-            return self[name]
-        return self.evaluation.of(value)
-
-    def add(self, name: Any, line: int, node: Node) -> None:
-        """Add a variable. One that an alias stands for is used, whatever names it."""
-        self.own[name], self.places[name] = plain(node), line
-        self.note_uses(self.own[name])
-        if has_alias(node):
-            self.used.add(name)
-
-    def note_uses(self, value: Any) -> None:
-        """Count the variables that the expressions in a value name as used."""
-        if isinstance(value, (list, dict)):
-            for item in [*value, *value.values()] if isinstance(value, dict) else value:
-                self.note_uses(item)
-        elif is_expression(value):
-            for name in _NAME.findall(value):
-                scope: _Variables | None = self
-                while scope is not None:
-                    scope.used.add(name)
-                    scope = scope.outer
-
-    def notices_of_unused(self) -> Iterator[Notice]:
-        for name in self.own.keys() - self.used - {*_ABOUT_THE_RECIPE}:
-            yield Notice(self.places[name], str(name), "nothing in the recipe uses this variable; left out")
-
-
 class _Reader:
     """Collects the stages of a recipe."""
 
@@ -198,7 +123,7 @@ class _Reader:
         self.count = 0  # modifiers in all
 
     def read(self, root: Node) -> None:
-        variables = _Variables({}, {}, None)
+        variables = Variables({}, {}, None)
         if isinstance(root, MappingNode) and not _tag(root):
             self._mapping(root, variables, None)
         elif isinstance(root, SequenceNode) or _tag(root):
@@ -208,11 +133,11 @@ class _Reader:
                 f"line {line_of(root)}: expected the variables and modifiers of a recipe, not {quoted(plain(root))}"
             )
 
-    def _mapping(self, node: MappingNode, outer: _Variables, stage: Stage | None) -> None:
+    def _mapping(self, node: MappingNode, outer: Variables, stage: Stage | None) -> None:
         """Read a recipe, or a stage in it: its variables, groups of modifiers, and stages."""
         groups: list[Node] = []
         inner: list[tuple[Any, int, Node]] = []
-        variables = _Variables({}, {}, outer)
+        variables = Variables({}, {}, outer)
         for key, line, value in pairs(node):
             is_text = isinstance(key, str)
             if is_text and "modifiers" in key:
@@ -232,7 +157,7 @@ class _Reader:
             self._inner(key, line, value, variables)
         self.notices += variables.notices_of_unused()
 
-    def _inner(self, key: Any, line: int, node: Node, variables: _Variables) -> None:
+    def _inner(self, key: Any, line: int, node: Node, variables: Variables) -> None:
         """Read what a key of a recipe holds that is no group and no variable: a stage, or a list of modifiers."""
         if not isinstance(node, MappingNode) or _tag(node):
             self._group(node, variables, None)
@@ -250,7 +175,7 @@ class _Reader:
         said = [trains for word, trains in _RUN_TYPES.items() if word == run_type or (not run_type and word in name)]
         self._mapping(node, variables, Stage(name, line, said[0] if said else None))
 
-    def _group(self, node: Node, variables: _Variables, stage: Stage | None) -> None:
+    def _group(self, node: Node, variables: Variables, stage: Stage | None) -> None:
         """Read a group of modifiers: a list, or a mapping of the names of modifiers to their parameters."""
         if name := _tag(node):
             self._add(self._modifier(name, node, variables), None)
@@ -288,7 +213,7 @@ class _Reader:
             self.stages.append(stage)
         stage.modifiers.append(modifier)
 
-    def _modifier(self, name: str, node: Node, variables: _Variables, line: int = 0) -> Modifier:
+    def _modifier(self, name: str, node: Node, variables: Variables, line: int = 0) -> Modifier:
         """A modifier with a tag, or one whose name is the key on a line."""
         begins, shown = line or line_of(node), name if line else f"!{name}"
         if isinstance(node, SequenceNode) or (isinstance(node, ScalarNode) and node.value not in ("", "null", "~")):
