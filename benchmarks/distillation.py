@@ -3,7 +3,7 @@
     python -m benchmarks.distillation [--seeds 3] [--labels 100 1437]
 
 The teacher is dense and has all 1,437 labels; the student has the same layers, 90 or 95 % zeros, and 100 labels or all
-of them. Each loss of features has the weight of its paper, and one that was the best of a few at 100 labels and 95 %
+of them. Each loss of features has the weight of its paper, and one that was chosen among a few at 100 labels and 95 %
 zeros with the seeds 10 and 11. Prints one table per number of labels: the accuracy without a teacher, and the
 differences to it, seed by seed, in points. Takes about four minutes of one core.
 """

@@ -117,9 +117,6 @@ class Fit:
             return
         own = self.keepers.own
         own.recover(force=True)
-        own.masks = {
-            name: mask for name, mask in own.masks.items() if not any(name in each.all_masks for each in reviving)
-        }
         if self.advances and prune_any(own.masks):
             notify(self.learn, f"SparsifyCallback keeps the {percent(self.measured())} of zeros that the model has")
 

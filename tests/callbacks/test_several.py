@@ -123,6 +123,20 @@ def test_weights_regrow_in_the_layers_of_one_while_the_other_prunes():
     assert regrowing.sparsifier.report().explored > 0.5
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_in_a_later_fit_the_zeros_of_one_are_not_fixed_by_the_other(alone):
+    learn = small_learner(net())
+    regrowing = SparsifyCallback(0.8, layers="1", regrow="random", every=1, drop_schedule=lambda t: 0.0)
+    plain = SparsifyCallback(0.9, layers="3")
+    learn.fit(1, 0.1, cbs=[regrowing] if alone else [regrowing, plain])
+    if alone:
+        learn.fit(1, 0.1, cbs=plain)  # which keeps the zeros of the other
+    learn.fit(1, 0.1, cbs=[plain, regrowing])
+    for callback, name in ((regrowing, "1.weight"), (plain, "3.weight")):
+        assert torch.equal(learn.keep_sparsity.masks[name], callback.sparsifier.masks[name])
+    assert 1 - float(learn.keep_sparsity.masks["1.weight"].float().mean()) == pytest.approx(0.8, abs=0.001)
+
+
 @pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)], ids=["early first", "late first"])
 def test_masks_of_one_settle_before_those_of_the_other(order):
     learn, changing = small_learner(net(), opt_func=fastai.Adam), []
@@ -246,6 +260,26 @@ def test_one_that_is_removed_in_the_middle_leaves_its_zeros_and_the_other_goes_o
     learn.fit(2, 0.1, cbs=[first, second, look, At("after_batch", lambda: learn.remove_cb(first), epoch=0, batch=3)])
     assert sparsities(learn) == pytest.approx([0.25, 0.8, 0.0], abs=0.003)
     assert look.seen[3][0] == look.seen[-1][0]
+
+
+def test_the_dense_weights_of_one_that_is_removed_in_the_middle_do_not_move_any_more():
+    learn, dense = small_learner(net(), opt_func=partial(fastai.SGD, mom=0.9)), []
+    first, second = (SparsifyCallback(0.5, layers=layer, straight_through=True, schedule="one_shot") for layer in "13")
+
+    def remove():
+        learn.remove_cb(first)
+        dense.append(dense_of(first))
+
+    learn.fit(2, 0.1, cbs=[first, second, At("after_batch", remove, epoch=0, batch=2)])
+    assert torch.equal(dense[0], dense_of(first))
+    assert sparsities(learn) == [0.5, 0.5, 0.0]
+    assert "step" not in vars(learn.opt)
+
+
+def dense_of(callback):
+    """The dense values of what is pruned."""
+    sparsifier = callback.sparsifier
+    return sparsifier.state_dict()["straight_through"]["values"]["1.weight"][~sparsifier.masks["1.weight"]]
 
 
 def test_the_name_in_the_learner_stays_with_the_other_one():
