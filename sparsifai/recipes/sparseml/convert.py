@@ -23,7 +23,8 @@ from .steps import STEPS, WITHOUT_TRAINING, StepDict, prunes
 
 __all__ = ["Notice", "convert"]
 
-# Options that mean nothing without training.
+# Parameters and options that mean nothing without training.
+_TIMES = ("start_epoch", "end_epoch", "update_frequency", "init_sparsity")
 _OF_TRAINING = (
     "start", "end", "update_every", "initial_sparsity", "schedule", "regrow", "drop", "drop_schedule",
     "straight_through", "decay", "gradient_sparsity",
@@ -75,13 +76,19 @@ def _converted(stage: Stage, epochs: int | None, notices: list[Notice]) -> dict[
             kind, make = STEPS[modifier.name]
             made = make(modifier, number if training else math.inf)
             modifier.leave_rest()
+            for key in () if training else _TIMES:
+                if modifier.values.get(key) not in (None, 0, -1):
+                    modifier.note(key, "this stage is applied at once, without training; left out")
             if training:
                 steps += [(kind, step) for step in made]
             elif kind in APPLICABLE:
                 steps += [(kind, _without_times(step)) for step in made]
             else:
                 modifier.note(modifier.name, "needs training, and this stage is applied without; left out", lost=True)
-        elif modifier.name != "EpochRangeModifier":
+        elif modifier.name == "EpochRangeModifier":
+            if not training:
+                modifier.leave("this stage is applied at once, without training", lost=False)
+        else:
             known = {*STEPS, *LEFT_OUT, "EpochRangeModifier"}
             message = LEFT_OUT.get(modifier.name) or f"is not a known modifier; {close_matches(modifier.name, known)}"
             modifier.leave(message, lost=modifier.name not in LEFT_TO_FASTAI)
@@ -176,12 +183,15 @@ def _one_step(steps: list[StepDict]) -> StepDict | None:
             given = dict.fromkeys(step.get("layers", ["*"]), given)
         # Layers of one global sparsity are ranked together; with a dictionary, those of each pattern are ranked apart.
         is_split = len(given) > 1 and step["context"] not in ("local", "per_output") and ":" not in step["context"]
-        if is_split or fractions.keys() & given.keys() or "*" in given:
+        if is_split or "*" in given:
             return None
-        fractions |= given
+        # Of several modifiers for a layer, in SparseML the masks of all apply, so the highest sparsity counts.
+        fractions |= {name: max(fraction, fractions.get(name, 0.0)) for name, fraction in given.items()}
+    if not any(isinstance(step["sparsity"], dict) for step in steps):
+        fractions = dict(sorted(fractions.items(), key=lambda item: item[1]))  # here the last pattern counts
     rest = {key: value for key, value in steps[0].items() if key not in ("sparsity", "layers")}
     if len(set(fractions.values())) == 1 and all("layers" in step for step in steps):
-        return {"sparsity": steps[0]["sparsity"], "layers": list(fractions), **rest}
+        return {"sparsity": max(fractions.values()), "layers": list(fractions), **rest}
     if any(name.startswith("class:") for name in fractions):
         return None
     return {"sparsity": fractions, **rest}

@@ -106,7 +106,11 @@ def test_modifiers_of_equal_sparsity_become_one_step_with_all_their_layers():
             "final_sparsity: 0.8, params: [b], inter_func: linear",
             "GMPruningModifier",
         ),
-        ("final_sparsity: 0.8, params: [a]", "final_sparsity: 0.9, params: [a]", "GMPruningModifier"),
+        (
+            "final_sparsity: 0.8, params: [a]",
+            "final_sparsity: 0.9, params: [a], update_frequency: 1",
+            "GMPruningModifier",
+        ),
         ("final_sparsity: 0.8, params: [a]", "final_sparsity: 0.9, params: __ALL__", "GMPruningModifier"),
         ("final_sparsity: 0.8, params: [a]", "final_sparsity: 0.9, params: __ALL_PRUNABLE__", "GMPruningModifier"),
         (
@@ -120,6 +124,15 @@ def test_modifiers_that_cannot_be_joined_are_steps_of_their_own(first, second, n
     recipe, notices = convert(modifiers(first, second, name=name))
     assert [list(step) for step in recipe["steps"]] == [["sparsify"], ["sparsify"]]
     assert not any(notice.lost for notice in notices)
+
+
+def test_the_highest_sparsity_counts_for_a_layer_of_several_modifiers():
+    # In SparseML the masks of all of them are applied.
+    text = modifiers(*(f"final_sparsity: {each}" for each in ("0.8, params: [a, b]", "0.9, params: [a]")))
+    assert sparsified(convert(text)[0]) == [({"b": 0.8, "a": 0.9}, None)]
+    text = modifiers(*(f"final_sparsity: {each}" for each in ("0.9, params: [a]", "0.5, params: ['re:.*']")))
+    ((sparsity, _),) = sparsified(convert(text)[0])
+    assert [*sparsity.items()] == [("re:.*", 0.5), ("a", 0.9)]  # the last pattern counts
 
 
 def test_global_modifiers_of_one_layer_each_become_one_step():

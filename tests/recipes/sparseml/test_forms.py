@@ -175,6 +175,21 @@ def test_one_shot_modifiers():
     assert notices == {"quantize": True}
 
 
+def test_what_needs_training_has_a_notice_in_a_stage_that_is_applied():
+    recipe, notices = convert(
+        "a_stage:\n  run_type: oneshot\n  a_modifiers:\n    EpochRangeModifier: {end_epoch: 3}\n"
+        "    MagnitudePruningModifier: {init_sparsity: 0.1, final_sparsity: 0.5, start: 0, end: 3, targets: [a]}\n"
+        "    DistillationModifier: {hardness: 0.5}\n"
+    )
+    assert recipe["steps"] == [
+        {"sparsify": {"sparsity": 0.5, "layers": ["a"], "granularity": "weight", "context": "local",
+                      "criteria": "large_final"}}
+    ]  # fmt: skip
+    assert [(notice.key, notice.lost) for notice in notices] == [
+        ("EpochRangeModifier", False), ("end", False), ("init_sparsity", False), ("DistillationModifier", True),
+    ]  # fmt: skip
+
+
 def test_layers_of_a_class_are_pruned():
     from torch import nn
 
