@@ -23,7 +23,7 @@ def second_order():
     for name in ("obs", "sparsegpt"):
         if name not in criteria:
 
-            def criterion(weight):
+            def criterion(weight, block_size=50, damping=1e-7):
                 return weight.abs()
 
             criterion.__name__ = name
