@@ -26,7 +26,7 @@ SPARSIFIER_OPTIONS = tuple(option.name for option in fields(Options) if option.n
 OPTIONS: dict[str, tuple[str, ...]] = {
     "sparsify": (
         *("sparsity", "granularity", "context", "criteria", "schedule", *SPARSIFIER_OPTIONS, "drop", "drop_schedule"),
-        *("settle", "every", "initial_sparsity", "compensate", *TIMES, "update_every"),
+        *("settle", "every", "initial_sparsity", *TIMES, "update_every"),
     ),
     "keep": (),
     "regularize": ("weight", "granularity", "criteria", "schedule", "layers", "exclude", "proximal", *TIMES),
@@ -109,7 +109,6 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "straight_through": _flag,
     "may_empty": _flag,
     "coupled": _flag,
-    "compensate": _flag,
     "proximal": _flag,
     "weight": partial(check_number, "weight"),
     "temperature": _temperature,

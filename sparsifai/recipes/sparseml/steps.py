@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from ...support.printable import quoted
-from .modifiers import Modifier
+from .modifiers import Modifier, pattern
 from .other_steps import OTHER_STEPS
 from .parameters import StepDict, chosen, ignored, layers, masks, note_common, patterns, sparsities, times
 
@@ -197,58 +197,58 @@ def _keep(modifier: Modifier, epochs: float | None) -> list[StepDict]:
 
 
 def _one_shot(modifier: Modifier, epochs: float | None, context: str) -> list[StepDict]:
-    """SparseGPTModifier and WandaPruningModifier: layer by layer, on calibration data.
-
-    N of a mask N:M counts the weights that are pruned, and the mask alone says how many are.
-    """
-    structure = modifier.values.get("mask_type", f"{modifier.values.get('prunen')}:{modifier.values.get('prunem')}")
-    n_of_m = re.fullmatch(r"([1-9]\d?):([1-9]\d?)", str(structure))
-    if n_of_m:
-        pruned, of = map(int, n_of_m.groups())
-        if pruned >= of:
-            raise modifier.error("mask_type", f"expected fewer pruned weights than there are, not {quoted(structure)}")
-        modifier.take("mask_type")
-        grouped: StepDict | None = {"granularity": "weight", "context": f"{of - pruned}:{of}"}
-        modifier.values["sparsity"] = pruned / of
-    else:
-        grouped = masks(modifier, context)
+    """SparseGPTModifier and WandaPruningModifier: layer by layer, on calibration data."""
+    grouped = _n_of_m(modifier) or masks(modifier, context)
     if grouped is None:
         return []
-    names, given = modifier.values.get("params"), modifier.take("sparsity")
-    if isinstance(given, list):  # a sparsity for each of the targets
-        if not isinstance(names, list) or len(names) != len(given):
-            raise modifier.error("sparsity", "expected as many fractions as targets, or one fraction")
-        modifier.take("params")
-        fractions = [modifier.fraction("sparsity", each) for each in given]
-        named = [patterns(modifier, "params", name) for name in names]
-        step: StepDict = {
-            "sparsity": {each: fraction for each_of, fraction in zip(named, fractions, strict=True) for each in each_of}
-        }
-    else:
-        step = sparsities(modifier, "sparsity")
-        if names in (None, "Linear", ["Linear"]):
-            modifier.note(
-                modifier.name,
-                "layers outside of the repeated blocks, as the head of a language model, are pruned, too, which "
-                "SparseML leaves dense; name them in exclude",
-            )
-    step |= ignored(modifier)
+    step = {**_of_targets(modifier), **ignored(modifier), **grouped, "criteria": "wanda"}
+    if modifier.name == "SparseGPTModifier":
+        damping = "percdamp" if "percdamp" in modifier.values else "dampening_frac"
+        known = {damping: ("damping", 0.01), "block_size": ("block_size", 128)}
+        step |= {"criteria": _with_options(modifier, "sparsegpt", known), "compensate": True}
     if modifier.take("sparsity_profile") is not None:
         modifier.note("sparsity_profile", "the layers have equal sparsities, not those of their outliers", lost=True)
     for key in ("owl_m", "owl_lmbda", *_SILENT):
         modifier.take(key)
     for key in _OF_ONE_SHOT:
         modifier.note(key, "it says how the layers are visited and computed; left out")
-    grouped["criteria"] = "wanda"
-    if modifier.name == "SparseGPTModifier":
-        damping = "percdamp" if "percdamp" in modifier.values else "dampening_frac"
-        known = {damping: ("damping", 0.01), "block_size": ("block_size", 128)}
-        grouped |= {"criteria": _with_options(modifier, "sparsegpt", known), "compensate": True}
     quantizes = modifier.take("quantize", False)
     if quantizes is not False:
         message = "this modifier only prunes; a QuantizationModifier quantizes"
         modifier.note("quantize", message, lost=isinstance(quantizes, dict))
-    return [{**step, **grouped}]
+    return [step]
+
+
+def _n_of_m(modifier: Modifier) -> StepDict | None:
+    """Masks N:M, whose N counts the weights that are pruned, and alone says how many are. None for others."""
+    structure = modifier.values.get("mask_type", f"{modifier.values.get('prunen')}:{modifier.values.get('prunem')}")
+    sizes = re.fullmatch(r"([1-9]\d?):([1-9]\d?)", str(structure))
+    if not sizes:
+        return None
+    pruned, of = map(int, sizes.groups())
+    if pruned >= of:
+        raise modifier.error("mask_type", f"expected fewer pruned weights than there are, not {quoted(structure)}")
+    modifier.take("mask_type")
+    modifier.values["sparsity"] = pruned / of
+    return {"granularity": "weight", "context": f"{of - pruned}:{of}"}
+
+
+def _of_targets(modifier: Modifier) -> StepDict:
+    """sparsity and layers: one fraction, or one for each of the targets."""
+    names, given = modifier.values.get("params"), modifier.take("sparsity")
+    if isinstance(given, list):
+        if not isinstance(names, list) or len(names) != len(given) or not names:
+            raise modifier.error("sparsity", "expected as many fractions as targets, or one fraction")
+        modifier.take("params")
+        fractions = [modifier.fraction("sparsity", each) for each in given]
+        return {"sparsity": {pattern(modifier, "params", n): f for n, f in zip(names, fractions, strict=True)}}
+    if names in (None, "Linear", ["Linear"]) and not modifier.values.get("ignore"):
+        modifier.note(
+            modifier.name,
+            "layers outside of the repeated blocks, as the head of a language model, are pruned, too, which SparseML "
+            "leaves dense; name them in exclude",
+        )
+    return sparsities(modifier, "sparsity")
 
 
 # Modifier -> the kind of its steps, and a function of (modifier, epochs) that makes their options.

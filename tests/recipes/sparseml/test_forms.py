@@ -13,13 +13,14 @@ from work import at_most_calls
 
 from sparsifai import Recipe, criteria
 from sparsifai.recipes.sparseml.convert import convert
+from sparsifai.recipes.step import OPTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no counterpart and would change the model")
 
 
 @pytest.fixture(autouse=True)
-def second_order():
-    """Criteria that converted recipes name, if they are not registered."""
+def second_order(monkeypatch):
+    """The criteria and the option that converted recipes name, if the library does not have them."""
     for name in ("obs", "sparsegpt"):
         if name not in criteria:
 
@@ -28,6 +29,8 @@ def second_order():
 
             criterion.__name__ = name
             criteria.register(criterion)
+    if "compensate" not in OPTIONS["sparsify"]:
+        monkeypatch.setitem(OPTIONS, "sparsify", (*OPTIONS["sparsify"], "compensate"))
 
 
 # Form -> its text, the kinds of steps of each stage, and the keys of what is lost.
