@@ -65,12 +65,6 @@ def test_every_pair_of_steps_is_trained(make_learner, pair):
         assert sparsifier.sparsity >= 0.45 or pair == ("regrowth by gradients", "frozen all the time")
 
 
-@pytest.mark.parametrize("pair", [*combinations([*SPARSIFY][:3], 2)], ids=" and ".join)
-def test_two_steps_that_sparsify_are_refused(make_learner, pair):
-    with pytest.raises(ValueError, match="sparsify"):
-        Recipe({"epochs": 2, "steps": [STEPS[name] for name in pair]})
-
-
 @pytest.mark.parametrize("criteria", ["grasp", "snip", "movement_pruning"])
 @pytest.mark.parametrize("regrow", [None, "grad"])
 def test_a_layer_that_no_gradient_reaches_rests_until_it_is_trained(make_learner, criteria, regrow, capsys):
@@ -105,7 +99,7 @@ MODIFIERS = {
     "MovementPruningModifier": {"init_sparsity": 0.05, "final_sparsity": 0.5, "params": "__ALL_PRUNABLE__"},
     "StructuredPruningModifier": {"init_sparsity": 0.05, "final_sparsity": 0.5, "params": "__ALL_PRUNABLE__",
                                   "mask_type": "filter"},
-    "RigLPruningModifier": {"sparsity": 0.5, "params": "__ALL_PRUNABLE__", "update_frequency": 0.25},
+    "RigLPruningModifier": {"final_sparsity": 0.5, "params": "__ALL_PRUNABLE__", "update_frequency": 0.25},
     "ACDCPruningModifier": {"compression_sparsity": 0.5, "params": "__ALL_PRUNABLE__", "update_frequency": 0.5},
 }  # fmt: skip
 MORE = {
