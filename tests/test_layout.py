@@ -21,7 +21,9 @@ MAY_IMPORT = {
     "gradual": {"support", "model", "axes", "sparsifier"},
     "callbacks": {"support", "model", "axes", "sparsifier", "export", "gradual"},
     "training": {"support", "model", "axes", "sparsifier", "export", "gradual", "callbacks"},
-    "recipes": {"support", "model", "axes", "sparsifier", "export", "gradual", "callbacks", "training"},
+    "loops": {"support", "model", "axes", "sparsifier", "gradual", "training"},
+    "recipes": {"support", "model", "axes", "sparsifier", "export", "gradual", "callbacks", "training", "loops"},
+    "integrations": {"support", "model", "axes", "sparsifier", "gradual", "loops", "recipes"},
 }
 FACE = {"__init__", "__main__", "all"}
 # (folder, another that it may not import from); what is meant is what lies in them directly.
