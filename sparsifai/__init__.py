@@ -54,7 +54,7 @@ from .export.sparse_file import SparseFile, load_sparse, save_sparse
 from .export.two_four import SemiStructured, semi_structured_layers, to_semi_structured
 from .gradual.plan_table import Plan
 from .loops.manager import TrainingManager
-from .loops.parts import Freeze, Keep, Regularize, Sparsify
+from .loops.parts import Distil, Freeze, Keep, Regularize, Sparsify
 from .model.joint.attention_kinds import register_attention
 from .model.joint.mlp import register_mlp
 from .model.layers import register_layer
@@ -62,7 +62,9 @@ from .sparsifier.given_masks import from_torch_prune
 from .sparsifier.report import Report
 from .sparsifier.sparsifier import Sparsifier
 from .support.version import __version__ as __version__
-from .training.distillation_loss import soft_targets
+from .training.distillation import Distillation
+from .training.distillation_loss import distillation_losses, soft_targets
+from .training.feature_losses import attention_transfer, relational, similarity
 from .training.regularizer import Regularizer
 from .training.sensitivity import highest_sparsity, sensitivity
 from .training.sensitivity_table import Sensitivity
@@ -89,7 +91,9 @@ _NEED_FASTAI = {
 
 __all__ = [
     "Comparison",
+    "Distil",
     "DistillCallback",
+    "Distillation",
     "Freeze",
     "FreezeCallback",
     "Keep",
@@ -113,6 +117,7 @@ __all__ = [
     "ac_dc",
     "agp",
     "along",
+    "attention_transfer",
     "between",
     "block",
     "blocks",
@@ -121,6 +126,7 @@ __all__ = [
     "contexts",
     "cos",
     "criteria",
+    "distillation_losses",
     "dsd",
     "during",
     "fisher",
@@ -153,6 +159,7 @@ __all__ = [
     "register_attention",
     "register_layer",
     "register_mlp",
+    "relational",
     "remove_experts",
     "save_shrunk",
     "save_sparse",
@@ -162,6 +169,7 @@ __all__ = [
     "sensitivity",
     "shrink",
     "shrinkage",
+    "similarity",
     "small_final",
     "small_init",
     "small_init_small_final",

@@ -164,7 +164,6 @@ BARE_NAMES = {
     "support/checks.py": "names of arguments",
     "support/pickles.py": "names of opcodes",
     "training/rewind.py": "the function that checks a state of an optimizer makes its errors printable",
-    "training/distill.py": "names of arguments",
     "training/saved_run.py": "names of settings",
 }
 

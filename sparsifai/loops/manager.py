@@ -27,7 +27,7 @@ from ..support.table import percent
 from ..support.warning import warn
 from .kept_zeros import REFRESH, KeptZeros
 from .making import check_disjoint, check_parts, check_steps, gradual_of
-from .parts import Acting, Keep, Part, Sparsify
+from .parts import Acting, Distil, Keep, Part, Sparsify
 
 
 class TrainingManager:
@@ -53,7 +53,8 @@ class TrainingManager:
             prune layers of their own each: pass `layers=`.
         epochs: Number of epochs of the training.
         steps_per_epoch: Number of steps of the optimizer in an epoch. With gradient accumulation, fewer than batches.
-        loss_func: A loss for the batches of `calibration=`, as of `Sparsifier.calibrate`. Default None.
+        loss_func: The loss of the labels, a function of (output, target): for the batches of `calibration=`, as of
+            `Sparsifier.calibrate`, and to check that a teacher's outputs can be compared. Default None.
         example_input: A batch, for models that torch.fx cannot trace, in the form that Sparsifier takes. Default None.
 
     Raises:
@@ -97,7 +98,9 @@ class TrainingManager:
         prunings = [part.pruning for part in parts if isinstance(part, Sparsify)]
         self._gradual = [gradual_of(pruning, model, optimizer, loss_func, example_input) for pruning in prunings]
         check_disjoint(self.sparsifiers)
-        acting = (part.acting(model, optimizer, example_input) for part in parts)
+        # The loss of the labels has a smaller share beside a teacher, a penalty has not.
+        ordered = sorted(parts, key=lambda part: not isinstance(part, Distil))
+        acting = (part.acting(model, optimizer, loss_func, example_input) for part in ordered)
         self._acting: list[Acting] = [each for each in acting if each is not None]
         self._zeros = KeptZeros(model, optimizer, self._gradual)
         if any(isinstance(part, Keep) for part in parts) or any(highest(each.ramp.sparsity) for each in prunings):

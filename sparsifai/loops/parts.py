@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..model.parallel import unwrapped
 from ..model.patterns import as_patterns
 from ..sparsifier.options import resolve_axes
 from ..support.checks import check_number
+from ..training.distillation import Distillation
 from ..training.regularizer import Regularizer, check_differentiable, check_proximal
 
 
@@ -52,13 +54,17 @@ class Acting:
 class Part:
     """A part of a training: what is asked for."""
 
-    def acting(self, model: nn.Module, optimizer: Any, example_input: Any) -> Acting | None:
-        """What the part does in a training of a model; None if the manager does it itself.
+    def acting(self, model: nn.Module, optimizer: Any, loss_func: Any, example_input: Any) -> Acting | None:
+        """Make what the part does in one training of a model.
 
         Args:
             model: The model.
             optimizer: The optimizer that steps it.
+            loss_func: The loss of the labels, or None.
             example_input: A batch, for models that torch.fx cannot trace, or None.
+
+        Returns:
+            What the manager calls; None if it does the work of this part itself.
         """
         return None
 
@@ -105,8 +111,8 @@ class Freeze(Part):
         self.layers, self.start, self.end = layers, start, end
         FrozenLayers("Freeze", layers, start, end)
 
-    def acting(self, model: nn.Module, optimizer: Any, example_input: Any) -> Acting:
-        """Freezes the layers."""
+    def acting(self, model: nn.Module, optimizer: Any, loss_func: Any, example_input: Any) -> Acting:
+        """Make what freezes the layers; as of `Part`."""
         return _Freezing(FrozenLayers("Freeze", self.layers, self.start, self.end), model)
 
 
@@ -165,8 +171,8 @@ class Regularize(Part):
         self.layers = None if layers is None else as_patterns(layers)
         self.exclude = None if exclude is None else as_patterns(exclude)
 
-    def acting(self, model: nn.Module, optimizer: Any, example_input: Any) -> Acting:
-        """Adds the penalty, or takes proximal steps."""
+    def acting(self, model: nn.Module, optimizer: Any, loss_func: Any, example_input: Any) -> Acting:
+        """Make what adds the penalty or takes proximal steps; as of `Part`."""
         regularizer = Regularizer(
             unwrapped(model), self.granularity, self.criteria,
             layers=self.layers, exclude=self.exclude, example_input=example_input,
@@ -217,3 +223,50 @@ class _Regularizing(Acting):
     def load(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
             self._regularizer.sparsifier.load_state_dict(state["regularizer"])
+
+
+class Distil(Part):
+    """Train the model to match the outputs of a teacher, as DistillCallback does in a Learner.
+
+    Args:
+        *arguments: The teacher, a trained torch.nn.Module, and the other arguments of `Distillation`, in their order.
+        **options: The same by name.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is unknown or out of range. When a training begins: the model has no such layer, or it
+            shares parameters with the teacher.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any):
+        self.distillation = Distillation(*arguments, **options)
+
+    def acting(self, model: nn.Module, optimizer: Any, loss_func: Any, example_input: Any) -> Acting:
+        """Make what adds the loss of the teacher; as of `Part`."""
+        distillation = deepcopy(self.distillation)  # which shares the teacher
+        distillation.begin(model, loss_func)
+        return _Distilling(distillation, model)
+
+
+class _Distilling(Acting):
+    name, needs_loss = "distil", True
+
+    def __init__(self, distillation: Distillation, model: nn.Module):
+        self._distillation, self._model = distillation, model
+
+    def before_forward(self, t: float) -> None:
+        if self._distillation.features:
+            self._distillation.start(self._model)
+
+    def loss(self, loss: Tensor, t: float, output: Any, inputs: Any) -> Tensor:
+        if output is None or inputs is None:
+            raise TypeError(
+                "TrainingManager.loss: distil compares outputs; call loss = manager.loss(loss, output, inputs), with "
+                "the output and the inputs of the model"
+            )
+        loss = self._distillation.loss(loss, output, inputs, t)
+        self.before_forward(t)  # of the next batch, which may come before the step
+        return loss
+
+    def end(self) -> None:
+        self._distillation.release()

@@ -29,7 +29,7 @@ from ..callbacks.learner import metric_names, unchanged
 from ..gradual.gradual_pruning import GradualPruning
 from ..gradual.plan_table import Plan
 from ..loops.manager import TrainingManager
-from ..loops.parts import Freeze, Keep, Part, Regularize, Sparsify
+from ..loops.parts import Distil, Freeze, Keep, Part, Regularize, Sparsify
 from ..model.parallel import unwrapped
 from ..sparsifier.options import mapped
 from ..sparsifier.report import Report
@@ -44,7 +44,7 @@ from .step import Step
 
 # Kind of step -> the part of a training in any loop.
 _PARTS: dict[str, Callable[..., Part]] = {
-    "sparsify": Sparsify, "keep": Keep, "regularize": Regularize, "freeze": Freeze,
+    "sparsify": Sparsify, "keep": Keep, "regularize": Regularize, "distil": Distil, "freeze": Freeze,
 }  # fmt: skip
 
 
@@ -211,6 +211,10 @@ class Recipe:
                         f"{step.kind} runs in a fastai Learner only; take this step out of the recipe, or pass "
                         "recipe.callbacks() to learn.fit"
                     )
+                if step.kind == "distil":
+                    if teacher is None:
+                        raise ValueError("distil needs a teacher; pass teacher=, a trained model")
+                    arguments["teacher"] = teacher
                 made.append(_PARTS[step.kind](**arguments))
         return made
 
@@ -248,10 +252,9 @@ class Recipe:
             raise ValueError("manager: the recipe does not say how many epochs there are; pass epochs=")
         if None not in (self.epochs, epochs) and epochs != self.epochs:
             raise ValueError(f"manager: epochs={epochs!r}, but the recipe says {self.epochs}; leave out one of them")
-        return TrainingManager(
-            model, optimizer, *self.parts(teacher), epochs=self.epochs or epochs, steps_per_epoch=steps_per_epoch,
-            loss_func=loss_func, example_input=example_input,
-        )  # fmt: skip
+        parts, given = self.parts(teacher), {"loss_func": loss_func, "example_input": example_input}
+        number: Any = self.epochs or epochs
+        return TrainingManager(model, optimizer, *parts, epochs=number, steps_per_epoch=steps_per_epoch, **given)
 
     def apply(
         self,

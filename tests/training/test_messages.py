@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 from functools import partial
 
 import pytest
@@ -69,7 +70,7 @@ class OfADictionary(nn.Module):
         self.net = small_net()
 
     def forward(self, x):
-        return {"logits": self.net(x)}
+        return {"classes": self.net(x)}
 
 
 def wide(classes):
@@ -87,56 +88,61 @@ def fastai_loss(name):
 
 
 def fit_with_a_copy_without_teacher():
-    callback = sparsifai.DistillCallback(small_net())
-    callback.teacher = None  # as after pickling
+    callback = pickle.loads(pickle.dumps(sparsifai.DistillCallback(small_net())))
     small_learner().fit(1, cbs=callback)
 
 
 SHARES = (
-    "DistillCallback: the teacher shares parameters with the model, so training would change it; pass a copy as the "
-    "teacher: copy.deepcopy(learn.model)"
+    "distillation: the teacher shares parameters with the model, so training would change it; pass a copy as the "
+    "teacher: copy.deepcopy(model)"
 )
 NO_CLASSES = (
     "soft_targets compares at least two classes, but outputs of shape {} have none along axis 1; pass axis=, or "
-    "another loss= such as torch.nn.functional.mse_loss, to DistillCallback"
+    "another loss= such as 'mean_squared_error'"
 )
 FEATURES = (
-    "DistillCallback: features must be names of layers that both nets have, or a dictionary {name in the model: name "
+    "distillation: features must be names of layers that both nets have, or a dictionary {name in the model: name "
     "in the teacher}, not "
 )
 
 DISTILL = [
-    ("weight above 1", distill(weight=1.5), ValueError, ["DistillCallback: weight", "from 0 to 1", "not 1.5"]),
-    ("weight below 0", distill(weight=-0.1), ValueError, ["DistillCallback: weight", "not -0.1"]),
-    ("weight as text", distill(weight="a"), ValueError, ["DistillCallback: weight", "not 'a'"]),
-    ("weight as bool", distill(weight=True), ValueError, ["DistillCallback: weight", "not True"]),
-    ("weight NaN", distill(weight=NAN), ValueError, ["DistillCallback: weight", "not nan"]),
-    ("temperature 0", distill(temperature=0), ValueError, ["DistillCallback: temperature must be above 0, not 0"]),
-    ("temperature inf", distill(temperature=INF), ValueError, ["DistillCallback: temperature", "not inf"]),
-    ("feature_weight", distill(feature_weight=-1), ValueError, ["DistillCallback: feature_weight", "not -1"]),
-    ("loss", distill(loss=3), TypeError, ["DistillCallback: loss must be a function of (student, teacher), not 3"]),
+    ("weight above 1", distill(weight=1.5), ValueError, ["distillation: weight", "from 0 to 1", "not 1.5"]),
+    ("weight below 0", distill(weight=-0.1), ValueError, ["distillation: weight", "not -0.1"]),
+    ("weight as text", distill(weight="a"), ValueError, ["distillation: weight", "not 'a'"]),
+    ("weight as bool", distill(weight=True), ValueError, ["distillation: weight", "not True"]),
+    ("weight NaN", distill(weight=NAN), ValueError, ["distillation: weight", "not nan"]),
+    ("temperature 0", distill(temperature=0), ValueError, ["distillation: temperature must be above 0, not 0"]),
+    ("temperature inf", distill(temperature=INF), ValueError, ["distillation: temperature", "not inf"]),
+    ("feature_weight", distill(feature_weight=-1), ValueError, ["distillation: feature_weight", "not -1"]),
+    (
+        "loss", distill(loss=3), TypeError,
+        ["distillation: loss must be a name of distillation_losses or a function of (student, teacher), not 3"],
+    ),
     (
         "feature_loss", distill(feature_loss=None), TypeError,
-        ["DistillCallback: feature_loss must be a function of (student, teacher), not None"],
+        [
+            "distillation: feature_loss must be a name of distillation_losses or a function of (student, teacher), not "
+            "None"
+        ],
     ),
     ("features with a number", distill(features={"0": 1}), TypeError, [FEATURES + "{'0': 1}"]),
     ("no features", distill(features=[]), TypeError, [FEATURES + "[]"]),
     ("features as number", distill(features=3), TypeError, [FEATURES + "3"]),
     (
         "unknown layer of the teacher", distill(features={"0": "layer4"}), ValueError,
-        ["DistillCallback: features= has 'layer4', which is not a layer of the teacher; choose from '0'"],
+        ["distillation: features= has 'layer4', which is not a layer of the teacher; choose from '0'"],
     ),
     ("unknown schedule", distill(schedule="linear"), ValueError, ["'linear'", "did you mean 'lin'"]),
     (
         "feature_loss with parameters", distill(features="0", feature_loss=Projected()), ValueError,
         [
-            "DistillCallback: feature_loss has parameters that no optimizer trains; freeze them, or move the layer "
+            "distillation: feature_loss has parameters that no optimizer trains; freeze them, or move the layer "
             "that projects the features into the model"
         ],
     ),
     (
         "teacher as text", lambda: sparsifai.DistillCallback("resnet50"), TypeError,
-        ["DistillCallback: teacher must be a torch.nn.Module or a Learner, not str"],
+        ["distillation: teacher must be a torch.nn.Module or a fastai Learner, not str"],
     ),
     ("the model as teacher", distill_fit(lambda learn: learn.model), ValueError, [SHARES]),
     ("the Learner as teacher", distill_fit(lambda learn: learn), ValueError, [SHARES]),
@@ -144,46 +150,47 @@ DISTILL = [
     (
         "pickled without teacher", fit_with_a_copy_without_teacher, ValueError,
         [
-            "DistillCallback has no teacher, because a pickled Learner does not include it; call "
-            "learn.remove_cb(DistillCallback) and pass a new DistillCallback to the fit"
+            "distillation has no teacher, because what is pickled does not include it; make a new one with the "
+            "teacher, for a fastai Learner after learn.remove_cb(DistillCallback)"
         ],
     ),
     (
         "unknown layer of the model",
         distill_fit(lambda learn: nn.ModuleDict({"body": small_net()}), features=["body.1"]), ValueError,
-        ["DistillCallback: features= has 'body.1', which is not a layer of the model; choose from '0', '1'"],
+        ["distillation: features= has 'body.1', which is not a layer of the model; choose from '0', '1'"],
     ),
     (
         "outputs of different shapes", distill_fit(wide(4)), ValueError,
         [
-            "DistillCallback: the model gives shape (2, 3) and the teacher (2, 4), which soft_targets cannot compare; "
-            "make the shapes equal, or pass your own loss=, a function of (student, teacher)"
+            "distillation: the model gives shape (2, 3) and the teacher (2, 4), which soft_targets cannot compare; "
+            "make the shapes equal, or pass another loss=, such as 'similarity', or a function of (student, "
+            "teacher)"
         ],
     ),
     (
         "features of different shapes", distill_fit(wide(3), features=["0"]), ValueError,
         [
-            "DistillCallback: layer '0' of the model gives shape (2, 8, 6, 6) and layer '0' of the teacher "
-            "(2, 16, 6, 6), which mse_loss cannot compare; make the shapes equal, or pass your own feature_loss=, a "
-            "function of (student, teacher)"
+            "distillation: layer '0' of the model gives shape (2, 8, 6, 6) and layer '0' of the teacher "
+            "(2, 16, 6, 6), which mse_loss cannot compare; make the shapes equal, or pass another feature_loss=, "
+            "such as 'similarity', or a function of (student, teacher)"
         ],
     ),
     (
         "a loss that gives a tensor",
         distill_fit(features=["0"], feature_loss=partial(F.mse_loss, reduction="none")), ValueError,
         [
-            "DistillCallback: feature_loss mse_loss(reduction='none') must return a tensor with one number, but it "
+            "distillation: feature_loss mse_loss(reduction='none') must return a tensor with one number, but it "
             "returned a tensor of shape (2, 8, 6, 6)"
         ],
     ),
     (
         "a loss that gives no tensor", distill_fit(loss=lambda student, teacher: 1.0), ValueError,
-        ["DistillCallback: loss <lambda> must return a tensor with one number, but it returned float"],
+        ["distillation: loss <lambda> must return a tensor with one number, but it returned float"],
     ),
     ("an output that is no tensor", distill_fit(lambda learn: OfADictionary()), ValueError, ["the teacher", "dict"]),
     (
         "a layer that does not run", distill_fit(model=WithUnusedLayer, features={"extra": "0"}), ValueError,
-        ["DistillCallback: layer 'extra' of the model did not run in this batch; leave it out of features="],
+        ["distillation: layer 'extra' of the model did not run in this batch; leave it out of features="],
     ),
     ("soft targets of one class", soft_targets(4, 1), ValueError, [NO_CLASSES.format((4, 1))]),
     ("soft targets of one axis", soft_targets(4), ValueError, [NO_CLASSES.format((4,))]),
@@ -191,8 +198,8 @@ DISTILL = [
         (
             f"soft targets with {name}", distill_fit(loss_func=loss_func), ValueError,
             [
-                f"DistillCallback: soft_targets compares classes, but the Learner's loss {name} is not one of classes; "
-                "pass another loss=, such as torch.nn.functional.mse_loss"
+                f"distillation: soft_targets compares classes, but the loss of the labels, {name}, is not one of "
+                "classes; pass another loss=, such as 'mean_squared_error'"
             ],
         )
         for name, loss_func in (
