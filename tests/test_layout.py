@@ -113,7 +113,7 @@ def test_there_is_no_circle():
     assert list(TopologicalSorter(graph_of()).static_order())  # raises CycleError
 
 
-def test_folders_and_the_face_are_at_most_ten_levels():
+def test_folders_and_the_face_are_at_most_eleven_levels():
     rooms = {}
     for module, imported in graph_of().items():
         room = module.split("/")[0]
@@ -122,7 +122,7 @@ def test_folders_and_the_face_are_at_most_ten_levels():
     levels = {}
     for room in order.static_order():
         levels[room] = 1 + max((levels[each] for each in rooms[room] - {room}), default=0)
-    assert max(levels.values()) <= 10
+    assert max(levels.values()) <= 11
     assert levels["support"] == 1
 
 

@@ -59,8 +59,8 @@ def test_the_callbacks_load_fastai_on_first_use():
     pytest.importorskip("fastai", reason="the callbacks need fastai")
     assert "fastai.learner" in loaded_after("import sparsifai\nsparsifai.SparsifyCallback")
     assert "SparsifyCallback" in dir(sparsifai)
-    with pytest.raises(AttributeError, match="module 'sparsifai' has no attribute 'Sparsify'"):
-        _ = sparsifai.Sparsify
+    with pytest.raises(AttributeError, match="module 'sparsifai' has no attribute 'Sparse'"):
+        _ = sparsifai.Sparse
 
 
 @pytest.mark.fastai

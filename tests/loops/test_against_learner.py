@@ -92,7 +92,7 @@ CASES = {
     "random": ([sparsify(0.6, criteria="random", initial_sparsity=0.2, schedule="lin", seed=3)], "SGD", False),
     "every 3": ([sparsify(0.6, schedule="lin", every=3)], "SGD", False),
     "RigL": ([sparsify(0.6, regrow="grad", every=2, initial_sparsity=0.4)], "SGD", True),
-    "SET": ([sparsify(0.6, "kernel", "local", regrow="random", every=2, drop=0.5, schedule="one_shot")], "AdamW", False),
+    "SET": ([sparsify(0.6, "kernel", "local", regrow="random", every=2, schedule="one_shot")], "AdamW", False),
     "straight-through": ([sparsify(0.6, straight_through=True, decay=0.01)], "SGD", True),
     "straight-through, filters": (
         [sparsify(0.5, "filter", "local", straight_through=True, gradient_sparsity=0.3, settle=0.6)], "AdamW", False,
