@@ -68,12 +68,12 @@ def call_after_backward(output: Any, function: Callable[[], Any]) -> None:
         output: What a model returned: tensors, in containers or alone.
         function: The function.
     """
-    queued = []
+    queued: list[bool] = []
 
     def queue(_: Tensor) -> None:
         if not queued:
             queued.append(True)
-            engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+            engine = torch.autograd.Variable._execution_engine
             # Called back at the end, it gets in line behind what DistributedDataParallel has queued meanwhile.
             engine.queue_callback(lambda: engine.queue_callback(function))
 

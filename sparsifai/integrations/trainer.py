@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import wraps
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from ..sparsifier.report import Report
 from ..support.files import write_whole
 from ..support.warning import warn
 from .given import Given
+from .replaced_step import ReplacedStep
 from .scaled import AcceleratedManager, call_after_backward, trained
 
 # The file of a checkpoint with the state of this callback.
@@ -37,8 +37,8 @@ class SparsifyCallback(TrainerCallback):
 
     The logs have the measured `sparsity`, beside the loss, and `eval_sparsity` after an evaluation. Zeros hold at every
     forward, evaluation and checkpoint, and after the last step the sparsity is exactly the one that was asked for.
-    A checkpoint has the file `sparsifai.pt`, from which `resume_from_checkpoint` resumes exactly. The choice of the best
-    model and EarlyStoppingCallback ignore evaluations before the masks have their final form.
+    A checkpoint has the file `sparsifai.pt`, from which `resume_from_checkpoint` resumes exactly. The choice of the
+    best model and EarlyStoppingCallback ignore evaluations before the masks have their final form.
 
     Args:
         sparsity: A Recipe, a part of a TrainingManager or a list of parts, or the sparsity.
@@ -74,6 +74,8 @@ class SparsifyCallback(TrainerCallback):
         **options: Any,
     ):
         given = (sparsity, arguments, options, teacher, loss_func or _loss_of, example_input)
+        if not hasattr(TrainerCallback, "on_pre_optimizer_step"):
+            raise ImportError("SparsifyCallback needs a newer transformers, with TrainerCallback.on_pre_optimizer_step")
         self._given = Given.of("SparsifyCallback", *given)
         self._resume_from = resume_from
         self.manager: Any = None
@@ -87,8 +89,8 @@ class SparsifyCallback(TrainerCallback):
         """Make the manager; with a checkpoint, load its state."""
         if not isinstance(optimizer, AcceleratedOptimizer):
             raise TypeError(
-                f"SparsifyCallback: the Trainer has {'no' if optimizer is None else type(optimizer).__name__} optimizer "
-                "that accelerate has prepared, as with DeepSpeed; train without it, or use a loop of your own with "
+                "SparsifyCallback: the Trainer has no optimizer that accelerate has prepared, but "
+                f"{type(optimizer).__name__}, as with DeepSpeed; train without it, or use a loop of your own with "
                 "TrainingManager"
             )
         self.close()  # what an interrupted training has left
@@ -97,7 +99,7 @@ class SparsifyCallback(TrainerCallback):
         number = max(1, state.num_train_epochs)
         numbers = {"epochs": number, "steps_per_epoch": -(-state.max_steps // number), "steps": state.max_steps}
         owner = getattr(optimizer, "_sparsified_by", None)
-        if owner is not None and owner is not self and not owner.manager._is_closed:
+        if owner is not None:
             raise ValueError(
                 "two SparsifyCallbacks in one Trainer would undo each other; use one with several parts, or remove the "
                 "other with trainer.remove_callback(...), after its close() if its training was interrupted"
@@ -118,20 +120,7 @@ class SparsifyCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **rest):
         """Put masks and dense weights around the next step of the optimizer."""
-        optimizer, manager = self._optimizer, self.manager
-        own = optimizer.step
-        was_replaced = "step" in vars(optimizer)
-
-        @wraps(own)
-        def step(*arguments: Any, **keywords: Any) -> Any:
-            if was_replaced:
-                optimizer.step = own
-            else:
-                del optimizer.step
-            with manager.stepping():
-                return own(*arguments, **keywords)
-
-        optimizer.step = step
+        ReplacedStep(self._optimizer, self.manager, once=True).begin()
 
     def on_log(self, args, state, control, logs=None, **rest):
         """Add the measured sparsity to the logs; forget the best metric of models that are not sparse yet."""
@@ -143,7 +132,7 @@ class SparsifyCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1][name] = logs[name]
         if self._optimizer is not None and not self._has_compared:
-            # Evaluations are logged before anyone compares them, and the last log comes before the best model is loaded.
+            # An evaluation is logged before anyone compares it, and the last log comes before the best model is loaded.
             state.best_metric = state.best_model_checkpoint = None
             if hasattr(state, "best_global_step"):
                 state.best_global_step = None
@@ -163,13 +152,15 @@ class SparsifyCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **rest):
         """End the training exactly."""
+        self.manager.finish()
         self.close()
 
     def close(self) -> None:
         """Leave nothing on the model and the optimizer. The next training calls it after one that was interrupted."""
         if self._optimizer is not None:
-            self._optimizer._sparsified_by, self._optimizer, self._model = None, None, None
-            self.manager.finish()
+            del self._optimizer._sparsified_by
+            self._optimizer, self._model = None, None
+            self.manager.release()
 
     def report(self) -> Report:
         """Count the zeros of each layer and of the whole model.
@@ -203,7 +194,8 @@ class SparsifyCallback(TrainerCallback):
             share = _share_of(named)
             given = {name: each for name, each in named.items() if name not in ("labels", "num_items_in_batch")}
             added = self.manager.loss(loss / share, output, given or inputs) * share
-            output = type(output)(**{**output, "loss": added}) if isinstance(output, ModelOutput) else {**output, "loss": added}
+            changed = {**output, "loss": added}
+            output = type(output)(**changed) if isinstance(output, ModelOutput) else changed
         if self._optimizer.gradient_state.sync_gradients:
             call_after_backward(output, self.manager.before_step)
         return output

@@ -88,7 +88,7 @@ class TrainingManager(ManagedTraining):
         self._check_open("loss")
         for each in self._acting:
             loss = each.loss(loss, self.steps_done / self.steps, output, inputs)
-        self._has_loss = True
+        self._has_loss, self._is_prepared = True, False
         return loss
 
     def before_step(self) -> None:
@@ -124,12 +124,17 @@ class TrainingManager(ManagedTraining):
             RuntimeError: As `before_step`.
         """
         self.before_step()
-        at_end = AtEnd(self._zeros.apply)
+        at_end = AtEnd(self._after_optimizer)
         with at_end, at_end, ExitStack() as stack:
             for each in self._gradual:
                 stack.enter_context(each.sparsifier.dense_weights())
             yield
         self._after_step()
+
+    def _after_optimizer(self) -> None:
+        """Keep the zeros, also if the step was interrupted; what comes next are the gradients of another batch."""
+        self._zeros.apply()
+        self._is_prepared = False
 
     def step(self, scaler: Any = None) -> Any:
         """Step the optimizer: `before_step`, its own step, and the masks of where the schedule is after it.
@@ -171,6 +176,14 @@ class TrainingManager(ManagedTraining):
                 )
             self._close()
 
+    def release(self) -> None:
+        """Leave nothing on the model but its zeros: no hook, no frozen layer.
+
+        For a loop that was interrupted; `finish` does it, too. The next step puts on again what it needs.
+        """
+        for each in self._acting:
+            each.end()
+
     def _after_step(self) -> None:
         steps = self.steps_done + 1
         for acting in self._acting:
@@ -180,7 +193,7 @@ class TrainingManager(ManagedTraining):
         self._zeros.apply()
         if steps % REFRESH == 0:
             self._zeros.mask_moments()
-        self.steps_done, self._is_prepared, self._has_loss = steps, False, False
+        self.steps_done, self._has_loss = steps, False
         if self.is_done:
             self._close()
         else:
