@@ -85,7 +85,7 @@ class Given:
             kind: TrainingManager, or a subclass.
             model: The model.
             optimizer: The optimizer.
-            **numbers: epochs, steps_per_epoch and steps.
+            **numbers: epochs, steps_per_epoch, steps and state.
         """
         given = {"loss_func": self.loss_func, "example_input": self.example_input, **numbers}
         return kind(model, optimizer, *self.parts, **given)

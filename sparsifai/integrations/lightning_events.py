@@ -104,12 +104,10 @@ class LightningEvents:
         number = epochs if epochs and epochs > 0 else 1
         numbers = {"epochs": number, "steps_per_epoch": -(-int(steps) // number), "steps": int(steps)}
         optimizer = trainer.optimizers[0]
-        self.manager = self._given.manager(TrainingManager, trainer.strategy.model, optimizer, **numbers)
-        self._has_compared = False
-        if self._loaded is not None:
-            loaded, self._loaded = self._loaded, None
-            self.manager.load_state_dict(loaded["manager"])
-            self._has_compared = loaded["has_compared"]
+        loaded, self._loaded = self._loaded or {"manager": None, "has_compared": False}, None
+        given = {**numbers, "state": loaded["manager"]}
+        self.manager = self._given.manager(TrainingManager, trainer.strategy.model, optimizer, **given)
+        self._has_compared = loaded["has_compared"]
         if self.manager.steps_done != trainer.global_step:
             raise ValueError(
                 f"SparsifyCallback: the training resumes at step {trainer.global_step} from a checkpoint without a "

@@ -82,6 +82,8 @@ class SparsifyCallback(TrainerCallback):
         self._has_compared = False  # whether an evaluation with the final masks was compared
         self._model: Any = None
         self._optimizer: Any = None
+        self._hook: Any = None  # that of the next forward
+        self._step: Any = None  # the ReplacedStep of the last step
 
     # --- Events of the Trainer ----------------------------------------------------------------------------------
 
@@ -104,11 +106,11 @@ class SparsifyCallback(TrainerCallback):
                 "two SparsifyCallbacks in one Trainer would undo each other; use one with several parts, or remove the "
                 "other with trainer.remove_callback(...), after its close() if its training was interrupted"
             )
-        self._model, self._optimizer, self._has_compared = model, optimizer, False
-        self.manager = self._given.manager(AcceleratedManager, model, optimizer, **numbers)
+        saved = self._saved(args, state, model) if state.global_step else {"manager": None}
+        given = {**numbers, "state": saved["manager"]}
+        self.manager = self._given.manager(AcceleratedManager, model, optimizer, **given)
+        self._model, self._optimizer, self._has_compared = model, optimizer, bool(saved.get("has_compared"))
         optimizer._sparsified_by = self
-        if state.global_step:
-            self._load(args, state)
 
     def on_step_begin(self, args, state, control, **rest):
         """Hook the next forward of training."""
@@ -120,7 +122,8 @@ class SparsifyCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **rest):
         """Put masks and dense weights around the next step of the optimizer."""
-        ReplacedStep(self._optimizer, self.manager, once=True).begin()
+        self._step = ReplacedStep(self._optimizer, self.manager, once=True)
+        self._step.begin()
 
     def on_log(self, args, state, control, logs=None, **rest):
         """Add the measured sparsity to the logs; forget the best metric of models that are not sparse yet."""
@@ -148,6 +151,7 @@ class SparsifyCallback(TrainerCallback):
         folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
         if args.should_save and not args.save_only_model and os.path.isdir(folder):
             saved = {"manager": self.manager.state_dict(), "has_compared": self._has_compared}
+            saved["masks"] = self.manager.masks
             write_whole(os.path.join(folder, STATE), lambda file: torch.save(saved, file))
 
     def on_train_end(self, args, state, control, **rest):
@@ -158,6 +162,9 @@ class SparsifyCallback(TrainerCallback):
     def close(self) -> None:
         """Leave nothing on the model and the optimizer. The next training calls it after one that was interrupted."""
         if self._optimizer is not None:
+            self._unhook()
+            if self._step is not None:
+                self._step.end()
             del self._optimizer._sparsified_by
             self._optimizer, self._model = None, None
             self.manager.release()
@@ -178,14 +185,18 @@ class SparsifyCallback(TrainerCallback):
     # --- A forward of training, and a checkpoint ----------------------------------------------------------------
 
     def _hook_forward(self) -> None:
-        hooks: list[Any] = []
-
         def hook(module: nn.Module, inputs: tuple, named: dict[str, Any], output: Any) -> Any:
-            hooks.pop().remove()
+            self._unhook()
             return self._after_forward(inputs, named, output) if trained(module) else None
 
+        self._unhook()
         # It is called, and removes itself, also if the forward fails.
-        hooks.append(unwrapped(self._model).register_forward_hook(hook, with_kwargs=True, always_call=True))
+        self._hook = unwrapped(self._model).register_forward_hook(hook, with_kwargs=True, always_call=True)
+
+    def _unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def _after_forward(self, inputs: tuple, named: dict[str, Any], output: Any) -> Any:
         """Add to the loss of the model; and have the gradients masked, if a step follows the backward."""
@@ -200,8 +211,8 @@ class SparsifyCallback(TrainerCallback):
             call_after_backward(output, self.manager.before_step)
         return output
 
-    def _load(self, args: Any, state: Any) -> None:
-        """Load the state that the checkpoint has."""
+    def _saved(self, args: Any, state: Any, model: nn.Module) -> dict[str, Any]:
+        """What the checkpoint has, from which the model was loaded."""
         folders = [self._resume_from, args.resume_from_checkpoint]
         folders += [os.path.join(args.output_dir, f"checkpoint-{state.global_step}")]
         paths = [os.path.join(each, STATE) for each in folders if isinstance(each, (str, os.PathLike))]
@@ -212,18 +223,18 @@ class SparsifyCallback(TrainerCallback):
                 "pass resume_from=, the folder of the checkpoint"
             )
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        model = unwrapped(self._model)
-        before = {name: each.detach().clone() for name, each in model.named_parameters()}
-        self.manager.load_state_dict(saved["manager"])
-        self._has_compared = saved["has_compared"]
-        fits = self.manager.steps_done == state.global_step and all(
-            torch.equal(each, before[name]) for name, each in model.named_parameters()
-        )
-        if not fits or not is_masked_zero(masked_parameters(model, self.manager.masks)):
+        if saved["manager"]["steps_done"] != state.global_step or not _has_zeros(model, saved["masks"]):
             raise ValueError(
-                f"SparsifyCallback: {path} is that of another training, because the model has no zeros where it says "
-                "so; pass resume_from=, the folder of the checkpoint that is resumed"
+                f"SparsifyCallback: {path} is that of another training, because it is of step "
+                f"{saved['manager']['steps_done']}, or the model has no zeros where it says so; pass resume_from=, the "
+                "folder of the checkpoint that is resumed"
             )
+        return saved
+
+
+def _has_zeros(model: nn.Module, masks: Any) -> bool:
+    """Whether a model is zero where it is masked."""
+    return is_masked_zero(masked_parameters(unwrapped(model), dict(masks)))
 
 
 def _share_of(named: Mapping[str, Any]) -> Any:

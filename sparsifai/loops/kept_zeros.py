@@ -55,7 +55,6 @@ class KeptZeros:
             if each.pruning.regrows:
                 adopted = _adopted(each.sparsifier, self.others)
                 self.others = {name: mask for name, mask in self.others.items() if name not in adopted}
-        self.enforce()
 
     def keep(self, others: dict[str, Tensor]) -> None:
         """Keep these zeros, beside those of the Sparsifiers.

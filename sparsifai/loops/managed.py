@@ -34,6 +34,7 @@ class ManagedTraining:
         steps: int | None = None,
         loss_func: Callable | None = None,
         example_input: Any = None,
+        state: Mapping[str, Any] | None = None,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"TrainingManager: model must be a torch.nn.Module, not {type(model).__name__}")
@@ -54,11 +55,14 @@ class ManagedTraining:
         acting = (part.acting(model, optimizer, loss_func, example_input) for part in ordered)
         self._acting: list[Acting] = [each for each in acting if each is not None]
         self._zeros = KeptZeros(model, optimizer, self._gradual)
+        if state is not None:
+            self.load_state_dict(state)
+            return
         if any(isinstance(part, Keep) for part in parts) or any(highest(each.ramp.sparsity) for each in prunings):
             self._zeros.recover(example_input)
         for each in self._gradual:
             each.go_to(0.0)
-        self._zeros.apply()
+        self._zeros.enforce()
         self._prepare_forward()
 
     @property
@@ -131,7 +135,10 @@ class ManagedTraining:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from what `state_dict` returned. Load the states of the model and the optimizer before.
+        """Resume from what `state_dict` returned. Load the states of the model and the optimizer, too.
+
+        Make the manager before you load the states of the model and the optimizer, or pass the state to it when you
+        make it: else it could prune the model that was loaded.
 
         Args:
             state: What `state_dict` returned, of a manager with the same parts, epochs and steps.

@@ -50,6 +50,8 @@ class TrainingManager(ManagedTraining):
         loss_func: The loss of the labels, a function of (output, target): for the batches of `calibration=`, as of
             `Sparsifier.calibrate`, and to check that a teacher's outputs can be compared. Default None.
         example_input: A batch, for models that torch.fx cannot trace, in the form that Sparsifier takes. Default None.
+        state: What `state_dict` of another manager returned, to resume from: of a model and an optimizer whose states
+            are loaded already. Default None.
 
     Raises:
         TypeError: An argument has the wrong type.

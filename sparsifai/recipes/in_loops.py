@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -66,6 +66,7 @@ class RunsInLoops:
         teacher: Any = None,
         loss_func: Callable | None = None,
         example_input: Any = None,
+        state: Mapping[str, Any] | None = None,
     ) -> TrainingManager:
         """Make the manager of a training in a loop of one's own, as SparseML's ScheduledModifierManager was.
 
@@ -78,6 +79,8 @@ class RunsInLoops:
             teacher: A trained model, for a distil step. Default None.
             loss_func: A loss for criteria that need gradients of calibration batches. Default None.
             example_input: A batch, for models that torch.fx cannot trace and for `coupled: true`. Default None.
+            state: What `TrainingManager.state_dict` returned, to resume from: of a model and an optimizer whose states
+                are loaded already. Default None.
 
         Returns:
             The manager: call its `step` instead of that of the optimizer.
@@ -90,6 +93,6 @@ class RunsInLoops:
             raise ValueError("manager: the recipe does not say how many epochs there are; pass epochs=")
         if None not in (self.epochs, epochs) and epochs != self.epochs:
             raise ValueError(f"manager: epochs={epochs!r}, but the recipe says {self.epochs}; leave out one of them")
-        parts, given = self.parts(teacher), {"loss_func": loss_func, "example_input": example_input}
+        parts, given = self.parts(teacher), {"loss_func": loss_func, "example_input": example_input, "state": state}
         number: Any = self.epochs or epochs
         return TrainingManager(model, optimizer, *parts, epochs=number, steps_per_epoch=steps_per_epoch, **given)

@@ -60,7 +60,9 @@ def values(model):
 
 
 def same(model, other):
-    return all(torch.equal(*pair) for pair in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    return all(
+        torch.equal(*pair) for pair in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    )
 
 
 def teacher():
@@ -77,6 +79,7 @@ KINDS = {
     "RigL": lambda: [Sparsify(0.7, regrow="grad", every=2, initial_sparsity=0.5)],
     "SET": lambda: [Sparsify(0.7, regrow="random", every=2, schedule="one_shot")],
     "straight-through": lambda: [Sparsify(0.7, straight_through=True, gradient_sparsity=0.3)],
+    "random at once": lambda: [Sparsify(0.7, criteria="random", schedule="one_shot")],
     "falling": lambda: [Sparsify(0.7, schedule="dsd")],
     "all": lambda: [
         Sparsify(0.8, layers="0", schedule="lin"),
@@ -89,8 +92,9 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("way", ["state=", "load_state_dict"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_training_resumes_bit_for_bit(kind):
+def test_a_training_resumes_bit_for_bit(kind, way):
     whole = train(made(*KINDS[kind]()))
     first = train(made(*KINDS[kind]()), 7)
     file = io.BytesIO()
@@ -100,10 +104,20 @@ def test_a_training_resumes_bit_for_bit(kind):
     state = torch.load(file, weights_only=True)
     torch.rand(5)  # random numbers that others draw do not matter
     model = net()
-    model.load_state_dict(state["model"])
-    resumed = made(*KINDS[kind](), model=model)
-    resumed.optimizer.load_state_dict(state["optimizer"])
-    resumed.load_state_dict(state["manager"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    parts = KINDS[kind]()
+
+    def load():
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    if way == "state=":
+        load()
+        resumed = made(*parts, model=model, optimizer=lambda *_, **__: optimizer, state=state["manager"])
+    else:
+        resumed = made(*parts, model=model, optimizer=lambda *_, **__: optimizer)
+        load()
+        resumed.load_state_dict(state["manager"])
     assert resumed.steps_done == 7
     train(resumed)
     assert same(resumed.model, whole.model)
