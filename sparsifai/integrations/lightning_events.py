@@ -146,16 +146,15 @@ class LightningEvents:
         """End the training exactly."""
         if self._step is None:
             return
-        self._end()
-        self.manager.finish()
-        self._compare(trainer)
         if not self._has_compared:
             self._forget(trainer)
-            if any(_is_checkpoint(each) for each in trainer.callbacks):
-                warn(
-                    "SparsifyCallback: no validation came after the masks had their final form, so ModelCheckpoint has "
-                    "no best model; validate more often, or end the schedule earlier"
-                )
+        self._end()
+        self.manager.finish()
+        if any(_is_checkpoint(each) and not each.best_model_path for each in trainer.callbacks):
+            warn(
+                "SparsifyCallback: no validation came after the masks had their final form, so ModelCheckpoint has no "
+                "best model; validate more often, or end the schedule earlier"
+            )
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave nothing on the model and the optimizer."""

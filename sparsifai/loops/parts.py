@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..axes.schedule import Schedule, progress, schedules
 from ..gradual.gradual_pruning import GradualPruning
@@ -122,6 +123,11 @@ class _Freezing(Acting):
     def __init__(self, frozen: FrozenLayers, model: nn.Module):
         self._frozen, self._model = frozen, model
         frozen.parameters(model)  # raises if a name matches no layer
+        if isinstance(model, DistributedDataParallel) and not model.find_unused_parameters:
+            raise ValueError(
+                "Freeze: DistributedDataParallel waits for the gradients of frozen layers; make it with "
+                "find_unused_parameters=True"
+            )
 
     def before_forward(self, t: float) -> None:
         self._frozen.at(t, self._model)
