@@ -111,7 +111,7 @@ def replicated():
             runs[axes, given] = {
                 "drawn": drawn, "start": start, **train(model, net, sparsifier, OPTIMIZERS["SGD"]),
             }  # fmt: skip
-    others = {"data_driven": data_driven(), "straight through": dict(straight_through())}
+    others = {"data_driven": data_driven(), "straight through": dict(straight_through()), "managed": managed()}
     return {"runs": runs, "regrown": regrown(DistributedDataParallel), **others}
 
 
@@ -450,6 +450,5 @@ if __name__ == "__main__":
     # Nobody has to find a port that is free.
     meeting = (FOLDER / "meeting").as_uri()
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=RANK, world_size=2)
-    scenarios = {"replicated": replicated, "sharded": sharded, "learner": learner, "managed": managed}
-    torch.save(scenarios[scenario](), FOLDER / f"{RANK}.pt")
+    torch.save({"replicated": replicated, "sharded": sharded, "learner": learner}[scenario](), FOLDER / f"{RANK}.pt")
     torch.distributed.destroy_process_group()

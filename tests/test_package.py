@@ -26,7 +26,9 @@ NEED_FASTAI = (
     "regularize",
     "rewind",
 )
-OF_THE_CORE = [name for name in MODULES if name.rpartition(".")[2] not in NEED_FASTAI]
+# Integrations, each of which needs its library.
+NEED_OTHERS = ("trainer", "lightning", "pytorch_lightning", "accelerate")
+OF_THE_CORE = [name for name in MODULES if name.rpartition(".")[2] not in (*NEED_FASTAI, *NEED_OTHERS)]
 assert len(MODULES) > 60
 
 

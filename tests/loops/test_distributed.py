@@ -11,7 +11,7 @@ pytestmark = needs_gloo
 
 @pytest.fixture(scope="module")
 def managed(tmp_path_factory):
-    return seen_in("managed", tmp_path_factory)
+    return [each["managed"] for each in seen_in("replicated", tmp_path_factory)]
 
 
 @pytest.mark.parametrize("kind", processes.MANAGED)
