@@ -104,6 +104,26 @@ def test_the_logs_have_the_measured_sparsity_and_the_end_is_exact(tmp_path):
     assert is_left_alone(training)
 
 
+class Logs(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **rest):
+        self.seen.append(dict(logs))
+
+
+def test_other_callbacks_see_the_sparsity_if_they_come_later(tmp_path):
+    logs, callback = Logs(), SparsifyCallback(0.75, context="local")
+    training = trainer(tmp_path, logs, num_train_epochs=2)
+    training.callback_handler.callbacks = [
+        each for each in training.callback_handler.callbacks if not isinstance(each, Check)
+    ]
+    training.callback_handler.callbacks.insert(0, callback)
+    training.train()
+    assert all("sparsity" in each or "eval_sparsity" in each for each in logs.seen)
+    assert logs.seen[-1]["sparsity"] == 0.75
+
+
 KINDS = {
     "weights": lambda: [Sparsify(0.6)],
     "RigL": lambda: [Sparsify(0.6, regrow="grad", every=2, initial_sparsity=0.3)],
