@@ -29,7 +29,7 @@ from .replaced_step import ReplacedStep
 from .scaled import AcceleratedManager, call_after_backward, trained
 
 # The file of a checkpoint with the state of this callback.
-STATE = "sparsifai.pt"
+STATE = "sparsify_callback.pt"
 
 
 class SparsifyCallback(TrainerCallback):
@@ -37,8 +37,8 @@ class SparsifyCallback(TrainerCallback):
 
     The logs have the measured `sparsity`, beside the loss, and `eval_sparsity` after an evaluation. Zeros hold at every
     forward, evaluation and checkpoint, and after the last step the sparsity is exactly the one that was asked for.
-    A checkpoint has the file `sparsifai.pt`, from which `resume_from_checkpoint` resumes exactly. The choice of the
-    best model and EarlyStoppingCallback ignore evaluations before the masks have their final form.
+    A checkpoint has the file `sparsify_callback.pt`, from which `resume_from_checkpoint` resumes exactly. The choice of
+    the best model and EarlyStoppingCallback ignore evaluations before the masks have their final form.
 
     Args:
         sparsity: A Recipe, a part of a TrainingManager or a list of parts, or the sparsity.
