@@ -322,7 +322,7 @@ def test_zeros_hold_whatever_the_optimizer_does(kind):
     train(made(*KINDS[kind](), optimizer=Moves))
 
 
-@pytest.mark.parametrize("kind", ["weights", "gradients", "RigL", "straight-through", "all"])
+@pytest.mark.parametrize("kind", ["RigL", "straight-through", "all"])
 def test_an_interrupt_at_any_line_of_a_step_leaves_a_sparse_model_from_which_it_goes_on(kind):
     def prepared():
         manager = train(made(*KINDS[kind](), optimizer=Moves), 5)
@@ -334,7 +334,7 @@ def test_an_interrupt_at_any_line_of_a_step_leaves_a_sparse_model_from_which_it_
 
     lines = interrupted(prepared().step).lines
     target = train(prepared()).sparsity
-    for at in places(lines, 12):
+    for at in places(lines, 8):
         manager = prepared()
         where = interrupted(manager.step, at).where
         assert where is not None
