@@ -298,6 +298,8 @@ def test_an_interrupted_training_leaves_a_sparse_model_and_the_next_one_begins_a
     with pytest.raises(KeyboardInterrupt):
         training.train()
     assert callback.manager.sparsity > 0.2
+    # A hook is there from the beginning of a step to the end of its forward.
+    assert len(training.model._forward_hooks) == (event == "on_step_begin")
     callback.close()
     callback.close()
     assert is_left_alone(training) or event == "on_pre_optimizer_step"

@@ -123,6 +123,10 @@ def test_a_training_resumes_bit_for_bit(kind, way):
     assert same(resumed.model, whole.model)
     assert all(torch.equal(mask, resumed.masks[name]) for name, mask in whole.masks.items())
     assert resumed.is_done
+    ended = made(*KINDS[kind]())
+    ended.load_state_dict(whole.state_dict())
+    with pytest.raises(RuntimeError, match="all 18 steps are done"):
+        ended.step()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -225,11 +229,16 @@ def test_the_arguments_of_sparsify_are_those_of_the_callback():
         Sparsify(0.5, sparsty=0.5)
 
 
-def test_masked_gradients_do_not_count_in_the_norm():
+@pytest.mark.parametrize("interrupts", [False, True])
+def test_masked_gradients_do_not_count_in_the_norm(interrupts):
     manager = train(made(Sparsify(0.8, schedule="one_shot")), 1)
     inputs, targets = batch(1)
+    if interrupts:
+        with pytest.raises(KeyboardInterrupt), manager.stepping():
+            raise KeyboardInterrupt
+        assert manager.steps_done == 1
     manager.optimizer.zero_grad()
-    manager.loss(cross_entropy(manager.model(inputs), targets)).backward()
+    cross_entropy(manager.model(inputs), targets).backward()
     dense = nn.utils.clip_grad_norm_(manager.model.parameters(), 1e9)
     manager.before_step()
     manager.before_step()
