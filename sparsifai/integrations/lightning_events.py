@@ -124,7 +124,7 @@ class LightningEvents:
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any, **named: Any) -> None:
         """Log the measured sparsity; note when the masks have their final form."""
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
             pl_module.log("sparsity", self.manager.sparsity, on_step=True, on_epoch=False)
         self._compare(trainer)
 

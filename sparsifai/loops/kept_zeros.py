@@ -63,6 +63,7 @@ class KeptZeros:
             others: Parameter name -> mask.
         """
         self.others = others
+        masked_parameters(self.model, others, move=True)  # moves them to where the model is
         for each in self.gradual:
             each.sparsifier.all_masks.fixed = {}
             each.sparsifier.all_masks.add(others)

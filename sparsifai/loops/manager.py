@@ -193,7 +193,6 @@ class TrainingManager(ManagedTraining):
             acting.after_step(self.steps_done / self.steps)
         for each in self._gradual:
             each.after_step(steps, self.steps)
-        self._zeros.apply()
         if steps % REFRESH == 0:
             self._zeros.mask_moments()
         self.steps_done, self._has_loss = steps, False
