@@ -63,7 +63,7 @@ class ManagedTraining:
         for each in self._gradual:
             each.go_to(0.0)
         self._zeros.enforce()
-        self._prepare_forward()
+        self._make_ready()
 
     @property
     def sparsifiers(self) -> list[Sparsifier]:
@@ -80,9 +80,13 @@ class ManagedTraining:
         """Whether the masks stay as they are until the end. A best model should be looked for from here on only."""
         return all(each.is_final(self.steps_done, self.steps) for each in self._gradual)
 
-    def _prepare_forward(self) -> None:
-        for each in self._acting:
-            each.before_forward(self.steps_done / self.steps)
+    def _make_ready(self) -> None:
+        """Prepare the next forward; after the last step, end the training."""
+        if self.is_done:
+            self._close()
+        elif not self._is_closed:
+            for each in self._acting:
+                each.before_forward(self.steps_done / self.steps)
 
     def _close(self) -> None:
         for each in self._acting:
@@ -165,7 +169,4 @@ class ManagedTraining:
         self.steps_done = state["steps_done"]
         self._is_prepared, self._has_loss, self._is_closed = False, False, False
         self._has_begun = True  # what there is to warn of was said when the training began
-        if self.is_done:
-            self._close()
-        else:
-            self._prepare_forward()
+        self._make_ready()

@@ -126,13 +126,14 @@ class TrainingManager(ManagedTraining):
         Raises:
             RuntimeError: As `before_step`.
         """
-        self.before_step()
-        at_end = AtEnd(self._after_optimizer)
-        with at_end, at_end, ExitStack() as stack:
-            for each in self._gradual:
-                stack.enter_context(each.sparsifier.dense_weights())
-            yield
-        self._after_step()
+        ready, at_end = AtEnd(self._make_ready), AtEnd(self._after_optimizer)
+        with ready, ready:
+            self.before_step()
+            with at_end, at_end, ExitStack() as stack:
+                for each in self._gradual:
+                    stack.enter_context(each.sparsifier.dense_weights())
+                yield
+            self._after_step()
 
     def _after_optimizer(self) -> None:
         """Keep the zeros, also if the step was interrupted; what comes next are the gradients of another batch."""
@@ -196,10 +197,6 @@ class TrainingManager(ManagedTraining):
         if steps % REFRESH == 0:
             self._zeros.mask_moments()
         self.steps_done, self._has_loss = steps, False
-        if self.is_done:
-            self._close()
-        else:
-            self._prepare_forward()
 
     def _begin(self) -> None:
         """Warn at the first step: a state that is loaded before it can change what there is to say."""

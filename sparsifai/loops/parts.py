@@ -270,9 +270,10 @@ class _Distilling(Acting):
                 "TrainingManager.loss: distil compares outputs; call loss = manager.loss(loss, output, inputs), with "
                 "the output and the inputs of the model"
             )
-        loss = self._distillation.loss(loss, output, inputs, t)
-        self.before_forward(t)  # of the next batch, which may come before the step
-        return loss
+        try:
+            return self._distillation.loss(loss, output, inputs, t)
+        finally:
+            self.before_forward(t)  # of the next batch, which may come before the step
 
     def end(self) -> None:
         self._distillation.release()

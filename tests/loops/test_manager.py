@@ -343,7 +343,7 @@ def test_an_interrupt_at_any_line_of_a_step_leaves_a_sparse_model_from_which_it_
 
     lines = interrupted(prepared().step).lines
     target = train(prepared()).sparsity
-    for at in places(lines, 8):
+    for at in places(lines, 10):
         manager = prepared()
         where = interrupted(manager.step, at).where
         assert where is not None
