@@ -61,6 +61,7 @@ from .model.layers import register_layer
 from .sparsifier.given_masks import from_torch_prune
 from .sparsifier.report import Report
 from .sparsifier.sparsifier import Sparsifier
+from .sparsifier.sparsifiers import Sparsifiers
 from .support.version import __version__ as __version__
 from .training.distillation import Distillation
 from .training.distillation_loss import distillation_losses, soft_targets
@@ -110,6 +111,7 @@ __all__ = [
     "Shrinkage",
     "SparseFile",
     "Sparsifier",
+    "Sparsifiers",
     "Sparsify",
     "SparsifyCallback",
     "Ticket",

@@ -13,6 +13,12 @@ class TrainingCallback(Callback):
     An exported Learner has a plain `Callback` in its place, so it loads where sparsifai is not installed.
     """
 
+    @property
+    def name(self):
+        "The name of the attribute of the Learner"
+        # When fastai has removed a callback, it deletes the attribute of this name, which may be another's.
+        return f"removed_{super().name}" if self.learn is None else super().name
+
     def __call__(self, event_name):
         "Call the method of the event, unless it comes from `validate` and the like, which hold the Learner's lock"
         learn = self.learn
@@ -52,6 +58,7 @@ class TrainingCallback(Callback):
         def taken_off():
             if self.learn is not None:
                 self._taken_off()
+                self._give_up_name(learn)
                 super(TrainingCallback, self).__setattr__("learn", None)
 
         try:
@@ -63,6 +70,14 @@ class TrainingCallback(Callback):
             if self in learn.cbs:
                 learn.cbs.remove(self)
             raise
+
+    def _give_up_name(self, learn) -> None:
+        """Leave the name of the attribute of the Learner to another callback that has it."""
+        others = [each for each in learn.cbs if each is not self and each.name == self.name]
+        if others:
+            setattr(learn, self.name, others[-1])
+        else:
+            vars(learn).pop(self.name, None)
 
     def _taken_off(self) -> None:
         """Called before the callback is removed from the Learner, and again if it was interrupted."""

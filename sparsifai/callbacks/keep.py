@@ -76,19 +76,6 @@ class KeepSparsity(TrainingCallback):
         self._steps = 0
         self._gradients_zeroed = False  # whether the gradients of all masked weights were zeroed in this step
 
-    @property
-    def name(self):
-        "The name of the attribute of the Learner"
-        # When fastai has removed a callback, it deletes the attribute of this name, which may be another KeepSparsity.
-        return "removed_keep_sparsity" if self.learn is None else super().name
-
-    def _taken_off(self) -> None:
-        others = [each for each in self.learn._grab_cbs(KeepSparsity) if each is not self]
-        if others:
-            self.learn.keep_sparsity = others[-1]
-        else:
-            self.learn.__dict__.pop(self.name, None)
-
     def _model_replaced(self) -> None:
         self.masks, self.held_model, self.recovers = {}, None, True  # from now on the zeros of the smaller model
 

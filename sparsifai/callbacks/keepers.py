@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +20,16 @@ class Keepers:
 
     Attributes:
         learn: The Learner.
-        own: The KeepSparsity that SparsifyCallback gives its masks, in this fit and later ones.
-        emptied: The others, and the masks that they get back at the end of the fit.
+        parts: The parts of the fit, each with what it has pruned.
+        own: The KeepSparsity that the fit gives its masks, in this fit and later ones.
+        kept: Parameter name -> mask, of what is kept at zero as long as no part of the fit has pruned anything.
+        emptied: The other KeepSparsity callbacks, and the masks that they get back at the end of the fit.
     """
 
     learn: Any
+    parts: Sequence[Any]
     own: Any = None
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
     emptied: list[tuple[KeepSparsity, Any]] = field(default_factory=list)
 
     @property
@@ -48,19 +53,29 @@ class Keepers:
     @property
     def masks(self) -> dict[str, Tensor]:
         """The masks of everything that is kept at zero on the Learner."""
-        masks: dict[str, Tensor] = {}
-        for each in self.all:
-            masks = merged(masks, each.masks)
-        return masks
+        return _all_of(each.masks for each in self.all)
 
-    def give(self, masks: Any) -> None:
-        """Give all masks to one. The masks of the others would hinder weights from regrowing or reviving."""
+    def give(self, kept: Mapping[str, Tensor]) -> None:
+        """Give all masks to one. The masks of the others would hinder weights from regrowing or reviving.
+
+        Args:
+            kept: Parameter name -> mask of everything that is kept at zero on the Learner.
+        """
         for each in self.all:
             if each is not self.own:
                 self.emptied.append((each, each.masks))
                 each.masks = {}
-        self.own.masks = masks
+        self.kept = kept
+        self.refresh()
         self.own.enforce()
+
+    def refresh(self) -> None:
+        """Give it the masks that the parts of the fit have at present."""
+        pruning = [part for part in self.parts if part.pruned is not None]
+        self.own.masks = _all_of([part.pruned.masks for part in pruning]) if pruning else self.kept
+        # In straight-through training, gradients and moments move what is pruned, but not the zeros of others.
+        unmoved = [part.pruned.others if part.changes else part.pruned.masks for part in pruning]
+        self.own.masks_of_gradients = _all_of(unmoved) if any(part.changes for part in pruning) else None
 
     def give_back(self) -> None:
         """Give the others their masks again, or the present ones if pruned weights have come back."""
@@ -82,3 +97,11 @@ class Keepers:
                 f"KeepSparsity keeps the {percent(sparsity)} of zeros in later fits, too; "
                 "learn.remove_cb(KeepSparsity) removes it",
             )
+
+
+def _all_of(several: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The masks that prune what any of these prune."""
+    masks: dict[str, Tensor] = {}
+    for each in several:
+        masks = merged(masks, each)
+    return masks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,14 +64,17 @@ class Pruned:
         is_its_model = self.sparsifier.model is unwrapped(learn.model)
         return is_its_model and any(prunes(each.masks, self.sparsifier.masks) for each in learn._grab_cbs(KeepSparsity))
 
-    def take_in(self, kept: Mapping[str, Tensor], learn: Any) -> None:
+    def take_in(self, kept: Mapping[str, Tensor], learn: Any, apart: Container[str] = ()) -> None:
         """Count the zeros that are kept on a Learner as pruned. With regrow=, those that it can regrow become its own.
 
         Args:
             kept: Parameter name -> mask of these zeros.
             learn: The Learner.
+            apart: Names of what other SparsifyCallbacks of the fit prune, whose zeros are theirs. Default none.
         """
         sparsifier = self.sparsifier
+        kept = {name: mask for name, mask in kept.items() if name not in apart}
+        self.others = {name: mask for name, mask in self.others.items() if name not in apart}
         sparsifier.apply_masks()  # this also moves its masks to where the model is
         own = sparsifier.all_masks
         others = {name: mask | ~own[name].to(mask.device) if name in own else mask for name, mask in kept.items()}

@@ -20,6 +20,7 @@ from ..support.table import percent
 from .base import TrainingCallback
 from .display import notify
 from .fit import Fit
+from .fit_part import FitPart
 from .keep import KeepSparsity
 from .learner import check_steps_model, check_steps_weights, is_search, show_data, warn_of_unstepped
 from .pruned import Pruned
@@ -93,7 +94,8 @@ class SparsifyCallback(TrainingCallback):
 
     # Without values here, fastai would look these names up in the Learner.
     _pruned: Pruned | None = None  # it lasts over fits
-    _fit: Any = None  # a Fit, during a fit
+    _fit: Any = None  # a Fit, during a fit, which all SparsifyCallbacks of a Learner share
+    _part: Any = None  # the FitPart of this one
     _loaded: Any = None  # what `load_state_dict` was given, until the Sparsifier is made
 
     def __init__(
@@ -151,14 +153,8 @@ class SparsifyCallback(TrainingCallback):
             self._fit.column.hide()
 
     def before_fit(self):
-        "Refuse a second SparsifyCallback; show the measured sparsity in the table of a fit"
+        "Join the fit, which all SparsifyCallbacks have in common; show the measured sparsity in its table"
         learn = self.learn
-        if len(learn._grab_cbs(SparsifyCallback)) > 1:
-            raise ValueError(
-                "two SparsifyCallbacks in one fit would undo each other; use one with a dictionary of sparsities by "
-                "layer, prune in two fits (the second keeps the zeros of the first), or remove the other with "
-                "learn.remove_cb(SparsifyCallback)"
-            )
         check_steps_model(learn)
         if self._fit is not None:  # the last fit was interrupted
             self._fit.undo()
@@ -167,7 +163,10 @@ class SparsifyCallback(TrainingCallback):
             return
         if self._pruned is not None and not self._pruned.is_kept_on(learn):
             self._pruned = None
-        self._fit = Fit(learn, self.pruning, self._pruned)
+        first = min(learn._grab_cbs(SparsifyCallback), key=lambda callback: callback.order)
+        self._fit = Fit(learn) if first is self else first._fit
+        self._part = FitPart(learn, self.pruning, self._pruned)
+        self._fit.parts.append(self._part)
 
     def before_epoch(self):
         "Switch the trackers on again"
@@ -180,20 +179,25 @@ class SparsifyCallback(TrainingCallback):
     before_validate = before_train
 
     def before_batch(self):
-        "At the first batch, make the Sparsifier and prune to where the schedule begins"
-        fit, learn = self._fit, self.learn
+        "At the first batch, make the Sparsifier; when all are made, prune to where the schedules begin"
+        fit, part, learn = self._fit, self._part, self.learn
         is_frozen = getattr(learn.opt, "frozen_idx", 0) > 0
         if fit.begun and (fit.advances or is_frozen):
             return
-        fit.advances = not is_frozen  # layers can be unfrozen in the middle of a fit
-        if fit.advances and self._pruned is None:
-            self._pruned = self._new_pruned()
-        if fit.advances and self.sparsifier.is_straight_through:
-            check_steps_weights(learn)
-        fit.begin(self._pruned, self._start)
+        if not is_frozen:  # layers can be unfrozen in the middle of a fit
+            if self._pruned is None:
+                self._pruned = self._new_pruned()
+            part.pruned = self._pruned
+            if self.sparsifier.is_straight_through:
+                check_steps_weights(learn)
+        if not fit.is_last(part):
+            return
+        fit.advances = not is_frozen
+        fit.begin(self._start)
         if fit.advances:
-            fit.updated = self._batches(0)
-            fit.go_to(self._start)
+            for each in fit.parts:
+                each.updated = self._batches(0)
+                each.go_to(self._start)
         else:
             held = percent(fit.measured())
             message = f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit"
@@ -205,36 +209,37 @@ class SparsifyCallback(TrainingCallback):
         if self._fit.moves:
             is_due = self._is_due
             drop = self.pruning.drop_at(self._start) if is_due else 0.0
-            self._fit.collect_gradients(self._batches(1) / self._batches_of_fit, drop, is_due)
+            self._part.collect_gradients(self._batches(1) / self._batches_of_fit, drop, is_due)
 
     def after_step(self):
         "Prune to where the schedule is after this step"
         if self._fit.moves:
             batches = self._batches(1)
             done = batches / self._batches_of_fit
-            if self._is_due or done == 1 or self._fit.settles_at(done):
-                self._fit.updated = batches
-                self._fit.go_to(done)
+            if self._is_due or done == 1 or self._part.settles_at(done):
+                self._part.updated = batches
+                self._part.go_to(done)
 
     def after_batch(self):
         "Record the level for the recorder's curves"
-        if self._fit.begun:
+        if self._fit.begun and self._fit.is_last(self._part):
             self._fit.curves.by_batch.append(self._fit.level)
 
     def after_train(self):
         "Go to the end of the schedule, if the last batch of the fit had no optimizer step"
-        learn, fit = self.learn, self._fit
-        if fit.moves and learn.epoch == learn.n_epoch - 1 and learn.iter == learn.n_iter - 1:
-            fit.go_to(1.0)
+        learn = self.learn
+        if self._fit.moves and learn.epoch == learn.n_epoch - 1 and learn.iter == learn.n_iter - 1:
+            self._part.go_to(1.0)
 
     def after_epoch(self):
         "Record level and sparsity; switch the trackers off if the epoch is short of the target sparsity"
-        if self._fit.begun:
+        if self._fit.begun and self._fit.is_last(self._part):
             self._fit.end_epoch()
 
     def after_fit(self):
         "Remove the column from the table; tell the user what keeps the zeros"
-        self._fit.record()
+        if self._fit.is_last(self._part):
+            self._fit.record()
         self._end()
 
     def plan(self, model, n_epoch, n_iter, example_input=None):
@@ -296,7 +301,7 @@ class SparsifyCallback(TrainingCallback):
     @property
     def _is_due(self) -> bool:
         """Whether the masks are updated in the step of the present batch."""
-        return self.pruning.is_due(self._batches(1), self._fit.updated, self._batches_of_fit)
+        return self.pruning.is_due(self._batches(1), self._part.updated, self._batches_of_fit)
 
     def _new_pruned(self) -> Pruned:
         """Make the Sparsifier at the first batch, with the state that was loaded."""
@@ -317,5 +322,5 @@ class SparsifyCallback(TrainingCallback):
 
     def _end(self) -> None:
         if self._fit is not None:
-            self._fit.end()
+            self._fit.leave(self._part)
             self._fit = None

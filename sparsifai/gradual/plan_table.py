@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..model.zeros import Count
 from ..sparsifier.report import Report, Row
+from ..support.listing import in_short
 from ..support.table import Cells, Table, percent
 
 _COLUMNS = ("layer", "kind", "shape", "weights", "left", "sparsity", "bytes", "bytes left")
@@ -182,6 +184,38 @@ class Plan(Table):
         ax.plot(epochs, levels, drawstyle="steps-post")
         ax.set(xlabel="epoch", ylabel="sparsity asked for", xlim=(0, epochs[-1]), ylim=(0, 1))
         return ax
+
+
+def joined(plans: Sequence[Plan]) -> Plan:
+    """One plan of several for the same fit of a model, each of which prunes layers of its own.
+
+    Args:
+        plans: The plans, at least one.
+
+    Raises:
+        ValueError: Two of them prune the same layer.
+    """
+    if len(plans) == 1:
+        return plans[0]
+    several = [layer for plan in plans for layer in plan.layers if not layer.why_dense]
+    pruned = {layer.name: layer for layer in several}
+    if both := [name for name, count in Counter(layer.name for layer in several).items() if count > 1]:
+        raise ValueError(
+            f"plan: two sparsify steps both prune {in_short(both)}; give each of them its own layers with layers= or "
+            "exclude="
+        )
+    layers = tuple(pruned.get(layer.name, layer) for layer in plans[0].layers)
+    dense, of_layers = plans[0].model, Size.total([layer.size for layer in layers])
+    saved = of_layers.bytes - of_layers.bytes_left
+    left = dense.weights - of_layers.weights + of_layers.left
+    model = Size(dense.weights, left, dense.bytes, dense.bytes - saved, of_layers.flops, of_layers.flops_left)
+    weights = [plan.selected.weights for plan in plans]
+    timeline = tuple(
+        (points[0][0], sum(level * each for (_, level), each in zip(points, weights, strict=True)) / sum(weights))
+        for points in zip(*(plan.timeline for plan in plans), strict=True)
+    )
+    notes = tuple(dict.fromkeys(note for plan in plans for note in plan.notes))
+    return Plan(layers, Size.total([layer.size for layer in pruned.values()]), model, timeline, notes)
 
 
 def _note(layer: PlannedLayer) -> str:

@@ -20,8 +20,9 @@ from ..axes.granularity import block, granularities
 from ..axes.n_of_m import blocks
 from ..axes.schedule import iterative, schedules
 from ..support.registry import Registry, close_matches
+from ..training.distillation_loss import distillation_losses
 
-# Option of a step -> the registry of its axis.
+# Option of a step -> the registry of its axis, or of what else is a function with a name.
 REGISTRIES: dict[str, Registry] = {
     "granularity": granularities,
     "context": contexts,
@@ -29,6 +30,8 @@ REGISTRIES: dict[str, Registry] = {
     "schedule": schedules,
     "drop_schedule": schedules,
     "regrow": criteria,
+    "loss": distillation_losses,
+    "feature_loss": distillation_losses,
 }
 
 # Option of a step -> functions that return a value of its axis.
@@ -52,7 +55,7 @@ def axis_value(axis: str, value: Any) -> Callable:
     'agp' -> agp, {'iterative': 5} -> iterative(5), {'one_cycle': {'alpha': 14}} -> one_cycle with that option.
 
     Args:
-        axis: 'granularity', 'context', 'criteria', 'schedule', 'drop_schedule' or 'regrow'.
+        axis: 'granularity', 'context', 'criteria', 'schedule', 'drop_schedule', 'regrow', 'loss' or 'feature_loss'.
         value: A name, or a mapping of one name to its options: one value, a list, or a mapping by name. For
             granularity also a list of axes.
 

@@ -158,11 +158,8 @@ class Reading:
             ((kind, options),) = step.items()
             self._check_keys(path, step, OPTIONS, "step", "the steps")
             path = (*path, kind)
-            if kind in seen and kind in ("sparsify", "keep"):
-                hint = "; give sparsity as {pattern: fraction} for layers of different sparsity"
-                raise self.source.error(
-                    path, f"a second {kind} step; a fit has only one{hint if kind == 'sparsify' else ''}"
-                )
+            if kind in seen and kind == "keep":
+                raise self.source.error(path, f"a second {kind} step; a fit has only one")
             seen.add(kind)
             options = {} if options is None else options
             if not isinstance(options, Mapping):

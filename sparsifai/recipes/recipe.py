@@ -18,8 +18,10 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
+from operator import mul
 from typing import Any
 
 from torch import nn
@@ -27,11 +29,12 @@ from torch import nn
 from ..axes.schedule import progress
 from ..callbacks.learner import metric_names, unchanged
 from ..gradual.gradual_pruning import GradualPruning
-from ..gradual.plan_table import Plan
+from ..gradual.plan_table import Plan, joined
 from ..model.parallel import unwrapped
 from ..sparsifier.options import mapped
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
+from ..sparsifier.sparsifiers import Sparsifiers
 from ..support.files import write_text
 from ..support.printable import LONGEST_MESSAGE, printable
 from .in_loops import RunsInLoops
@@ -189,7 +192,7 @@ class Recipe(RunsInLoops):
         calibration: Iterable | None = None,
         loss_func: Callable | None = None,
         example_input: Any = None,
-    ) -> Sparsifier:
+    ) -> Sparsifier | Sparsifiers:
         """Prune a model to the final sparsity of the recipe at once, without training.
 
         Args:
@@ -199,23 +202,26 @@ class Recipe(RunsInLoops):
             example_input: A batch, for models that torch.fx cannot trace and for `coupled: true`. Default None.
 
         Returns:
-            The Sparsifier of the model.
+            The Sparsifier of the model; of several sparsify steps, their `Sparsifiers`.
 
         Raises:
-            ValueError: The recipe has a step that needs training, or no sparsify step, or the criterion needs data.
+            ValueError: The recipe has a step that needs training, or no sparsify step, two of them prune the same
+                layer, or a criterion needs data.
         """
         for step in self.steps:
             if step.kind not in ("sparsify", "keep"):
                 with self._at(step):
                     raise ValueError(f"{step.kind} needs training; pass recipe.callbacks() to learn.fit instead")
-        step = self.sparsifying()
-        pruning = self._pruning(step)
-        with self._at(step):
-            sparsifier = pruning.sparsifier(model, example_input)
-        if calibration is not None:
-            sparsifier.calibrate(calibration, loss_func)
-        end = progress(pruning.ramp.schedule, 1.0)
-        sparsifier.sparsify(mapped(pruning.ramp.sparsity, lambda fraction: end * fraction))
+        made = []
+        for step, pruning in self._prunings():
+            with self._at(step):
+                made.append((pruning.ramp, pruning.sparsifier(model, example_input)))
+        sparsifier = made[0][1] if len(made) == 1 else Sparsifiers(each for _, each in made)
+        for ramp, each in made:
+            if calibration is not None:
+                each.calibrate(calibration, loss_func)
+            end = progress(ramp.schedule, 1.0)
+            each.sparsify(mapped(ramp.sparsity, partial(mul, end)))
         return sparsifier
 
     def plan(self, model: nn.Module, n_iter: int = 100, example_input: Any = None) -> Plan:
@@ -232,10 +238,11 @@ class Recipe(RunsInLoops):
         Raises:
             ValueError: The recipe has no sparsify step, or it does not fit the model.
         """
-        step = self.sparsifying()
-        pruning = self._pruning(step)
-        with self._at(step):
-            return pruning.plan(model, self.epochs or 1, n_iter, example_input)
+        plans = []
+        for step, pruning in self._prunings():
+            with self._at(step):
+                plans.append(pruning.plan(model, self.epochs or 1, n_iter, example_input))
+        return joined(plans)
 
     def recorded(self, learn: Any, sparsifier: Sparsifier | None = None) -> Recipe:
         """Add the results of a fit: measured sparsity of the model and of each layer, metrics, versions.
@@ -262,24 +269,16 @@ class Recipe(RunsInLoops):
         }
         return Recipe({**self.content, "results": results}, self.notices)
 
-    def sparsifying(self) -> Step:
-        """Return the sparsify step.
-
-        Returns:
-            The step.
-
-        Raises:
-            ValueError: The recipe has none.
-        """
-        for step in self.steps:
-            if step.kind == "sparsify":
-                return step
-        raise ValueError("the recipe has no sparsify step; add one, such as - sparsify: {sparsity: 0.9}")
-
-    def _pruning(self, step: Step) -> GradualPruning:
-        """What a sparsify step prunes, and when."""
-        with self._at(step):
-            return GradualPruning.of(**self._reading.arguments(step))
+    def _prunings(self) -> list[tuple[Step, GradualPruning]]:
+        """The sparsify steps, and what each prunes, and when."""
+        steps = [step for step in self.steps if step.kind == "sparsify"]
+        if not steps:
+            raise ValueError("the recipe has no sparsify step; add one, such as - sparsify: {sparsity: 0.9}")
+        prunings = []
+        for step in steps:
+            with self._at(step):
+                prunings.append((step, GradualPruning.of(**self._reading.arguments(step))))
+        return prunings
 
     def _at(self, step: Step) -> AbstractContextManager[None]:
         """Errors of the block name the line of a step."""

@@ -30,7 +30,9 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     ),
     "keep": (),
     "regularize": ("weight", "granularity", "criteria", "schedule", "layers", "exclude", "proximal", *TIMES),
-    "distil": ("weight", "temperature", "features", "feature_weight", "schedule", "axis", *TIMES),
+    "distil": (
+        *("weight", "temperature", "loss", "features", "feature_weight", "feature_loss", "schedule", "axis", *TIMES),
+    ),
     "freeze": ("layers", *TIMES),
 }
 

@@ -42,9 +42,9 @@ class DistillCallback(TrainingCallback):
     Raises:
         TypeError: The teacher is no module, a loss is no function, or the features are not names.
         ValueError: A number is out of range, a name of a loss is unknown, the teacher has no layer of a given name, or
-            the feature loss has parameters that no optimizer would train. When a fit begins: the model has no layer of
-            a given name, the teacher shares parameters with the model, the Learner was pickled, which removes the
-            teacher, or `soft_targets` is used with a loss that does not compare classes.
+            the feature loss is given without features or has parameters that no optimizer would train. When a fit
+            begins: the model has no layer of a given name, the teacher shares parameters with the model, the Learner
+            was pickled, which removes the teacher, or `soft_targets` is used with a loss that does not compare classes.
 
     Example:
         learn.fit_one_cycle(5, cbs=[SparsifyCallback(0.9), DistillCallback(teacher, weight=0.5)])

@@ -28,7 +28,14 @@ from ..model.tensors import first_tensor
 from ..support.at_end import AtEnd
 from ..support.checks import check_number
 from ..support.registry import close_matches
-from .distillation_loss import check_compares_classes, is_of_classes, loss_function, options_of, scalar_loss
+from .distillation_loss import (
+    check_compares_classes,
+    distillation_losses,
+    is_of_classes,
+    loss_function,
+    options_of,
+    scalar_loss,
+)
 
 
 class Distillation:
@@ -63,7 +70,7 @@ class Distillation:
     Raises:
         TypeError: The teacher is no module, a loss is no function, or the features are not names.
         ValueError: A number is out of range, a name of a loss is unknown, the teacher has no layer of a given name, or
-            the feature loss has parameters that no optimizer would train.
+            the feature loss is given without features or has parameters that no optimizer would train.
 
     Example:
         >>> model, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
@@ -107,6 +114,10 @@ class Distillation:
             )
         self.teacher = teacher
         self.features = _feature_pairs(features)
+        if not self.features and self.feature_loss is not distillation_losses["mean_squared_error"]:
+            raise ValueError(
+                "distillation: feature_loss is given without features; pass features=, names of layers, or leave it out"
+            )
         _check_names(self.features.values(), teacher, "teacher")
         self.schedule = schedules.resolve(schedule)
         self._recorded: RecordedOutputs | None = None  # of the model, until the loss of the batch is computed

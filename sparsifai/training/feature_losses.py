@@ -25,8 +25,8 @@ def relational(student: Tensor, teacher: Tensor, distance_weight: float = 1.0, a
         angle: mean over the triplets of different i, j, k of h(c_ijk(s), c_ijk(t)),  c_ijk = cos of the angle at x_j
         loss = distance_weight * distance + angle_weight * angle
 
-    The cosine is 0 where two of the three examples are equal. The angles take memory of batch^2 times the features and
-    batch^3, so for large maps compare the layer that pools them, or set angle_weight=0.
+    The cosine is 0 where two of the three examples are equal. It takes memory of batch^2 times the features of an
+    example, so instead of large maps compare the layer that pools them.
 
     Source: Park et al., 2019, "Relational Knowledge Distillation" (arXiv:1904.05068). The default weights, 1 and 2, are
     those for metric learning; beside the cross entropy the paper has 25 and 50.

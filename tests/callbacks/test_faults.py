@@ -32,10 +32,10 @@ class Interrupted(SparsifyCallback):
             event()
 
     def before_step(self):
-        self._at(super().before_step) if self.options.regrow else super().before_step()
+        self._at(super().before_step) if self.pruning.regrows else super().before_step()
 
     def after_step(self):
-        super().after_step() if self.options.regrow else self._at(super().after_step)
+        super().after_step() if self.pruning.regrows else self._at(super().after_step)
 
 
 CASES = {

@@ -320,9 +320,9 @@ SPARSIFY = [
     (
         "two callbacks", fit_with_two, ValueError,
         [
-            "two SparsifyCallbacks in one fit would undo each other; use one with a dictionary of sparsities by layer, "
-            "prune in two fits (the second keeps the zeros of the first), or remove the other with "
-            "learn.remove_cb(SparsifyCallback)"
+            "fit: two SparsifyCallbacks both prune 0.weight, 10.weight, 12.weight and 2 others; give each of them its "
+            "own layers with layers= or exclude=, prune in two fits (the second keeps the zeros of the first), or "
+            "remove one of them"
         ],
     ),
     (

@@ -121,13 +121,6 @@ def test_a_fit_that_is_cancelled_before_its_first_batch_makes_no_sparsifier(make
     assert callback.sparsifier is None
 
 
-def test_two_callbacks_in_one_fit_are_refused(make_learner):
-    learn = make_learner(cbs=SparsifyCallback(0.5))
-    with pytest.raises(ValueError, match="two SparsifyCallbacks"):
-        learn.fit(1, cbs=SparsifyCallback(0.8))
-    assert len(learn.metrics) == 0
-
-
 def test_per_layer_targets_by_glob(make_learner):
     callback = SparsifyCallback({"[035]": 0.5, "1*": 0.9}, context="local", exclude="12")
     make_learner().fit(1, cbs=callback)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparsifai import agp, between, criteria, iterative, one_cycle
+from sparsifai import agp, between, criteria, distillation_losses, iterative, one_cycle, relational
 from sparsifai.recipes.axis_value import axis_value
 
 
@@ -26,3 +26,10 @@ def test_granularities_and_what_is_regrown():
     assert axis_value("granularity", ["out", "h"])(sizes) == axis_value("granularity", ("out", "h"))(sizes)
     assert axis_value("granularity", {"block": [2, 2]}) is not None
     assert axis_value("regrow", "grad") is criteria["grad"]
+
+
+@pytest.mark.parametrize("option", ["loss", "feature_loss"])
+def test_losses_of_a_teacher(option):
+    assert axis_value(option, "mean_squared_error") is distillation_losses["mean_squared_error"]
+    loss = axis_value(option, {"relational": {"angle_weight": 0}})
+    assert (loss.func, loss.keywords) == (relational, {"angle_weight": 0})

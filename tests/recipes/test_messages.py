@@ -69,8 +69,6 @@ ROWS = [
      ["line 1: steps.0: a step must be one of sparsify, keep, regularize, distil, freeze with its options, not 3"]),
     ("two keep", loads("steps: [keep, keep]"), ValueError,
      ["line 1: steps.1.keep: a second keep step; a fit has only one"]),
-    ("two sparsify", loads("steps:\n- sparsify: {sparsity: 0.5}\n- sparsify: {sparsity: 0.5}"), ValueError,
-     ["line 3: steps.1.sparsify: a second sparsify step; a fit has only one; give sparsity as {pattern: fraction}"]),
     ("options without names", loads("steps:\n- sparsify: 0.5"), ValueError,
      ["line 2: steps.0.sparsify: sparsify has options by name, such as sparsity:, not 0.5"]),
     ("options of keep", loads("steps:\n- keep: 0.5"), ValueError,
@@ -131,6 +129,11 @@ ROWS = [
      ["line 2: steps.0.distil: weight", "a number from 0 to 1, not 2"]),
     ("temperature", loads("steps:\n- distil:\n    temperature: 0"), ValueError,
      ["line 3: steps.0.distil.temperature: temperature must be above 0, not 0"]),
+    ("loss of a teacher", loads("steps:\n- distil:\n    loss: relation"), ValueError,
+     ["line 3: steps.0.distil.loss: unknown distillation loss 'relation'; did you mean 'relational'?"]),
+    ("option of a loss", loads("steps:\n- distil:\n    feature_loss: {relational: {angel_weight: 2}}"), ValueError,
+     ["line 3: steps.0.distil.feature_loss: distillation loss relational(angel_weight=2): relational has no such "
+      "option; it has distance_weight, angle_weight"]),
     # --- Times
     ("epochs of how many", sparsify(["sparsity: 0.5", "start: 2"]), ValueError,
      ["line 4: steps.0.sparsify.start: the time is 2 epochs, and the recipe does not say how many there are; give "

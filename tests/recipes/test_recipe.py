@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from work import at_most_calls
 
-from sparsifai import Recipe, Sparsifier
+from sparsifai import Recipe, Sparsifier, relational, similarity, soft_targets
 from sparsifai.recipes.sparseml.convert import convert
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
@@ -104,6 +104,21 @@ def test_the_options_of_straight_through_training_arrive_at_the_callback(make_le
     assert sparsifier.is_straight_through
     assert sparsifier.sparsity == pytest.approx(0.8, abs=1e-3)
     assert "80.00%" in str(recipe.plan(net()))
+
+
+@pytest.mark.fastai
+def test_a_recipe_with_losses_of_a_teacher(make_learner):
+    recipe = Recipe.loads(
+        "epochs: 1\nsteps:\n"
+        "- distil: {loss: {soft_targets: {temperature: 2}}, features: ['0'], feature_loss: similarity, end: 50%}\n"
+        "- distil: {weight: 0, features: {'0': '1'}, feature_loss: {relational: {angle_weight: 0}}}\n"
+    )
+    callbacks = recipe.callbacks(teacher=net())
+    first, second = (each.distillation for each in callbacks)
+    assert (first.output_loss.func, first.output_loss.keywords) == (soft_targets, {"temperature": 2})
+    assert (first.features, first.feature_loss) == ({"0": "0"}, similarity)
+    assert (second.feature_loss.func, second.feature_loss.keywords) == (relational, {"angle_weight": 0})
+    make_learner(net()).fit(recipe.epochs, cbs=callbacks)
 
 
 @pytest.mark.fastai
@@ -254,3 +269,60 @@ def test_expressions_of_a_recipe_are_computed_once():
     last = "  - !EpochRangeModifier {end_epoch: eval(v48 * 0 + 1)}\n"
     with at_most_calls(1_000_000):
         assert convert(f"{chain}modifiers:\n{last * 300}")[0]["epochs"] == 1
+
+
+# --- Several sparsify steps -------------------------------------------------------------------------------------------
+
+SEVERAL = """
+epochs: 4
+steps:
+- sparsify: {sparsity: 0.5, granularity: row, context: local, layers: '1', schedule: lin}
+- sparsify: {sparsity: 0.75, criteria: random, layers: '3', schedule: one_shot, start: 2}
+"""
+
+
+@pytest.mark.filterwarnings("ignore:near collapse")
+def test_several_sparsify_steps_are_planned_as_one():
+    recipe, model = Recipe.loads(SEVERAL), net()
+    plan = recipe.plan(model, n_iter=5, example_input=torch.zeros(1, 2, 8, 8))
+    first, second = (layer.size for layer in plan.layers)
+    assert (first.left, second.left) == (1024, 12)
+    assert (plan.selected.weights, plan.selected.left) == (2096, 1036)
+    assert (plan.model.weights, plan.model.left) == (2096 + 19, 1036 + 19)
+    assert plan.model.bytes - plan.model.bytes_left == plan.selected.bytes - plan.selected.bytes_left
+    assert plan.model.flops == 2 * 2096
+    expected = [(0.5 * epoch / 4 * 2048 + (0.75 if epoch >= 2 else 0) * 48) / 2096 for epoch in range(1, 5)]
+    assert plan.levels == pytest.approx(expected)
+    assert "Plan for 50.00% zeros (row, local" in str(plan)
+    assert "Plan for 75.00% zeros (weight, global" in str(plan)
+
+
+def test_several_sparsify_steps_are_applied_at_once():
+    model = net()
+    several = Recipe.loads(SEVERAL).apply(model)
+    assert (model[1].weight == 0).all(1).sum() == 8
+    assert (model[3].weight == 0).sum() == 36
+    assert several.sparsity == (1024 + 36) / 2096
+
+
+@pytest.mark.fastai
+def test_several_sparsify_steps_are_trained_in_one_fit(make_learner):
+    pytest.importorskip("fastai", reason="the callbacks need fastai")
+    recipe, learn = Recipe.loads(SEVERAL), make_learner(net())
+    assert Recipe.loads(recipe.dumps()) == recipe
+    learn.fit(recipe.epochs, 0.1, cbs=recipe.callbacks())
+    assert (learn.model[1].weight == 0).all(1).sum() == 8
+    assert (learn.model[3].weight == 0).sum() == 36
+    results = recipe.recorded(learn).content["results"]
+    assert results["layers"] == {"1.weight": 0.5, "3.weight": 0.75}
+
+
+@pytest.mark.filterwarnings("ignore:near collapse")
+def test_several_sparsify_steps_of_the_same_layer_are_refused():
+    recipe = Recipe.loads("steps: [sparsify: {sparsity: 0.5}, sparsify: {sparsity: 0.7, layers: '3'}]")
+    model = net()
+    before = model[3].weight.detach().clone()
+    for use in (recipe.apply, recipe.plan):
+        with pytest.raises(ValueError, match="both prune 3.weight"):
+            use(model)
+    assert torch.equal(model[3].weight, before)

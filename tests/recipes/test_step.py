@@ -19,7 +19,7 @@ def test_the_options_of_a_step_are_the_arguments_of_its_callback():
         "freeze": FreezeCallback,
     }
     # Functions and data, which a file cannot hold, and a second name of `sparsity`.
-    left_out = {"teacher", "loss", "feature_loss", "calibration", "example_input", "compression_ratio"}
+    left_out = {"teacher", "calibration", "example_input", "compression_ratio"}
     for kind, callback in kinds.items():
         arguments = set(inspect.signature(callback).parameters) - left_out
         assert arguments == set(OPTIONS[kind]) - (

@@ -81,6 +81,15 @@ def soft_targets(*shape):
     return lambda: sparsifai.soft_targets(torch.zeros(shape), torch.zeros(shape), 4.0, 1)
 
 
+def compared(loss, *shapes):
+    return lambda: sparsifai.distillation_losses[loss](*map(torch.zeros, shapes))
+
+
+def not_recorded():
+    distillation = sparsifai.Distillation(small_net(), features="0")
+    distillation.loss(torch.tensor(1.0), small_net()(torch.zeros(2, 2, 8, 8)), torch.zeros(2, 2, 8, 8), 0.0)
+
+
 def fastai_loss(name):
     import fastai.losses
 
@@ -123,6 +132,26 @@ DISTILL = [
         [
             "distillation: feature_loss must be a name of distillation_losses or a function of (student, teacher), not "
             "None"
+        ],
+    ),
+    (
+        "feature_loss without features", distill(feature_loss="similarity"), ValueError,
+        ["distillation: feature_loss is given without features; pass features=, names of layers, or leave it out"],
+    ),
+    (
+        "unknown loss", distill(loss="soft_target"), ValueError,
+        ["unknown distillation loss 'soft_target'; did you mean 'soft_targets'?"],
+    ),
+    (
+        "a loss of one output", distill(loss=torch.nn.Softmax), ValueError,
+        ["distillation loss Softmax must be a function of (student, teacher) (too many positional arguments)"],
+    ),
+    (
+        "a loss with an option that it does not have",
+        distill(features="0", feature_loss=partial(sparsifai.relational, angel_weight=1)), ValueError,
+        [
+            "distillation loss relational(angel_weight=1): relational has no such option; it has distance_weight, "
+            "angle_weight"
         ],
     ),
     ("features with a number", distill(features={"0": 1}), TypeError, [FEATURES + "{'0': 1}"]),
@@ -194,6 +223,36 @@ DISTILL = [
     ),
     ("soft targets of one class", soft_targets(4, 1), ValueError, [NO_CLASSES.format((4, 1))]),
     ("soft targets of one axis", soft_targets(4), ValueError, [NO_CLASSES.format((4,))]),
+    (
+        "relations of other examples", compared("relational", (4, 2), (3, 2)), ValueError,
+        [
+            "relational compares the examples of one batch, which both nets must have along their first axis, but the "
+            "shapes are (4, 2) and (3, 2)"
+        ],
+    ),
+    ("similarity of numbers", compared("similarity", (), ()), ValueError, ["the shapes are () and ()"]),
+    (
+        "attention without positions", compared("attention_transfer", (4, 2), (4, 2)), ValueError,
+        [
+            "attention_transfer compares maps, both of shape (batch, channels, ...) or both of shape (batch, tokens, "
+            "channels), not the shapes (4, 2) and (4, 2)"
+        ],
+    ),
+    (
+        "attention of other tokens", compared("attention_transfer", (4, 5, 2), (4, 6, 2)), ValueError,
+        [
+            "attention_transfer compares the positions of the same examples, but the shapes (4, 5, 2) and (4, 6, 2) "
+            "differ in examples or tokens; choose layers that agree in them, or pass channels=1 if the channels are "
+            "axis 1"
+        ],
+    ),
+    (
+        "features that were not recorded", not_recorded, ValueError,
+        [
+            "distillation: the outputs of the layers were not recorded; call the model inside of `with "
+            "distillation.recording(model):`"
+        ],
+    ),
     *(
         (
             f"soft targets with {name}", distill_fit(loss_func=loss_func), ValueError,
