@@ -12,7 +12,6 @@ from torch import nn
 from ..axes.quantity import CALIBRATED
 from ..gradual.gradual_pruning import GradualPruning
 from ..gradual.gradual_sparsifier import GradualSparsifier
-from ..sparsifier.layer import FROZEN
 from ..sparsifier.masking import parameters_of
 from ..sparsifier.notices import LARGE_PART
 from ..sparsifier.sparsifier import Sparsifier
@@ -79,20 +78,6 @@ def check_parts(parts: Sequence[Any]) -> None:
             )
     if not parts:
         raise ValueError("TrainingManager: there is nothing to do; pass a part, such as Sparsify(0.9)")
-
-
-def check_disjoint(sparsifiers: Sequence[Sparsifier]) -> None:
-    """Refuse Sparsifiers that prune the same layer, now or once it is not frozen any more."""
-    seen: set[str] = set()
-    for sparsifier in sparsifiers:
-        layers = sparsifier.layers.items()
-        names = {name for name, layer in layers if layer.is_selected or layer.why_dense == FROZEN}
-        if both := sorted(seen & names):
-            raise ValueError(
-                f"TrainingManager: two Sparsify parts prune {in_short(both)}; give each layers= or exclude=, so that "
-                "no layer is in both"
-            )
-        seen |= names
 
 
 def _show(sparsifier: Sparsifier, batches: Any, loss_func: Callable | None, anew: bool) -> None:

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from ..model.norms import check_fused_norms
 from ..model.parallel import unwrapped
-from ..model.zeros import Count
 from ..sparsifier.notices import notices_of_starved
 from ..sparsifier.options import highest
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
+from ..sparsifier.sparsifiers import Sparsifiers, check_apart, sparsity_of
 from ..support.checks import check_count
 from ..support.warning import warn
 from .kept_zeros import KeptZeros
-from .making import check_disjoint, check_parts, check_steps, gradual_of
+from .making import check_parts, check_steps, gradual_of
 from .parts import Acting, Distil, Keep, Part, Sparsify
 
 
@@ -49,7 +49,7 @@ class ManagedTraining:
         self._is_prepared = self._has_loss = self._is_closed = self._has_begun = False
         prunings = [part.pruning for part in parts if isinstance(part, Sparsify)]
         self._gradual = [gradual_of(pruning, model, optimizer, loss_func, example_input) for pruning in prunings]
-        check_disjoint(self.sparsifiers)
+        check_apart("TrainingManager", "Sparsify parts", self.sparsifiers)
         # The loss of the labels has a smaller share beside a teacher, a penalty has not.
         ordered = sorted(parts, key=lambda part: not isinstance(part, Distil))
         acting = (part.acting(model, optimizer, loss_func, example_input) for part in ordered)
@@ -107,10 +107,7 @@ class ManagedTraining:
     @property
     def sparsity(self) -> float:
         """Measured sparsity: zeros over weights of the layers that are pruned or kept sparse."""
-        layers = [each for one in self.sparsifiers for each in one.layers.values() if each.is_selected]
-        if not layers:
-            return self.report().selected.sparsity
-        return Count.of(*(layer.parameter for layer in layers)).sparsity
+        return sparsity_of(self.sparsifiers) if self._gradual else self.report().selected.sparsity
 
     def report(self) -> Report:
         """Count the zeros of each layer and of the whole model.
@@ -118,8 +115,8 @@ class ManagedTraining:
         Returns:
             A table; its `plot` draws it.
         """
-        if len(self._gradual) == 1:
-            return self.sparsifiers[0].report()
+        if self._gradual:
+            return Sparsifiers(self.sparsifiers).report()
         return Report.of(unwrapped(self.model), self.masks or None)
 
     def state_dict(self) -> dict[str, Any]:

@@ -116,7 +116,8 @@ ROWS = [
      "TrainingManager: 66.67% of the weights to prune (0.weight) are not in the optimizer, so they are pruned but "
      "never trained; give them to the optimizer, or name the layers to prune in layers="),
     ("two parts for a layer", lambda: made(Sparsify(0.5, layers="0"), Sparsify(0.5)), ValueError,
-     "TrainingManager: two Sparsify parts prune 0.weight; give each layers= or exclude=, so that no layer is in both"),
+     "TrainingManager: two Sparsify parts both prune 0.weight; give each of them its own layers with layers= or "
+     "exclude="),
     ("wanda without data", lambda: made(Sparsify(0.5, criteria="wanda")), ValueError,
      "TrainingManager: criterion wanda needs data before the first masks are made, which a loop does not show; pass "
      "calibration=, a list of batches, to Sparsify, and loss_func= to the manager if it needs gradients"),
