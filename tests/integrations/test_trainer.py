@@ -229,6 +229,29 @@ def test_the_steps_are_those_of_a_plain_loop(tmp_path):
         torch.testing.assert_close(one, other)
 
 
+class Counts(Net):
+    """Divides the loss by the number of labels in all batches of a step, as language models do."""
+
+    def forward(self, inputs, labels=None, num_items_in_batch=None, **rest):
+        output = super().forward(inputs, labels)
+        if num_items_in_batch is not None:
+            output.loss = output.loss * len(labels) / num_items_in_batch
+        return output
+
+
+def test_penalties_and_a_teacher_have_their_share_in_a_loss_that_several_batches_divide(tmp_path):
+    weights = []
+    for kind in (Net, Counts):
+        torch.manual_seed(0)
+        callback = SparsifyCallback([Sparsify(0.5), Regularize(0.1), Distil(net(7), 0.7)])
+        training = trainer(tmp_path, callback, model=kind(), evaluates="no", gradient_accumulation_steps=3)
+        assert training.model_accepts_loss_kwargs == (kind is Counts)
+        training.train()
+        weights.append(list(training.model.parameters()))
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 class Metric:
     """A metric that is best at the first evaluation, and second best at the last but one."""
 

@@ -7,14 +7,20 @@ import torch
 from conftest import has_ties, misses_sparsity, small_learner, small_net
 from torch import nn
 
-from sparsifai import Freeze, Keep, Regularize, Sparsify, TrainingManager
+from sparsifai import Distil, Freeze, Keep, Regularize, Sparsify, TrainingManager
 
 pytest.importorskip("fastai", reason="compares with a Learner")
 from fastai.callback.core import Callback  # noqa: E402
 from fastai.callback.training import GradientClip  # noqa: E402
 from fastai.optimizer import OptimWrapper  # noqa: E402
 
-from sparsifai import FreezeCallback, KeepSparsity, RegularizeCallback, SparsifyCallback  # noqa: E402
+from sparsifai import (  # noqa: E402
+    DistillCallback,
+    FreezeCallback,
+    KeepSparsity,
+    RegularizeCallback,
+    SparsifyCallback,
+)
 
 pytestmark = [
     pytest.mark.fastai,
@@ -23,7 +29,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(?s).*straight_through. no gradient reaches whole outputs"),
 ]
 
-CALLBACKS = {Sparsify: SparsifyCallback, Keep: KeepSparsity, Regularize: RegularizeCallback, Freeze: FreezeCallback}
+CALLBACKS = {
+    Sparsify: SparsifyCallback, Keep: KeepSparsity, Regularize: RegularizeCallback, Freeze: FreezeCallback,
+    Distil: DistillCallback,
+}  # fmt: skip
 OPTIMIZERS = {
     "SGD": partial(torch.optim.SGD, momentum=0.9, weight_decay=0.01),
     "AdamW": partial(torch.optim.AdamW, weight_decay=0.1),
@@ -66,8 +75,8 @@ def in_a_loop(model, parts, optimizer, clip, epochs, learn):
     for _ in range(epochs):
         for inputs, targets in batches:
             optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(inputs), targets)
-            manager.loss(loss).backward()
+            output = model(inputs)
+            manager.loss(nn.functional.cross_entropy(output, targets), output, inputs).backward()
             if clip:
                 manager.before_step()
                 nn.utils.clip_grad_norm_(model.parameters(), 0.1)
@@ -99,6 +108,21 @@ CASES = {
     ),
     "a penalty": ([(Regularize, (0.02,), {"granularity": "filter"}), sparsify(0.5)], "SGD", False),
     "proximal": ([(Regularize, (0.05,), {"granularity": "filter", "proximal": True}), sparsify(0.5)], "SGD", False),
+    "several": (
+        [
+            sparsify(0.5, "filter", "local", layers="0", schedule="cos"),
+            sparsify(0.6, layers="3", regrow="grad", every=2, initial_sparsity=0.3),
+            sparsify(0.7, layers=["10", "12"], straight_through=True),
+        ],
+        "SGD", True,
+    ),
+    "a teacher and a penalty": (
+        [
+            (Distil, (net(),), {"weight": 0.7, "features": ["0"], "schedule": "lin"}), (Regularize, (0.01,), {}),
+            sparsify(0.5),
+        ],
+        "AdamW", False,
+    ),
     "frozen": ([sparsify(0.7), (Freeze, (["0", "3"],), {"end": 0.5})], "SGD", False),
 }  # fmt: skip
 

@@ -185,6 +185,14 @@ def test_parts_prune_their_own_layers():
     assert not manager.model[2].bias[(manager.model[2].weight == 0).all(1)].any()
 
 
+def test_the_manager_of_a_recipe_with_several_sparsify_steps():
+    steps = [{"sparsify": {"sparsity": 0.8, "layers": ["0"]}}, {"sparsify": {"sparsity": 0.5, "layers": ["2", "4"]}}]
+    model = net()
+    manager = Recipe({"epochs": 3, "steps": steps}).manager(model, torch.optim.SGD(model.parameters(), 0.05), STEPS)
+    train(manager)
+    assert [each.sparsity for each in manager.sparsifiers] == pytest.approx([0.8, 0.5], abs=0.01)
+
+
 def test_the_manager_of_a_recipe():
     recipe = Recipe.loads("""
     epochs: 3
