@@ -154,6 +154,7 @@ def compensated(
     for name, curvature in passes.curvatures():
         values = _of_first(curvature.fitted(losing[name].parameter, new.masks[name]), process_group)
         weights[name] = values if kind.needs_loss else passes.replaced(name, values)
+        del curvature  # before the next one is made
     parameters = {name: weight.parameter for name, weight in losing.items()}
     notices = [*new.notices, *_notices_of_uncompensated(parameters, weights, layers)]
     return replace(new, notices=notices, weights=[(parameters[name], values) for name, values in weights.items()])
@@ -199,6 +200,7 @@ def swept_masks(
         values, kept = swept(layer.parameter, curvature, criterion, choice, width)
         masks[name] = layer.mask_of(_of_first(kept, process_group).reshape(-1))
         weights[name] = passes.replaced(name, _of_first(values * masks[name], process_group))
+        del curvature, choice, alive, kept  # before the next one is made
         if not weights[name].isfinite().all():
             raise ValueError(
                 f"sparsify: the new weights of {printable(name)} leave the range of {values.dtype}; give the criterion "
