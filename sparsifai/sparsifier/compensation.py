@@ -86,17 +86,16 @@ def check_compensated(options: Options, layers: Layers) -> None:
         if is_sharded(layer.parameter):
             raise ValueError(
                 f"compensate: {printable(name)} is sharded by fully_shard, and the curvature of a layer needs its "
-                "whole weight in one process; prune before fully_shard, or pass compensate=False"
+                "whole weight in one process; prune before fully_shard, or without compensate= and by another criterion"
             )
         if layer.parameter.is_complex():
             raise ValueError(
                 f"compensate: {printable(name)} is complex, and curvatures are computed of real weights alone; leave "
-                "it out with exclude=, or pass compensate=False"
+                "it out with exclude=, or prune without compensate= and by another criterion"
             )
     what = name_of(options.granularity)
-    if capability(options.granularity, "joint", False) or (
-        options.compensate and layers and all(layer.grouping.drops_outputs for layer in layers.values())
-    ):
+    of_outputs = layers and all(layer.grouping.drops_outputs for layer in layers.values())
+    if options.compensate and (of_outputs or capability(options.granularity, "joint", False)):
         raise ValueError(
             f"compensate: with granularity {what} whole outputs are pruned, of which no weight stays that could make "
             "up for the others; choose smaller groups, such as 'weight', or pass compensate=False"

@@ -438,3 +438,11 @@ def test_on_a_gpu_all_is_as_on_the_cpu(criterion, context):
     for name, mask in seen[0][0].items():
         assert torch.equal(mask, seen[1][0][name].cpu())
         assert torch.allclose(seen[0][1][name], seen[1][1][name].cpu(), atol=1e-6)
+
+
+def test_heads_are_scored_by_obs_without_compensation():
+    model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    sparsifier = Sparsifier(model, "head", criteria="obs", compensate=False)
+    sparsifier.calibrate([(torch.randn(3, 5, 16), torch.randn(3, 5, 16)) for _ in range(4)], F.mse_loss)
+    sparsifier.sparsify(0.5)
+    assert sparsifier.sparsity == pytest.approx(0.5, abs=0.01)
