@@ -55,9 +55,13 @@ from .export.shrunk_file import load_shrunk, save_shrunk
 from .export.sparse_file import SparseFile, load_sparse, save_sparse
 from .export.two_four import SemiStructured, semi_structured_layers, to_semi_structured
 from .gradual.plan_table import Plan
+from .loops.manager import TrainingManager
+from .loops.parts import Distil, Freeze, Keep, Regularize, Sparsify
 from .model.joint.attention_kinds import register_attention
 from .model.joint.mlp import register_mlp
 from .model.layers import register_layer
+from .quantization.quantized import Quantized, load_quantized
+from .quantization.static import quantize
 from .sparsifier.given_masks import from_torch_prune
 from .sparsifier.report import Report
 from .sparsifier.sparsifier import Sparsifier
@@ -75,6 +79,7 @@ if TYPE_CHECKING:
     from .callbacks.freeze import FreezeCallback
     from .callbacks.keep import KeepSparsity
     from .callbacks.sparsify import SparsifyCallback
+    from .quantization.quantize_callback import QuantizeCallback
     from .recipes.recipe import Recipe
     from .training.distill import DistillCallback
     from .training.lottery import lottery_ticket
@@ -85,6 +90,7 @@ _NEED_FASTAI = {
     "DistillCallback": ".training.distill",
     "FreezeCallback": ".callbacks.freeze",
     "KeepSparsity": ".callbacks.keep",
+    "QuantizeCallback": ".quantization.quantize_callback",
     "RegularizeCallback": ".training.regularize",
     "SparsifyCallback": ".callbacks.sparsify",
     "lottery_ticket": ".training.lottery",
@@ -92,13 +98,19 @@ _NEED_FASTAI = {
 
 __all__ = [
     "Comparison",
+    "Distil",
     "DistillCallback",
     "Distillation",
+    "Freeze",
     "FreezeCallback",
+    "Keep",
     "KeepSparsity",
     "LotteryTickets",
     "Plan",
+    "QuantizeCallback",
+    "Quantized",
     "Recipe",
+    "Regularize",
     "RegularizeCallback",
     "Regularizer",
     "Report",
@@ -108,8 +120,10 @@ __all__ = [
     "SparseFile",
     "Sparsifier",
     "Sparsifiers",
+    "Sparsify",
     "SparsifyCallback",
     "Ticket",
+    "TrainingManager",
     "ac_dc",
     "agp",
     "along",
@@ -139,6 +153,7 @@ __all__ = [
     "large_init",
     "large_init_large_final",
     "lin",
+    "load_quantized",
     "load_shrunk",
     "load_sparse",
     "local",
@@ -152,6 +167,7 @@ __all__ = [
     "one_cycle",
     "one_shot",
     "quantities",
+    "quantize",
     "raised",
     "register_attention",
     "register_layer",
