@@ -183,8 +183,11 @@ class InputCurvature:
         return WeightRows(weight)
 
     def finished(self, form: WeightRows, total: Tensor, count: int) -> Curvature:
-        """The curvature from the sum of X X^T. Where an input is always zero, the mean of the diagonal stands in it."""
-        matrices = total * (2 / count)
+        """The curvature from the sum of X X^T, which is changed.
+
+        Where an input is always zero, the mean of the diagonal stands in it.
+        """
+        matrices = total.mul_(2 / count)
         diagonal = matrices.diagonal(dim1=-2, dim2=-1)
         dead, mean = diagonal == 0, diagonal.mean(-1, keepdim=True)
         diagonal += (self.damping + dead.to(mean)) * torch.where(mean == 0, 1, mean)
@@ -217,8 +220,8 @@ class FisherCurvature:
         return BlockRows(weight, self.block_size)
 
     def finished(self, form: BlockRows, total: Tensor, count: int) -> Curvature:
-        """The curvature from the sum of g g^T."""
-        matrices = total / count
+        """The curvature from the sum of g g^T, which is changed."""
+        matrices = total.div_(count)
         matrices.diagonal(dim1=-2, dim2=-1).add_(self.damping)
         return Curvature(form, matrices, torch.zeros_like(matrices[:, 0], dtype=torch.bool))
 

@@ -254,7 +254,10 @@ def inverse_curvature(source: QuantitySource, name: str) -> Tensor:
 
 def _inverse_diagonals(source: QuantitySource) -> dict[str, Tensor]:
     """The diagonals of the inverse curvatures of all layers."""
-    diagonals = {name: curvature.inverse_diagonal() for name, curvature in source.curvatures()}
+    diagonals = {}
+    for name, curvature in source.curvatures():
+        diagonals[name] = curvature.inverse_diagonal()
+        del curvature  # before the next one is made
     for name, layer in source.layers.items():
         if name not in diagonals:
             raise UnsuitableLayerError(

@@ -38,8 +38,8 @@ def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None, 
         anew: Whether gradients of past steps are not enough in any case, because layers have joined. Default False.
     """
     collected = sparsifier.collected
-    in_passes = sparsifier.looks_at_data and not collected.looks_at_data
-    if not in_passes and not (collected.looks_at_data and (anew or collected.at(*CALIBRATED) or collected.missing())):
+    means_are_short = collected.looks_at_data and (anew or collected.at(*CALIBRATED) or collected.missing())
+    if not (sparsifier.runs_batches or means_are_short):
         return
     collected.may_skip = batches is None
     if batches is None and learn.xb[0] is not None:

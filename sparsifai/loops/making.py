@@ -14,6 +14,7 @@ from ..gradual.gradual_pruning import GradualPruning
 from ..gradual.gradual_sparsifier import GradualSparsifier
 from ..sparsifier.masking import parameters_of
 from ..sparsifier.notices import LARGE_PART
+from ..sparsifier.options import reads_passes
 from ..sparsifier.sparsifier import Sparsifier
 from ..support.listing import in_short
 from ..support.registry import name_of
@@ -41,9 +42,12 @@ def gradual_of(
     sparsifier.wait_for_frozen()
     collected, has_data = sparsifier.collected, pruning.calibration is not None
     collected.may_skip = not has_data
-    if not has_data and (collected.at(*CALIBRATED) or (collected.missing() and pruning.ramp.at(0.0))):
+    means_are_short = collected.at(*CALIBRATED) or (collected.missing() and pruning.ramp.at(0.0))
+    if not has_data and (sparsifier.runs_batches or means_are_short):
+        by_criterion = means_are_short or reads_passes(collected.criterion)
+        what = f"criterion {name_of(collected.criterion)}" if by_criterion else "compensate=True"
         raise ValueError(
-            f"TrainingManager: criterion {name_of(collected.criterion)} needs data before the first masks are made, "
+            f"TrainingManager: {what} needs data before the first masks are made, "
             "which a loop does not show; pass calibration=, a list of batches, to Sparsify, and loss_func= to the "
             "manager if it needs gradients"
         )
@@ -83,9 +87,9 @@ def check_parts(parts: Sequence[Any]) -> None:
 def _show(sparsifier: Sparsifier, batches: Any, loss_func: Callable | None, anew: bool) -> None:
     """Collect what a criterion needs of data, unless the gradients of past steps are enough. anew: they are not."""
     collected = sparsifier.collected
-    if batches is None or not collected.looks_at_data:
+    if batches is None or not sparsifier.looks_at_data:
         return
-    if anew or collected.at(*CALIBRATED) or collected.missing():
+    if anew or sparsifier.runs_batches or collected.at(*CALIBRATED) or collected.missing():
         sparsifier.calibrate(batches, loss_func)
         # Start anew with the next gradients, so that no batch counts twice.
         collected.begins = collected.begins.union(collected.at("backward"))

@@ -76,7 +76,7 @@ class Sparsify(Part):
     Args:
         *arguments: sparsity, granularity, context, criteria and schedule, as of SparsifyCallback.
         **options: These and the others by name. `calibration` is a list of batches as `Sparsifier.calibrate` takes
-            them. Criteria that need inputs or a loss cannot do without it.
+            them. Criteria that need inputs or a loss, and compensate, cannot do without it.
 
     Raises:
         TypeError: An argument has the wrong type.

@@ -86,17 +86,16 @@ def check_compensated(options: Options, layers: Layers) -> None:
         if is_sharded(layer.parameter):
             raise ValueError(
                 f"compensate: {printable(name)} is sharded by fully_shard, and the curvature of a layer needs its "
-                "whole weight in one process; prune before fully_shard, or pass compensate=False"
+                "whole weight in one process; prune before fully_shard, or without compensate= and by another criterion"
             )
         if layer.parameter.is_complex():
             raise ValueError(
                 f"compensate: {printable(name)} is complex, and curvatures are computed of real weights alone; leave "
-                "it out with exclude=, or pass compensate=False"
+                "it out with exclude=, or prune without compensate= and by another criterion"
             )
     what = name_of(options.granularity)
-    if capability(options.granularity, "joint", False) or (
-        options.compensate and layers and all(layer.grouping.drops_outputs for layer in layers.values())
-    ):
+    of_outputs = layers and all(layer.grouping.drops_outputs for layer in layers.values())
+    if options.compensate and (of_outputs or capability(options.granularity, "joint", False)):
         raise ValueError(
             f"compensate: with granularity {what} whole outputs are pruned, of which no weight stays that could make "
             "up for the others; choose smaller groups, such as 'weight', or pass compensate=False"
@@ -154,6 +153,7 @@ def compensated(
     for name, curvature in passes.curvatures():
         values = _of_first(curvature.fitted(losing[name].parameter, new.masks[name]), process_group)
         weights[name] = values if kind.needs_loss else passes.replaced(name, values)
+        del curvature  # before the next one is made
     parameters = {name: weight.parameter for name, weight in losing.items()}
     notices = [*new.notices, *_notices_of_uncompensated(parameters, weights, layers)]
     return replace(new, notices=notices, weights=[(parameters[name], values) for name, values in weights.items()])
@@ -199,6 +199,7 @@ def swept_masks(
         values, kept = swept(layer.parameter, curvature, criterion, choice, width)
         masks[name] = layer.mask_of(_of_first(kept, process_group).reshape(-1))
         weights[name] = passes.replaced(name, _of_first(values * masks[name], process_group))
+        del curvature, choice, alive, kept  # before the next one is made
         if not weights[name].isfinite().all():
             raise ValueError(
                 f"sparsify: the new weights of {printable(name)} leave the range of {values.dtype}; give the criterion "

@@ -96,13 +96,15 @@ class Passes:
     def curvatures(self) -> Iterator[tuple[str, Curvature]]:
         """Yield parameter names and curvatures, in the order in which the layers run.
 
-        One curvature is in memory after the other. What `replaced` has given a layer counts for those behind it. Layers
-        are left out whose weight is not multiplied with their input, or whose input is not seen.
+        One curvature is in memory after the other, if the caller deletes what it got. What `replaced` has given a
+        layer counts for those behind it. Layers are left out whose weight is not multiplied with their input, or whose
+        input is not seen.
 
         Raises:
             ValueError: The model fails on a batch, no gradient reaches a layer, or there is NaN or inf.
         """
-        yield from self._fisher() if self._kind.needs_loss else self._of_inputs()
+        if self._layers:
+            yield from self._fisher() if self._kind.needs_loss else self._of_inputs()
 
     def replaced(self, name: str, values: Tensor) -> Tensor:
         """Give a layer of the copy of the model other weights. Returns the tensor that holds them."""
@@ -118,6 +120,7 @@ class Passes:
             curvature = self._from_inputs(names[0], calls[names[0]])
             for name in names:
                 yield name, replace(curvature, form=self._kind.form_of(self._layers[name]))
+            del curvature  # before the next one is made
 
     def _calls(self) -> dict[str, _Calls]:
         """The calls of all layers whose columns are seen, in the order in which they run."""

@@ -503,7 +503,12 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
     @property
     def looks_at_data(self) -> bool:
         """Whether masks, or the weights that stay, depend on batches, so that `calibrate` is called for them."""
-        return self.collected.looks_at_data or makes_passes(self.ranking.options)
+        return self.collected.looks_at_data or self.runs_batches
+
+    @property
+    def runs_batches(self) -> bool:
+        """Whether the batches of `calibrate` are run whenever weights are pruned, by the criterion or to compensate."""
+        return makes_passes(self.ranking.options)
 
     def collect_gradients(self) -> None:
         """Collect the gradients for a criterion that needs them. Call it after backward, before they are masked.

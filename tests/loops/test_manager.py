@@ -304,6 +304,13 @@ def test_criteria_of_data_are_calibrated():
     train(manager)
 
 
+def test_weights_make_up_for_others_while_the_sparsity_grows():
+    batches = [batch(number) for number in range(2)]
+    for options in ({"compensate": True}, {"criteria": "obs"}, {"criteria": "sparsegpt", "context": "local"}):
+        manager = made(Sparsify(0.5, calibration=batches, schedule="lin", **options), loss_func=cross_entropy)
+        assert train(manager).sparsity == pytest.approx(0.5, abs=0.002)
+
+
 def test_zeros_of_before_are_kept_and_the_user_is_warned_of_more_than_was_asked_for():
     model = net()
     with torch.no_grad():

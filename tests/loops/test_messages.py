@@ -121,6 +121,9 @@ ROWS = [
     ("wanda without data", lambda: made(Sparsify(0.5, criteria="wanda")), ValueError,
      "TrainingManager: criterion wanda needs data before the first masks are made, which a loop does not show; pass "
      "calibration=, a list of batches, to Sparsify, and loss_func= to the manager if it needs gradients"),
+    *((f"{name} without data", lambda options=options: made(Sparsify(0.5, **options)), ValueError,
+       f"TrainingManager: {name} needs data before the first masks are made, ...")
+      for name, options in {"compensate=True": {"compensate": True}, "criterion obs": {"criteria": "obs"}}.items()),
     ("gradients at once", lambda: made(Sparsify(0.5, criteria="taylor", schedule="one_shot")), ValueError,
      "TrainingManager: criterion taylor needs data..."),
     ("no such layer", lambda: made(Sparsify(0.5, layers="9")), ValueError, "...matches '9'..."),

@@ -1,6 +1,7 @@
 """Weights that stay make up for those that are pruned: exact solutions, and that nothing else changes."""
 
 import copy
+import gc
 import pickle
 from functools import partial
 
@@ -218,6 +219,23 @@ def test_blocks_are_computed_in_parts_of_the_size_of_the_largest_layer(monkeypat
     assert len(runs) == 2 * 2  # the two small layers together
 
 
+@pytest.mark.parametrize("criterion", ["large_final", "wanda", "sparsegpt", "obs"])
+def test_one_curvature_is_in_memory_at_a_time(criterion, monkeypatch):
+    from sparsifai.axes.curvature import Curvature
+    from sparsifai.sparsifier import passes
+
+    alive, zeros_for = [], passes.zeros_for
+
+    def seen(kind, weight):
+        alive.append(sum(type(each) is Curvature for each in gc.get_objects()))
+        return zeros_for(kind, weight)
+
+    monkeypatch.setattr(passes, "zeros_for", seen)
+    pruned(small_net(), batches(1), 0.5, "weight", "local", criterion, loss=F.cross_entropy)
+    assert len(alive) == (10 if criterion == "obs" else 5)
+    assert not any(alive)
+
+
 def test_a_criterion_of_ones_own_may_use_the_curvature_of_inputs():
     layer, value = nn.Linear(6, 4).double(), torch.randn(20, 6).double() @ torch.randn(6, 6).double()
     model = nn.Sequential(copy.deepcopy(layer))
@@ -403,3 +421,28 @@ def test_whole_inputs_are_compensated_and_can_be_removed():
         assert sparsifier.sparsity == 0.5
     assert errors[True] < 0.7 * errors[False]
     assert shrink(other, data[0])[2].in_channels == 4
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("criterion", ["large_final", "obs", "sparsegpt"])
+@pytest.mark.parametrize("context", ["local", "per_output"])
+def test_on_a_gpu_all_is_as_on_the_cpu(criterion, context):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=2), nn.Flatten(), nn.Linear(96, 3))
+    seen = []
+    for device in ("cpu", "cuda"):
+        other = copy.deepcopy(model).double().to(device)
+        data = [(inputs.double().to(device), labels.to(device)) for inputs, labels in batches(3)]
+        sparsifier = pruned(other, data, 0.5, "weight", context, criterion, loss=F.cross_entropy)
+        seen.append((sparsifier.masks, other.state_dict()))
+    for name, mask in seen[0][0].items():
+        assert torch.equal(mask, seen[1][0][name].cpu())
+        assert torch.allclose(seen[0][1][name], seen[1][1][name].cpu(), atol=1e-6)
+
+
+def test_heads_are_scored_by_obs_without_compensation():
+    model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    sparsifier = Sparsifier(model, "head", criteria="obs", compensate=False)
+    sparsifier.calibrate([(torch.randn(3, 5, 16), torch.randn(3, 5, 16)) for _ in range(4)], F.mse_loss)
+    sparsifier.sparsify(0.5)
+    assert sparsifier.sparsity == pytest.approx(0.5, abs=0.01)

@@ -836,7 +836,7 @@ COMPENSATION = [
     ("compensated complex weights", lambda: Sparsifier(nn.Linear(4, 2, dtype=torch.cfloat), compensate=True),
      ValueError,
      "compensate: weight is complex, and curvatures are computed of real weights alone; leave it out with exclude=, or "
-     "pass compensate=False"),
+     "prune without compensate= and by another criterion"),
     *((f"sparsegpt with {name}", lambda options=options: Sparsifier(
         small_net(), **{"context": "local", "criteria": "sparsegpt", **options}), ValueError,
        f"criterion sparsegpt {ALONE}straight_through= or regrow=") for name, options in {
