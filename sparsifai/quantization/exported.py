@@ -87,6 +87,9 @@ def export_float(model: nn.Module, inputs: Any, path: Path) -> Any:
         )
     _fold_transposed(exported.graph)
     _name_matrices(exported.graph, model)
+    stored = {each.name for each in exported.graph.initializer}
+    for each in [each for each in exported.graph.value_info if each.name in stored]:
+        exported.graph.value_info.remove(each)  # the shape before it was transposed
     for each in (*exported.graph.node, *exported.graph.value_info, *exported.graph.initializer):
         each.ClearField("metadata_props")  # of each operator the lines of code that it is from, with paths
         each.ClearField("doc_string")
