@@ -55,6 +55,8 @@ from .export.shrunk_file import load_shrunk, save_shrunk
 from .export.sparse_file import SparseFile, load_sparse, save_sparse
 from .export.two_four import SemiStructured, semi_structured_layers, to_semi_structured
 from .gradual.plan_table import Plan
+from .loops.manager import TrainingManager
+from .loops.parts import Distil, Freeze, Keep, Regularize, Sparsify
 from .model.joint.attention_kinds import register_attention
 from .model.joint.mlp import register_mlp
 from .model.layers import register_layer
@@ -96,15 +98,19 @@ _NEED_FASTAI = {
 
 __all__ = [
     "Comparison",
+    "Distil",
     "DistillCallback",
     "Distillation",
+    "Freeze",
     "FreezeCallback",
+    "Keep",
     "KeepSparsity",
     "LotteryTickets",
     "Plan",
     "QuantizeCallback",
     "Quantized",
     "Recipe",
+    "Regularize",
     "RegularizeCallback",
     "Regularizer",
     "Report",
@@ -114,8 +120,10 @@ __all__ = [
     "SparseFile",
     "Sparsifier",
     "Sparsifiers",
+    "Sparsify",
     "SparsifyCallback",
     "Ticket",
+    "TrainingManager",
     "ac_dc",
     "agp",
     "along",

@@ -20,7 +20,18 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from conftest import CRITERIA, EXAMPLE, follower_masks, show_data, small_net  # isort: skip
-from sparsifai import Sparsifier, criteria, quantities, taken
+from sparsifai import (
+    Distil,
+    Freeze,
+    Regularize,
+    Sparsifier,
+    Sparsify,
+    TrainingManager,
+    criteria,
+    quantities,
+    taken,
+)
+from sparsifai.integrations.scaled import call_after_backward
 from sparsifai.model.parallel import is_sharded, whole
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -101,7 +112,7 @@ def replicated():
             runs[axes, given] = {
                 "drawn": drawn, "start": start, **train(model, net, sparsifier, OPTIMIZERS["SGD"]),
             }  # fmt: skip
-    others = {"data_driven": data_driven(), "straight through": dict(straight_through())}
+    others = {"data_driven": data_driven(), "straight through": dict(straight_through()), "managed": managed()}
     others["compensated"] = {criterion: compensated(criterion) for criterion in COMPENSATED}
     return {"runs": runs, "regrown": regrown(DistributedDataParallel), **others}
 
@@ -415,6 +426,45 @@ def learner():
     return {
         "fits": fits, "masks": masks, "printed": printed.getvalue(), "straight through": stages, "settled": settled,
     }  # fmt: skip
+
+
+# --- TrainingManager ----------------------------------------------------------------------------------------------
+
+MANAGED = {
+    "weights": lambda: [Sparsify(0.6)],
+    "random": lambda: [Sparsify(0.6, criteria="random", schedule="lin")],
+    "RigL": lambda: [Sparsify(0.6, regrow="grad", every=2, initial_sparsity=0.3)],
+    "straight-through": lambda: [Sparsify(0.6, criteria="movement_pruning", straight_through=True)],
+    "several": lambda: [
+        Sparsify(0.8, layers="0"), Sparsify(0.5, layers="2", regrow="random", every=3), Regularize(0.01),
+        Distil(nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2))), Freeze("0", end=0.4),
+    ],
+}  # fmt: skip
+
+
+def managed():
+    """Weights and masks after each step of a TrainingManager, on data that differ by process."""
+    runs = {}
+    for name, parts in MANAGED.items():
+        torch.manual_seed(0)
+        made = parts()
+        torch.manual_seed(RANK)
+        net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2))
+        model, stages = DistributedDataParallel(net, find_unused_parameters=name == "several"), []
+        optimizer = torch.optim.AdamW(net.parameters(), 0.05)
+        manager = TrainingManager(model, optimizer, *made, epochs=2, steps_per_epoch=5)
+        for _ in range(manager.steps):
+            inputs = torch.randn(8, 6)
+            optimizer.zero_grad()
+            output = model(inputs)
+            seen = []
+            call_after_backward(output, lambda seen=seen, net=net: seen.append(net[2].weight.grad.clone()))
+            manager.loss(output.square().mean(), output, inputs).backward()
+            assert torch.equal(*seen, net[2].weight.grad)
+            manager.step()
+            stages.append({"weights": values_of(net), "masks": manager.masks, "averaged": seen[0]})
+        runs[name] = {"stages": stages, "sparsity": manager.sparsity}
+    return runs
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ def test_there_are_pages():
         "from_fasterai.md",
         "from_sparseml.md",
         "index.md",
+        "loops.md",
         "recipes.md",
         "settings.md",
         "torch.md",
@@ -147,9 +148,10 @@ def test_the_main_job(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_plain_torch_loop(tmp_path):
+@pytest.mark.parametrize("example", ["torch_loop", "managed_loop"])
+def test_a_loop_without_fastai(example, tmp_path):
     pytest.importorskip("sklearn", reason="the loop trains on scikit-learn's digits")
-    result = run(ROOT / "examples/torch_loop.py", "--epochs", "2", folder=tmp_path)
+    result = run(ROOT / f"examples/{example}.py", "--epochs", "2", folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "90.00%" in result.stdout
 

@@ -41,6 +41,7 @@ from ..sparsifier.options import mapped
 from ..sparsifier.sparsifier import Sparsifier
 from ..sparsifier.sparsifiers import Sparsifiers
 from ..support.files import write_text
+from .in_loops import RunsInLoops
 from .reading import Reading
 from .results import results_of
 from .safe_yaml import Located, dump_yaml, load_yaml, read_text
@@ -55,7 +56,7 @@ _INSTEAD_OF_APPLY = {
 }
 
 
-class Recipe:
+class Recipe(RunsInLoops):
     """A sparse training run, described by a file. Printed, it is the text of the file.
 
     Attributes:

@@ -12,7 +12,10 @@ from typing import Any
 from .printable import LONGEST_MESSAGE, printable
 
 # Code between the user's line and the place that warns: ours, and what calls it.
-_BETWEEN = ("sparsifai", "fastai", "fastcore", "torch", "contextlib")
+_BETWEEN = (
+    *("sparsifai", "fastai", "fastcore", "torch", "contextlib"),
+    *("transformers", "lightning", "pytorch_lightning", "accelerate"),
+)
 
 
 def warn(message: str) -> None:

@@ -1,0 +1,98 @@
+"""Recipes in loops that are not fastai's: the parts of a TrainingManager that its steps stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+
+from ..loops.manager import TrainingManager
+from ..loops.parts import Distil, Freeze, Keep, Part, Regularize, Sparsify
+from .reading import Reading
+from .step import Step
+
+# Kind of step -> the part of a training in any loop.
+_PARTS: dict[str, Callable[..., Part]] = {
+    "sparsify": Sparsify, "keep": Keep, "regularize": Regularize, "distil": Distil, "freeze": Freeze,
+}  # fmt: skip
+
+
+class RunsInLoops:
+    """What a Recipe is in a loop of one's own."""
+
+    epochs: Any
+    steps: tuple[Step, ...]
+    _reading: Reading
+    _at: Callable[[Step], AbstractContextManager[None]]
+
+    def parts(self, teacher: Any = None) -> list[Part]:
+        """Make the parts of a TrainingManager, one per step.
+
+        Args:
+            teacher: A trained model, for a distil step. Default None.
+
+        Returns:
+            The parts, in the order of the steps.
+
+        Raises:
+            ValueError: A step cannot run in a loop of one's own, the recipe has a distil step and no teacher is given,
+                or a part refuses its arguments.
+        """
+        made = []
+        for step in self.steps:
+            arguments = self._reading.arguments(step)
+            with self._at(step):
+                if step.kind not in _PARTS:
+                    raise ValueError(
+                        f"{step.kind} runs in a fastai Learner only; take this step out of the recipe, or pass "
+                        "recipe.callbacks() to learn.fit"
+                    )
+                if step.kind == "distil":
+                    if teacher is None:
+                        raise ValueError("distil needs a teacher; pass teacher=, a trained model")
+                    arguments["teacher"] = teacher
+                made.append(_PARTS[step.kind](**arguments))
+        return made
+
+    def manager(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        steps_per_epoch: int,
+        *,
+        epochs: int | None = None,
+        teacher: Any = None,
+        loss_func: Callable | None = None,
+        example_input: Any = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> TrainingManager:
+        """Make the manager of a training in a loop of one's own, as SparseML's ScheduledModifierManager was.
+
+        Args:
+            model: Any torch model, wrapped if several processes train it.
+            optimizer: torch's optimizer of its parameters.
+            steps_per_epoch: Number of steps of the optimizer in an epoch. With gradient accumulation, fewer than
+                batches.
+            epochs: Number of epochs, for a recipe that does not give it. Default None.
+            teacher: A trained model, for a distil step. Default None.
+            loss_func: A loss for criteria that need gradients of calibration batches. Default None.
+            example_input: A batch, for models that torch.fx cannot trace and for `coupled: true`. Default None.
+            state: What `TrainingManager.state_dict` returned, to resume from: of a model and an optimizer whose states
+                are loaded already. Default None.
+
+        Returns:
+            The manager: call its `step` instead of that of the optimizer.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: As `parts`, or the recipe does not fit the model, or says another number of epochs or none.
+        """
+        if self.epochs is None and epochs is None:
+            raise ValueError("manager: the recipe does not say how many epochs there are; pass epochs=")
+        if None not in (self.epochs, epochs) and epochs != self.epochs:
+            raise ValueError(f"manager: epochs={epochs!r}, but the recipe says {self.epochs}; leave out one of them")
+        parts, given = self.parts(teacher), {"loss_func": loss_func, "example_input": example_input, "state": state}
+        number: Any = self.epochs or epochs
+        return TrainingManager(model, optimizer, *parts, epochs=number, steps_per_epoch=steps_per_epoch, **given)
