@@ -240,7 +240,7 @@ def _has_zeros(model: nn.Module, masks: Any) -> bool:
 def _share_of(named: Mapping[str, Any]) -> Any:
     """The part that a batch has in the loss of a step: Trainer may divide by the labels of several batches."""
     labels, number = named.get("labels"), named.get("num_items_in_batch")
-    return 1.0 if number is None or labels is None else labels.ne(-100).sum() / number
+    return 1.0 if number is None or labels is None else labels.ne(-100).sum().clamp(min=1) / number
 
 
 def _loss_of(output: Any, batch: Any) -> Tensor:
