@@ -204,9 +204,11 @@ class SparsifyCallback(TrainerCallback):
         if isinstance(loss, Tensor) and loss.requires_grad:
             share = _share_of(named)
             given = {name: each for name, each in named.items() if name not in ("labels", "num_items_in_batch")}
-            added = self.manager.loss(loss / share, output, given or inputs) * share
-            changed = {**output, "loss": added}
-            output = type(output)(**changed) if isinstance(output, ModelOutput) else changed
+            mean = loss / share
+            added = self.manager.loss(mean, output, given or inputs)
+            if added is not mean:
+                changed = {**output, "loss": added * share}
+                output = type(output)(**changed) if isinstance(output, ModelOutput) else changed
         if self._optimizer.gradient_state.sync_gradients:
             call_after_backward(output, self.manager.before_step)
         return output
