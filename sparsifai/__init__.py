@@ -26,10 +26,12 @@ from .axes.criterion import (
     movement_pruning,
     movmag,
     normalized_final,
+    obs,
     small_final,
     small_init,
     small_init_small_final,
     snip,
+    sparsegpt,
     squared_final,
     synflow,
     taylor,
@@ -58,6 +60,8 @@ from .loops.parts import Distil, Freeze, Keep, Regularize, Sparsify
 from .model.joint.attention_kinds import register_attention
 from .model.joint.mlp import register_mlp
 from .model.layers import register_layer
+from .quantization.quantized import Quantized, load_quantized
+from .quantization.static import quantize
 from .sparsifier.given_masks import from_torch_prune
 from .sparsifier.report import Report
 from .sparsifier.sparsifier import Sparsifier
@@ -75,6 +79,7 @@ if TYPE_CHECKING:
     from .callbacks.freeze import FreezeCallback
     from .callbacks.keep import KeepSparsity
     from .callbacks.sparsify import SparsifyCallback
+    from .quantization.quantize_callback import QuantizeCallback
     from .recipes.recipe import Recipe
     from .training.distill import DistillCallback
     from .training.lottery import lottery_ticket
@@ -85,6 +90,7 @@ _NEED_FASTAI = {
     "DistillCallback": ".training.distill",
     "FreezeCallback": ".callbacks.freeze",
     "KeepSparsity": ".callbacks.keep",
+    "QuantizeCallback": ".quantization.quantize_callback",
     "RegularizeCallback": ".training.regularize",
     "SparsifyCallback": ".callbacks.sparsify",
     "lottery_ticket": ".training.lottery",
@@ -101,6 +107,8 @@ __all__ = [
     "KeepSparsity",
     "LotteryTickets",
     "Plan",
+    "QuantizeCallback",
+    "Quantized",
     "Recipe",
     "Regularize",
     "RegularizeCallback",
@@ -145,6 +153,7 @@ __all__ = [
     "large_init",
     "large_init_large_final",
     "lin",
+    "load_quantized",
     "load_shrunk",
     "load_sparse",
     "local",
@@ -154,9 +163,11 @@ __all__ = [
     "movement_pruning",
     "movmag",
     "normalized_final",
+    "obs",
     "one_cycle",
     "one_shot",
     "quantities",
+    "quantize",
     "raised",
     "register_attention",
     "register_layer",
@@ -177,6 +188,7 @@ __all__ = [
     "small_init_small_final",
     "snip",
     "soft_targets",
+    "sparsegpt",
     "squared_final",
     "stepped",
     "synflow",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -15,10 +17,12 @@ from torch import nn
 from .export.checkpoint import Checkpoint
 from .export.sparse_file import SparseFile
 from .export.sparse_format import is_safetensors
+from .quantization.quantized import Quantized
 from .recipes.recipe import Recipe
 from .support.checkpoints import load_checkpoint
 from .support.files import write_whole
 from .support.printable import printable_lines
+from .support.warning import own_filters
 
 _PLAN = """Show what a recipe would do to a model, without data or training.
 
@@ -35,18 +39,22 @@ the totals. What is not counted is listed with the reason: tensors that are quan
 without values on the meta device, the state of optimizers, and what stands beside the weights in a training checkpoint.
 
 For a file of save_sparse, the table has the form in which each tensor is stored, its bytes, and the bytes that it would
-take dense.
+take dense. For an int8 model in an ONNX file of quantize, it has the zeros of each weight.
 
 example: sparsifai report checkpoint.pth
 example: sparsifai report sparse.safetensors
 """
 
-_CONVERT = """Convert a recipe of SparseML to a recipe of sparsifai.
+_CONVERT = """Convert a recipe of SparseML or llm-compressor to a recipe of sparsifai.
 
-Parts that have no counterpart are listed on standard error, each with its line.
+Parts that have no counterpart are listed on standard error, each with its line. If one of them would change the model,
+the recipe is written, and the exit status is 3.
 
 example: sparsifai convert sparseml.md --to recipe.yaml
 """
+
+# The exit status of `convert` if it wrote a recipe that has lost something.
+LOST = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,14 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `sparsifai`. By default those of the command line.
 
     Returns:
-        The exit status: 0 after success, 2 after an error, which is printed on standard error.
+        The exit status: 0 after success, 2 after an error, which is printed on standard error, and 3 if `convert` wrote
+        a recipe without a part that would change the model.
     """
     parser = argparse.ArgumentParser(
         "sparsifai", description="Plan sparse training, measure sparse models, and convert recipes."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def command(name: str, run: Callable[[Any], None], description: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[Any], int | None], description: str) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
             help=description.partition("\n")[0],
@@ -87,11 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--picture", type=Path, help="a file for a picture of the sparsity over time and of the layers")
 
     report = command("report", _report, _REPORT)
-    report.add_argument("checkpoint", type=Path, help="a file of torch.save, learn.save or save_sparse")
+    report.add_argument("checkpoint", type=Path, help="a file of torch.save, learn.save, save_sparse or quantize")
 
     convert = command("convert", _convert, _CONVERT)
     convert.add_argument("recipe", type=Path, help="a recipe of SparseML, YAML or Markdown that begins with YAML")
     convert.add_argument("--to", type=Path, help="the file to write; by default the recipe is printed")
+    convert.add_argument("--force", action="store_true", help="write the file even if there is one already")
     convert.add_argument(
         "--strict", action="store_true", help="fail if a part that would change the model has no counterpart"
     )
@@ -99,11 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     given = parser.parse_args(arguments)
     try:
-        given.run(given)
+        status = given.run(given) or 0
+        sys.stdout.flush()  # an error of a full disk is told now
+        return status
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         print(printable_lines(f"sparsifai {given.command}: {error}"), file=sys.stderr)
         return 2
-    return 0
 
 
 def _plan(given: Any) -> None:
@@ -120,6 +131,9 @@ def _plan(given: Any) -> None:
 
 
 def _report(given: Any) -> None:
+    if given.checkpoint.suffix == ".onnx":
+        print(Quantized.read(given.checkpoint))
+        return
     if is_safetensors(given.checkpoint):
         print(SparseFile.read(given.checkpoint))
         return
@@ -145,14 +159,19 @@ def _checkpoint(checkpoint: Path) -> Checkpoint:
     return found
 
 
-def _convert(given: Any) -> None:
-    recipe = Recipe.from_sparseml(given.recipe, strict=given.strict, epochs=given.epochs)
+def _convert(given: Any) -> int:
+    if given.to is not None and not given.force and os.path.lexists(given.to):
+        raise ValueError(f"{given.to} exists already; choose another name, or give --force to replace it")
+    with own_filters():
+        warnings.simplefilter("ignore")  # the notices are printed
+        recipe = Recipe.from_sparseml(given.recipe, strict=given.strict, epochs=given.epochs)
     if given.to is None:
-        print(recipe.dumps(), end="")
+        print(recipe.dumps(), end="", flush=True)
     else:
         recipe.save(given.to)
     for notice in recipe.notices:
         print(notice, file=sys.stderr)
+    return LOST if any(notice.lost for notice in recipe.notices) else 0
 
 
 def _model(name: str) -> nn.Module:

@@ -24,9 +24,10 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
-# Those that work on every net. Joint groups, such as attention heads, are only in nets that have such modules.
+# Those that work on every net. Joint groups, such as attention heads, are only in nets that have such modules; and what
+# runs batches whenever weights are pruned has tests of its own.
 GRANULARITIES = [name for name, each in granularities.items() if not getattr(each, "joint", False)]
-CRITERIA = [name for name, each in criteria.items() if "gate_grad" not in quantities_of(each)]
+CRITERIA = [name for name, each in criteria.items() if not {"gate_grad", "inverse_curvature"} & {*quantities_of(each)}]
 
 # The nets of some tests are so small, or so often tied, that users would be warned.
 misses_sparsity = pytest.mark.filterwarnings("ignore:the sparsity that was asked for cannot be reached")

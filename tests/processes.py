@@ -46,6 +46,7 @@ SHARDED_AXES = [
     ("weight", context, name) for context in ("global", "local") for name in ("large_final", "movement", "random")
 ] + [("kernel", "local", "large_final"), (("h",), "global", "updating_movement")]
 MADE_BEFORE_AXES = [("weight", "global", "movement"), ("filter", "global", "large_final")]
+COMPENSATED = ["large_final", "obs", "sparsegpt"]
 STRAIGHT = ["large_final", "movement_pruning", "random"]
 MESHES = [(2,), (2, 1), (1, 2)]  # replicas, if there are two numbers, and shards
 
@@ -112,7 +113,25 @@ def replicated():
                 "drawn": drawn, "start": start, **train(model, net, sparsifier, OPTIMIZERS["SGD"]),
             }  # fmt: skip
     others = {"data_driven": data_driven(), "straight through": dict(straight_through()), "managed": managed()}
+    others["compensated"] = {criterion: compensated(criterion) for criterion in COMPENSATED}
     return {"runs": runs, "regrown": regrown(DistributedDataParallel), **others}
+
+
+def data_of(rank):
+    generator = torch.Generator().manual_seed(rank)
+    return [(torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)) for _ in range(2)]
+
+
+def compensated(criterion):
+    """Masks, and weights before and after, where the batches differ by process."""
+    torch.manual_seed(RANK)
+    net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3))
+    model = DistributedDataParallel(net)
+    start = values_of(net)
+    sparsifier = Sparsifier(model, context="local", criteria=criterion, compensate=True)
+    sparsifier.calibrate(data_of(RANK), nn.functional.cross_entropy)
+    sparsifier.sparsify(0.5)
+    return {"start": start, "masks": dict(sparsifier.masks), "weights": values_of(net)}
 
 
 def straight_through():
@@ -253,12 +272,15 @@ def refused():
     torch.manual_seed(RANK)
     model = uneven_net()
     made_before = Sparsifier(model, straight_through=True)
+    compensated_before = Sparsifier(model, compensate=True)
     shard(model, 2)
     for key, function in {
         "made after": lambda: Sparsifier(model, straight_through=True),
         "made before": lambda: made_before.sparsify(0.5),
         "made before, updated": lambda: made_before.update_masks(0.5),
         "made before, settled": lambda: made_before.settle(),
+        "compensated": lambda: Sparsifier(model, compensate=True),
+        "compensated, made before": lambda: compensated_before.sparsify(0.5),
     }.items():
         before, seen = values_of(model), ""
         try:

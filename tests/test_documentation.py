@@ -86,6 +86,8 @@ def test_there_are_pages():
 def test_the_blocks_of_a_page_run_in_order(page, tmp_path):
     pytest.importorskip("fastai", reason="the pages use fastai")
     pytest.importorskip("sklearn", reason="the pages train on scikit-learn's digits")
+    if page == "docs/quantization.md":
+        pytest.importorskip("onnxruntime", reason="int8 models are onnxruntime's")
     result = run(ROOT / "tests/page.py", ROOT / page, folder=tmp_path)
     assert result.returncode == 0, result.stderr
 

@@ -21,8 +21,12 @@ MAY_IMPORT = {
     "gradual": {"support", "model", "axes", "sparsifier"},
     "callbacks": {"support", "model", "axes", "sparsifier", "export", "gradual"},
     "training": {"support", "model", "axes", "sparsifier", "export", "gradual", "callbacks"},
+    "quantization": {"support", "model", "export", "callbacks"},
     "loops": {"support", "model", "axes", "sparsifier", "gradual", "training"},
-    "recipes": {"support", "model", "axes", "sparsifier", "export", "gradual", "callbacks", "training", "loops"},
+    "recipes": {
+        *("support", "model", "axes", "sparsifier", "export", "gradual", "callbacks", "training", "quantization"),
+        "loops",
+    },
     "integrations": {"support", "model", "axes", "sparsifier", "gradual", "loops", "recipes"},
 }
 FACE = {"__init__", "__main__", "all"}

@@ -23,6 +23,7 @@ NEED_FASTAI = (
     "display",
     "lottery",
     "lottery_run",
+    "quantize_callback",
     "regularize",
     "rewind",
 )

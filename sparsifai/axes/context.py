@@ -69,12 +69,14 @@ def _check(context: Context) -> None:
 # fixes_counts      Shapes alone say how many groups of each layer are pruned; "together" if they say it of all layers
 #                   that are ranked together.
 # keeps_masked      It never revives a group that must stay masked, and does not change its answer later.
-CAPABILITIES = ("on_device", "highest_sparsity", "fixes_counts", "keeps_masked")
+# ranks_within      It prunes the lowest groups of each "layer" or of each "output", so that a sweep can do the same for
+#                   some columns after the other.
+CAPABILITIES = ("on_device", "highest_sparsity", "fixes_counts", "keeps_masked", "ranks_within")
 
 contexts = Registry("context", check=_check, parse=parse_blocks, capabilities=CAPABILITIES)
 
 
-@contexts.register(on_device=True, fixes_counts=True, keeps_masked=True)
+@contexts.register(on_device=True, fixes_counts=True, keeps_masked=True, ranks_within="layer")
 def local(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Rank each layer alone; each layer reaches the target sparsity."""
     return select_each(layers, sparsity)
@@ -89,7 +91,7 @@ def global_(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
 global_.__name__ = "global"  # its registered name, which is a keyword and so cannot name a function
 
 
-@contexts.register(on_device=True, fixes_counts=True, keeps_masked=True)
+@contexts.register(on_device=True, fixes_counts=True, keeps_masked=True, ranks_within="output")
 def per_output(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     """Rank the groups within each output of a layer alone; each output reaches the target and keeps its best group.
 
@@ -199,7 +201,7 @@ def ask(
                 "least one group, unless may_empty=True is given"
             )
     if sparsity > 0:
-        notices += _notices_of_limits(context, layers, sparsity, granularity, all_kept)
+        notices += notices_of_limits(context, layers, sparsity, granularity, all_kept)
     return all_kept
 
 
@@ -235,12 +237,19 @@ def ask_on_device(
 MISSED = 0.01
 
 
-def _notices_of_limits(
+def notices_of_limits(
     context: Context, layers: Sequence[ScoredLayer], sparsity: float, granularity: str, all_kept: list[np.ndarray]
 ) -> list[str]:
     """Notice that no group can be pruned, or that layers in which no more can be pruned miss the sparsity.
 
     The text is the same at all sparsities of a schedule, so that a warning is shown once.
+
+    Args:
+        context: The context.
+        layers: The layers that were ranked.
+        sparsity: Fraction of their weights that was to be pruned.
+        granularity: Name of the granularity.
+        all_kept: For each layer, a bool array: which groups are kept.
     """
     total = sum(layer.total for layer in layers)
     pruned = [layer.total - layer.weights(kept) for layer, kept in zip(layers, all_kept, strict=True)]
@@ -270,7 +279,7 @@ def _notices_of_limits(
 def _notices_of_limits_on_device(
     context: Context, layers: Sequence[DeviceLayer], sparsity: float, granularity: str
 ) -> list[str]:
-    """As `_notices_of_limits`, for layers on a GPU with groups of equal size, by shapes alone."""
+    """As `notices_of_limits`, for layers on a GPU with groups of equal size, by shapes alone."""
     rule, sizes = capability(context, "fixes_counts"), [layer.size for layer in layers]
     if not rule or any(layer.may_empty or layer.whole for layer in layers):
         return []

@@ -36,6 +36,7 @@ from torch import Tensor
 from ..support.capability import capability, declare
 from ..support.registry import Registry, name_of
 from . import gates  # noqa: F401 registers the quantities of gates
+from .curvature import FisherCurvature
 from .quantity import quantities
 
 Criterion = Callable[..., Tensor]
@@ -90,7 +91,10 @@ def _check(criterion: Criterion) -> None:
 # pooling      Name of the pooling of its definition, such as 'squared_sum'. See `pooled_by`.
 # proximal     Its scores are the absolute weights, so that shrinking the weights is the proximal step of its penalty.
 # numpy        The same formula for a numpy array of weights. Only for elementwise criteria of `weight` alone.
-CAPABILITIES = ("elementwise", "pooling", "proximal", "numpy")
+# curvature    The kind of curvature that `inverse_curvature` and compensate= are computed from; else InputCurvature.
+# compensates  The weights that stay are changed by default, because that belongs to its method.
+# sweeps       It scores the columns of a layer in order, and each prunes before the next is scored: see sweep.py.
+CAPABILITIES = ("elementwise", "pooling", "proximal", "numpy", "curvature", "compensates", "sweeps")
 
 criteria = Registry("criterion", check=_check, capabilities=CAPABILITIES)
 
@@ -323,6 +327,31 @@ def wanda(weight: Tensor, activation: Tensor) -> Tensor:
     Sun et al., 2023, "A Simple and Effective Pruning Approach for Large Language Models" (arXiv:2306.11695).
     """
     return weight.abs() * activation
+
+
+# --- Criteria of second order -----------------------------------------------------------------------------------
+
+
+@criteria.register(curvature=FisherCurvature, compensates=True)
+def obs(weight: Tensor, inverse_curvature: Tensor, block_size: int = 50, damping: float = 1e-7) -> Tensor:
+    """w^2 / (2 [F^-1]_ii), F = damping I + 1/m sum of g g^T being the empirical Fisher matrix of m batches, in blocks.
+
+    A block has `block_size` consecutive weights. The score is the least rise of the loss if the weight is pruned and
+    the others of its block adapt, which compensate=, here the default, lets them do. Kurtic et al., 2022, "The Optimal
+    BERT Surgeon" (arXiv:2203.07259).
+    """
+    return weight.square() / (2 * inverse_curvature)
+
+
+@criteria.register(compensates=True, sweeps=True)
+def sparsegpt(weight: Tensor, inverse_curvature: Tensor, damping: float = 0.01, block_size: int = 128) -> Tensor:
+    """w^2 / [H^-1]_jj, H = 2 X X^T + damping * mean of its diagonal, X being the inputs of the layer.
+
+    H^-1 is that of column j and those behind it, and w is the weight as the columns before it have changed it. A mask
+    is chosen for `block_size` columns after the other. For contexts that rank within a layer. Frantar and Alistarh,
+    2023, "SparseGPT" (arXiv:2301.00774).
+    """
+    return weight.square() / inverse_curvature
 
 
 @criteria.register

@@ -5,6 +5,7 @@ A quantity is a function of a source and the name of a parameter. The source has
 computed if a criterion names it. `taken` marks the function with the moments at which it is called:
 
 - 'score': whenever scores are computed. Nothing is stored.
+- 'passes': the same, from passes over the batches that `calibrate` was given last, by `curvatures`.
 - 'start': when the Sparsifier is made. A copy of the result is stored.
 - 'update': after each mask update. A copy of the result is stored.
 - 'backward': after a backward pass, when `.grad` is there: in training, or in a batch of `calibrate`. A layer that the
@@ -60,6 +61,8 @@ class QuantitySource(Protocol):
         input_grads: Parameter name -> (input, its gradient, number of examples) for each call of its layer, at the
             moment 'input_grad', for layers that read joint groups. Examples are the first axis of an input, or blocks
             of it.
+        curvatures: Function that yields pairs of a parameter name and its `Curvature`, at the moment 'passes'. One
+            curvature after the other is in memory.
     """
 
     model: nn.Module
@@ -71,6 +74,7 @@ class QuantitySource(Protocol):
     skipped: set[str]
     joint: Mapping[str, Any]
     input_grads: Mapping[str, list[tuple[Tensor, Tensor, int]]]
+    curvatures: Any
 
     def once(self, compute: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Compute something for all layers, once at each moment.
@@ -92,7 +96,7 @@ class UnsuitableLayerError(ValueError):
 STORED = ("start", "update")
 CALIBRATED = ("forward", "loss", "input_grad")
 AVERAGED = ("backward", *CALIBRATED)
-MOMENTS = ("score", *STORED, *AVERAGED)
+MOMENTS = ("score", "passes", *STORED, *AVERAGED)
 
 
 def taken(*moments: str, running: bool = False, finish: Callable[[Tensor], Tensor] | None = None) -> Callable:
@@ -102,8 +106,9 @@ def taken(*moments: str, running: bool = False, finish: Callable[[Tensor], Tenso
     parameter like it.
 
     Args:
-        *moments: One or more of 'score' (whenever scores are computed), 'start' (when the Sparsifier is made) and
-            'update' (after each mask update). Or, for a mean over batches, one of 'backward' (after a backward pass),
+        *moments: One or more of 'score' (whenever scores are computed), 'passes' (the same, from the batches of
+            `calibrate`), 'start' (when the Sparsifier is made) and 'update' (after each mask update). Or, for a mean
+            over batches, one of 'backward' (after a backward pass),
             'forward' (when a layer computes in a batch of `calibrate`), 'loss' (when the loss of a batch of
             `calibrate` is computed) and 'input_grad' (when the gradients of inputs are there, too).
         running: Whether the mean is over all batches. By default it is over those since the last mask update.
@@ -127,8 +132,8 @@ def taken(*moments: str, running: bool = False, finish: Callable[[Tensor], Tenso
     averaged = set(moments) & set(AVERAGED)
     if not moments or not set(moments) <= set(MOMENTS) or (averaged and len(moments) > 1):
         raise ValueError(
-            "taken: give one or more of 'score', 'start' and 'update', or one of 'backward', 'forward', 'loss' and "
-            f"'input_grad'; not {moments!r}"
+            "taken: give one or more of 'score', 'passes', 'start' and 'update', or one of 'backward', 'forward', "
+            f"'loss' and 'input_grad'; not {moments!r}"
         )
     if (running or finish) and not averaged:
         raise ValueError(f"taken: running= and finish= are for means over batches, at {', '.join(AVERAGED)}")
@@ -235,6 +240,28 @@ def flow(source: QuantitySource, name: str) -> Tensor:
     Computed in float64, because over many layers R leaves the range of float32. Tanaka et al., 2020 (arXiv:2006.05467).
     """
     return source.once(_synaptic_flow)[name]
+
+
+@quantities.register
+@taken("passes")
+def inverse_curvature(source: QuantitySource, name: str) -> Tensor:
+    """[C^-1]_ii, the diagonal of the inverse of the criterion's curvature C: by default that of a layer's inputs.
+
+    1 / (2 [C^-1]_ii) is the least error of pruning a weight per square of it, if the other weights of its row adapt.
+    """
+    return source.once(_inverse_diagonals)[name]
+
+
+def _inverse_diagonals(source: QuantitySource) -> dict[str, Tensor]:
+    """The diagonals of the inverse curvatures of all layers."""
+    diagonals = {name: curvature.inverse_diagonal() for name, curvature in source.curvatures()}
+    for name, layer in source.layers.items():
+        if name not in diagonals:
+            raise UnsuitableLayerError(
+                f"inverse_curvature: no batch shows what {printable(name)} is multiplied with, as in {layer.kind} or "
+                "in a module that is not called; leave it out with exclude=, or choose a criterion without it"
+            )
+    return diagonals
 
 
 def _gradient(layer: NamedWeight) -> Tensor:

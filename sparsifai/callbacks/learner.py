@@ -28,7 +28,7 @@ def is_search(learn: Learner) -> bool:
 
 
 def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None, anew: bool = False) -> None:
-    """Collect the quantities of a criterion that looks at data, unless the gradients of past steps are enough.
+    """Calibrate what depends on data, unless the gradients of past steps are enough.
 
     Args:
         learn: The Learner.
@@ -38,7 +38,8 @@ def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None, 
         anew: Whether gradients of past steps are not enough in any case, because layers have joined. Default False.
     """
     collected = sparsifier.collected
-    if not collected.looks_at_data or not (anew or collected.at(*CALIBRATED) or collected.missing()):
+    in_passes = sparsifier.looks_at_data and not collected.looks_at_data
+    if not in_passes and not (collected.looks_at_data and (anew or collected.at(*CALIBRATED) or collected.missing())):
         return
     collected.may_skip = batches is None
     if batches is None and learn.xb[0] is not None:

@@ -62,7 +62,8 @@ class SparsifyCallback(TrainingCallback):
         drop: With regrow=, the initial fraction of the remaining weights that is pruned per update and regrown
             elsewhere. Default 0.3.
         drop_schedule: Schedule by which `drop` goes to 0. Default: cos over the first three quarters of the fit.
-        calibration: Batches for criteria that need inputs or a loss. Default: the batch that is being trained on.
+        calibration: Batches for criteria that need inputs or a loss, and for compensate. Default: the batch that is
+            being trained on.
         example_input: A batch, for models that torch.fx cannot trace, in the form that Sparsifier takes. Default: the
             first example of the batch that is being trained on.
         round_to: Keep a multiple of this many groups in every layer, or all of them. Default: any number.
@@ -75,8 +76,12 @@ class SparsifyCallback(TrainingCallback):
             all that are pruned. Default 0.
         settle: With straight_through, the fraction of the fit after which the masks are fixed. Default: where the
             schedule ends, but not before three quarters of the fit.
+        compensate: Whether the weights that stay are changed at each update, so that the squared error of each layer's
+            outputs on the calibration batches is smallest. The optimizer's moments stay. Default: what the method of
+            the criterion does, which is True for obs and sparsegpt and False for others.
         every: Number of batches from one mask update to the next. The last batch of a fit always has an update.
-            Default 1; with regrow=, a hundredth of the batches of the fit.
+            Default 1; with regrow=, a hundredth of the batches of the fit; with compensate, and for obs and sparsegpt,
+            a tenth, because an update runs the calibration batches once for each layer.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -124,7 +129,8 @@ class SparsifyCallback(TrainingCallback):
         decay=None,  # With straight_through, the pull of pruned weights towards zero; by default 2e-4
         gradient_sparsity=None,  # With straight_through, the fraction of the weights that get no gradient; by default 0
         settle=None,  # With straight_through, the fraction of the fit after which the masks are fixed
-        every=None,  # Batches from one mask update to the next; by default 1, with regrow= a hundredth of the fit
+        compensate=None,  # Whether weights that stay make up for pruned ones; by default for obs and sparsegpt
+        every=None,  # Batches between mask updates; by default 1, with regrow= 1/100 of the fit, with compensate 1/10
     ):
         super().__init__()
         self.pruning = GradualPruning.of(
@@ -133,7 +139,7 @@ class SparsifyCallback(TrainingCallback):
             regrow=regrow, drop=drop, drop_schedule=drop_schedule, calibration=calibration,
             example_input=example_input, round_to=round_to, coupled=coupled, seed=seed,
             straight_through=straight_through, decay=decay, gradient_sparsity=gradient_sparsity, settle=settle,
-            every=every,
+            compensate=compensate, every=every,
         )  # fmt: skip
 
     @property

@@ -123,7 +123,7 @@ class GradualPruning:
             updated: Batches that were done at the last mask update.
             total: Batches of the whole training.
         """
-        every = every_of(self.every, self.regrows, total)
+        every = every_of(self.every, self.options, total)
         return batches // every > updated // every
 
     def drop_at(self, t: float) -> float:
@@ -140,7 +140,7 @@ class GradualPruning:
             example_input: A batch, to count FLOPs with, and for models that torch.fx cannot trace. Default none.
         """
         example_input = self.example_input if example_input is None else example_input
-        every = every_of(self.every, self.regrows, n_epoch * n_iter)
+        every = every_of(self.every, self.options, n_epoch * n_iter)
         return plan_of(
             self.sparsifier(unwrapped(model), example_input), self.ramp.sparsity, self.ramp.schedule, n_epoch, n_iter,
             every, example_input, self.ramp.initial,

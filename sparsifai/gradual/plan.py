@@ -26,7 +26,7 @@ from ..sparsifier.followers import masks_of_followers
 from ..sparsifier.layer import Layer, Layers, level_of, selected
 from ..sparsifier.layer_selection import Asked, scopes
 from ..sparsifier.mask_building import Ranking, build_masks, compares_with_itself
-from ..sparsifier.options import Options, Sparsity, check_sparsity
+from ..sparsifier.options import Options, Sparsity, check_sparsity, reads_passes
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
 from ..support.capability import capability
@@ -132,15 +132,22 @@ def plan_of(
     return plan
 
 
-def every_of(every: int | None, regrows: bool, batches: int) -> int:
-    """Batches from one mask update to the next. Default: 1, and with regrow= a hundredth of the fit.
+def every_of(every: int | None, options: Options, batches: int) -> int:
+    """Batches from one mask update to the next.
+
+    Default: 1; with regrow= a hundredth of the fit; and where an update runs the calibration data once for each layer,
+    a tenth.
 
     Args:
         every: What the user asked for, or None.
-        regrows: Whether weights regrow.
+        options: The options of the Sparsifier.
         batches: Batches of the fit.
     """
-    return every or (math.ceil(batches / 100) if regrows else 1)
+    if every is not None:
+        return every
+    if options.compensate or reads_passes(options.criteria):
+        return math.ceil(batches / 10)
+    return math.ceil(batches / 100) if options.regrow is not None else 1
 
 
 def timeline_of(
@@ -199,6 +206,8 @@ def _why_unscored(layers: Layers, ranking: Ranking, collected: CollectedQuantiti
     """Why the criterion cannot score the present weights; empty if it can."""
     if (quantity := collected.missing()) is not None:
         return f"looks at data ({quantity})"
+    if of_passes := collected.at("passes"):
+        return f"looks at data ({of_passes[0]})"
     if "flow" in collected.named and collected.source.example_input is None:
         return "needs an example_input="
     if "weight" in collected.named and compares_with_itself(layers, ranking, collected):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -70,6 +71,12 @@ def hooked(after: Hooks = (), before: Hooks = ()) -> Iterator[None]:
     with at_end, at_end:
         hooks.put()
         yield
+
+
+def input_of(layer: nn.Module, inputs: tuple, named: Mapping[str, Any]) -> Any:
+    """The first argument of a call of a layer, by its place or by its name."""
+    first = next(iter(signature(layer.forward).parameters), "")
+    return inputs[0] if inputs else named.get(first, next(iter(named.values()), None))
 
 
 class RecordedOutputs:

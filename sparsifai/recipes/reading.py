@@ -14,18 +14,30 @@ from ..axes.changed_schedule import between, during, stepped
 from ..axes.schedule import Schedule
 from ..gradual.plan import MOST_EPOCHS
 from ..gradual.ramp import default_schedule
-from ..sparsifier.options import check_straight_through, resolve_axes, share_of_initial
+from ..sparsifier.options import (
+    check_compensate,
+    check_straight_through,
+    check_swept,
+    is_swept,
+    resolve_axes,
+    share_of_initial,
+)
 from ..support.checks import check_count, check_number
 from ..support.registry import close_matches
+from ..support.work import Work
 from .axis_value import REGISTRIES, axis_value
 from .expression import Evaluation, work_of_recipe
 from .safe_yaml import Located
-from .step import AXES, CHECKS, OPTIONS, REQUIRED, TIMES, Step
+from .step import APPLICABLE, AXES, CHECKS, OPTIONS, REQUIRED, TIMES, Step
 
 # The keys of a recipe.
-KEYS = ("name", "description", "epochs", "variables", "steps", "results")
+KEYS = ("name", "description", "training", "epochs", "variables", "steps", "stages", "results")
+# Those of a stage, and those that a recipe with stages has in its stages only.
+STAGE_KEYS = ("name", "description", "training", "epochs", "variables", "steps")
+ONLY_IN_STAGES = ("training", "epochs", "steps")
 
 MOST_STEPS = 50  # far beyond what a recipe needs
+MOST_STAGES = 50
 
 # Keys and positions that lead to a value.
 Path = tuple[Hashable, ...]
@@ -34,11 +46,14 @@ Path = tuple[Hashable, ...]
 class Reading:
     """The content of a recipe, read and checked.
 
-    `variables` maps names to numbers, `epochs` is a whole number or None, and `steps` is a tuple of `Step`.
+    `variables` maps names to numbers, `training` says whether the model is trained, `epochs` is a whole number or None,
+    and `steps` is a tuple of `Step`. For a recipe of several parts, `stages` has the reading of each, and the recipe
+    has no steps of its own.
 
     Args:
         content: The dictionary of a recipe.
         source: The same with its lines, for errors. By default every error names line 1.
+        stage_of: For a stage, the reading of its recipe, whose variables it has, too. Default None.
 
     Raises:
         ValueError: The recipe is not valid. The message names the line, the key and what was expected.
@@ -49,13 +64,15 @@ class Reading:
         'during(one_shot, 0, 0.5)'
     """
 
-    def __init__(self, content: Mapping[str, Any], source: Located | None = None):
+    def __init__(self, content: Mapping[str, Any], source: Located | None = None, stage_of: Reading | None = None):
         self.content, self.source = content, source or Located(content)
-        self._work = work_of_recipe()
-        self._check_keys((), content, KEYS, "key", "the keys of a recipe")
-        self.variables = self._variables()
-        self.epochs = self._epochs()
-        self.steps = tuple(self._steps())
+        self._work: Work = work_of_recipe() if stage_of is None else stage_of._work
+        known = KEYS if stage_of is None else STAGE_KEYS
+        self._check_keys((), content, known, "key", f"the keys of a {'recipe' if stage_of is None else 'stage'}")
+        self.variables: dict[str, float] = self._variables({} if stage_of is None else stage_of.variables)
+        self.stages = tuple(self._stages())
+        self.training, self.epochs = self._training(), self._epochs()
+        self.steps = () if self.stages else tuple(self._steps())
         for step in self.steps:
             self.arguments(step)  # an error in them is raised now, not when they are used
 
@@ -91,19 +108,52 @@ class Reading:
                     options.setdefault("schedule", default_schedule(options.get("straight_through", False)))
             elif step.kind == "freeze":
                 options |= {"start": start, "end": end}
+            elif step.kind == "quantize":
+                options |= {"start": start} if is_timed else {}
             elif is_timed:
                 options["schedule"] = during(options.get("schedule", "one_shot"), start, end)
             if step.kind == "distil":
                 check_number("weight", options.get("weight", 0.5), 0, 1)
         return options
 
+    @property
+    def whole_content(self) -> dict[str, Any]:
+        """The content, for a stage with the variables of its recipe, so that it is a recipe of its own."""
+        return {**self.content, **({"variables": self.variables} if self.variables else {})}
+
+    # --- Stages -------------------------------------------------------------------------------------------------
+
+    def _stages(self) -> Iterator[Reading]:
+        if "stages" not in self.content:
+            return
+        given = self.content["stages"]
+        for key in ONLY_IN_STAGES:
+            if key in self.content:
+                raise self.source.error((key,), f"a recipe with stages has no {key} of its own; put {key} into a stage")
+        if not isinstance(given, list) or not 0 < len(given) <= MOST_STAGES:
+            raise self.source.error(
+                ("stages",), f"stages must be a list of 1 to {MOST_STAGES} stages, each with steps:"
+            )
+        for position, stage in enumerate(given):
+            if not isinstance(stage, Mapping):
+                raise self.source.error(("stages", position), f"a stage must be a mapping with steps:, not {stage!r}")
+            yield Reading(stage, self.source.part("stages", position), self)
+
+    def _training(self) -> bool:
+        training = self.content.get("training", True)
+        if not isinstance(training, bool):
+            raise self.source.error(("training",), f"it must be true or false, not {training!r}")
+        if not training and self.content.get("epochs") is not None:
+            raise self.source.error(("epochs",), "with training: false there are no epochs; leave one of them out")
+        return training
+
     # --- Variables and epochs -----------------------------------------------------------------------------------
 
-    def _variables(self) -> dict[str, float]:
+    def _variables(self, outer: Mapping[str, float]) -> dict[str, float]:
         given = self.content.get("variables") or {}
         if not isinstance(given, Mapping):
             raise self.source.error(("variables",), f"variables must map names to numbers, not {given!r}")
-        known: dict[str, float] = {}
+        known: dict[str, float] = dict(outer)
         evaluation = Evaluation(known, self._work)
         for name, value in given.items():
             path = ("variables", name)
@@ -158,8 +208,10 @@ class Reading:
             ((kind, options),) = step.items()
             self._check_keys(path, step, OPTIONS, "step", "the steps")
             path = (*path, kind)
-            if kind in seen and kind == "keep":
+            if kind in seen and kind in ("keep", "quantize"):
                 raise self.source.error(path, f"a second {kind} step; a fit has only one")
+            if not self.training and kind not in APPLICABLE:
+                raise self.source.error(path, f"{kind} needs training; leave it out, or leave out training: false")
             seen.add(kind)
             options = {} if options is None else options
             if not isinstance(options, Mapping):
@@ -221,7 +273,11 @@ class Reading:
 def _check_together(options: Mapping[str, Any]) -> None:
     """Check options of `sparsify` that depend on each other."""
     granularity, context, criteria = (options.get(axis, default) for axis, default in AXES.items())
-    resolve_axes(granularity, context, criteria, options.get("pool"))
+    granularity, context, criterion, _ = resolve_axes(granularity, context, criteria, options.get("pool"))
+    changing = options.get("straight_through"), options.get("regrow")
+    check_compensate(options.get("compensate"), criterion, *changing)
+    if is_swept(criterion):
+        check_swept(granularity, context, criterion, options.get("round_to"), options.get("coupled"), *changing)
     share_of_initial(options.get("initial_sparsity", 0.0), options["sparsity"])
     if "drop" in options and "regrow" not in options:
         raise ValueError("drop is given without regrow; add regrow: grad or regrow: random, or leave drop out")

@@ -10,39 +10,50 @@
 The options of a step are the arguments of the callback of that name. `start` and `end` are epochs, or shares of
 training such as 75%; by default a step lasts all of training. A value may be an arithmetic expression of the
 variables, in `${...}`. A name of an axis with options is a mapping, such as `schedule: {iterative: 5}`.
+
+A recipe of several parts, one after the other, has `stages` instead of steps. Each has steps and epochs of its own, or
+`training: false`, if it is applied at once:
+
+    stages:
+      - {name: prune, training: false, steps: [sparsify: {sparsity: 0.5, context: 2:4, criteria: wanda}]}
+      - {name: finetune, epochs: 3, steps: [keep]}
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from math import isfinite
 from operator import mul
 from typing import Any
 
 from torch import nn
 
 from ..axes.schedule import progress
-from ..callbacks.learner import metric_names, unchanged
 from ..gradual.gradual_pruning import GradualPruning
 from ..gradual.plan_table import Plan, joined
 from ..model.parallel import unwrapped
+from ..quantization.layers import planned
 from ..sparsifier.options import mapped
-from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
 from ..sparsifier.sparsifiers import Sparsifiers
 from ..support.files import write_text
-from ..support.printable import LONGEST_MESSAGE, printable
 from .in_loops import RunsInLoops
 from .reading import Reading
+from .results import results_of
 from .safe_yaml import Located, dump_yaml, load_yaml, read_text
-from .sparseml.convert import convert
+from .sparseml.converted import converted
 from .sparseml.modifiers import Notice
 from .step import Step
+
+# What to do instead of `apply`, of a step that needs training.
+_FIT = "pass recipe.callbacks() to learn.fit instead"
+_INSTEAD_OF_APPLY = {
+    "quantize": f"{_FIT}, or leave the step out and call quantize(model, calibration, path) after recipe.apply"
+}
 
 
 class Recipe(RunsInLoops):
@@ -51,7 +62,8 @@ class Recipe(RunsInLoops):
     Attributes:
         epochs: Number of epochs, or None if the recipe does not give it.
         variables: Name of a variable -> number.
-        steps: The steps, a tuple of `Step`.
+        steps: The steps, a tuple of `Step`; none for a recipe with stages.
+        training: Whether the recipe is for a fit; False if it is applied at once, without training.
 
     Args:
         content: The recipe as a dictionary, with the keys of a file.
@@ -73,6 +85,20 @@ class Recipe(RunsInLoops):
         self.variables = self._reading.variables
         self.epochs = self._reading.epochs
         self.steps = self._reading.steps
+        self.training = self._reading.training
+
+    @property
+    def stages(self) -> tuple[Recipe, ...]:
+        """The parts of the recipe, each a recipe, to be applied or fitted one after the other; else itself alone.
+
+        Example:
+            for stage in recipe.stages:
+                if stage.training:
+                    learn.fit(stage.epochs, cbs=stage.callbacks())
+                else:
+                    stage.apply(learn.model, calibration, loss_func)
+        """
+        return tuple(Recipe(stage.whole_content, source=stage.source) for stage in self._reading.stages) or (self,)
 
     # --- Files --------------------------------------------------------------------------------------------------
 
@@ -116,27 +142,25 @@ class Recipe(RunsInLoops):
 
     @classmethod
     def from_sparseml(cls, path: str | os.PathLike, *, strict: bool = False, epochs: int | None = None) -> Recipe:
-        """Convert a recipe of SparseML. No code in it is run.
+        """Convert a recipe of SparseML or llm-compressor. No code in it is run.
 
-        What has no counterpart here is left out and listed in `notices`, with its line.
+        What has no counterpart here is left out and listed in `notices`, with its line. A warning says if something
+        that changes the model is lost.
 
         Args:
             path: The file, YAML or Markdown that begins with YAML.
             strict: Whether it is an error if something that changes the model has no counterpart. Default False.
-            epochs: The number of epochs, for a recipe that does not give it. Default None.
+            epochs: The number of epochs, for a recipe or stages that do not give it. Default None.
 
         Returns:
-            The recipe. Its `notices` say what has no counterpart.
+            The recipe. Its `notices` say what has no counterpart. A recipe of several stages has `stages`.
 
         Raises:
             OSError: The file cannot be read.
-            ValueError: It is not a recipe of SparseML, nothing in it can be converted, or `strict` forbids a loss.
+            ValueError: It is not a recipe of SparseML, nothing in it can be converted, nothing is left of its pruning,
+                or `strict` forbids a loss.
         """
-        content, notices = convert(read_text(path))
-        _check_converted(path, content, notices, strict)
-        if epochs is not None:
-            content.setdefault("epochs", epochs)
-        return cls(content, notices)
+        return cls(*converted(path, strict, epochs))
 
     def dumps(self) -> str:
         """Write the recipe as YAML.
@@ -175,6 +199,9 @@ class Recipe(RunsInLoops):
         Raises:
             ValueError: The recipe has a distil step and no teacher is given, or a callback refuses its arguments.
         """
+        _check_single(self._reading, "callbacks")
+        if not self.training:
+            raise ValueError("the recipe has training: false; call recipe.apply(model) instead of a fit")
         made, kinds = [], _callback_classes()
         for step in self.steps:
             arguments = self._reading.arguments(step)
@@ -208,10 +235,11 @@ class Recipe(RunsInLoops):
             ValueError: The recipe has a step that needs training, or no sparsify step, two of them prune the same
                 layer, or a criterion needs data.
         """
+        _check_single(self._reading, "apply")
         for step in self.steps:
             if step.kind not in ("sparsify", "keep"):
                 with self._at(step):
-                    raise ValueError(f"{step.kind} needs training; pass recipe.callbacks() to learn.fit instead")
+                    raise ValueError(f"{step.kind} needs training; {_INSTEAD_OF_APPLY.get(step.kind, _FIT)}")
         made = []
         for step, pruning in self._prunings():
             with self._at(step):
@@ -238,11 +266,13 @@ class Recipe(RunsInLoops):
         Raises:
             ValueError: The recipe has no sparsify step, or it does not fit the model.
         """
+        _check_single(self._reading, "plan")
         plans = []
         for step, pruning in self._prunings():
             with self._at(step):
                 plans.append(pruning.plan(model, self.epochs or 1, n_iter, example_input))
-        return joined(plans)
+        plan = joined(plans)
+        return replace(plan, notes=(*plan.notes, *_notes_on_int8(self, model)))
 
     def recorded(self, learn: Any, sparsifier: Sparsifier | None = None) -> Recipe:
         """Add the results of a fit: measured sparsity of the model and of each layer, metrics, versions.
@@ -255,19 +285,7 @@ class Recipe(RunsInLoops):
         Returns:
             A new recipe, with the key `results`.
         """
-        holder = sparsifier or getattr(learn, "keep_sparsity", None)
-        report = Report.of(unwrapped(learn.model)) if holder is None else holder.report()
-        with unchanged(learn):
-            values = learn.validate() or []
-        metrics = dict(zip(metric_names(learn), values, strict=False))
-        results = {
-            "sparsity": report.selected.sparsity,
-            "sparsity_of_model": report.model.sparsity,
-            "layers": {row.name: row.count.sparsity for row in report.rows if not row.why_dense},
-            "metrics": {name: _finite(value) for name, value in metrics.items()},
-            "versions": {name: _version(name) for name in ("sparsifai", "torch", "fastai")},
-        }
-        return Recipe({**self.content, "results": results}, self.notices)
+        return Recipe({**self.content, "results": results_of(learn, sparsifier)}, self.notices)
 
     def _prunings(self) -> list[tuple[Step, GradualPruning]]:
         """The sparsify steps, and what each prunes, and when."""
@@ -285,17 +303,22 @@ class Recipe(RunsInLoops):
         return self._reading.source.at("steps", step.position, step.kind)
 
 
-def _check_converted(path: Any, content: Mapping[str, Any], notices: Iterable[Notice], strict: bool) -> None:
-    """Refuse a converted recipe without steps, and if `strict`, one that has lost something."""
-    lost = [notice for notice in notices if notice.lost]
-    if strict and lost:
-        raise ValueError(_joined(f"{path}: parts of the recipe have no counterpart:", lost))
-    if not content["steps"]:
-        raise ValueError(_joined(f"{path}: nothing in the recipe can be converted:", notices))
+def _notes_on_int8(recipe: Recipe, model: nn.Module) -> Iterator[str]:
+    """What a quantize step does to a model, for its plan."""
+    for step in recipe.steps:
+        if step.kind == "quantize":
+            arguments = recipe._reading.arguments(step)
+            with recipe._at(step):
+                yield planned(unwrapped(model), **arguments)
 
 
-def _joined(title: str, notices: Iterable[Notice]) -> str:
-    return "\n".join([printable(title, LONGEST_MESSAGE), *map(str, notices)])
+def _check_single(reading: Reading, method: str) -> None:
+    """Refuse what is asked of a recipe that has stages."""
+    if reading.stages:
+        raise ValueError(
+            f"the recipe has {len(reading.stages)} stages; call {method} for each: for stage in recipe.stages: "
+            "learn.fit(stage.epochs, cbs=stage.callbacks()) if stage.training else stage.apply(learn.model)"
+        )
 
 
 def _callback_classes() -> dict[str, Callable]:
@@ -303,23 +326,12 @@ def _callback_classes() -> dict[str, Callable]:
     from ..callbacks.freeze import FreezeCallback
     from ..callbacks.keep import KeepSparsity
     from ..callbacks.sparsify import SparsifyCallback
+    from ..quantization.quantize_callback import QuantizeCallback
     from ..training.distill import DistillCallback
     from ..training.regularize import RegularizeCallback
 
     return {
         "sparsify": SparsifyCallback, "keep": KeepSparsity, "regularize": RegularizeCallback,
         "distil": DistillCallback, "freeze": FreezeCallback,
+        "quantize": QuantizeCallback,
     }  # fmt: skip
-
-
-def _finite(value: Any) -> float | None:
-    """A metric as a file can hold it; None if it is not finite."""
-    return float(value) if value is not None and isfinite(value) else None
-
-
-def _version(name: str) -> str | None:
-    """The version of an installed package, or None."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -34,7 +34,11 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         *("weight", "temperature", "loss", "features", "feature_weight", "feature_loss", "schedule", "axis", *TIMES),
     ),
     "freeze": ("layers", *TIMES),
+    "quantize": ("layers", "exclude", "start"),
 }
+
+# Kinds of steps that a recipe without training may have.
+APPLICABLE = ("sparsify", "keep", "quantize")
 
 # Kind of step -> the option that it must have.
 REQUIRED = {"sparsify": "sparsity", "regularize": "weight", "freeze": "layers"}
@@ -45,7 +49,7 @@ class Step:
     """One step of a recipe.
 
     Args:
-        kind: 'sparsify', 'keep', 'regularize', 'distil' or 'freeze'.
+        kind: 'sparsify', 'keep', 'regularize', 'distil', 'freeze' or 'quantize'.
         options: Name -> value as in the recipe, with expressions replaced by their values.
         position: Position among the steps, from 0 on.
     """
@@ -55,11 +59,25 @@ class Step:
     position: int
 
 
+@dataclass(frozen=True)
+class _OfClass:
+    """A pattern that selects the layers whose class has a name."""
+
+    name: str
+
+    def __call__(self, name: str, module: Any) -> bool:
+        return type(module).__name__ == self.name
+
+    @property
+    def __name__(self) -> str:
+        return f"class:{self.name}"
+
+
 def _patterns(layers: Any) -> Any:
     names = [layers] if isinstance(layers, str) else layers
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"layers must be names or globs of layers, in quotes if they are numbers, not {layers!r}")
-    return as_patterns(names)
+    return as_patterns([_OfClass(name[len("class:") :]) if name.startswith("class:") else name for name in names])
 
 
 def _flag(value: Any) -> bool:
@@ -89,6 +107,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "gradient_sparsity": lambda value: check_fraction(value, "gradient_sparsity"),
     "settle": lambda value: check_fraction(value, "settle"),
     "straight_through": _flag,
+    "compensate": _flag,
     "may_empty": _flag,
     "coupled": _flag,
     "proximal": _flag,

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..axes.quantity import UnsuitableLayerError
-from ..model.hooks import hooked
+from ..model.hooks import hooked, input_of
 from ..model.parallel import is_sharded
 from ..model.running import check_autograd, not_drawn_from, run, untraced
 from ..model.tensors import tensors_in, with_autograd
@@ -28,7 +27,9 @@ from .reading import Read, inputs_recorded, readers_of
 _OF_LOSS = ("loss", "backward", "input_grad")
 
 
-def calibrated(collected: CollectedQuantities, batches: Iterable, loss_func: Callable | None) -> dict[str, Any]:
+def calibrated(
+    collected: CollectedQuantities, batches: Iterable, loss_func: Callable | None, of_passes: bool = False
+) -> dict[str, Any]:
     """Run batches through the model, for the quantities that are means over batches.
 
     Modes, buffers, gradients and random generators are restored. What a model keeps elsewhere, such as the hidden
@@ -39,6 +40,7 @@ def calibrated(collected: CollectedQuantities, batches: Iterable, loss_func: Cal
         batches: Batches: (input, target), (input, input, target), or dictionaries of named inputs.
         loss_func: A function of (output, target), or of (output, dictionary). Only quantities that are taken from a
             gradient or from the loss need it.
+        of_passes: Whether later passes over these batches need the loss.
 
     Returns:
         The attributes of `collected` that have these batches in their means.
@@ -49,9 +51,10 @@ def calibrated(collected: CollectedQuantities, batches: Iterable, loss_func: Cal
     """
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise TypeError(f"calibrate: batches is a list or a data loader of batches, not {_shown(batches)}")
-    needs_loss, source = bool(collected.at(*_OF_LOSS)), collected.source
+    of_loss, source = [*collected.at(*_OF_LOSS), *(["gradients"] if of_passes else [])], collected.source
+    needs_loss = bool(of_loss)
     if needs_loss and loss_func is None:
-        quantity = collected.at(*_OF_LOSS)[0]
+        quantity = of_loss[0]
         raise TypeError(f"calibrate: {name_of(collected.criterion)} needs {quantity}; give it a loss_func")
     check_autograd("calibrate", source.model)
     # The means are collected in a copy, so that a batch that fails changes nothing.
@@ -70,8 +73,8 @@ def calibrated(collected: CollectedQuantities, batches: Iterable, loss_func: Cal
     modes = torch.inference_mode(False), torch.enable_grad()
     with at_end, at_end, untraced(source.model), not_drawn_from(batches), modes[0], modes[1]:
         for number, batch in enumerate(batches, 1):
-            inputs, targets = _parts_of(with_autograd(batch), needs_loss)
-            if not _has_rows(inputs):
+            inputs, targets = parts_of(with_autograd(batch), needs_loss)
+            if not has_rows(inputs):
                 continue
             try:
                 with _inputs_seen(collected), _inputs_recorded(collected, inputs) as read:
@@ -178,7 +181,7 @@ def _backward(source: Source, loss: Tensor) -> None:
         parameter.grad = gradient
 
 
-def _parts_of(batch: Any, needs_loss: bool) -> tuple[Any, tuple]:
+def parts_of(batch: Any, needs_loss: bool) -> tuple[Any, tuple]:
     """The inputs of the model, and the arguments of the loss beside the output."""
     if isinstance(batch, Mapping):
         return batch, (batch,)
@@ -190,7 +193,7 @@ def _parts_of(batch: Any, needs_loss: bool) -> tuple[Any, tuple]:
     return batch, ()
 
 
-def _has_rows(inputs: Any) -> bool:
+def has_rows(inputs: Any) -> bool:
     """Whether any tensor of the inputs has a number in it, or there is none."""
     tensors = tensors_in(inputs)
     return not tensors or any(tensor.numel() for tensor in tensors)
@@ -215,10 +218,8 @@ def _inputs_seen(collected: CollectedQuantities) -> Iterator[None]:
     source = collected.source
 
     def hook(name: str, owner: nn.Module) -> Callable:
-        first = next(iter(signature(owner.forward).parameters), "")
-
         def see(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
-            value = inputs[0] if inputs else named.get(first, next(iter(named.values()), None))
+            value = input_of(owner, inputs, named)
             if isinstance(value, Tensor) and value.numel():
                 source.inputs[name] = value
                 collected.add("forward", [name], count=value.numel())

@@ -36,6 +36,7 @@ class Source:
         joint: With a joint granularity, parameter name -> (its `JointGroups`, its `Part` of them).
         input_grads: Parameter name -> (input, its gradient, number of examples) per call (moment 'input_grad').
         dense: The `DenseWeights` of straight-through training, from which quantities of weights are computed; or None.
+        curvatures: Function that yields the curvature of every layer (moment 'passes'); None at other moments.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Source:
     joint: Mapping[str, Any] = field(default_factory=dict)
     input_grads: dict[str, list[tuple[Tensor, Tensor, int]]] = field(default_factory=dict)
     dense: Any = None
+    curvatures: Any = None
     _computed: dict[Callable, dict[str, Tensor]] = field(default_factory=dict)
 
     def once(self, compute: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -249,7 +251,7 @@ class CollectedQuantities:
             ValueError: It is a mean over batches, and no batch was seen.
         """
         function: Any = quantities[quantity]
-        if "score" in function.moments:
+        if {"score", "passes"} & set(function.moments):
             return function(self.source, name)
         stored, parameter = self.stored.get(quantity, {}), self._layers[name].parameter
         if name not in stored and not (stored and self.may_skip):

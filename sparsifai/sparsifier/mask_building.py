@@ -85,6 +85,7 @@ class NewMasks:
         notices: What the user should be warned of.
         found: What was found in scores on a GPU -> a tensor that says how often. Reading it waits for the GPU.
         trained: Layer name -> mask of the weights that get gradients, where these are not all weights.
+        weights: Pairs of a parameter and the values that it gets, where weights that stay are changed.
     """
 
     masks: dict[str, Tensor]
@@ -93,6 +94,7 @@ class NewMasks:
     notices: list[str] = field(default_factory=list)
     found: dict[Finding, Tensor] = field(default_factory=dict)
     trained: dict[str, Tensor] = field(default_factory=dict)
+    weights: Sequence[tuple[nn.Parameter, Tensor]] = ()
 
 
 @torch.no_grad()

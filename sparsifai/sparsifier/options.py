@@ -10,9 +10,11 @@ from typing import Any
 from torch import nn
 
 from ..axes.context import Context, contexts
-from ..axes.criterion import Criterion, criteria
+from ..axes.criterion import Criterion, criteria, quantities_of
 from ..axes.granularity import Granularity, granularities
 from ..axes.grouping import poolings
+from ..axes.quantity import quantities
+from ..axes.sweep import check_sweeps_within
 from ..model.layers import find_weights
 from ..model.patterns import Pattern, as_patterns, matching_each
 from ..support.capability import capability
@@ -42,6 +44,7 @@ class Options:
     straight_through: bool
     decay: float | None
     gradient_sparsity: float | None
+    compensate: bool
 
     @classmethod
     def of(
@@ -61,6 +64,7 @@ class Options:
         straight_through: Any = False,
         decay: Any = None,
         gradient_sparsity: Any = None,
+        compensate: Any = None,
     ) -> Options:
         """Resolve and check the arguments of `Sparsifier`.
 
@@ -75,6 +79,8 @@ class Options:
                 "learn when it regrows; choose smaller groups, such as weights or filters, or straight_through=True"
             )
         decay, gradient_sparsity = check_straight_through(straight_through, decay, gradient_sparsity, regrow)
+        if is_swept(criteria):
+            check_swept(granularity, context, criteria, round_to, coupled, straight_through, regrow)
         return cls(
             granularity,
             context,
@@ -90,6 +96,7 @@ class Options:
             bool(straight_through),
             decay,
             gradient_sparsity,
+            check_compensate(compensate, criteria, straight_through, regrow),
         )
 
     def with_criteria(self, criteria: Any) -> Options:
@@ -162,6 +169,57 @@ def check_straight_through(
         check_number("decay", DECAY if decay is None else decay),
         check_fraction(0.0 if gradient_sparsity is None else gradient_sparsity, "gradient_sparsity"),
     )
+
+
+def check_compensate(compensate: Any, criterion: Criterion, straight_through: Any, regrow: Any) -> bool:
+    """Whether the weights that stay are changed; None means what the method of the criterion does.
+
+    Raises:
+        ValueError: Masks may change their mind, too.
+    """
+    compensates = bool(capability(_plain(criterion), "compensates", False) if compensate is None else compensate)
+    if compensates and (straight_through or regrow is not None):
+        other = "straight_through=True" if straight_through else "regrow="
+        whose = "" if compensate else f", which criterion {name_of(criterion)} does by default,"
+        raise ValueError(
+            f"compensate=True{whose} changes the weights that stay for the masks as they are, and {other} lets masks "
+            "change their mind; leave one of them out, or pass compensate=False"
+        )
+    return compensates
+
+
+def reads_passes(criterion: Criterion) -> bool:
+    """Whether a criterion names a quantity that is computed in passes over the batches of `calibrate`."""
+    return any("passes" in quantities[name].moments for name in quantities_of(criterion))  # type: ignore[attr-defined]
+
+
+def is_swept(criterion: Criterion) -> bool:
+    """Whether a criterion chooses the masks of a layer column by column."""
+    return bool(capability(_plain(criterion), "sweeps", False))
+
+
+def check_swept(
+    granularity: Granularity, context: Context, criterion: Criterion, round_to: Any, coupled: Any, *others: Any
+) -> None:
+    """Refuse options that a criterion that sweeps through the columns of a layer cannot have.
+
+    Args:
+        granularity: As of Sparsifier.
+        context: As of Sparsifier.
+        criterion: The criterion.
+        round_to: As of Sparsifier.
+        coupled: As of Sparsifier.
+        *others: straight_through and regrow.
+
+    Raises:
+        ValueError: There is one.
+    """
+    check_sweeps_within(context, criterion)
+    if granularity is not granularities["weight"] or round_to is not None or coupled or any(others):
+        raise ValueError(
+            f"criterion {name_of(criterion)} chooses single weights, column by column, so it needs granularity "
+            "'weight', and no round_to=, coupled=, straight_through= or regrow="
+        )
 
 
 def _plain(criterion: Criterion) -> Any:

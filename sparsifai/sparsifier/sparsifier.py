@@ -24,6 +24,17 @@ from ..support.warning import warn_each
 from .calibration import calibrated
 from .change import Change
 from .collection import CollectedQuantities, Source
+from .compensation import (
+    Calibration,
+    check_calibrated,
+    check_compensated,
+    check_kept,
+    compensated,
+    inverse_curvatures,
+    makes_passes,
+    passes_need_loss,
+    swept_masks,
+)
 from .copying import CopiedWithModel
 from .dense_checks import check_can_be_kept
 from .findings import both
@@ -33,7 +44,7 @@ from .layer_selection import Asked, cannot_be_pruned, find_layers, scopes
 from .mask_building import NewMasks, Ranking, build_masks, notice_of_revived
 from .masking import NEXT_TO_ZERO, masked_parameters, moments_to_zero, newly_changed, newly_masked
 from .notices import notices_of_frozen, notices_of_host, notices_of_outputs, notices_of_unnamed, notices_of_unprunable
-from .options import Options, Sparsity, check_sparsity
+from .options import Options, Sparsity, check_sparsity, is_swept
 from .reading import check_read
 from .regrowth import Regrowth, check_drop
 from .report import Report
@@ -79,6 +90,9 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         gradient_sparsity: With straight_through, the fraction of the weights whose gradients are zero, those that rank
             lowest (Top-KAST; Jayakumar et al., 2021, arXiv:2106.03517). At most the present sparsity counts, so 1 lets
             only the weights that are kept learn, as in movement pruning as published. Default 0: all weights learn.
+        compensate: Whether the weights that stay are changed, layer by layer, so that the squared error of the layer's
+            outputs on the batches of `calibrate` is smallest: see `Sparsifier.calibrate`. Any criterion can use it.
+            Default: what the method of the criterion does, which is True for obs and sparsegpt and False for others.
         example_input: A batch, for models that torch.fx cannot trace; needed only with granularities of whole outputs
             or inputs, by synflow, and by coupled. A tuple holds positional arguments, a dictionary keywords.
 
@@ -118,6 +132,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         straight_through: bool = False,
         decay: float | None = None,
         gradient_sparsity: float | None = None,
+        compensate: bool | None = None,
         example_input: Any = None,
     ):
         if not isinstance(model, nn.Module):
@@ -125,7 +140,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         options = Options.of(
             granularity, context, criteria, layers=layers, exclude=exclude, pool=pool, may_empty=may_empty,
             regrow=regrow, round_to=round_to, coupled=coupled, seed=seed, straight_through=straight_through,
-            decay=decay, gradient_sparsity=gradient_sparsity,
+            decay=decay, gradient_sparsity=gradient_sparsity, compensate=compensate,
         )  # fmt: skip
         inner = unwrapped(model)
         found, followers, coupling = find_layers(
@@ -146,10 +161,12 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         source = Source(inner, weights, rng, example, dense=self._dense, joint=joint)
         self.collected = CollectedQuantities(options.criteria, source)
         check_read(self.collected)
+        if makes_passes(options):
+            check_compensated(options, self._selected)
         self._regrowth = None if options.regrow is None else Regrowth(options.regrow, source)
         for each in self._all_collected:
             each.take("start")
-        self._calibration: tuple[Iterable, Callable | None] | None = None
+        self._calibration: Calibration | None = None
         self._has_ranked = False
         warn_each(notices_of_outputs(options, inner, self.layers, self.all_masks.followers))
         warn_each(notices_of_unprunable("Sparsifier", cannot_be_pruned(found), len(found)))
@@ -266,7 +283,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         self.select_unfrozen()
         asked = self._without(self.resting(), scopes(check_sparsity(sparsity), self.layers, self.model))
         with self._dense.in_place():
-            build_masks(self._ranked(asked), asked, self.ranking, self.collected)
+            self._built(asked)
 
     def select_unfrozen(self) -> list[str]:
         """Select the layers that were frozen and are trained now. Building masks and collecting data do it themselves.
@@ -302,11 +319,31 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
             warn_each(notices_of_host(self.ranking.options, self.layers))
         if self.is_straight_through:
             return self._masks_of_dense(asked)
+        options = self.ranking.options
         falling = any(fraction < self.layers[name].level for fraction, names in asked for name in names)
-        if drop or falling or not is_elementwise(self.ranking.options.criteria) or self.collected.at("update"):
+        by_element = is_elementwise(options.criteria) and not options.compensate
+        if drop or falling or not by_element or self.collected.at("update"):
             # A step may have moved pruned weights. Their values must not reach a score, now or later, nor be revived.
             self.apply_masks()
-        return build_masks(self._selected, asked, self.ranking, self.collected, self._regrowth, drop)
+        new = self._built(asked, drop)
+        if not options.compensate or is_swept(options.criteria):
+            return new
+        layers = {name: layer.with_mask(new.masks[name], new.levels[name]) for name, layer in self._selected.items()}
+        return compensated(
+            new, self._selected, self.all_masks.followers_of(layers), check_calibrated(options, self._calibration),
+            options, self.model, self.ranking.process_group, self.collected.may_skip,
+        )  # fmt: skip
+
+    def _built(self, asked: Asked, drop: float = 0.0) -> NewMasks:
+        """Build masks from the weights as they are, or by a sweep that changes them."""
+        options, group = self.ranking.options, self.ranking.process_group
+        if makes_passes(options):
+            check_compensated(options, self._selected)  # it may have been sharded since
+            calibration = check_calibrated(options, self._calibration)
+            if is_swept(options.criteria):
+                return swept_masks(self._selected, asked, calibration, options, self.collected, group)
+        collected = inverse_curvatures(options, self.collected, self._calibration, group)
+        return build_masks(self._ranked(asked), asked, self.ranking, collected, self._regrowth, drop)
 
     def _masks_of_dense(self, asked: Asked) -> NewMasks:
         """Build masks from the dense weights: those of the weights, and of those that get gradients."""
@@ -394,7 +431,8 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         followers = self.all_masks.followers_of(layers)
         if self.is_straight_through:
             attributes.append((self._dense, {"trained": new.trained}))
-        return self._written(Change(layers, followers, attributes, new.random, zeroes=True, is_update=True))
+        change = Change(layers, followers, attributes, new.random, new.weights, zeroes=True, is_update=True)
+        return self._written(change)
 
     def _noted(self, masks: Mapping[str, Tensor]) -> list[tuple[Any, dict[str, Any]]]:
         """The attributes that count what these masks keep as used, for a Change."""
@@ -442,7 +480,9 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
     def calibrate(self, batches: Iterable, loss_func: Callable | None = None) -> None:
         """Run batches through the model, to collect what the criterion needs of data.
 
-        Modes, buffers, gradients and random generators are restored.
+        Modes, buffers, gradients and random generators are restored. With compensate, and for obs and sparsegpt, the
+        batches are kept, and run again through a copy of the model in evaluation mode whenever weights are pruned: a
+        pass for each layer, or for several that have the same input. One layer's curvature is in memory at a time.
 
         Args:
             batches: Batches: (input, target), (input, input, target), or dictionaries of named inputs.
@@ -455,8 +495,15 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         """
         self._check_held("calibrate")
         self.select_unfrozen()
-        means = calibrated(self.collected, batches, loss_func)
+        options = self.ranking.options
+        check_kept(options, batches)
+        means = calibrated(self.collected, batches, loss_func, passes_need_loss(options))
         self._take(Change(attributes=[(self.collected, means), (self, {"_calibration": (batches, loss_func)})]))
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether masks, or the weights that stay, depend on batches, so that `calibrate` is called for them."""
+        return self.collected.looks_at_data or makes_passes(self.ranking.options)
 
     def collect_gradients(self) -> None:
         """Collect the gradients for a criterion that needs them. Call it after backward, before they are masked.

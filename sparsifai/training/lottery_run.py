@@ -92,7 +92,7 @@ class LotteryRun:
             raise ValueError("lottery_ticket measures each ticket, so the Learner needs validation data and a Recorder")
         probe = self._make_sparsifier()
         scopes(self.sparsity, probe.layers, probe.model)
-        if not probe.collected.looks_at_data:
+        if not probe.looks_at_data:
             probe.check(self.sparsity)
 
     # --- Rounds -------------------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ class OneShot:
                 raise
             example_input = first_batch(measure.learn)[:-1]
             self.sparsifier = Sparsifier(measure.model, **{**options, "example_input": example_input})
-        if self.sparsifier.collected.looks_at_data:
+        if self.sparsifier.looks_at_data:
             _calibrate(self.sparsifier, measure, calibration, loss_func)
         _check_comparisons(self.sparsifier)
         self.dense = self.sparsifier.state_dict()

@@ -36,6 +36,8 @@ SCORES = {
     "fisher": [2, 8, 0.5],
     "movement_pruning": [1, -2, 0.5],
     "wanda": [3, 4, 0.25],
+    "obs": [0.25, 2, 0.03125],
+    "sparsegpt": [0.5, 4, 0.0625],
     "gate_importance": [2 / 3 * 2**0.5, 2 / 3 * 2**0.5, 1 / 3 * 2**0.5],
 }
 OF_DATA = {
@@ -46,6 +48,7 @@ OF_DATA = {
     "flow": [4.0, 1, 6],
     "activation": [3.0, 2, 0.5],
     "gate_grad": [2.0, 2, 1],
+    "inverse_curvature": [2.0, 1, 4],
 }
 
 

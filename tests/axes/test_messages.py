@@ -1,6 +1,7 @@
 """What errors and warnings of the four axes say. A mistake is a small function; "..." stands for any text."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from sparsifai.axes.grouping import Grouping, UnavailableError
 from sparsifai.axes.quantity import UnsuitableLayerError
 from sparsifai.axes.ranking.scored_layer import ScoredLayer
 from sparsifai.axes.schedule import progress
+from sparsifai.support.registry import name_of
 
 
 def matrices():
@@ -50,6 +52,13 @@ def with_nan():
     with torch.no_grad():
         model[2].weight[0, 0] = float("nan")
     return model
+
+
+def swept(size, name, context, **options):
+    criterion = partial(criteria[name], block_size=size, **options)
+    sparsifier = Sparsifier(matrices(), context=context, criteria=criterion)
+    sparsifier.calibrate([(torch.ones(3, 4), torch.zeros(3).long())], torch.nn.functional.cross_entropy)
+    sparsifier.sparsify(0.5)
 
 
 def frozen():
@@ -236,22 +245,36 @@ CRITERION = [
                                         np.ones(2, bool))], 0.5),
      ValueError, "NaN scores for 0.weight: look for NaN or inf in its weights, ..."),
     ("a moment that is none", lambda: taken("often"), ValueError,
-     "taken: give one or more of 'score', 'start' and 'update', or one of 'backward', 'forward', 'loss' and "
-     "'input_grad'; not ('often',)"),
+     "taken: give one or more of 'score', 'passes', 'start' and 'update', or one of 'backward', 'forward', "
+     "'loss' and 'input_grad'; not ('often',)"),
     ("a function for a moment", lambda: taken(print), ValueError,
-     "taken: give one or more of 'score', 'start' and 'update', ... not (<built-in function print>,)"),
-    ("no moment", lambda: taken(), ValueError, "taken: give one or more of 'score', 'start' and 'update', ... not ()"),
+     "taken: give one or more of 'score', 'passes', 'start' and 'update', ... not (<built-in function print>,)"),
+    ("no moment", lambda: taken(), ValueError,
+     "taken: give one or more of 'score', 'passes', 'start' and 'update', ... not ()"),
     ("a mean at two moments", lambda: taken("backward", "loss"), ValueError,
-     "taken: give one or more of 'score', 'start' and 'update', ... not ('backward', 'loss')"),
+     "taken: give one or more of 'score', 'passes', 'start' and 'update', ... not ('backward', 'loss')"),
     ("a mean and a stored value", lambda: taken("backward", "start"), ValueError,
-     "taken: give one or more of 'score', 'start' and 'update', ... not ('backward', 'start')"),
+     "taken: give one or more of 'score', 'passes', 'start' and 'update', ... not ('backward', 'start')"),
+    *((f"a sweep with context {name_of(context)}", lambda context=context: Sparsifier(
+        matrices(), context=context, criteria="sparsegpt"), ValueError,
+       "criterion sparsegpt chooses the masks of a layer column by column, so it needs a context that ranks within a "
+       f"layer and along its inputs, not {name_of(context)}; choose 'local', 'per_output' or N:M such as '2:4'")
+      for context in ("global", "erk", blocks(4, axis="out"))),
+    ("no damping", lambda: sparsify(criteria=partial(criteria["obs"], damping=-1.0)), ValueError,
+     "damping must be a number of at least 0, not -1.0"),
+    *((f"blocks of {size} for {name}", lambda size=size, name=name, context=context: swept(size, name, context),
+       ValueError, f"block_size must be a whole number of at least 1, not {size!r}")
+      for size in (0, 2.5) for name, context in (("obs", "global"), ("sparsegpt", "local"))),
+    ("a curvature without damping", lambda: swept(8, "sparsegpt", "local", damping=0.0), ValueError,
+     "the curvature of 0.weight is not positive definite, because its damping is too small for these batches; give the "
+     "criterion a larger damping=, by functools.partial, or more batches"),
     ("a running value", lambda: taken("start", running=True), ValueError,
      "taken: running= and finish= are for means over batches, at backward, forward, loss, input_grad"),
     ("a finished value", lambda: taken("score", finish=torch.sqrt), ValueError,
      "taken: running= and finish= are for means over batches, at backward, forward, loss, input_grad"),
     ("a quantity without a moment", lambda: quantities.register(print), ValueError,
      "quantity print does not say when it is computed; mark it with @taken(...) below the registration, and with one "
-     "or more of score, start, update, backward, forward, loss, input_grad"),
+     "or more of score, passes, start, update, backward, forward, loss, input_grad"),
     ("gradients of a layer without any", lambda: calibrated("snip", Halves()), ValueError,
      f"calibrate: {UNUSED}"),
     ("the Hessian of a layer without gradients", lambda: calibrated("grasp", Halves()), ValueError,

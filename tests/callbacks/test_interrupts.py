@@ -54,6 +54,12 @@ def freezing(teacher):
     return FreezeCallback("0")
 
 
+def quantizing(teacher):
+    from sparsifai.all import QuantizeCallback
+
+    return QuantizeCallback(0)
+
+
 def tickets():
     from sparsifai.all import lottery_ticket
 
@@ -73,6 +79,7 @@ def put_for_a_while(learn, models):
     others = [each for each in learn.cbs if type(each).__name__ != "KeepSparsity"]  # it stays, to keep the zeros
     return {
         "hooks": [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in modules],
+        "hidden parameters": [sorted(vars(module).keys() & module._parameters.keys()) for module in modules],
         "modes": [module.training for module in models[-1].modules()] if len(models) > 1 else [],
         "frozen": [each.requires_grad for model in models for each in model.parameters()],
         "callbacks": [(type(each).__name__, each.run) for each in others],
@@ -84,8 +91,16 @@ def put_for_a_while(learn, models):
 
 @pytest.mark.parametrize(
     "prepare",
-    [fitting(sparsifying), fitting(changing), fitting(distilling), fitting(freezing), tickets, sensitivities],
-    ids=["SparsifyCallback", "straight_through", "DistillCallback", "FreezeCallback", "lottery_ticket", "sensitivity"],
+    [
+        *map(fitting, (sparsifying, changing, distilling, freezing, quantizing)),
+        tickets,
+        sensitivities,
+    ],
+    ids=[
+        *("SparsifyCallback", "straight_through", "DistillCallback", "FreezeCallback", "QuantizeCallback"),
+        "lottery_ticket",
+        "sensitivity",
+    ],
 )
 def test_an_interrupt_at_any_line_of_the_library_leaves_nothing_behind(prepare):
     lines = interrupted(prepare()[2]).lines

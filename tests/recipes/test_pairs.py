@@ -42,6 +42,7 @@ OTHERS = {
     "frozen at first": {"freeze": {"layers": ["0", "3"], "end": 1}},
     "frozen later": {"freeze": {"layers": ["0", "8"], "start": 1}},
     "frozen all the time": {"freeze": {"layers": "6"}},
+    "int8": {"quantize": {"start": 0}},
     "all weights frozen at first": {"freeze": {"layers": ["0", "3", "6.weight", "8.weight"], "end": 1}},
 }
 STEPS = {name: {"sparsify": {"sparsity": 0.5, **options}} for name, options in SPARSIFY.items()} | OTHERS
@@ -62,12 +63,6 @@ def test_every_pair_of_steps_is_trained(make_learner, pair):
         masks = sparsifier.all_masks
         assert all((parameters[name].masked_fill(mask, 0) == 0).all() for name, mask in masks.items())
         assert sparsifier.sparsity >= 0.45 or pair == ("regrowth by gradients", "frozen all the time")
-
-
-@pytest.mark.parametrize("pair", [*combinations([*SPARSIFY][:3], 2)], ids=" and ".join)
-def test_two_steps_that_sparsify_are_refused(make_learner, pair):
-    with pytest.raises(ValueError, match="sparsify"):
-        Recipe({"epochs": 2, "steps": [STEPS[name] for name in pair]})
 
 
 @pytest.mark.parametrize("criteria", ["grasp", "snip", "movement_pruning"])
@@ -104,7 +99,7 @@ MODIFIERS = {
     "MovementPruningModifier": {"init_sparsity": 0.05, "final_sparsity": 0.5, "params": "__ALL_PRUNABLE__"},
     "StructuredPruningModifier": {"init_sparsity": 0.05, "final_sparsity": 0.5, "params": "__ALL_PRUNABLE__",
                                   "mask_type": "filter"},
-    "RigLPruningModifier": {"sparsity": 0.5, "params": "__ALL_PRUNABLE__", "update_frequency": 0.25},
+    "RigLPruningModifier": {"final_sparsity": 0.5, "params": "__ALL_PRUNABLE__", "update_frequency": 0.25},
     "ACDCPruningModifier": {"compression_sparsity": 0.5, "params": "__ALL_PRUNABLE__", "update_frequency": 0.5},
 }  # fmt: skip
 MORE = {

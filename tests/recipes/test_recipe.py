@@ -66,6 +66,28 @@ def test_a_recipe_is_the_same_after_saving_and_loading(content):
     assert again.steps == recipe.steps
 
 
+parts = st.fixed_dictionaries(
+    {"epochs": st.just(10), "steps": st.lists(steps, min_size=1, max_size=1)},
+    optional={"name": words, "variables": st.dictionaries(st.sampled_from("bcd"), fractions)},
+)
+staged = st.fixed_dictionaries(
+    {"stages": st.lists(parts, min_size=1, max_size=3)},
+    optional={"variables": st.dictionaries(st.sampled_from("abc"), fractions)},
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(staged)
+def test_stages_are_the_same_after_saving_and_loading(content):
+    recipe = Recipe(content)
+    again = Recipe.loads(recipe.dumps())
+    assert again == recipe
+    for stage, part in zip(again.stages, content["stages"], strict=True):
+        assert stage.steps[0].options == part["steps"][0]["sparsify"]
+        assert stage.variables == {**content.get("variables", {}), **part.get("variables", {})}
+        assert Recipe.loads(stage.dumps()) == stage
+
+
 # --- Use ----------------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from sparsifai.recipes.safe_yaml import Located, dump_yaml, load_yaml
         ("75%", "75%"),
         ("[1, {a: b}]", [1, {"a": "b"}]),
         ("a: &x 3\nb: *x", {"a": 3, "b": 3}),
+        ("a: &x [1, &y {b: 2}]\nc: *x\nd: *y", {"a": [1, {"b": 2}], "c": [1, {"b": 2}], "d": {"b": 2}}),
     ],
 )
 def test_values(text, value):
@@ -28,6 +29,19 @@ def test_values(text, value):
     assert read == value
     assert type(read) is type(value)
     assert load_yaml(dump_yaml(value)).value == value
+
+
+def test_what_an_alias_stands_for_is_no_part_of_another_value():
+    value = load_yaml("a: &x [1]\nb: *x").value
+    value["a"].append(2)
+    assert value["b"] == [1]
+
+
+def test_a_recipe_may_have_aliases_of_lists_and_mappings():
+    text = "epochs: 4\nsteps:\n- sparsify: {sparsity: 0.5, layers: &names [a, b], schedule: &late {iterative: 2}}\n"
+    recipe = Recipe.loads(text + "- sparsify: {sparsity: 0.6, exclude: *names, schedule: *late}\n")
+    assert recipe.steps[1].options == {"sparsity": 0.6, "exclude": ["a", "b"], "schedule": {"iterative": 2}}
+    assert Recipe.loads(recipe.dumps()) == recipe
 
 
 def test_text_that_looks_like_a_number_is_quoted():
@@ -61,6 +75,10 @@ def test_an_error_names_the_line_once():
 HOSTILE = {
     "laughs": "a: &a [x,x,x,x,x,x,x,x,x]\n"
     + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+    "quadratic": "a: &a [" + "x, " * 1000 + "]\nb: [" + "*a, " * 40_000 + "]",
+    "long aliases": "a: &a [" + "x" * 2000 + "]\nb: [" + "*a, " * 10_000 + "]",
+    "deep aliases": "a: &a [x]\n"
+    + "".join(f"{b}: &{b} [*{a}]\n" for a, b in zip("abcdefghijklmnopqrstu", "bcdefghijklmnopqrstuv", strict=True)),
     "deep": "[" * 100_000,
     "deep mapping": "\n".join(" " * level + "a:" for level in range(500)),
     "long": "a: " + "x" * 2_000_000,

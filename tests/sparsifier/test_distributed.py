@@ -148,6 +148,21 @@ def test_replicas_get_the_masks_of_one_process(replicated, axes, given):
     check_against_one_process(first, small_net(), axes)
 
 
+@pytest.mark.parametrize("criterion", processes.COMPENSATED)
+def test_replicas_make_up_for_pruned_weights_by_the_batches_of_all(replicated, criterion):
+    first, second = (seen["compensated"][criterion] for seen in replicated)
+    assert same(first["masks"], second["masks"])
+    assert same(first["weights"], second["weights"])
+    alone = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3))
+    put(first["start"], alone)
+    sparsifier = Sparsifier(alone, context="local", criteria=criterion, compensate=True)
+    sparsifier.calibrate([*processes.data_of(0), *processes.data_of(1)], torch.nn.functional.cross_entropy)
+    sparsifier.sparsify(0.5)
+    assert same(first["masks"], sparsifier.masks)
+    for name, weight in alone.named_parameters():
+        assert torch.allclose(weight, first["weights"][name], atol=1e-5), name
+
+
 def test_scores_that_differ_by_process_are_those_of_the_first(replicated):
     first, second = (seen["data_driven"] for seen in replicated)
     for criterion in ("weight_times_inputs_here", "random"):
@@ -250,6 +265,17 @@ def test_dense_weights_of_shards_are_refused_and_nothing_changes(sharded, key):
         assert " is sharded by fully_shard, whose parameters cannot hold other memory for a step; use " in seen["seen"]
         assert same(seen["before"], seen["after"])
         assert all(mask.all() for mask in seen["masks"].values())
+
+
+@pytest.mark.parametrize("key", ["compensated", "compensated, made before"])
+def test_shards_are_not_compensated_and_nothing_changes(sharded, key):
+    for seen in sharded:
+        seen = seen["straight through"][key]
+        assert (
+            " is sharded by fully_shard, and the curvature of a layer needs its whole weight in one process; "
+            in (seen["seen"])
+        )
+        assert same(seen["before"], seen["after"])
 
 
 @shards_on_the_cpu

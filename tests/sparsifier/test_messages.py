@@ -759,7 +759,139 @@ COUPLED = [
     ("no torch-pruning", without_torch_pruning, ImportError, "...pip install 'sparsifai[shrink]'..."),
 ]  # fmt: skip
 
-ROWS = [*OPTIONS, *LAYERS, *MASKS, *DATA, *REGROWTH, *STATE, *COUPLED]
+WITHOUT_BATCHES = ("needs batches each time that weights are pruned; call calibrate(batches{}) before, also on a "
+                   "Sparsifier that was copied or loaded")  # fmt: skip
+ALONE = "chooses single weights, column by column, so it needs granularity 'weight', and no round_to=, coupled=, "
+
+
+def compensated(data=None, loss=F.cross_entropy, model=None, **options):
+    sparsifier = Sparsifier(small_net() if model is None else model, **{"compensate": True, **options})
+    sparsifier.calibrate(batches(1) if data is None else data, loss)
+    sparsifier.sparsify(0.5)
+
+
+class Once(nn.Module):
+    """Runs while it trains, and in no copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        if not self.training:
+            raise RuntimeError("not now")
+        return self.layer(x)
+
+
+def overflowing():
+    return nn.Sequential(nn.Linear(4, 4), Huge(), nn.Linear(4, 2))
+
+
+class Huge(nn.Module):
+    def forward(self, x):
+        return x * 1e30
+
+
+class Apart(nn.Module):
+    """The output does not depend on one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.used(x) + self.unused(x).detach()
+
+
+PAIR = [(torch.ones(5, 4), torch.zeros(5).long())]
+
+COMPENSATION = [
+    ("compensated without batches", lambda: sparsify(0.5, compensate=True), ValueError,
+     f"compensate=True {WITHOUT_BATCHES.format('')}"),
+    ("obs without batches", lambda: sparsify(0.5, criteria="obs"), ValueError,
+     f"criterion obs {WITHOUT_BATCHES.format(', loss_func')}"),
+    ("sparsegpt without batches", lambda: sparsify(0.5, None, "weight", "local", "sparsegpt"), ValueError,
+     f"criterion sparsegpt {WITHOUT_BATCHES.format('')}"),
+    ("obs without a loss", lambda: compensated(loss=None, criteria="obs"), TypeError,
+     "calibrate: obs needs gradients; give it a loss_func"),
+    ("batches that come once", lambda: compensated(iter(batches(1))), ValueError,
+     "calibrate: the batches are run again whenever weights are pruned, and an iterator has them once; give a list or "
+     "a data loader"),
+    ("batches that do not run", lambda: compensated([torch.randn(4, 5, 8, 8)], loss=None), ValueError,
+     "calibrate: batch 1 fails (...)..."),
+    ("a model that runs in training alone", lambda: compensated(PAIR, model=Once()), ValueError,
+     "sparsify: batch 1 of calibrate fails in a copy of the model in evaluation mode (not now); give calibrate batches "
+     "that run in this mode, too"),
+    ("compensated and straight_through", lambda: Sparsifier(mlp(), compensate=True, straight_through=True), ValueError,
+     "compensate=True changes the weights that stay for the masks as they are, and straight_through=True lets masks "
+     "change their mind; leave one of them out, or pass compensate=False"),
+    ("obs and regrowth", lambda: Sparsifier(mlp(), criteria="obs", regrow="grad"), ValueError,
+     "compensate=True, which criterion obs does by default, changes ... and regrow= lets masks change their mind; ..."),
+    *((f"compensated {name}s", lambda name=name: Sparsifier(small_net(), name, compensate=True), ValueError,
+       f"compensate: with granularity {name} whole outputs are pruned, of which no weight stays that could make up for "
+       "the others; choose smaller groups, such as 'weight', or pass compensate=False")
+      for name in ("filter", "layer")),
+    ("compensated heads", lambda: Sparsifier(nn.TransformerEncoderLayer(8, 2, 16), "head", compensate=True), ValueError,
+     "compensate: with granularity head whole outputs are pruned, ..."),
+    ("compensated complex weights", lambda: Sparsifier(nn.Linear(4, 2, dtype=torch.cfloat), compensate=True),
+     ValueError,
+     "compensate: weight is complex, and curvatures are computed of real weights alone; leave it out with exclude=, or "
+     "pass compensate=False"),
+    *((f"sparsegpt with {name}", lambda options=options: Sparsifier(
+        small_net(), **{"context": "local", "criteria": "sparsegpt", **options}), ValueError,
+       f"criterion sparsegpt {ALONE}straight_through= or regrow=") for name, options in {
+           "rows": {"granularity": "row"}, "round_to": {"round_to": 2}, "regrowth": {"regrow": "grad"},
+           "straight_through": {"straight_through": True, "compensate": False}}.items()),
+    ("sparsegpt of what is not seen", lambda: compensated(
+        [torch.randn(2, 3, 8)], None, nn.TransformerEncoderLayer(8, 2, 16), context="local", criteria="sparsegpt"),
+     ValueError,
+     "criterion sparsegpt: no batch shows what self_attn.in_proj_weight, self_attn.out_proj.weight is multiplied with, "
+     "as in MultiheadAttention or in a module that is not called; leave it out with exclude="),
+    ("a curvature of what is not seen", lambda: compensated(
+        [torch.randn(2, 3, 8)], None, nn.TransformerEncoderLayer(8, 2, 16), compensate=False,
+        criteria=lambda weight, inverse_curvature: weight.abs() / inverse_curvature), ValueError,
+     "inverse_curvature: no batch shows what self_attn.in_proj_weight is multiplied with, as in MultiheadAttention or "
+     "in a module that is not called; leave it out with exclude=, or choose a criterion without it"),
+    ("layers that are not seen", lambda: compensated(
+        [torch.randn(2, 3, 8)], None, nn.TransformerEncoderLayer(8, 2, 16)), UserWarning,
+     "compensate: the weights that stay in self_attn.in_proj_weight, self_attn.out_proj.weight are not changed (50.00% "
+     "of the weights of the selected layers), because no batch shows what they are multiplied with, as in an attention "
+     "that reads its weights itself, an embedding, or a module that is not called"),
+    ("inputs that are too large", lambda: compensated(PAIR, None, overflowing()), ValueError,
+     "sparsify: the inputs of 2.weight have inf or NaN, or are too large, in the batches of calibrate; look for it in "
+     "the model, or leave the layer out with exclude="),
+    ("obs of a layer without a gradient", lambda: compensated(PAIR, model=Apart(), criteria="obs"), ValueError,
+     "sparsify: no gradient has reached unused.weight: the loss of the batches of calibrate does not depend on it; "
+     "leave it out with exclude=, or add batches that use it"),
+    ("obs with infinite gradients", lambda: compensated(PAIR, Infinite(), criteria="obs", model=mlp()), ValueError,
+     "sparsify: the gradients of all batches have inf or NaN; look for it in the model"),
+    ("weights beyond half precision", lambda: compensated(
+        [torch.tensor([[1.0, 0.01], [2.0, 0.02]]).half()], None, large_halves(), context="local",
+        criteria="sparsegpt"), ValueError,
+     "sparsify: the new weights of 0.weight leave the range of torch.float16; give the criterion a larger damping=, by "
+     "functools.partial, or leave the layer out with exclude="),
+]  # fmt: skip
+
+
+class Infinite:
+    """A loss that is finite once."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, output, target):
+        self.calls += 1
+        return output.sum() if self.calls == 1 else (output * 0).sum().sqrt()
+
+
+def large_halves():
+    model = nn.Sequential(nn.Linear(2, 1, bias=False)).half()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[600.0, 65000.0]]))
+    return model
+
+
+ROWS = [*OPTIONS, *LAYERS, *MASKS, *DATA, *REGROWTH, *STATE, *COUPLED, *COMPENSATION]
 ROWS_OF_FASTAI = [pytest.param(*row, id=name, marks=pytest.mark.fastai) for name, *row in CALLBACK]
 
 

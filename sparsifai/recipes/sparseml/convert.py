@@ -1,7 +1,8 @@
 """Convert a recipe of SparseML to a recipe of this library, with a notice for whatever has no counterpart.
 
-Names, defaults and behaviour of the modifiers are those of neuralmagic/sparseml, src/sparseml/pytorch/sparsification.
-A gradual modifier moves the sparsity from init_sparsity at start_epoch to final_sparsity at end_epoch by `interpolate`
+Names, defaults and behaviour of the modifiers are those of neuralmagic/sparseml 1.9: of
+src/sparseml/pytorch/sparsification for modifiers with tags, of src/sparseml/modifiers for those without. A gradual
+modifier moves the sparsity from init_sparsity at start_epoch to final_sparsity at end_epoch by `interpolate`
 (src/sparseml/utils/helpers.py), with an update every update_frequency epochs. It prunes each parameter by itself,
 unless its sparsity is global.
 """
@@ -14,47 +15,102 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...support.registry import close_matches
+from ..step import APPLICABLE
 from .modifiers import Modifier, Notice
-from .parsing import read_modifiers
-from .steps import LEFT_OUT, LEFT_TO_FASTAI, STEPS, StepDict
+from .other_steps import LEFT_OUT, LEFT_TO_FASTAI
+from .parsing import Stage, read_stages
+from .steps import STEPS, WITHOUT_TRAINING, StepDict, prunes
 
 __all__ = ["Notice", "convert"]
 
+# Parameters and options that mean nothing without training.
+_TIMES = ("start_epoch", "end_epoch", "update_frequency", "init_sparsity")
+_OF_TRAINING = (
+    "start", "end", "update_every", "initial_sparsity", "schedule", "regrow", "drop", "drop_schedule",
+    "straight_through", "decay", "gradient_sparsity",
+)  # fmt: skip
 
-def convert(text: str) -> tuple[dict[str, Any], list[Notice]]:
-    """Convert the text of a SparseML recipe. No code in it is run.
+
+def convert(text: str, epochs: int | None = None) -> tuple[dict[str, Any], list[Notice]]:
+    """Convert the text of a SparseML recipe, or of one of llm-compressor. No code in it is run.
 
     Args:
         text: YAML, or Markdown that begins with it.
+        epochs: The number of epochs of stages that do not give it. Default None.
 
     Returns:
-        The content of a recipe, {"epochs": ..., "steps": [...]}, and a notice for each modifier and each parameter that
-        is left out or means something else here, in the order of lines.
+        The content of a recipe, {"epochs": ..., "steps": [...]} or {"stages": [...]}, and a notice for each modifier
+        and each parameter that is left out or means something else here, in the order of lines.
 
     Raises:
         TypeError: `text` is not a str.
-        ValueError: It is not a recipe of SparseML. The message names the line.
+        ValueError: It is not a recipe of SparseML, or it prunes and nothing of that can be converted. The message names
+            the line.
     """
-    modifiers, notices = read_modifiers(text)
-    epochs = _epochs(modifiers, notices)
-    steps: list[tuple[int, str, StepDict]] = []
-    for modifier in modifiers:
+    stages, notices = read_stages(text)
+    converted = [_converted(stage, epochs, notices) for stage in stages]
+    notices.sort(key=lambda notice: (notice.line, notice.key))
+    _check_pruning(stages, converted, notices)
+    filled = [(stage, recipe) for stage, recipe in zip(stages, converted, strict=True) if recipe["steps"]]
+    if len(filled) > 1:
+        return {"stages": [{"name": stage.name or "default", **recipe} for stage, recipe in filled]}, notices
+    return (filled[0][1] if filled else converted[0]), notices
+
+
+def _check_pruning(stages: list[Stage], converted: list[dict[str, Any]], notices: list[Notice]) -> None:
+    """Refuse a recipe of which nothing that prunes is left, or it would be a recipe of dense training."""
+    pruning = [modifier for stage in stages for modifier in stage.modifiers if prunes(modifier.name)]
+    kinds = {kind for recipe in converted for step in recipe["steps"] for kind in step}
+    if pruning and not kinds & {"sparsify", "keep"}:
+        why = "\n".join(["", *(str(notice) for notice in notices if notice.lost)])
+        raise ValueError(f"line {pruning[0].line}: {pruning[0].name}: nothing that prunes can be converted:{why}")
+
+
+def _converted(stage: Stage, epochs: int | None, notices: list[Notice]) -> dict[str, Any]:
+    """The content of a recipe for a stage."""
+    training = _is_training(stage)
+    number = _epochs(stage.modifiers, epochs, notices) if training else None
+    steps: list[tuple[str, StepDict]] = []
+    for modifier in stage.modifiers:
         if modifier.name in STEPS:
             kind, make = STEPS[modifier.name]
-            step = make(modifier, epochs)
+            made = make(modifier, number if training else math.inf)
             modifier.leave_rest()
-            if step is not None:
-                steps.append((modifier.line, kind, step))
-        elif modifier.name != "EpochRangeModifier":
+            for key in () if training else _TIMES:
+                if modifier.values.get(key) not in (None, 0, -1):
+                    modifier.note(key, "this stage is applied at once, without training; left out")
+            if training:
+                steps += [(kind, step) for step in made]
+            elif kind in APPLICABLE:
+                steps += [(kind, _without_times(step)) for step in made]
+            else:
+                modifier.note(modifier.name, "needs training, and this stage is applied without; left out", lost=True)
+        elif modifier.name == "EpochRangeModifier":
+            if not training:
+                modifier.leave("this stage is applied at once, without training", lost=False)
+        else:
             known = {*STEPS, *LEFT_OUT, "EpochRangeModifier"}
             message = LEFT_OUT.get(modifier.name) or f"is not a known modifier; {close_matches(modifier.name, known)}"
             modifier.leave(message, lost=modifier.name not in LEFT_TO_FASTAI)
-    recipe: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
-    recipe["steps"] = [{kind: step} for kind, step in _merged(steps, notices)]
-    return recipe, sorted(notices, key=lambda notice: (notice.line, notice.key))
+    recipe: dict[str, Any] = {} if training else {"training": False}
+    recipe |= {} if number is None else {"epochs": number}
+    return {**recipe, "steps": [{kind: step} for kind, step in _merged(steps)]}
 
 
-def _epochs(modifiers: list[Modifier], notices: list[Notice]) -> int | None:
+def _is_training(stage: Stage) -> bool:
+    """Whether a stage trains: as the recipe says, or unless it has modifiers that need no training and no others."""
+    if stage.training is not None:
+        return stage.training
+    names = {modifier.name for modifier in stage.modifiers if modifier.name != "ConstantPruningModifier"}
+    timed = any({"start_epoch", "end_epoch"} & modifier.values.keys() for modifier in stage.modifiers)
+    return not names or timed or not names <= WITHOUT_TRAINING
+
+
+def _without_times(step: StepDict) -> StepDict:
+    return {key: value for key, value in step.items() if key not in _OF_TRAINING}
+
+
+def _epochs(modifiers: list[Modifier], given: int | None, notices: list[Notice]) -> int | None:
     """The number of epochs: the end of the last modifier, even if EpochRangeModifier ends earlier, as in SparseML."""
     named = [modifier for modifier in modifiers if modifier.name == "EpochRangeModifier"]
     for modifier in named:
@@ -72,8 +128,10 @@ def _epochs(modifiers: list[Modifier], notices: list[Notice]) -> int | None:
                 )
             end = last
     if end <= 0:
-        notices.append(Notice(1, "epochs", "no modifier says how many epochs there are; give epochs= or --epochs"))
-        return None
+        if given is None:
+            message = "no modifier says how many epochs there are; give epochs= or --epochs"
+            notices.append(Notice(min(modifier.line for modifier in modifiers), "epochs", message))
+        return given
     if end != math.ceil(end):
         for modifier in named:
             modifier.note("end_epoch", f"{end:g} epochs are rounded up to a whole number")
@@ -83,25 +141,35 @@ def _epochs(modifiers: list[Modifier], notices: list[Notice]) -> int | None:
 # --- Several modifiers in one step ------------------------------------------------------------------------------------
 
 
-def _merged(steps: list[tuple[int, str, StepDict]], notices: list[Notice]) -> Iterator[tuple[str, StepDict]]:
-    """Merge sparsify steps that differ only in sparsity and layers, and steps that are equal."""
-    groups: dict[str, list[tuple[int, str, StepDict]]] = {}
-    for number, (line, kind, step) in enumerate(steps):
-        rest = {key: value for key, value in step.items() if key not in ("sparsity", "layers")}
-        same = [rest if kind == "sparsify" else step, kind, number if kind == "distil" else 0]
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append((line, kind, step))
-    first = 0  # line of the sparsify step
-    for group in groups.values():
-        joined = _one_step([step for _, _, step in group]) if group[0][1] == "sparsify" else group[0][2]
-        for line, kind, step in group if joined is None else [(*group[0][:2], joined)]:
-            if kind == "sparsify" and first:
-                message = (
-                    f"a fit has one sparsify step, and this one cannot be joined with that of line {first}; left out"
-                )
-                notices.append(Notice(line, kind, message, lost=True))
-                continue
-            first = first or (line if kind == "sparsify" else 0)
+def _merged(steps: list[tuple[str, StepDict]]) -> Iterator[tuple[str, StepDict]]:
+    """Merge sparsify steps that differ only in sparsity and layers, and steps that are equal; quantize comes last."""
+    groups: dict[str, tuple[str, list[StepDict]]] = {}
+    for number, (kind, step) in enumerate(sorted(steps, key=lambda step: step[0] == "quantize")):
+        same: list[Any] = [kind, step]
+        if kind == "sparsify":
+            same[1] = {key: value for key, value in step.items() if key not in ("sparsity", "layers")}
+        elif kind == "distil":
+            same.append(number)
+        elif kind == "quantize":
+            same[1] = {}  # one step quantizes a model
+        groups.setdefault(json.dumps(same, sort_keys=True), (kind, []))[1].append(step)
+    for kind, each in groups.values():
+        joined = _one_step(each) if kind == "sparsify" else _united(each) if kind == "quantize" else each[0]
+        for step in each if joined is None else [joined]:
             yield kind, step
+
+
+def _united(steps: list[StepDict]) -> StepDict:
+    """One step of several: from the start of the first on, with the layers of all."""
+    united = {key: value for step in steps for key, value in step.items()}
+    if "start" in united:
+        united["start"] = min(step["start"] for step in steps)
+    for key, needed in (("layers", all), ("exclude", any)):  # without `layers`, a step has all layers
+        lists = [step.get(key) for step in steps]
+        united.pop(key, None)
+        if needed(lists):
+            united[key] = list(dict.fromkeys(name for names in lists if names for name in names))
+    return united
 
 
 def _one_step(steps: list[StepDict]) -> StepDict | None:
@@ -114,11 +182,16 @@ def _one_step(steps: list[StepDict]) -> StepDict | None:
         if not isinstance(given, dict):
             given = dict.fromkeys(step.get("layers", ["*"]), given)
         # Layers of one global sparsity are ranked together; with a dictionary, those of each pattern are ranked apart.
-        is_split = len(given) > 1 and step["context"] != "local" and ":" not in step["context"]
-        if is_split or fractions.keys() & given.keys() or "*" in given:
+        is_split = len(given) > 1 and step["context"] not in ("local", "per_output") and ":" not in step["context"]
+        if is_split or "*" in given:
             return None
-        fractions |= given
-    return {
-        "sparsity": fractions,
-        **{key: value for key, value in steps[0].items() if key not in ("sparsity", "layers")},
-    }
+        # Of several modifiers for a layer, in SparseML the masks of all apply, so the highest sparsity counts.
+        fractions |= {name: max(fraction, fractions.get(name, 0.0)) for name, fraction in given.items()}
+    if not any(isinstance(step["sparsity"], dict) for step in steps):
+        fractions = dict(sorted(fractions.items(), key=lambda item: item[1]))  # here the last pattern counts
+    rest = {key: value for key, value in steps[0].items() if key not in ("sparsity", "layers")}
+    if len(set(fractions.values())) == 1 and all("layers" in step for step in steps):
+        return {"sparsity": max(fractions.values()), "layers": list(fractions), **rest}
+    if any(name.startswith("class:") for name in fractions):
+        return None
+    return {"sparsity": fractions, **rest}

@@ -46,6 +46,7 @@ class Modifier:
         lines: Parameter -> line.
         notices: The notices of the recipe, to which this modifier adds.
         taken: The parameters that have been converted. Default: none.
+        spelled: Parameter -> its name in the file, where that is another one. Default: none.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Modifier:
     lines: dict[str, int]
     notices: list[Notice]
     taken: set[str] = field(default_factory=set)
+    spelled: dict[str, str] = field(default_factory=dict)
 
     def take(self, key: str, default: Any = None) -> Any:
         """A parameter, marked as converted.
@@ -76,7 +78,8 @@ class Modifier:
         """
         self.taken.add(key)
         if key in self.values or key == self.name:
-            self.notices.append(Notice(self.lines.get(key, self.line), key, message, lost))
+            shown = self.spelled.get(key, key)
+            self.notices.append(Notice(self.lines.get(key, self.line), shown, message, lost))
 
     def error(self, key: str, problem: str) -> ValueError:
         """A ValueError that names the line.
@@ -85,7 +88,9 @@ class Modifier:
             key: The parameter.
             problem: What is wrong with it.
         """
-        return ValueError(f"line {self.lines.get(key, self.line)}: {self.name}, {printable(key)}: {problem}")
+        return ValueError(
+            f"line {self.lines.get(key, self.line)}: {self.name}, {printable(self.spelled.get(key, key))}: {problem}"
+        )
 
     def number(self, key: str, default: float | None = None) -> Any:
         """A parameter that must be a number, marked as converted.
@@ -142,7 +147,9 @@ class Modifier:
             message: Why.
             lost: Whether it would have changed the model or its sparsity. Default: True.
         """
-        parameters = ", ".join(f"{key}={quoted(value)}" for key, value in islice(self.values.items(), MOST_SHOWN))
+        parameters = ", ".join(
+            f"{self.spelled.get(key, key)}={quoted(value)}" for key, value in islice(self.values.items(), MOST_SHOWN)
+        )
         parameters += f" and {len(self.values) - MOST_SHOWN} more" if len(self.values) > MOST_SHOWN else ""
         self.note(self.name, f"{message}; left out{f': {parameters}' if parameters else ''}", lost)
         self.taken.update(self.values)

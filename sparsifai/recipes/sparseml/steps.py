@@ -1,135 +1,187 @@
-"""What each modifier of SparseML becomes: a step of a recipe of this library, and notices of what is lost."""
+"""What each pruning modifier of SparseML becomes: steps of a recipe of this library, and notices of what is lost."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ...support.printable import quoted
-from ...support.registry import close_matches
 from .modifiers import Modifier, pattern
+from .other_steps import OTHER_STEPS
+from .parameters import StepDict, chosen, ignored, layers, masks, note_common, patterns, sparsities, times
 
-StepDict = dict[str, Any]
-
-# inter_func -> schedule: x, 1 - (1 - x)^3, ...; inverse_cubic, 1 - (1 - x)^(1/3), has no counterpart.
+# inter_func and update_scheduler -> schedule: x, 1 - (1 - x)^3, ...; the others have no counterpart.
 _SCHEDULES = {"linear": "lin", "cubic": "agp", "cosine": "cos", "inverse_cubic": "lin"}
+_OTHER_SCHEDULES = ("polynomial_decay", "polynomial", "multi_step")
 # score_type -> criterion
 _CRITERIA = {"magnitude": "large_final", "movement": "movement_pruning"}
 # sparsity_strategy -> context
 _CONTEXTS = {"erdos_renyi_kernel": "erk", "erdos_renyi": "er", "uniform": "local"}
 
-_TO_FASTAI = "learning rates are left to fastai, such as fit_one_cycle"
-
-# Modifiers that are not converted -> what to say of them.
-LEFT_OUT = {
-    "LearningRateFunctionModifier": _TO_FASTAI,
-    "LearningRateModifier": _TO_FASTAI,
-    "SetLearningRateModifier": _TO_FASTAI,
-    "SetWeightDecayModifier": "weight decay is left to fastai: wd= of the Learner or of fit",
-    "QuantizationModifier": "quantization is left to torch, whose quantization-aware training works with zeros",
-    "LegacyQuantizationModifier": "quantization is left to torch",
-    "LayerThinningModifier": "has no counterpart: layers keep their size in training; use shrink(model) after it",
-    "LayerPruningModifier": "has no counterpart: no layer is removed while training",
-    "OBSPruningModifier": "has no counterpart; the nearest are a magnitude modifier and criteria 'fisher'",
-    "MFACPruningModifier": "has no counterpart; the nearest are a magnitude modifier and criteria 'fisher'",
-    "MFACGlobalPruningModifier": "has no counterpart; the nearest are a magnitude modifier and criteria 'fisher'",
-    "SetParamModifier": "has no counterpart; set values of parameters before training",
-    "GradualParamModifier": "has no counterpart; set values of parameters before training",
-}
-
-# Those of them that change neither the model nor its sparsity.
-LEFT_TO_FASTAI = {name for name in LEFT_OUT if "LearningRate" in name or "WeightDecay" in name}
+# Parameters that say how the gradients of a second-order criterion are collected.
+_OF_SECOND_ORDER = (
+    "num_grads", "grad_sampler_kwargs", "num_recomputations", "available_devices", "available_gpus", "grads_device",
+    "num_pages", "use_gradient_buffering", "mfac_options",
+)  # fmt: skip
+# Parameters that say how layers are visited, not what is pruned.
+_OF_ONE_SHOT = ("sequential_update", "sequential_targets", "target_ids", "layer_prefix", "offload_hessians")
+# The zeros that a model has rank lowest, so they stay, whatever this says.
+_SILENT = ("preserve_sparsity_mask", "prunen", "prunem")
 
 
-# --- Steps ------------------------------------------------------------------------------------------------------------
+# --- Levels that rise -------------------------------------------------------------------------------------------------
 
 
-def _gradual(modifier: Modifier, epochs: int | None, **changed: str) -> StepDict | None:
+def _gradual(modifier: Modifier, epochs: float | None, **changed: Any) -> list[StepDict]:
     """GMPruningModifier, and modifiers that differ from it in criterion, context or granularity."""
     score = modifier.take("score_type", changed.get("score", "magnitude"))
     if not isinstance(score, str) or score not in _CRITERIA:
         modifier.leave(
             f"score_type {quoted(str(score))} has no counterpart; known are {', '.join(map(repr, _CRITERIA))}"
         )
-        return None
+        return []
     is_global = modifier.take("global_sparsity", changed.get("context") == "global")
-    masks = _masks(modifier, "global" if is_global is True else "local", changed.get("mask_type", "unstructured"))
-    if masks is None:
-        return None
-    if "final_sparsity" not in modifier.values:
-        raise modifier.error("final_sparsity", "is missing; give the sparsity at the end")
-    step = {**_sparsities(modifier), **masks, "criteria": _CRITERIA[score]}
-    step["schedule"] = _chosen(modifier, "inter_func", "cubic", _SCHEDULES)
-    if modifier.values.get("inter_func") == "inverse_cubic":
+    grouped = masks(modifier, "global" if is_global is True else "local", changed.get("mask_type", "unstructured"))
+    if grouped is None:
+        return []
+    step = {**sparsities(modifier, "final_sparsity"), **grouped, "criteria": _CRITERIA[score]}
+    step |= changed.get("options", {})
+    step["schedule"] = _schedule(modifier)
+    step |= times(modifier, epochs)
+    if modifier.take("phased", False) is not False:
+        modifier.note("phased", "the masks are not lifted in turn; ACDCPruningModifier does that", lost=True)
+    note_common(modifier)
+    if modifier.values.get("param_groups"):
+        modifier.note("param_groups", "layers are ranked one by one, not in groups of layers; left out")
+    return [_with_initial(modifier, step)]
+
+
+def _schedule(modifier: Modifier) -> str:
+    """The schedule of inter_func or update_scheduler."""
+    name, options = modifier.values.get("inter_func", "cubic"), modifier.take("scheduler_args", {})
+    exponent = options.get("exponent", 2) if isinstance(options, dict) else None
+    if name == "polynomial_decay" and exponent in (1, 3):
+        modifier.take("inter_func")
+        return "agp" if exponent == 3 else "lin"
+    if name in _OTHER_SCHEDULES or str(name).startswith("calc("):
+        message = f"{quoted(name)} has no counterpart; 'agp' has the same sparsity at the end"
+        modifier.note("inter_func", message, lost=True)
+        return "agp"
+    if name == "inverse_cubic":
         modifier.note("inter_func", "1 - (1 - x)^(1/3) has no counterpart; 'lin' has the same ends")
-    step |= _times(modifier, epochs)
+    return chosen(modifier, "inter_func", "cubic", _SCHEDULES)
+
+
+def _with_initial(modifier: Modifier, step: StepDict) -> StepDict:
+    """The step with its initial sparsity, which is that of all its layers."""
     initial = modifier.take("init_sparsity")
     if initial == "__FROM_PARAM__":
         modifier.note(
             "init_sparsity", "sparsity starts at 0, and weights that are zero already are the first to be pruned"
         )
-    elif initial is not None:
-        step["initial_sparsity"] = modifier.fraction("init_sparsity", initial)
-    _note_common(modifier)
-    if modifier.values.get("param_groups"):
-        modifier.note("param_groups", "layers are ranked one by one, not in groups of layers; left out")
-    return step
-
-
-def _ac_dc(modifier: Modifier, epochs: int | None) -> StepDict | None:
-    """ACDCPruningModifier: phases of update_frequency epochs, dense and sparse in turn; the last one is sparse."""
-    masks = _masks(modifier, "global" if modifier.take("global_sparsity", True) is True else "local", "unstructured")
-    if masks is None:
-        return None
-    times = _times(modifier, epochs)
-    start, end, phase = times.get("start", 0), times.get("end", epochs), times.get("update_every")
-    if end is None or phase is None or not phase < end - start < 1e6 * phase:
-        raise modifier.error("update_frequency", "expected phases short enough for two of them before end_epoch")
-    # Training ends with a sparse phase: the last phase that begins, or the one before it if that is dense.
-    last = math.ceil((end - start) / phase - 1e-9) - 1
-    if last % 2 == 0:
-        end = start + last * phase
-        last -= 1
+        return step
+    if initial is None:
+        return step
+    initial = modifier.fraction("init_sparsity", initial)
+    lowest = min(step["sparsity"].values()) if isinstance(step["sparsity"], dict) else step["sparsity"]
+    if initial > lowest:
         modifier.note(
-            "end_epoch", f"the last phase would be dense; it is left out, and the last sparse phase ends at {end:g}"
+            "init_sparsity", f"the sparsity would fall from {initial:g} to {lowest:g}; it starts there", lost=True
         )
-    share = phase / (end - start)
-    options = {"warm_up": share, "phase": share, "dense": (last - 1) * share, "sparse": last * share}
+    return {**step, "initial_sparsity": min(initial, lowest)}
+
+
+def _second_order(modifier: Modifier, epochs: float | None, context: str) -> list[StepDict]:
+    """OBSPruningModifier and M-FAC: gradual pruning by the inverse of the empirical Fisher, which moves the rest."""
+    for key in _OF_SECOND_ORDER:
+        modifier.note(key, "gradients are collected as 'obs' does it; left out")
+    known = {"damp": ("damping", 1e-7)}
+    if modifier.name == "OBSPruningModifier":
+        known["fisher_block_size"] = ("block_size", 50)
+    else:
+        modifier.note("fisher_block_size", "'obs' stores the blocks, which M-FAC does not; they have its 50 weights")
+    criterion = _with_options(modifier, "obs", known)
+    return _gradual(modifier, epochs, context=context, options={"criteria": criterion, "compensate": True})
+
+
+def _with_options(modifier: Modifier, criterion: str, known: dict[str, tuple[str, float]]) -> Any:
+    """A criterion with the options that differ from its defaults: {parameter: (option, default)}."""
+    given = {option: modifier.number(key, default) for key, (option, default) in known.items()}
+    changed = {option: given[option] for option, default in known.values() if given[option] != default}
+    return {criterion: changed} if changed else criterion
+
+
+# --- Levels that are constant or alternate ----------------------------------------------------------------------------
+
+
+def _ac_dc(modifier: Modifier, epochs: float | None) -> list[StepDict]:
+    """ACDCPruningModifier: phases of update_frequency epochs, dense and sparse in turn; the last one is sparse.
+
+    Phase k begins at start_epoch + k update_frequency, and is dense if k is even and it ends before end_epoch.
+    """
+    is_global = modifier.take("global_sparsity", True) is True
+    grouped = masks(modifier, "global" if is_global else "local")
+    if grouped is None:
+        return []
+    during = times(modifier, epochs)
+    start, end, phase = during.get("start", 0), during.get("end", epochs), during.get("update_every")
+    if end is None or phase is None or not end - start < 1e6 * phase:
+        raise modifier.error("update_frequency", "expected the epochs of a phase, and an end of training")
     step: StepDict = {"sparsity": modifier.fraction("compression_sparsity", modifier.take("compression_sparsity"))}
-    step |= {**_layers(modifier, "params"), **masks, "criteria": "large_final", "schedule": {"ac_dc": options}}
+    step |= {**layers(modifier), **grouped, "criteria": "large_final"}
     modifier.note(
         "momentum_buffer_reset", "the momentum of a weight is zero while it is masked; other momentum is kept"
     )
-    _note_common(modifier)
-    return {**step, "start": start, "end": end, "update_every": phase}
+    note_common(modifier)
+    last_dense = 2 * math.ceil((end - start) / phase / 2 - 0.5 - 1e-9) - 2  # the last even k with k + 1 < phases
+    if last_dense < 0:
+        return [{**step, "schedule": "one_shot", "start": start, "end": end}]
+    share = phase / (end - start)
+    options = {"warm_up": share, "phase": share, "dense": last_dense * share, "sparse": (last_dense + 1) * share}
+    return [{**step, "schedule": {"ac_dc": options}, "start": start, "end": end, "update_every": phase}]
 
 
-def _rigl(modifier: Modifier, epochs: int | None) -> StepDict | None:
-    """RigLPruningModifier: from (1 - f) s to s along a cosine; updates prune and regrow a fraction f that decays."""
-    masks = _masks(modifier, _chosen(modifier, "sparsity_strategy", "erdos_renyi_kernel", _CONTEXTS), "unstructured")
-    if masks is None:
-        return None
-    sparsity = modifier.fraction("sparsity", modifier.take("sparsity"))
+def _rigl(modifier: Modifier, epochs: float | None) -> list[StepDict]:
+    """RigLPruningModifier: constant sparsity; updates prune and regrow a fraction that decays along a cosine to 0."""
+    grouped = masks(modifier, chosen(modifier, "sparsity_strategy", "erdos_renyi_kernel", _CONTEXTS))
+    if grouped is None:
+        return []
+    step = {**sparsities(modifier, "final_sparsity"), **grouped, "criteria": "large_final", "schedule": "one_shot"}
     share = modifier.fraction("init_update_fraction", modifier.take("init_update_fraction", 0.3))
     modifier.take("global_sparsity")  # the strategy says it already
-    times = _times(modifier, epochs)
-    modifier.note("init_update_fraction", f"drop {share:g} is a fraction of the remaining weights")
-    _note_common(modifier)
+    modifier.take("init_sparsity")  # SparseML sets it to final_sparsity
+    during = times(modifier, epochs)
+    for key in ("num_grads", "grad_sampler_kwargs"):
+        modifier.note(key, "the gradients of the batches of training are used")
+    modifier.note("momentum_buffer_reset", "the momentum of a weight is zero while it is masked")
+    note_common(modifier)
     drop_schedule: Any = "cos"
     if epochs:
-        start, end = times.get("start", 0) / epochs, min(times.get("end", epochs) / epochs, 1)
+        start, end = during.get("start", 0) / epochs, min(during.get("end", epochs) / epochs, 1)
         drop_schedule = "cos" if (start, end) == (0, 1) else {"between": ["cos", start, end]}
-    masks |= {"criteria": "large_final", "schedule": "cos"}
-    masks |= {"regrow": "grad", "drop": share, "drop_schedule": drop_schedule}
-    initial = sparsity * (1 - share)
-    return {"sparsity": sparsity, **_layers(modifier, "params"), **masks, **times, "initial_sparsity": initial}
+    return [{**step, "regrow": "grad", "drop": share, "drop_schedule": drop_schedule, **during}]
 
 
-def _keep(modifier: Modifier, epochs: int | None) -> StepDict:
+def _top_kast(modifier: Modifier, epochs: float | None) -> list[StepDict]:
+    """TopKASTPruningModifier: constant sparsity of weights that are ranked anew, and another one of their gradients."""
+    grouped = masks(modifier, "global" if modifier.take("global_sparsity", True) is True else "local")
+    if grouped is None:
+        return []
+    step = {**sparsities(modifier, "forward_sparsity"), **grouped, "criteria": "large_final", "schedule": "one_shot"}
+    gradients = modifier.fraction("backward_sparsity", modifier.take("backward_sparsity"))
+    modifier.note("active_weight_decay", "weight decay is left to fastai: wd= of the Learner or of fit; left out")
+    note_common(modifier)
+    return [{**step, "straight_through": True, "decay": 0, "gradient_sparsity": gradients, **times(modifier, epochs)}]
+
+
+def _keep(modifier: Modifier, epochs: float | None) -> list[StepDict]:
     """ConstantPruningModifier: the zeros of the model are kept."""
-    if modifier.take("params") not in ("__ALL__", "__ALL_PRUNABLE__", None):
+    names = modifier.take("params")
+    if names not in ("__ALL__", "__ALL_PRUNABLE__", None):
+        patterns(modifier, "params", names)
         modifier.note("params", "all zeros of the model are kept, not only those of these parameters")
     end = modifier.number("end_epoch", -1)
     if end >= 0 and (epochs is None or end < epochs):
@@ -137,142 +189,102 @@ def _keep(modifier: Modifier, epochs: int | None) -> StepDict:
     modifier.note("update_frequency", "zeros are kept at every step")
     if modifier.number("start_epoch", 0) > 0:
         modifier.note("start_epoch", "zeros are kept from the start of training")
-    return {}
+    note_common(modifier)
+    return [{}]
 
 
-def _freeze(modifier: Modifier, epochs: int | None) -> StepDict | None:
-    """TrainableParamsModifier with trainable: False."""
-    if modifier.take("trainable", True) is not False:
-        modifier.leave("parameters are trained unless they are frozen")
+# --- Without training -------------------------------------------------------------------------------------------------
+
+
+def _one_shot(modifier: Modifier, epochs: float | None, context: str) -> list[StepDict]:
+    """SparseGPTModifier and WandaPruningModifier: layer by layer, on calibration data."""
+    grouped = _n_of_m(modifier) or masks(modifier, context)
+    if grouped is None:
+        return []
+    step = {**_of_targets(modifier), **ignored(modifier), **grouped, "criteria": "wanda"}
+    if modifier.name == "SparseGPTModifier":
+        damping = "percdamp" if "percdamp" in modifier.values else "dampening_frac"
+        known = {damping: ("damping", 0.01), "block_size": ("block_size", 128)}
+        step |= {"criteria": _with_options(modifier, "sparsegpt", known), "compensate": True}
+    if modifier.take("sparsity_profile") is not None:
+        modifier.note("sparsity_profile", "the layers have equal sparsities, not those of their outliers", lost=True)
+    for key in ("owl_m", "owl_lmbda", *_SILENT):
+        modifier.take(key)
+    for key in _OF_ONE_SHOT:
+        modifier.note(key, "it says how the layers are visited and computed; left out")
+    quantizes = modifier.take("quantize", False)
+    if quantizes is not False:
+        message = "this modifier only prunes; a QuantizationModifier quantizes"
+        modifier.note("quantize", message, lost=isinstance(quantizes, dict))
+    return [step]
+
+
+def _n_of_m(modifier: Modifier) -> StepDict | None:
+    """Masks N:M, whose N counts the weights that are pruned, and alone says how many are. None for others."""
+    structure = modifier.values.get("mask_type", f"{modifier.values.get('prunen')}:{modifier.values.get('prunem')}")
+    sizes = re.fullmatch(r"([1-9]\d?):([1-9]\d?)", str(structure))
+    if not sizes:
         return None
-    names = modifier.take("params")
-    layers = ["*"] if names == "__ALL__" else _patterns(modifier, "params", names)
-    modifier.note("params_strict", "a pattern that matches nothing is an error")
-    return {"layers": layers, **_times(modifier, epochs)}
+    pruned, of = map(int, sizes.groups())
+    if pruned >= of:
+        raise modifier.error("mask_type", f"expected fewer pruned weights than there are, not {quoted(structure)}")
+    modifier.take("mask_type")
+    modifier.values["sparsity"] = pruned / of
+    return {"granularity": "weight", "context": f"{of - pruned}:{of}"}
 
 
-def _distil(modifier: Modifier, epochs: int | None) -> StepDict:
-    """DistillationModifier: (1 - hardness) loss + hardness T^2 KL."""
-    weight = modifier.fraction("hardness", modifier.take("hardness", 0.5))
-    step: StepDict = {"weight": weight, "temperature": modifier.number("temperature", 2.0)}
-    start, end = modifier.number("start_epoch", 0), modifier.number("end_epoch", -1)
-    if start > 0 and epochs and start < epochs:
-        step["schedule"] = {"between": ["one_shot", start / epochs, 1]}
-    elif start > 0:
-        modifier.note("start_epoch", "distillation begins at the start of training")
-    if end >= 0 and (epochs is None or end < epochs):
-        modifier.note("end_epoch", "distillation lasts to the end of training")
-    return step
+def _of_targets(modifier: Modifier) -> StepDict:
+    """sparsity and layers: one fraction, or one for each of the targets."""
+    names, given = modifier.values.get("params"), modifier.take("sparsity")
+    if isinstance(given, list):
+        if not isinstance(names, list) or len(names) != len(given) or not names:
+            raise modifier.error("sparsity", "expected as many fractions as targets, or one fraction")
+        modifier.take("params")
+        fractions = [modifier.fraction("sparsity", each) for each in given]
+        return {"sparsity": {pattern(modifier, "params", n): f for n, f in zip(names, fractions, strict=True)}}
+    if names in (None, "Linear", ["Linear"]) and not modifier.values.get("ignore"):
+        modifier.note(
+            modifier.name,
+            "layers outside of the repeated blocks, as the head of a language model, are pruned, too, which SparseML "
+            "leaves dense; name them in exclude",
+        )
+    return sparsities(modifier, "sparsity")
 
 
-# Modifier -> the kind of its step, and a function that makes its options; it returns None if nothing is left.
-STEPS: dict[str, tuple[str, Callable[[Modifier, int | None], StepDict | None]]] = {
+# Modifier -> the kind of its steps, and a function of (modifier, epochs) that makes their options.
+STEPS: dict[str, tuple[str, Callable[[Modifier, float | None], list[StepDict]]]] = {
     "GMPruningModifier": ("sparsify", _gradual),
     "MagnitudePruningModifier": ("sparsify", _gradual),
-    "GlobalMagnitudePruningModifier": ("sparsify", lambda *given: _gradual(*given, context="global")),
-    "MovementPruningModifier": ("sparsify", lambda *given: _gradual(*given, score="movement")),
-    "StructuredPruningModifier": ("sparsify", lambda *given: _gradual(*given, mask_type="filter")),
+    "GlobalMagnitudePruningModifier": ("sparsify", partial(_gradual, context="global")),
+    "MovementPruningModifier": ("sparsify", partial(_gradual, score="movement")),
+    "StructuredPruningModifier": ("sparsify", partial(_gradual, mask_type="filter")),
+    "OBSPruningModifier": ("sparsify", partial(_second_order, context="global")),
+    "MFACPruningModifier": ("sparsify", partial(_second_order, context="local")),
+    "MFACGlobalPruningModifier": ("sparsify", partial(_second_order, context="global")),
     "ACDCPruningModifier": ("sparsify", _ac_dc),
     "RigLPruningModifier": ("sparsify", _rigl),
+    "TopKASTPruningModifier": ("sparsify", _top_kast),
     "ConstantPruningModifier": ("keep", _keep),
-    "TrainableParamsModifier": ("freeze", _freeze),
-    "DistillationModifier": ("distil", _distil),
+    "SparseGPTModifier": ("sparsify", partial(_one_shot, context="local")),
+    "WandaPruningModifier": ("sparsify", partial(_one_shot, context="per_output")),
+    **OTHER_STEPS,
 }
+for _name in ("GMPruningModifier", "MagnitudePruningModifier", "GlobalMagnitudePruningModifier", "ACDCPruningModifier",
+              "MovementPruningModifier", "StructuredPruningModifier", "ConstantPruningModifier"):  # fmt: skip
+    STEPS[f"Legacy{_name}"] = STEPS[_name]
+
+# Modifiers that need no training.
+WITHOUT_TRAINING = {
+    "SparseGPTModifier", "WandaPruningModifier", "GPTQModifier", "QuantizationModifier", "LegacyQuantizationModifier",
+    "SmoothQuantModifier", "LogarithmicEqualizationModifier", "AWQModifier", "AutoRoundModifier", "QuIPModifier",
+    "SpinQuantModifier", "REAPPruningModifier",
+}  # fmt: skip
 
 
-# --- Parameters that several modifiers have --------------------------------------------------------------------------
+def prunes(name: str) -> bool:
+    """Whether a modifier prunes, as its name says, known or not.
 
-
-def _chosen(modifier: Modifier, key: str, default: str, known: dict[str, str]) -> str:
-    """The counterpart of a parameter that is one of several names."""
-    value = modifier.take(key, default)
-    if not isinstance(value, str) or value not in known:
-        raise modifier.error(key, f"unknown value {quoted(str(value))}; {close_matches(str(value), known)}")
-    return known[value]
-
-
-def _times(modifier: Modifier, epochs: int | None) -> StepDict:
-    """start, end and update_every in epochs; -1 in SparseML means the start of training, its end, and every step."""
-    start, end = modifier.number("start_epoch"), modifier.number("end_epoch")
-    every = modifier.number("update_frequency") if "update_frequency" in modifier.values else None
-    times = {} if start is None else {"start": max(start, 0)}
-    if end is not None and end >= 0:
-        if end <= times.get("start", 0):
-            raise modifier.error("end_epoch", f"{end:g} is not after start_epoch {times.get('start', 0):g}")
-        times["end"] = end
-    elif epochs is not None and times.get("start", 0) >= epochs:
-        raise modifier.error("start_epoch", f"{times['start']:g} is not before the end of training, {epochs}")
-    if every is not None and every > 0:
-        times["update_every"] = every
-    return times
-
-
-def _masks(modifier: Modifier, context: str, default: str) -> StepDict | None:
-    """Granularity and context of a mask_type; None and a notice if it has no counterpart."""
-    given = modifier.take("mask_type", default)
-    sides = given if isinstance(given, list) and len(given) == 2 else [0]
-    if given == "unstructured":
-        return {"granularity": "weight", "context": context}
-    if given in ("block", "block4"):
-        return {"granularity": "1x4", "context": context}
-    if all(type(side) is int and 0 < side < 10**4 for side in sides):
-        return {"granularity": f"{sides[0]}x{sides[1]}", "context": context}
-    if given in ("filter", "channel"):
-        does = "gives the model's output" if given == "filter" else "reads the model's input"
-        modifier.note("mask_type", f"the layer that {does} stays dense, unless it is named exactly")
-        return {"granularity": given, "context": context, "pool": "l2"}
-    if given == "tensorrt" or (isinstance(given, str) and re.fullmatch(r"[1-9]\d?:[1-9]\d?", given)):
-        return {"granularity": "weight", "context": "2:4" if given == "tensorrt" else given}
-    modifier.leave(f"mask_type {quoted(str(given))} has no counterpart")
-    return None
-
-
-def _sparsities(modifier: Modifier) -> StepDict:
-    """sparsity and layers of final_sparsity, which is a fraction for params, or {fraction: names}."""
-    final = modifier.take("final_sparsity")
-    if not isinstance(final, dict):
-        return {"sparsity": modifier.fraction("final_sparsity", final), **_layers(modifier, "params")}
-    if modifier.take("params"):
-        modifier.note("params", "final_sparsity names the parameters; left out")
-    fractions: dict[str, float] = {}
-    for fraction, names in final.items():
-        for name in _patterns(modifier, "final_sparsity", names):
-            fractions.setdefault(name, modifier.fraction("final_sparsity", fraction))
-    if not fractions:
-        raise modifier.error("final_sparsity", "expected fractions with names of parameters: {0.8: ['re:.*weight']}")
-    # Of several patterns that match a layer, SparseML uses the first, and this library the last.
-    return {"sparsity": dict(reversed(fractions.items()))}
-
-
-def _layers(modifier: Modifier, key: str) -> StepDict:
-    """layers of a parameter that names parameters or says all of them; nothing for the default layers."""
-    names = modifier.take(key, "__ALL_PRUNABLE__" if modifier.name == "StructuredPruningModifier" else None)
-    tokens = {str(name).upper() for name in (names if isinstance(names, list) else [names])}
-    if "__ALL__" in tokens:
-        modifier.note(key, "biases and norm layers are not pruned; the weights of all other layers are")
-        return {"layers": ["*"]}
-    if "__ALL_PRUNABLE__" in tokens:
-        modifier.note(
-            key,
-            "the default layers are selected: convolutions and linear layers, and attention and recurrent layers too, "
-            "but none that are frozen",
-        )
-        return {}
-    return {"layers": _patterns(modifier, key, names)}
-
-
-def _patterns(modifier: Modifier, key: str, names: Any) -> list[str]:
-    """Patterns of names and regular expressions, in their order, each once; nested lists are flattened."""
-    names = names if isinstance(names, list) else [names]
-    flat = [each for name in names for each in (name if isinstance(name, list) else [name])]
-    if not flat:
-        raise modifier.error(key, "expected at least one name of a parameter")
-    return list(dict.fromkeys(pattern(modifier, key, name) for name in flat))
-
-
-def _note_common(modifier: Modifier) -> None:
-    """Notices of parameters that all pruning modifiers have."""
-    if modifier.take("leave_enabled", True) is not True:
-        modifier.note("leave_enabled", "zeros are kept to the end of training, and in later fits by KeepSparsity")
-    for key in ("log_types", "log_frequency"):
-        modifier.note(key, "logging is left to fastai; left out")
+    Args:
+        name: The name of the modifier.
+    """
+    return "Prun" in name or STEPS.get(name, ("",))[0] in ("sparsify", "keep")

@@ -83,6 +83,19 @@ def test_modifiers_that_differ_in_sparsity_and_layers_become_one_step():
     assert step["sparsify"]["sparsity"] == {"a": 0.8, "b": 0.8, "d": 0.6, "c": 0.5}
     assert "layers" not in step["sparsify"]
     assert notices == []
+    start = "init_sparsity: 0.1, final_sparsity: "  # which is that of all its layers here, too
+    recipe, _ = convert(modifiers(f"{start}0.8, params: [a]", f"{start}0.6, params: [b]"))
+    assert sparsified(recipe) == [({"a": 0.8, "b": 0.6}, None)]
+
+
+def sparsified(recipe):
+    """Sparsity and layers of each sparsify step."""
+    return [(step["sparsify"]["sparsity"], step["sparsify"].get("layers")) for step in recipe["steps"]]
+
+
+def test_modifiers_of_equal_sparsity_become_one_step_with_all_their_layers():
+    equal = "final_sparsity: 0.8, init_sparsity: 0.1, params: "
+    assert sparsified(convert(modifiers(f"{equal}[a, b]", f"{equal}[c]"))[0]) == [(0.8, ["a", "b", "c"])]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +106,11 @@ def test_modifiers_that_differ_in_sparsity_and_layers_become_one_step():
             "final_sparsity: 0.8, params: [b], inter_func: linear",
             "GMPruningModifier",
         ),
-        ("final_sparsity: 0.8, params: [a]", "final_sparsity: 0.9, params: [a]", "GMPruningModifier"),
+        (
+            "final_sparsity: 0.8, params: [a]",
+            "final_sparsity: 0.9, params: [a], update_frequency: 1",
+            "GMPruningModifier",
+        ),
         ("final_sparsity: 0.8, params: [a]", "final_sparsity: 0.9, params: __ALL__", "GMPruningModifier"),
         ("final_sparsity: 0.8, params: [a]", "final_sparsity: 0.9, params: __ALL_PRUNABLE__", "GMPruningModifier"),
         (
@@ -103,12 +120,19 @@ def test_modifiers_that_differ_in_sparsity_and_layers_become_one_step():
         ),
     ],
 )
-def test_a_second_modifier_that_cannot_be_joined_is_lost_with_a_notice(first, second, name):
+def test_modifiers_that_cannot_be_joined_are_steps_of_their_own(first, second, name):
     recipe, notices = convert(modifiers(first, second, name=name))
-    assert [list(step) for step in recipe["steps"]] == [["sparsify"]]
-    (notice,) = [notice for notice in notices if notice.key == "sparsify"]
-    assert (notice.line, notice.lost) == (3, True)
-    assert "cannot be joined with that of line 2" in notice.message
+    assert [list(step) for step in recipe["steps"]] == [["sparsify"], ["sparsify"]]
+    assert not any(notice.lost for notice in notices)
+
+
+def test_the_highest_sparsity_counts_for_a_layer_of_several_modifiers():
+    # In SparseML the masks of all of them are applied.
+    text = modifiers(*(f"final_sparsity: {each}" for each in ("0.8, params: [a, b]", "0.9, params: [a]")))
+    assert sparsified(convert(text)[0]) == [({"b": 0.8, "a": 0.9}, None)]
+    text = modifiers(*(f"final_sparsity: {each}" for each in ("0.9, params: [a]", "0.5, params: ['re:.*']")))
+    ((sparsity, _),) = sparsified(convert(text)[0])
+    assert [*sparsity.items()] == [("re:.*", 0.5), ("a", 0.9)]  # the last pattern counts
 
 
 def test_global_modifiers_of_one_layer_each_become_one_step():
@@ -182,6 +206,8 @@ WORDS = [
 @example("modifiers:\n  - !GMPruningModifier {final_sparsity: {a: {b: c}}}")
 @example("- !GMPruningModifier {params: {}, final_sparsity: 1}")
 @example("- !GMPruningModifier {params: 'RE:', final_sparsity: {0.5: {}}}")
+@example("a_stage: {a_modifiers: {SparseGPTModifier: {sparsity: 0.5}}}")
+@example("a_modifiers: {SparseGPTModifier: {sparsity: [], targets: []}}")
 @example("- !ACDCPruningModifier {end_epoch: 1000000, update_frequency: 1e-300, compression_sparsity: 1}")
 @example("- !ACDCPruningModifier {end_epoch: .inf}")
 @example("- !GMPruningModifier {mask_type: [true, 4], final_sparsity: 0.5, params: [a]}")
@@ -200,7 +226,7 @@ def test_any_text_is_a_recipe_or_an_error_with_its_line(text):
         assert problem.startswith("line ")
         assert 1 <= int(problem[5:].split(":")[0]) <= len(text.splitlines()) + 1
         return
-    assert set(recipe) <= {"epochs", "steps"}
+    assert set(recipe) <= {"epochs", "steps", "training"} or set(recipe) == {"stages"}
     assert notices == sorted(notices, key=lambda notice: (notice.line, notice.key))
     assert all(notice.line >= 1 and notice.key and notice.message for notice in notices)
 

@@ -47,6 +47,15 @@ def test_variables_that_are_not_numbers_and_unused_variables():
     assert [(notice.line, notice.key) for notice in notices] == [(3, "unused")]
 
 
+def test_a_variable_that_another_one_uses_or_an_alias_stands_for_is_used():
+    text = "one: 1\ntwo: eval(one + 1)\nthree: &three 3\nfour: [&four 4]\n" + modifiers(
+        "final_sparsity: 0.8, params: [a], update_frequency: *three"
+    )
+    assert [notice.key for notice in convert(text)[1]] == ["two", "four"]
+    stage = "outer: 2\nin_stage:\n  inner: eval(outer)\n  a_modifiers: {ConstantPruningModifier: {end: 3}}\n"
+    assert [notice.key for notice in convert(stage)[1]] == ["inner"]
+
+
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )

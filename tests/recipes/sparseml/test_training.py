@@ -25,8 +25,8 @@ modifiers:
     end_epoch: eval(num_epochs)
     update_frequency: 1.0
     inter_func: cubic
-  - !QuantizationModifier
-    start_epoch: 18
+  - !SetLearningRateModifier
+    learning_rate: 0.1
 ---
 # A model card
 """
@@ -36,10 +36,6 @@ def test_a_converted_recipe_has_the_sparsity_of_the_original_at_every_epoch(tmp_
     (tmp_path / "recipe.md").write_text(SPARSEML)
     recipe = Recipe.from_sparseml(tmp_path / "recipe.md")
     assert recipe.epochs == 20
-    assert [notice.line for notice in recipe.notices if notice.key == "QuantizationModifier"] == [15]
-    message = "recipe.md: parts of the recipe have no counterpart:\nline 15: QuantizationModifier: quantization"
-    with pytest.raises(ValueError, match=message):
-        Recipe.from_sparseml(tmp_path / "recipe.md", strict=True)
     reading = Reading(recipe.content)
     schedule = raised(reading.arguments(reading.steps[0])["schedule"], 0.05 / 0.85)  # as the callback does
     highest = recipe.steps[0].options["sparsity"]
@@ -64,6 +60,18 @@ CONVERTED = {
         modifier("GMPruningModifier", final_sparsity=0.8, params="['1.weight']", **PRUNING),
         modifier("GMPruningModifier", final_sparsity=0.5, params="['re:3.*']", **PRUNING),
     ],
+    "several_steps": [
+        modifier("GMPruningModifier", final_sparsity=0.8, params="['1.weight']", **PRUNING),
+        modifier("GlobalMagnitudePruningModifier", final_sparsity=0.5, params="['re:3.*']", start_epoch=1, end_epoch=3),
+    ],
+    "top_kast": [
+        modifier("TopKASTPruningModifier", forward_sparsity=0.8, backward_sparsity=0.5, params="['re:.*weight']",
+                 start_epoch=0, end_epoch=4, update_frequency=-1),
+    ],
+    "acdc_of_one_phase": [
+        modifier("ACDCPruningModifier", compression_sparsity=0.8, start_epoch=0, end_epoch=4, update_frequency=4,
+                 params="__ALL_PRUNABLE__"),
+    ],
     "n_of_m": [modifier("GMPruningModifier", final_sparsity=0.5, params="__ALL__", mask_type="'2:4'", **PRUNING)],
     "blocks": [modifier("GMPruningModifier", final_sparsity=0.5, params="__ALL__", mask_type="block4", **PRUNING)],
     "filters": [
@@ -74,7 +82,7 @@ CONVERTED = {
                  params="__ALL_PRUNABLE__"),
     ],
     "rigl": [
-        modifier("RigLPruningModifier", sparsity=0.8, start_epoch=0, end_epoch=4, update_frequency=0.5,
+        modifier("RigLPruningModifier", final_sparsity=0.8, start_epoch=0, end_epoch=4, update_frequency=0.5,
                  init_update_fraction=0.3, params="['re:.*weight']"),
     ],
     "trainable": [
@@ -82,31 +90,38 @@ CONVERTED = {
         modifier("TrainableParamsModifier", params="['re:1.*']", trainable=False, start_epoch=0, end_epoch=2),
     ],
 }  # fmt: skip
-REACHED = {"constant": 0.0, "several": (0.8 * 2048 + 0.5 * 48) / 2096, "n_of_m": 0.5, "blocks": 0.5, "filters": 0.5}
+SEVERAL = (0.8 * 2048 + 0.5 * 48) / 2096
+REACHED = {"constant": 0.0, "several": SEVERAL, "several_steps": SEVERAL, "n_of_m": 0.5, "blocks": 0.5, "filters": 0.5}
 
 
-def test_a_second_sparsify_step_is_lost_and_a_learning_rate_is_not(tmp_path):
+def test_what_is_lost_is_a_warning_and_with_strict_an_error(tmp_path):
     path = tmp_path / "recipe.yaml"
-    header = "modifiers:\n" + modifier("EpochRangeModifier", start_epoch=0, end_epoch=9)
-    first = modifier("GMPruningModifier", final_sparsity=0.8, params="['1.weight']", **PRUNING)
-    second = modifier("GMPruningModifier", final_sparsity=0.8, params="['3.weight']", **{**PRUNING, "end_epoch": 8})
-    path.write_text("\n".join([header, first, second]))
-    recipe = Recipe.from_sparseml(path)
-    assert [step.kind for step in recipe.steps] == ["sparsify"]
-    assert [notice.line for notice in recipe.notices if notice.lost] == [12]
-    with pytest.raises(ValueError, match="line 12: sparsify: a fit has one sparsify step"):
+    lost = modifier("LayerPruningModifier", layers="['3']")
+    path.write_text("\n".join(["modifiers:", *CONVERTED["constant"], lost, lost, lost, lost]))
+    message = "recipe.yaml: 4 parts of the recipe have no counterpart and would change the model: line 5: LayerPrun.*; "
+    with pytest.warns(UserWarning, match=message + "line 7: .*; line 9: .*; and 1 more, in recipe.notices$") as caught:
+        recipe = Recipe.from_sparseml(path)
+    assert caught[0].filename == __file__
+    assert [notice.line for notice in recipe.notices if notice.lost] == [5, 7, 9, 11]
+    with pytest.raises(ValueError, match="recipe.yaml: parts of the recipe have no counterpart:\nline 5: LayerPruning"):
         Recipe.from_sparseml(path, strict=True)
+
+
+def test_a_learning_rate_is_not_lost(tmp_path):
+    path = tmp_path / "recipe.yaml"
     learning_rate = modifier("SetLearningRateModifier", start_epoch=0, learning_rate=0.1)
-    path.write_text("\n".join([header, modifier("ConstantPruningModifier", start_epoch=5), learning_rate]))
-    recipe = Recipe.from_sparseml(path, strict=True)
+    path.write_text("\n".join(["modifiers:", modifier("ConstantPruningModifier", start_epoch=5), learning_rate]))
+    recipe = Recipe.from_sparseml(path, strict=True, epochs=3)
     assert [step.kind for step in recipe.steps] == ["keep"]
+    assert recipe.epochs == 3
     assert len(recipe.notices) >= 2
-    path.write_text("\n".join([header, modifier("GMPrunningModifier", final_sparsity=0.8)]))
-    message = "nothing in the recipe can be converted:\nline 5: GMPrunningModifier: .*did you mean 'GMPruningModifier'"
+    path.write_text(f"modifiers:\n{learning_rate}")
+    message = "nothing in the recipe can be converted:\n(?s:.*)line 2: SetLearningRateModifier: learning rates are left"
     with pytest.raises(ValueError, match=message):
         Recipe.from_sparseml(path)
-    path.write_text("modifiers:\n" + modifier("ConstantPruningModifier", start_epoch=0))
-    assert Recipe.from_sparseml(path, epochs=3).epochs == 3
+    path.write_text("modifiers:\n" + modifier("GMPruningModifier", final_sparsity=80, params="['1.weight']"))
+    with pytest.raises(ValueError, match="recipe.yaml: line 3: GMPruningModifier, final_sparsity: expected a fraction"):
+        Recipe.from_sparseml(path)
 
 
 @pytest.mark.fastai
