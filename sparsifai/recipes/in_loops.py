@@ -23,6 +23,7 @@ class RunsInLoops:
     """What a Recipe is in a loop of one's own."""
 
     epochs: Any
+    training: bool
     steps: tuple[Step, ...]
     _reading: Reading
     _at: Callable[[Step], AbstractContextManager[None]]
@@ -38,8 +39,15 @@ class RunsInLoops:
 
         Raises:
             ValueError: A step cannot run in a loop of one's own, the recipe has a distil step and no teacher is given,
-                or a part refuses its arguments.
+                a part refuses its arguments, or the recipe has stages or is not for training.
         """
+        if self._reading.stages:
+            raise ValueError(
+                f"the recipe has {len(self._reading.stages)} stages; call manager for each stage of recipe.stages that "
+                "has training, and apply for the others"
+            )
+        if not self.training:
+            raise ValueError("the recipe has training: false; call recipe.apply(model) instead of a loop")
         made = []
         for step in self.steps:
             arguments = self._reading.arguments(step)

@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsifai import Distil, Freeze, Keep, Recipe, Regularize, Sparsifier, Sparsify, TrainingManager
-from sparsifai.recipes.step import Step
 
 
 def mlp():
@@ -33,12 +32,6 @@ def of_recipe(content=None, **options):
     content = content or {"epochs": 2, "steps": [{"sparsify": {"sparsity": 0.5}}]}
     arguments = {"steps_per_epoch": 3, **options}
     return Recipe(content).manager(model, torch.optim.SGD(model.parameters(), 0.1), **arguments)
-
-
-def quantizing():
-    recipe = Recipe({"epochs": 2, "steps": ["keep"]})
-    recipe.steps = (Step("quantize", {}, 0),)
-    recipe.parts()
 
 
 def other_parameters():
@@ -166,7 +159,12 @@ ROWS = [
      "manager: epochs=3, but the recipe says 2; leave out one of them"),
     ("a recipe without its teacher", lambda: of_recipe({"epochs": 2, "steps": ["distil"]}), ValueError,
      "line 1: steps.0.distil: distil needs a teacher; pass teacher=, a trained model"),
-    ("a step that needs a Learner", quantizing, ValueError,
+    ("stages", lambda: Recipe({"stages": [{"epochs": 2, "steps": ["keep"]}]}).parts(), ValueError,
+     "the recipe has 1 stages; call manager for each stage of recipe.stages that has training, and apply for the "
+     "others"),
+    ("a recipe that is applied", lambda: Recipe({"training": False, "steps": ["keep"]}).parts(), ValueError,
+     "the recipe has training: false; call recipe.apply(model) instead of a loop"),
+    ("a step that needs a Learner", lambda: Recipe({"steps": ["quantize"]}).parts(), ValueError,
      "...quantize runs in a fastai Learner only; take this step out of the recipe, or pass recipe.callbacks() to "
      "learn.fit"),
 ]  # fmt: skip
