@@ -41,11 +41,12 @@ def gradual_of(
     sparsifier.wait_for_frozen()
     collected, has_data = sparsifier.collected, pruning.calibration is not None
     collected.may_skip = not has_data
-    if not has_data and (collected.at(*CALIBRATED) or (collected.missing() and pruning.ramp.at(0.0))):
+    in_passes = sparsifier.looks_at_data and not collected.looks_at_data
+    if not has_data and (in_passes or collected.at(*CALIBRATED) or (collected.missing() and pruning.ramp.at(0.0))):
         raise ValueError(
-            f"TrainingManager: criterion {name_of(collected.criterion)} needs data before the first masks are made, "
-            "which a loop does not show; pass calibration=, a list of batches, to Sparsify, and loss_func= to the "
-            "manager if it needs gradients"
+            f"TrainingManager: criterion {name_of(collected.criterion)}{' with compensate' * in_passes} needs data "
+            "before the first masks are made, which a loop does not show; pass calibration=, a list of batches, to "
+            "Sparsify, and loss_func= to the manager if it needs gradients"
         )
     show = partial(_show, sparsifier, pruning.calibration, loss_func)
     show(False)
@@ -83,9 +84,9 @@ def check_parts(parts: Sequence[Any]) -> None:
 def _show(sparsifier: Sparsifier, batches: Any, loss_func: Callable | None, anew: bool) -> None:
     """Collect what a criterion needs of data, unless the gradients of past steps are enough. anew: they are not."""
     collected = sparsifier.collected
-    if batches is None or not collected.looks_at_data:
+    if batches is None or not sparsifier.looks_at_data:
         return
-    if anew or collected.at(*CALIBRATED) or collected.missing():
+    if anew or not collected.looks_at_data or collected.at(*CALIBRATED) or collected.missing():
         sparsifier.calibrate(batches, loss_func)
         # Start anew with the next gradients, so that no batch counts twice.
         collected.begins = collected.begins.union(collected.at("backward"))

@@ -114,6 +114,8 @@ ROWS = [
     ("wanda without data", lambda: made(Sparsify(0.5, criteria="wanda")), ValueError,
      "TrainingManager: criterion wanda needs data before the first masks are made, which a loop does not show; pass "
      "calibration=, a list of batches, to Sparsify, and loss_func= to the manager if it needs gradients"),
+    ("compensation without data", lambda: made(Sparsify(0.5, compensate=True)), ValueError,
+     "TrainingManager: criterion large_final with compensate needs data..."),
     ("gradients at once", lambda: made(Sparsify(0.5, criteria="taylor", schedule="one_shot")), ValueError,
      "TrainingManager: criterion taylor needs data..."),
     ("no such layer", lambda: made(Sparsify(0.5, layers="9")), ValueError, "...matches '9'..."),
