@@ -57,6 +57,7 @@ from .export.two_four import SemiStructured, semi_structured_layers, to_semi_str
 from .gradual.plan_table import Plan
 from .loops.manager import TrainingManager
 from .loops.parts import Distil, Freeze, Keep, Regularize, Sparsify
+from .loops.quantize_part import Quantize
 from .model.joint.attention_kinds import register_attention
 from .model.joint.mlp import register_mlp
 from .model.layers import register_layer
@@ -107,6 +108,7 @@ __all__ = [
     "KeepSparsity",
     "LotteryTickets",
     "Plan",
+    "Quantize",
     "QuantizeCallback",
     "Quantized",
     "Recipe",

@@ -23,6 +23,7 @@ from conftest import CRITERIA, EXAMPLE, follower_masks, show_data, small_net  # 
 from sparsifai import (
     Distil,
     Freeze,
+    Quantize,
     Regularize,
     Sparsifier,
     Sparsify,
@@ -438,6 +439,7 @@ MANAGED = {
     "several": lambda: [
         Sparsify(0.8, layers="0"), Sparsify(0.5, layers="2", regrow="random", every=3), Regularize(0.01),
         Distil(nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2))), Freeze("0", end=0.4),
+        Quantize(0.3),
     ],
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "callbacks": {"support", "model", "axes", "sparsifier", "export", "gradual"},
     "training": {"support", "model", "axes", "sparsifier", "export", "gradual", "callbacks"},
     "quantization": {"support", "model", "export", "callbacks"},
-    "loops": {"support", "model", "axes", "sparsifier", "gradual", "training"},
+    "loops": {"support", "model", "axes", "sparsifier", "gradual", "training", "quantization"},
     "recipes": {
         *("support", "model", "axes", "sparsifier", "export", "gradual", "callbacks", "training", "quantization"),
         "loops",

@@ -117,13 +117,19 @@ class LightningEvents:
         self._step.begin()
         self._hold_back(trainer)
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Prepare the forward."""
+        if self._step is not None:
+            self.manager.prepare()
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Collect and mask the gradients, which are unscaled and not clipped yet."""
         if self._step is not None:
             self.manager.before_step()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any, **named: Any) -> None:
-        """Log the measured sparsity; note when the masks have their final form."""
+        """Log the measured sparsity; note when the masks have their final form; leave no hook on the model."""
+        self.manager.release()
         if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
             pl_module.log("sparsity", self.manager.sparsity, on_step=True, on_epoch=False)
         self._compare(trainer)

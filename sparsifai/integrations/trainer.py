@@ -113,7 +113,8 @@ class SparsifyCallback(TrainerCallback):
         optimizer._sparsified_by = self
 
     def on_step_begin(self, args, state, control, **rest):
-        """Hook the next forward of training."""
+        """Prepare and hook the next forward of training."""
+        self.manager.prepare()
         self._hook_forward()
 
     def on_substep_end(self, args, state, control, **rest):
@@ -124,6 +125,10 @@ class SparsifyCallback(TrainerCallback):
         """Put masks and dense weights around the next step of the optimizer."""
         self._step = ReplacedStep(self._optimizer, self.manager, once=True)
         self._step.begin()
+
+    def on_step_end(self, args, state, control, **rest):
+        """Leave no hook on the model that may be evaluated and saved now."""
+        self.manager.release()
 
     def on_log(self, args, state, control, logs=None, **rest):
         """Add the measured sparsity to the logs; forget the best metric of models that are not sparse yet."""

@@ -21,6 +21,7 @@ from ..support.registry import name_of
 from ..support.table import percent
 from ..support.warning import warn
 from .parts import Part
+from .quantize_part import Quantize
 
 
 def gradual_of(
@@ -77,9 +78,11 @@ def check_parts(parts: Sequence[Any]) -> None:
     for part in parts:
         if not isinstance(part, Part):
             raise TypeError(
-                f"TrainingManager: parts are Sparsify, Keep, Regularize, Distil and Freeze, not {type(part).__name__}; "
-                "call recipe.manager(...) for a Recipe"
+                "TrainingManager: parts are Sparsify, Keep, Regularize, Distil, Freeze and Quantize, not "
+                f"{type(part).__name__}; call recipe.manager(...) for a Recipe"
             )
+    if sum(isinstance(part, Quantize) for part in parts) > 1:
+        raise ValueError("TrainingManager: two Quantize parts would round twice; use one, with layers= or exclude=")
     if not parts:
         raise ValueError("TrainingManager: there is nothing to do; pass a part, such as Sparsify(0.9)")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ..support.warning import warn
 from .kept_zeros import KeptZeros
 from .making import check_parts, check_steps, gradual_of
 from .parts import Acting, Distil, Keep, Part, Sparsify
+from .quantize_part import Quantizing
 
 
 class ManagedTraining:
@@ -63,7 +65,7 @@ class ManagedTraining:
         for each in self._gradual:
             each.go_to(0.0)
         self._zeros.enforce()
-        self._make_ready()
+        self.prepare()
 
     @property
     def sparsifiers(self) -> list[Sparsifier]:
@@ -77,11 +79,18 @@ class ManagedTraining:
 
     @property
     def has_reached_target(self) -> bool:
-        """Whether the masks stay as they are until the end. A best model should be looked for from here on only."""
+        """Whether the masks stay as they are until the end, and rounding for int8, if asked for, has begun.
+
+        A best model should be looked for from here on only.
+        """
+        return self._has_final_masks and all(each.is_final for each in self._acting)
+
+    @property
+    def _has_final_masks(self) -> bool:
         return all(each.is_final(self.steps_done, self.steps) for each in self._gradual)
 
-    def _make_ready(self) -> None:
-        """Prepare the next forward; after the last step, end the training."""
+    def prepare(self) -> None:
+        """Put on the model what its next forward needs: call it to go on after `release`. A step does it, too."""
         if self.is_done:
             self._close()
         elif not self._is_closed:
@@ -96,6 +105,21 @@ class ManagedTraining:
             for sparsifier in self.sparsifiers:
                 for notice in notices_of_starved(sparsifier.layers, sparsifier.ranking.options.context):
                     warn(notice)
+            for each in self._acting:
+                each.warn_at_the_end()
+
+    @contextmanager
+    def fake_quantized(self) -> Iterator[None]:
+        """Have the model round as in training with `Quantize`, in evaluation mode, too, inside a `with` block.
+
+        Raises:
+            ValueError: There is no `Quantize` part, or no step was trained with rounding yet.
+        """
+        quantizing = next((each for each in self._acting if isinstance(each, Quantizing)), None)
+        if quantizing is None:
+            raise ValueError("fake_quantized: the manager has no Quantize part; pass one when you make it")
+        with quantizing.fake_quantized():
+            yield
 
     # --- What is measured, and the state ------------------------------------------------------------------------
 
@@ -166,4 +190,4 @@ class ManagedTraining:
         self.steps_done = state["steps_done"]
         self._is_prepared, self._has_loss, self._is_closed = False, False, False
         self._has_begun = True  # what there is to warn of was said when the training began
-        self._make_ready()
+        self.prepare()

@@ -27,7 +27,7 @@ class TrainingManager(ManagedTraining):
     When it is made, the model is pruned to where the schedule begins. In every step, gradients of pruned weights are
     zero before the optimizer uses them, and pruned weights are zero after it. Nothing is added to the model: its
     parameters stay the same objects, and its `state_dict` has the same names. After the last step the sparsity is
-    exactly the one that was asked for. Zeros that the model has at the start are kept.
+    exactly the one that was asked for. `Sparsify` and `Keep` keep the zeros that the model has at the start.
 
     Attributes:
         model: The model.
@@ -41,8 +41,8 @@ class TrainingManager(ManagedTraining):
     Args:
         model: Any torch.nn.Module. With DistributedDataParallel, the wrapped model: all processes get the same masks.
         optimizer: torch's optimizer of the model's parameters, or a wrapper around one.
-        *parts: What the training does: `Sparsify`, `Keep`, `Regularize`, `Distil`, `Freeze`. Several `Sparsify` parts
-            prune layers of their own each: pass `layers=`.
+        *parts: What the training does: `Sparsify`, `Keep`, `Regularize`, `Distil`, `Freeze`, `Quantize`. Several
+            `Sparsify` parts prune layers of their own each: pass `layers=`.
         epochs: Number of epochs of the training.
         steps_per_epoch: Number of steps of the optimizer in an epoch. With gradient accumulation, fewer than batches.
         steps: Number of steps of the whole training, if the last epoch has fewer than the others. Default: epochs
@@ -112,6 +112,8 @@ class TrainingManager(ManagedTraining):
                 f"TrainingManager.step: {needy[0]} adds to the loss; call loss = manager.loss(loss, output, inputs) "
                 "before loss.backward()"
             )
+        for acting in self._acting:
+            acting.before_step()
         for each in self._gradual:
             each.before_step(self.steps_done, self.steps)
         self._zeros.mask_gradients()
@@ -126,10 +128,12 @@ class TrainingManager(ManagedTraining):
         Raises:
             RuntimeError: As `before_step`.
         """
-        ready, at_end = AtEnd(self._make_ready), AtEnd(self._after_optimizer)
+        ready, at_end = AtEnd(self.prepare), AtEnd(self._after_optimizer)
         with ready, ready:
             self.before_step()
             with at_end, at_end, ExitStack() as stack:
+                for acting in self._acting:
+                    acting.during_step()
                 for each in self._gradual:
                     stack.enter_context(each.sparsifier.dense_weights())
                 yield
@@ -173,7 +177,7 @@ class TrainingManager(ManagedTraining):
                     each.go_to(1.0)
                 self._zeros.apply()
                 self._zeros.mask_moments()
-            elif not self.has_reached_target:
+            elif not self._has_final_masks:
                 warn(
                     f"TrainingManager.finish: the training has ended after {self.steps_done} of {self.steps} steps, at "
                     f"a sparsity of {percent(self.sparsity)}, before its schedule did, or its masks settled"
@@ -183,7 +187,8 @@ class TrainingManager(ManagedTraining):
     def release(self) -> None:
         """Leave nothing on the model but its zeros: no hook, no frozen layer.
 
-        For a loop that was interrupted; `finish` does it, too. The next step puts on again what it needs.
+        For a loop that was interrupted, or to save the whole model within it; `finish` does it, too. To go on, call
+        `prepare` before the next forward.
         """
         for each in self._acting:
             each.end()

@@ -27,9 +27,10 @@ class Acting:
     Attributes:
         name: The name of the part.
         needs_loss: Whether it adds to the loss, so that `TrainingManager.loss` must be called.
+        is_final: Whether a model of now may be compared with the last one.
     """
 
-    name, needs_loss = "", False
+    name, needs_loss, is_final = "", False, True
 
     def before_forward(self, t: float) -> None:
         """Prepare the forward of a step. t: the fraction of the training that is done."""
@@ -38,11 +39,20 @@ class Acting:
         """The loss with what the part adds to it."""
         return loss
 
+    def before_step(self) -> None:
+        """Raise if the forward was not one that may be stepped."""
+
+    def during_step(self) -> None:
+        """Take off the model what is for a forward of training only: criteria may run the model after a step."""
+
     def after_step(self, t: float) -> None:
         """Act after a step of the optimizer. t: the fraction of the training that was done before it."""
 
     def end(self) -> None:
         """Leave nothing on the model. It may be called twice."""
+
+    def warn_at_the_end(self) -> None:
+        """Warn at the end of the training of what was not done."""
 
     def state(self) -> dict[str, Any]:
         """What another one of the same part needs to continue."""

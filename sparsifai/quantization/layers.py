@@ -203,7 +203,7 @@ def check_single_precision(caller: str, layers: Iterable[QuantizedLayer]) -> Non
                 raise ValueError(
                     f"{caller}: {printable(name)} is {str(dtype).removeprefix('torch.')}, and torch's fake "
                     "quantization takes float32; keep the weights in float32, as mixed precision does "
-                    "(learn.to_fp16(), learn.to_bf16())"
+                    "(torch.autocast, learn.to_fp16())"
                 )
 
 

@@ -10,12 +10,10 @@ from ..callbacks.base import TrainingCallback
 from ..callbacks.display import Trackers, notify
 from ..callbacks.learner import is_search
 from ..callbacks.sparsify import SparsifyCallback
-from ..model.parallel import unwrapped
 from ..support.at_end import AtEnd
-from ..support.checks import check_fraction
-from ..support.printable import printable
 from .fake_quantization import FakeQuantization
-from .layers import START, check_float, check_hookable, check_patterns, check_single_precision, quantized_layers
+from .layers import START, check_patterns
+from .preparing import check_start, fake_quantization_of
 
 
 class QuantizeCallback(TrainingCallback):
@@ -50,7 +48,7 @@ class QuantizeCallback(TrainingCallback):
 
     # Without values here, fastai would look these names up in the Learner.
     _fake: FakeQuantization | None = None  # of the latest fit
-    _left: tuple[str, ...] = ()  # weights that stay float
+    _left = ""  # a message of weights that stay float
     _begun = False  # whether rounding has begun in this fit
     _held = False  # whether `fake_quantized` keeps the hooks on the model
 
@@ -61,9 +59,7 @@ class QuantizeCallback(TrainingCallback):
         exclude=None,  # Names or globs of layers that stay float, or a list of them
     ):
         super().__init__()
-        self.start = check_fraction(start, "QuantizeCallback: start")
-        if self.start == 1:
-            raise ValueError("QuantizeCallback: start must be below 1, so that some of the fit is left; give 0.75")
+        self.start = check_start("QuantizeCallback", start)
         self.layers = check_patterns("QuantizeCallback", "layers", layers)
         self.exclude = check_patterns("QuantizeCallback", "exclude", exclude)
         self._trackers = Trackers()
@@ -119,13 +115,8 @@ class QuantizeCallback(TrainingCallback):
             )
         if is_search(learn):
             return
-        caller = "QuantizeCallback"
-        check_float(caller, unwrapped(learn.model))
-        check_hookable(caller, learn.model)
-        model = unwrapped(learn.model)
-        layers, left = quantized_layers(caller, model, self.layers, self.exclude)
-        check_single_precision(caller, layers)
-        self._fake, self._left = FakeQuantization(model, layers), tuple(left)
+        made = fake_quantization_of("QuantizeCallback", learn.model, self.layers, self.exclude)
+        self._fake, self._left = made
 
     def before_epoch(self):
         "Switch the trackers on again"
@@ -139,6 +130,10 @@ class QuantizeCallback(TrainingCallback):
             self._begin()
         if self._begun:
             self._fake.put()
+
+    def before_step(self):
+        "Let the layers be as they were, as a criterion may run the model to rank its weights after the step"
+        self._restore()
 
     def after_batch(self):
         "Let the layers be as they were"
@@ -170,9 +165,7 @@ class QuantizeCallback(TrainingCallback):
         self._begun = True
         self._trackers.forget(self.learn)  # their best epoch is one of the float model
         if self._left:
-            shown = ", ".join(map(printable, self._left[:3])) + ", ..." * (len(self._left) > 3)
-            message = f"{len(self._left)} weights stay float, since their kind of layer is not quantized: {shown}"
-            notify(self.learn, f"QuantizeCallback: {message}", matters=True)
+            notify(self.learn, self._left, matters=True)
 
     def __getstate__(self) -> dict[str, Any]:
         "Copy and pickle without what belongs to the model of the latest fit"

@@ -10,12 +10,14 @@ from torch import nn
 
 from ..loops.manager import TrainingManager
 from ..loops.parts import Distil, Freeze, Keep, Part, Regularize, Sparsify
+from ..loops.quantize_part import Quantize
 from .reading import Reading, check_fit
 from .step import Step
 
 # Kind of step -> the part of a training in any loop.
 _PARTS: dict[str, Callable[..., Part]] = {
     "sparsify": Sparsify, "keep": Keep, "regularize": Regularize, "distil": Distil, "freeze": Freeze,
+    "quantize": Quantize,
 }  # fmt: skip
 
 
@@ -37,19 +39,13 @@ class RunsInLoops:
             The parts, in the order of the steps.
 
         Raises:
-            ValueError: A step cannot run in a loop of one's own, the recipe has a distil step and no teacher is given,
-                or a part refuses its arguments.
+            ValueError: The recipe has a distil step and no teacher is given, or a part refuses its arguments.
         """
         check_fit(self._reading, "parts")
         made = []
         for step in self.steps:
             arguments = self._reading.arguments(step)
             with self._at(step):
-                if step.kind not in _PARTS:
-                    raise ValueError(
-                        f"{step.kind} runs in a fastai Learner only; take this step out of the recipe, or pass "
-                        "recipe.callbacks() to learn.fit"
-                    )
                 if step.kind == "distil":
                     if teacher is None:
                         raise ValueError("distil needs a teacher; pass teacher=, a trained model")

@@ -7,7 +7,7 @@ import torch
 from conftest import has_ties, misses_sparsity, small_learner, small_net
 from torch import nn
 
-from sparsifai import Distil, Freeze, Keep, Regularize, Sparsify, TrainingManager
+from sparsifai import Distil, Freeze, Keep, Quantize, Regularize, Sparsify, TrainingManager
 
 pytest.importorskip("fastai", reason="compares with a Learner")
 from fastai.callback.core import Callback  # noqa: E402
@@ -18,6 +18,7 @@ from sparsifai import (  # noqa: E402
     DistillCallback,
     FreezeCallback,
     KeepSparsity,
+    QuantizeCallback,
     RegularizeCallback,
     SparsifyCallback,
 )
@@ -31,7 +32,7 @@ pytestmark = [
 
 CALLBACKS = {
     Sparsify: SparsifyCallback, Keep: KeepSparsity, Regularize: RegularizeCallback, Freeze: FreezeCallback,
-    Distil: DistillCallback,
+    Distil: DistillCallback, Quantize: QuantizeCallback,
 }  # fmt: skip
 OPTIMIZERS = {
     "SGD": partial(torch.optim.SGD, momentum=0.9, weight_decay=0.01),
@@ -130,6 +131,17 @@ CASES = {
             sparsify(0.5),
         ],
         "AdamW", False,
+    ),
+    "int8": ([sparsify(0.5, schedule="lin"), (Quantize, (0.25,), {"exclude": "0"})], "AdamW", True),
+    "int8 and a criterion of inputs": (
+        [sparsify(0.5, "weight", "per_output", "wanda", "lin", calibration=GIVEN), (Quantize, (0,), {})], "SGD", False,
+    ),
+    "int8 and a teacher": (
+        [
+            sparsify(0.5, straight_through=True), (Quantize, (0.5,), {}),
+            (Distil, (net(),), {"weight": 0.7, "features": ["0"]}),
+        ],
+        "SGD", False,
     ),
     "frozen": ([sparsify(0.7), (Freeze, (["0", "3"],), {"end": 0.5})], "SGD", False),
 }  # fmt: skip

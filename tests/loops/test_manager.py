@@ -10,7 +10,7 @@ from interrupts import interrupted, places
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from sparsifai import Distil, Freeze, Keep, Recipe, Regularize, Sparsify, TrainingManager
+from sparsifai import Distil, Freeze, Keep, Quantize, Recipe, Regularize, Sparsify, TrainingManager
 
 pytestmark = misses_sparsity
 
@@ -88,6 +88,7 @@ KINDS = {
         Regularize(0.01, layers="4", proximal=True),
         Distil(teacher(), 0.5, features=["2"]),
         Freeze("0", 0.2, 0.7),
+        Quantize(0.2, exclude="4"),
     ],
 }
 

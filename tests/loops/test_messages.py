@@ -8,8 +8,7 @@ from conftest import small_net
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsifai import Distil, Freeze, Keep, Recipe, Regularize, Sparsifier, Sparsify, TrainingManager
-from sparsifai.recipes.step import Step
+from sparsifai import Distil, Freeze, Keep, Quantize, Recipe, Regularize, Sparsifier, Sparsify, TrainingManager
 
 
 def mlp():
@@ -35,10 +34,20 @@ def of_recipe(content=None, **options):
     return Recipe(content).manager(model, torch.optim.SGD(model.parameters(), 0.1), **arguments)
 
 
-def quantizing():
-    recipe = Recipe({"epochs": 2, "steps": ["keep"]})
-    recipe.steps = (Step("quantize", {}, 0),)
-    recipe.parts()
+def recurrent():
+    return nn.Sequential(nn.LSTM(4, 3, num_layers=2), nn.Linear(3, 2))
+
+
+def released():
+    manager = made(Quantize(0))
+    manager.release()
+    step(manager)
+
+
+def other_ranges():
+    manager = made(Quantize(0))
+    step(manager)
+    made(Quantize(0, layers="0")).load_state_dict(manager.state_dict())
 
 
 def other_parameters():
@@ -96,8 +105,8 @@ NO_STATE = "load_state_dict: give what TrainingManager.state_dict() returned"
 ROWS = [
     ("no parts", made, ValueError, "TrainingManager: there is nothing to do; pass a part, such as Sparsify(0.9)"),
     ("a recipe for a part", lambda: made(Recipe({"steps": ["keep"]})), TypeError,
-     "TrainingManager: parts are Sparsify, Keep, Regularize, Distil and Freeze, not Recipe; call recipe.manager(...) "
-     "for a Recipe"),
+     "TrainingManager: parts are Sparsify, Keep, Regularize, Distil, Freeze and Quantize, not Recipe; call "
+     "recipe.manager(...) for a Recipe"),
     ("no model", lambda: made(Keep(), model=3, optimizer=3), TypeError,
      "TrainingManager: model must be a torch.nn.Module, not int"),
     ("no epochs", lambda: made(Keep(), epochs=0), ValueError,
@@ -169,9 +178,29 @@ ROWS = [
      "manager: epochs=3, but the recipe says 2; leave out one of them"),
     ("a recipe without its teacher", lambda: of_recipe({"epochs": 2, "steps": ["distil"]}), ValueError,
      "line 1: steps.0.distil: distil needs a teacher; pass teacher=, a trained model"),
-    ("a step that needs a Learner", quantizing, ValueError,
-     "...quantize runs in a fastai Learner only; take this step out of the recipe, or pass recipe.callbacks() to "
-     "learn.fit"),
+    ("rounding of nothing", lambda: Quantize(1), ValueError,
+     "Quantize: start must be below 1, so that some of the training is left; give 0.75"),
+    ("rounding by number", lambda: Quantize(layers=3), TypeError, "Quantize: layers must be names or globs..."),
+    ("no layer to round", lambda: made(Quantize(exclude="9")), ValueError, "Quantize: no layer matches '9'..."),
+    ("two roundings", lambda: made(Quantize(layers="0"), Quantize(layers="2")), ValueError,
+     "TrainingManager: two Quantize parts would round twice; use one, with layers= or exclude="),
+    ("rounding in evaluation mode", lambda: step(made(Quantize(), model=mlp().eval())), RuntimeError,
+     "Quantize: the model is in evaluation mode, in which layers do not round; call model.train() before the forward "
+     "of each step"),
+    ("a forward without rounding", released, RuntimeError,
+     "Quantize: no layer has rounded before this step; run the forward in training mode, and call manager.prepare() "
+     "before it if manager.release() was called"),
+    ("rounding that came too late", lambda: made(Quantize(0.5)).finish(), UserWarning,
+     "Quantize: the training has ended before start=0.5, so nothing was quantized"),
+    ("weights that stay float", lambda: made(Quantize(0), model=recurrent()), UserWarning,
+     "Quantize: 4 weights stay float, since their kind of layer is not quantized: 0.weight_ih_l0, ..."),
+    ("the rounded model of no part", lambda: made(Keep()).fake_quantized().__enter__(), ValueError,
+     "fake_quantized: the manager has no Quantize part; pass one when you make it"),
+    ("the rounded model before its start", lambda: made(Quantize()).fake_quantized().__enter__(), ValueError,
+     "fake_quantized: the training has not reached start=, so no ranges are known; train first"),
+    ("ranges of other layers", other_ranges, ValueError,
+     "load_state_dict: the state has the range of the input of '2', which is not quantized here; give Quantize the "
+     "same layers"),
 ]  # fmt: skip
 
 
