@@ -27,10 +27,14 @@ class Acting:
     Attributes:
         name: The name of the part.
         needs_loss: Whether it adds to the loss, so that `TrainingManager.loss` must be called.
-        is_final: Whether a model of now may be compared with the last one.
     """
 
-    name, needs_loss, is_final = "", False, True
+    name, needs_loss = "", False
+
+    @property
+    def is_final(self) -> bool:
+        """Whether a model of now may be compared with the last one."""
+        return True
 
     def before_forward(self, t: float) -> None:
         """Prepare the forward of a step. t: the fraction of the training that is done."""

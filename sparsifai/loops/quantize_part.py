@@ -114,18 +114,20 @@ class Quantizing(Acting):
         """As of TrainingManager."""
         if not self._has_stepped:
             raise ValueError("fake_quantized: the training has not reached start=, so no ranges are known; train first")
-        was_on = self._fake.is_put
+        fake, was_held = self._fake, self._is_held
+        was_put, in_evaluation = fake.is_put, fake.in_evaluation
 
         def undo() -> None:
-            self._is_held = False
-            self._fake.remove()
-            if was_on:
-                self._fake.put(in_evaluation=False)
+            self._is_held = was_held
+            if was_put:
+                fake.put(in_evaluation)
+            else:
+                fake.remove()
 
         at_end = AtEnd(undo)
         with at_end, at_end:
             self._is_held = True
-            self._fake.put()
+            fake.put()
             yield
 
     def state(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Training for int8: torch's fake quantization of the weights and inputs of layers, while hooks are on them.
 
-This is what a backend for training has to offer: `put`, `remove`, `has_rounded`, `ranges` and its state. QuantizeCallback
-and Quantize use nothing else, so this file can be replaced by one that leaves the placing to another library.
+This is what a backend for training has to offer: `put`, `remove`, `has_rounded`, `ranges` and its state. The callback
+and the part of a TrainingManager use nothing else, so this file can be replaced by one that leaves the placing to
+another library.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ pytest.importorskip("accelerate", reason="tests loops with accelerate")
 from accelerate import Accelerator  # noqa: E402
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
 
-from sparsifai import Distil, Freeze, Recipe, Regularize, Sparsify  # noqa: E402
+from sparsifai import Distil, Freeze, Quantize, Recipe, Regularize, Sparsify  # noqa: E402
 from sparsifai.integrations.accelerate import manager_of  # noqa: E402
 
 pytestmark = misses_sparsity
@@ -59,8 +59,11 @@ class Loop:
 KINDS = {
     "RigL": lambda: [Sparsify(0.6, regrow="grad", every=2, initial_sparsity=0.3)],
     "straight-through": lambda: [Sparsify(0.6, straight_through=True, gradient_sparsity=0.2)],
-    "all": lambda: [Sparsify(0.6, layers="0"), Regularize(0.01), Freeze("2", end=0.4), Distil(net(7), features=["0"])],
-}
+    "all": lambda: [
+        Sparsify(0.6, layers="0"), Regularize(0.01), Freeze("2", end=0.4), Distil(net(7), features=["0"]),
+        Quantize(0.2),
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

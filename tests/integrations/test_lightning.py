@@ -13,7 +13,7 @@ pytest.importorskip("lightning", reason="tests the Trainer of lightning")
 import lightning.pytorch as pl  # noqa: E402
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint  # noqa: E402
 
-from sparsifai import Distil, Freeze, Recipe, Regularize, Sparsify  # noqa: E402
+from sparsifai import Distil, Freeze, Quantize, Recipe, Regularize, Sparsify  # noqa: E402
 from sparsifai.integrations.lightning import SparsifyCallback  # noqa: E402
 
 pytestmark = [
@@ -59,8 +59,12 @@ class Module(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 24)]
 
 
+def hooked(module):
+    return any(each._forward_hooks or each._forward_pre_hooks for each in module.modules())
+
+
 class Check(Callback):
-    """Looks for weights that are not zero where they are masked, whenever somebody could see them."""
+    """Looks for weights that are not zero where they are masked, and for hooks, whenever somebody could see them."""
 
     def __init__(self, callback):
         self.callback, self.looked = callback, 0
@@ -77,9 +81,11 @@ class Check(Callback):
 
     def on_validation_batch_start(self, trainer, module, *rest):
         self._look(module)
+        assert not hooked(module)
 
     def on_save_checkpoint(self, trainer, module, checkpoint):
         self._look(module)
+        assert not hooked(module)
 
 
 class Logs(Callback):
@@ -114,7 +120,7 @@ def fit(callback, *others, module=None, checkpoint=None, kind=pl.Trainer, valida
 
 
 def is_left_alone(trainer, module):
-    assert all(not each._forward_hooks for each in module.modules())
+    assert not hooked(module)
     assert all(parameter.requires_grad for parameter in module.parameters())
     assert all("sparsifai" not in str(vars(each).get("step")) for each in trainer.optimizers)
     step = vars(trainer.optimizers[0]).get("step")
@@ -139,7 +145,7 @@ KINDS = {
     "straight-through": lambda: [Sparsify(0.6, straight_through=True, gradient_sparsity=0.2)],
     "all": lambda: [
         Sparsify(0.6, criteria="movement_pruning", layers="net.0"), Regularize(0.01), Freeze("net.2", end=0.4),
-        Distil(net(7), features={"net.0": "0"}),
+        Distil(net(7), features={"net.0": "0"}), Quantize(0.2),
     ],
 }  # fmt: skip
 
@@ -174,12 +180,14 @@ def test_masked_gradients_do_not_count_when_gradients_are_clipped(parts):
 
 def test_the_steps_are_those_of_a_plain_loop():
     given = {"sparsity": 0.6, "regrow": "grad", "every": 2, "schedule": "lin"}
-    callback = SparsifyCallback([Sparsify(**given), Regularize(0.02), Distil(net(7))])
-    _, module = fit(callback, module=Module(callback=callback), validates=False, gradient_clip_val=0.1)
+    parts = [Sparsify(**given), Regularize(0.02), Distil(net(7), features={"net.0": "0"}), Quantize(0.5)]
+    callback = SparsifyCallback(parts)
+    _, module = fit(callback, module=Module(callback=callback), gradient_clip_val=0.1)
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), 0.05)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 24)
-    steps = [{"sparsify": given}, {"regularize": {"weight": 0.02}}, {"distil": {}}]
+    steps = [{"sparsify": given}, {"regularize": {"weight": 0.02}}, {"distil": {"features": ["0"]}}]
+    steps.append({"quantize": {"start": "50%"}})
     manager = Recipe({"epochs": 4, "steps": steps}).manager(model, optimizer, 6, teacher=net(7))
     for _ in range(4):
         for inputs, labels in DataLoader(DATA, 4):

@@ -13,7 +13,7 @@ pytest.importorskip("accelerate", reason="the Trainer of transformers needs acce
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 from transformers.utils import ModelOutput  # noqa: E402
 
-from sparsifai import Distil, Freeze, Recipe, Regularize, Sparsify  # noqa: E402
+from sparsifai import Distil, Freeze, Quantize, Recipe, Regularize, Sparsify  # noqa: E402
 from sparsifai.integrations.trainer import SparsifyCallback  # noqa: E402
 
 pytestmark = [misses_sparsity, pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -48,8 +48,12 @@ DATA = [{"inputs": torch.randn(6, generator=generator), "labels": torch.tensor(e
 OTHERS = DATA[:6]
 
 
+def hooked(model):
+    return any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+
+
 class Check(TrainerCallback):
-    """Looks for weights that are not zero where they are masked, whenever somebody could see them."""
+    """Looks for weights that are not zero where they are masked, and for hooks, whenever somebody could see them."""
 
     def __init__(self, callback):
         self.callback, self.looked = callback, 0
@@ -66,9 +70,11 @@ class Check(TrainerCallback):
 
     def on_prediction_step(self, args, state, control, model=None, **rest):
         self._look(model)
+        assert not hooked(model)
 
     def on_save(self, args, state, control, model=None, **rest):
         self._look(model)
+        assert not hooked(model)
 
 
 def trainer(folder, callback, *others, model=None, evaluates="epoch", loss=None, **arguments):
@@ -85,7 +91,7 @@ def trainer(folder, callback, *others, model=None, evaluates="epoch", loss=None,
 
 def is_left_alone(trainer):
     model = trainer.model
-    assert all(not each._forward_hooks and not each._forward_pre_hooks for each in model.modules())
+    assert not hooked(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
     step = vars(trainer.optimizer).get("step")  # schedulers of torch replace it, too
     assert step is None or "sparsifai" not in step.__code__.co_filename
@@ -135,7 +141,7 @@ KINDS = {
     "straight-through": lambda: [Sparsify(0.6, straight_through=True, gradient_sparsity=0.2)],
     "all": lambda: [
         Sparsify(0.6, criteria="movement_pruning", layers="one"), Regularize(0.01), Freeze("two", end=0.4),
-        Distil(net(7), features=["one"]),
+        Distil(net(7), features=["one"]), Quantize(0.2),
     ],
 }  # fmt: skip
 
@@ -186,23 +192,16 @@ def test_masked_gradients_do_not_count_when_gradients_are_clipped(tmp_path, part
 
 
 def test_the_steps_are_those_of_a_plain_loop(tmp_path):
-    callback = SparsifyCallback(
-        [Sparsify(0.6, regrow="grad", every=2, schedule="lin"), Regularize(0.02), Distil(net(7))]
-    )
-    training = trainer(
-        tmp_path, callback, evaluates="no", num_train_epochs=2, max_grad_norm=0.1, lr_scheduler_type="constant"
-    )
-    order = list(training.get_train_dataloader().sampler) and None
+    parts = [Sparsify(0.6, regrow="grad", every=2, schedule="lin"), Regularize(0.02), Distil(net(7), features=["one"])]
+    callback = SparsifyCallback([*parts, Quantize(0.5)])
+    training = trainer(tmp_path, callback, num_train_epochs=2, max_grad_norm=0.1, lr_scheduler_type="constant")
     model = copy.deepcopy(training.model)
     batches = []
-
-    class Note(TrainerCallback):
-        pass
 
     forward = Net.forward
 
     def noted(self, inputs, labels=None):
-        if self is training.model:
+        if self is training.model and self.training:
             batches.append((inputs, labels))
         return forward(self, inputs, labels)
 
@@ -211,11 +210,10 @@ def test_the_steps_are_those_of_a_plain_loop(tmp_path):
         training.train()
     finally:
         Net.forward = forward
-    assert order is None
     optimizer = torch.optim.AdamW(model.parameters(), 0.05, weight_decay=0.0)
     manager = Recipe({"epochs": 2, "steps": [
         {"sparsify": {"sparsity": 0.6, "regrow": "grad", "every": 2, "schedule": "lin"}},
-        {"regularize": {"weight": 0.02}}, {"distil": {}},
+        {"regularize": {"weight": 0.02}}, {"distil": {"features": ["one"]}}, {"quantize": {"start": "50%"}},
     ]}).manager(model, optimizer, 6, teacher=net(7))  # fmt: skip
     for inputs, labels in batches:
         optimizer.zero_grad()

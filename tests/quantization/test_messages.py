@@ -238,7 +238,7 @@ def compiled(model):
 
 CALLBACK = [
     ("start", callback(1.5), ValueError, ["QuantizeCallback: start", "1.5"]),
-    ("start of 1", callback(1), ValueError, ["QuantizeCallback: start must be below 1, so that some of the training is "]),
+    ("start of 1", callback(1), ValueError, ["QuantizeCallback: start must be below 1, so that some of the "]),
     ("layers", callback(layers=nn.Linear), TypeError, ["QuantizeCallback: layers must be names or globs of layers"]),
     ("two", fit(callbacks=2), ValueError,
      ["two QuantizeCallbacks in one fit would round twice", "learn.remove_cb(QuantizeCallback)"]),
