@@ -245,7 +245,7 @@ class Passes:
         counted, needs_loss = 0, self._kind.needs_loss
         with (
             random_restored(self._original), not_drawn_from(self._batches), without_fast_path(),
-            torch.inference_mode(False), torch.set_grad_enabled(needs_loss),
+            torch.inference_mode(False), torch.enable_grad() if needs_loss else torch.no_grad(),
         ):  # fmt: skip
             for number, batch in enumerate(self._batches, 1):
                 inputs, targets = parts_of(with_autograd(batch), needs_loss)
