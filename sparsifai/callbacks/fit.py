@@ -24,7 +24,9 @@ class Fit:
 
     Attributes:
         learn: The Learner.
-        parts: A part for each callback, in the order of their events.
+        callbacks: The callbacks, in the order of their events.
+        left: Those of them that have left the fit.
+        parts: Callback -> its part, from the first batch on; without those that have pruned nothing.
         advances: Whether the sparsity follows the ramps; it does not while layers are frozen.
         keepers: What keeps the pruned weights at zero; or None, before the first batch.
         column: The column `sparsity` of the training table.
@@ -33,7 +35,9 @@ class Fit:
     """
 
     learn: Learner
-    parts: list[FitPart] = field(default_factory=list)
+    callbacks: list[Any] = field(default_factory=list)
+    left: set[Any] = field(default_factory=set)
+    parts: dict[Any, FitPart] = field(default_factory=dict)
     advances: bool = False
     keepers: Any = None
     column: Column = field(init=False)
@@ -57,7 +61,7 @@ class Fit:
     @property
     def is_short(self) -> bool:
         """Whether a level is not yet that of the end of the fit, or masks can still change their mind."""
-        return self.moves and any(part.is_short for part in self.parts)
+        return self.moves and any(part.is_short for part in self.parts.values())
 
     @property
     def level(self) -> float:
@@ -70,9 +74,9 @@ class Fit:
             return sparsity_of(self._sparsifiers)
         return Report.of(unwrapped(self.learn.model)).selected.sparsity
 
-    def is_last(self, part: FitPart) -> bool:
-        """Whether a part is the last one that has not left the fit: it does what is done once for all of them."""
-        return part is [each for each in self.parts if not each.ended][-1]
+    def is_last(self, callback: Any) -> bool:
+        """Whether a callback is the last one that has not left the fit: it does what is done once for all of them."""
+        return callback is [each for each in self.callbacks if each not in self.left][-1]
 
     def begin(self, start: float) -> None:
         """At the first batch, put a KeepSparsity on the Learner, and give it all masks.
@@ -85,39 +89,39 @@ class Fit:
         """
         instead = ", prune in two fits (the second keeps the zeros of the first), or remove one of them"
         check_apart("fit", "SparsifyCallbacks", self._sparsifiers, instead)
-        keepers = Keepers(self.learn, self.parts)
+        self.keepers = keepers = Keepers(self.learn)
         had_keepers = keepers.find()
-        self.keepers = keepers
+        for callback in self.callbacks:
+            if callback.pruned is not None:
+                self.parts[callback] = FitPart(self.learn, callback.pruning, callback.pruned, keepers)
+        keepers.parts = list(self.parts.values())
         if self.advances:
-            for part in self.parts:
+            for part in keepers.parts:
                 part.prepare(start)
-        if any(part.changes for part in self.parts):
+        if any(part.changes_its_mind for part in keepers.parts):
             keepers.own.masks_of_gradients = {}  # moments that a resumed fit has loaded move dense weights: they stay
-        if not had_keepers and any(highest(part.pruning.ramp.sparsity) for part in self.parts):
+        if not had_keepers and any(highest(callback.pruning.ramp.sparsity) for callback in self.callbacks):
             self._recover_zeros(start)
         kept = keepers.masks
-        for part in self.parts:
-            if part.pruned is None:
-                continue
-            others = [each for each in self._sparsifiers if each is not part.pruned.sparsifier]
+        for part in keepers.parts:
+            others = [each for each in self._sparsifiers if each is not part.sparsifier]
             part.pruned.take_in(kept, self.learn, {name for each in others for name in each.all_masks})
-            part.keepers = keepers
-            part.warn_of_higher_sparsity(part.revives(start))
+            part.warn_of_higher_sparsity(start)
         keepers.give(kept)
-        for part in self.parts:
+        for part in keepers.parts:
             if part.straight_through is not None:
                 part.straight_through.begin()
 
     def _recover_zeros(self, start: float) -> None:
         """Keep the zeros of a model that is sparse already. A schedule that falls can revive them."""
-        reviving = [part.sparsifier for part in self.parts if self.advances and part.revives(start)]
+        parts = self.parts.values() if self.advances else ()
+        reviving = [part.sparsifier for part in parts if part.pruning.ramp.falls_after(start, part.floor)]
         for sparsifier in reviving:
             sparsifier.recover_masks()
-        if len(reviving) == len(self.parts):
+        if len(reviving) == len(self.callbacks):
             return
-        own = self.keepers.own
-        own.recover(force=True)
-        if self.advances and prune_any(own.masks):
+        self.keepers.own.recover(force=True)
+        if self.advances and prune_any(self.keepers.own.masks):
             notify(self.learn, f"SparsifyCallback keeps the {percent(self.measured())} of zeros that the model has")
 
     # --- What is shown ------------------------------------------------------------------------------------------
@@ -125,9 +129,9 @@ class Fit:
     def end_epoch(self) -> None:
         """Record an epoch. Trackers ignore it if it is short of the target sparsity."""
         self.curves.by_epoch.append((self.learn.epoch, self.level, self.measured()))
-        if any(part.moved for part in self.parts):
+        if any(part.moved for part in self.parts.values()):
             self.trackers.forget(self.learn)
-            for part in self.parts:
+            for part in self.parts.values():
                 part.moved = False
         if self.is_short:
             self.trackers.pause(self.learn)
@@ -138,16 +142,18 @@ class Fit:
         if self.begun:
             self.curves.hand_over(self.learn)
             if self.advances:
-                for part in self.parts:
+                for part in self.parts.values():
                     part.warn_of_higher_sparsity()
                 self.trackers.pause_loading(self.learn, self.is_short)
                 self.trackers.paused = []  # fastai switches all callbacks on again at the end of a fit
 
-    def leave(self, part: FitPart) -> None:
+    def leave(self, callback: Any) -> None:
         """Let a callback leave the fit. The last one that leaves ends it."""
-        if all(each.ended for each in self.parts if each is not part):
+        if all(each in self.left for each in self.callbacks if each is not callback):
             self.end()
-        part.end()
+        if callback in self.parts:
+            self.parts[callback].end()
+        self.left.add(callback)
 
     def end(self) -> None:
         """Restore the Learner, except for the zeros and the KeepSparsity, and tell the user what is left."""
@@ -156,18 +162,17 @@ class Fit:
             if self.is_short:
                 notify(self.learn, "SparsifyCallback: the fit has ended before its schedule did, or its masks settled")
             self.keepers.announce(self.measured())
-            for part in self.parts:
-                if part.pruned is not None:  # else all layers were frozen, and nothing was ranked
-                    part.pruned.tell_of_starved(self.learn)
+            for part in self.parts.values():
+                part.pruned.tell_of_starved(self.learn)
         self.undo()
 
     def undo(self) -> None:
         """Restore the training table, the trackers and the step of the optimizer."""
-        for part in self.parts:
+        for part in self.parts.values():
             part.end()
         self.column.hide()
         self.trackers.resume()
 
     @property
     def _sparsifiers(self) -> list:
-        return [part.sparsifier for part in self.parts if part.pruned is not None]
+        return [callback.sparsifier for callback in self.callbacks if callback.pruned is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,14 +20,14 @@ class Keepers:
 
     Attributes:
         learn: The Learner.
-        parts: The parts of the fit, each with what it has pruned.
+        parts: The parts of the fit, each with what it has pruned; empty as long as nothing is pruned.
         own: The KeepSparsity that the fit gives its masks, in this fit and later ones.
         kept: Parameter name -> mask, of what is kept at zero as long as no part of the fit has pruned anything.
         emptied: The other KeepSparsity callbacks, and the masks that they get back at the end of the fit.
     """
 
     learn: Any
-    parts: Sequence[Any]
+    parts: list[Any] = field(default_factory=list)
     own: Any = None
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     emptied: list[tuple[KeepSparsity, Any]] = field(default_factory=list)
@@ -71,11 +71,11 @@ class Keepers:
 
     def refresh(self) -> None:
         """Give it the masks that the parts of the fit have at present."""
-        pruning = [part for part in self.parts if part.pruned is not None]
-        self.own.masks = _all_of([part.pruned.masks for part in pruning]) if pruning else self.kept
+        self.own.masks = _all_of(part.pruned.masks for part in self.parts) if self.parts else self.kept
         # In straight-through training, gradients and moments move what is pruned, but not the zeros of others.
-        unmoved = [part.pruned.others if part.changes else part.pruned.masks for part in pruning]
-        self.own.masks_of_gradients = _all_of(unmoved) if any(part.changes for part in pruning) else None
+        changes = any(part.changes_its_mind for part in self.parts)
+        unmoved = (part.pruned.others if part.changes_its_mind else part.pruned.masks for part in self.parts)
+        self.own.masks_of_gradients = _all_of(unmoved) if changes else None
 
     def give_back(self) -> None:
         """Give the others their masks again, or the present ones if pruned weights have come back."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from ..gradual.gradual_sparsifier import adopted
 from ..model.parallel import process_group_of, unwrapped
 from ..sparsifier.model_masks import merged, prunes
 from ..sparsifier.notices import notices_of_starved
@@ -46,19 +47,6 @@ class Pruned:
         for notice in notices_of_starved(self.sparsifier.layers, self.sparsifier.ranking.options.context):
             notify(learn, notice, matters=True)
 
-    def join(self, resting: Collection[str] = ()) -> bool:
-        """Let layers join that were frozen and are trained now.
-
-        Args:
-            resting: Layers that the present update leaves out.
-
-        Returns:
-            Whether layers that the last update has left out wait for this one.
-        """
-        if self.sparsifier.select_unfrozen():
-            self.sparsifier.all_masks.add(self.others)
-        return not self.sparsifier.masks.keys() <= {*self.layers, *resting}
-
     def is_kept_on(self, learn: Any) -> bool:
         """Whether the Sparsifier belongs to the model of this Learner, and its zeros were kept since the last fit."""
         is_its_model = self.sparsifier.model is unwrapped(learn.model)
@@ -82,13 +70,5 @@ class Pruned:
         sparsifier.ranking = replace(sparsifier.ranking, process_group=process_group_of(learn.model))
         sparsifier.all_masks.add(self.others)
         if sparsifier.ranking.options.regrow is not None:
-            self._adopt_others()
-
-    def _adopt_others(self) -> None:
-        """Let zeros of earlier fits regrow in the layers where the masks of the Sparsifier have all of them."""
-        masks, of_all, others = self.sparsifier.masks, self.sparsifier.all_masks, self.others
-        of_layers = others.keys() & masks.keys()
-        adopted = {name for name in of_layers if prunes(masks, {name: others[name]})}
-        if adopted == of_layers:  # if all filters can regrow, their biases can, too
-            adopted |= {name for name in others.keys() & of_all.keys() if prunes(of_all, {name: others[name]})}
-        self.others = {name: mask for name, mask in others.items() if name not in adopted}
+            regrowing = adopted(sparsifier, self.others)
+            self.others = {name: mask for name, mask in self.others.items() if name not in regrowing}

@@ -98,9 +98,8 @@ class SparsifyCallback(TrainingCallback):
     run_valid = False
 
     # Without values here, fastai would look these names up in the Learner.
-    _pruned: Pruned | None = None  # it lasts over fits
+    pruned: Pruned | None = None  # what it has pruned so far; it lasts over fits
     _fit: Any = None  # a Fit, during a fit, which all SparsifyCallbacks of a Learner share
-    _part: Any = None  # the FitPart of this one
     _loaded: Any = None  # what `load_state_dict` was given, until the Sparsifier is made
 
     def __init__(
@@ -145,7 +144,7 @@ class SparsifyCallback(TrainingCallback):
     @property
     def sparsifier(self):
         "The Sparsifier of the model, from the first batch on; None before"
-        return None if self._pruned is None else self._pruned.sparsifier
+        return None if self.pruned is None else self.pruned.sparsifier
 
     def __call__(self, event_name):
         "Call the method of the event, unless the fit began without this callback, or is that of lr_find"
@@ -167,12 +166,11 @@ class SparsifyCallback(TrainingCallback):
             self._fit = None
         if is_search(learn):
             return
-        if self._pruned is not None and not self._pruned.is_kept_on(learn):
-            self._pruned = None
+        if self.pruned is not None and not self.pruned.is_kept_on(learn):
+            self.pruned = None
         first = min(learn._grab_cbs(SparsifyCallback), key=lambda callback: callback.order)
         self._fit = Fit(learn) if first is self else first._fit
-        self._part = FitPart(learn, self.pruning, self._pruned)
-        self._fit.parts.append(self._part)
+        self._fit.callbacks.append(self)
 
     def before_epoch(self):
         "Switch the trackers on again"
@@ -186,24 +184,23 @@ class SparsifyCallback(TrainingCallback):
 
     def before_batch(self):
         "At the first batch, make the Sparsifier; when all are made, prune to where the schedules begin"
-        fit, part, learn = self._fit, self._part, self.learn
+        fit, learn = self._fit, self.learn
         is_frozen = getattr(learn.opt, "frozen_idx", 0) > 0
         if fit.begun and (fit.advances or is_frozen):
             return
         if not is_frozen:  # layers can be unfrozen in the middle of a fit
-            if self._pruned is None:
-                self._pruned = self._new_pruned()
-            part.pruned = self._pruned
+            if self.pruned is None:
+                self.pruned = self._new_pruned()
             if self.sparsifier.is_straight_through:
                 check_steps_weights(learn)
-        if not fit.is_last(part):
+        if not fit.is_last(self):
             return
         fit.advances = not is_frozen
         fit.begin(self._start)
         if fit.advances:
-            for each in fit.parts:
-                each.updated = self._batches(0)
-                each.go_to(self._start)
+            for part in fit.parts.values():
+                part.updated = self._batches(0)
+                part.go_to(self._start)
         else:
             held = percent(fit.measured())
             message = f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit"
@@ -211,24 +208,17 @@ class SparsifyCallback(TrainingCallback):
 
     def before_step(self):
         "Collect the gradients, which are not masked yet, for the criterion; and regrow weights, or pull pruned ones"
-        # Weights regrow before the step, so that this step already moves them away from zero.
         if self._fit.moves:
-            is_due = self._is_due
-            drop = self.pruning.drop_at(self._start) if is_due else 0.0
-            self._part.collect_gradients(self._batches(1) / self._batches_of_fit, drop, is_due)
+            self._part.before_step(self._batches(0), self._batches_of_fit)
 
     def after_step(self):
         "Prune to where the schedule is after this step"
         if self._fit.moves:
-            batches = self._batches(1)
-            done = batches / self._batches_of_fit
-            if self._is_due or done == 1 or self._part.settles_at(done):
-                self._part.updated = batches
-                self._part.go_to(done)
+            self._part.after_step(self._batches(1), self._batches_of_fit)
 
     def after_batch(self):
         "Record the level for the recorder's curves"
-        if self._fit.begun and self._fit.is_last(self._part):
+        if self._fit.begun and self._fit.is_last(self):
             self._fit.curves.by_batch.append(self._fit.level)
 
     def after_train(self):
@@ -239,12 +229,12 @@ class SparsifyCallback(TrainingCallback):
 
     def after_epoch(self):
         "Record level and sparsity; switch the trackers off if the epoch is short of the target sparsity"
-        if self._fit.begun and self._fit.is_last(self._part):
+        if self._fit.begun and self._fit.is_last(self):
             self._fit.end_epoch()
 
     def after_fit(self):
         "Remove the column from the table; tell the user what keeps the zeros"
-        if self._fit.is_last(self._part):
+        if self._fit.is_last(self):
             self._fit.record()
         self._end()
 
@@ -279,9 +269,9 @@ class SparsifyCallback(TrainingCallback):
         Raises:
             ValueError: Nothing was pruned yet.
         """
-        if self._pruned is None:
+        if self.pruned is None:
             raise ValueError("state_dict: there is no Sparsifier before the first batch of a fit; call it later")
-        return {"sparsifier": self._pruned.sparsifier.state_dict(), "reached": float(self._pruned.reached)}
+        return {"sparsifier": self.pruned.sparsifier.state_dict(), "reached": float(self.pruned.reached)}
 
     def load_state_dict(
         self,
@@ -300,14 +290,14 @@ class SparsifyCallback(TrainingCallback):
         if not is_state or not isinstance(state["sparsifier"], Mapping):
             raise ValueError("load_state_dict: give what SparsifyCallback.state_dict() returned")
         reached = check_number("load_state_dict: reached", state["reached"], 0, 1)
-        if self._pruned is not None:
+        if self.pruned is not None:
             raise ValueError("load_state_dict: this callback has pruned a model already; make a new SparsifyCallback")
         self._loaded = {"sparsifier": state["sparsifier"], "reached": reached}
 
     @property
-    def _is_due(self) -> bool:
-        """Whether the masks are updated in the step of the present batch."""
-        return self.pruning.is_due(self._batches(1), self._part.updated, self._batches_of_fit)
+    def _part(self) -> FitPart:
+        """What this callback does in the fit, from the first batch on."""
+        return self._fit.parts[self]
 
     def _new_pruned(self) -> Pruned:
         """Make the Sparsifier at the first batch, with the state that was loaded."""
@@ -328,5 +318,5 @@ class SparsifyCallback(TrainingCallback):
 
     def _end(self) -> None:
         if self._fit is not None:
-            self._fit.leave(self._part)
+            self._fit.leave(self)
             self._fit = None

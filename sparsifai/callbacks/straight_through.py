@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from .display import notify
-from .others import are_all_known
 from .pruned import Pruned
 
 
@@ -48,12 +47,6 @@ class StraightThrough:
                 "come back; to resume a fit in which all can, load the state_dict of its callback"
             )
             notify(self.learn, f"SparsifyCallback: {message}", matters=True)
-
-    def pull(self) -> None:
-        """Collect the gradients, and prepare them for a step of the dense weights."""
-        if not are_all_known(self.learn):
-            self.pruned.sparsifier.apply_masks()  # looks at all weights, of which a callback may have changed any
-        self.pruned.sparsifier.mask_gradients()
 
     def end(self) -> None:
         """Give the optimizer its own step again."""

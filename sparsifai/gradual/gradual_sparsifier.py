@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..model.tensors import all_finite
 from ..sparsifier.layer_selection import scopes
+from ..sparsifier.model_masks import prunes
 from ..sparsifier.sparsifier import Sparsifier
 from ..support.listing import in_short
 from ..support.table import percent
@@ -29,6 +33,7 @@ class GradualSparsifier:
         show: Called with True if layers have joined, else False, before masks are built: collects what the criterion
             needs of data.
         reached: The level that was last asked for, as a fraction of the target sparsity.
+        floor: What earlier trainings have reached, as a fraction of the target sparsity, below which it does not go.
         updated: How many steps were done at the last mask update.
         regrowing: Whether weights have regrown in the last update that was due.
         postponed: Whether the update that is due waits for a batch with finite gradients.
@@ -41,6 +46,7 @@ class GradualSparsifier:
     optimizer: Any
     show: Callable[[bool], None]
     reached: float = 0.0
+    floor: float = 0.0
     updated: int = 0
     regrowing: bool = False
     postponed: bool = False
@@ -55,12 +61,16 @@ class GradualSparsifier:
         """Whether dense weights are ranked anew, until the masks settle."""
         return self.sparsifier.is_straight_through
 
+    def level_at(self, t: float) -> float:
+        """Where the ramp is after a fraction t of the training, as a fraction of the target sparsity."""
+        return self.pruning.ramp.at(t, self.floor)
+
     def is_final(self, steps: int, total: int) -> bool:
         """Whether the masks stay as they are until the end, after a number of steps."""
-        t, ramp = steps / total, self.pruning.ramp
-        if self.changes_its_mind or self.reached != ramp.at(1.0):
+        t = steps / total
+        if self.changes_its_mind or self.reached != self.level_at(1.0):
             return False
-        return steps == total or (t >= ramp.last_move and not self.pruning.drop_at(t))
+        return steps == total or (t >= self.pruning.ramp.last_move and not self.pruning.drop_at(t))
 
     # --- Around a step ------------------------------------------------------------------------------------------
 
@@ -80,7 +90,7 @@ class GradualSparsifier:
         )
         if self.postponed:
             return
-        reached = self.pruning.ramp.at((steps + 1) / total)
+        reached = self.level_at((steps + 1) / total)
         if is_due:
             self.regrowing = drop > 0
         if drop and reached > 0:
@@ -90,7 +100,7 @@ class GradualSparsifier:
             # because their scores are lowest.
             self._update(reached, drop)
         elif self.changes_its_mind:
-            sparsifier.mask_gradients()
+            self._pull()
         elif sparsifier.collected.at("backward"):
             sparsifier.collected.add("backward")
 
@@ -108,8 +118,8 @@ class GradualSparsifier:
 
     def go_to(self, t: float) -> None:
         """Update the masks, if the ramp has another value at t, or if layers that were frozen are trained now."""
-        reached, sparsifier = self.pruning.ramp.at(t), self.sparsifier
-        sparsifier.select_unfrozen()
+        reached, sparsifier = self.level_at(t), self.sparsifier
+        self._select_unfrozen()
         # While weights regrow, layers that cannot regrow rest: an update of all would prune what has just regrown.
         resting = sparsifier.resting(drop=float(self.regrowing))
         joining = not sparsifier.masks.keys() <= {*self.layers, *resting}
@@ -119,7 +129,7 @@ class GradualSparsifier:
             self.show(joining)
             self._update(reached)
         if self._settles_at(t):
-            sparsifier.settle(self.optimizer)
+            self._settle()
 
     def _settles_at(self, t: float) -> bool:
         settle = self.pruning.settle
@@ -133,51 +143,71 @@ class GradualSparsifier:
         before = dict(sparsifier.layers)
         try:
             sparsifier.update_masks(self.pruning.ramp.sparsity_at(reached), self.optimizer, drop=drop)
-            self._note(reached, resting)
+            self._note(reached, drop, resting)
         except BaseException:
             sparsifier.apply_masks()  # ends the update, if it has begun
             if any(layer is not before.get(name) for name, layer in sparsifier.layers.items()):
-                self._note(reached, resting)
+                self._note(reached, drop, resting)
             raise
 
-    def _note(self, reached: float, resting: Collection[str]) -> None:
-        self.reached, self.layers = reached, self.sparsifier.masks.keys() - resting
-
     def _tell_of_resting(self, resting: Collection[str]) -> None:
-        """Warn once of each layer that updates leave out because it is frozen."""
+        """Tell the user once of each layer that updates leave out because it is frozen."""
         new = [name for name in self.sparsifier.masks if name in resting and name not in self.told]
         self.told.update(new)
         if new:
-            warn(
+            self._tell(
                 f"no gradient reaches {in_short(new)}, frozen at present, so its sparsity stays as it is until it is "
                 "trained"
             )
 
-    # --- Told ---------------------------------------------------------------------------------------------------
+    # --- What a loop can do in another way ----------------------------------------------------------------------
 
-    def warn_of_higher_sparsity(self) -> None:
-        """Warn if more is pruned than is asked for, and stays so, because the model was sparse before."""
-        sparsifier, end = self.sparsifier, self.pruning.ramp.at(1.0)
-        if self.pruning.regrows or self.pruning.ramp.falls_after(0.0, 0.0):
-            return
-        for target, names in scopes(self.pruning.ramp.sparsity_at(end), sparsifier.layers, sparsifier.model):
+    def _note(self, reached: float, drop: float, resting: Collection[str]) -> None:
+        """Note an update that was made. The arguments are those of the update, and the layers that it left out."""
+        self.reached, self.layers = reached, self.sparsifier.masks.keys() - resting
+
+    def _select_unfrozen(self) -> None:
+        """Select the layers that were frozen and are trained now."""
+        self.sparsifier.select_unfrozen()
+
+    def _pull(self) -> None:
+        """In straight-through training, prepare the gradients for a step of the dense weights."""
+        self.sparsifier.mask_gradients()
+
+    def _settle(self) -> None:
+        """Fix the masks. From here on, a sparse model is trained."""
+        self.sparsifier.settle(self.optimizer)
+
+    def _tell(self, message: str) -> None:
+        """Tell the user something."""
+        warn(message)
+
+    def higher_sparsity(self, masks: Mapping[str, Tensor], start: float = 0.0) -> str:
+        """What to warn of if more is pruned than is asked for, and stays so; else nothing.
+
+        Args:
+            masks: Parameter name -> mask of everything that is kept at zero.
+            start: The fraction of the training that is done.
+        """
+        sparsifier, ramp = self.sparsifier, self.pruning.ramp
+        if self.pruning.regrows or ramp.falls_after(start, self.floor):
+            return ""
+        for target, names in scopes(ramp.sparsity_at(self.level_at(1.0)), sparsifier.layers, sparsifier.model):
             layers = [sparsifier.layers[name] for name in names]
-            counts = [layer.count() for layer in layers]
+            counts = [layer.count(masks[layer.name]) for layer in layers]
             zeros, weights = sum(each.zeros for each in counts), sum(each.weights for each in counts)
             if target and zeros > target * weights + max(EXCESS * weights, self._rounding(names)):
-                warn(
-                    f"{percent(zeros / weights)} of the weights are pruned, more than the {percent(target)} asked for, "
-                    "because the zeros that the model has stay; to let them go, load weights from before they were "
-                    "pruned"
+                return (
+                    f"{percent(zeros / weights)} of the weights are pruned, more than the {percent(target)} asked for"
                 )
-                return
+        return ""
 
     def _rounding(self, names: list[str]) -> float:
         """By how many weights the count can be above the target, since groups are pruned as a whole."""
         coupling, layers = self.sparsifier.ranking.coupling, self.sparsifier.layers
         if coupling is not None:
             return coupling.rounding(names, layers)
-        return max(_largest(layers[name].grouping.size) for name in names)
+        return max(float(torch.as_tensor(layers[name].grouping.size).max()) for name in names)
 
     # --- State --------------------------------------------------------------------------------------------------
 
@@ -193,6 +223,16 @@ class GradualSparsifier:
         self.regrowing, self.layers = state["regrowing"], set(state["layers"])
 
 
-def _largest(size: Any) -> float:
-    """The largest number of weights of a group."""
-    return float(size if isinstance(size, int) else size.max())
+def adopted(sparsifier: Sparsifier, others: Mapping[str, Tensor]) -> set[str]:
+    """Names of the zeros of earlier trainings that a Sparsifier prunes as well, so that it can let them regrow.
+
+    Args:
+        sparsifier: The Sparsifier, whose masks may have been recovered from the zeros.
+        others: Parameter name -> mask of these zeros.
+    """
+    masks, of_all = sparsifier.masks, sparsifier.all_masks
+    of_layers = others.keys() & masks.keys()
+    both = {name for name in of_layers if prunes(masks, {name: others[name]})}
+    if both == of_layers:  # if all filters can regrow, their biases can, too
+        both |= {name for name in others.keys() & of_all.keys() if prunes(of_all, {name: others[name]})}
+    return both

@@ -204,9 +204,11 @@ class SparsifyCallback(TrainerCallback):
         if isinstance(loss, Tensor) and loss.requires_grad:
             share = _share_of(named)
             given = {name: each for name, each in named.items() if name not in ("labels", "num_items_in_batch")}
-            added = self.manager.loss(loss / share, output, given or inputs) * share
-            changed = {**output, "loss": added}
-            output = type(output)(**changed) if isinstance(output, ModelOutput) else changed
+            mean = loss / share
+            added = self.manager.loss(mean, output, given or inputs)
+            if added is not mean:
+                changed = {**output, "loss": added * share}
+                output = type(output)(**changed) if isinstance(output, ModelOutput) else changed
         if self._optimizer.gradient_state.sync_gradients:
             call_after_backward(output, self.manager.before_step)
         return output
@@ -240,7 +242,7 @@ def _has_zeros(model: nn.Module, masks: Any) -> bool:
 def _share_of(named: Mapping[str, Any]) -> Any:
     """The part that a batch has in the loss of a step: Trainer may divide by the labels of several batches."""
     labels, number = named.get("labels"), named.get("num_items_in_batch")
-    return 1.0 if number is None or labels is None else labels.ne(-100).sum() / number
+    return 1.0 if number is None or labels is None else labels.ne(-100).sum().clamp(min=1) / number
 
 
 def _loss_of(output: Any, batch: Any) -> Tensor:

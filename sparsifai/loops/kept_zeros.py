@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..gradual.gradual_sparsifier import GradualSparsifier
+from ..gradual.gradual_sparsifier import GradualSparsifier, adopted
 from ..model.parallel import unwrapped
 from ..sparsifier.masking import (
     NEXT_TO_ZERO,
@@ -16,7 +16,7 @@ from ..sparsifier.masking import (
     zero_moments,
     zero_weights,
 )
-from ..sparsifier.model_masks import merged, prunes
+from ..sparsifier.model_masks import merged
 from ..sparsifier.recovery import recovered_masks
 from ..support.warning import warn
 
@@ -53,8 +53,8 @@ class KeptZeros:
         self.keep(others)
         for each in self.gradual:
             if each.pruning.regrows:
-                adopted = _adopted(each.sparsifier, self.others)
-                self.others = {name: mask for name, mask in self.others.items() if name not in adopted}
+                regrowing = adopted(each.sparsifier, self.others)
+                self.others = {name: mask for name, mask in self.others.items() if name not in regrowing}
 
     def keep(self, others: dict[str, Tensor]) -> None:
         """Keep these zeros, beside those of the Sparsifiers.
@@ -111,13 +111,3 @@ class KeptZeros:
         """The parameters and masks of what neither a gradient nor a moment may move."""
         masks: list[Any] = [each.sparsifier.all_masks for each in self.gradual if not each.changes_its_mind]
         return [pair for each in (*masks, self.others) for pair in masked_parameters(self.model, each, move=True)]
-
-
-def _adopted(sparsifier: Any, others: dict[str, Tensor]) -> set[str]:
-    """Names of the zeros of before that a Sparsifier prunes as well, so that it can let them regrow."""
-    masks, of_all = sparsifier.masks, sparsifier.all_masks
-    of_layers = others.keys() & masks.keys()
-    adopted = {name for name in of_layers if prunes(masks, {name: others[name]})}
-    if adopted == of_layers:  # if all filters can regrow, their biases can, too
-        adopted |= {name for name in others.keys() & of_all.keys() if prunes(of_all, {name: others[name]})}
-    return adopted

@@ -204,7 +204,11 @@ class TrainingManager(ManagedTraining):
             self._has_begun = True
             self._zeros.warn_of_fixed()
             for each in self._gradual:
-                each.warn_of_higher_sparsity()
+                if message := each.higher_sparsity(each.sparsifier.masks):
+                    warn(
+                        f"{message}, because the zeros that the model has stay; to let them go, load weights from "
+                        "before they were pruned"
+                    )
 
     def _check_open(self, operation: str) -> None:
         if self._is_closed:

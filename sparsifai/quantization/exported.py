@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,9 @@ def export_float(model: nn.Module, inputs: Any, path: Path) -> Any:
         )
     _fold_transposed(exported.graph)
     _name_matrices(exported.graph, model)
+    stored = {each.name for each in exported.graph.initializer}
+    for each in [each for each in exported.graph.value_info if each.name in stored]:
+        exported.graph.value_info.remove(each)  # the shape before it was transposed
     for each in (*exported.graph.node, *exported.graph.value_info, *exported.graph.initializer):
         each.ClearField("metadata_props")  # of each operator the lines of code that it is from, with paths
         each.ClearField("doc_string")
@@ -107,6 +110,19 @@ def _fold_transposed(graph: Any) -> None:
             transposed = onnx.numpy_helper.to_array(tensor).T.copy()
             graph.initializer.append(onnx.numpy_helper.from_array(transposed, node.output[0]))
             graph.node.remove(node)
+    used = set(_inputs_of(graph))
+    for tensor in tensors.values():
+        if tensor.name not in used:
+            graph.initializer.remove(tensor)
+
+
+def _inputs_of(graph: Any) -> Iterator[str]:
+    """The names of all that the operators of a graph take, also in the graphs within them."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            yield from _inputs_of(attribute.g)
+    yield from (each.name for each in graph.output)
 
 
 def _name_matrices(graph: Any, model: nn.Module) -> None:

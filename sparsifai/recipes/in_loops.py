@@ -10,7 +10,7 @@ from torch import nn
 
 from ..loops.manager import TrainingManager
 from ..loops.parts import Distil, Freeze, Keep, Part, Regularize, Sparsify
-from .reading import Reading
+from .reading import Reading, check_fit
 from .step import Step
 
 # Kind of step -> the part of a training in any loop.
@@ -40,6 +40,7 @@ class RunsInLoops:
             ValueError: A step cannot run in a loop of one's own, the recipe has a distil step and no teacher is given,
                 or a part refuses its arguments.
         """
+        check_fit(self._reading, "parts")
         made = []
         for step in self.steps:
             arguments = self._reading.arguments(step)
@@ -89,6 +90,7 @@ class RunsInLoops:
             TypeError: An argument has the wrong type.
             ValueError: As `parts`, or the recipe does not fit the model, or says another number of epochs or none.
         """
+        check_fit(self._reading, "manager")
         if self.epochs is None and epochs is None:
             raise ValueError("manager: the recipe does not say how many epochs there are; pass epochs=")
         if None not in (self.epochs, epochs) and epochs != self.epochs:

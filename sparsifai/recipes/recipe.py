@@ -41,8 +41,9 @@ from ..sparsifier.options import mapped
 from ..sparsifier.sparsifier import Sparsifier
 from ..sparsifier.sparsifiers import Sparsifiers
 from ..support.files import write_text
+from ..support.warning import warn
 from .in_loops import RunsInLoops
-from .reading import Reading
+from .reading import Reading, check_fit, check_one_part
 from .results import results_of
 from .safe_yaml import Located, dump_yaml, load_yaml, read_text
 from .sparseml.converted import converted
@@ -199,9 +200,7 @@ class Recipe(RunsInLoops):
         Raises:
             ValueError: The recipe has a distil step and no teacher is given, or a callback refuses its arguments.
         """
-        _check_single(self._reading, "callbacks")
-        if not self.training:
-            raise ValueError("the recipe has training: false; call recipe.apply(model) instead of a fit")
+        check_fit(self._reading, "callbacks")
         made, kinds = [], _callback_classes()
         for step in self.steps:
             arguments = self._reading.arguments(step)
@@ -222,6 +221,8 @@ class Recipe(RunsInLoops):
     ) -> Sparsifier | Sparsifiers:
         """Prune a model to the final sparsity of the recipe at once, without training.
 
+        A quantize step of a recipe with `training: false` is left to `quantize`, with a warning.
+
         Args:
             model: Any torch model; its weights are changed.
             calibration: Batches for criteria that need data, as in `Sparsifier.calibrate`. Default None.
@@ -234,12 +235,10 @@ class Recipe(RunsInLoops):
         Raises:
             ValueError: The recipe has a step that needs training, or no sparsify step, two of them prune the same
                 layer, or a criterion needs data.
+
         """
-        _check_single(self._reading, "apply")
-        for step in self.steps:
-            if step.kind not in ("sparsify", "keep"):
-                with self._at(step):
-                    raise ValueError(f"{step.kind} needs training; {_INSTEAD_OF_APPLY.get(step.kind, _FIT)}")
+        check_one_part(self._reading, "apply")
+        _check_applicable(self)
         made = []
         for step, pruning in self._prunings():
             with self._at(step):
@@ -266,7 +265,7 @@ class Recipe(RunsInLoops):
         Raises:
             ValueError: The recipe has no sparsify step, or it does not fit the model.
         """
-        _check_single(self._reading, "plan")
+        check_one_part(self._reading, "plan")
         plans = []
         for step, pruning in self._prunings():
             with self._at(step):
@@ -303,6 +302,22 @@ class Recipe(RunsInLoops):
         return self._reading.source.at("steps", step.position, step.kind)
 
 
+def _check_applicable(recipe: Recipe) -> None:
+    """Refuse steps that need training, and say what is left to be done for those that `apply` does not do."""
+    kinds = {step.kind for step in recipe.steps}
+    for step in recipe.steps:
+        with recipe._at(step):
+            if step.kind == "quantize" and not recipe.training:
+                call = ", ".join(
+                    ["model, calibration, path", *(f"{key}={each!r}" for key, each in step.options.items())]
+                )
+                if "sparsify" not in kinds:
+                    raise ValueError(f"this stage only quantizes; call quantize({call}) instead of apply")
+                warn(f"apply prunes and does not quantize; call quantize({call}) after it")
+            elif step.kind not in ("sparsify", "keep"):
+                raise ValueError(f"{step.kind} needs training; {_INSTEAD_OF_APPLY.get(step.kind, _FIT)}")
+
+
 def _notes_on_int8(recipe: Recipe, model: nn.Module) -> Iterator[str]:
     """What a quantize step does to a model, for its plan."""
     for step in recipe.steps:
@@ -310,15 +325,6 @@ def _notes_on_int8(recipe: Recipe, model: nn.Module) -> Iterator[str]:
             arguments = recipe._reading.arguments(step)
             with recipe._at(step):
                 yield planned(unwrapped(model), **arguments)
-
-
-def _check_single(reading: Reading, method: str) -> None:
-    """Refuse what is asked of a recipe that has stages."""
-    if reading.stages:
-        raise ValueError(
-            f"the recipe has {len(reading.stages)} stages; call {method} for each: for stage in recipe.stages: "
-            "learn.fit(stage.epochs, cbs=stage.callbacks()) if stage.training else stage.apply(learn.model)"
-        )
 
 
 def _callback_classes() -> dict[str, Callable]:

@@ -69,7 +69,7 @@ def check(make_learner, case, number, at_learner, sparsity):
     assert at_learner or "step" not in vars(learn.opt), place
     levels = set(levels_of(sparsifier).values())
     assert levels in ({0.25}, {0.375}), place
-    assert callback._pruned.reached == pytest.approx(2 * levels.pop()), place
+    assert callback.pruned.reached == pytest.approx(2 * levels.pop()), place
     kept = learn.keep_sparsity.masks
     assert all(not (kept[name] & ~mask).any() for name, mask in sparsifier.all_masks.items()), place
     learn.fit(1, 0.01, cbs=given)

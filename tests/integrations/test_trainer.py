@@ -234,9 +234,9 @@ class Counts(Net):
 
     def forward(self, inputs, labels=None, num_items_in_batch=None, **rest):
         output = super().forward(inputs, labels)
-        if num_items_in_batch is not None:
-            output.loss = output.loss * len(labels) / num_items_in_batch
-        return output
+        if num_items_in_batch is None:
+            return output
+        return ModelOutput(loss=output.loss * len(labels) / num_items_in_batch, logits=output.logits)
 
 
 def test_penalties_and_a_teacher_have_their_share_in_a_loss_that_several_batches_divide(tmp_path):

@@ -89,7 +89,15 @@ def sparsify(*arguments, **options):
     return (Sparsify, arguments, options)
 
 
+GIVEN = [(torch.randn(8, 2, 8, 8, generator=torch.Generator().manual_seed(3)), torch.arange(8) % 3)]
+
 CASES = {
+    "wanda": ([sparsify(0.5, "weight", "per_output", "wanda", "lin", calibration=GIVEN)], "SGD", False),
+    "snip": ([sparsify(0.5, criteria="snip", schedule="one_shot", calibration=GIVEN)], "SGD", False),
+    "compensate": (
+        [sparsify(0.5, "weight", "local", "sparsegpt", "lin", calibration=GIVEN, layers=["10", "12"], every=4)],
+        "SGD", False,
+    ),
     "defaults": ([sparsify(0.8)], "SGD", False),
     "filters, cos, AdamW": ([sparsify(0.5, "filter", "global", schedule="cos")], "AdamW", True),
     "kernels, movement": ([sparsify(0.5, "kernel", "local", "movement", "one_cycle")], "SGD", False),

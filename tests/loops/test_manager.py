@@ -299,6 +299,9 @@ def test_criteria_of_data_are_calibrated():
     batches = [batch(number) for number in range(2)]
     manager = train(made(Sparsify(0.5, "weight", "per_output", "wanda", calibration=batches, schedule="lin")))
     assert manager.sparsity == 0.5
+    for given in ({"criteria": "sparsegpt"}, {"criteria": "obs"}, {"compensate": True}):
+        part = Sparsify(0.5, "weight", "local", calibration=batches, every=6, schedule="lin", **given)
+        assert train(made(part, loss_func=cross_entropy)).sparsity == pytest.approx(0.5, abs=0.01)
     manager = made(Sparsify(0.5, criteria="snip", schedule="one_shot", calibration=batches), loss_func=cross_entropy)
     assert manager.sparsity == 0.5
     train(manager)

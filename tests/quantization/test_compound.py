@@ -74,7 +74,9 @@ def test_one_recipe_prunes_distils_and_quantizes_and_the_onnx_file_has_its_zeros
     assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
 
 
+@pytest.mark.fastai
 def test_a_recipe_without_times_begins_where_the_callback_does():
+    pytest.importorskip("fastai", reason="the callback needs fastai")
     step = Recipe.loads("steps:\n- quantize: {layers: 'body.*'}")
     (callback,) = step.callbacks()
     assert (callback.start, callback.layers, callback.exclude) == (0.75, ["body.*"], None)

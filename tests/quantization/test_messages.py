@@ -45,15 +45,18 @@ class Fixed(nn.Module):
         return self.layer(images.reshape(4, 16, 8))
 
 
-class Untraceable(nn.Module):
-    """A model whose forward depends on values."""
+class OnlyOnce(nn.Module):
+    """A model that runs once, and so cannot be exported."""
 
     def __init__(self):
         super().__init__()
-        self.layer = nn.Linear(8, 8)
+        self.layer, self.runs = nn.Linear(8, 8), 0
 
     def forward(self, images):
-        return self.layer(images) if images.sum().item() > 0 else images
+        self.runs += 1
+        if self.runs > 1:
+            raise RuntimeError("only once")
+        return self.layer(images)
 
 
 class Idle(nn.Module):
@@ -107,8 +110,8 @@ QUANTIZE = [
     ("prepared already", int8(prepared), ValueError,
      ["quantize: 0.0 is torch.ao.nn.qat", "the model is quantized or prepared for it already; pass the float model"]),
     ("integers", int8(integers), ValueError, ["quantize: 0 is torch.nn.modules.linear.Linear, so the model is "]),
-    ("a model that cannot be exported", int8(Untraceable), ValueError,
-     ["quantize: torch.onnx.export cannot export Untraceable for batches of any size", "export a part of the model"]),
+    ("a model that cannot be exported", int8(OnlyOnce), ValueError,
+     ["quantize: torch.onnx.export cannot export OnlyOnce for batches of any size", "export a part of the model"]),
     ("a layer that does not run", int8(Idle), ValueError,
      ["quantize: none of the layers to quantize is in the exported model; does it run them?"]),
     ("without onnxruntime", without("onnxruntime"), ImportError,

@@ -160,9 +160,19 @@ ROWS = [
         ("apply", apply({"stages": [{"steps": ["keep"]}]})),
         ("plan", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).plan(nn.Linear(4, 4))),
         ("callbacks", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).callbacks()),
+        ("parts", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).parts()),
+        ("manager", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).manager(None, None, 1)),
     ]),
-    ("callbacks without training", lambda: Recipe({"training": False, "steps": ["keep"]}).callbacks(), ValueError,
-     ["the recipe has training: false; call recipe.apply(model) instead of a fit"]),
+    *((f"{method} without training", use, ValueError,
+       ["the recipe has training: false; call recipe.apply(model) instead of a fit"])
+      for method, use in [
+        ("callbacks", lambda: Recipe({"training": False, "steps": ["keep"]}).callbacks()),
+        ("parts", lambda: Recipe({"training": False, "steps": ["keep"]}).parts()),
+    ]),
+    ("a stage that only quantizes", apply({"training": False, "steps": [{"quantize": {"exclude": ["head"]}}]}),
+     ValueError,
+     ["line 1: steps.0.quantize: this stage only quantizes; call quantize(model, calibration, path, exclude=['head']) "
+      "instead of apply"]),
     # --- Times
     ("epochs of how many", sparsify(["sparsity: 0.5", "start: 2"]), ValueError,
      ["line 4: steps.0.sparsify.start: the time is 2 epochs, and the recipe does not say how many there are; give "

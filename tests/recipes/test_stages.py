@@ -66,6 +66,14 @@ def test_a_recipe_without_stages_is_its_only_stage():
     assert zeros(model) == pytest.approx(0.5, abs=1e-3)
 
 
+def test_apply_leaves_the_quantization_of_a_stage_to_quantize():
+    recipe = Recipe({"training": False, "steps": [{"quantize": {"layers": ["1"]}}, {"sparsify": {"sparsity": 0.5}}]})
+    model = net()
+    with pytest.warns(UserWarning, match=r"call quantize\(model, calibration, path, layers=\['1'\]\) after it"):
+        recipe.apply(model)
+    assert zeros(model) == pytest.approx(0.5, abs=1e-3)
+
+
 def test_an_error_of_a_stage_names_its_line_and_where_it_is():
     with pytest.raises(ValueError, match=r"^line 10: stages\.1\.epochs: .*whole number.*not 2\.5"):
         Recipe.loads(STAGES.replace("${rounds}", "2.5"))
