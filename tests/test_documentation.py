@@ -70,6 +70,7 @@ def test_there_are_pages():
         "from_sparseml.md",
         "index.md",
         "loops.md",
+        "quantization.md",
         "recipes.md",
         "settings.md",
         "torch.md",
