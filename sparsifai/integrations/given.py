@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,8 @@ class Given:
             TypeError: Arguments beside a recipe or parts, or an argument has the wrong type.
             ValueError: An argument is unknown or out of range, or a recipe cannot run in a loop.
         """
+        if isinstance(what, (str, os.PathLike)):
+            raise TypeError(f"{caller}: give a Recipe, not its file: Recipe.load({str(what)!r})")
         of_parts = [what] if isinstance(what, Part) else what
         is_parts = isinstance(of_parts, (list, tuple)) and all(isinstance(each, Part) for each in of_parts)
         if (isinstance(what, Recipe) or is_parts) and (arguments or options):

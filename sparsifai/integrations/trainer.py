@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.utils import ModelOutput
 
+from ..loops.quantize_part import Quantize
 from ..model.parallel import unwrapped
 from ..sparsifier.masking import is_masked_zero, masked_parameters
 from ..sparsifier.report import Report
@@ -94,6 +95,11 @@ class SparsifyCallback(TrainerCallback):
                 "SparsifyCallback: the Trainer has no optimizer that accelerate has prepared, but "
                 f"{type(optimizer).__name__}, as with DeepSpeed; train without it, or use a loop of your own with "
                 "TrainingManager"
+            )
+        if getattr(args, "torch_compile", False) and any(isinstance(part, Quantize) for part in self._given.parts):
+            raise ValueError(
+                "SparsifyCallback: a compiled model does not run what Quantize puts around its layers; leave out "
+                "torch_compile=True"
             )
         self.close()  # what an interrupted training has left
         epochs = args.num_train_epochs if args.max_steps <= 0 else None

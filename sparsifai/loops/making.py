@@ -78,8 +78,8 @@ def check_parts(parts: Sequence[Any]) -> None:
     for part in parts:
         if not isinstance(part, Part):
             raise TypeError(
-                "TrainingManager: parts are Sparsify, Keep, Regularize, Distil, Freeze and Quantize, not "
-                f"{type(part).__name__}; call recipe.manager(...) for a Recipe"
+                "TrainingManager: parts are Sparsify, Keep, Regularize, Distil, Freeze and Quantize, each an argument "
+                f"of its own, not {type(part).__name__}; call recipe.manager(...) for a Recipe"
             )
     if sum(isinstance(part, Quantize) for part in parts) > 1:
         raise ValueError("TrainingManager: two Quantize parts would round twice; use one, with layers= or exclude=")

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ..model.norms import check_fused_norms
 from ..model.parallel import unwrapped
-from ..sparsifier.notices import notices_of_starved
+from ..sparsifier.notices import LARGE_PART, notices_of_starved
 from ..sparsifier.options import highest
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
 from ..sparsifier.sparsifiers import Sparsifiers, check_apart, sparsity_of
 from ..support.checks import check_count
+from ..support.table import percent
 from ..support.warning import warn
 from .kept_zeros import KeptZeros
 from .making import check_parts, check_steps, gradual_of
@@ -62,6 +63,11 @@ class ManagedTraining:
             return
         if any(isinstance(part, Keep) for part in parts) or any(highest(each.ramp.sparsity) for each in prunings):
             self._zeros.recover(example_input)
+        elif not prunings and (sparsity := self.sparsity) > LARGE_PART:
+            warn(
+                f"TrainingManager: {percent(sparsity)} of the weights are zero, and this training does not keep them "
+                "so; add Keep() to keep them"
+            )
         for each in self._gradual:
             each.go_to(0.0)
         self._zeros.enforce()
@@ -155,7 +161,7 @@ class ManagedTraining:
             "steps_done": self.steps_done,
             "steps": self.steps,
             "sparsifiers": [each.state() for each in self._gradual],
-            "parts": [each.state() for each in self._acting],
+            "parts": [(each.name, each.state()) for each in self._acting],
             "others": {name: mask.clone() for name, mask in self._zeros.others.items()},
         }
 
@@ -173,17 +179,14 @@ class ManagedTraining:
         """
         if not isinstance(state, Mapping) or state.keys() != self.state_dict().keys():
             raise ValueError("load_state_dict: give what TrainingManager.state_dict() returned")
-        own = (self.steps, len(self._gradual), len(self._acting))
-        its = (state["steps"], len(state["sparsifiers"]), len(state["parts"]))
-        if own != its:
+        if (own := _made_of(self.state_dict())) != (its := _made_of(state)):
             raise ValueError(
-                f"load_state_dict: the state is of {its[0]} steps, {its[1]} Sparsify and {its[2]} other parts, and "
-                f"this manager has {own[0]}, {own[1]} and {own[2]}; make it with the same arguments"
+                f"load_state_dict: the state is of {its}, and this manager of {own}; make it with the same arguments"
             )
         check_count("load_state_dict: steps_done + 1", state["steps_done"] + 1, self.steps + 1)
         for each, of_each in zip(self._gradual, state["sparsifiers"], strict=True):
             each.load(of_each)
-        for acting, of_part in zip(self._acting, state["parts"], strict=True):
+        for acting, (_, of_part) in zip(self._acting, state["parts"], strict=True):
             acting.load(of_part)
         self._zeros.keep(dict(state["others"]))
         self._zeros.apply()
@@ -191,3 +194,9 @@ class ManagedTraining:
         self._is_prepared, self._has_loss, self._is_closed = False, False, False
         self._has_begun = True  # what there is to warn of was said when the training began
         self.prepare()
+
+
+def _made_of(state: Mapping[str, Any]) -> str:
+    """What a state is a state of."""
+    names = [name for name, _ in state["parts"]]
+    return f"{state['steps']} steps, {len(state['sparsifiers'])} Sparsify parts and {names}"

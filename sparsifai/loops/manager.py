@@ -172,7 +172,12 @@ class TrainingManager(ManagedTraining):
         trained again, and no hook is left on the model.
         """
         if not self._is_closed:
-            if self.steps_done > self.steps - self.steps_per_epoch or self.is_done:
+            if not self.steps_done:
+                warn(
+                    "TrainingManager.finish: no step was done, so nothing was pruned or trained as asked for; call "
+                    "manager.step() instead of optimizer.step()"
+                )
+            elif self.steps_done > self.steps - self.steps_per_epoch or self.is_done:
                 for each in self._gradual:
                     each.go_to(1.0)
                 self._zeros.apply()

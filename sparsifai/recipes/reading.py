@@ -297,9 +297,12 @@ def check_one_part(reading: Reading, method: str) -> None:
         ValueError: The recipe has stages.
     """
     if reading.stages:
+        trains, model = "learn.fit(stage.epochs, cbs=stage.callbacks())", "learn.model"
+        if method in ("parts", "manager"):
+            trains, model = "a training with stage.manager(...) or stage.parts()", "model"
         raise ValueError(
             f"the recipe has {len(reading.stages)} stages; call {method} for each: for stage in recipe.stages: "
-            "learn.fit(stage.epochs, cbs=stage.callbacks()) if stage.training else stage.apply(learn.model)"
+            f"{trains} if stage.training else stage.apply({model})"
         )
 
 

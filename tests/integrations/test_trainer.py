@@ -342,6 +342,10 @@ def test_early_errors(tmp_path):
         SparsifyCallback([])
     with pytest.raises(ValueError, match="pass 0.5 for 50 %"):
         SparsifyCallback(50)
+    with pytest.raises(TypeError, match=r"SparsifyCallback: give a Recipe, not its file: Recipe.load\('a.yaml'\)"):
+        SparsifyCallback("a.yaml")
+    with pytest.raises(ValueError, match="a compiled model does not run what Quantize puts around its layers"):
+        trainer(tmp_path, SparsifyCallback([Quantize()]), torch_compile=True).train()
     with pytest.raises(ValueError, match="there is no manager before a training"):
         SparsifyCallback(0.5).report()
     with pytest.raises(ValueError, match="two SparsifyCallbacks in one Trainer would undo each other"):

@@ -38,6 +38,26 @@ def recurrent():
     return nn.Sequential(nn.LSTM(4, 3, num_layers=2), nn.Linear(3, 2))
 
 
+def sparse_without_keep():
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[:, :2] = 0
+    made(Quantize(), model=model)
+
+
+def never_stepped():
+    model = mlp()
+    manager = made(Sparsify(0.5, schedule="one_shot"), model=model)
+    manager.optimizer.step()
+    manager.finish()
+
+
+def stopped_early():
+    manager = made(Quantize(0.5))
+    step(manager)
+    manager.finish()
+
+
 def released():
     manager = made(Quantize(0))
     manager.release()
@@ -105,8 +125,20 @@ NO_STATE = "load_state_dict: give what TrainingManager.state_dict() returned"
 ROWS = [
     ("no parts", made, ValueError, "TrainingManager: there is nothing to do; pass a part, such as Sparsify(0.9)"),
     ("a recipe for a part", lambda: made(Recipe({"steps": ["keep"]})), TypeError,
-     "TrainingManager: parts are Sparsify, Keep, Regularize, Distil, Freeze and Quantize, not Recipe; call "
-     "recipe.manager(...) for a Recipe"),
+     "TrainingManager: parts are Sparsify, Keep, Regularize, Distil, Freeze and Quantize, each an argument of its "
+     "own, not Recipe; call recipe.manager(...) for a Recipe"),
+    ("parts in a list", lambda: made([Keep()]), TypeError,
+     "...each an argument of its own, not list; call recipe.manager(...) for a Recipe"),
+    ("zeros that are not kept", sparse_without_keep, UserWarning,
+     "TrainingManager: 33.33% of the weights are zero, and this training does not keep them so; add Keep() to keep "
+     "them"),
+    ("steps of the optimizer alone", never_stepped, UserWarning,
+     "TrainingManager.finish: no step was done, so nothing was pruned or trained as asked for; call manager.step() "
+     "instead of optimizer.step()"),
+    ("a state of other parts", lambda: made(Freeze("0")).load_state_dict(made(Regularize(0.1)).state_dict()),
+     ValueError,
+     "load_state_dict: the state is of 6 steps, 0 Sparsify parts and ['regularize'], and this manager of 6 steps, 0 "
+     "Sparsify parts and ['freeze']; make it with the same arguments"),
     ("no model", lambda: made(Keep(), model=3, optimizer=3), TypeError,
      "TrainingManager: model must be a torch.nn.Module, not int"),
     ("no epochs", lambda: made(Keep(), epochs=0), ValueError,
@@ -168,8 +200,8 @@ ROWS = [
     *((f"{state!r:.30} for a state", load(state), ValueError, NO_STATE)
       for state in (3, [], {}, {"steps": 3}, Sparsifier(mlp()).state_dict())),
     ("a state of more steps", load(epochs=3), ValueError,
-     "load_state_dict: the state is of 9 steps, 1 Sparsify and 0 other parts, and this manager has 6, 1 and 0; make it "
-     "with the same arguments"),
+     "load_state_dict: the state is of 9 steps, 1 Sparsify parts and [], and this manager of 6 steps, 1 Sparsify parts "
+     "and []; make it with the same arguments"),
     ("a state of another model", load(model=small_net()), ValueError, "load_state_dict: ... absent..."),
     ("a state beyond the end", resumed_too_far, ValueError, "load_state_dict: steps_done + 1 must be..."),
     ("a recipe without epochs", lambda: of_recipe({"steps": ["keep"]}), ValueError,
@@ -190,7 +222,7 @@ ROWS = [
     ("a forward without rounding", released, RuntimeError,
      "Quantize: no layer has rounded before this step; run the forward in training mode, and call manager.prepare() "
      "before it if manager.release() was called"),
-    ("rounding that came too late", lambda: made(Quantize(0.5)).finish(), UserWarning,
+    ("rounding that came too late", stopped_early, UserWarning,
      "Quantize: the training has ended before start=0.5, so nothing was quantized"),
     ("weights that stay float", lambda: made(Quantize(0), model=recurrent()), UserWarning,
      "Quantize: 4 weights stay float, since their kind of layer is not quantized: 0.weight_ih_l0, ..."),

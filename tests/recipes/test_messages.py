@@ -160,6 +160,11 @@ ROWS = [
         ("apply", apply({"stages": [{"steps": ["keep"]}]})),
         ("plan", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).plan(nn.Linear(4, 4))),
         ("callbacks", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).callbacks()),
+    ]),
+    *((f"{method} of stages", use, ValueError,
+       [f"the recipe has 1 stages; call {method} for each: for stage in recipe.stages: a training with "
+        "stage.manager(...) or stage.parts() if stage.training else stage.apply(model)"])
+      for method, use in [
         ("parts", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).parts()),
         ("manager", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).manager(None, None, 1)),
     ]),
