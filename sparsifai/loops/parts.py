@@ -10,15 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..axes.schedule import Schedule, progress, schedules
 from ..gradual.gradual_pruning import GradualPruning
 from ..model.frozen import FrozenLayers
-from ..model.parallel import unwrapped
-from ..model.patterns import as_patterns
-from ..sparsifier.options import resolve_axes
-from ..support.checks import check_number
 from ..training.distillation import Distillation
-from ..training.regularizer import Regularizer, check_differentiable, check_proximal
+from ..training.regularization import Regularization
 
 
 class Acting:
@@ -181,56 +176,30 @@ class Regularize(Part):
         exclude: Any = None,
         proximal: bool = False,
     ):
-        self.weight = check_number("Regularize: weight, the factor of the penalty,", weight)
-        self.proximal = bool(proximal)
-        self.granularity, _, self.criteria, _ = resolve_axes(granularity, "local", criteria)
-        check_differentiable(self.criteria)
-        if self.proximal:
-            check_proximal(self.criteria)
-        self.schedule: Schedule = schedules.resolve(schedule)
-        self.layers = None if layers is None else as_patterns(layers)
-        self.exclude = None if exclude is None else as_patterns(exclude)
+        arguments = (weight, granularity, criteria, schedule, layers, exclude, proximal)
+        self.regularization = Regularization("Regularize", *arguments)
 
     def acting(self, model: nn.Module, optimizer: Any, loss_func: Any, example_input: Any) -> Acting:
         """Make what adds the penalty or takes proximal steps; as of `Part`."""
-        regularizer = Regularizer(
-            unwrapped(model), self.granularity, self.criteria,
-            layers=self.layers, exclude=self.exclude, example_input=example_input,
-        )  # fmt: skip
-        return _Regularizing(self, regularizer, optimizer)
+        return _Regularizing(self.regularization, model, optimizer, example_input)
 
 
 class _Regularizing(Acting):
     name = "regularize"
 
-    def __init__(self, part: Regularize, regularizer: Regularizer, optimizer: Any):
-        self._part, self._regularizer, self._optimizer = part, regularizer, optimizer
-        self.needs_loss = not part.proximal
-        if part.proximal and not self._rates().keys() & {id(each.parameter) for each in regularizer.weights.values()}:
-            raise ValueError(
-                "Regularize: the optimizer trains none of the regularized weights, so a proximal step has no learning "
-                "rate; leave out proximal=True"
-            )
-
-    def _factor(self, t: float) -> float:
-        return self._part.weight * progress(self._part.schedule, t)
+    def __init__(self, regularization: Regularization, model: nn.Module, optimizer: Any, example_input: Any):
+        self._regularization, self._optimizer = regularization, optimizer
+        self._regularizer = regularization.regularizer(model, example_input, self._rates())
+        self.needs_loss = not regularization.proximal
 
     def loss(self, loss: Tensor, t: float, output: Any, inputs: Any) -> Tensor:
-        if self._part.proximal:
+        if self._regularization.proximal:
             return loss
-        return loss + (self._factor(t) * self._regularizer.penalty()).to(loss.device)
+        return loss + (self._regularization.factor(t) * self._regularizer.penalty()).to(loss.device)
 
     def after_step(self, t: float) -> None:
-        if not self._part.proximal:
-            return
-        rates, weights = self._rates(), self._regularizer.weights
-        self._regularizer.proximal_step(
-            {
-                name: self._factor(t) * rates[id(weight.parameter)]
-                for name, weight in weights.items()
-                if id(weight.parameter) in rates
-            }
-        )
+        if self._regularization.proximal:
+            self._regularization.proximal_step(self._regularizer, self._rates(), t)
 
     def _rates(self) -> dict[int, float]:
         """Learning rates of the parameters of the optimizer: id of the parameter -> rate."""

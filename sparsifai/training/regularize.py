@@ -7,13 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..axes.schedule import progress, schedules
 from ..callbacks.base import TrainingCallback
-from ..model.parallel import unwrapped
-from ..model.patterns import as_patterns
-from ..sparsifier.options import resolve_axes
-from ..support.checks import check_number
-from .regularizer import Regularizer, check_differentiable, check_proximal
+from .regularization import Regularization
 
 
 class RegularizeCallback(TrainingCallback):
@@ -75,15 +70,8 @@ class RegularizeCallback(TrainingCallback):
         proximal=False,  # Take proximal steps, which make groups exactly zero, instead of adding to the loss
     ):
         super().__init__()
-        self.weight = check_number("RegularizeCallback: weight, the factor of the penalty,", weight)
-        self.proximal = bool(proximal)
-        self.granularity, _, self.criteria, _ = resolve_axes(granularity, "local", criteria)
-        check_differentiable(self.criteria)
-        if self.proximal:
-            check_proximal(self.criteria)
-        self.schedule = schedules.resolve(schedule)
-        self.layers = None if layers is None else as_patterns(layers)
-        self.exclude = None if exclude is None else as_patterns(exclude)
+        arguments = (weight, granularity, criteria, schedule, layers, exclude, proximal)
+        self.regularization = Regularization("RegularizeCallback", *arguments)
 
     def before_fit(self):
         "Forget earlier fits"
@@ -92,16 +80,11 @@ class RegularizeCallback(TrainingCallback):
     def before_batch(self):
         "Make the Regularizer at the first batch, which serves as its example input"
         if self.regularizer is None:
-            self.regularizer = Regularizer(
-                unwrapped(self.learn.model), self.granularity, self.criteria,
-                layers=self.layers, exclude=self.exclude, example_input=self.learn.xb,
-            )  # fmt: skip
-            if self.proximal:
-                self._check_optimizer()
+            self.regularizer = self.regularization.regularizer(self.learn.model, self.learn.xb, self._rates())
 
     def after_loss(self):
         "Add the penalty to the loss whose gradient is taken, not to the one that is shown"
-        if not self.proximal:
+        if not self.regularization.proximal:
             penalty = self._factor * self.regularizer.penalty()
             self.learn.loss_grad = self.learn.loss_grad + penalty.to(self.learn.loss_grad.device)
             self._penalty = penalty.detach()
@@ -112,15 +95,8 @@ class RegularizeCallback(TrainingCallback):
 
     def after_step(self):
         "Take the proximal step, with the learning rate of each parameter group"
-        if self.proximal and not self._cancelled:
-            rates = self._rates()
-            self.regularizer.proximal_step(
-                {
-                    name: self._factor * rates[id(weight.parameter)]
-                    for name, weight in self.regularizer.weights.items()
-                    if id(weight.parameter) in rates
-                }
-            )
+        if self.regularization.proximal and not self._cancelled:
+            self.regularization.proximal_step(self.regularizer, self._rates(), self._start)
         self._cancelled = False
 
     def after_fit(self):
@@ -130,7 +106,7 @@ class RegularizeCallback(TrainingCallback):
     @property
     def penalty(self):
         "The last penalty as a scalar tensor; with proximal=True the present one, computed on access; None before a fit"
-        if self.proximal and self.regularizer is not None:
+        if self.regularization.proximal and self.regularizer is not None:
             with torch.no_grad():
                 return self._factor * self.regularizer.penalty()
         return self._penalty
@@ -138,19 +114,10 @@ class RegularizeCallback(TrainingCallback):
     @property
     def _factor(self) -> float:
         """Factor of the penalty in the present batch."""
-        return self.weight * progress(self.schedule, self._start)
+        return self.regularization.factor(self._start)
 
     def _rates(self) -> dict[int, float]:
         """Learning rates of the parameters of the optimizer: id of the parameter -> rate."""
         opt = self.learn.opt
         groups = zip(opt.param_lists, opt.hypers, strict=True)
         return {id(parameter): hyper["lr"] for parameters, hyper in groups for parameter in parameters}
-
-    def _check_optimizer(self) -> None:
-        """Refuse an optimizer that trains copies of the weights: proximal steps need the rates of the weights."""
-        rates = self._rates()
-        if not any(id(weight.parameter) in rates for weight in self.regularizer.weights.values()):
-            raise ValueError(
-                "RegularizeCallback: the optimizer trains none of the regularized weights, so a proximal step has no "
-                "learning rate; leave out proximal=True"
-            )
