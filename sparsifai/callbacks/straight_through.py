@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..support.stand_in import StandIn
 from .display import notify
 from .pruned import Pruned
 
 
-class StraightThrough:
-    """Stands in for the `step` of the optimizer of a Learner, which moves the dense weights.
+class StraightThrough(StandIn):
+    """Moves the dense weights in the step of the optimizer of a Learner.
 
     Whatever happens in the step, the model is sparse after it. Events of a Learner could not ensure that, because none
     comes after a step that was interrupted.
@@ -21,24 +22,16 @@ class StraightThrough:
     """
 
     def __init__(self, learn: Any, pruned: Pruned, settle: float):
+        super().__init__(learn.opt)
         self.learn, self.pruned, self.settle = learn, pruned, settle
-        self.optimizer: Any = learn.opt
-        self.own_step = self.optimizer.step
-        # Whether the step that it stands in for is not that of the class, as after a scheduler.
-        self.is_put_on = "step" in vars(self.optimizer)
-        self.ended = False
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        """The step."""
-        if self.ended:  # another one stands in for this one
-            return self.own_step(*arguments, **keywords)
+    def _step(self, *arguments: Any, **keywords: Any) -> Any:
         with self.pruned.sparsifier.dense_weights():
             return self.own_step(*arguments, **keywords)
 
     def begin(self) -> None:
         """Let the optimizer move what is pruned, but not the zeros of others, which are kept."""
-        self.own_step, self.is_put_on = self.optimizer.step, "step" in vars(self.optimizer)
-        self.optimizer.step = self
+        super().begin()
         layers, masks = self.pruned.sparsifier.layers, self.pruned.sparsifier.masks
         fixed = [layers[name].count(mask).zeros for name, mask in self.pruned.others.items() if name in masks]
         if any(fixed):
@@ -47,19 +40,6 @@ class StraightThrough:
                 "come back; to resume a fit in which all can, load the state_dict of its callback"
             )
             notify(self.learn, f"SparsifyCallback: {message}", matters=True)
-
-    def end(self) -> None:
-        """Give the optimizer its own step again."""
-        self.ended = True
-        step = vars(self.optimizer).get("step")
-        if step is not self:  # another one stands in for this one, and gives back what this one has stood in for
-            return
-        while isinstance(step, StraightThrough) and step.ended:
-            step = step.own_step if step.is_put_on else None
-        if step is None:
-            del self.optimizer.step
-        else:
-            self.optimizer.step = step
 
 
 def straight_through_of(learn: Any, pruned: Pruned, settle: float, start: float) -> Any:
