@@ -93,8 +93,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("way", ["state=", "load_state_dict"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "way"), [*((kind, "state=") for kind in KINDS), *((kind, "load_state_dict") for kind in ("RigL", "all"))]
+)
 def test_a_training_resumes_bit_for_bit(kind, way):
     whole = train(made(*KINDS[kind]()))
     first = train(made(*KINDS[kind]()), 7)
@@ -300,9 +301,6 @@ def test_criteria_of_data_are_calibrated():
     batches = [batch(number) for number in range(2)]
     manager = train(made(Sparsify(0.5, "weight", "per_output", "wanda", calibration=batches, schedule="lin")))
     assert manager.sparsity == 0.5
-    for given in ({"criteria": "sparsegpt"}, {"criteria": "obs"}, {"compensate": True}):
-        part = Sparsify(0.5, "weight", "local", calibration=batches, every=6, schedule="lin", **given)
-        assert train(made(part, loss_func=cross_entropy)).sparsity == pytest.approx(0.5, abs=0.01)
     manager = made(Sparsify(0.5, criteria="snip", schedule="one_shot", calibration=batches), loss_func=cross_entropy)
     assert manager.sparsity == 0.5
     train(manager)
@@ -362,7 +360,7 @@ def test_an_interrupt_at_any_line_of_a_step_leaves_a_sparse_model_from_which_it_
 
     lines = interrupted(prepared().step).lines
     target = train(prepared()).sparsity
-    for at in places(lines, 10):
+    for at in places(lines, 6):
         manager = prepared()
         where = interrupted(manager.step, at).where
         assert where is not None
