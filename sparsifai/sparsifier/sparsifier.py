@@ -526,6 +526,9 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
 
         Args:
             anew: Whether these are not enough in any case, because layers have joined. Default False.
+
+        Returns:
+            Whether it does.
         """
         collected = self.collected
         return collected.looks_at_data and (anew or bool(collected.at(*CALIBRATED)) or collected.missing() is not None)
