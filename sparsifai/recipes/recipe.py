@@ -43,7 +43,7 @@ from ..sparsifier.sparsifiers import Sparsifiers
 from ..support.files import write_text
 from ..support.warning import warn
 from .in_loops import RunsInLoops
-from .reading import Reading, check_fit, check_one_part
+from .reading import Reading, check_one_part
 from .results import results_of
 from .safe_yaml import Located, dump_yaml, load_yaml, read_text
 from .sparseml.converted import converted
@@ -188,11 +188,13 @@ class Recipe(RunsInLoops):
 
     # --- Use ----------------------------------------------------------------------------------------------------
 
-    def callbacks(self, teacher: Any = None) -> list:
+    def callbacks(self, teacher: Any = None, calibration: Any = None) -> list:
         """Make the callbacks for `learn.fit(recipe.epochs, cbs=recipe.callbacks())`, one per step.
 
         Args:
             teacher: A trained model or its Learner, for a distil step. Default None.
+            calibration: Batches for criteria that need inputs or a loss, and for `compensate`, as of
+                SparsifyCallback. Default None, for the batch that is being trained on.
 
         Returns:
             The callbacks, in the order of the steps.
@@ -200,17 +202,7 @@ class Recipe(RunsInLoops):
         Raises:
             ValueError: The recipe has a distil step and no teacher is given, or a callback refuses its arguments.
         """
-        check_fit(self._reading, "callbacks")
-        made, kinds = [], _callback_classes()
-        for step in self.steps:
-            arguments = self._reading.arguments(step)
-            with self._at(step):
-                if step.kind == "distil":
-                    if teacher is None:
-                        raise ValueError("distil needs a teacher; call recipe.callbacks(teacher=a trained model)")
-                    arguments["teacher"] = teacher
-                made.append(kinds[step.kind](**arguments))
-        return made
+        return self._made("callbacks", _callback_classes(), teacher, calibration)
 
     def apply(
         self,

@@ -208,7 +208,7 @@ ROWS = [
      ["schedule must be one name with its options, such as {iterative: 5}, not {'lin': {}, 'cos': {}}"]),
     # --- What a recipe is used for
     ("no teacher", lambda: Recipe({"steps": ["keep", {"distil": {}}]}).callbacks(), ValueError,
-     ["line 1: steps.1.distil: distil needs a teacher; call recipe.callbacks(teacher=a trained model)"]),
+     ["line 1: steps.1.distil: distil needs a teacher; pass teacher=, a trained model"]),
     ("a step that needs training", apply({"steps": [{"sparsify": {"sparsity": 0.5}}, {"regularize": {"weight": 1}}]}),
      ValueError, ["steps.1.regularize: regularize needs training; pass recipe.callbacks() to learn.fit instead"]),
     ("nothing to prune", apply({"steps": ["keep"]}), ValueError,
