@@ -10,8 +10,9 @@ from torch import nn
 
 from ..loops.manager import TrainingManager
 from ..loops.parts import Distil, Freeze, Keep, Part, Regularize, Sparsify
-from .reading import Reading, check_fit
+from .reading import Reading
 from .step import Step
+from .uses import check_fit
 
 # Kind of step -> the part of a training in any loop.
 _PARTS: dict[str, Callable[..., Part]] = {

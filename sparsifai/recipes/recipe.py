@@ -26,29 +26,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
-from operator import mul
 from typing import Any
 
 from torch import nn
 
-from ..axes.schedule import progress
 from ..gradual.gradual_pruning import GradualPruning
 from ..gradual.plan_table import Plan, joined
 from ..model.parallel import unwrapped
 from ..quantization.layers import planned
-from ..sparsifier.options import mapped
 from ..sparsifier.sparsifier import Sparsifier
 from ..sparsifier.sparsifiers import Sparsifiers
 from ..support.files import write_text
 from ..support.warning import warn
 from .in_loops import RunsInLoops
-from .reading import Reading, check_one_part
+from .reading import Reading
 from .results import results_of
 from .safe_yaml import Located, dump_yaml, load_yaml, read_text
 from .sparseml.converted import converted
 from .sparseml.modifiers import Notice
 from .step import Step
+from .uses import check_one_part
 
 # What to do instead of `apply`, of a step that needs training.
 _FIT = "pass recipe.callbacks() to learn.fit instead"
@@ -234,17 +231,18 @@ class Recipe(RunsInLoops):
         made = []
         for step, pruning in self._prunings():
             with self._at(step):
-                made.append((pruning.ramp, pruning.sparsifier(model, example_input)))
+                made.append((pruning, pruning.sparsifier(model, example_input)))
         sparsifier = made[0][1] if len(made) == 1 else Sparsifiers(each for _, each in made)
-        for ramp, each in made:
+        for pruning, each in made:
             if calibration is not None:
                 each.calibrate(calibration, loss_func)
-            end = progress(ramp.schedule, 1.0)
-            each.sparsify(mapped(ramp.sparsity, partial(mul, end)))
+            each.sparsify(pruning.final_sparsity)
         return sparsifier
 
     def plan(self, model: nn.Module, n_iter: int = 100, example_input: Any = None) -> Plan:
-        """Show what a fit with this recipe would do to a model, by layer and epoch, without data or training.
+        """Show what this recipe would do to a model, by layer and epoch, without data or training.
+
+        Of a recipe with stages, plan each: `[stage.plan(model) for stage in recipe.stages]`.
 
         Args:
             model: Any torch model; it is not changed.
@@ -261,7 +259,10 @@ class Recipe(RunsInLoops):
         plans = []
         for step, pruning in self._prunings():
             with self._at(step):
-                plans.append(pruning.plan(model, self.epochs or 1, n_iter, example_input))
+                if self.training:
+                    plans.append(pruning.plan(model, self.epochs or 1, n_iter, example_input))
+                else:
+                    plans.append(pruning.plan_at_once(model, example_input))
         plan = joined(plans)
         return replace(plan, notes=(*plan.notes, *_notes_on_int8(self, model)))
 

@@ -241,23 +241,14 @@ class Distillation:
             return run(self.teacher, inputs), recorded.outputs
 
     def _loss_of_outputs(self, output: Any, answer: Any, inputs: Any) -> Tensor:
-        ours, theirs = logits_in(output, "the model"), logits_in(answer, "the teacher")
-        if len(ours) == len(theirs) == 1:  # a net that returns a tensor may have a teacher that returns `logits`
-            theirs = dict.fromkeys(ours, *theirs.values())
-        if not ours.keys() <= theirs.keys():
-            raise ValueError(
-                f"distillation: the model returns {', '.join(ours)}, and the teacher {', '.join(theirs)}; wrap one of "
-                "them in a module that returns what the other does"
-            )
-        return torch.stack([self._loss_of_output(name, ours[name], theirs[name], inputs) for name in ours]).mean()
-
-    def _loss_of_output(self, name: str, student: Tensor, teacher: Tensor, inputs: Any) -> Tensor:
-        axis = self._axis_of_loss if self.axis is None else self.axis
-        if axis is None:
-            axis = -1 if name != UNNAMED and student.dim() == 3 else 1
-        options = {"temperature": self.temperature, "axis": axis, "mask": _mask_of_tokens(inputs, student, axis)}
-        options = options_of(self.output_loss, options)
-        return scalar_loss(self.output_loss, student, teacher, ("the model", "the teacher"), "loss", options)
+        losses, given = [], self._axis_of_loss if self.axis is None else self.axis
+        for name, student, teacher in _compared(output, answer):
+            by_default = -1 if name != UNNAMED and student.dim() == 3 else 1
+            axis = by_default if given is None else given
+            options = {"temperature": self.temperature, "axis": axis, "mask": _mask_of_tokens(inputs, student, axis)}
+            options, nets = options_of(self.output_loss, options), ("the model", "the teacher")
+            losses.append(scalar_loss(self.output_loss, student, teacher, nets, "loss", options))
+        return torch.stack(losses).mean()
 
     def _loss_of_features(self, of_teacher: dict[str, Tensor]) -> Tensor:
         if self._recorded is None:
@@ -312,6 +303,19 @@ def _check_names(names: Iterable[str], model: nn.Module, net: str) -> None:
             raise ValueError(
                 f"distillation: features= has {name!r}, which is not a layer of the {net}; {close_matches(name, known)}"
             )
+
+
+def _compared(output: Any, answer: Any) -> list[tuple[str, Tensor, Tensor]]:
+    """The name of each output that is compared, that of the model and that of the teacher."""
+    ours, theirs = logits_in(output, "the model"), logits_in(answer, "the teacher")
+    if len(ours) == len(theirs) == 1:  # a net that returns a tensor may have a teacher that returns `logits`
+        theirs = dict.fromkeys(ours, *theirs.values())
+    if not ours.keys() <= theirs.keys():
+        raise ValueError(
+            f"distillation: the model returns {', '.join(ours)}, and the teacher {', '.join(theirs)}; wrap one of them "
+            "in a module that returns what the other does"
+        )
+    return [(name, ours[name], theirs[name]) for name in ours]
 
 
 def _mask_of_tokens(inputs: Any, logits: Tensor, axis: int) -> Tensor | None:

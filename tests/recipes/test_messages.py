@@ -9,6 +9,10 @@ from sparsifai.recipes.expression import evaluate
 from sparsifai.recipes.safe_yaml import load_yaml
 from sparsifai.recipes.sparseml.convert import convert
 
+# What to do with each stage of a recipe.
+FIT_OR_APPLY = "learn.fit(stage.epochs, cbs=stage.callbacks()) if stage.training else stage.apply(learn.model)"
+IN_A_LOOP = "stage.manager(model, optimizer, steps_per_epoch) if stage.training else stage.apply(model)"
+
 
 def loads(text):
     return lambda: Recipe.loads(text)
@@ -154,14 +158,13 @@ ROWS = [
     ("a step without training", loads("training: false\nsteps: [{distil: {}}]"), ValueError,
      ["line 2: steps.0.distil: distil needs training; leave it out, or leave out training: false"]),
     *((f"{method} of stages", use, ValueError,
-       [f"the recipe has 1 stages; call {method} for each: for stage in recipe.stages: learn.fit(stage.epochs, "
-        "cbs=stage.callbacks()) if stage.training else stage.apply(learn.model)"])
-      for method, use in [
-        ("apply", apply({"stages": [{"steps": ["keep"]}]})),
-        ("plan", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).plan(nn.Linear(4, 4))),
-        ("callbacks", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).callbacks()),
-        ("parts", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).parts()),
-        ("manager", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).manager(None, None, 1)),
+       [f"the recipe has 1 stages; call {method} for each: for stage in recipe.stages: {instead}"])
+      for method, use, instead in [
+        ("apply", apply({"stages": [{"steps": ["keep"]}]}), FIT_OR_APPLY),
+        ("plan", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).plan(nn.Linear(4, 4)), "print(stage.plan(model))"),
+        ("callbacks", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).callbacks(), FIT_OR_APPLY),
+        ("parts", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).parts(), IN_A_LOOP),
+        ("manager", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).manager(None, None, 1), IN_A_LOOP),
     ]),
     *((f"{method} without training", use, ValueError,
        ["the recipe has training: false; call recipe.apply(model) instead of a fit"])
