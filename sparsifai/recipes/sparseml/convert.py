@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+from ...support.printable import printable
 from ...support.registry import close_matches
 from ..step import APPLICABLE
 from .modifiers import Modifier, Notice
@@ -70,7 +71,7 @@ def _converted(stage: Stage, epochs: int | None, notices: list[Notice]) -> dict[
     """The content of a recipe for a stage."""
     training = _is_training(stage)
     number = _epochs(stage.modifiers, epochs, notices) if training else None
-    steps: list[tuple[str, StepDict]] = []
+    steps: list[_Made] = []
     for modifier in stage.modifiers:
         if modifier.name in STEPS:
             kind, make = STEPS[modifier.name]
@@ -80,9 +81,9 @@ def _converted(stage: Stage, epochs: int | None, notices: list[Notice]) -> dict[
                 if modifier.values.get(key) not in (None, 0, -1):
                     modifier.note(key, "this stage is applied at once, without training; left out")
             if training:
-                steps += [(kind, step) for step in made]
+                steps += [_Made(kind, step, modifier) for step in made]
             elif kind in APPLICABLE:
-                steps += [(kind, _without_times(step)) for step in made]
+                steps += [_Made(kind, _without_times(step), modifier) for step in made]
             else:
                 modifier.note(modifier.name, "needs training, and this stage is applied without; left out", lost=True)
         elif modifier.name == "EpochRangeModifier":
@@ -94,7 +95,9 @@ def _converted(stage: Stage, epochs: int | None, notices: list[Notice]) -> dict[
             modifier.leave(message, lost=modifier.name not in LEFT_TO_FASTAI)
     recipe: dict[str, Any] = {} if training else {"training": False}
     recipe |= {} if number is None else {"epochs": number}
-    return {**recipe, "steps": [{kind: step} for kind, step in _merged(steps)]}
+    merged = list(_merged(steps))
+    _set_apart([made for made in merged if made.kind == "sparsify"])
+    return {**recipe, "steps": [{made.kind: made.step} for made in merged]}
 
 
 def _is_training(stage: Stage) -> bool:
@@ -141,10 +144,19 @@ def _epochs(modifiers: list[Modifier], given: int | None, notices: list[Notice])
 # --- Several modifiers in one step ------------------------------------------------------------------------------------
 
 
-def _merged(steps: list[tuple[str, StepDict]]) -> Iterator[tuple[str, StepDict]]:
+class _Made(NamedTuple):
+    """A step of a recipe, and the modifier, or the first of several, that it was made of."""
+
+    kind: str
+    step: StepDict
+    modifier: Modifier
+
+
+def _merged(steps: list[_Made]) -> Iterator[_Made]:
     """Merge sparsify steps that differ only in sparsity and layers, and steps that are equal; quantize comes last."""
-    groups: dict[str, tuple[str, list[StepDict]]] = {}
-    for number, (kind, step) in enumerate(sorted(steps, key=lambda step: step[0] == "quantize")):
+    groups: dict[str, list[_Made]] = {}
+    for number, made in enumerate(sorted(steps, key=lambda made: made.kind == "quantize")):
+        kind, step, _ = made
         same: list[Any] = [kind, step]
         if kind == "sparsify":
             same[1] = {key: value for key, value in step.items() if key not in ("sparsity", "layers")}
@@ -152,11 +164,55 @@ def _merged(steps: list[tuple[str, StepDict]]) -> Iterator[tuple[str, StepDict]]
             same.append(number)
         elif kind == "quantize":
             same[1] = {}  # one step quantizes a model
-        groups.setdefault(json.dumps(same, sort_keys=True), (kind, []))[1].append(step)
-    for kind, each in groups.values():
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(made)
+    for alike in groups.values():
+        kind, each = alike[0].kind, [made.step for made in alike]
         joined = _one_step(each) if kind == "sparsify" else _united(each) if kind == "quantize" else each[0]
-        for step in each if joined is None else [joined]:
-            yield kind, step
+        if joined is None:
+            yield from alike
+        else:
+            yield _Made(kind, joined, alike[0].modifier)
+
+
+def _set_apart(steps: list[_Made]) -> None:
+    """Let no two sparsify steps prune the same layers: a step of all layers leaves out those that another one names.
+
+    Raises:
+        ValueError: Two of them name the same layers, or both prune all layers.
+    """
+    for number, one in enumerate(steps):
+        for other in steps[:number]:
+            names, others = _named(one.step), _named(other.step)
+            if names is None and others is None:
+                raise _prune_the_same(one, other, "all layers")
+            if names is None or others is None:
+                _leave(*((one, other, others) if names is None else (other, one, names)))
+            elif both := [name for name in names if name in others]:
+                raise _prune_the_same(one, other, ", ".join(both))
+
+
+def _prune_the_same(one: _Made, other: _Made, what: str) -> ValueError:
+    return ValueError(
+        f"line {one.modifier.line}: {one.modifier.name}: {printable(what)}: the modifier on line {other.modifier.line} "
+        "prunes the same, and one training prunes each layer by one modifier; give each of them its own layers, make "
+        "one modifier of them, or make two stages, with a ConstantPruningModifier in the second one"
+    )
+
+
+def _leave(of_all: _Made, of_named: _Made, names: Any) -> None:
+    """Leave layers to the step that names them. In SparseML both prune them, so the highest sparsity counts."""
+    of_all.step["exclude"] = [*of_all.step.get("exclude", []), *names]
+    fractions = of_named.step["sparsity"]
+    lowest = min(fractions.values()) if isinstance(fractions, dict) else fractions
+    message = f"the modifier on line {of_all.modifier.line}, which prunes all layers, leaves its layers to this one"
+    of_named.modifier.note(of_named.modifier.name, message, lost=lowest < of_all.step["sparsity"])
+
+
+def _named(step: StepDict) -> list[str] | None:
+    """The patterns of a sparsify step; None if it prunes all layers."""
+    if isinstance(step["sparsity"], dict):
+        return list(step["sparsity"])
+    return None if step.get("layers") in (None, ["*"]) else step["layers"]
 
 
 def _united(steps: list[StepDict]) -> StepDict:
