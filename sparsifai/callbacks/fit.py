@@ -122,7 +122,11 @@ class Fit:
             return
         self.keepers.own.recover(force=True)
         if self.advances and prune_any(self.keepers.own.masks):
-            notify(self.learn, f"SparsifyCallback keeps the {percent(self.measured())} of zeros that the model has")
+            share = self.measured()
+            what = (
+                f"the {percent(share)} of zeros that the model has" if share else "the zeros of layers that stay dense"
+            )
+            notify(self.learn, f"SparsifyCallback keeps {what}")
 
     # --- What is shown ------------------------------------------------------------------------------------------
 

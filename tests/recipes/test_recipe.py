@@ -315,8 +315,15 @@ def test_several_sparsify_steps_are_planned_as_one():
     assert plan.model.flops == 2 * 2096
     expected = [(0.5 * epoch / 4 * 2048 + (0.75 if epoch >= 2 else 0) * 48) / 2096 for epoch in range(1, 5)]
     assert plan.levels == pytest.approx(expected)
-    assert "Plan for 50.00% zeros (row, local" in str(plan)
-    assert "Plan for 75.00% zeros (weight, global" in str(plan)
+    titles = [note for note in plan.notes if "Plan for" in note]
+    starts = (
+        "Plan for 50.57% zeros by 2",
+        "Step 1: Plan for 50.00% zeros (row, local",
+        "Step 2: Plan for 75.00% zeros (",
+    )
+    assert [title.startswith(start) for title, start in zip(titles, starts, strict=True)] == [True] * 3
+    assert plan.notes[1].startswith("Level after epoch 0: ")
+    assert len(set(plan.notes)) == len(plan.notes)
 
 
 def test_several_sparsify_steps_are_applied_at_once():

@@ -201,7 +201,11 @@ def _prune_the_same(one: _Made, other: _Made, what: str) -> ValueError:
 
 def _leave(of_all: _Made, of_named: _Made, names: Any) -> None:
     """Leave layers to the step that names them. In SparseML both prune them, so the highest sparsity counts."""
-    of_all.step["exclude"] = [*of_all.step.get("exclude", []), *names]
+    excluded = of_all.step.get("exclude", [])
+    new = [name for name in names if name not in excluded]
+    if not new:
+        return
+    of_all.step["exclude"] = [*excluded, *new]
     fractions = of_named.step["sparsity"]
     lowest = min(fractions.values()) if isinstance(fractions, dict) else fractions
     message = f"the modifier on line {of_all.modifier.line}, which prunes all layers, leaves its layers to this one"

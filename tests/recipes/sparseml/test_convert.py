@@ -133,6 +133,15 @@ def test_a_modifier_of_all_layers_leaves_those_that_another_one_names(all_layers
         assert f"the modifier on line {lines[0]}" in notice.message
 
 
+def test_layers_that_are_ignored_already_are_not_left_out_twice():
+    recipe, notices = convert(
+        "modifiers:\n  SparseGPTModifier: {sparsity: 0.5, ignore: ['re:.*head']}\n"
+        "  WandaPruningModifier: {sparsity: 0.8, targets: ['re:.*head']}\n"
+    )
+    assert [step["sparsify"].get("exclude") for step in recipe["steps"]] == [["re:.*head.*"], None]
+    assert [notice.key for notice in notices] == ["ignore"]
+
+
 @pytest.mark.parametrize(
     ("first", "second", "what"),
     [
