@@ -133,10 +133,17 @@ class Recipe(RunsInLoops):
             >>> Recipe.loads("epochs: 5\\nsteps: [keep]").epochs
             5
         """
-        source = load_yaml(text)
-        if not isinstance(source.value, dict):
-            raise ValueError("line 1: a recipe must be a mapping with epochs: and steps:")
-        return cls(source.value, source=source)
+        try:
+            source = load_yaml(text)
+            if not isinstance(source.value, dict):
+                raise ValueError("line 1: a recipe must be a mapping with epochs: and steps:")
+            return cls(source.value, source=source)
+        except ValueError as error:
+            if "Modifier" not in text:
+                raise
+            raise ValueError(
+                f"{error}; convert a recipe of SparseML by Recipe.from_sparseml(path) or `sparsifai convert`"
+            ) from None
 
     @classmethod
     def from_sparseml(cls, path: str | os.PathLike, *, strict: bool = False, epochs: int | None = None) -> Recipe:
@@ -232,6 +239,8 @@ class Recipe(RunsInLoops):
         for step, pruning in self._prunings():
             with self._at(step):
                 made.append((pruning, pruning.sparsifier(model, example_input)))
+                if calibration is None and made[-1][1].looks_at_data:
+                    raise ValueError("the step needs batches; pass calibration=, and loss_func= if it needs gradients")
         sparsifier = made[0][1] if len(made) == 1 else Sparsifiers(each for _, each in made)
         for pruning, each in made:
             if calibration is not None:

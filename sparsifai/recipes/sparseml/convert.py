@@ -14,8 +14,10 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ...support.checks import check_count
 from ...support.printable import printable
 from ...support.registry import close_matches
+from ..reading import MOST_EPOCHS
 from ..step import APPLICABLE
 from .modifiers import Modifier, Notice
 from .other_steps import LEFT_OUT, LEFT_TO_FASTAI
@@ -48,6 +50,7 @@ def convert(text: str, epochs: int | None = None) -> tuple[dict[str, Any], list[
         ValueError: It is not a recipe of SparseML, or it prunes and nothing of that can be converted. The message names
             the line.
     """
+    epochs = None if epochs is None else check_count("epochs", epochs, MOST_EPOCHS)
     stages, notices = read_stages(text)
     converted = [_converted(stage, epochs, notices) for stage in stages]
     notices.sort(key=lambda notice: (notice.line, notice.key))
@@ -135,6 +138,9 @@ def _epochs(modifiers: list[Modifier], given: int | None, notices: list[Notice])
             message = "no modifier says how many epochs there are; give epochs= or --epochs"
             notices.append(Notice(min(modifier.line for modifier in modifiers), "epochs", message))
         return given
+    if given is not None and given != math.ceil(end):
+        message = f"the recipe says {math.ceil(end)} epochs, so epochs={given} is not used"
+        notices.append(Notice(min(modifier.line for modifier in modifiers), "epochs", message))
     if end != math.ceil(end):
         for modifier in named:
             modifier.note("end_epoch", f"{end:g} epochs are rounded up to a whole number")

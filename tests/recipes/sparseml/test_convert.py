@@ -76,6 +76,14 @@ def test_epochs():
     assert [notice.key for notice in notices] == ["end_epoch", "odd", "start_epoch"]
 
 
+def test_a_number_of_epochs_that_is_not_used_is_told():
+    text = "- !ConstantPruningModifier {end_epoch: 7}"
+    assert convert(text, epochs=7) == convert(text)
+    recipe, notices = convert(text, epochs=9)
+    assert recipe["epochs"] == 7
+    assert notices == [Notice(1, "epochs", "the recipe says 7 epochs, so epochs=9 is not used")]
+
+
 def test_modifiers_that_differ_in_sparsity_and_layers_become_one_step():
     text = modifiers("final_sparsity: 0.8, params: [a, b]", "final_sparsity: {0.5: [c], 0.6: [d]}")
     recipe, notices = convert(text)
