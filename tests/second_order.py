@@ -33,7 +33,7 @@ LAYERS = {
     "Linear without bias": lambda: (nn.Linear(12, 5, bias=False), tokens(12)[0]),
     "(in, out)": lambda: (Transposed(12, 5), tokens(12)),
     "Conv1d": lambda: (nn.Conv1d(6, 4, 3, padding="same"), torch.randn(4, 6, 11)),
-    "Conv2d": lambda: (nn.Conv2d(3, 4, (3, 2), stride=2, padding=1), image()(3)),
+    "Conv2d": lambda: (nn.Conv2d(3, 4, [3, 2], stride=[2, 2], padding=1), image()(3)),
     "Conv2d, grouped": lambda: (nn.Conv2d(6, 8, 3, groups=2, dilation=2, padding_mode="circular", padding=1),
                                 image()(6)),
     "Conv2d, depthwise": lambda: (nn.Conv2d(4, 4, 3, groups=4, padding=1), image()(4)),

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..axes.quantity import CALIBRATED
 from ..model.running import Split, not_drawn_from, untraced
 from ..sparsifier.masking import parameters_of
 from ..sparsifier.notices import LARGE_PART
@@ -37,17 +36,17 @@ def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None, 
             may skip layers: others will not, and the training goes on.
         anew: Whether gradients of past steps are not enough in any case, because layers have joined. Default False.
     """
-    collected = sparsifier.collected
-    means_are_short = collected.looks_at_data and (anew or collected.at(*CALIBRATED) or collected.missing())
-    if not (sparsifier.runs_batches or means_are_short):
+    short = sparsifier.means_are_short(anew)
+    if not (short or sparsifier.runs_batches):
         return
-    collected.may_skip = batches is None
+    show = sparsifier.calibrate if short else sparsifier.keep_batches
+    sparsifier.collected.may_skip = batches is None
     if batches is None and learn.xb[0] is not None:
-        sparsifier.calibrate([(*learn.xb, learn.yb)], _loss_of(learn.loss_func))
+        show([(*learn.xb, learn.yb)], _loss_of(learn.loss_func))
     else:
-        calibrate_with(learn, sparsifier, batches)
-    # Start anew with the next gradients, so that no batch counts twice.
-    collected.begins = collected.begins.union(collected.at("backward"))
+        show(*_batches_of(learn, batches))
+    if short:  # start anew with the next gradients, so that no batch counts twice
+        sparsifier.collected.begins = sparsifier.collected.begins.union(sparsifier.collected.at("backward"))
 
 
 def check_steps_model(learn: Any) -> None:
@@ -195,8 +194,13 @@ def first_batch(learn: Any) -> tuple:
 
 def calibrate_with(learn: Any, sparsifier: Sparsifier, batches: Iterable | None) -> None:
     """Calibrate a Sparsifier with the loss of a Learner, by default on the first batch of its training data."""
+    sparsifier.calibrate(*_batches_of(learn, batches))
+
+
+def _batches_of(learn: Any, batches: Iterable | None) -> tuple[Iterable, Callable]:
+    """Batches, by default the first one of the training data, and the loss of a Learner."""
     several = [first_batch(learn)] if batches is None else Split(batches, getattr(learn.dls, "n_inp", None))
-    sparsifier.calibrate(several, loss_of(learn))
+    return several, loss_of(learn)
 
 
 def loss_of(learn: Any) -> Callable:

@@ -86,13 +86,13 @@ def check_parts(parts: Sequence[Any]) -> None:
 
 def _show(sparsifier: Sparsifier, batches: Any, loss_func: Callable | None, anew: bool) -> None:
     """Collect what a criterion needs of data, unless the gradients of past steps are enough. anew: they are not."""
-    collected = sparsifier.collected
-    if batches is None or not sparsifier.looks_at_data:
-        return
-    if anew or sparsifier.runs_batches or collected.at(*CALIBRATED) or collected.missing():
+    collected, short = sparsifier.collected, sparsifier.means_are_short(anew)
+    if batches is not None and short:
         sparsifier.calibrate(batches, loss_func)
         # Start anew with the next gradients, so that no batch counts twice.
         collected.begins = collected.begins.union(collected.at("backward"))
+    elif batches is not None and sparsifier.runs_batches:
+        sparsifier.keep_batches(batches, loss_func)
 
 
 def check_steps(model: nn.Module, optimizer: Any) -> None:

@@ -18,7 +18,7 @@ from ..axes.curvature import Curvature, added, zeros_for
 from ..model.hooks import hooked, input_of
 from ..model.input_columns import columns_of, is_explained
 from ..model.layers import CONVOLUTIONS, NamedWeight
-from ..model.running import not_drawn_from, random_restored, run, shell_of, without_fast_path
+from ..model.running import in_modes, not_drawn_from, random_restored, run, shell_of, without_fast_path
 from ..model.tensors import all_finite, with_autograd
 from ..support.listing import in_short
 from ..support.printable import message_of, printable
@@ -36,10 +36,10 @@ class _Calls:
     Attributes:
         inputs: Number of a batch -> for each call in it, the number of the input tensor. Layers that read the same
             tensors in all calls, such as query, key and value, have the same curvature.
-        unfolding: What a convolution does to its input; None for other layers.
+        unfolding: What a convolution does to its input; empty for other layers.
     """
 
-    unfolding: Any
+    unfolding: str
     inputs: dict[int, list[int]] = field(default_factory=dict)
 
     @property
@@ -79,7 +79,7 @@ class Passes:
         self._may_skip = may_skip
         parameters = {name: layer.parameter for name, layer in layers.items()}
         masked = {name: model.get_parameter(name) for name in masks or {} if name not in parameters}
-        with torch.inference_mode(False), torch.no_grad():
+        with in_modes(), torch.inference_mode(False):
             copies = {name: each.detach() for name, each in {**masked, **parameters}.items()}
             if not kind.needs_loss:  # else they are not replaced
                 copies = {name: each.clone() for name, each in copies.items()}
@@ -108,8 +108,7 @@ class Passes:
 
     def replaced(self, name: str, values: Tensor) -> Tensor:
         """Give a layer of the copy of the model other weights. Returns the tensor that holds them."""
-        with torch.no_grad():
-            return self.weights[name].copy_(values)
+        return self.weights[name].copy_(values)
 
     def _of_inputs(self) -> Iterator[tuple[str, Curvature]]:
         together: dict[tuple, list[str]] = {}
@@ -261,9 +260,9 @@ class Passes:
         return counted
 
 
-def _unfolding_of(module: Any) -> Any:
-    """What a convolution does to its input, to be compared; None for other layers."""
+def _unfolding_of(module: Any) -> str:
+    """What a convolution does to its input, in words to be compared; empty for other layers."""
     if not isinstance(module, CONVOLUTIONS):
-        return None
+        return ""
     names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
-    return type(module), *(getattr(module, name) for name in names)
+    return repr((type(module), *(getattr(module, name) for name in names)))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..axes.context import Context
 from ..axes.criterion import Criterion, is_elementwise
 from ..axes.granularity import Granularity
+from ..axes.quantity import CALIBRATED
 from ..model.parallel import is_sharded, process_group_of, unwrapped
 from ..model.running import first_example
 from ..support.checks import check_count
@@ -493,12 +494,41 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
             ValueError: The model or the loss fails, or no gradient or input reaches a selected layer. Nothing has
                 changed then.
         """
+        means = self._run(batches, loss_func)
+        self._take(Change(attributes=[(self.collected, means), (self, {"_calibration": (batches, loss_func)})]))
+
+    def keep_batches(self, batches: Iterable, loss_func: Callable | None = None) -> None:
+        """Keep batches for compensate, obs and sparsegpt as `calibrate` does, but do not count them in any mean.
+
+        For training loops whose gradients are collected already: movement is to sum up those of all steps.
+
+        Args:
+            batches: As of `calibrate`.
+            loss_func: As of `calibrate`.
+
+        Raises:
+            TypeError: As `calibrate`.
+            ValueError: As `calibrate`.
+        """
+        self._run(batches, loss_func)
+        self._take(Change(attributes=[(self, {"_calibration": (batches, loss_func)})]))
+
+    def _run(self, batches: Iterable, loss_func: Callable | None) -> dict[str, Any]:
+        """The attributes of the collected quantities that have these batches in their means."""
         self._check_held("calibrate")
         self.select_unfrozen()
         options = self.ranking.options
         check_kept(options, batches)
-        means = calibrated(self.collected, batches, loss_func, passes_need_loss(options))
-        self._take(Change(attributes=[(self.collected, means), (self, {"_calibration": (batches, loss_func)})]))
+        return calibrated(self.collected, batches, loss_func, passes_need_loss(options))
+
+    def means_are_short(self, anew: bool = False) -> bool:
+        """Whether the criterion needs batches of `calibrate`, since gradients of past steps are not enough.
+
+        Args:
+            anew: Whether these are not enough in any case, because layers have joined. Default False.
+        """
+        collected = self.collected
+        return collected.looks_at_data and (anew or bool(collected.at(*CALIBRATED)) or collected.missing() is not None)
 
     @property
     def looks_at_data(self) -> bool:

@@ -32,7 +32,6 @@ from sparsifai.axes.grouping import Grouping, UnavailableError
 from sparsifai.axes.quantity import UnsuitableLayerError
 from sparsifai.axes.ranking.scored_layer import ScoredLayer
 from sparsifai.axes.schedule import progress
-from sparsifai.support.registry import name_of
 
 
 def matrices():
@@ -255,11 +254,11 @@ CRITERION = [
      "taken: give one or more of 'score', 'passes', 'start' and 'update', ... not ('backward', 'loss')"),
     ("a mean and a stored value", lambda: taken("backward", "start"), ValueError,
      "taken: give one or more of 'score', 'passes', 'start' and 'update', ... not ('backward', 'start')"),
-    *((f"a sweep with context {name_of(context)}", lambda context=context: Sparsifier(
+    *((f"a sweep with context {name}", lambda context=context: Sparsifier(
         matrices(), context=context, criteria="sparsegpt"), ValueError,
        "criterion sparsegpt chooses the masks of a layer column by column, so it needs a context that ranks within a "
-       f"layer and along its inputs, not {name_of(context)}; choose 'local', 'per_output' or N:M such as '2:4'")
-      for context in ("global", "erk", blocks(4, axis="out"))),
+       f"layer and along its inputs, not {name}; choose 'local', 'per_output' or N:M such as '2:4'")
+      for name, context in (("global", "global"), ("erk", "erk"), ("blocks(4, axis='out')", blocks(4, axis="out")))),
     ("no damping", lambda: sparsify(criteria=partial(criteria["obs"], damping=-1.0)), ValueError,
      "damping must be a number of at least 0, not -1.0"),
     *((f"blocks of {size} for {name}", lambda size=size, name=name, context=context: swept(size, name, context),

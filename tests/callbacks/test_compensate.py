@@ -66,6 +66,16 @@ def test_an_update_changes_the_weights_that_stay_and_leaves_their_moments():
     assert torch.equal(learn.model[3].weight, seen[0]["3.weight"])  # nothing is pruned anew, so nothing changes
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_batches_to_compensate_with_count_in_no_mean_of_the_training(given):
+    learn = small_learner(steps=10)
+    data = [(*each, None)[:2] for each in batches(2)] if given else None
+    callback = SparsifyCallback(0.5, criteria="movement_pruning", compensate=True, calibration=data, schedule="lin")
+    learn.fit(2, 0.05, cbs=callback)
+    counts = callback.sparsifier.state_dict()["statistics"]["counts"]["weight_grad"]
+    assert set(counts.values()) == {20}
+
+
 def test_every_can_be_given():
     learn, data = small_learner(steps=6), Counted(batches(1))
     learn.fit(1, cbs=SparsifyCallback(0.5, compensate=True, every=6, calibration=data))

@@ -67,7 +67,8 @@ def _check_pruning(stages: list[Stage], converted: list[dict[str, Any]], notices
     kinds = {kind for recipe in converted for step in recipe["steps"] for kind in step}
     if pruning and not kinds & {"sparsify", "keep"}:
         why = "\n".join(["", *(str(notice) for notice in notices if notice.lost)])
-        raise ValueError(f"line {pruning[0].line}: {pruning[0].name}: nothing that prunes can be converted:{why}")
+        first = printable(pruning[0].name)
+        raise ValueError(f"line {pruning[0].line}: {first}: nothing that prunes can be converted:{why}")
 
 
 def _converted(stage: Stage, epochs: int | None, notices: list[Notice]) -> dict[str, Any]:
