@@ -120,7 +120,8 @@ class Fit:
             sparsifier.recover_masks()
         if len(reviving) == len(self.callbacks):
             return
-        self.keepers.own.recover(force=True)
+        resumed = [part.sparsifier for part in self.parts.values() if part.pruned.is_resumed]
+        self.keepers.own.recover(True, {name: mask for each in resumed for name, mask in each.masks.items()})
         if self.advances and prune_any(self.keepers.own.masks):
             share = self.measured()
             what = (
