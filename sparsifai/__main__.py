@@ -27,7 +27,7 @@ from .support.warning import own_filters
 _PLAN = """Show what a recipe would do to a model, without data or training.
 
 The table has the remaining weights, bytes and FLOPs (with --input) of each layer, and why some layers stay dense. Above
-it is the sparsity after each epoch.
+it is the sparsity after each epoch. A recipe with stages has a table for each stage that prunes.
 
 example: sparsifai plan examples/recipes/training_aware.yaml --model torchvision:resnet50 --input 1,3,224,224
 """
@@ -119,15 +119,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _plan(given: Any) -> None:
     model, example = _model(given.model), None if given.input is None else torch.zeros(given.input)
-    plan = Recipe.load(given.recipe).plan(model, n_iter=given.batches, example_input=example)
-    print(plan)
+    stages = Recipe.load(given.recipe).stages
+    planned = [
+        stage.plan(model, n_iter=given.batches, example_input=example) if _prunes(stage) or len(stages) == 1 else None
+        for stage in stages
+    ]
+    plans = [plan for plan in planned if plan is not None]
+    if not plans:
+        raise ValueError("no stage of the recipe has a sparsify step, so there is nothing to plan")
+    if len(stages) == 1:
+        print(plans[0])
+    else:
+        print("Each stage is planned for the model as it is before all of them.")
+        for number, (stage, plan) in enumerate(zip(stages, planned, strict=True), 1):
+            print(f"\n{_title(stage, number)}", *([] if plan is None else [plan]), sep="\n")
     if given.picture is not None:
         import matplotlib.pyplot as plt
 
-        _, axes = plt.subplots(2, 1, figsize=(9, 4 + 0.25 * len(plan.layers)), layout="constrained")
-        plan.plot_schedule(axes[0])
-        figure, kind = plan.plot(axes[1]).figure, given.picture.suffix[1:] or "png"
+        height = sum(4 + 0.25 * len(plan.layers) for plan in plans)
+        figure, axes = plt.subplots(2 * len(plans), 1, figsize=(9, height), layout="constrained")
+        for plan, above, below in zip(plans, axes[::2], axes[1::2], strict=True):
+            plan.plot_schedule(above)
+            plan.plot(below)
+        kind = given.picture.suffix[1:] or "png"
         write_whole(given.picture, lambda file: figure.savefig(file, format=kind))
+
+
+def _prunes(recipe: Recipe) -> bool:
+    return any(step.kind == "sparsify" for step in recipe.steps)
+
+
+def _title(stage: Recipe, number: int) -> str:
+    """What a stage is, as a line above its plan."""
+    name, kinds = stage.content.get("name", number), ", ".join(step.kind for step in stage.steps)
+    epochs = "" if stage.epochs is None else f" of {stage.epochs} epochs"
+    how = f"a fit{epochs}" if stage.training else "applied at once, without training"
+    return f"Stage {name}, {how}: {kinds}{'' if _prunes(stage) else '; nothing is pruned'}."
 
 
 def _report(given: Any) -> None:

@@ -52,6 +52,29 @@ def test_plan_prints_a_table_and_draws_a_picture(plan, tmp_path, capsys):
     assert picture.stat().st_size > 5000
 
 
+def test_plan_prints_a_table_for_each_stage_that_prunes(plan, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the picture is drawn with it")
+    recipe, picture = tmp_path / "stages.yaml", tmp_path / "stages.png"
+    once = "{name: once, training: false, steps: [{sparsify: {sparsity: 0.5}}, keep]}"
+    tune, more = "{epochs: 2, steps: [keep]}", "{epochs: 4, steps: [{sparsify: {sparsity: 0.75}}]}"
+    recipe.write_text(f"stages:\n- {once}\n- {tune}\n- {more}\n")
+    assert plan("sparsifai_models:small", "--picture", str(picture), recipe=recipe) == 0
+    found = capsys.readouterr().out
+    titles = [line for line in found.splitlines() if line.startswith(("Stage", "Plan for"))]
+    assert titles == [
+        "Stage once, applied at once, without training: sparsify, keep.",
+        "Plan for 50.00% zeros (weight, global, large_final) at once, without training.",
+        "Stage 2, a fit of 2 epochs: keep; nothing is pruned.",
+        "Stage 3, a fit of 4 epochs: sparsify.",
+        "Plan for 75.00% zeros (weight, global, large_final, between(agp, 0, 0.75)) in 4 x 100 batches; nothing is "
+        "trained yet.",
+    ]
+    assert picture.stat().st_size > 5000
+    recipe.write_text(f"stages:\n- {tune}\n- {tune}\n")
+    assert plan("sparsifai_models:small", recipe=recipe) == 2
+    assert "no stage of the recipe has a sparsify step" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

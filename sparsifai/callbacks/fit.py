@@ -120,9 +120,14 @@ class Fit:
             sparsifier.recover_masks()
         if len(reviving) == len(self.callbacks):
             return
-        self.keepers.own.recover(force=True)
+        resumed = [part.sparsifier for part in self.parts.values() if part.pruned.is_resumed]
+        self.keepers.own.recover(True, {name: mask for each in resumed for name, mask in each.masks.items()})
         if self.advances and prune_any(self.keepers.own.masks):
-            notify(self.learn, f"SparsifyCallback keeps the {percent(self.measured())} of zeros that the model has")
+            share = self.measured()
+            what = (
+                f"the {percent(share)} of zeros that the model has" if share else "the zeros of layers that stay dense"
+            )
+            notify(self.learn, f"SparsifyCallback keeps {what}")
 
     # --- What is shown ------------------------------------------------------------------------------------------
 

@@ -57,6 +57,18 @@ class FitPart(GradualSparsifier):
         if settle is not None and highest(self.pruning.ramp.sparsity):
             self.straight_through = straight_through_of(self.learn, self.pruned, settle, start)
 
+    def begin(self, batches: int, start: float) -> None:
+        """Prune to where the ramp begins. A fit that is resumed has done so, and waits until an update is due.
+
+        Args:
+            batches: Batches of the fit that are skipped.
+            start: The fraction of the fit that is skipped.
+        """
+        self.updated = batches
+        if not self.pruned.is_resumed:
+            self.go_to(start)
+        self.pruned.is_resumed = False
+
     def end(self) -> None:
         """Leave the fit: give the optimizer its own step. The masks stay as they are."""
         if self.straight_through is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -162,18 +163,19 @@ class KeepSparsity(TrainingCallback):
         "Do not add the zeros of the model to the masks in this fit: SparsifyCallback assigns the masks"
         self._recovered, self.held_model = True, unwrapped(self.learn.model)
 
-    def recover(self, force: bool = False) -> bool:
+    def recover(self, force: bool = False, known: Mapping[str, Tensor] | None = None) -> bool:
         """Add the zeros of the model to the masks, once in a fit, unless masks were given.
 
         Args:
             force: Whether to add them in any case. Default False.
+            known: Parameter name -> mask, of layers in which a weight that has regrown may be zero still. Default none.
 
         Returns:
             Whether they were added.
         """
         if not force and (self._recovered or not self.recovers):
             return False
-        self.masks = recovered_masks(unwrapped(self.learn.model), self.masks, self.learn.xb)
+        self.masks = {**recovered_masks(unwrapped(self.learn.model), self.masks, self.learn.xb), **(known or {})}
         self.begin()
         self.enforce()
         return True

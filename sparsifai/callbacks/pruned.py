@@ -27,12 +27,14 @@ class Pruned:
         others: Parameter name -> mask of the zeros that the Sparsifier did not prune itself, such as those of earlier
             fits. They are never revived.
         layers: Names of the layers that were ranked at the last mask update.
+        is_resumed: Whether its state was loaded, until a fit begins with it.
     """
 
     sparsifier: Sparsifier
     reached: float = 0.0
     others: dict[str, Tensor] = field(default_factory=dict)
     layers: set[str] = field(init=False)
+    is_resumed: bool = False
 
     def __post_init__(self) -> None:
         self.layers = set(self.sparsifier.masks)

@@ -199,8 +199,7 @@ class SparsifyCallback(TrainingCallback):
         fit.begin(self._start)
         if fit.advances:
             for part in fit.parts.values():
-                part.updated = self._batches(0)
-                part.go_to(self._start)
+                part.begin(self._batches(0), self._start)
         else:
             held = percent(fit.measured())
             message = f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit"
@@ -304,7 +303,7 @@ class SparsifyCallback(TrainingCallback):
         pruned = Pruned(self._new_sparsifier())
         if self._loaded is not None:
             pruned.sparsifier.load_state_dict(self._loaded["sparsifier"])
-            pruned.reached, self._loaded = self._loaded["reached"], None
+            pruned.reached, pruned.is_resumed, self._loaded = self._loaded["reached"], True, None
         return pruned
 
     def _new_sparsifier(self) -> Sparsifier:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from operator import mul
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from ..axes.changed_schedule import between
 from ..axes.n_of_m import check_reachable
 from ..axes.schedule import Schedule, progress, schedules
 from ..model.parallel import unwrapped
-from ..sparsifier.options import Options, check_sparsity, highest, mapped
+from ..sparsifier.options import Options, Sparsity, check_sparsity, highest, mapped
 from ..sparsifier.regrowth import check_drop, sparsity_of_drop
 from ..sparsifier.sparsifier import Sparsifier
 from ..support.checks import check_count, check_fraction
@@ -145,3 +146,19 @@ class GradualPruning:
             self.sparsifier(unwrapped(model), example_input), self.ramp.sparsity, self.ramp.schedule, n_epoch, n_iter,
             every, example_input, self.ramp.initial,
         )  # fmt: skip
+
+    @property
+    def final_sparsity(self) -> Sparsity:
+        """The sparsity at the end of the schedule, to which a model is pruned without training."""
+        return mapped(self.ramp.sparsity, partial(mul, progress(self.ramp.schedule, 1.0)))
+
+    def plan_at_once(self, model: nn.Module, example_input: Any = None) -> Plan:
+        """Plan the pruning of a model to `final_sparsity` without training. Nothing is changed.
+
+        Args:
+            model: The model.
+            example_input: A batch, as of `plan`. Default none.
+        """
+        example_input = self.example_input if example_input is None else example_input
+        sparsifier = self.sparsifier(unwrapped(model), example_input)
+        return plan_of(sparsifier, self.final_sparsity, None, example_input=example_input)

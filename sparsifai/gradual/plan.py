@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..axes.changed_schedule import raised
 from ..axes.criterion import large_final
-from ..axes.schedule import Schedule, progress, schedules
+from ..axes.schedule import Schedule, one_shot, progress, schedules
 from ..model.flops import Flops, all_flops
 from ..model.linear import why_not_two_four
 from ..model.running import first_example
@@ -35,7 +35,7 @@ from ..support.listing import in_short
 from ..support.registry import name_of
 from ..support.table import percent
 from ..support.warning import warn
-from .plan_table import Plan, PlannedLayer, Size
+from .plan_table import Plan, PlannedLayer, Size, note_of_levels
 
 # Points of the timeline, besides the ends of epochs.
 POINTS = 1000
@@ -53,9 +53,9 @@ NEAR_COLLAPSE = f"Near collapse: less than {SHARE:.0%} of the weights remain, or
 def plan_of(
     sparsifier: Sparsifier,
     sparsity: Sparsity,
-    schedule: str | Schedule,
-    n_epoch: int,
-    n_iter: int,
+    schedule: str | Schedule | None,
+    n_epoch: int = 1,
+    n_iter: int = 1,
     every: int | None = None,
     example_input: Any = None,
     initial_sparsity: float = 0.0,
@@ -67,9 +67,9 @@ def plan_of(
     Args:
         sparsifier: A Sparsifier of the model, with the options of the fit.
         sparsity: The target sparsity. The layers of the plan are those at this sparsity.
-        schedule: The schedule.
-        n_epoch: Epochs of the fit, at most 100,000.
-        n_iter: Batches in an epoch, at most 10^9.
+        schedule: The schedule; None if the model is pruned at once, without training.
+        n_epoch: Epochs of the fit, at most 100,000. Default 1.
+        n_iter: Batches in an epoch, at most 10^9. Default 1.
         every: Batches from one mask update to the next. Default 1.
         example_input: A batch in the form that Sparsifier takes. FLOPs are those of its first example. Default: FLOPs
             are not counted.
@@ -84,7 +84,8 @@ def plan_of(
     """
     if not isinstance(sparsifier, Sparsifier):
         raise TypeError(f"plan_of: sparsifier must be a Sparsifier, not {type(sparsifier).__name__}")
-    sparsity, schedule = check_sparsity(sparsity), schedules.resolve(schedule)
+    sparsity, at_once = check_sparsity(sparsity), schedule is None
+    schedule = schedules.resolve(one_shot if schedule is None else schedule)
     n_epoch, n_iter = check_count("n_epoch", n_epoch, MOST_EPOCHS), check_count("n_iter", n_iter, MOST_BATCHES)
     every = 1 if every is None else check_count("every", every)
     measured = sparsifier.report()  # raises if the model is released
@@ -115,11 +116,12 @@ def plan_of(
     layers = _planned_layers(model, planned, measured, flops.of_weights, ranking.coupling)
     sizes = [layer.size for layer in layers]
     total = Size.total([layer.size for layer in layers if not layer.why_dense])
-    timeline = timeline_of(schedule, n_epoch, n_iter, every, level)
+    timeline = ((0.0, level),) if at_once else timeline_of(schedule, n_epoch, n_iter, every, level)
+    when = "at once, without training" if at_once else f"in {n_epoch} x {n_iter} batches; nothing is trained yet"
     notes = [
-        _title(sparsifier.ranking.options, level, schedule, n_epoch, n_iter),
-        _notes_of_levels(timeline),
-        _note_of_scores(sparsifier.ranking.options, unscored, fixed),
+        _title(sparsifier.ranking.options, level, None if at_once else schedule, when),
+        note_of_levels(timeline),
+        _note_of_scores(sparsifier.ranking.options, unscored, fixed, at_once),
         _note_of_zeros(pruned),
         _note_of_followers(masks_of_followers(sparsifier.all_masks.followers, planned)),
         _note_of_flops(layers, flops) if flops.of_weights else "",
@@ -223,20 +225,12 @@ def _is_fixed(layers: Layers, context: Any, asked: Asked) -> bool:
     return bool(fixes) and all(isinstance(layer.grouping.size, int) for layer in layers.values())
 
 
-def _title(options: Options, level: float, schedule: Schedule, n_epoch: int, n_iter: int) -> str:
-    axes = ", ".join(map(name_of, (options.granularity, options.context, options.criteria, schedule)))
-    return f"Plan for {percent(level)} zeros ({axes}) in {n_epoch} x {n_iter} batches; nothing is trained yet."
+def _title(options: Options, level: float, schedule: Schedule | None, when: str) -> str:
+    values = (options.granularity, options.context, options.criteria, *filter(None, [schedule]))
+    return f"Plan for {percent(level)} zeros ({', '.join(map(name_of, values))}) {when}."
 
 
-def _notes_of_levels(timeline: Sequence[tuple[float, float]]) -> str:
-    """The level at the beginning and after about ten of the epochs."""
-    after = [(epoch, level) for epoch, level in timeline if epoch == int(epoch)]
-    step = math.ceil((len(after) - 1) / 10) or 1
-    shown = [*after[:-1:step], after[-1]]
-    return f"Level after epoch {', '.join(f'{epoch:g}: {percent(level)}' for epoch, level in shown)}."
-
-
-def _note_of_scores(options: Options, unscored: str, fixed: bool) -> str:
+def _note_of_scores(options: Options, unscored: str, fixed: bool, at_once: bool) -> str:
     criterion = name_of(options.criteria)
     if unscored and fixed:
         return f"{criterion} {unscored}: how many weights of each layer are pruned is known, which ones is not."
@@ -244,7 +238,7 @@ def _note_of_scores(options: Options, unscored: str, fixed: bool) -> str:
         return (
             f"Estimate: {criterion} {unscored}; the split between layers is that of large_final on the present weights."
         )
-    return "" if fixed else "The split between layers is that of the present weights; training changes it."
+    return "" if fixed or at_once else "The split between layers is that of the present weights; training changes it."
 
 
 def _note_of_zeros(layers: Layers) -> str:

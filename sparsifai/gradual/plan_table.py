@@ -182,7 +182,7 @@ class Plan(Table):
             _, ax = plt.subplots(layout="constrained")
         epochs, levels = zip(*self.timeline, strict=True)
         ax.plot(epochs, levels, drawstyle="steps-post")
-        ax.set(xlabel="epoch", ylabel="sparsity asked for", xlim=(0, epochs[-1]), ylim=(0, 1))
+        ax.set(xlabel="epoch", ylabel="sparsity asked for", xlim=(0, epochs[-1] or 1), ylim=(0, 1))
         return ax
 
 
@@ -214,8 +214,26 @@ def joined(plans: Sequence[Plan]) -> Plan:
         (points[0][0], sum(level * each for (_, level), each in zip(points, weights, strict=True)) / sum(weights))
         for points in zip(*(plan.timeline for plan in plans), strict=True)
     )
-    notes = tuple(dict.fromkeys(note for plan in plans for note in plan.notes))
-    return Plan(layers, Size.total([layer.size for layer in pruned.values()]), model, timeline, notes)
+    notes = [f"Plan for {percent(timeline[-1][1])} zeros by {len(plans)} sparsify steps.", note_of_levels(timeline)]
+    common = [note for note in plans[0].notes[1:] if all(note in plan.notes for plan in plans)]
+    for number, plan in enumerate(plans, 1):
+        title, *others = plan.notes
+        notes += [f"Step {number}: {title}", *(note for note in others if note not in common)]
+    notes += [note for note in common if note not in notes]
+    selected = Size.total([layer.size for layer in pruned.values()])
+    return Plan(layers, selected, model, timeline, tuple(filter(None, notes)))
+
+
+def note_of_levels(timeline: Sequence[tuple[float, float]]) -> str:
+    """The level at the beginning and after about ten of the epochs; nothing if there are no epochs.
+
+    Args:
+        timeline: As of `Plan`.
+    """
+    after = [(epoch, level) for epoch, level in timeline if epoch == int(epoch)]
+    step = math.ceil((len(after) - 1) / 10) or 1
+    shown = ", ".join(f"{epoch:g}: {percent(level)}" for epoch, level in [*after[:-1:step], after[-1]])
+    return f"Level after epoch {shown}." if len(after) > 1 else ""
 
 
 def _note(layer: PlannedLayer) -> str:

@@ -72,7 +72,8 @@ def manager_of(
         teacher: A trained model for a recipe with a distil step. Default None.
         loss_func: A loss for criteria that need gradients of the batches of `calibration=`. Default None.
         example_input: A batch, for models that torch.fx cannot trace. Default None.
-        **options: With a sparsity, the further arguments of sparsifai's SparsifyCallback by name.
+        **options: With a sparsity, the further arguments of sparsifai's SparsifyCallback by name; with a recipe,
+            `calibration`, the batches for its criteria.
 
     Returns:
         The manager. Call its `step` instead of that of the optimizer, in every batch.

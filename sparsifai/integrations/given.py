@@ -40,7 +40,7 @@ class Given:
             caller: Who was given it, for errors.
             what: A Recipe, a part or a list of parts, or the sparsity.
             arguments: Further arguments of SparsifyCallback, if `what` is the sparsity.
-            options: The same by name.
+            options: The same by name. With a Recipe, only `calibration`.
             teacher: A trained model for a recipe with a distil step, or None.
             loss_func: As the attribute.
             example_input: As the attribute.
@@ -53,13 +53,14 @@ class Given:
             raise TypeError(f"{caller}: give a Recipe, not its file: Recipe.load({str(what)!r})")
         of_parts = [what] if isinstance(what, Part) else what
         is_parts = isinstance(of_parts, (list, tuple)) and all(isinstance(each, Part) for each in of_parts)
+        calibration = options.pop("calibration", None) if isinstance(what, Recipe) else None
         if (isinstance(what, Recipe) or is_parts) and (arguments or options):
             more = ", ".join([*map(repr, arguments), *options])
             raise TypeError(f"{caller}: a recipe or parts say all that is pruned; write {more} into them")
         if teacher is not None and not isinstance(what, Recipe):
             raise TypeError(f"{caller}: teacher= is for a recipe; else pass parts: [Sparsify(...), Distil(teacher)]")
         if isinstance(what, Recipe):
-            return cls(tuple(what.parts(teacher)), what.epochs, loss_func, example_input)
+            return cls(tuple(what.parts(teacher, calibration)), what.epochs, loss_func, example_input)
         parts = tuple(of_parts) if is_parts else (Sparsify(what, *arguments, **options),)
         if not parts:
             raise ValueError(f"{caller}: there are no parts; pass at least one, such as Sparsify(0.9)")

@@ -27,8 +27,9 @@ class LightningEvents:
         teacher: A trained model for a recipe with a distil step. Default None.
         loss_func: A loss for criteria that need gradients of the batches of `calibration=`. Default None.
         example_input: A batch, for models that torch.fx cannot trace. Default None.
-        **options: With a sparsity, the further arguments of sparsifai's SparsifyCallback by name. Names of layers are
-            those of the LightningModule, such as 'model.0'.
+        **options: With a sparsity, the further arguments of sparsifai's SparsifyCallback by name; with a recipe,
+            `calibration`, the batches for its criteria. Names of layers are those of the LightningModule, such as
+            'model.0'.
 
     Attributes:
         manager: The TrainingManager of the present training, or of the last one; None before.

@@ -50,7 +50,8 @@ class SparsifyCallback(TrainerCallback):
         example_input: A batch, for models that torch.fx cannot trace. Default None.
         resume_from: The folder of the checkpoint to resume from, if it is not in the `output_dir` of the Trainer.
             Default None.
-        **options: With a sparsity, the further arguments of sparsifai's SparsifyCallback by name.
+        **options: With a sparsity, the further arguments of sparsifai's SparsifyCallback by name; with a recipe,
+            `calibration`, the batches for its criteria.
 
     Attributes:
         manager: The TrainingManager of the present training, or of the last one; None before.

@@ -49,8 +49,8 @@ def gradual_of(
         what = f"criterion {name_of(collected.criterion)}" if by_criterion else "compensate=True"
         raise ValueError(
             f"TrainingManager: {what} needs data before the first masks are made, "
-            "which a loop does not show; pass calibration=, a list of batches, to Sparsify, and loss_func= to the "
-            "manager if it needs gradients"
+            "which a loop does not show; pass calibration=, a list of batches, to Sparsify or beside the recipe, and "
+            "loss_func= if it needs gradients"
         )
     show = partial(_show, sparsifier, pruning.calibration, loss_func)
     show(False)

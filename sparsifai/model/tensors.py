@@ -16,6 +16,9 @@ from .parallel import is_sharded, whole
 
 _UNSIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
+# The name of an output of a model that gives it none.
+UNNAMED = "an output without a name"
+
 
 def first_tensor(output: Any, whose: str) -> Tensor:
     """Return the output of a model or a layer, or the first one of several.
@@ -36,6 +39,24 @@ def first_tensor(output: Any, whose: str) -> Tensor:
         )
     # fastai's subclasses of Tensor cannot be combined with each other.
     return output.as_subclass(Tensor)
+
+
+def logits_in(output: Any, whose: str) -> dict[str, Tensor]:
+    """The logits that a model returned, by name; if it has none with a name, its output or the first of several.
+
+    Args:
+        output: What the model returned: logits; or a dictionary or an object with `logits`, or else with several, such
+            as `start_logits` and `end_logits`.
+        whose: Its name, for the message.
+
+    Raises:
+        ValueError: There is no tensor.
+    """
+    named = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+    named = {**named, "logits": named.get("logits", getattr(output, "logits", None))}
+    found = {name: each for name, each in named.items() if str(name).endswith("logits") and isinstance(each, Tensor)}
+    of_one = {"logits": found["logits"]} if "logits" in found else found
+    return {name: first_tensor(each, whose) for name, each in (of_one or {UNNAMED: output}).items()}
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -11,8 +11,9 @@ from torch import nn
 from ..loops.manager import TrainingManager
 from ..loops.parts import Distil, Freeze, Keep, Part, Regularize, Sparsify
 from ..loops.quantize_part import Quantize
-from .reading import Reading, check_fit
+from .reading import Reading
 from .step import Step
+from .uses import check_fit
 
 # Kind of step -> the part of a training in any loop.
 _PARTS: dict[str, Callable[..., Part]] = {
@@ -29,11 +30,13 @@ class RunsInLoops:
     _reading: Reading
     _at: Callable[[Step], AbstractContextManager[None]]
 
-    def parts(self, teacher: Any = None) -> list[Part]:
+    def parts(self, teacher: Any = None, calibration: Any = None) -> list[Part]:
         """Make the parts of a TrainingManager, one per step.
 
         Args:
             teacher: A trained model, for a distil step. Default None.
+            calibration: Batches for criteria that need inputs or a loss, and for `compensate`, as of `Sparsify`.
+                Default None.
 
         Returns:
             The parts, in the order of the steps.
@@ -41,16 +44,22 @@ class RunsInLoops:
         Raises:
             ValueError: The recipe has a distil step and no teacher is given, or a part refuses its arguments.
         """
-        check_fit(self._reading, "parts")
+        return self._made("parts", _PARTS, teacher, calibration)
+
+    def _made(self, method: str, makers: Mapping[str, Callable], teacher: Any, calibration: Any) -> list:
+        """What each step becomes by the maker of its kind."""
+        check_fit(self._reading, method)
+        given = {
+            "distil": {"teacher": teacher},
+            "sparsify": {} if calibration is None else {"calibration": calibration},
+        }
         made = []
         for step in self.steps:
-            arguments = self._reading.arguments(step)
+            arguments = self._reading.arguments(step) | given.get(step.kind, {})
             with self._at(step):
-                if step.kind == "distil":
-                    if teacher is None:
-                        raise ValueError("distil needs a teacher; pass teacher=, a trained model")
-                    arguments["teacher"] = teacher
-                made.append(_PARTS[step.kind](**arguments))
+                if step.kind == "distil" and teacher is None:
+                    raise ValueError("distil needs a teacher; pass teacher=, a trained model")
+                made.append(makers[step.kind](**arguments))
         return made
 
     def manager(
@@ -61,6 +70,7 @@ class RunsInLoops:
         *,
         epochs: int | None = None,
         teacher: Any = None,
+        calibration: Any = None,
         loss_func: Callable | None = None,
         example_input: Any = None,
         state: Mapping[str, Any] | None = None,
@@ -74,7 +84,9 @@ class RunsInLoops:
                 batches.
             epochs: Number of epochs, for a recipe that does not give it. Default None.
             teacher: A trained model, for a distil step. Default None.
-            loss_func: A loss for criteria that need gradients of calibration batches. Default None.
+            calibration: Batches for criteria that need inputs or a loss, such as obs and wanda, and for `compensate`.
+                Default None.
+            loss_func: A loss for criteria that need gradients of these batches. Default None.
             example_input: A batch, for models that torch.fx cannot trace and for `coupled: true`. Default None.
             state: What `TrainingManager.state_dict` returned, to resume from: of a model and an optimizer whose states
                 are loaded already. Default None.
@@ -91,6 +103,9 @@ class RunsInLoops:
             raise ValueError("manager: the recipe does not say how many epochs there are; pass epochs=")
         if None not in (self.epochs, epochs) and epochs != self.epochs:
             raise ValueError(f"manager: epochs={epochs!r}, but the recipe says {self.epochs}; leave out one of them")
-        parts, given = self.parts(teacher), {"loss_func": loss_func, "example_input": example_input, "state": state}
+        parts, given = (
+            self.parts(teacher, calibration),
+            {"loss_func": loss_func, "example_input": example_input, "state": state},
+        )
         number: Any = self.epochs or epochs
         return TrainingManager(model, optimizer, *parts, epochs=number, steps_per_epoch=steps_per_epoch, **given)

@@ -284,38 +284,3 @@ def _check_together(options: Mapping[str, Any]) -> None:
     check_straight_through(*map(options.get, ("straight_through", "decay", "gradient_sparsity", "regrow")))
     if "settle" in options and not options.get("straight_through"):
         raise ValueError("settle is given without straight_through; add straight_through: true, or leave settle out")
-
-
-def check_one_part(reading: Reading, method: str) -> None:
-    """Refuse what cannot be asked of a recipe that has stages.
-
-    Args:
-        reading: The recipe.
-        method: The method that is called.
-
-    Raises:
-        ValueError: The recipe has stages.
-    """
-    if reading.stages:
-        trains, model = "learn.fit(stage.epochs, cbs=stage.callbacks())", "learn.model"
-        if method in ("parts", "manager"):
-            trains, model = "a training with stage.manager(...) or stage.parts()", "model"
-        raise ValueError(
-            f"the recipe has {len(reading.stages)} stages; call {method} for each: for stage in recipe.stages: "
-            f"{trains} if stage.training else stage.apply({model})"
-        )
-
-
-def check_fit(reading: Reading, method: str) -> None:
-    """Refuse what cannot be asked of a recipe that is not for one fit.
-
-    Args:
-        reading: The recipe.
-        method: The method that is called.
-
-    Raises:
-        ValueError: The recipe has stages, or is applied without training.
-    """
-    check_one_part(reading, method)
-    if not reading.training:
-        raise ValueError("the recipe has training: false; call recipe.apply(model) instead of a fit")

@@ -26,29 +26,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
-from operator import mul
 from typing import Any
 
 from torch import nn
 
-from ..axes.schedule import progress
 from ..gradual.gradual_pruning import GradualPruning
 from ..gradual.plan_table import Plan, joined
 from ..model.parallel import unwrapped
 from ..quantization.layers import planned
-from ..sparsifier.options import mapped
 from ..sparsifier.sparsifier import Sparsifier
 from ..sparsifier.sparsifiers import Sparsifiers
 from ..support.files import write_text
 from ..support.warning import warn
 from .in_loops import RunsInLoops
-from .reading import Reading, check_fit, check_one_part
+from .reading import Reading
 from .results import results_of
 from .safe_yaml import Located, dump_yaml, load_yaml, read_text
 from .sparseml.converted import converted
 from .sparseml.modifiers import Notice
 from .step import Step
+from .uses import check_one_part
 
 # What to do instead of `apply`, of a step that needs training.
 _FIT = "pass recipe.callbacks() to learn.fit instead"
@@ -136,10 +133,17 @@ class Recipe(RunsInLoops):
             >>> Recipe.loads("epochs: 5\\nsteps: [keep]").epochs
             5
         """
-        source = load_yaml(text)
-        if not isinstance(source.value, dict):
-            raise ValueError("line 1: a recipe must be a mapping with epochs: and steps:")
-        return cls(source.value, source=source)
+        try:
+            source = load_yaml(text)
+            if not isinstance(source.value, dict):
+                raise ValueError("line 1: a recipe must be a mapping with epochs: and steps:")
+            return cls(source.value, source=source)
+        except ValueError as error:
+            if "Modifier" not in text:
+                raise
+            raise ValueError(
+                f"{error}; convert a recipe of SparseML by Recipe.from_sparseml(path) or `sparsifai convert`"
+            ) from None
 
     @classmethod
     def from_sparseml(cls, path: str | os.PathLike, *, strict: bool = False, epochs: int | None = None) -> Recipe:
@@ -188,11 +192,13 @@ class Recipe(RunsInLoops):
 
     # --- Use ----------------------------------------------------------------------------------------------------
 
-    def callbacks(self, teacher: Any = None) -> list:
+    def callbacks(self, teacher: Any = None, calibration: Any = None) -> list:
         """Make the callbacks for `learn.fit(recipe.epochs, cbs=recipe.callbacks())`, one per step.
 
         Args:
             teacher: A trained model or its Learner, for a distil step. Default None.
+            calibration: Batches for criteria that need inputs or a loss, and for `compensate`, as of
+                SparsifyCallback. Default None, for the batch that is being trained on.
 
         Returns:
             The callbacks, in the order of the steps.
@@ -200,17 +206,7 @@ class Recipe(RunsInLoops):
         Raises:
             ValueError: The recipe has a distil step and no teacher is given, or a callback refuses its arguments.
         """
-        check_fit(self._reading, "callbacks")
-        made, kinds = [], _callback_classes()
-        for step in self.steps:
-            arguments = self._reading.arguments(step)
-            with self._at(step):
-                if step.kind == "distil":
-                    if teacher is None:
-                        raise ValueError("distil needs a teacher; call recipe.callbacks(teacher=a trained model)")
-                    arguments["teacher"] = teacher
-                made.append(kinds[step.kind](**arguments))
-        return made
+        return self._made("callbacks", _callback_classes(), teacher, calibration)
 
     def apply(
         self,
@@ -242,17 +238,20 @@ class Recipe(RunsInLoops):
         made = []
         for step, pruning in self._prunings():
             with self._at(step):
-                made.append((pruning.ramp, pruning.sparsifier(model, example_input)))
+                made.append((pruning, pruning.sparsifier(model, example_input)))
+                if calibration is None and made[-1][1].looks_at_data:
+                    raise ValueError("the step needs batches; pass calibration=, and loss_func= if it needs gradients")
         sparsifier = made[0][1] if len(made) == 1 else Sparsifiers(each for _, each in made)
-        for ramp, each in made:
+        for pruning, each in made:
             if calibration is not None:
                 each.calibrate(calibration, loss_func)
-            end = progress(ramp.schedule, 1.0)
-            each.sparsify(mapped(ramp.sparsity, partial(mul, end)))
+            each.sparsify(pruning.final_sparsity)
         return sparsifier
 
     def plan(self, model: nn.Module, n_iter: int = 100, example_input: Any = None) -> Plan:
-        """Show what a fit with this recipe would do to a model, by layer and epoch, without data or training.
+        """Show what this recipe would do to a model, by layer and epoch, without data or training.
+
+        Of a recipe with stages, plan each: `[stage.plan(model) for stage in recipe.stages]`.
 
         Args:
             model: Any torch model; it is not changed.
@@ -269,7 +268,10 @@ class Recipe(RunsInLoops):
         plans = []
         for step, pruning in self._prunings():
             with self._at(step):
-                plans.append(pruning.plan(model, self.epochs or 1, n_iter, example_input))
+                if self.training:
+                    plans.append(pruning.plan(model, self.epochs or 1, n_iter, example_input))
+                else:
+                    plans.append(pruning.plan_at_once(model, example_input))
         plan = joined(plans)
         return replace(plan, notes=(*plan.notes, *_notes_on_int8(self, model)))
 

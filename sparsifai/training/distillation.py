@@ -24,7 +24,7 @@ from ..axes.schedule import progress, schedules
 from ..model.hooks import RecordedOutputs
 from ..model.parallel import unwrapped
 from ..model.running import evaluating, in_modes, run
-from ..model.tensors import first_tensor
+from ..model.tensors import UNNAMED, logits_in
 from ..support.at_end import AtEnd
 from ..support.checks import check_number
 from ..support.registry import close_matches
@@ -47,8 +47,9 @@ class Distillation:
         a = weight * schedule(t), b = feature_weight * schedule(t), t = fraction of training that is done
 
     The teacher runs in evaluation mode and without gradients, on the inputs that the model was given. For a model that
-    returns a dictionary or an object with `logits`, as those of transformers do, the outputs are the logits. With
-    several processes, each compares the examples of its own batch.
+    returns a dictionary or an object with `logits`, as those of transformers do, the outputs are the logits. If it has
+    several instead, such as `start_logits` and `end_logits`, the loss of the outputs is the mean of theirs. Of a tuple
+    the first output is compared. With several processes, each compares the examples of its own batch.
 
     A pickled Distillation does not include the teacher. A copy shares it.
 
@@ -198,7 +199,7 @@ class Distillation:
         Args:
             loss: The loss of the labels, a scalar tensor.
             output: What the model returned: a tensor, a tuple that begins with one, or an object or a dictionary with
-                `logits`.
+                `logits`, or with several whose names end so.
             inputs: What it was called with: one input, a tuple of inputs, or a dictionary of named inputs. With an
                 `attention_mask` of shape (batch, tokens) beside outputs of shape (batch, tokens, classes),
                 `soft_targets` leaves out the tokens that it masks.
@@ -240,13 +241,14 @@ class Distillation:
             return run(self.teacher, inputs), recorded.outputs
 
     def _loss_of_outputs(self, output: Any, answer: Any, inputs: Any) -> Tensor:
-        student, teacher = _logits(output, "the model"), _logits(answer, "the teacher")
-        axis = self._axis_of_loss if self.axis is None else self.axis
-        if axis is None:
-            axis = -1 if _has_logits(output) and student.dim() == 3 else 1
-        options = {"temperature": self.temperature, "axis": axis, "mask": _mask_of_tokens(inputs, student, axis)}
-        options = options_of(self.output_loss, options)
-        return scalar_loss(self.output_loss, student, teacher, ("the model", "the teacher"), "loss", options)
+        losses, given = [], self._axis_of_loss if self.axis is None else self.axis
+        for name, student, teacher in _compared(output, answer):
+            by_default = -1 if name != UNNAMED and student.dim() == 3 else 1
+            axis = by_default if given is None else given
+            options = {"temperature": self.temperature, "axis": axis, "mask": _mask_of_tokens(inputs, student, axis)}
+            options, nets = options_of(self.output_loss, options), ("the model", "the teacher")
+            losses.append(scalar_loss(self.output_loss, student, teacher, nets, "loss", options))
+        return torch.stack(losses).mean()
 
     def _loss_of_features(self, of_teacher: dict[str, Tensor]) -> Tensor:
         if self._recorded is None:
@@ -303,15 +305,17 @@ def _check_names(names: Iterable[str], model: nn.Module, net: str) -> None:
             )
 
 
-def _has_logits(output: Any) -> bool:
-    return "logits" in output if isinstance(output, Mapping) else isinstance(getattr(output, "logits", None), Tensor)
-
-
-def _logits(output: Any, whose: str) -> Tensor:
-    """The tensor of an output that is compared."""
-    if _has_logits(output):
-        output = output["logits"] if isinstance(output, Mapping) else output.logits
-    return first_tensor(output, whose)
+def _compared(output: Any, answer: Any) -> list[tuple[str, Tensor, Tensor]]:
+    """The name of each output that is compared, that of the model and that of the teacher."""
+    ours, theirs = logits_in(output, "the model"), logits_in(answer, "the teacher")
+    if len(ours) == len(theirs) == 1:  # a net that returns a tensor may have a teacher that returns `logits`
+        theirs = dict.fromkeys(ours, *theirs.values())
+    if not ours.keys() <= theirs.keys():
+        raise ValueError(
+            f"distillation: the model returns {', '.join(ours)}, and the teacher {', '.join(theirs)}; wrap one of them "
+            "in a module that returns what the other does"
+        )
+    return [(name, ours[name], theirs[name]) for name in ours]
 
 
 def _mask_of_tokens(inputs: Any, logits: Tensor, axis: int) -> Tensor | None:

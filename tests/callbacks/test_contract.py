@@ -541,6 +541,15 @@ def test_a_new_callback_on_a_sparse_model_goes_on_from_its_zeros_and_says_so(mak
     assert_sound(learn, level=0.8)
 
 
+def test_zeros_of_layers_that_are_not_pruned_are_kept_and_told_without_a_share(make_learner, capsys):
+    model = small_net()
+    with torch.no_grad():
+        model[0].weight[:4] = 0
+    make_learner(model).fit(1, 0.1, cbs=SparsifyCallback(0.5, exclude="0"))
+    assert "SparsifyCallback keeps the zeros of layers that stay dense" in capsys.readouterr().out
+    assert (model[0].weight[:4] == 0).all()
+
+
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_a_keeper_that_is_given_to_the_fit_does_not_take_the_zeros_with_it(make_learner, order):
     callbacks = [KeepSparsity(), SparsifyCallback(0.8)]

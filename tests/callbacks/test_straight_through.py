@@ -148,7 +148,9 @@ def test_zeros_of_an_interrupted_fit_are_kept_by_a_plain_one():
 
 
 @pytest.mark.parametrize("options", [{"straight_through": True}, {"straight_through": True, "gradient_sparsity": 0.3},
-                                     {"criteria": "movement_pruning"}, {"regrow": "grad", "every": 2}])  # fmt: skip
+                                     {"criteria": "movement_pruning"}, {"regrow": "grad", "every": 2},
+                                     {"straight_through": True, "every": 3}, {"every": 3},
+                                     {"regrow": "random", "every": 4}])  # fmt: skip
 @pytest.mark.parametrize("settled", [False, True])
 def test_a_fit_resumes_exactly_from_what_the_callback_and_the_learner_save(options, settled, tmp_path):
     if settled and "straight_through" in options:

@@ -331,6 +331,14 @@ def test_an_interrupted_training_leaves_a_sparse_model_and_the_next_one_begins_a
     assert callback.manager.sparsity == pytest.approx(0.6, abs=0.01)
 
 
+def test_a_recipe_is_given_the_batches_that_its_criteria_need(tmp_path):
+    recipe = Recipe({"epochs": 4, "steps": [{"sparsify": {"sparsity": 0.5, "criteria": "obs", "every": 4}}]})
+    batch = {name: torch.stack([each[name] for each in DATA]) for name in DATA[0]}
+    callback = SparsifyCallback(recipe, calibration=[batch])
+    trainer(tmp_path, callback).train()
+    assert callback.manager.sparsity == pytest.approx(0.5, abs=0.01)
+
+
 def test_early_errors(tmp_path):
     recipe = Recipe({"epochs": 3, "steps": [{"sparsify": {"sparsity": 0.5}}]})
     with pytest.raises(ValueError, match="the recipe says 3 epochs, but the training has 4"):

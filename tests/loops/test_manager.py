@@ -306,6 +306,16 @@ def test_criteria_of_data_are_calibrated():
     train(manager)
 
 
+def test_a_recipe_is_given_the_batches_that_its_criteria_need():
+    batches, options = [batch(number) for number in range(2)], {"criteria": "obs", "schedule": "lin", "every": 6}
+    recipe, model = Recipe({"epochs": EPOCHS, "steps": [{"sparsify": {"sparsity": 0.5, **options}}]}), net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    manager = recipe.manager(model, optimizer, STEPS, calibration=batches, loss_func=cross_entropy)
+    (part,) = recipe.parts(calibration=batches)
+    assert part.pruning.calibration is batches
+    assert train(manager).sparsity == pytest.approx(0.5, abs=0.002)
+
+
 def test_weights_make_up_for_others_while_the_sparsity_grows():
     batches = [batch(number) for number in range(2)]
     for options in ({"compensate": True}, {"criteria": "obs"}, {"criteria": "sparsegpt", "context": "local"}):

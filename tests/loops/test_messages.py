@@ -161,7 +161,7 @@ ROWS = [
      "exclude="),
     ("wanda without data", lambda: made(Sparsify(0.5, criteria="wanda")), ValueError,
      "TrainingManager: criterion wanda needs data before the first masks are made, which a loop does not show; pass "
-     "calibration=, a list of batches, to Sparsify, and loss_func= to the manager if it needs gradients"),
+     "calibration=, a list of batches, to Sparsify or beside the recipe, and loss_func= if it needs gradients"),
     *((f"{name} without data", lambda options=options: made(Sparsify(0.5, **options)), ValueError,
        f"TrainingManager: {name} needs data before the first masks are made, ...")
       for name, options in {"compensate=True": {"compensate": True}, "criterion obs": {"criteria": "obs"}}.items()),

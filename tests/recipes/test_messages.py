@@ -9,6 +9,10 @@ from sparsifai.recipes.expression import evaluate
 from sparsifai.recipes.safe_yaml import load_yaml
 from sparsifai.recipes.sparseml.convert import convert
 
+# What to do with each stage of a recipe.
+FIT_OR_APPLY = "learn.fit(stage.epochs, cbs=stage.callbacks()) if stage.training else stage.apply(learn.model)"
+IN_A_LOOP = "stage.manager(model, optimizer, steps_per_epoch) if stage.training else stage.apply(model)"
+
 
 def loads(text):
     return lambda: Recipe.loads(text)
@@ -154,19 +158,13 @@ ROWS = [
     ("a step without training", loads("training: false\nsteps: [{distil: {}}]"), ValueError,
      ["line 2: steps.0.distil: distil needs training; leave it out, or leave out training: false"]),
     *((f"{method} of stages", use, ValueError,
-       [f"the recipe has 1 stages; call {method} for each: for stage in recipe.stages: learn.fit(stage.epochs, "
-        "cbs=stage.callbacks()) if stage.training else stage.apply(learn.model)"])
-      for method, use in [
-        ("apply", apply({"stages": [{"steps": ["keep"]}]})),
-        ("plan", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).plan(nn.Linear(4, 4))),
-        ("callbacks", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).callbacks()),
-    ]),
-    *((f"{method} of stages", use, ValueError,
-       [f"the recipe has 1 stages; call {method} for each: for stage in recipe.stages: a training with "
-        "stage.manager(...) or stage.parts() if stage.training else stage.apply(model)"])
-      for method, use in [
-        ("parts", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).parts()),
-        ("manager", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).manager(None, None, 1)),
+       [f"the recipe has 1 stages; call {method} for each: for stage in recipe.stages: {instead}"])
+      for method, use, instead in [
+        ("apply", apply({"stages": [{"steps": ["keep"]}]}), FIT_OR_APPLY),
+        ("plan", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).plan(nn.Linear(4, 4)), "print(stage.plan(model))"),
+        ("callbacks", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).callbacks(), FIT_OR_APPLY),
+        ("parts", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).parts(), IN_A_LOOP),
+        ("manager", lambda: Recipe({"stages": [{"steps": ["keep"]}]}).manager(None, None, 1), IN_A_LOOP),
     ]),
     *((f"{method} without training", use, ValueError,
        ["the recipe has training: false; call recipe.apply(model) instead of a fit"])
@@ -213,13 +211,25 @@ ROWS = [
      ["schedule must be one name with its options, such as {iterative: 5}, not {'lin': {}, 'cos': {}}"]),
     # --- What a recipe is used for
     ("no teacher", lambda: Recipe({"steps": ["keep", {"distil": {}}]}).callbacks(), ValueError,
-     ["line 1: steps.1.distil: distil needs a teacher; call recipe.callbacks(teacher=a trained model)"]),
+     ["line 1: steps.1.distil: distil needs a teacher; pass teacher=, a trained model"]),
+    ("a step that needs data", apply({"steps": [{"sparsify": {"sparsity": 0.5, "compensate": True}}]}), ValueError,
+     ["line 1: steps.0.sparsify: the step needs batches; pass calibration=, and loss_func= if it needs gradients"]),
+    ("a recipe of SparseML", loads("modifiers:\n- !ConstantPruningModifier {}"), ValueError,
+     ["line 2: the tag", "; convert a recipe of SparseML by Recipe.from_sparseml(path) or `sparsifai convert`"]),
+    ("a stage of SparseML", loads("a_stage:\n  b_modifiers:\n    ConstantPruningModifier: {}"), ValueError,
+     ["line 1: a_stage: unknown key", "; convert a recipe of SparseML by Recipe.from_sparseml(path)"]),
+    ("a stub of a recipe", lambda: Recipe.from_sparseml("zoo:bert/pruned"), ValueError,
+     ["from_sparseml: give the path of a file, not 'zoo:bert/pruned': it reads no text, and downloads nothing"]),
+    ("the text of a recipe", lambda: Recipe.from_sparseml("modifiers:\n- !ConstantPruningModifier {}"), ValueError,
+     ["from_sparseml: give the path of a file, not 'modifiers:"]),
+    ("half an epoch", lambda: convert("- !ConstantPruningModifier {}", 0.5), ValueError,
+     ["epochs must be a whole number of at least 1, not 0.5"]),
     ("a step that needs training", apply({"steps": [{"sparsify": {"sparsity": 0.5}}, {"regularize": {"weight": 1}}]}),
      ValueError, ["steps.1.regularize: regularize needs training; pass recipe.callbacks() to learn.fit instead"]),
     ("nothing to prune", apply({"steps": ["keep"]}), ValueError,
      ["the recipe has no sparsify step; add one, such as - sparsify: {sparsity: 0.9}"]),
     ("a criterion without data", apply({"steps": [{"sparsify": {"sparsity": 0.5, "criteria": "snip"}}]}),
-     ValueError, ["calibrate"]),
+     ValueError, ["steps.0.sparsify: the step needs batches; pass calibration="]),
     # --- YAML
     ("empty", loads(""), ValueError, ["line 1: the recipe is empty"]),
     ("empty but for a comment", sparseml("# nothing\n"), ValueError, ["line 1: the recipe is empty"]),

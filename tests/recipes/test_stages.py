@@ -82,6 +82,19 @@ def test_an_error_of_a_stage_names_its_line_and_where_it_is():
         stage.plan(nn.Sequential(nn.BatchNorm1d(3)))
 
 
+def test_a_stage_that_is_applied_is_planned_without_epochs():
+    plan = Recipe.loads(STAGES).stages[0].plan(net())
+    assert plan.notes[0] == "Plan for 50.00% zeros (weight, 2:4, large_final) at once, without training."
+    assert (plan.timeline, plan.levels) == (((0.0, 0.5),), ())
+    assert "epoch" not in str(plan)
+    steps = [{"sparsify": {"sparsity": 0.8, "layers": "1"}}, {"sparsify": {"sparsity": 0.5, "layers": "3"}}]
+    recipe, model = Recipe({"training": False, "steps": steps}), net()
+    plan = recipe.plan(model)
+    recipe.apply(model)
+    left = {layer.name: layer.size.left for layer in plan.layers}
+    assert left == {name: int((each != 0).sum()) for name, each in model.named_parameters() if each.dim() > 1}
+
+
 @pytest.mark.fastai
 def test_a_loop_over_the_stages_applies_and_fits_them(make_learner):
     learn, reached = make_learner(net(), lr=0.01), []

@@ -182,6 +182,35 @@ def test_logits_of_tokens_are_compared_where_no_padding_is(as_dictionary):
     torch.testing.assert_close(loss_of(distillation, model, without), soft_targets(ours, theirs, 4.0, -1))
 
 
+class OfAnswers(nn.Module):
+    """Tokens -> logits of where an answer starts and ends, (batch, tokens) each."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(10, 6), nn.Linear(6, 2)
+
+    def forward(self, input_ids):
+        start, end = self.head(self.embedding(input_ids)).unbind(-1)
+        return {"loss": start.sum(), "start_logits": start, "end_logits": end}
+
+
+def test_all_logits_are_compared_if_there_are_several():
+    torch.manual_seed(0)
+    model, teacher, tokens = OfAnswers(), OfAnswers(), torch.randint(10, (3, 5))
+    ours, theirs = model(tokens), teacher(tokens)
+    expected = [soft_targets(ours[name], theirs[name]) for name in ("start_logits", "end_logits")]
+    found = loss_of(Distillation(teacher, 1.0), model, tokens)
+    torch.testing.assert_close(found, sum(expected) / 2)
+    assert not torch.isclose(expected[0], expected[1])
+
+
+def test_a_model_that_returns_a_tensor_may_have_a_teacher_that_returns_logits():
+    model, teacher, tokens = OfTokens(), OfTokens(), torch.randint(10, (3, 5))
+    distillation = Distillation(teacher, 1.0, axis=2)
+    expected = soft_targets(model(tokens).logits, teacher(tokens).logits, axis=2)
+    torch.testing.assert_close(distillation.loss(torch.tensor(0.0), model(tokens).logits, tokens, 0.0), expected)
+
+
 def test_other_losses_of_logits_are_given_no_mask():
     model, teacher = OfTokens(), OfTokens()
     inputs = {"input_ids": torch.randint(10, (3, 5)), "attention_mask": torch.ones(3, 5)}

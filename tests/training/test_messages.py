@@ -90,6 +90,11 @@ def not_recorded():
     distillation.loss(torch.tensor(1.0), small_net()(torch.zeros(2, 2, 8, 8)), torch.zeros(2, 2, 8, 8), 0.0)
 
 
+def other_outputs():
+    output, teacher = {"start_logits": torch.zeros(2, 5), "end_logits": torch.zeros(2, 5)}, nn.Linear(2, 3)
+    sparsifai.Distillation(teacher).loss(torch.tensor(1.0), output, torch.zeros(2, 2), 0.0)
+
+
 def fastai_loss(name):
     import fastai.losses
 
@@ -115,6 +120,13 @@ FEATURES = (
 )
 
 DISTILL = [
+    (
+        "other outputs", other_outputs, ValueError,
+        [
+            "distillation: the model returns start_logits, end_logits, and the teacher an output without a name; wrap "
+            "one of them in a module that returns what the other does"
+        ],
+    ),
     ("weight above 1", distill(weight=1.5), ValueError, ["distillation: weight", "from 0 to 1", "not 1.5"]),
     ("weight below 0", distill(weight=-0.1), ValueError, ["distillation: weight", "not -0.1"]),
     ("weight as text", distill(weight="a"), ValueError, ["distillation: weight", "not 'a'"]),

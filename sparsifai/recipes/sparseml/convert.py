@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+from ...support.checks import check_count
 from ...support.printable import printable
 from ...support.registry import close_matches
+from ..reading import MOST_EPOCHS
 from ..step import APPLICABLE
 from .modifiers import Modifier, Notice
 from .other_steps import LEFT_OUT, LEFT_TO_FASTAI
@@ -48,6 +50,7 @@ def convert(text: str, epochs: int | None = None) -> tuple[dict[str, Any], list[
         ValueError: It is not a recipe of SparseML, or it prunes and nothing of that can be converted. The message names
             the line.
     """
+    epochs = None if epochs is None else check_count("epochs", epochs, MOST_EPOCHS)
     stages, notices = read_stages(text)
     converted = [_converted(stage, epochs, notices) for stage in stages]
     notices.sort(key=lambda notice: (notice.line, notice.key))
@@ -72,7 +75,7 @@ def _converted(stage: Stage, epochs: int | None, notices: list[Notice]) -> dict[
     """The content of a recipe for a stage."""
     training = _is_training(stage)
     number = _epochs(stage.modifiers, epochs, notices) if training else None
-    steps: list[tuple[str, StepDict]] = []
+    steps: list[_Made] = []
     for modifier in stage.modifiers:
         if modifier.name in STEPS:
             kind, make = STEPS[modifier.name]
@@ -82,9 +85,9 @@ def _converted(stage: Stage, epochs: int | None, notices: list[Notice]) -> dict[
                 if modifier.values.get(key) not in (None, 0, -1):
                     modifier.note(key, "this stage is applied at once, without training; left out")
             if training:
-                steps += [(kind, step) for step in made]
+                steps += [_Made(kind, step, modifier) for step in made]
             elif kind in APPLICABLE:
-                steps += [(kind, _without_times(step)) for step in made]
+                steps += [_Made(kind, _without_times(step), modifier) for step in made]
             else:
                 modifier.note(modifier.name, "needs training, and this stage is applied without; left out", lost=True)
         elif modifier.name == "EpochRangeModifier":
@@ -96,7 +99,9 @@ def _converted(stage: Stage, epochs: int | None, notices: list[Notice]) -> dict[
             modifier.leave(message, lost=modifier.name not in LEFT_TO_FASTAI)
     recipe: dict[str, Any] = {} if training else {"training": False}
     recipe |= {} if number is None else {"epochs": number}
-    return {**recipe, "steps": [{kind: step} for kind, step in _merged(steps)]}
+    merged = list(_merged(steps))
+    _set_apart([made for made in merged if made.kind == "sparsify"])
+    return {**recipe, "steps": [{made.kind: made.step} for made in merged]}
 
 
 def _is_training(stage: Stage) -> bool:
@@ -134,6 +139,9 @@ def _epochs(modifiers: list[Modifier], given: int | None, notices: list[Notice])
             message = "no modifier says how many epochs there are; give epochs= or --epochs"
             notices.append(Notice(min(modifier.line for modifier in modifiers), "epochs", message))
         return given
+    if given is not None and given != math.ceil(end):
+        message = f"the recipe says {math.ceil(end)} epochs, so epochs={given} is not used"
+        notices.append(Notice(min(modifier.line for modifier in modifiers), "epochs", message))
     if end != math.ceil(end):
         for modifier in named:
             modifier.note("end_epoch", f"{end:g} epochs are rounded up to a whole number")
@@ -143,10 +151,19 @@ def _epochs(modifiers: list[Modifier], given: int | None, notices: list[Notice])
 # --- Several modifiers in one step ------------------------------------------------------------------------------------
 
 
-def _merged(steps: list[tuple[str, StepDict]]) -> Iterator[tuple[str, StepDict]]:
+class _Made(NamedTuple):
+    """A step of a recipe, and the modifier, or the first of several, that it was made of."""
+
+    kind: str
+    step: StepDict
+    modifier: Modifier
+
+
+def _merged(steps: list[_Made]) -> Iterator[_Made]:
     """Merge sparsify steps that differ only in sparsity and layers, and steps that are equal; quantize comes last."""
-    groups: dict[str, tuple[str, list[StepDict]]] = {}
-    for number, (kind, step) in enumerate(sorted(steps, key=lambda step: step[0] == "quantize")):
+    groups: dict[str, list[_Made]] = {}
+    for number, made in enumerate(sorted(steps, key=lambda made: made.kind == "quantize")):
+        kind, step, _ = made
         same: list[Any] = [kind, step]
         if kind == "sparsify":
             same[1] = {key: value for key, value in step.items() if key not in ("sparsity", "layers")}
@@ -154,11 +171,59 @@ def _merged(steps: list[tuple[str, StepDict]]) -> Iterator[tuple[str, StepDict]]
             same.append(number)
         elif kind == "quantize":
             same[1] = {}  # one step quantizes a model
-        groups.setdefault(json.dumps(same, sort_keys=True), (kind, []))[1].append(step)
-    for kind, each in groups.values():
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(made)
+    for alike in groups.values():
+        kind, each = alike[0].kind, [made.step for made in alike]
         joined = _one_step(each) if kind == "sparsify" else _united(each) if kind == "quantize" else each[0]
-        for step in each if joined is None else [joined]:
-            yield kind, step
+        if joined is None:
+            yield from alike
+        else:
+            yield _Made(kind, joined, alike[0].modifier)
+
+
+def _set_apart(steps: list[_Made]) -> None:
+    """Let no two sparsify steps prune the same layers: a step of all layers leaves out those that another one names.
+
+    Raises:
+        ValueError: Two of them name the same layers, or both prune all layers.
+    """
+    for number, one in enumerate(steps):
+        for other in steps[:number]:
+            names, others = _named(one.step), _named(other.step)
+            if names is None and others is None:
+                raise _prune_the_same(one, other, "all layers")
+            if names is None or others is None:
+                _leave(*((one, other, others) if names is None else (other, one, names)))
+            elif both := [name for name in names if name in others]:
+                raise _prune_the_same(one, other, ", ".join(both))
+
+
+def _prune_the_same(one: _Made, other: _Made, what: str) -> ValueError:
+    return ValueError(
+        f"line {one.modifier.line}: {one.modifier.name}: {printable(what)}: the modifier on line {other.modifier.line} "
+        "prunes the same, and one training prunes each layer by one modifier; give each of them its own layers, make "
+        "one modifier of them, or make two stages, with a ConstantPruningModifier in the second one"
+    )
+
+
+def _leave(of_all: _Made, of_named: _Made, names: Any) -> None:
+    """Leave layers to the step that names them. In SparseML both prune them, so the highest sparsity counts."""
+    excluded = of_all.step.get("exclude", [])
+    new = [name for name in names if name not in excluded]
+    if not new:
+        return
+    of_all.step["exclude"] = [*excluded, *new]
+    fractions = of_named.step["sparsity"]
+    lowest = min(fractions.values()) if isinstance(fractions, dict) else fractions
+    message = f"the modifier on line {of_all.modifier.line}, which prunes all layers, leaves its layers to this one"
+    of_named.modifier.note(of_named.modifier.name, message, lost=lowest < of_all.step["sparsity"])
+
+
+def _named(step: StepDict) -> list[str] | None:
+    """The patterns of a sparsify step; None if it prunes all layers."""
+    if isinstance(step["sparsity"], dict):
+        return list(step["sparsity"])
+    return None if step.get("layers") in (None, ["*"]) else step["layers"]
 
 
 def _united(steps: list[StepDict]) -> StepDict:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from ...support.printable import LONGEST_MESSAGE, printable
+from ...support.printable import LONGEST_MESSAGE, printable, quoted
 from ...support.warning import warn
 from ..safe_yaml import read_text
 from .convert import convert
@@ -33,6 +33,10 @@ def converted(
         ValueError: It is not a recipe of SparseML, nothing in it can be converted, nothing is left of its pruning, or
             `strict` forbids a loss.
     """
+    if "\n" in str(path) or str(path).startswith("zoo:"):
+        raise ValueError(
+            f"from_sparseml: give the path of a file, not {quoted(str(path))}: it reads no text, and downloads nothing"
+        )
     try:
         content, notices = convert(read_text(path), epochs)
     except ValueError as error:

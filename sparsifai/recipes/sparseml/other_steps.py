@@ -79,11 +79,13 @@ def _distil(modifier: Modifier, epochs: float | None) -> list[StepDict]:
     """DistillationModifier: (1 - hardness) loss + hardness T^2 KL."""
     weight = modifier.fraction("hardness", modifier.take("hardness", 0.5))
     step: StepDict = {"weight": weight, "temperature": _temperature(modifier, 2.0)}
-    keys = modifier.take("distill_output_keys") or []
-    several = isinstance(keys, list) and len(keys) > 1
-    modifier.note("distill_output_keys", "the first output of the model is compared, no other", lost=several)
-    if not keys:
-        modifier.take("distill_output_keys")
+    keys = modifier.take("distill_output_keys", [])
+    of_logits = isinstance(keys, list) and all(str(key).endswith("logits") for key in keys)
+    if keys and of_logits:
+        modifier.note("distill_output_keys", "all logits of the model are compared, whose names are not needed")
+    elif keys:
+        several = isinstance(keys, list) and len(keys) > 1
+        modifier.note("distill_output_keys", "the logits of the model are compared, or its first output", lost=several)
     modifier.note("teacher_input_keys", "the teacher is given all inputs")
     modifier.take("update_frequency")
     return [step | _during(modifier, epochs)]

@@ -76,6 +76,14 @@ def test_epochs():
     assert [notice.key for notice in notices] == ["end_epoch", "odd", "start_epoch"]
 
 
+def test_a_number_of_epochs_that_is_not_used_is_told():
+    text = "- !ConstantPruningModifier {end_epoch: 7}"
+    assert convert(text, epochs=7) == convert(text)
+    recipe, notices = convert(text, epochs=9)
+    assert recipe["epochs"] == 7
+    assert notices == [Notice(1, "epochs", "the recipe says 7 epochs, so epochs=9 is not used")]
+
+
 def test_modifiers_that_differ_in_sparsity_and_layers_become_one_step():
     text = modifiers("final_sparsity: 0.8, params: [a, b]", "final_sparsity: {0.5: [c], 0.6: [d]}")
     recipe, notices = convert(text)
@@ -107,13 +115,6 @@ def test_modifiers_of_equal_sparsity_become_one_step_with_all_their_layers():
             "GMPruningModifier",
         ),
         (
-            "final_sparsity: 0.8, params: [a]",
-            "final_sparsity: 0.9, params: [a], update_frequency: 1",
-            "GMPruningModifier",
-        ),
-        ("final_sparsity: 0.8, params: [a]", "final_sparsity: 0.9, params: __ALL__", "GMPruningModifier"),
-        ("final_sparsity: 0.8, params: [a]", "final_sparsity: 0.9, params: __ALL_PRUNABLE__", "GMPruningModifier"),
-        (
             "final_sparsity: 0.8, params: [a, b]",
             "final_sparsity: 0.9, params: [c]",
             "GlobalMagnitudePruningModifier",
@@ -124,6 +125,43 @@ def test_modifiers_that_cannot_be_joined_are_steps_of_their_own(first, second, n
     recipe, notices = convert(modifiers(first, second, name=name))
     assert [list(step) for step in recipe["steps"]] == [["sparsify"], ["sparsify"]]
     assert not any(notice.lost for notice in notices)
+
+
+@pytest.mark.parametrize("all_layers", ["__ALL__", "__ALL_PRUNABLE__"])
+@pytest.mark.parametrize("of_all", [0.5, 0.9])
+def test_a_modifier_of_all_layers_leaves_those_that_another_one_names(all_layers, of_all):
+    several = [f"final_sparsity: {of_all}, params: {all_layers}", "final_sparsity: 0.8, params: [a, 're:b']"]
+    for order in (1, -1):
+        recipe, notices = convert(modifiers(*several[::order], name="GMPruningModifier"))
+        found = {step["sparsify"]["sparsity"]: step["sparsify"] for step in recipe["steps"]}
+        assert found[of_all]["exclude"] == found[0.8]["layers"] == ["a", "re:b.*"]
+        lines = (2, 3)[::order]
+        (notice,) = [notice for notice in notices if notice.key == "GMPruningModifier"]
+        assert (notice.line, notice.lost) == (lines[1], of_all == 0.9)
+        assert f"the modifier on line {lines[0]}" in notice.message
+
+
+def test_layers_that_are_ignored_already_are_not_left_out_twice():
+    recipe, notices = convert(
+        "modifiers:\n  SparseGPTModifier: {sparsity: 0.5, ignore: ['re:.*head']}\n"
+        "  WandaPruningModifier: {sparsity: 0.8, targets: ['re:.*head']}\n"
+    )
+    assert [step["sparsify"].get("exclude") for step in recipe["steps"]] == [["re:.*head.*"], None]
+    assert [notice.key for notice in notices] == ["ignore"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "what"),
+    [
+        ("params: [a, b]", "params: [b, c], inter_func: linear", "b"),
+        ("params: __ALL__", "params: __ALL_PRUNABLE__, update_frequency: 1", "all layers"),
+    ],
+)
+def test_modifiers_of_the_same_layers_are_refused(first, second, what):
+    text = modifiers(*(f"final_sparsity: {each}" for each in (f"0.8, {first}", f"0.9, {second}")))
+    message = f"line 3: GMPruningModifier: {what}: the modifier on line 2 prunes the same, .* make two stages, with a"
+    with pytest.raises(ValueError, match=message):
+        convert(text)
 
 
 def test_the_highest_sparsity_counts_for_a_layer_of_several_modifiers():

@@ -225,6 +225,10 @@ def test_trainable_parameters_and_distillation():
         "distil": {"weight": 0.75, "temperature": 2.0, "schedule": {"between": ["one_shot", 0.25, 1]}},
     }
     assert notices.keys() == {"distill_output_keys"}
+    for keys, lost in (("[start_logits, end_logits]", False), ("[boxes]", False), ("[start, end]", True)):
+        text = f"!EpochRangeModifier {{end_epoch: 9}}\n- !DistillationModifier {{distill_output_keys: {keys}}}"
+        _, notices = convert(f"modifiers:\n- {text}")
+        assert [(notice.key, notice.lost) for notice in notices] == [("distill_output_keys", lost)]
 
 
 @pytest.mark.parametrize(
