@@ -22,7 +22,7 @@ def save_tickets(path):
 def convert(path):
     given = path.parents[1] / "sparseml.md"
     given.write_text(SPARSEML)
-    check(main(["convert", str(given), "--to", str(path)]))
+    check(main(["convert", str(given), "--to", str(path), "--force"]))
 
 
 def draw(path):

@@ -237,10 +237,10 @@ def test_an_interrupt_at_any_line_leaves_model_and_process_as_they_were(prepare,
         tracer = interrupted(function, at, folders)
         assert tracer.where is not None
         changed = unlike(before, state_of(net)) + changed_in_process()
+        torch.set_grad_enabled(True)  # the next ones are not to fail, too
         if changed == ["grad mode"] and tracer.where.startswith("_contextlib.py"):
-            # The decorator no_grad() of torch has left a mode, or entered it, outside of its own `try`.
-            torch.set_grad_enabled(True)
-        elif changed or random_state() != random_before:
+            continue  # the decorator no_grad() of torch has left a mode, or entered it, outside of its own `try`
+        if changed or random_state() != random_before:
             left[tracer.where] = changed
     assert left == {}
 
