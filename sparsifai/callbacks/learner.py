@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from ..model.running import Split, not_drawn_from, untraced
 from ..sparsifier.masking import parameters_of
-from ..sparsifier.notices import LARGE_PART
+from ..sparsifier.notices import notice_of_unstepped
 from ..sparsifier.sparsifier import Sparsifier
 from ..support.at_end import AtEnd
-from ..support.table import percent
 from ..support.warning import warn
 
 if TYPE_CHECKING:
@@ -107,15 +106,10 @@ def warn_of_unstepped(learn: Learner, sparsifier: Sparsifier) -> None:
     held = list(parameters_of(learn.opt))
     if not _any_of(held, sparsifier.model):  # they are copies
         return
-    stepped = {id(each) for each in held}
-    pruned = [layer for layer in sparsifier.layers.values() if layer.is_selected]
-    left = [layer for layer in pruned if id(layer.parameter) not in stepped]
-    part = sum(each.parameter.numel() for each in left) / sum(each.parameter.numel() for each in pruned)
-    if part > LARGE_PART:
+    if notice := notice_of_unstepped(sparsifier.layers, held):
         warn(
-            f"SparsifyCallback: {percent(part)} of the weights to prune ({left[0].name} and others) are not in the "
-            "optimizer, so they are pruned but never trained; give the Learner a splitter with all parameters, or name "
-            "the layers to prune in layers="
+            f"SparsifyCallback: {notice}; give the Learner a splitter with all parameters, or name the layers to prune "
+            "in layers="
         )
 
 

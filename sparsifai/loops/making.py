@@ -13,12 +13,10 @@ from ..axes.quantity import CALIBRATED
 from ..gradual.gradual_pruning import GradualPruning
 from ..gradual.gradual_sparsifier import GradualSparsifier
 from ..sparsifier.masking import parameters_of
-from ..sparsifier.notices import LARGE_PART
+from ..sparsifier.notices import notice_of_unstepped
 from ..sparsifier.options import reads_passes
 from ..sparsifier.sparsifier import Sparsifier
-from ..support.listing import in_short
 from ..support.registry import name_of
-from ..support.table import percent
 from ..support.warning import warn
 from .parts import Part
 from .quantize_part import Quantize
@@ -56,21 +54,9 @@ def gradual_of(
     show(False)
     if not collected.missing():
         pruning.check(sparsifier)
-    _warn_of_unstepped(sparsifier, optimizer)
+    if notice := notice_of_unstepped(sparsifier.layers, parameters_of(optimizer)):
+        warn(f"TrainingManager: {notice}; give them to the optimizer, or name the layers to prune in layers=")
     return GradualSparsifier(pruning, sparsifier, optimizer, show)
-
-
-def _warn_of_unstepped(sparsifier: Sparsifier, optimizer: Any) -> None:
-    stepped = {id(each) for each in parameters_of(optimizer)}
-    pruned = [layer for layer in sparsifier.layers.values() if layer.is_selected]
-    left = [layer for layer in pruned if id(layer.parameter) not in stepped]
-    part = sum(each.parameter.numel() for each in left) / sum(each.parameter.numel() for each in pruned)
-    if part > LARGE_PART:
-        warn(
-            f"TrainingManager: {percent(part)} of the weights to prune ({in_short([each.name for each in left])}) "
-            "are not in the optimizer, so they are pruned but never trained; give them to the optimizer, or name "
-            "the layers to prune in layers="
-        )
 
 
 def check_parts(parts: Sequence[Any]) -> None:

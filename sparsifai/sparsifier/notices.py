@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,6 +46,26 @@ UNNAMED_PART = 0.1
 
 # Number of axes -> how they may be called, for messages.
 _EXAMPLES = {2: ("out", "in"), 3: ("expert", "out", "in"), 4: ("out", "in", "h", "w")}
+
+
+def notice_of_unstepped(layers: Layers, parameters: Iterable[Tensor]) -> str:
+    """What the user should be warned of when a large part of what is pruned is never trained; else nothing.
+
+    Args:
+        layers: All layers.
+        parameters: The parameters that the optimizer steps.
+    """
+    stepped, pruned = {id(each) for each in parameters}, selected(layers)
+    left = [name for name, layer in pruned.items() if id(layer.parameter) not in stepped]
+    part = sum(pruned[name].parameter.numel() for name in left) / sum(
+        each.parameter.numel() for each in pruned.values()
+    )
+    if part <= LARGE_PART:
+        return ""
+    return (
+        f"{percent(part)} of the weights to prune ({in_short(left)}) are not in the optimizer, so they are pruned but "
+        "never trained"
+    )
 
 
 def notices_of_frozen(layers: Layers) -> list[str]:
