@@ -8,6 +8,7 @@ import hostile_texts
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of memory are read from /proc")
 def test_hostile_recipes_end_soon_in_a_result_or_a_printable_error(tmp_path):
     done = forked.run(Path(__file__).with_name("use_hostile_texts.py"), folder=tmp_path)

@@ -238,8 +238,8 @@ def test_an_interrupt_at_any_line_leaves_model_and_process_as_they_were(prepare,
         assert tracer.where is not None
         changed = unlike(before, state_of(net)) + changed_in_process()
         torch.set_grad_enabled(True)  # the next ones are not to fail, too
-        if changed == ["grad mode"] and tracer.where.startswith("_contextlib.py"):
-            continue  # the decorator no_grad() of torch has left a mode, or entered it, outside of its own `try`
+        if changed == ["grad mode"] and tracer.where.startswith(("_contextlib.py", "_tensor.py")):
+            continue  # torch's own no_grad(), as a decorator or in the copy of a tensor, was interrupted at its ends
         if changed or random_state() != random_before:
             left[tracer.where] = changed
     assert left == {}

@@ -201,6 +201,7 @@ old_triton = pytest.mark.skipif(
 
 
 @old_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["models", "scores"])
 def test_the_triton_kernels_in_their_interpreter_give_the_same_masks(of):
     pytest.importorskip("triton", reason="torch brings Triton on some platforms only")
