@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..gradual.gradual_sparsifier import show_batches
 from ..model.running import Split, not_drawn_from, untraced
 from ..sparsifier.masking import parameters_of
 from ..sparsifier.notices import notice_of_unstepped
@@ -38,14 +39,11 @@ def show_data(learn: Learner, sparsifier: Sparsifier, batches: Iterable | None, 
     short = sparsifier.means_are_short(anew)
     if not (short or sparsifier.runs_batches):
         return
-    show = sparsifier.calibrate if short else sparsifier.keep_batches
     sparsifier.collected.may_skip = batches is None
     if batches is None and learn.xb[0] is not None:
-        show([(*learn.xb, learn.yb)], _loss_of(learn.loss_func))
+        show_batches(sparsifier, [(*learn.xb, learn.yb)], _loss_of(learn.loss_func), short)
     else:
-        show(*_batches_of(learn, batches))
-    if short:  # start anew with the next gradients, so that no batch counts twice
-        sparsifier.collected.begins = sparsifier.collected.begins.union(sparsifier.collected.at("backward"))
+        show_batches(sparsifier, *_batches_of(learn, batches), short)
 
 
 def check_steps_model(learn: Any) -> None:

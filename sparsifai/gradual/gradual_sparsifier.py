@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -221,6 +221,23 @@ class GradualSparsifier:
         self.sparsifier.load_state_dict(state["sparsifier"])
         self.reached, self.updated = state["reached"], state["updated"]
         self.regrowing, self.layers = state["regrowing"], set(state["layers"])
+
+
+def show_batches(sparsifier: Sparsifier, batches: Iterable, loss_func: Callable | None, short: bool) -> None:
+    """Give a Sparsifier the batches that it needs beside the gradients of past steps.
+
+    Args:
+        sparsifier: The Sparsifier.
+        batches: As of `Sparsifier.calibrate`.
+        loss_func: As of `Sparsifier.calibrate`.
+        short: Whether its criterion needs them, as `Sparsifier.means_are_short` says; else only passes do.
+    """
+    if not short:
+        sparsifier.keep_batches(batches, loss_func)
+        return
+    sparsifier.calibrate(batches, loss_func)
+    # Start anew with the next gradients, so that no batch counts twice.
+    sparsifier.collected.begins = sparsifier.collected.begins.union(sparsifier.collected.at("backward"))
 
 
 def adopted(sparsifier: Sparsifier, others: Mapping[str, Tensor]) -> set[str]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..axes.quantity import CALIBRATED
 from ..gradual.gradual_pruning import GradualPruning
-from ..gradual.gradual_sparsifier import GradualSparsifier
+from ..gradual.gradual_sparsifier import GradualSparsifier, show_batches
 from ..sparsifier.masking import parameters_of
 from ..sparsifier.notices import notice_of_unstepped
 from ..sparsifier.options import reads_passes
@@ -75,13 +75,9 @@ def check_parts(parts: Sequence[Any]) -> None:
 
 def _show(sparsifier: Sparsifier, batches: Any, loss_func: Callable | None, anew: bool) -> None:
     """Collect what a criterion needs of data, unless the gradients of past steps are enough. anew: they are not."""
-    collected, short = sparsifier.collected, sparsifier.means_are_short(anew)
-    if batches is not None and short:
-        sparsifier.calibrate(batches, loss_func)
-        # Start anew with the next gradients, so that no batch counts twice.
-        collected.begins = collected.begins.union(collected.at("backward"))
-    elif batches is not None and sparsifier.runs_batches:
-        sparsifier.keep_batches(batches, loss_func)
+    short = sparsifier.means_are_short(anew)
+    if batches is not None and (short or sparsifier.runs_batches):
+        show_batches(sparsifier, batches, loss_func, short)
 
 
 def check_steps(model: nn.Module, optimizer: Any) -> None:
