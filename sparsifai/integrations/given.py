@@ -1,4 +1,4 @@
-"""What users give to an integration: a recipe, parts of a training, or the arguments of SparsifyCallback."""
+"""What users give to an integration, and what it reports: a recipe, parts, or the arguments of SparsifyCallback."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from ..loops.manager import TrainingManager
 from ..loops.parts import Part, Sparsify
 from ..recipes.recipe import Recipe
+from ..sparsifier.report import Report
 
 
 @dataclass(frozen=True)
@@ -93,3 +94,26 @@ class Given:
         """
         given = {"loss_func": self.loss_func, "example_input": self.example_input, **numbers}
         return kind(model, optimizer, *self.parts, **given)
+
+
+class Reporting:
+    """An integration that reports on the model of its training.
+
+    Attributes:
+        manager: The TrainingManager of the present training, or of the last one; None before.
+    """
+
+    manager: Any = None
+
+    def report(self) -> Report:
+        """Count the zeros of each layer and of the whole model.
+
+        Returns:
+            A table; its `plot` draws it.
+
+        Raises:
+            ValueError: No training has begun.
+        """
+        if self.manager is None:
+            raise ValueError("report: there is no manager before a training; call it later")
+        return self.manager.report()

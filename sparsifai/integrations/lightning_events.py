@@ -7,13 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..loops.manager import TrainingManager
-from ..sparsifier.report import Report
 from ..support.warning import warn
-from .given import Given
+from .given import Given, Reporting
 from .replaced_step import ReplacedStep
 
 
-class LightningEvents:
+class LightningEvents(Reporting):
     """Make the model of a Lightning Trainer sparse while it trains.
 
     The logs have the measured `sparsity` in training and `val_sparsity` after a validation. Zeros hold at every
@@ -55,7 +54,6 @@ class LightningEvents:
     ):
         given = (sparsity, arguments, options, teacher, loss_func, example_input)
         self._given = Given.of("SparsifyCallback", *given)
-        self.manager: Any = None
         self._step: Any = None  # the ReplacedStep of the optimizer, in a training
         self._loaded: Any = None  # what a checkpoint has, until the training begins
         self._has_compared = False  # whether best models and scores are those of the final masks
@@ -73,19 +71,6 @@ class LightningEvents:
             The loss to return from `training_step`. Outside of a training, `loss` itself.
         """
         return loss if self._step is None else self.manager.loss(loss, output, inputs)
-
-    def report(self) -> Report:
-        """Count the zeros of each layer and of the whole model.
-
-        Returns:
-            A table; its `plot` draws it.
-
-        Raises:
-            ValueError: No training has begun.
-        """
-        if self.manager is None:
-            raise ValueError("report: there is no manager before a training; call it later")
-        return self.manager.report()
 
     # --- Events -------------------------------------------------------------------------------------------------
 

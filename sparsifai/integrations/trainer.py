@@ -22,10 +22,9 @@ from transformers.utils import ModelOutput
 from ..loops.quantize_part import Quantize
 from ..model.parallel import unwrapped
 from ..sparsifier.masking import is_masked_zero, masked_parameters
-from ..sparsifier.report import Report
 from ..support.files import write_whole
 from ..support.warning import warn
-from .given import Given
+from .given import Given, Reporting
 from .replaced_step import ReplacedStep
 from .scaled import AcceleratedManager, call_after_backward, trained
 
@@ -33,7 +32,7 @@ from .scaled import AcceleratedManager, call_after_backward, trained
 STATE = "sparsify_callback.pt"
 
 
-class SparsifyCallback(TrainerCallback):
+class SparsifyCallback(Reporting, TrainerCallback):
     """Make the model of a Trainer sparse while it trains.
 
     The logs have the measured `sparsity`, beside the loss, and `eval_sparsity` after an evaluation. Zeros hold at every
@@ -80,7 +79,6 @@ class SparsifyCallback(TrainerCallback):
             raise ImportError("SparsifyCallback needs a newer transformers, with TrainerCallback.on_pre_optimizer_step")
         self._given = Given.of("SparsifyCallback", *given)
         self._resume_from = resume_from
-        self.manager: Any = None
         self._has_compared = False  # whether an evaluation with the final masks was compared
         self._model: Any = None
         self._optimizer: Any = None
@@ -180,19 +178,6 @@ class SparsifyCallback(TrainerCallback):
             del self._optimizer._sparsified_by
             self._optimizer, self._model = None, None
             self.manager.release()
-
-    def report(self) -> Report:
-        """Count the zeros of each layer and of the whole model.
-
-        Returns:
-            A table; its `plot` draws it.
-
-        Raises:
-            ValueError: No training has begun.
-        """
-        if self.manager is None:
-            raise ValueError("report: there is no manager before a training; call it later")
-        return self.manager.report()
 
     # --- A forward of training, and a checkpoint ----------------------------------------------------------------
 
