@@ -11,6 +11,7 @@ from ..model.norms import check_fused_norms
 from ..model.parallel import unwrapped
 from ..sparsifier.masking import (
     NEXT_TO_ZERO,
+    REFRESH,
     holds_zeros,
     is_masked_zero,
     masked_parameters,
@@ -26,10 +27,6 @@ from ..support.warning import warn
 from .base import TrainingCallback
 from .learner import check_steps_model
 from .others import are_all_known
-
-# Every so many steps, means of squares are set to NEXT_TO_ZERO again, before they decay to denormal numbers, with which
-# arithmetic is slow. With a decay of 0.9 that takes 480 steps.
-REFRESH = 300
 
 
 class KeepSparsity(TrainingCallback):

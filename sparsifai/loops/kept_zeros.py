@@ -20,10 +20,6 @@ from ..sparsifier.model_masks import merged
 from ..sparsifier.recovery import recovered_masks
 from ..support.warning import warn
 
-# Every so many steps, means of squares are set to NEXT_TO_ZERO again, before they decay to denormal numbers, with which
-# arithmetic is slow. With a decay of 0.9 that takes 480 steps.
-REFRESH = 300
-
 
 class KeptZeros:
     """Keeps all masked weights of a model at zero: their gradients, their moments, and the weights themselves.

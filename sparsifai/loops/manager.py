@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..sparsifier.masking import REFRESH
 from ..support.at_end import AtEnd
 from ..support.table import percent
 from ..support.warning import warn
-from .kept_zeros import REFRESH
 from .managed import ManagedTraining
 
 

@@ -35,6 +35,10 @@ _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "sqr_avg")
 # with AdamW twice as long. This number does not, and it is far below the mean square of any gradient.
 NEXT_TO_ZERO = 1e-16
 
+# Every so many steps, means of squares are set to NEXT_TO_ZERO again, before they decay to denormal numbers, with which
+# arithmetic is slow. With a decay of 0.9 that takes 480 steps.
+REFRESH = 300
+
 # If at most one in FEW weights is newly pruned, setting these weights by index is faster than multiplying by a mask.
 FEW = 32
 
