@@ -209,6 +209,8 @@ _ON_FIRST_USE = {**_NEED_FASTAI, "Recipe": ".recipes.recipe"}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _NEED_FASTAI:
+        import_module(".callbacks.methods", __name__)  # adds the methods of a Learner
     if name in _ON_FIRST_USE:
         return getattr(import_module(_ON_FIRST_USE[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
