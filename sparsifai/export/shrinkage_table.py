@@ -72,6 +72,7 @@ class Shrinkage(Table):
         parameters_left: Number of parameters of the whole model after.
         groups: One row for the heads of each attention and the neurons of each MLP.
         not_followed: Why filters were not looked for; mostly empty.
+        what_next: Of `learn.shrink()`, what later fits of the Learner do; else empty.
     """
 
     layers: tuple[ShrinkableLayer, ...]
@@ -79,6 +80,7 @@ class Shrinkage(Table):
     parameters_left: int
     groups: tuple[ShrinkableGroups, ...] = ()
     not_followed: str = ""
+    what_next: str = ""
 
     @property
     def zeros(self) -> int:
@@ -113,6 +115,8 @@ class Shrinkage(Table):
         caption = f"{self.parameters:,} parameters, {self.parameters_left:,} after: {percent(share)} removed"
         if self.not_followed:
             caption += f"\nfilters were not looked for: {self.not_followed}"
+        if self.what_next:
+            caption += f"\n{self.what_next}"
         return Cells(
             ("layer", "kind", "what", "number", "zero", "removed", "zero left", "why"),
             [
