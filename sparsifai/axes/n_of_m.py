@@ -134,8 +134,6 @@ def blocks(size: int, axis: str = "in") -> Blocks:
         TypeError: `axis` is not a name.
 
     Example:
-        >>> from torch import nn
-        >>> from sparsifai import Sparsifier
         >>> layer = nn.Linear(8, 3)
         >>> Sparsifier(layer, context=blocks(4)).sparsify(0.75)
         >>> is_nm(layer.weight, 1, 4)
@@ -182,7 +180,6 @@ def is_nm(weight: Tensor, n: int, m: int, axis: int = 1) -> bool:
         ValueError: `n` is not from 1 to m - 1, the weight does not have the axis, or its zeros cannot be counted.
 
     Example:
-        >>> import torch
         >>> is_nm(torch.tensor([[1., 0., 0., 2.], [0., 0., 0., 3.]]), 2, 4)
         True
     """

@@ -60,7 +60,6 @@ def compare(dense: nn.Module, sparse: nn.Module, example_input: Any, repeats: in
 
     Example:
         >>> from copy import deepcopy
-        >>> from sparsifai import Sparsifier, compare
         >>> dense = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> sparse = deepcopy(dense)
         >>> _ = Sparsifier(sparse).sparsify(0.5)

@@ -100,7 +100,6 @@ def to_sparse_layout(model: nn.Module, sparsity: float = 0.8) -> nn.Module:
         RuntimeError: The weights are not on a CPU, torch is built without MKL, or a converted layer has other outputs.
 
     Example:
-        >>> from sparsifai import Sparsifier, to_sparse_layout
         >>> model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)).eval()
         >>> _ = Sparsifier(model, context='local', layers='0').sparsify(0.9)
         >>> to_sparse_layout(model)[0]

@@ -57,6 +57,14 @@ class SparseFile(Table):
         rows: One row per tensor.
         bytes: Size of the whole file.
         dense_bytes: Size of a safetensors file with the same tensors, all dense. Tensors that share memory count once.
+
+    Example:
+        >>> model = nn.Linear(100, 100)
+        >>> Sparsifier(model).sparsify(0.9)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     stored = save_sparse(model, f'{folder}/model.safetensors')
+        >>> [(row.name, row.form) for row in stored.rows]
+        [('weight', 'bitmask'), ('bias', 'dense')]
     """
 
     path: Path
@@ -141,8 +149,6 @@ def save_sparse(model: nn.Module, path: str | os.PathLike) -> SparseFile:
         ValueError: The state_dict has something that a safetensors file cannot store.
 
     Example:
-        >>> import tempfile
-        >>> from sparsifai import Sparsifier, load_sparse, save_sparse
         >>> model = nn.Linear(100, 100)
         >>> _ = Sparsifier(nn.Sequential(model), layers='0').sparsify(0.9)
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -202,6 +208,15 @@ def load_sparse(path: str | os.PathLike, model: nn.Module) -> nn.Module:
         OSError: The file cannot be read.
         TypeError: `model` is not a torch.nn.Module.
         ValueError: The file was not written by `save_sparse`, is damaged, or does not fit the model.
+
+    Example:
+        >>> model = nn.Linear(100, 100)
+        >>> Sparsifier(model).sparsify(0.9)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save_sparse(model, f'{folder}/model.safetensors')
+        ...     loaded = load_sparse(f'{folder}/model.safetensors', nn.Linear(100, 100))
+        >>> torch.equal(loaded.weight, model.weight)
+        True
     """
     check_is_module("load_sparse", "model", model)
     path, state = Path(path), state_of("load_sparse", model)

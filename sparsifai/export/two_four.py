@@ -58,6 +58,12 @@ class SemiStructured(Table):
 
     Attributes:
         layers: One row per matrix of the model.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(32, 64)).half()
+        >>> Sparsifier(model, context='2:4').sparsify(0.5)
+        >>> semi_structured_layers(model).convertible
+        ('0.weight',)
     """
 
     layers: tuple[SemiStructuredLayer, ...]
@@ -93,7 +99,6 @@ def semi_structured_layers(model: nn.Module) -> SemiStructured:
         TypeError: `model` is not a torch.nn.Module.
 
     Example:
-        >>> from sparsifai import Sparsifier, semi_structured_layers
         >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> _ = Sparsifier(model, context='2:4').sparsify(0.5)
         >>> semi_structured_layers(model.half()).convertible
@@ -135,6 +140,12 @@ def to_semi_structured(model: nn.Module) -> nn.Module:
         TypeError: `model` is not a torch.nn.Module.
         ValueError: The model is in training mode, or no layer can be converted.
         RuntimeError: The model is not on such a GPU, or a converted layer has other outputs.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64)).half()
+        >>> Sparsifier(model, context='2:4').sparsify(0.5)
+        >>> if torch.cuda.is_available():
+        ...     fast = to_semi_structured(model.cuda())
     """
     check_for_inference("to_semi_structured", model)
     inner, found = unwrapped(model), semi_structured_layers(model)

@@ -64,7 +64,6 @@ class Report(Table):
         what: The name of that granularity; else empty.
 
     Example:
-        >>> import torch
         >>> model = nn.Linear(4, 2, bias=False)
         >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0, 0, 2], [3, 0, 4, 5]]))
         >>> Report.of(model).selected.zeros
