@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from ..export.shrink import shrunk, warn_of_zeros_left
 from ..export.shrinkage_table import Shrinkage
 from .base import TrainingCallback
-from .learner import first_batch
+from .learner import bars_of, first_batch
 
 
 @patch
@@ -47,7 +47,8 @@ def shrink(
             "opt=torch.optim.AdamW)"
         )
     example = _first_two(self) if example_input is None else example_input
-    model, table = shrunk(self.model, example)
+    with bars_of(self):
+        model, table = shrunk(self.model, example)
     frozen = getattr(self.opt, "frozen_idx", 0)
     before = self.model, self.opt
     try:
