@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +22,7 @@ from ..model.running import evaluating, run, untraced
 from ..model.zeros import Count, check_counted, has_zero_slices
 from ..support.checks import check_count, check_is_module
 from ..support.printable import printable
+from ..support.progress import progress
 from ..support.warning import own_filters
 from .comparison_table import Comparison, Form, caption
 from .csr import CSRLinear, to_sparse_layout
@@ -78,7 +80,8 @@ def compare(dense: nn.Module, sparse: nn.Module, example_input: Any, repeats: in
         masked = _form("masked", sparse, flops["sparse"])
         saved = "as many FLOPs as dense" if masked.flops == forms[0].flops else "they save no FLOPs"
         forms.append(_noted(masked, f"its zeros are multiplied like any other weight: {saved}"))
-        for name, make in {"shrunk": _shrunk, "semi-structured": _semi_structured, "CSR": _csr}.items():
+        makers = {"shrunk": _shrunk, "semi-structured": _semi_structured, "CSR": _csr}
+        for name, make in progress(makers.items(), "making the forms to compare", name=itemgetter(0)):
             made, note = _attempt(partial(make, sparse, masked, flops["sparse"], example_input))
             form = Form(name)
             if made is not None:

@@ -19,6 +19,7 @@ from ..model.tensors import is_fixed
 from ..model.zeros import COUNTED, Count, figures
 from ..support.checks import check_is_module
 from ..support.printable import printable
+from ..support.progress import progress
 from ..support.registry import close_matches
 from ..support.table import Column, Table
 from .sparse_format import Tensors, dense_bytes, read_tensors, some_of, write_tensors
@@ -196,7 +197,7 @@ def write_state(
         )
     ties = ties_of(state)
     tensors: dict[str, StoredTensor] = {}
-    for name, tensor in state.items():
+    for name, tensor in progress(state.items(), "compressing"):
         tensors[name] = tensors[ties[name]] if name in ties else StoredTensor.of(name, tensor)
     return SparseFile._of(path, tensors, write_tensors(path, tensors, more))
 
@@ -235,7 +236,7 @@ def load_sparse(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     _check_names(path, model, state, tensors)
     for name, tensor in state.items():
         _check_fits(path, name, tensor, tensors[name])
-    expanded = {name: stored.expand() for name, stored in tensors.items() if stored.name == name}
+    expanded = {name: stored.expand() for name, stored in progress(tensors.items(), "reading") if stored.name == name}
     values = {name: expanded[tensors[name].name] for name in state}
     for name, first in ties_of(state).items():
         if not np.array_equal(bits_of(values[name]), bits_of(values[first])):
