@@ -131,7 +131,7 @@ class Comparison(Table):
 
     def _columns(self) -> tuple[Column, ...]:
         numbers = [Column(quantity, title, show=_cell) for title, quantity in _COLUMNS.items()]
-        words = (Column("in_words", "to dense", left=True), Column("note", left=True, below=True))
+        words = (Column("in_words", "to dense", left=True, remark=True), Column("note", left=True, below=True))
         return (Column("form", left=True), *numbers, *words)
 
     def _caption(self) -> str:

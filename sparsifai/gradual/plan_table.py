@@ -11,7 +11,7 @@ from typing import Any
 from ..model.zeros import Count
 from ..sparsifier.report import Report, Row
 from ..support.listing import in_short
-from ..support.table import Column, Table, percent
+from ..support.table import Column, Table, percent, ratio
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,12 @@ class Plan(Table):
             Column("shape", left=True),
             Column("weights"),
             Column("weights_left", "left"),
-            Column("sparsity", show=percent),
+            Column("sparsity", show=percent, bar=True, total=ratio("weights_left", "weights", complement=True)),
             Column("bytes"),
             Column("bytes_left"),
             *(flops if self.model.flops is not None else ()),
-            Column("why_not_two_four", "2:4 in fp16", show=lambda why: f"no: {why}" if why else "yes", left=True),
-            Column("note", left=True),
+            Column("why_not_two_four", "2:4 in fp16", show=_two_four, left=True, remark=True),
+            Column("note", left=True, remark=True),
         )
 
     def _totals(self) -> list[dict[str, Any]]:
@@ -258,6 +258,10 @@ def note_of_levels(timeline: Sequence[tuple[float, float]]) -> str:
 
 def _note(layer: PlannedLayer) -> str:
     return layer.why_dense or "; ".join(filter(None, (layer.note, "near collapse" * layer.near_collapse)))
+
+
+def _two_four(why_not: str) -> str:
+    return f"no: {why_not}" if why_not else "yes"
 
 
 def _count(size: Size) -> Count:

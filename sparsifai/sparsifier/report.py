@@ -182,7 +182,7 @@ class Report(Table):
     def _columns(self) -> tuple[Column, ...]:
         last = "note" if any(row.note for row in self.rows) else "why dense"
         names = (Column("layer", left=True), Column("kind", left=True), Column("shape", left=True))
-        return (*names, *COUNTED, Column("note", last, left=True))
+        return (*names, *COUNTED, Column("note", last, left=True, remark=True))
 
     def _totals(self) -> list[dict[str, Any]]:
         return [{"layer": "selected layers", **figures(self.selected)}, {"layer": "whole model", **figures(self.model)}]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -117,14 +119,25 @@ class Sensitivity(Table):
         return f"{self.metric}_at_{level:g}"
 
     def _columns(self) -> tuple[Column, ...]:
-        levels = [Column(self._key(level), f"{100 * level:g}%") for level in self.levels]
+        levels = [
+            Column(self._key(level), f"{100 * level:g}%", total=partial(self._worst, self._key(level)))
+            for level in self.levels
+        ]
         return (Column("layer", left=True), Column("weights"), *levels)
+
+    def _worst(self, key: str, records: Sequence[Mapping[str, Any]]) -> float:
+        """The worst value of several layers; NaN is worse than any."""
+        values = [record[key] for record in records]
+        if any(np.isnan(values)):
+            return float("nan")
+        return max(values) if self.lower_is_better else min(values)
 
     def _caption(self) -> str:
         better = "lower" if self.lower_is_better else "higher"
+        worst = "" if self._folded() is None else ", and of several layers in one line the worst is"
         return (
             f"{self.metric} is {self.baseline:.4g} before pruning ({better} is better); with one layer pruned at a "
-            "time it is:"
+            f"time it is{worst}:"
         )
 
     def plot(self, ax: Any = None) -> Any:

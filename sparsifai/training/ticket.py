@@ -144,7 +144,7 @@ class LotteryTickets(Table, Sequence[Ticket]):
 
     def _columns(self) -> tuple[Column, ...]:
         metrics = [Column(self._key(kind), self._key(kind), show=lambda value: f"{value:.4f}") for kind in self.kinds]
-        return (Column("round"), Column("sparsity", show=percent), *metrics)
+        return (Column("round"), Column("sparsity", show=percent, bar=True), *metrics)
 
     def plot(self, *others: LotteryTickets, ax: Any = None) -> Any:
         """Draw the metric of tickets and controls against the fraction of remaining weights.
