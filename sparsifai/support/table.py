@@ -234,6 +234,14 @@ class Table(ABC):
         lines = fold(records, self._columns()[0].name, by_block=self._order is None)
         return lines if len(lines) < len(records) else None
 
+    def _lines(self) -> list[Line]:
+        """What pictures show: the lines of the folded table, or all rows."""
+        key = self._columns()[0].name
+        return self._folded() or [Line(str(record[key]), [record]) for record in self.records()]
+
+    def _column(self, name: str) -> Column:
+        return next(column for column in self._columns() if column.name == name)
+
     def _cells(self, lines: Sequence[Line] | None = None) -> Cells:
         """The cells of all rows, or of the lines of the folded table."""
         columns, totals = self._columns(), self._totals()
