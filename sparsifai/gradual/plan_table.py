@@ -194,7 +194,7 @@ class Plan(Table):
             colour = DENSE if is_dense else "tab:red" if collapsing else "tab:blue"
             bars.append(Bar(line.label, Count(weights, weights - left).sparsity, remark, colour))
         label = label_of_sparsity(_count(self.selected), _count(self.model))
-        red = "\nred: near collapse" if any(bar.colour == "tab:red" for bar in bars) else ""
+        red = "\nred: a layer is near collapse" if any(bar.colour == "tab:red" for bar in bars) else ""
         return draw_bars(bars, ax, self.selected.sparsity, label + red)
 
     def plot_schedule(self, ax: Any = None) -> Any:
