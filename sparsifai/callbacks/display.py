@@ -14,7 +14,6 @@ from fastcore.basics import patch
 
 from ..support.figure import axes_or_new, in_percent, in_whole_numbers
 from ..support.warning import warn
-from . import shrinking as shrinking  # adds `learn.shrink`, wherever callbacks are imported
 
 
 def notify(learn: Learner, message: str, matters: bool = False) -> None:

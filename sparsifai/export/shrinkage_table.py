@@ -75,6 +75,7 @@ class Shrinkage(Table):
         parameters_left: Number of parameters of the whole model after.
         groups: One row for the heads of each attention and the neurons of each MLP.
         not_followed: Why filters were not looked for; mostly empty.
+        what_next: Of `learn.shrink()`, what later fits of the Learner do; else empty.
     """
 
     layers: tuple[ShrinkableLayer, ...]
@@ -82,6 +83,7 @@ class Shrinkage(Table):
     parameters_left: int
     groups: tuple[ShrinkableGroups, ...] = ()
     not_followed: str = ""
+    what_next: str = ""
 
     @property
     def zeros(self) -> int:
@@ -137,7 +139,8 @@ class Shrinkage(Table):
     def _caption(self) -> str:
         share = Count(self.parameters, self.parameters - self.parameters_left).sparsity
         caption = f"{self.parameters:,} parameters, {self.parameters_left:,} after: {percent(share)} removed"
-        return f"{caption}\nfilters were not looked for: {self.not_followed}" if self.not_followed else caption
+        not_followed = f"filters were not looked for: {self.not_followed}" if self.not_followed else ""
+        return "\n".join(filter(None, (caption, not_followed, self.what_next)))
 
 
 def first_reasons(rows: Sequence[ShrinkableLayer | ShrinkableGroups]) -> str:
