@@ -58,8 +58,9 @@ def plot_masks(
     figure = axes[0].figure
     if ax is None:
         figure.colorbar(image, ax=axes, label="share of the weights that are kept", shrink=0.8)
-        if len(drawn) < len(names):
-            figure.suptitle(f"the first {len(drawn)} of {len(names):,} pruned layers; layers= chooses others")
+        notes = [f"the first {len(drawn)} of {len(names):,} pruned layers; layers= chooses others"]
+        notes = (notes if len(drawn) < len(names) else []) + ["orange: attention heads"] * any(map(heads.get, drawn))
+        figure.suptitle("\n".join(notes), fontsize="medium")
     return axes
 
 
@@ -118,7 +119,7 @@ def _axes(names: Sequence[str], ax: Any) -> list[Any]:
     columns = min(len(names), _COLUMNS)
     rows = ceil(len(names) / columns)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(3 * columns + 1, 3 * rows + 0.5), layout="constrained", squeeze=False
+        rows, columns, figsize=(3 * columns + 1, 3.3 * rows + 0.6), layout="constrained", squeeze=False
     )
     axes = list(grid.flat)
     for unused in axes[len(names) :]:
@@ -152,8 +153,7 @@ def _draw(layer: Layer, heads: Mapping[int, np.ndarray], pixels: int, ax: Any) -
     count = layer.count()
     shape = "x".join(map(str, mask.shape))
     ax.set_title(f"{printable(layer.name, 40)}\n{shape}, {percent(count.sparsity)} pruned", fontsize="small")
-    lines = "\norange: attention heads" if heads else ""
-    ax.set_xlabel(f"inputs{lines}", fontsize="small")
+    ax.set_xlabel("inputs", fontsize="small")
     ax.set_ylabel("outputs", fontsize="small")
     ax.set_xticks([])
     ax.set_yticks([])

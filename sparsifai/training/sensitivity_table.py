@@ -188,7 +188,7 @@ class Sensitivity(Table):
         values = np.array([[record[self._key(level)] for level in self.levels] for record in records], dtype=float)
         loss = values - self.baseline if self.lower_is_better else self.baseline - values
         finite = np.isfinite(loss)
-        ax = axes_or_new(ax, 3.5 + 0.6 * len(self.levels), 1.5 + min(0.25 * len(records), 9))
+        ax = axes_or_new(ax, 3.5 + 0.6 * len(self.levels), max(1.5 + min(0.25 * len(records), 9), 3.2))
         ax.set_facecolor("0.6")
         highest = loss[finite].max(initial=0.0)
         image = ax.imshow(
@@ -199,9 +199,8 @@ class Sensitivity(Table):
         ax.set_xlabel(f"sparsity of the one pruned layer{grey}")
         ax.set_xticks(range(len(self.levels)), [f"{100 * level:g}%" for level in self.levels])
         label_rows(ax, [record["layer"] for record in records])
-        change = "above" if self.lower_is_better else "below"
-        what = f"{self.metric} {change} {self.baseline:.4g}, that before pruning"
-        ax.figure.colorbar(image, ax=ax, label=what)
+        change = "more" if self.lower_is_better else "less"
+        ax.figure.colorbar(image, ax=ax, label=f"{self.metric}: {change} than {self.baseline:.4g}")
         return ax
 
 
