@@ -87,6 +87,7 @@ __all__ = [
     "obs",
     "one_cycle",
     "one_shot",
+    "plot_schedule",
     "quantities",
     "quantize",
     "raised",

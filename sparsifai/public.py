@@ -49,6 +49,7 @@ from .axes.schedule import (
     one_shot as one_shot,
     schedules as schedules,
 )
+from .axes.schedule_picture import plot_schedule as plot_schedule
 from .export.comparison import compare as compare
 from .export.comparison_table import Comparison as Comparison
 from .export.csr import to_sparse_layout as to_sparse_layout

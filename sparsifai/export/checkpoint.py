@@ -151,19 +151,19 @@ class NotCounted(Table):
 
     def _records(self) -> list[dict[str, Any]]:
         records = [
-            {"entry": name, "shape": each.shape, "weights": each.values, "why": each.why}
+            {"tensor": name, "shape": each.shape, "weights": each.values, "why": each.why}
             for name, each in self.checkpoint.left_out.items()
         ]
         others = self.checkpoint.others
         why = "no tensor" if len(others) == 1 else f"{len(others)} entries, no tensors"
-        return records + [{"entry": in_short(others), "shape": None, "weights": None, "why": why}] * bool(others)
+        return records + [{"tensor": in_short(others), "shape": None, "weights": None, "why": why}] * bool(others)
 
     def _columns(self) -> tuple[Column, ...]:
-        names = (Column("entry", "not counted", left=True), Column("shape", left=True))
-        return (*names, Column("weights"), Column("why", left=True))
+        names = (Column("tensor", "not counted", left=True), Column("shape", left=True))
+        return (*names, Column("weights"), Column("why", left=True, remark=True))
 
     def _totals(self) -> list[dict[str, Any]]:
-        return [{"entry": "all of these", "weights": sum(each.values for each in self.checkpoint.left_out.values())}]
+        return [{"tensor": "all of these", "weights": sum(each.values for each in self.checkpoint.left_out.values())}]
 
 
 def _entries(name: str, value: Any) -> Iterator[tuple[str, Any]]:

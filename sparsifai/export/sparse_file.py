@@ -129,7 +129,7 @@ class SparseFile(Table):
 
     def _columns(self) -> tuple[Column, ...]:
         texts = [Column(name, left=True) for name in ("tensor", "shape", "dtype")]
-        return (*texts, *COUNTED, Column("form", left=True), Column("bytes"), Column("dense_bytes"))
+        return (*texts, *COUNTED, Column("form", left=True, remark=True), Column("bytes"), Column("dense_bytes"))
 
     def _totals(self) -> list[dict[str, Any]]:
         stored, dense = sum(row.bytes for row in self.rows), sum(row.dense_bytes for row in self.rows)

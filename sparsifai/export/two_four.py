@@ -89,7 +89,7 @@ class SemiStructured(Table):
 
     def _columns(self) -> tuple[Column, ...]:
         texts = [Column(name, left=True) for name in ("layer", "kind", "shape", "dtype")]
-        return (*texts, Column("convertible", "2:4 form", left=True), Column("why_not", left=True))
+        return (*texts, Column("convertible", "2:4 form", left=True), Column("why_not", left=True, remark=True))
 
     def _totals(self) -> list[dict[str, Any]]:
         return [{"layer": f"convertible of {len(self.layers):,}", "convertible": len(self.convertible)}]

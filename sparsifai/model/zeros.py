@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..support.printable import printable
-from ..support.table import Column, percent
+from ..support.table import Column, percent, ratio
 from .parallel import whole
 from .tensors import check_values, computable, is_made_of_others
 
@@ -142,7 +142,11 @@ def weights_of_embeddings(model: nn.Module) -> set[Tensor]:
 
 
 # The columns of a table for the values of `figures`.
-COUNTED = (Column("weights"), Column("zeros"), Column("sparsity", show=percent))
+COUNTED = (
+    Column("weights"),
+    Column("zeros"),
+    Column("sparsity", show=percent, bar=True, total=ratio("zeros", "weights")),
+)
 
 
 def figures(count: Count | None) -> dict[str, Any]:

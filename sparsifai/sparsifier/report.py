@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..model.layers import NamedWeight, find_weights
 from ..model.parallel import kind_of
 from ..model.tensors import shape_of, size_of
 from ..model.zeros import COUNTED, Count, figures, why_not_counted
+from ..support.figure import DENSE, Bar, draw_bars
 from ..support.listing import in_short
 from ..support.printable import printable
 from ..support.table import Column, Table, percent
@@ -181,7 +182,7 @@ class Report(Table):
     def _columns(self) -> tuple[Column, ...]:
         last = "note" if any(row.note for row in self.rows) else "why dense"
         names = (Column("layer", left=True), Column("kind", left=True), Column("shape", left=True))
-        return (*names, *COUNTED, Column("note", last, left=True))
+        return (*names, *COUNTED, Column("note", last, left=True, remark=True))
 
     def _totals(self) -> list[dict[str, Any]]:
         return [{"layer": "selected layers", **figures(self.selected)}, {"layer": "whole model", **figures(self.model)}]
@@ -199,36 +200,40 @@ class Report(Table):
     def plot(self, ax: Any = None) -> Any:
         """Draw the sparsity of each layer as a bar. Layers that stay dense are grey.
 
+        A report that is printed with one line per block is drawn with one bar per block; `unfold()` draws all layers.
+
         Args:
             ax: The matplotlib axes to draw on. Default: those of a new figure.
 
         Returns:
             The matplotlib axes.
         """
-        import matplotlib.pyplot as plt
+        bars = [
+            Bar(label, sparsity, remark, DENSE if is_dense else "tab:blue")
+            for label, sparsity, remark, is_dense in self._bars()
+        ]
+        return draw_bars(bars, ax, self.selected.sparsity, label_of_sparsity(self.selected, self.model))
 
-        if ax is None:
-            _, ax = plt.subplots(figsize=(7, 1 + 0.25 * len(self.rows)), layout="constrained")
-        colours = ["0.75" if row.why_dense else "tab:blue" for row in self.rows]
-        places = range(len(self.rows))
-        ax.barh(places, [row.count.sparsity for row in self.rows], color=colours)
-        for place, row in enumerate(self.rows):
-            label = (
-                self.not_counted.get(row.name)
-                or row.why_dense
-                or f"{row.count.weights - row.count.zeros:,} of {row.count.weights:,} left"
-            )
-            inside = row.count.sparsity > 0.5
-            offset, side, colour = (-0.01, "right", "white") if inside else (0.01, "left", "black")
-            ax.text(row.count.sparsity + offset, place, label, va="center", ha=side, color=colour, fontsize="small")
-        ax.axvline(self.selected.sparsity, color="tab:red", linewidth=1)
-        selected, model = percent(self.selected.sparsity), percent(self.model.sparsity)
-        ax.set(
-            xlim=(0, 1), xlabel=f"sparsity (red line: {selected} of the selected layers, {model} of the whole model)"
-        )
-        ax.set_yticks(places, [row.name for row in self.rows])
-        ax.invert_yaxis()
-        return ax
+    def _bars(self) -> Iterator[tuple[str, float, str, bool]]:
+        """Of each line the name, the sparsity, what is written beside it, and whether it stays dense as a whole."""
+        for line in self._lines():
+            known = [record for record in line.records if record["weights"] is not None]
+            count = Count(sum(each["weights"] for each in known), sum(each["zeros"] for each in known))
+            is_dense = not any(record["selected"] for record in line.records)
+            remark = f"{count.weights - count.zeros:,} of {count.weights:,} left"
+            if is_dense:
+                remark = self._column("note").of_several(line.records)
+            if len(line.records) == 1:
+                remark = self.not_counted.get(line.label, remark)
+            yield line.label, count.sparsity, remark, is_dense
+
+
+def label_of_sparsity(selected: Count, model: Count) -> str:
+    """The label of an axis of sparsities, which also says what its line means."""
+    return (
+        f"sparsity\ndashed line: {percent(selected.sparsity)} of the selected layers; "
+        f"whole model: {percent(model.sparsity)}"
+    )
 
 
 def _holder(model: nn.Module, name: str) -> str:

@@ -62,10 +62,10 @@ def test_a_training_checkpoint_is_looked_through():
         "weight": "all that are counted", "shape": None, "weights": 9, "zeros": 3, "sparsity": 3 / 9,
     }  # fmt: skip
     assert left_out.records() == [
-        {"entry": "optimizer", "shape": (), "weights": MOMENTS, "why": "the state of an optimizer"},
-        {"entry": "epoch", "shape": None, "weights": None, "why": "no tensor"},
+        {"tensor": "optimizer", "shape": (), "weights": MOMENTS, "why": "the state of an optimizer"},
+        {"tensor": "epoch", "shape": None, "weights": None, "why": "no tensor"},
     ]
-    assert left_out.totals() == [{"entry": "all of these", "shape": None, "weights": MOMENTS, "why": None}]
+    assert left_out.totals() == [{"tensor": "all of these", "shape": None, "weights": MOMENTS, "why": None}]
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict"])
