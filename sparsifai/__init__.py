@@ -49,6 +49,7 @@ from .export.comparison import compare
 from .export.comparison_table import Comparison
 from .export.csr import to_sparse_layout
 from .export.experts import remove_experts
+from .export.pretrained_sparse import save_pretrained_sparse
 from .export.shrink import shrink, shrinkage
 from .export.shrinkage_table import Shrinkage
 from .export.shrunk_file import load_shrunk, save_shrunk
@@ -177,6 +178,7 @@ __all__ = [
     "relational",
     "remove_experts",
     "save_shrunk",
+    "save_pretrained_sparse",
     "save_sparse",
     "schedules",
     "select_groups",
