@@ -84,7 +84,7 @@ class Checkpoint:
         return found
 
     def _add(self, name: str, tensor: Tensor) -> None:
-        if why := why_not_counted(tensor):
+        if why := why_not_counted(tensor, name):
             self.left_out[name] = LeftOut(shape_of(tensor), size_of(tensor), why)
         else:
             self.counted[name] = tensor
@@ -108,11 +108,17 @@ class Checkpoint:
     def tables(self) -> list[Cells]:
         """The table of what is counted, and the table of what is not, if there is such."""
         matrices = {name: value for name, value in self.counted.items() if value.dim() > 1}
-        rows = [_counted(name, _size(value.shape), value) for name, value in matrices.items()]
+        tied = _ties(matrices)
+        rows = [
+            (name, _size(value.shape), "", "", f"tied to {tied[name]}")
+            if name in tied
+            else _counted(name, _size(value.shape), value)
+            for name, value in matrices.items()
+        ]
         whole = "all that are counted" if self.left_out else "whole file"
         totals = [
-            _counted("all of these", "", *_apart(matrices.values())),
-            _counted(whole, "", *_apart(self.counted.values())),
+            _counted("all of these", "", *_apart(matrices)),
+            _counted(whole, "", *_apart(self.counted)),
         ]
         tables = [Cells(("weight", "shape", "weights", "zeros", "sparsity"), rows, totals, left=(0, 1))]
         if self.left_out or self.others:
@@ -142,14 +148,22 @@ def _is_optimizer_state(value: Any) -> bool:
     return isinstance(value, Mapping) and "state" in value and ("param_groups" in value or "hypers" in value)
 
 
-def _apart(tensors: Any) -> list[Tensor]:
-    """Tensors without those that are the same as an earlier one, as tied weights are."""
-    apart: dict[Any, Tensor] = {}
-    for tensor in tensors:
-        plain = not is_made_of_others(tensor) and tensor.numel()
+def _ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name of a tensor that is the same as an earlier one, as tied weights are -> the name of that one."""
+    first: dict[Any, str] = {}
+    ties = {}
+    for name, tensor in tensors.items():
+        plain = not is_made_of_others(tensor) and not tensor.is_quantized and tensor.numel()
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if plain else id(tensor)
-        apart.setdefault(key, tensor)
-    return list(apart.values())
+        if first.setdefault(key, name) != name:
+            ties[name] = first[key]
+    return ties
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """Tensors without those that are the same as an earlier one."""
+    tied = _ties(tensors)
+    return [tensor for name, tensor in tensors.items() if name not in tied]
 
 
 def _size(shape: tuple[int, ...] | torch.Size) -> str:

@@ -88,7 +88,7 @@ def test_tied_tensors_count_once_in_the_totals():
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     model[1].weight = model[0].weight
     counted = Checkpoint.of(model.state_dict()).tables()[0]
-    assert [row[0] for row in counted.rows] == ["0.weight", "1.weight"]
+    assert [(row[0], row[-1]) for row in counted.rows] == [("0.weight", "0.00%"), ("1.weight", "tied to 0.weight")]
     assert counted.totals[0][2] == counted.totals[1][2] == "9"
 
 
