@@ -9,112 +9,32 @@ trains.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .axes.budget import bounded
-from .axes.changed_schedule import between, during, raised, stepped
-from .axes.context import contexts, global_, local
-from .axes.criterion import (
-    criteria,
-    fisher,
-    gate_importance,
-    grasp,
-    lamp,
-    large_final,
-    large_init,
-    large_init_large_final,
-    magnitude_increase,
-    movement,
-    movement_pruning,
-    movmag,
-    normalized_final,
-    obs,
-    small_final,
-    small_init,
-    small_init_small_final,
-    snip,
-    sparsegpt,
-    squared_final,
-    synflow,
-    taylor,
-    updating_magnitude_increase,
-    updating_movement,
-    updating_movmag,
-    wanda,
-)
-from .axes.granularity import along, block, granularities
-from .axes.n_of_m import blocks, is_nm
-from .axes.quantity import quantities, taken
-from .axes.ranking.selection import select_groups
-from .axes.schedule import ac_dc, agp, cos, dsd, iterative, lin, one_cycle, one_shot, schedules
-from .export.comparison import compare
-from .export.comparison_table import Comparison
-from .export.csr import to_sparse_layout
-from .export.experts import remove_experts
-from .export.pretrained_sparse import save_pretrained_sparse
-from .export.shrink import shrink, shrinkage
-from .export.shrinkage_table import Shrinkage
-from .export.shrunk_file import load_shrunk, save_shrunk
-from .export.sparse_file import SparseFile, load_sparse, save_sparse
-from .export.two_four import SemiStructured, semi_structured_layers, to_semi_structured
-from .gradual.plan_table import Plan
-from .loops.manager import TrainingManager
-from .loops.parts import Distil, Freeze, Keep, Regularize, Sparsify
-from .loops.quantize_part import Quantize
-from .model.joint.attention_kinds import register_attention
-from .model.joint.mlp import register_mlp
-from .model.layers import register_layer
-from .quantization.quantized import Quantized, load_quantized
-from .quantization.static import quantize
-from .sparsifier.given_masks import from_torch_prune
-from .sparsifier.report import Report
-from .sparsifier.sparsifier import Sparsifier
-from .sparsifier.sparsifiers import Sparsifiers
 from .support.version import __version__ as __version__
-from .training.distillation import Distillation
-from .training.distillation_loss import distillation_losses, soft_targets
-from .training.feature_losses import attention_transfer, relational, similarity
-from .training.regularizer import Regularizer
-from .training.sensitivity import highest_sparsity, sensitivity
-from .training.sensitivity_table import Sensitivity
-from .training.ticket import LotteryTickets, Ticket
 
 if TYPE_CHECKING:
-    from .callbacks.freeze import FreezeCallback
-    from .callbacks.keep import KeepSparsity
-    from .callbacks.sparsify import SparsifyCallback
-    from .quantization.quantize_callback import QuantizeCallback
+    from .callbacks.freeze import FreezeCallback as FreezeCallback
+    from .callbacks.keep import KeepSparsity as KeepSparsity
+    from .callbacks.sparsify import SparsifyCallback as SparsifyCallback
+    from .public import *
+    from .quantization.quantize_callback import QuantizeCallback as QuantizeCallback
     from .recipes.recipe import Recipe
-    from .training.distill import DistillCallback
-    from .training.lottery import lottery_ticket
-    from .training.regularize import RegularizeCallback
+    from .training.distill import DistillCallback as DistillCallback
+    from .training.lottery import lottery_ticket as lottery_ticket
+    from .training.regularize import RegularizeCallback as RegularizeCallback
 
-# Imported on first use, as they need fastai, which the rest does not.
-_NEED_FASTAI = {
-    "DistillCallback": ".training.distill",
-    "FreezeCallback": ".callbacks.freeze",
-    "KeepSparsity": ".callbacks.keep",
-    "QuantizeCallback": ".quantization.quantize_callback",
-    "RegularizeCallback": ".training.regularize",
-    "SparsifyCallback": ".callbacks.sparsify",
-    "lottery_ticket": ".training.lottery",
-}
-
+# What `from sparsifai import *` brings. sparsifai.all has the names that need fastai, too.
 __all__ = [
     "Comparison",
     "Distil",
-    "DistillCallback",
     "Distillation",
     "Freeze",
-    "FreezeCallback",
     "Keep",
-    "KeepSparsity",
     "LotteryTickets",
     "Plan",
     "Quantize",
-    "QuantizeCallback",
     "Quantized",
     "Recipe",
     "Regularize",
-    "RegularizeCallback",
     "Regularizer",
     "Report",
     "SemiStructured",
@@ -124,7 +44,6 @@ __all__ = [
     "Sparsifier",
     "Sparsifiers",
     "Sparsify",
-    "SparsifyCallback",
     "Ticket",
     "TrainingManager",
     "ac_dc",
@@ -160,7 +79,6 @@ __all__ = [
     "load_shrunk",
     "load_sparse",
     "local",
-    "lottery_ticket",
     "magnitude_increase",
     "movement",
     "movement_pruning",
@@ -177,8 +95,8 @@ __all__ = [
     "register_mlp",
     "relational",
     "remove_experts",
-    "save_shrunk",
     "save_pretrained_sparse",
+    "save_shrunk",
     "save_sparse",
     "schedules",
     "select_groups",
@@ -206,15 +124,28 @@ __all__ = [
     "wanda",
 ]
 
-# Recipe too, as it needs PyYAML, whose import takes a while.
-_ON_FIRST_USE = {**_NEED_FASTAI, "Recipe": ".recipes.recipe"}
+# Imported on first use, as they need fastai, which the rest does not.
+_NEED_FASTAI = {
+    "DistillCallback": ".training.distill",
+    "FreezeCallback": ".callbacks.freeze",
+    "KeepSparsity": ".callbacks.keep",
+    "QuantizeCallback": ".quantization.quantize_callback",
+    "RegularizeCallback": ".training.regularize",
+    "SparsifyCallback": ".callbacks.sparsify",
+    "lottery_ticket": ".training.lottery",
+}
+# Recipe by itself, as it needs PyYAML, whose import takes a while.
+_ALONE = {**_NEED_FASTAI, "Recipe": ".recipes.recipe"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ON_FIRST_USE:
-        return getattr(import_module(_ON_FIRST_USE[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _ALONE and name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _NEED_FASTAI:
+        import_module(".callbacks.methods", __name__)  # adds the methods of a Learner
+    found = getattr(import_module(_ALONE.get(name, ".public"), __name__), name)
+    return globals().setdefault(name, found)  # the next use finds it without this function
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ON_FIRST_USE})
+    return sorted({*globals(), *__all__, *_ALONE})

@@ -168,7 +168,7 @@ def _report(given: Any) -> None:
     if not found.counted:
         reasons = [f"{name}: {each.why}" for name, each in found.left_out.items()]
         raise ValueError(f"{given.checkpoint} has no tensors whose zeros can be counted ({'; '.join(reasons)})")
-    print("\n\n".join(table.text() for table in found.tables()))
+    print("\n\n".join(map(str, found.tables())))
 
 
 def _checkpoint(checkpoint: Path) -> Checkpoint:

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     },
     "integrations": {"support", "model", "axes", "sparsifier", "gradual", "loops", "recipes"},
 }
-FACE = {"__init__", "__main__", "all"}
+FACE = {"__init__", "__main__", "all", "public"}
 # (folder, another that it may not import from); what is meant is what lies in them directly.
 MAY_NOT_IMPORT = [("model", "model/channels"), ("axes/ranking", "axes")]
 
@@ -155,9 +155,21 @@ def test_a_wrong_import_is_found(tmp_path, path, line):
 def test_what_lies_in_a_folder_is_told_by_its_docstring_alone():
     for path in FILES:
         if path.name == "__init__.py" and path.parent != ROOT:
-            (only,) = ast.parse(path.read_text(encoding="utf-8")).body
-            assert isinstance(only, ast.Expr), path
-            assert isinstance(only.value, ast.Constant), path
+            first, *others = ast.parse(path.read_text(encoding="utf-8")).body
+            assert isinstance(first, ast.Expr), path
+            assert isinstance(first.value, ast.Constant), path
+            assert all(isinstance(each, ast.ImportFrom) for each in others), path
+
+
+def test_a_folder_imports_what_registers_values_and_nothing_else():
+    """So that whoever imports a module of the folder finds every value."""
+    called = re.compile(r"^@?\w+\.register\b|^    granularities\.register\(", re.MULTILINE)
+    holding = {}
+    for path in FILES:
+        if called.search(path.read_text(encoding="utf-8")):
+            holding.setdefault(path.parent.name, set()).add(module_of(path))
+    folders = [path for path in FILES if path.name == "__init__.py" and path.parent != ROOT]
+    assert holding == {path.parent.name: imports_of(path) for path in folders if imports_of(path)}
 
 
 def test_no_folder_has_the_name_of_a_public_function():

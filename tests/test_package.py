@@ -40,6 +40,12 @@ def loaded_after(code):
     return set(result.stdout.split())
 
 
+def test_the_face_imports_nothing_heavy_until_a_name_is_used():
+    loaded = loaded_after("import sparsifai; sparsifai.__version__, dir(sparsifai)")
+    assert not loaded & {"torch", "numpy", "yaml", "fastai", "sparsifai.public"}
+    assert "torch" in loaded_after("import sparsifai; sparsifai.Sparsifier")
+
+
 def test_the_core_works_without_importing_fastai_or_anything_slow():
     loaded = loaded_after(
         "import torch, sparsifai\n"
@@ -53,7 +59,7 @@ def test_the_core_works_without_importing_fastai_or_anything_slow():
 
 @pytest.mark.slow
 def test_importing_adds_nothing_heavy_to_torch():
-    heavy = {name.partition(".")[0] for name in loaded_after("import sparsifai") - loaded_after("import torch")}
+    heavy = {name.partition(".")[0] for name in loaded_after("import sparsifai.public") - loaded_after("import torch")}
     assert {name for name in heavy if not name.startswith("_")} <= {"sparsifai", *sys.stdlib_module_names, "torch"}
 
 
@@ -66,13 +72,35 @@ def test_the_callbacks_load_fastai_on_first_use():
         _ = sparsifai.Sparse
 
 
+def test_the_star_import_brings_every_name_that_does_not_need_fastai():
+    names = "names = {}; exec('from sparsifai import *', names); import sparsifai"
+    loaded = loaded_after(f"{names}; assert {{*names}} - {{'__builtins__'}} == {{*sparsifai.__all__}}")
+    assert "yaml" in loaded  # which Recipe needs
+    assert not loaded & {"fastai", "fastcore"}
+
+
+def test_a_name_is_public_where_it_is_imported_and_where_it_is_listed():
+    public = {name for name in vars(import_module("sparsifai.public")) if not name.startswith("__")}
+    assert public | {"Recipe"} == set(sparsifai.__all__)
+    assert sorted(sparsifai.__all__) == sparsifai.__all__
+    assert set(sparsifai.__all__) <= {*dir(sparsifai)}
+
+
+def test_whoever_imports_one_axis_finds_the_values_of_all():
+    module = "from sparsifai.axes.schedule import schedules; from sparsifai.axes import context, criterion, granularity"
+    values = "[*schedules, *context.contexts, *criterion.criteria, *granularity.granularities]"
+    found = subprocess.run([sys.executable, "-c", f"{module}; print(*{values})"], capture_output=True, text=True)
+    registries = (sparsifai.schedules, sparsifai.contexts, sparsifai.criteria, sparsifai.granularities)
+    assert found.stdout.split() == [name for registry in registries for name in registry]
+
+
 @pytest.mark.fastai
-def test_the_star_import_shadows_nothing():
+def test_the_star_import_of_all_shadows_nothing():
     pytest.importorskip("fastai", reason="beside fastai's star import")
     names = {}
     exec("from sparsifai.all import *", names)  # noqa: S102
     names = {name for name in names if not name.startswith("__")}
-    assert names == set(sparsifai.__all__)
+    assert names == {*sparsifai.__all__, *sparsifai._NEED_FASTAI}
     assert not names & set(dir(builtins))
     assert not names & set(sys.stdlib_module_names)
     fastai_names = {}
@@ -87,7 +115,7 @@ def test_every_public_name_is_exported():
     for module, registry in ((criterion, criterion.criteria), (schedule, schedule.schedules)):
         functions = {name for name, value in vars(module).items() if registry.get(name) is value}
         assert functions - {"random"} <= set(sparsifai.__all__)
-    assert all(hasattr(sparsifai, name) for name in sparsifai.__all__ if name not in sparsifai._NEED_FASTAI)
+    assert all(hasattr(sparsifai, name) for name in sparsifai.__all__)
 
 
 @pytest.mark.parametrize("module", OF_THE_CORE)
@@ -181,7 +209,7 @@ def public_methods(kind):
 
 
 @pytest.mark.fastai
-@pytest.mark.parametrize("name", sparsifai.__all__)
+@pytest.mark.parametrize("name", sorted([*sparsifai.__all__, *sparsifai._NEED_FASTAI]))
 def test_docstrings_have_an_entry_for_each_parameter_and_say_what_is_returned(name):
     if name in sparsifai._NEED_FASTAI:
         pytest.importorskip("fastai", reason="the callbacks need fastai")

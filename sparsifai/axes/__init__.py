@@ -1,4 +1,8 @@
 """Four questions and a registry of functions for each.
 
 How: granularities. Where: contexts. What: criteria, computed from quantities. When: schedules.
+
+The modules that hold values of a registry are imported here, before any other module of this folder.
 """
+
+from . import budget, context, criterion, gates, granularity, grouping, quantity, schedule  # noqa: F401
