@@ -16,6 +16,8 @@ from forked import run
 from page import python_of
 
 from sparsifai import Recipe
+from sparsifai.recipes.sparseml.other_steps import LEFT_OUT
+from sparsifai.recipes.sparseml.steps import STEPS
 
 from test_package import OF_THE_CORE  # isort: skip
 
@@ -76,7 +78,9 @@ def test_there_are_pages():
         "fastai.md",
         "four_questions.md",
         "from_fasterai.md",
+        "from_jaxpruner.md",
         "from_sparseml.md",
+        "from_torch_prune.md",
         "index.md",
         "loops.md",
         "quantization.md",
@@ -130,6 +134,20 @@ def test_recipes_of_the_pages_can_be_read():
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     assert broken_links(page, (ROOT / page).read_text()) == []
+
+
+def test_the_page_from_sparseml_has_each_modifier_and_each_argument_that_is_read():
+    page = (ROOT / "docs/from_sparseml.md").read_text()
+    arguments = page.partition("## Modifiers and their arguments")[2].partition("## What is not converted")[0]
+    found = set(re.findall(r"`(\w+)", arguments))
+    known = {name.removeprefix("Legacy") for name in {*STEPS, *LEFT_OUT, "EpochRangeModifier"}}
+    folder = ROOT / "sparsifai/recipes/sparseml"
+    code = "".join((folder / f"{name}.py").read_text() for name in ("steps", "other_steps", "parameters"))
+    read = set(re.findall(r"""modifier\.(?:take|number|note|fraction)\(\s*"([a-z_]+)\"""", code))
+    assert len(known) > 35
+    assert len(read) > 30
+    without_tags = {"start", "end", "update", "targets", "mask_structure", "update_scheduler", "apply_globally"}
+    assert known | read | without_tags <= found
 
 
 def test_a_broken_link_is_found():
