@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparsifai import Sparsifier
-from sparsifai.sparsifier.mask_picture import mask_image
+from sparsifai import KeepSparsity, Sparsifier
+from sparsifai.sparsifier.mask_picture import mask_image, plot_masks
 
 matplotlib = pytest.importorskip("matplotlib", reason="the pictures are drawn with it")
 matplotlib.use("Agg")
@@ -115,3 +115,20 @@ def test_mistakes():
         sparsifier.plot_masks("head")
     with pytest.raises(ValueError, match="pixels must be a whole number of at least 1, not 0"):
         sparsifier.plot_masks(pixels=0)
+
+
+@pytest.mark.fastai
+def test_the_masks_that_a_learner_keeps(make_learner):
+    learn = make_learner()
+    with torch.no_grad():
+        learn.model[0].weight[:, ::2] = 0
+    keep = KeepSparsity()
+    learn.fit(1, cbs=keep)
+    keep.learn = learn
+    (ax,) = keep.plot_masks("0")
+    assert np.array_equal(pixels_of(ax), (learn.model[0].weight != 0).float().numpy())
+
+
+def test_without_a_mask_there_is_nothing_to_draw():
+    with pytest.raises(ValueError, match="plot_masks: there is no mask to draw, because nothing is pruned"):
+        plot_masks(nn.Linear(2, 2), {}, None, 128, None)
