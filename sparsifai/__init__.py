@@ -96,6 +96,7 @@ __all__ = [
     "register_mlp",
     "relational",
     "remove_experts",
+    "save_pretrained_sparse",
     "save_shrunk",
     "save_sparse",
     "schedules",

@@ -22,7 +22,7 @@ from .display import notify
 from .fit import Fit
 from .fit_part import FitPart
 from .keep import KeepSparsity
-from .learner import check_steps_model, check_steps_weights, is_search, show_data, warn_of_unstepped
+from .learner import bars_of, check_steps_model, check_steps_weights, is_search, show_data, warn_of_unstepped
 from .pruned import Pruned
 
 
@@ -89,7 +89,11 @@ class SparsifyCallback(TrainingCallback):
             fit: the arguments do not fit the model.
 
     Example:
-        learn.fit_one_cycle(5, cbs=SparsifyCallback(0.9, context="erk"))
+        >>> learn = make_learner()
+        >>> callback = SparsifyCallback(0.75)
+        >>> learn.fit_one_cycle(2, cbs=callback)
+        >>> callback.sparsifier.sparsity
+        0.75
     """
 
     # After MixedPrecision (10), which unscales gradients, and before KeepSparsity (10.5), which zeroes the gradients of
@@ -305,7 +309,8 @@ class SparsifyCallback(TrainingCallback):
 
     def _new_pruned(self) -> Pruned:
         """Make the Sparsifier at the first batch, with the state that was loaded."""
-        pruned = Pruned(self._new_sparsifier())
+        with bars_of(self.learn):
+            pruned = Pruned(self._new_sparsifier())
         if self._loaded is not None:
             pruned.sparsifier.load_state_dict(self._loaded["sparsifier"])
             pruned.reached, pruned.is_resumed, self._loaded = self._loaded["reached"], True, None

@@ -64,6 +64,13 @@ class Comparison(Table):
     Attributes:
         forms: The forms, the dense model first.
         caption: How the times were measured.
+
+    Example:
+        >>> dense, masked = nn.Linear(64, 64), nn.Linear(64, 64)
+        >>> Sparsifier(masked).sparsify(0.9)
+        >>> comparison = compare(dense, masked, torch.randn(1, 64))
+        >>> [form.name for form in comparison.forms][:2]
+        ['dense', 'masked']
     """
 
     forms: tuple[Form, ...]

@@ -112,6 +112,12 @@ class Plan(Table):
         timeline: (epochs that are done, level that is asked for) from before the first batch to the end of the fit: at
             the ends of all epochs and at points between.
         notes: Remarks on these numbers.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+        >>> plan = SparsifyCallback(0.75, layers='0').plan(model, 2, 10)  # epochs, batches of an epoch
+        >>> plan.selected.sparsity
+        0.75
     """
 
     layers: tuple[PlannedLayer, ...]

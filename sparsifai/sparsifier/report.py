@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..model.layers import NamedWeight, find_weights
 from ..model.parallel import kind_of
 from ..model.tensors import shape_of, size_of
-from ..model.zeros import COUNTED, Count, figures, why_not_counted
+from ..model.zeros import COUNTED, Count, figures, measured, ties, why_not_counted, why_not_plain
 from ..support.figure import DENSE, Bar, draw_bars
 from ..support.listing import in_short
 from ..support.printable import printable
@@ -32,7 +32,8 @@ class Row:
         name: Name of the parameter, such as 'layer1.0.conv1.weight'.
         kind: Class of the layer.
         shape: Shape of the weight.
-        count: Its weights and its zeros; Count(0, 0) if its zeros cannot be counted, as `Report.not_counted` says.
+        count: Its weights and its zeros. Count(0, 0) if its zeros cannot be counted, as `Report.not_counted` says, or
+            if it is tied to another weight, which has them.
         why_dense: Why the layer stays dense. Empty if it is pruned.
         note: What the context or regrowth notes about a pruned layer. Often empty.
     """
@@ -65,7 +66,6 @@ class Report(Table):
         what: The name of that granularity; else empty.
 
     Example:
-        >>> import torch
         >>> model = nn.Linear(4, 2, bias=False)
         >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0, 0, 2], [3, 0, 4, 5]]))
         >>> Report.of(model).selected.zeros
@@ -99,7 +99,7 @@ class Report(Table):
         def why_dense(name: str, weight: NamedWeight) -> str:
             if masks is not None:
                 return "" if name in masks else "not kept sparse"
-            return "not counted" if why_not_counted(weight.parameter) else ""
+            return "not counted" if why_not_counted(weight.parameter, name) else ""
 
         layers = {
             name: Layer.dense(weight, None, why_dense(name, weight)) for name, weight in find_weights(model).items()
@@ -132,16 +132,21 @@ class Report(Table):
         Raises:
             ValueError: The zeros of no parameter, or of a selected layer, cannot be counted.
         """
-        parameters = dict(model.named_parameters())
-        not_counted = {name: why for name, each in parameters.items() if (why := why_not_counted(each))}
+        parameters = measured(model)
+        not_counted = {name: why for name, each in parameters.items() if (why := why_not_counted(each, name))}
         if not_counted and len(not_counted) == len(parameters):
             name, why = next(iter(not_counted.items()))
             raise ValueError(
                 f"zeros cannot be counted in any parameter of {type(model).__name__}: {printable(name)} is {why}"
             )
 
-        def count_of(parameter: Tensor) -> Count:
-            return Count(0, 0) if why_not_counted(parameter) else Count.of(parameter)
+        def count_of(name: str, parameter: Tensor) -> Count:
+            return Count(0, 0) if name in not_counted else Count.of(parameter)
+
+        def why_dense(name: str, parameter: Tensor) -> str:
+            if name in not_counted:
+                return "not counted"
+            return "no elements" if not size_of(parameter) else _short_reason(parameter) or UNNAMED
 
         joint = {} if coupling is None else coupling.pruned_groups(layers, by_masks)
         notes = {} if coupling is None else coupling.notes(joint)
@@ -149,15 +154,20 @@ class Report(Table):
         def row_of(name: str, layer: Layer) -> Row:
             shape = tuple(layer.parameter.shape)
             note = "; ".join(filter(None, (notes.get(name), note_of(layer, context, regrowth))))
-            return Row(name, layer.weight.kind, shape, count_of(layer.parameter), layer.why_dense, note)
+            return Row(name, layer.weight.kind, shape, count_of(name, layer.parameter), layer.why_dense, note)
 
         rows = tuple(row_of(name, layer) for name, layer in layers.items())
         # Parameters whose axes have no names cannot be pruned. They are listed, so that users see them.
         known = {name for layer in layers.values() for name in layer.weight.names}
         rows += tuple(
-            Row(name, _holder(model, name), shape_of(each), count_of(each), UNNAMED if size_of(each) else "no elements")
+            Row(name, _holder(model, name), shape_of(each), count_of(name, each), why_dense(name, each))
             for name, each in parameters.items()
             if name not in known and each.dim() > 1
+        )
+        rows += tuple(
+            Row(name, _holder(model, name), shape_of(parameters[first]), Count(0, 0), f"tied to {first}")
+            for name, first in ties(model).items()
+            if parameters[first].dim() > 1
         )
         pruned = selected(layers)
         explored = None if regrowth is None else regrowth.explored(pruned)
@@ -173,7 +183,7 @@ class Report(Table):
                 "layer": row.name,
                 "kind": row.kind,
                 "shape": row.shape,
-                **figures(None if row.name in self.not_counted else row.count),
+                **figures(row.count if row.count.weights or 0 in row.shape else None),
                 "selected": not row.why_dense,
                 "note": row.why_dense or row.note,
             }
@@ -235,6 +245,11 @@ def label_of_sparsity(selected: Count, model: Count) -> str:
         f"sparsity\ndashed line: {percent(selected.sparsity)} of the selected layers; "
         f"whole model: {percent(model.sparsity)}"
     )
+
+
+def _short_reason(parameter: Tensor) -> str:
+    """Why a weight is none of plain numbers, without what to do; empty if it is one of them."""
+    return why_not_plain(parameter).partition(";")[0].partition(",")[0]
 
 
 def _holder(model: nn.Module, name: str) -> str:

@@ -33,6 +33,14 @@ class Sensitivity(Table):
         lower_is_better: Whether a better model has a lower metric.
         members: With granularity 'head' or 'neuron', for each of the attentions or MLPs in `layers` the parameter names
             of its weights; else empty.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+        >>> def size(model):
+        ...     return sum(weight.norm() for weight in model.parameters())
+        >>> measured = sensitivity(model, size, levels=(0.5,), progress=False)
+        >>> measured.layers
+        ('0.weight', '1.weight')
     """
 
     layers: tuple[str, ...]

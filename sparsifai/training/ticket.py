@@ -46,6 +46,13 @@ class Ticket:
         metrics: Name -> value, for the trained net.
         controls: Name of the control -> its metrics.
         start: The state_dict to which the net is rewound, with all weights.
+
+    Example:
+        >>> learn = make_learner()
+        >>> ticket = lottery_ticket(learn, 0.75, rounds=1, fit=1)[-1]
+        >>> model = ticket.apply(net())  # sparse, with the weights that the ticket starts with
+        >>> Sparsifier(model).sparsity
+        0.75
     """
 
     masks: Mapping[str, Tensor]
@@ -93,6 +100,12 @@ class LotteryTickets(Table, Sequence[Ticket]):
 
     Raises:
         ValueError: The tickets have no metric of that name.
+
+    Example:
+        >>> learn = make_learner()
+        >>> tickets = lottery_ticket(learn, 0.75, rounds=2, fit=1)
+        >>> [ticket.sparsity for ticket in tickets]
+        [0.0, 0.5, 0.75]
     """
 
     def __init__(self, tickets: Sequence[Ticket], metric: str | None = None):
