@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..model.norms import check_fused_norms
 from ..model.parallel import unwrapped
+from ..sparsifier.mask_picture import plot_masks
 from ..sparsifier.masking import (
     NEXT_TO_ZERO,
     REFRESH,
@@ -20,7 +21,6 @@ from ..sparsifier.masking import (
     zero_moments,
     zero_weights,
 )
-from ..sparsifier.mask_picture import plot_masks
 from ..sparsifier.recovery import recovered_masks
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier

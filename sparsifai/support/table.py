@@ -216,7 +216,12 @@ class Table(ABC):
             A new table.
 
         Example:
-            print(report.unfold())
+            >>> import torch
+            >>> from sparsifai import Report
+            >>> model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(61)))
+            >>> report = Report.of(model)
+            >>> len(str(report).splitlines()), len(str(report.unfold()).splitlines())
+            (7, 65)
         """
         return self._with(_is_folded=False)
 

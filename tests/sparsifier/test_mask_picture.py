@@ -122,11 +122,12 @@ def test_the_masks_that_a_learner_keeps(make_learner):
     learn = make_learner()
     with torch.no_grad():
         learn.model[0].weight[:, ::2] = 0
-    keep = KeepSparsity()
-    learn.fit(1, cbs=keep)
-    keep.learn = learn
-    (ax,) = keep.plot_masks("0")
-    assert np.array_equal(pixels_of(ax), (learn.model[0].weight != 0).float().numpy())
+    learn.add_cb(KeepSparsity())
+    learn.fit(1)
+    (ax,) = learn.keep_sparsity.plot_masks("0")
+    assert pixels_of(ax)[:, 0].tolist() == pixels_of(ax)[:, 2].tolist()
+    kept = (learn.model[0].weight != 0).float().numpy()  # 2 channels of 3x3
+    assert np.array_equal(pixels_of(ax)[0], [*kept[0, 0, 0], np.nan, *kept[0, 1, 0]], equal_nan=True)
 
 
 def test_without_a_mask_there_is_nothing_to_draw():
