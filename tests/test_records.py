@@ -116,7 +116,7 @@ def test_layers_that_can_be_converted(model):
 
 def test_a_checkpoint(model):
     (table,) = Checkpoint.of(model.state_dict()).tables()
-    records = check(table, 3, ["weight", "shape", "weights", "zeros", "sparsity"])
+    records = check(table, 3, ["weight", "shape", "weights", "zeros", "sparsity", "note"])
     assert [each["zeros"] for each in records] == [zeros(layer.weight) for layer in (model[0], model[3], model[4])]
 
 
