@@ -626,7 +626,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
                 layers.
         """
         self._check_held("plot_masks")
-        return plot_masks(unwrapped(self.model), self._selected, layers, pixels, ax)
+        return plot_masks(unwrapped(self.model), self.masks, layers, pixels, ax)
 
     def __repr__(self) -> str:
         options = self.ranking.options
