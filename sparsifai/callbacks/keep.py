@@ -48,8 +48,11 @@ class KeepSparsity(TrainingCallback):
         ValueError: When a fit begins: the Learner has another model than the one whose zeros were kept.
 
     Example:
-        learn.load("sparse")
-        learn.fit(5, cbs=KeepSparsity())
+        >>> learn = make_learner()
+        >>> Sparsifier(learn.model).sparsify(0.75)  # or learn.load of a sparse model
+        >>> learn.fit(1, cbs=KeepSparsity())
+        >>> Sparsifier(learn.model).sparsity
+        0.75
     """
 
     # After MixedPrecision (10) has unscaled the gradients, before GradientClip (11) takes their norm.

@@ -89,7 +89,11 @@ class SparsifyCallback(TrainingCallback):
             fit: the arguments do not fit the model.
 
     Example:
-        learn.fit_one_cycle(5, cbs=SparsifyCallback(0.9, context="erk"))
+        >>> learn = make_learner()
+        >>> callback = SparsifyCallback(0.75)
+        >>> learn.fit_one_cycle(2, cbs=callback)
+        >>> callback.sparsifier.sparsity
+        0.75
     """
 
     # After MixedPrecision (10), which unscales gradients, and before KeepSparsity (10.5), which zeroes the gradients of

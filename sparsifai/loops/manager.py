@@ -61,9 +61,6 @@ class TrainingManager(ManagedTraining):
             data that are not given, or the optimizer holds no parameter of the model. Nothing has changed then.
 
     Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from sparsifai import Sparsify
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> manager = TrainingManager(model, optimizer, Sparsify(0.5), epochs=2, steps_per_epoch=4)

@@ -68,8 +68,9 @@ def quantize(
             pattern matches nothing; or the model cannot be exported.
 
     Example:
-        quantized = quantize(learn.model, learn.dls.train, "model.onnx")
-        session = onnxruntime.InferenceSession("model.onnx")
+        >>> quantized = quantize(model, [inputs], f'{folder}/other.onnx', exclude='2')
+        >>> [row.dtype for row in quantized.rows]
+        ['float32', 'int8']
     """
     check_is_module("quantize", "model", model)
     layers, exclude = check_patterns("quantize", "layers", layers), check_patterns("quantize", "exclude", exclude)

@@ -81,7 +81,10 @@ def lottery_ticket(
             another run.
 
     Example:
-        tickets = lottery_ticket(learn, 0.9, rounds=5, fit=lambda learn: learn.fit_one_cycle(5), rewind_to=0.5)
+        >>> learn = make_learner()
+        >>> tickets = lottery_ticket(learn, 0.75, rounds=2, fit=1)
+        >>> [ticket.sparsity for ticket in tickets]
+        [0.0, 0.5, 0.75]
     """
     for changing in ("regrow", "straight_through"):
         if options.get(changing):

@@ -70,7 +70,6 @@ def sensitivity(
             compares with an earlier value, or what Sparsifier raises.
 
     Example:
-        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> def smallest_layer(model): return min(int(layer.weight.count_nonzero()) for layer in (model[0], model[2]))
         >>> measured = sensitivity(model, smallest_layer, levels=(0.5, 0.75), progress=False)
@@ -142,7 +141,6 @@ def highest_sparsity(
             compares with an earlier value, or what Sparsifier raises.
 
     Example:
-        >>> from torch import nn
         >>> model = nn.Linear(10, 10)
         >>> def remaining_weights(model): return int(model.weight.count_nonzero())
         >>> highest_sparsity(model, 30, remaining_weights)
