@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..gradual.gradual_pruning import GradualPruning
+from ..gradual.in_words import in_words
 from ..model.frozen import FrozenLayers
 from ..training.distillation import Distillation
 from ..training.regularization import Regularization
@@ -98,6 +99,9 @@ class Sparsify(Part):
 
     def __init__(self, *arguments: Any, **options: Any):
         self.pruning = GradualPruning.of(*arguments, **options)
+
+    def __repr__(self) -> str:
+        return f"Sparsify({in_words(self.pruning)})"
 
 
 class Keep(Part):
