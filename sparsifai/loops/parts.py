@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..gradual.gradual_pruning import GradualPruning
 from ..model.frozen import FrozenLayers
+from ..support.arguments import checks_arguments
 from ..training.distillation import Distillation
 from ..training.regularization import Regularization
 
@@ -96,6 +97,7 @@ class Sparsify(Part):
         0.9
     """
 
+    @checks_arguments(of=GradualPruning.of)
     def __init__(self, *arguments: Any, **options: Any):
         self.pruning = GradualPruning.of(*arguments, **options)
 
@@ -117,6 +119,7 @@ class Freeze(Part):
         ValueError: Not 0 <= start < end <= 1; or, when a training begins, a name matches no layer.
     """
 
+    @checks_arguments
     def __init__(self, layers: str | Iterable[str], start: float = 0.0, end: float = 1.0):
         self.layers, self.start, self.end = layers, start, end
         FrozenLayers("Freeze", layers, start, end)
@@ -165,6 +168,7 @@ class Regularize(Part):
             begins: a pattern matches no layer, or proximal=True and the optimizer trains none of the weights.
     """
 
+    @checks_arguments
     def __init__(
         self,
         weight: float,
@@ -227,6 +231,7 @@ class Distil(Part):
             shares parameters with the teacher.
     """
 
+    @checks_arguments(of=Distillation)
     def __init__(self, *arguments: Any, **options: Any):
         self.distillation = Distillation(*arguments, **options)
 

@@ -19,7 +19,9 @@ from ..axes.granularity import Granularity
 from ..axes.quantity import CALIBRATED
 from ..model.parallel import is_sharded, process_group_of, unwrapped
 from ..model.running import first_example
+from ..support.arguments import checks_arguments
 from ..support.checks import check_count
+from ..support.foreign_names import ForeignAttributes
 from ..support.registry import name_of
 from ..support.warning import warn_each
 from .calibration import calibrated
@@ -55,7 +57,7 @@ from .straight_through import StraightThroughModel
 
 
 # Large, because it is the face of the core: a third of it are docstrings for its users.
-class Sparsifier(CopiedWithModel, StraightThroughModel):
+class Sparsifier(CopiedWithModel, StraightThroughModel, ForeignAttributes):
     """Makes any torch model sparse. The options say which weights are pruned and how they are chosen.
 
     A layer that is frozen joins the selected layers when it is trained.
@@ -115,6 +117,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         0.5
     """
 
+    @checks_arguments
     def __init__(
         self,
         model: nn.Module,
@@ -177,6 +180,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
 
     # --- Building masks -----------------------------------------------------------------------------------------
 
+    @checks_arguments
     def sparsify(
         self,
         sparsity: Sparsity | None = None,
@@ -478,6 +482,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
 
     # --- Data ---------------------------------------------------------------------------------------------------
 
+    @checks_arguments
     def calibrate(self, batches: Iterable, loss_func: Callable | None = None) -> None:
         """Run batches through the model, to collect what the criterion needs of data.
 
