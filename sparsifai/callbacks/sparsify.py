@@ -15,6 +15,7 @@ from ..gradual.in_words import in_words
 from ..model.parallel import unwrapped
 from ..model.running import first_example
 from ..sparsifier.sparsifier import Sparsifier
+from ..support.arguments import checks_arguments
 from ..support.checks import check_count, check_number
 from ..support.table import percent
 from .base import TrainingCallback
@@ -106,6 +107,7 @@ class SparsifyCallback(TrainingCallback):
     _fit: Any = None  # a Fit, during a fit, which all SparsifyCallbacks of a Learner share
     _loaded: Any = None  # what `load_state_dict` was given, until the Sparsifier is made
 
+    @checks_arguments
     def __init__(
         self,
         sparsity=None,  # Fraction of the weights to be zero, 0.5 for 50 %; or {pattern: fraction} by layer

@@ -13,9 +13,11 @@ from ..axes.changed_schedule import between
 from ..axes.n_of_m import check_reachable
 from ..axes.schedule import Schedule, progress, schedules
 from ..model.parallel import unwrapped
+from ..model.running import check_no_batch
 from ..sparsifier.options import Options, Sparsity, check_sparsity, highest, mapped
 from ..sparsifier.regrowth import check_drop, sparsity_of_drop
 from ..sparsifier.sparsifier import Sparsifier
+from ..support.arguments import checks_arguments
 from ..support.checks import check_count, check_fraction
 from ..support.printable import quoted
 from ..support.warning import warn_each
@@ -50,6 +52,7 @@ class GradualPruning:
     example_input: Any
 
     @classmethod
+    @checks_arguments(of=Options.of)
     def of(
         cls,
         sparsity: Any = None,
@@ -93,6 +96,7 @@ class GradualPruning:
                 )
         if settle is not None and not checked.straight_through:
             raise ValueError(f"settle={settle!r} needs straight_through=True: other masks do not change their mind")
+        check_no_batch("calibration", calibration)
         settle = settle_of(ramp, settle) if checked.straight_through else None
         warn_each(notices_of_unused(ramp, checked, fraction, calibration))
         return cls(ramp, checked, every, fraction, shape, settle, calibration, example_input)

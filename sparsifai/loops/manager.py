@@ -18,12 +18,13 @@ from ..gradual.in_words import in_words
 from ..model.parallel import kind_of
 from ..sparsifier.masking import REFRESH
 from ..support.at_end import AtEnd
+from ..support.foreign_names import ForeignAttributes
 from ..support.table import percent
 from ..support.warning import warn
 from .managed import ManagedTraining
 
 
-class TrainingManager(ManagedTraining):
+class TrainingManager(ManagedTraining, ForeignAttributes):
     """Trains a model to be sparse in a loop of one's own. `Recipe.manager` makes one of a recipe.
 
     When it is made, the model is pruned to where the schedule begins. In every step, gradients of pruned weights are

@@ -21,7 +21,9 @@ from ..model.parallel import is_sharded, kind_of, process_group_of, unwrapped
 from ..model.patterns import Pattern
 from ..model.running import first_example
 from ..model.zeros import Count
+from ..support.arguments import checks_arguments
 from ..support.checks import check_count
+from ..support.foreign_names import ForeignAttributes
 from ..support.registry import name_of
 from ..support.table import percent
 from ..support.warning import warn_each
@@ -66,7 +68,7 @@ from .straight_through import StraightThroughModel
 
 
 # Large, because it is the face of the core: a third of it are docstrings for its users.
-class Sparsifier(CopiedWithModel, StraightThroughModel):
+class Sparsifier(CopiedWithModel, StraightThroughModel, ForeignAttributes):
     """Makes any torch model sparse. The options say which weights are pruned and how they are chosen.
 
     A layer that is frozen joins the selected layers when it is trained.
@@ -126,6 +128,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         0.5
     """
 
+    @checks_arguments
     def __init__(
         self,
         model: nn.Module,
@@ -189,6 +192,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
 
     # --- Building masks -----------------------------------------------------------------------------------------
 
+    @checks_arguments
     def sparsify(
         self,
         sparsity: Sparsity | None = None,
@@ -490,6 +494,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
 
     # --- Data ---------------------------------------------------------------------------------------------------
 
+    @checks_arguments
     def calibrate(self, batches: Iterable, loss_func: Callable | None = None) -> None:
         """Run batches through the model, to collect what the criterion needs of data.
 

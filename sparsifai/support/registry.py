@@ -10,6 +10,7 @@ from os.path import commonprefix
 from typing import Any
 
 from .capability import declare
+from .foreign_names import name_of_value
 from .printable import quoted
 
 
@@ -189,7 +190,8 @@ class Registry(Mapping[str, Callable]):
         if parsed is not None:
             return parsed
         if isinstance(value, str):
-            raise ValueError(f"unknown {self.kind} {quoted(value)}; {close_matches(value, self)}")
+            right = name_of_value(self.kind, value) or close_matches(value, self)
+            raise ValueError(f"unknown {self.kind} {quoted(value)}; {right}")
         if not callable(value):
             raise TypeError(f"a {self.kind} must be a registered name or a function, not {value!r}")
         if self._check:
