@@ -142,6 +142,11 @@ def plot_sparsity(
 
     Raises:
         ValueError: No fit with a SparsifyCallback was recorded.
+
+    Example:
+        >>> learn = make_learner()
+        >>> _ = learn.sparsify(0.75, 2)
+        >>> axes = learn.recorder.plot_sparsity()
     """
     import matplotlib.pyplot as plt
 
