@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..model.zeros import is_nonzero, why_not_counted
+from ..model.zeros import is_nonzero, why_not_plain
 from ..support.capability import capability
 from ..support.chunk import CHUNK
 from ..support.printable import printable
@@ -187,7 +187,7 @@ def is_nm(weight: Tensor, n: int, m: int, axis: int = 1) -> bool:
         raise ValueError(
             f"is_nm: needs 0 < n < m and an axis of the weight, got {n}:{m} along axis {axis} of {weight.dim()} axes"
         )
-    if why := why_not_counted(weight):
+    if why := why_not_plain(weight):
         raise ValueError(f"is_nm: zeros of the weight cannot be counted: it is {why}")
     counts = [piece.sum(axis) for piece in is_nonzero(weight).split(m, axis)]
     return all(bool((count <= n).all()) for count in counts)

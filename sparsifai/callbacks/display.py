@@ -12,6 +12,7 @@ from fastai.learner import Learner, Recorder, ValueMetric, noop
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 
+from ..support.figure import axes_or_new, in_percent, in_whole_numbers
 from ..support.warning import warn
 
 
@@ -148,15 +149,14 @@ def plot_sparsity(
         >>> _ = learn.sparsify(0.75, 2)
         >>> axes = learn.recorder.plot_sparsity()
     """
-    import matplotlib.pyplot as plt
-
     if not getattr(self, "sparsity_by_epoch", None):
         raise ValueError("plot_sparsity: no fit with a SparsifyCallback is recorded; fit with one first")
     epochs, levels, measured = zip(*self.sparsity_by_epoch, strict=True)
-    if ax is None:
-        _, ax = plt.subplots()
+    ax = axes_or_new(ax, 6.4, 3.6)
     ax.plot(epochs, levels, "--", label="level asked for")
     ax.plot(epochs, measured, "o-", label="measured")
     ax.set(xlabel="epoch", ylabel="sparsity")
+    in_percent(ax.yaxis)
+    in_whole_numbers(ax.xaxis)
     ax.legend()
     return ax

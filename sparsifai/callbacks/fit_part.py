@@ -10,6 +10,7 @@ from fastai.learner import Learner
 from ..gradual.gradual_pruning import GradualPruning
 from ..gradual.gradual_sparsifier import GradualSparsifier
 from ..sparsifier.options import highest
+from ..support.progress import bars
 from ..support.warning import warn
 from .display import notify
 from .keepers import Keepers
@@ -92,7 +93,12 @@ class FitPart(GradualSparsifier):
 
     def _show(self, anew: bool) -> None:
         self.moved |= anew
-        show_data(self.learn, self.sparsifier, self.pruning.calibration, anew)
+        with bars(False):  # the bar of the fit is shown
+            show_data(self.learn, self.sparsifier, self.pruning.calibration, anew)
+
+    def _update(self, reached: float, drop: float = 0.0) -> None:
+        with bars(False):
+            super()._update(reached, drop)
 
     def _note(self, reached: float, drop: float, resting: Collection[str]) -> None:
         self.keepers.refresh()

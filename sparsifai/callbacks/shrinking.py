@@ -17,7 +17,7 @@ from ..support.table import percent
 from . import reporting as reporting  # adds `learn.sparsity_report`
 from .base import TrainingCallback
 from .keep import KeepSparsity
-from .learner import first_batch
+from .learner import bars_of, first_batch
 
 
 @patch
@@ -60,7 +60,8 @@ def shrink(
             "opt=torch.optim.AdamW)"
         )
     example = _first_two(self) if example_input is None else example_input
-    model, table = shrunk(self.model, example)
+    with bars_of(self):
+        model, table = shrunk(self.model, example)
     frozen = getattr(self.opt, "frozen_idx", 0)
     before = self.model, self.opt
     try:

@@ -22,7 +22,7 @@ from .display import notify
 from .fit import Fit
 from .fit_part import FitPart
 from .keep import KeepSparsity
-from .learner import check_steps_model, check_steps_weights, is_search, show_data, warn_of_unstepped
+from .learner import bars_of, check_steps_model, check_steps_weights, is_search, show_data, warn_of_unstepped
 from .pruned import Pruned
 
 
@@ -309,7 +309,8 @@ class SparsifyCallback(TrainingCallback):
 
     def _new_pruned(self) -> Pruned:
         """Make the Sparsifier at the first batch, with the state that was loaded."""
-        pruned = Pruned(self._new_sparsifier())
+        with bars_of(self.learn):
+            pruned = Pruned(self._new_sparsifier())
         if self._loaded is not None:
             pruned.sparsifier.load_state_dict(self._loaded["sparsifier"])
             pruned.reached, pruned.is_resumed, self._loaded = self._loaded["reached"], True, None

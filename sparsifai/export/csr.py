@@ -13,7 +13,7 @@ from ..model.layers import NamedWeight, find_weights
 from ..model.linear import why_not_linear
 from ..model.parallel import unwrapped
 from ..model.running import copy_of
-from ..model.zeros import Count, why_not_counted
+from ..model.zeros import Count, why_not_plain
 from ..support.checks import check_fraction
 from ..support.table import percent
 from ..support.warning import own_filters
@@ -137,7 +137,7 @@ def _why_dense(model: nn.Module, named: NamedWeight, least: float) -> str:
         return f"{dtype_name(weight.dtype)}: float32 is needed"
     if weight.numel() < WEIGHTS:
         return f"fewer than {WEIGHTS:,} weights"
-    if not weight.is_meta and (why := why_not_counted(weight)):
+    if not weight.is_meta and (why := why_not_plain(weight)):
         return why
     found = Count.of(weight)
     # A layer pruned to the sparsity s has s x N zeros rounded to a whole number, perhaps down.

@@ -133,7 +133,7 @@ class Shrinkage(Table):
 
     def _columns(self) -> tuple[Column, ...]:
         texts = [Column(name, left=True) for name in ("layer", "kind", "what")]
-        return (*texts, *map(Column, _NUMBERS), Column("why", left=True))
+        return (*texts, *map(Column, _NUMBERS), Column("why", left=True, remark=True))
 
     def _totals(self) -> list[dict[str, Any]]:
         records = self._records()

@@ -16,7 +16,7 @@ from ..model.linear import why_not_two_four
 from ..model.parallel import is_sharded, kind_of, unwrapped
 from ..model.running import copy_of
 from ..model.tensors import check_values, shape_of
-from ..model.zeros import is_nonzero, why_not_counted
+from ..model.zeros import is_nonzero, why_not_plain
 from ..support.checks import check_is_module
 from ..support.printable import printable
 from ..support.table import Column, Table, percent
@@ -89,7 +89,7 @@ class SemiStructured(Table):
 
     def _columns(self) -> tuple[Column, ...]:
         texts = [Column(name, left=True) for name in ("layer", "kind", "shape", "dtype")]
-        return (*texts, Column("convertible", "2:4 form", left=True), Column("why_not", left=True))
+        return (*texts, Column("convertible", "2:4 form", left=True), Column("why_not", left=True, remark=True))
 
     def _totals(self) -> list[dict[str, Any]]:
         return [{"layer": f"convertible of {len(self.layers):,}", "convertible": len(self.convertible)}]
@@ -175,7 +175,7 @@ def _layer(model: nn.Module, name: str, named: NamedWeight) -> SemiStructuredLay
     weight = named.parameter.detach()
     if isinstance(weight, torch.sparse.SparseSemiStructuredTensor):
         return SemiStructuredLayer(name, named.kind, tuple(weight.shape), weight.dtype, True, "already converted")
-    if why := why_not_counted(weight):
+    if why := why_not_plain(weight):
         return SemiStructuredLayer(name, named.kind, tuple(weight.shape), weight.dtype, False, why)
     # With fewer than four inputs every weight would count as 2:4.
     has_blocks = not is_sharded(weight) and named.axes.get("in", 0) >= 4

@@ -20,6 +20,7 @@ from ..model.running import Split, check_runs, copy_of
 from ..support.checks import check_is_module
 from ..support.files import write_whole
 from ..support.printable import message_of, printable
+from ..support.progress import progress
 from ..support.warning import warn
 from .exported import export_float, import_onnx
 from .layers import check_float, check_patterns, quantized_layers
@@ -167,7 +168,7 @@ def _inputs_of(batches: Iterable) -> Iterator[Any]:
         raise ValueError(
             f"quantize: calibration must be an iterable of batches, not {type(batches).__name__}; pass [batch]"
         )
-    for batch in batches:
+    for batch in progress(batches, "calibrating"):
         inputs = batch if isinstance(batch, Mapping) else next(iter(Split([batch], None)))[:-1]
         yield tree_map(_on_cpu, dict(inputs) if isinstance(inputs, Mapping) else inputs)
 

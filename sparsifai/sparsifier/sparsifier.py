@@ -18,6 +18,7 @@ from ..axes.criterion import Criterion, is_elementwise
 from ..axes.granularity import Granularity
 from ..axes.quantity import CALIBRATED
 from ..model.parallel import is_sharded, process_group_of, unwrapped
+from ..model.patterns import Pattern
 from ..model.running import first_example
 from ..support.checks import check_count
 from ..support.registry import name_of
@@ -43,6 +44,7 @@ from .given_masks import check_masks
 from .layer import Layers, level_of, selected, unfrozen
 from .layer_selection import Asked, cannot_be_pruned, find_layers, scopes
 from .mask_building import NewMasks, Ranking, build_masks, notice_of_revived
+from .mask_picture import plot_masks
 from .masking import NEXT_TO_ZERO, masked_parameters, moments_to_zero, newly_changed, newly_masked
 from .notices import notices_of_frozen, notices_of_host, notices_of_outputs, notices_of_unnamed, notices_of_unprunable
 from .options import Options, Sparsity, check_sparsity, is_swept
@@ -601,6 +603,30 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         return Report.measure(
             self.model, self.layers, self.ranking.options.context, self._regrowth, self.ranking.coupling
         )
+
+    def plot_masks(
+        self, layers: Pattern | Iterable[Pattern] | None = None, pixels: int = 128, ax: Any = None
+    ) -> list[Any]:
+        """Draw the masks of layers as images: what is kept is blue, what is pruned is white.
+
+        Outputs are rows and inputs are columns. The kernels of a convolution are tiles, and orange lines separate the
+        attention heads. In a layer that is larger than the image, a pixel is the share of its weights that are kept.
+
+        Args:
+            layers: Patterns of the layers to draw, as `layers=` of the Sparsifier takes them. Default: the first 16.
+            pixels: The most pixels of an image along each side. Default 128.
+            ax: One matplotlib axes, or as many as there are layers. Default: those of a new figure.
+
+        Returns:
+            The matplotlib axes, one for each layer.
+
+        Raises:
+            TypeError: A pattern is none, or `pixels` is not a whole number.
+            ValueError: A pattern matches no pruned layer, `pixels` is less than 1, or there are not as many axes as
+                layers.
+        """
+        self._check_held("plot_masks")
+        return plot_masks(unwrapped(self.model), self._selected, layers, pixels, ax)
 
     def __repr__(self) -> str:
         options = self.ranking.options

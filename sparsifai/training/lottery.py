@@ -10,8 +10,10 @@ from typing import Any
 from fastai.learner import Learner
 from torch import nn
 
+from ..callbacks.learner import bars_of
 from ..sparsifier.options import check_sparsity
 from ..support.checks import check_count, check_seed
+from ..support.progress import progress
 from .lottery_run import LotteryRun
 from .saved_run import load_run
 from .ticket import LotteryTickets
@@ -101,12 +103,11 @@ def lottery_ticket(
     if path is not None:
         with suppress(FileNotFoundError):
             saved = load_run(path)
-    tickets = [run.train_dense()] if saved is None else run.resume(saved, path)
-    while True:
-        if path is not None:
-            run.save(path, tickets)
-        if len(tickets) > run.rounds:
-            break
-        tickets.append(run.train_ticket(len(tickets)))
+    tickets = [] if saved is None else run.resume(saved, path)
+    with bars_of(learn):
+        for number in progress(range(len(tickets), run.rounds + 1), "lottery tickets", prints=True):
+            tickets.append(run.train_ticket(number) if number else run.train_dense())
+            if path is not None:
+                run.save(path, tickets)
     run.keep_zeros()
     return LotteryTickets(tickets)
