@@ -154,6 +154,11 @@ def plot_sparsity(
 
     Raises:
         ValueError: No fit with a SparsifyCallback was recorded.
+
+    Example:
+        >>> learn = make_learner()
+        >>> _ = learn.sparsify(0.75, 2)
+        >>> axes = learn.recorder.plot_sparsity()
     """
     if not getattr(self, "sparsity_by_epoch", None):
         raise ValueError("plot_sparsity: no fit with a SparsifyCallback is recorded; fit with one first")

@@ -48,9 +48,12 @@ def shrink(
             already made. Nothing has changed then.
 
     Example:
-        learn.sparsify(0.5, 5, granularity="filter", coupled=True)
-        print(learn.shrink())
-        learn.fit_one_cycle(2)
+        >>> learn = make_learner()
+        >>> _ = learn.sparsify(0.5, 2, granularity='filter', coupled=True)
+        >>> table = learn.shrink()
+        >>> table.parameters, table.parameters_left
+        (354, 178)
+        >>> learn.fit_one_cycle(1)  # trains the smaller model
     """
     if isinstance(self.opt_func, OptimWrapper):
         raise ValueError(
