@@ -140,6 +140,8 @@ _ALONE = {**_NEED_FASTAI, "Recipe": ".recipes.recipe"}
 def __getattr__(name: str) -> Any:
     if name not in _ALONE and name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _NEED_FASTAI:
+        import_module(".callbacks.methods", __name__)  # adds the methods of a Learner
     found = getattr(import_module(_ALONE.get(name, ".public"), __name__), name)
     return globals().setdefault(name, found)  # the next use finds it without this function
 

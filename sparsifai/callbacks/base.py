@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastai.callback.core import Callback
 
 from ..support.at_end import AtEnd
@@ -82,8 +84,12 @@ class TrainingCallback(Callback):
     def _taken_off(self) -> None:
         """Called before the callback is removed from the Learner, and again if it was interrupted."""
 
-    def _model_replaced(self) -> None:
-        """Called when `learn.shrink` has replaced the model of the Learner by a smaller one."""
+    def _model_replaced(self, example_input: Any) -> None:
+        """Called when `learn.shrink` has replaced the model of the Learner by a smaller one.
+
+        Args:
+            example_input: A batch that both models accept.
+        """
 
     def __reduce_ex__(self, protocol):
         learn = self.learn

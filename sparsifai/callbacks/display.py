@@ -13,7 +13,6 @@ from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 
 from ..support.warning import warn
-from . import shrinking as shrinking  # adds `learn.shrink`, wherever callbacks are imported
 
 
 def notify(learn: Learner, message: str, matters: bool = False) -> None:

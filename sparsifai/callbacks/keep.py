@@ -74,8 +74,9 @@ class KeepSparsity(TrainingCallback):
         self._steps = 0
         self._gradients_zeroed = False  # whether the gradients of all masked weights were zeroed in this step
 
-    def _model_replaced(self) -> None:
-        self.masks, self.held_model, self.recovers = {}, None, True  # from now on the zeros of the smaller model
+    def _model_replaced(self, example_input: Any) -> None:
+        smaller = unwrapped(self.learn.model)
+        self.masks, self.held_model, self.recovers = recovered_masks(smaller, {}, example_input), smaller, True
 
     def before_fit(self):
         "Zero the masked weights and their moments, which may have been loaded or changed since the last fit"

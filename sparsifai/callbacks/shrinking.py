@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fastai.learner import Learner
@@ -12,7 +13,10 @@ from torch.utils._pytree import tree_map
 
 from ..export.shrink import shrunk, warn_of_zeros_left
 from ..export.shrinkage_table import Shrinkage
+from ..support.table import percent
+from . import reporting as reporting  # adds `learn.sparsity_report`
 from .base import TrainingCallback
+from .keep import KeepSparsity
 from .learner import first_batch
 
 
@@ -33,12 +37,18 @@ def shrink(
             ones. Default: the inputs of two examples of the training data.
 
     Returns:
-        The table of what was removed from each layer. A UserWarning says how many zero filters could not be removed.
+        The table of what was removed from each layer, with a line on what later fits do. A UserWarning says how many
+        zero filters could not be removed.
 
     Raises:
         ImportError: torch-pruning is not installed.
         ValueError: As `sparsifai.shrink`; or there is no data and no example, or `opt_func` is an optimizer that was
             already made. Nothing has changed then.
+
+    Example:
+        learn.sparsify(0.5, 5, granularity="filter", coupled=True)
+        print(learn.shrink())
+        learn.fit_one_cycle(2)
     """
     if isinstance(self.opt_func, OptimWrapper):
         raise ValueError(
@@ -60,9 +70,22 @@ def shrink(
         raise
     for callback in self.cbs:
         if isinstance(callback, TrainingCallback):
-            callback._model_replaced()
+            callback._model_replaced(example)
     warn_of_zeros_left(table)
-    return table
+    return replace(table, what_next=_what_next(self))
+
+
+def _what_next(learn: Learner) -> str:
+    """What later fits of a Learner do with its smaller model."""
+    frozen, groups = getattr(learn.opt, "frozen_idx", 0), len(learn.opt.param_lists)
+    held = f"; {frozen} of {groups} parameter groups are frozen, as before" if frozen else ""
+    text = f"later fits train the smaller model, with a new optimizer{held}"
+    sparsity = learn.sparsity_report().selected.sparsity
+    if not sparsity:
+        return text
+    if any(each.masks for each in learn._grab_cbs(KeepSparsity)):
+        return f"{text}; KeepSparsity keeps the {percent(sparsity)} of zeros that it has"
+    return f"{text}; nothing keeps the {percent(sparsity)} of zeros that it has: learn.add_cb(KeepSparsity()) does"
 
 
 def _first_two(learn: Learner) -> Any:

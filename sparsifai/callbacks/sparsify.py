@@ -142,6 +142,11 @@ class SparsifyCallback(TrainingCallback):
         )  # fmt: skip
 
     @property
+    def name(self):
+        "The name of the attribute of the Learner; `sparsify` is a method of it"
+        return f"{super().name}_callback"
+
+    @property
     def sparsifier(self):
         "The Sparsifier of the model, from the first batch on; None before"
         return None if self.pruned is None else self.pruned.sparsifier

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..model.tensors import is_made_of_others, shape_of, size_of
-from ..model.zeros import Count, figures, why_not_counted
+from ..model.zeros import COUNTED, Count, figures, why_not_counted
 from ..support.listing import in_short
-from ..support.table import Cells
+from ..support.table import Column, Table
 
 # Where learn.save and other libraries write the weights, beside the state of the optimizer and the like.
 OF_MODELS = ("model", "model_state_dict", "state_dict")
@@ -105,28 +104,66 @@ class Checkpoint:
         elif value is not None and value not in ({}, [], ()):
             self.others.append(name)
 
-    def tables(self) -> list[Cells]:
+    def tables(self) -> list[Table]:
         """The table of what is counted, and the table of what is not, if there is such."""
-        matrices = {name: value for name, value in self.counted.items() if value.dim() > 1}
-        rows = [_counted(name, _size(value.shape), value) for name, value in matrices.items()]
-        whole = "all that are counted" if self.left_out else "whole file"
-        totals = [
-            _counted("all of these", "", *_apart(matrices.values())),
-            _counted(whole, "", *_apart(self.counted.values())),
-        ]
-        tables = [Cells(("weight", "shape", "weights", "zeros", "sparsity"), rows, totals, left=(0, 1))]
-        if self.left_out or self.others:
-            tables.append(self._not_counted())
-        return tables
+        return [CountedTensors(self), *([NotCounted(self)] if self.left_out or self.others else [])]
 
-    def _not_counted(self) -> Cells:
-        rows = [(name, _size(each.shape), f"{each.values:,}", each.why) for name, each in self.left_out.items()]
-        if self.others:
-            count = len(self.others)
-            rows.append((in_short(self.others), "", "", "no tensor" if count == 1 else f"{count} entries, no tensors"))
-        total = sum(each.values for each in self.left_out.values())
-        header = ("not counted", "shape", "weights", "why")
-        return Cells(header, rows, [("all of these", "", f"{total:,}", "")], left=(0, 1, 3))
+
+@dataclass(frozen=True, repr=False)
+class CountedTensors(Table):
+    """The zeros of the matrices of a checkpoint, and of all that can be counted in it.
+
+    Attributes:
+        checkpoint: The checkpoint.
+    """
+
+    checkpoint: Checkpoint
+
+    def _matrices(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.checkpoint.counted.items() if value.dim() > 1}
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {"weight": name, "shape": tuple(value.shape), **figures(Count.of(value))}
+            for name, value in self._matrices().items()
+        ]
+
+    def _columns(self) -> tuple[Column, ...]:
+        return (Column("weight", left=True), Column("shape", left=True), *COUNTED)
+
+    def _totals(self) -> list[dict[str, Any]]:
+        whole = "all that are counted" if self.checkpoint.left_out else "whole file"
+        return [
+            {"weight": "all of these", **figures(Count.of(*_apart(self._matrices().values())))},
+            {"weight": whole, **figures(Count.of(*_apart(self.checkpoint.counted.values())))},
+        ]
+
+
+@dataclass(frozen=True, repr=False)
+class NotCounted(Table):
+    """The entries of a checkpoint that are not counted, with the reasons.
+
+    Attributes:
+        checkpoint: The checkpoint.
+    """
+
+    checkpoint: Checkpoint
+
+    def _records(self) -> list[dict[str, Any]]:
+        records = [
+            {"entry": name, "shape": each.shape, "weights": each.values, "why": each.why}
+            for name, each in self.checkpoint.left_out.items()
+        ]
+        others = self.checkpoint.others
+        why = "no tensor" if len(others) == 1 else f"{len(others)} entries, no tensors"
+        return records + [{"entry": in_short(others), "shape": None, "weights": None, "why": why}] * bool(others)
+
+    def _columns(self) -> tuple[Column, ...]:
+        names = (Column("entry", "not counted", left=True), Column("shape", left=True))
+        return (*names, Column("weights"), Column("why", left=True))
+
+    def _totals(self) -> list[dict[str, Any]]:
+        return [{"entry": "all of these", "weights": sum(each.values for each in self.checkpoint.left_out.values())}]
 
 
 def _entries(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -150,11 +187,3 @@ def _apart(tensors: Any) -> list[Tensor]:
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if plain else id(tensor)
         apart.setdefault(key, tensor)
     return list(apart.values())
-
-
-def _size(shape: tuple[int, ...] | torch.Size) -> str:
-    return "x".join(map(str, shape))
-
-
-def _counted(name: str, shape: str, *tensors: Tensor) -> tuple[str, ...]:
-    return name, shape, *figures(Count.of(*tensors))

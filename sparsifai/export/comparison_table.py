@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..support.table import Cells, Table
+from ..support.table import Column, Table
 
 # Title of a column of the table -> attribute of a Form.
 _COLUMNS = {
@@ -90,23 +90,58 @@ class Comparison(Table):
         value, dense = getattr(self[name], quantity), getattr(self.forms[0], quantity)
         return None if value is None or not dense else value / dense
 
-    def _cells(self) -> Cells:
-        header = ["form"] + [title for column in _COLUMNS for title in (column, "ratio")]
-        rows = [
-            [form.name]
-            + [
-                cell
+    def in_words(self, name: str) -> str:
+        """What a form gains beside the dense model, such as '4x smaller, 2.8x faster'.
+
+        Args:
+            name: Name of the form.
+
+        Returns:
+            Its file and its time in words, each if it was measured; empty for the dense model itself.
+
+        Raises:
+            KeyError: No form has this name.
+
+        Example:
+            >>> forms = Form('dense', bytes=400, milliseconds=2.8), Form('shrunk', bytes=100, milliseconds=1.0)
+            >>> Comparison(forms, '').in_words('shrunk')
+            '4x smaller, 2.8x faster'
+        """
+        form = self[name]
+        if form is self.forms[0]:
+            return ""
+        size, time = self.relative(name, "bytes"), self.relative(name, "milliseconds")
+        noise = "as fast within the noise" if form.is_noise else _factor(time, "faster", "slower", "as fast")
+        return ", ".join(filter(None, (_factor(size, "smaller", "larger", "as large"), noise if time else "")))
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {"form": form.name}
+            | {
+                name: value
                 for quantity in _COLUMNS.values()
-                for cell in (_cell(getattr(form, quantity)), self._ratio(form, quantity))
-            ]
+                for name, value in (
+                    (quantity, getattr(form, quantity)),
+                    (f"{quantity}_ratio", self.relative(form.name, quantity)),
+                )
+            }
+            | {"is_noise": form.is_noise, "in_words": self.in_words(form.name), "note": form.note}
             for form in self.forms
         ]
-        return Cells(header, rows, caption=self.caption, notes=[form.note for form in self.forms])
+
+    def _columns(self) -> tuple[Column, ...]:
+        numbers = [Column(quantity, title, show=_cell) for title, quantity in _COLUMNS.items()]
+        words = (Column("in_words", "to dense", left=True), Column("note", left=True, below=True))
+        return (Column("form", left=True), *numbers, *words)
+
+    def _caption(self) -> str:
+        return self.caption
 
     def _ratio(self, form: Form, quantity: str) -> str:
-        """A cell with the ratio to the dense model, with `~` before a time whose difference is within the noise."""
+        """The ratio to the dense model, with `~` before a time whose difference is within the noise."""
+        ratio = self.relative(form.name, quantity)
         about = "~" if quantity == "milliseconds" and form.is_noise else ""
-        return about + _cell(self.relative(form.name, quantity))
+        return "" if ratio is None else about + _cell(ratio)
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the numbers of each form relative to the dense model as bars.
@@ -128,11 +163,7 @@ class Comparison(Table):
             ratios = [self.relative(form.name, quantity) for form in self.forms]
             places = [place + (number - (len(_DRAWN) - 1) / 2) * height for place in range(len(ratios))]
             bars = ax.barh(places, [ratio or 0 for ratio in ratios], height, label=label)
-            labels = [
-                "" if ratio is None else self._ratio(form, quantity)
-                for form, ratio in zip(self.forms, ratios, strict=True)
-            ]
-            ax.bar_label(bars, labels, padding=2, fontsize="x-small")
+            ax.bar_label(bars, [self._ratio(form, quantity) for form in self.forms], padding=2, fontsize="x-small")
         for place, form in enumerate(self.forms):
             if form.milliseconds is None:
                 ax.text(0.01, place, "not available: see the note", va="center", fontsize="small", color="0.4")
@@ -155,13 +186,19 @@ def caption(seconds: Mapping[str, Sequence[float]], dense: nn.Module) -> str:
     device = next((parameter.device for parameter in dense.parameters()), torch.device("cpu"))
     threads = torch.get_num_threads()
     where = f"cpu with {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else str(device)
-    return (
-        f"Median latency of {len(seconds['dense'])} runs in turn on {where}. ~: within the noise. FLOPs: with weights. "
-        "Ratio: to dense."
-    )
+    return f"Median latency of {len(seconds['dense'])} runs in turn on {where}. FLOPs: with weights."
 
 
-def _cell(value: float | None) -> str:
-    if value is None:
-        return "-"
+def _factor(ratio: float | None, less: str, more: str, same: str) -> str:
+    """A ratio in words: how many times less or more; empty if it is not available."""
+    if not ratio:
+        return ""
+    factor = max(ratio, 1 / ratio)
+    if factor < 1.005:
+        return same
+    digits = f"{factor:.2f}" if factor < 1.05 else f"{factor:.1f}" if factor < 10 else f"{factor:,.0f}"
+    return f"{digits.removesuffix('.0')}x {less if ratio < 1 else more}"
+
+
+def _cell(value: float) -> str:
     return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:.3g}"

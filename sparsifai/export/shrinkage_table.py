@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..model.zeros import Count
-from ..support.table import Cells, Table, percent
+from ..support.table import Column, Table, percent
+
+_NUMBERS = ("number", "zero", "removed", "zero_left")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Shrinkage(Table):
         parameters_left: Number of parameters of the whole model after.
         groups: One row for the heads of each attention and the neurons of each MLP.
         not_followed: Why filters were not looked for; mostly empty.
+        what_next: Of `learn.shrink()`, what later fits of the Learner do; else empty.
     """
 
     layers: tuple[ShrinkableLayer, ...]
@@ -79,6 +83,7 @@ class Shrinkage(Table):
     parameters_left: int
     groups: tuple[ShrinkableGroups, ...] = ()
     not_followed: str = ""
+    what_next: str = ""
 
     @property
     def zeros(self) -> int:
@@ -100,36 +105,45 @@ class Shrinkage(Table):
         """The first three layers with zero outputs that cannot be removed, each with the reasons."""
         return first_reasons(self.layers)
 
-    def _cells(self) -> Cells:
-        share = Count(self.parameters, self.parameters - self.parameters_left).sparsity
+    def _records(self) -> list[dict[str, Any]]:
         rows: list[tuple[str, int, ShrinkableLayer | ShrinkableGroups]] = [
             *(("filter", layer.outputs, layer) for layer in self.layers),
             *((groups.what, groups.count, groups) for groups in self.groups),
         ]
-        totals = []
-        for what in dict.fromkeys(what for what, _, _ in rows):
-            of_kind = [(count, row.zeros, row.removed, row.zeros_left) for each, count, row in rows if each == what]
-            totals.append((f"all {what}s", "", "", *_figures(*map(sum, zip(*of_kind, strict=True))), ""))
+        return [
+            {
+                "layer": row.name,
+                "kind": row.kind,
+                "what": what,
+                "number": count,
+                "zero": row.zeros,
+                "removed": row.removed,
+                "zero_left": row.zeros_left,
+                "why": row.why,
+            }
+            for what, count, row in rows
+        ]
+
+    def _columns(self) -> tuple[Column, ...]:
+        texts = [Column(name, left=True) for name in ("layer", "kind", "what")]
+        return (*texts, *map(Column, _NUMBERS), Column("why", left=True))
+
+    def _totals(self) -> list[dict[str, Any]]:
+        records = self._records()
+        return [
+            {"layer": f"all {what}s"}
+            | {name: sum(record[name] for record in records if record["what"] == what) for name in _NUMBERS}
+            for what in dict.fromkeys(record["what"] for record in records)
+        ]
+
+    def _caption(self) -> str:
+        share = Count(self.parameters, self.parameters - self.parameters_left).sparsity
         caption = f"{self.parameters:,} parameters, {self.parameters_left:,} after: {percent(share)} removed"
-        if self.not_followed:
-            caption += f"\nfilters were not looked for: {self.not_followed}"
-        return Cells(
-            ("layer", "kind", "what", "number", "zero", "removed", "zero left", "why"),
-            [
-                (row.name, row.kind, what, *_figures(count, row.zeros, row.removed, row.zeros_left), row.why)
-                for what, count, row in rows
-            ],
-            totals=totals,
-            left=(0, 1, 2, 7),
-            caption=caption,
-        )
+        not_followed = f"filters were not looked for: {self.not_followed}" if self.not_followed else ""
+        return "\n".join(filter(None, (caption, not_followed, self.what_next)))
 
 
 def first_reasons(rows: Sequence[ShrinkableLayer | ShrinkableGroups]) -> str:
     """The first three rows with zeros that cannot be removed, each with the reasons."""
     left = [f"{row.name or 'the model itself'} ({row.why})" for row in rows if row.zeros_left]
     return "; ".join(left[:3]) + (f"; and {len(left) - 3} more layers" if len(left) > 3 else "")
-
-
-def _figures(*numbers: int) -> tuple[str, ...]:
-    return tuple(f"{number:,}" for number in numbers)

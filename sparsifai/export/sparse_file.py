@@ -16,11 +16,11 @@ from torch.nn.parameter import is_lazy
 
 from ..model.parallel import is_sharded, unwrapped
 from ..model.tensors import is_fixed
-from ..model.zeros import Count, figures
+from ..model.zeros import COUNTED, Count, figures
 from ..support.checks import check_is_module
 from ..support.printable import printable
 from ..support.registry import close_matches
-from ..support.table import Cells, Table
+from ..support.table import Column, Table
 from .sparse_format import Tensors, dense_bytes, read_tensors, some_of, write_tensors
 from .sparse_tensor import DTYPES, NAMES, StoredTensor, bits_of
 
@@ -104,22 +104,33 @@ class SparseFile(Table):
         counts = [row.count for row in self.rows if not row.form.startswith("same as ")]
         return Count(sum(count.weights for count in counts), sum(count.zeros for count in counts))
 
-    def _cells(self) -> Cells:
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "tensor": row.name,
+                "shape": row.shape,
+                "dtype": row.dtype,
+                **figures(row.count),
+                "form": row.form,
+                "bytes": row.bytes,
+                "dense_bytes": row.dense_bytes,
+            }
+            for row in self.rows
+        ]
+
+    def _columns(self) -> tuple[Column, ...]:
+        texts = [Column(name, left=True) for name in ("tensor", "shape", "dtype")]
+        return (*texts, *COUNTED, Column("form", left=True), Column("bytes"), Column("dense_bytes"))
+
+    def _totals(self) -> list[dict[str, Any]]:
         stored, dense = sum(row.bytes for row in self.rows), sum(row.dense_bytes for row in self.rows)
-        return Cells(
-            ("tensor", "shape", "dtype", "weights", "zeros", "sparsity", "form", "bytes", "dense bytes"),
-            [
-                (row.name, "x".join(map(str, row.shape)), row.dtype, *figures(row.count), row.form, f"{row.bytes:,}",
-                 f"{row.dense_bytes:,}")
-                for row in self.rows
-            ],
-            totals=[
-                ("all tensors", "", "", *figures(self.count), "", f"{stored:,}", f"{dense:,}"),
-                ("file with its header", *[""] * 6, f"{self.bytes:,}", f"{self.dense_bytes:,}"),
-            ],
-            left=(0, 1, 2, 6),
-            caption=f"{self.path.name}: {100 * self.ratio:.2f}% of the bytes of the dense file",
-        )  # fmt: skip
+        return [
+            {"tensor": "all tensors", **figures(self.count), "bytes": stored, "dense_bytes": dense},
+            {"tensor": "file with its header", "bytes": self.bytes, "dense_bytes": self.dense_bytes},
+        ]
+
+    def _caption(self) -> str:
+        return f"{self.path.name}: {100 * self.ratio:.2f}% of the bytes of the dense file"
 
 
 def save_sparse(model: nn.Module, path: str | os.PathLike) -> SparseFile:

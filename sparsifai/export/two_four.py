@@ -19,7 +19,7 @@ from ..model.tensors import check_values, shape_of
 from ..model.zeros import is_nonzero, why_not_counted
 from ..support.checks import check_is_module
 from ..support.printable import printable
-from ..support.table import Cells, Table, percent
+from ..support.table import Column, Table, percent
 from ..support.warning import own_filters, warn
 from .conversion import check_for_inference, check_same_outputs, dtype_name, list_reasons
 
@@ -67,15 +67,26 @@ class SemiStructured(Table):
         """Names of the weights that can be converted on a GPU."""
         return tuple(layer.name for layer in self.layers if not layer.why_not)
 
-    def _cells(self) -> Cells:
-        header = ("layer", "kind", "shape", "dtype", "2:4 form")
-        rows = [
-            (layer.name, layer.kind, "x".join(map(str, layer.shape)), dtype_name(layer.dtype),
-             f"no: {layer.why_not}" if layer.why_not else "yes")
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "layer": layer.name,
+                "kind": layer.kind,
+                "shape": layer.shape,
+                "dtype": dtype_name(layer.dtype),
+                "is_two_four": layer.is_two_four,
+                "convertible": not layer.why_not,
+                "why_not": layer.why_not,
+            }
             for layer in self.layers
-        ]  # fmt: skip
-        total = ("convertible", "", "", "", f"{len(self.convertible)} of {len(self.layers)} layers")
-        return Cells(header, rows, totals=[total], left=range(len(header)))
+        ]
+
+    def _columns(self) -> tuple[Column, ...]:
+        texts = [Column(name, left=True) for name in ("layer", "kind", "shape", "dtype")]
+        return (*texts, Column("convertible", "2:4 form", left=True), Column("why_not", left=True))
+
+    def _totals(self) -> list[dict[str, Any]]:
+        return [{"layer": f"convertible of {len(self.layers):,}", "convertible": len(self.convertible)}]
 
 
 def semi_structured_layers(model: nn.Module) -> SemiStructured:

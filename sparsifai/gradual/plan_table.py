@@ -11,9 +11,7 @@ from typing import Any
 from ..model.zeros import Count
 from ..sparsifier.report import Report, Row
 from ..support.listing import in_short
-from ..support.table import Cells, Table, percent
-
-_COLUMNS = ("layer", "kind", "shape", "weights", "left", "sparsity", "bytes", "bytes left")
+from ..support.table import Column, Table, percent
 
 
 @dataclass(frozen=True)
@@ -131,23 +129,45 @@ class Plan(Table):
         """Names of the layers that are near collapse."""
         return tuple(layer.name for layer in self.layers if layer.near_collapse)
 
-    def _cells(self) -> Cells:
-        counted = self.model.flops is not None
-        rows = [
-            (layer.name, layer.kind, "x".join(map(str, layer.shape)), *_figures(layer.size, counted),
-             f"no: {layer.why_not_two_four}" if layer.why_not_two_four else "yes", _note(layer))
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "layer": layer.name,
+                "kind": layer.kind,
+                "shape": layer.shape,
+                **_figures(layer.size),
+                "why_not_two_four": layer.why_not_two_four,
+                "selected": not layer.why_dense,
+                "near_collapse": layer.near_collapse,
+                "note": _note(layer),
+            }
             for layer in self.layers
-        ]  # fmt: skip
-        return Cells(
-            (*_COLUMNS, *(("FLOPs", "FLOPs left") if counted else ()), "2:4 in fp16", "note"),
-            rows,
-            totals=[
-                ("selected layers", "", "", *_figures(self.selected, counted), "", ""),
-                ("whole model", "", "", *_figures(self.model, counted), "", ""),
-            ],
-            left=(0, 1, 2, -2, -1),
-            caption="\n".join(self.notes),
+        ]
+
+    def _columns(self) -> tuple[Column, ...]:
+        flops = (Column("flops", "FLOPs"), Column("flops_left", "FLOPs left"))
+        return (
+            Column("layer", left=True),
+            Column("kind", left=True),
+            Column("shape", left=True),
+            Column("weights"),
+            Column("weights_left", "left"),
+            Column("sparsity", show=percent),
+            Column("bytes"),
+            Column("bytes_left"),
+            *(flops if self.model.flops is not None else ()),
+            Column("why_not_two_four", "2:4 in fp16", show=lambda why: f"no: {why}" if why else "yes", left=True),
+            Column("note", left=True),
         )
+
+    def _totals(self) -> list[dict[str, Any]]:
+        return [
+            {"layer": "selected layers", **_figures(self.selected)},
+            {"layer": "whole model", **_figures(self.model)},
+        ]
+
+    def _caption(self) -> str:
+        return "\n".join(self.notes)
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the sparsity of each layer as a bar: layers that stay dense in grey, layers near collapse in red.
@@ -244,9 +264,13 @@ def _count(size: Size) -> Count:
     return Count(size.weights, size.weights - size.left)
 
 
-def _figures(size: Size, counted: bool) -> tuple[str, ...]:
-    known = ["" if each is None else f"{each:,}" for each in (size.flops, size.flops_left)]
-    return (
-        f"{size.weights:,}", f"{size.left:,}", percent(size.sparsity), f"{size.bytes:,}", f"{size.bytes_left:,}",
-        *(known if counted else ()),
-    )  # fmt: skip
+def _figures(size: Size) -> dict[str, Any]:
+    return {
+        "weights": size.weights,
+        "weights_left": size.left,
+        "sparsity": size.sparsity,
+        "bytes": size.bytes,
+        "bytes_left": size.bytes_left,
+        "flops": size.flops,
+        "flops_left": size.flops_left,
+    }

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..support.printable import printable
-from ..support.table import percent
+from ..support.table import Column, percent
 from .parallel import whole
 from .tensors import check_values, computable, is_made_of_others
 
@@ -140,6 +141,16 @@ def weights_of_embeddings(model: nn.Module) -> set[Tensor]:
     return {part.weight for part in model.modules() if isinstance(part, (nn.Embedding, nn.EmbeddingBag))}
 
 
-def figures(count: Count) -> tuple[str, str, str]:
-    """Return the cells of a table for a count: weights, zeros and sparsity in percent."""
-    return f"{count.weights:,}", f"{count.zeros:,}", percent(count.sparsity)
+# The columns of a table for the values of `figures`.
+COUNTED = (Column("weights"), Column("zeros"), Column("sparsity", show=percent))
+
+
+def figures(count: Count | None) -> dict[str, Any]:
+    """The values of a count in the records of a table; None for each if nothing could be counted.
+
+    Args:
+        count: The count, or None.
+    """
+    if count is None:
+        return {"weights": None, "zeros": None, "sparsity": None}
+    return {"weights": count.weights, "zeros": count.zeros, "sparsity": count.sparsity}

@@ -99,7 +99,7 @@ class QuantizeCallback(TrainingCallback):
     def _before_question(self) -> None:
         self._restore()  # after a fit that was interrupted
 
-    def _model_replaced(self) -> None:
+    def _model_replaced(self, example_input: Any) -> None:
         self._restore()
         self._fake, self._begun = None, False
 

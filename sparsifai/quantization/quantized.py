@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..export.sparse_file import SparseFile, write_state
 from ..export.sparse_format import read_with_metadata
-from ..model.zeros import Count, figures
+from ..model.zeros import COUNTED, Count, figures
 from ..support.files import open_regular, write_whole
 from ..support.printable import message_of, printable
-from ..support.table import Cells, Table, percent
+from ..support.table import Column, Table, percent
 from .exported import MOST_BYTES, import_onnx
 
 _ENDING = "_quantized"  # what onnxruntime appends to the name of a weight
@@ -135,22 +135,32 @@ class Quantized(Table):
         state[_GRAPH] = torch.from_numpy(graph.copy())
         return write_state("save_sparse", path, state)
 
-    def _cells(self) -> Cells:
-        return Cells(
-            ("weight", "dtype", "shape", "weights", "zeros", "sparsity", "scales", "bytes"),
-            [
-                (row.name, row.dtype, "x".join(map(str, row.shape)), *figures(row.count), str(row.scales or ""),
-                 f"{row.bytes:,}")
-                for row in self.rows
-            ],
-            totals=[
-                ("all int8 weights", "", "", *figures(self.count), "",
-                 f"{sum(row.bytes for row in self.rows if row.scales):,}"),
-                ("whole file", *[""] * 6, f"{self.bytes:,}"),
-            ],
-            left=(0, 1, 2),
-            caption=f"{self.path.name}: int8 weights, of which {percent(self.count.sparsity)} are zero",
-        )  # fmt: skip
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "weight": row.name,
+                "dtype": row.dtype,
+                "shape": row.shape,
+                **figures(row.count),
+                "scales": row.scales or None,
+                "bytes": row.bytes,
+            }
+            for row in self.rows
+        ]
+
+    def _columns(self) -> tuple[Column, ...]:
+        texts = [Column(name, left=True) for name in ("weight", "dtype", "shape")]
+        return (*texts, *COUNTED, Column("scales"), Column("bytes"))
+
+    def _totals(self) -> list[dict[str, Any]]:
+        of_int8 = sum(row.bytes for row in self.rows if row.scales)
+        return [
+            {"weight": "all int8 weights", **figures(self.count), "bytes": of_int8},
+            {"weight": "whole file", "bytes": self.bytes},
+        ]
+
+    def _caption(self) -> str:
+        return f"{self.path.name}: int8 weights, of which {percent(self.count.sparsity)} are zero"
 
 
 _STORED = ("float32", "float16", "float64", "int8", "uint8", "int16", "int32", "int64", "bool")

@@ -331,6 +331,7 @@ def _notes_on_int8(recipe: Recipe, model: nn.Module) -> Iterator[str]:
 
 def _callback_classes() -> dict[str, Callable]:
     """Kind of step -> its callback. They are imported here, as they need fastai, which a plan does not."""
+    from ..callbacks import methods as methods  # adds the methods of a Learner
     from ..callbacks.freeze import FreezeCallback
     from ..callbacks.keep import KeepSparsity
     from ..callbacks.sparsify import SparsifyCallback

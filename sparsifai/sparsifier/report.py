@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..model.layers import NamedWeight, find_weights
 from ..model.parallel import kind_of
 from ..model.tensors import shape_of, size_of
-from ..model.zeros import Count, figures, why_not_counted
+from ..model.zeros import COUNTED, Count, figures, why_not_counted
 from ..support.listing import in_short
 from ..support.printable import printable
-from ..support.table import Cells, Table, percent
+from ..support.table import Column, Table, percent
 from .coupled import Coupling
 from .layer import Layer, Layers, selected
 from .regrowth import Regrowth
@@ -166,31 +166,36 @@ class Report(Table):
         what = coupling.what if coupling is not None and joint else ""
         return cls(rows, zeros, whole, explored, not_counted, left_out, joint, what)
 
-    def _cells(self) -> Cells:
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "layer": row.name,
+                "kind": row.kind,
+                "shape": row.shape,
+                **figures(None if row.name in self.not_counted else row.count),
+                "selected": not row.why_dense,
+                "note": row.why_dense or row.note,
+            }
+            for row in self.rows
+        ]
+
+    def _columns(self) -> tuple[Column, ...]:
         last = "note" if any(row.note for row in self.rows) else "why dense"
-        caption = ""
+        names = (Column("layer", left=True), Column("kind", left=True), Column("shape", left=True))
+        return (*names, *COUNTED, Column("note", last, left=True))
+
+    def _totals(self) -> list[dict[str, Any]]:
+        return [{"layer": "selected layers", **figures(self.selected)}, {"layer": "whole model", **figures(self.model)}]
+
+    def _caption(self) -> str:
+        lines = []
         if self.joint:
             pruned, count = (sum(column) for column in zip(*self.joint.values(), strict=True))
-            caption = f"{pruned:,} of {count:,} {self.what}s are pruned."
+            lines.append(f"{pruned:,} of {count:,} {self.what}s are pruned.")
         if self.not_counted:
             names = [f"{name} ({why})" for name, why in self.not_counted.items()]
-            caption += f"{chr(10) * bool(caption)}Not counted: {self.left_out:,} values of {in_short(names)}."
-        return Cells(
-            ("layer", "kind", "shape", "weights", "zeros", "sparsity", last),
-            [
-                (row.name, row.kind, "x".join(map(str, row.shape)), *self._figures(row), row.why_dense or row.note)
-                for row in self.rows
-            ],
-            totals=[
-                ("selected layers", "", "", *figures(self.selected), ""),
-                ("whole model", "", "", *figures(self.model), ""),
-            ],
-            left=(0, 1, 2, -1),
-            caption=caption,
-        )
-
-    def _figures(self, row: Row) -> tuple[str, str, str]:
-        return ("", "", "") if row.name in self.not_counted else figures(row.count)
+            lines.append(f"Not counted: {self.left_out:,} values of {in_short(names)}.")
+        return "\n".join(lines)
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the sparsity of each layer as a bar. Layers that stay dense are grey.

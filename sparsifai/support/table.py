@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from html import escape
 from textwrap import fill
+from typing import TYPE_CHECKING, Any
 
-from .printable import LONGEST_MESSAGE, printable, printable_lines
+from .printable import LONGEST_MESSAGE, printable, printable_lines, quoted
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _WIDTH_OF_NOTES = 120
 
@@ -100,15 +105,173 @@ class Cells:
         return {column % len(self.header) for column in self.left}
 
 
+Record = Mapping[str, Any]
+
+
+def shown(value: Any) -> str:
+    """A value as the text of a cell: whole numbers with commas, shapes with x, nothing for None.
+
+    Example:
+        >>> shown(1200), shown((8, 3, 3)), shown(0.25), shown(True), shown(None)
+        ('1,200', '8x3x3', '0.25', 'yes', '')
+    """
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: which value of each record it shows, and how.
+
+    Attributes:
+        name: Key of the value in the records.
+        title: The header. Default: the name, with spaces.
+        show: The text of a value. Values that are None are shown as an empty cell without asking it.
+        left: Whether it is aligned to the left, as text is, and not to the right, as numbers are.
+        below: Whether its texts are lines below the table, as notes that are long; in HTML they are a column.
+    """
+
+    name: str
+    title: str = ""
+    show: Callable[[Any], str] = shown
+    left: bool = False
+    below: bool = False
+
+    @property
+    def header(self) -> str:
+        """The title, or the name with spaces."""
+        return self.title or self.name.replace("_", " ")
+
+    def cell(self, record: Record) -> str:
+        """The text of this column for a record; empty if the record has no value for it."""
+        value = record.get(self.name)
+        return "" if value is None else self.show(value)
+
+
 class Table(ABC):
     """Base class of results that are shown as a table: text when printed, HTML in a notebook.
 
-    A subclass defines `_cells`. If it is a dataclass, it needs `repr=False`, or its own repr replaces the table.
+    A subclass says what is in the table: `_records` are the raw values, one dictionary per row, and `_columns` say
+    which of them are shown, and how. Text, HTML, DataFrames and JSON are all made of these. If it is a dataclass, it
+    needs `repr=False`, or its own repr replaces the table.
     """
 
+    _order: tuple[int, ...] | None = None  # numbers of the records in the order in which `sort` put them
+
     @abstractmethod
+    def _records(self) -> list[dict[str, Any]]:
+        """The raw values of each row, all with the same keys."""
+
+    @abstractmethod
+    def _columns(self) -> Sequence[Column]:
+        """The columns to show. The first one names the row."""
+
+    def _totals(self) -> list[dict[str, Any]]:
+        """The raw values of the rows below the rule: no more keys than those of the records."""
+        return []
+
+    def _caption(self) -> str:
+        """Lines above the table."""
+        return ""
+
+    def records(self) -> list[dict[str, Any]]:
+        """The raw values of the table, without its totals.
+
+        Numbers are numbers, shapes are tuples, and sparsities are fractions from 0 to 1. A number that is not available
+        is None. Units are in the names: `bytes`, `milliseconds`.
+
+        Returns:
+            One dictionary per row, all with the same keys.
+
+        Example:
+            >>> import torch
+            >>> from sparsifai import Report
+            >>> Report.of(torch.nn.Linear(4, 2)).records()[0]['shape']
+            (2, 4)
+        """
+        records = self._records()
+        return records if self._order is None else [records[number] for number in self._order]
+
+    def totals(self) -> list[dict[str, Any]]:
+        """The raw values of the totals, which are the last rows of the printed table.
+
+        Returns:
+            One dictionary per total, with the same keys as `records`; None for what has no total.
+        """
+        keys = dict.fromkeys(key for record in self._records()[:1] for key in record)
+        return [{**keys, **total} for total in self._totals()]
+
+    def to_pandas(self) -> Any:
+        """The records as a DataFrame of pandas, with one row per row of the table and without totals.
+
+        Returns:
+            The pandas.DataFrame.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError(
+                f"{type(self).__name__}.to_pandas needs pandas: pip install pandas; without it, use records()"
+            ) from error
+        records = self.records()
+        return pd.DataFrame(records, columns=list(records[0]) if records else [each.name for each in self._columns()])
+
+    def sort(self, by: str, descending: bool = False) -> Self:
+        """The same table with its rows in another order. Rows that are equal in it keep their order.
+
+        Args:
+            by: A key of `records`, such as 'sparsity'. Rows without a value come last.
+            descending: Whether the largest value comes first. Default False.
+
+        Returns:
+            A new table; its attributes are those of this one, only the rows that it shows are in another order.
+
+        Raises:
+            ValueError: The table has no such column.
+
+        Example:
+            >>> import torch
+            >>> from sparsifai import Report
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Linear(2, 8))
+            >>> [row['layer'] for row in Report.of(model).sort('weights', descending=True).records()]
+            ['1.weight', '0.weight']
+        """
+        records = self._records()
+        if records and by not in records[0]:
+            raise ValueError(
+                f"{type(self).__name__}.sort: no column is named {quoted(by)}; choose from {', '.join(records[0])}"
+            )
+        places = self._order or range(len(records))
+        present = [place for place in places if not _is_missing(records[place][by])]
+        ordered = sorted(present, key=lambda place: records[place][by], reverse=descending)
+        result = copy(self)
+        object.__setattr__(result, "_order", (*ordered, *(place for place in places if place not in set(present))))
+        return result
+
     def _cells(self) -> Cells:
-        """The cells to show."""
+        records, columns = self.records(), self._columns()
+        beside = [column for column in columns if not column.below]
+        below = [column for column in columns if column.below]
+        return Cells(
+            [column.header for column in beside],
+            [[column.cell(record) for column in beside] for record in records],
+            totals=[[column.cell(total) for column in beside] for total in self._totals()],
+            left=[number for number, column in enumerate(beside) if column.left],
+            caption=self._caption(),
+            notes=["; ".join(filter(None, (column.cell(record) for column in below))) for record in records]
+            if below
+            else (),
+        )
 
     def __str__(self) -> str:
         return self._cells().text()
@@ -117,6 +280,10 @@ class Table(ABC):
 
     def _repr_html_(self) -> str:
         return self._cells().html()
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value != value  # NaN is not itself
 
 
 def percent(fraction: float) -> str:

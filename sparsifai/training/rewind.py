@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException
+from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
@@ -80,6 +81,8 @@ class SkipBatches(TrainingCallback):
             self.left -= batches
             self.paused = [each for each in self.learn.cbs if each is not self and each.run]
             for callback in self.paused:  # trackers and loggers would take it for an epoch of training
+                if isinstance(callback, ProgressCallback):
+                    callback("before_epoch")  # a bar has to be begun at its first epoch
                 callback.run = False
             raise CancelEpochException
 

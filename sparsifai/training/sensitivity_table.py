@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..support.checks import check_fraction
-from ..support.table import Cells, Table
+from ..support.table import Column, Table
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,16 +105,26 @@ class Sensitivity(Table):
         loss = np.where(finite, loss, worst if worst > 0 else 1.0)
         return np.maximum.accumulate(np.pad(loss, ((0, 0), (1, 0))), axis=1)
 
-    def _cells(self) -> Cells:
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {"layer": name, "weights": size, "baseline": self.baseline}
+            | dict(zip(map(self._key, self.levels), values, strict=True))
+            for name, size, values in zip(self.layers, self.sizes, self.values, strict=True)
+        ]
+
+    def _key(self, level: float) -> str:
+        """The key in the records of the metric at a level, such as 'accuracy_at_0.5'."""
+        return f"{self.metric}_at_{level:g}"
+
+    def _columns(self) -> tuple[Column, ...]:
+        levels = [Column(self._key(level), f"{100 * level:g}%") for level in self.levels]
+        return (Column("layer", left=True), Column("weights"), *levels)
+
+    def _caption(self) -> str:
         better = "lower" if self.lower_is_better else "higher"
-        return Cells(
-            ("layer", "weights", *(f"{100 * level:g}%" for level in self.levels)),
-            [
-                (name, f"{size:,}", *(f"{value:.4g}" for value in values))
-                for name, size, values in zip(self.layers, self.sizes, self.values, strict=True)
-            ],
-            caption=f"{self.metric} is {self.baseline:.4g} before pruning ({better} is better); with one layer pruned "
-            "at a time it is:",
+        return (
+            f"{self.metric} is {self.baseline:.4g} before pruning ({better} is better); with one layer pruned at a "
+            "time it is:"
         )
 
     def plot(self, ax: Any = None) -> Any:

@@ -17,7 +17,7 @@ from ..model.parallel import unwrapped
 from ..sparsifier.masking import masked_parameters, zero_weights
 from ..support.checks import check_is_module
 from ..support.registry import close_matches
-from ..support.table import Cells, Table, percent
+from ..support.table import Column, Table, percent
 from .run_check import check_fits, check_tickets
 from .saved_run import load_run, save_run
 
@@ -131,14 +131,20 @@ class LotteryTickets(Table, Sequence[Ticket]):
         of_rounds = [ticket.metrics if kind == "ticket" else ticket.controls.get(kind, {}) for ticket in self]
         return [metrics.get(self.metric, float("nan")) for metrics in of_rounds]
 
-    def _cells(self) -> Cells:
-        header = ("round", "sparsity", *(kind if kind != "ticket" else self.metric for kind in self.kinds))
-        rows = []
-        for number, ticket in enumerate(self):
-            values = (self.values(kind)[number] for kind in self.kinds)
-            shown = ("" if np.isnan(value) else f"{value:.4f}" for value in values)
-            rows.append((str(number), percent(ticket.sparsity), *shown))
-        return Cells(header, rows, left=())
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {"round": number, "sparsity": ticket.sparsity}
+            | {self._key(kind): None if np.isnan(value := self.values(kind)[number]) else value for kind in self.kinds}
+            for number, ticket in enumerate(self)
+        ]
+
+    def _key(self, kind: str) -> str:
+        """The key in the records of the metric of a kind of nets: the metric for tickets, else the kind."""
+        return self.metric if kind == "ticket" else kind
+
+    def _columns(self) -> tuple[Column, ...]:
+        metrics = [Column(self._key(kind), self._key(kind), show=lambda value: f"{value:.4f}") for kind in self.kinds]
+        return (Column("round"), Column("sparsity", show=percent), *metrics)
 
     def plot(self, *others: LotteryTickets, ax: Any = None) -> Any:
         """Draw the metric of tickets and controls against the fraction of remaining weights.

@@ -246,7 +246,7 @@ def test_a_fit_that_ends_early_leaves_a_sparse_model_and_a_whole_learner(error, 
     assert sparsities(learn) == look.seen[-1]
     assert "step" not in vars(learn.opt)
     assert len(learn.metrics) == 0
-    assert "sparsify" not in vars(learn)
+    assert "sparsify_callback" not in vars(learn)
     (keeper,) = learn._grab_cbs(KeepSparsity)
     assert keeper.masks_of_gradients is None
     learn.fit(1, 0.1)
@@ -285,8 +285,8 @@ def dense_of(callback):
 def test_the_name_in_the_learner_stays_with_the_other_one():
     first, second = SparsifyCallback(0.5, layers="1"), SparsifyCallback(0.5, layers="3")
     learn = small_learner(net(), cbs=[first, second])
-    assert learn.sparsify is second
+    assert learn.sparsify_callback is second
     learn.remove_cb(second)
-    assert learn.sparsify is first
+    assert learn.sparsify_callback is first
     learn.remove_cb(first)
-    assert "sparsify" not in vars(learn)
+    assert "sparsify_callback" not in vars(learn)

@@ -5,12 +5,13 @@ from functools import partial
 import pytest
 import torch
 from conftest import small_learner
-from fastai.vision.all import Adam, Callback, L, OptimWrapper, params
+from fastai.vision.all import Adam, Callback, L, MixedPrecision, OptimWrapper, params
 from torch import nn
 
 pytest.importorskip("torch_pruning", reason="shrink needs it")
 
 from sparsifai import KeepSparsity, SparsifyCallback, shrink  # noqa: E402
+from sparsifai.support.table import percent  # noqa: E402
 
 
 def net():
@@ -110,12 +111,67 @@ def test_zeros_that_stay_are_kept_in_later_fits():
     assert torch.equal(learn.model[1].weight == 0, zeros)
 
 
+def test_what_is_kept_is_known_right_after_it():
+    learn = sparse_learner()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-2, cbs=SparsifyCallback(0.8, layers="1"))
+    table = learn.shrink()
+    report = learn.keep_sparsity.report()
+    zeros = int((learn.model[1].weight == 0).sum())
+    assert report.selected.zeros == learn.sparsity_report().selected.zeros == zeros > 0
+    assert f"KeepSparsity keeps the {percent(report.selected.sparsity)} of zeros that it has" in str(table)
+
+
+def test_the_table_tells_what_comes_next():
+    learn = sparse_learner(splitter=lambda model: L(model[0], model[1:]).map(params))
+    learn.freeze()
+    told = "later fits train the smaller model, with a new optimizer; 1 of 2 parameter groups are frozen, as before\n"
+    assert told in str(learn.shrink())
+    model = net()
+    with torch.no_grad():
+        model[0][0].weight[:4] = model[0][0].bias[:4] = model[1].weight[:, :, 0] = 0
+    learn = small_learner(model)
+    told = "nothing keeps the {} of zeros that it has: learn.add_cb(KeepSparsity()) does"
+    assert told.format(percent(72 / 306)) in str(learn.shrink())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_fits_right_after_it_keep_what_is_left(frozen, mixed):
+    """Of an unfrozen or frozen Learner, in mixed precision or not, with the SparsifyCallback of the earlier fit."""
+    learn = small_learner(net(), splitter=lambda model: L(model[0], model[1:]).map(params), cbs=[InBfloat16()] * mixed)
+    callback = SparsifyCallback(0.5, "filter", "local", coupled=True)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-2, cbs=callback)
+        learn.sparsify(0.75, 1, layers="1")
+        if frozen:
+            learn.freeze()
+        learn.shrink()
+        zeros = learn.model[1].weight == 0
+        before = weights(learn)
+        learn.fine_tune(1, 1e-2)
+    assert torch.equal(learn.model[1].weight == 0, zeros)
+    assert not any(map(torch.equal, before, weights(learn)))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-2, cbs=callback)
+    assert callback.sparsifier.model is learn.model
+
+
+class InBfloat16(MixedPrecision):
+    """Mixed precision of the CPU."""
+
+    def before_fit(self):
+        self.autocast, self.learn.scaler = torch.autocast("cpu", torch.bfloat16), torch.amp.GradScaler("cpu")
+        self.scales = L()
+
+
 def test_no_callback_has_its_name():
     import sparsifai.all
 
     kinds = [value for value in vars(sparsifai.all).values() if isinstance(value, type) and issubclass(value, Callback)]
     assert kinds
-    assert "shrink" not in {getattr(kind, "name", None) for kind in kinds}
+    names = {kind.__new__(kind).name if isinstance(kind.name, property) else kind.name for kind in kinds}
+    assert not names & {"shrink", "sparsify", "sparsity_report"}
 
 
 def test_errors_change_nothing():

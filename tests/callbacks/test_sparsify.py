@@ -155,7 +155,7 @@ def test_weights_that_a_falling_schedule_revives_start_at_zero(make_learner):
             self.before = None
 
         def after_step(self):
-            sparsifier = self.learn.sparsify.sparsifier
+            sparsifier = self.learn.sparsify_callback.sparsifier
             mask = sparsifier.masks["3.weight"]
             if self.before is not None:
                 revived.append(sparsifier.layers["3.weight"].parameter.detach()[mask & ~self.before])
@@ -198,7 +198,7 @@ def test_gradients_are_masked_before_clipping(make_learner):
         order = 10.9
 
         def before_step(self):
-            sparsifier = self.learn.sparsify.sparsifier
+            sparsifier = self.learn.sparsify_callback.sparsifier
             for name, mask in sparsifier.masks.items():
                 gradient = sparsifier.layers[name].parameter.grad
                 norms.append(float(gradient[~mask.expand_as(gradient)].norm()))
@@ -447,7 +447,7 @@ def test_a_dictionary_of_targets_follows_the_schedule(make_learner):
         order = 99
 
         def after_step(self):
-            report = self.learn.sparsify.sparsifier.report()
+            report = self.learn.sparsify_callback.sparsifier.report()
             levels.append([row.count.zeros for row in report.rows[:2]])
 
     make_learner(steps=4).fit(1, cbs=[SparsifyCallback({"0": 0.5, "3": 0.25}, schedule="lin"), Look()])
@@ -497,7 +497,7 @@ def test_masks_are_updated_every_so_many_batches_and_end_at_the_target(make_lear
 
         def after_batch(self):
             if self.training:
-                level = self.learn.sparsify.sparsifier.level
+                level = self.learn.sparsify_callback.sparsifier.level
                 if level != self.before:
                     changes.append(self.learn.epoch * self.learn.n_iter + self.learn.iter + 1)
                 self.before = level
@@ -532,7 +532,7 @@ def test_followers_of_filters_that_a_second_fit_revives_are_revived(make_learner
         with pytest.raises(KeyboardInterrupt):
             learn.fit(2, cbs=Stop(batch))
         masks = learn.keep_sparsity.masks
-        kept = learn.sparsify.sparsifier.masks["0.weight"].flatten()
+        kept = learn.sparsify_callback.sparsifier.masks["0.weight"].flatten()
         for follower in ("0.bias", "1.weight", "1.bias"):
             assert torch.equal(masks[follower], kept)
         pruned.append(int((~kept).sum()))
@@ -586,7 +586,7 @@ def test_a_sparsity_that_a_context_of_ones_own_cannot_reach_is_refused_at_once()
 @pytest.mark.parametrize("event", ["after_pred", "after_loss", "before_backward"])
 def test_a_callback_that_is_taken_off_within_a_step_leaves_the_step_whole(make_learner, event):
     def take_off(self):
-        if self.training and (self.epoch, self.iter) == (0, 3) and hasattr(self.learn, "sparsify"):
+        if self.training and (self.epoch, self.iter) == (0, 3) and hasattr(self.learn, "sparsify_callback"):
             self.learn.remove_cb(SparsifyCallback)
 
     learn, callback = make_learner(steps=6, opt_func=fastai.Adam), SparsifyCallback(0.8, schedule="lin")

@@ -12,8 +12,9 @@ WEIGHT = torch.tensor([[0.0, -0.0, 1.0], [2.0, 0.0, -3.0]])
 
 
 def figures_of(state):
-    """The last row of the first table: what is counted, its weights and zeros."""
-    return Checkpoint.of(state).tables()[0].totals[-1][:4]
+    """The last total of the first table: what is counted, its weights and zeros."""
+    total = Checkpoint.of(state).tables()[0].totals()[-1]
+    return total["weight"], total["weights"], total["zeros"]
 
 
 DTYPES = [
@@ -28,7 +29,7 @@ DTYPES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zeros_of_every_type_are_counted(dtype):
     unsigned = str(dtype).startswith("torch.uint")
-    assert figures_of({"weight": (WEIGHT.abs() if unsigned else WEIGHT).to(dtype)}) == ("whole file", "", "6", "3")
+    assert figures_of({"weight": (WEIGHT.abs() if unsigned else WEIGHT).to(dtype)}) == ("whole file", 6, 3)
 
 
 def training():
@@ -57,12 +58,14 @@ def test_a_training_checkpoint_is_looked_through():
     }
     assert found.others == ["epoch"]
     counted, left_out = found.tables()
-    assert counted.totals[-1][:4] == ("all that are counted", "", "9", "3")
-    assert left_out.rows == [
-        ("optimizer", "", f"{MOMENTS}", "the state of an optimizer"),
-        ("epoch", "", "", "no tensor"),
+    assert counted.totals()[-1] == {
+        "weight": "all that are counted", "shape": None, "weights": 9, "zeros": 3, "sparsity": 3 / 9,
+    }  # fmt: skip
+    assert left_out.records() == [
+        {"entry": "optimizer", "shape": (), "weights": MOMENTS, "why": "the state of an optimizer"},
+        {"entry": "epoch", "shape": None, "weights": None, "why": "no tensor"},
     ]
-    assert left_out.totals == [("all of these", "", f"{MOMENTS}", "")]
+    assert left_out.totals() == [{"entry": "all of these", "shape": None, "weights": MOMENTS, "why": None}]
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict"])
@@ -88,8 +91,8 @@ def test_tied_tensors_count_once_in_the_totals():
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     model[1].weight = model[0].weight
     counted = Checkpoint.of(model.state_dict()).tables()[0]
-    assert [row[0] for row in counted.rows] == ["0.weight", "1.weight"]
-    assert counted.totals[0][2] == counted.totals[1][2] == "9"
+    assert [row["weight"] for row in counted.records()] == ["0.weight", "1.weight"]
+    assert [total["weights"] for total in counted.totals()] == [9, 9]
 
 
 def test_nested_tensors_are_left_out():

@@ -23,9 +23,11 @@ def test_text_and_html(comparison):
     lines = str(comparison).splitlines()
     assert lines[0] == "Median times"
     assert lines[1].split("  ")[0] == "form"
-    assert lines[3].split() == ["dense", "4,000", "1", "1,000", "1", "1,000", "1", "2,000", "1", "2", "1"]
-    assert lines[4].split() == ["masked", "1,000", "0.25", "1,000", "1", "100", "0.1", "2,000", "1", "2.2", "~1.1"]
-    assert lines[5].split() == ["shrunk"] + ["-"] * 10
+    assert lines[3].split() == ["dense", "4,000", "1,000", "1,000", "2,000", "2"]
+    assert lines[4].split() == ["masked", "1,000", "1,000", "100", "2,000", "2.2"] + (
+        ["4x", "smaller,", "as", "fast", "within", "the", "noise"]
+    )
+    assert lines[5] == "shrunk"
     assert lines[6:] == ["masked: as many <FLOPs>", "shrunk: nothing to remove"]
     assert repr(comparison) == str(comparison)
     html = comparison._repr_html_()
@@ -40,7 +42,7 @@ def test_lines_of_large_models_fit():
     lines = str(Comparison(forms, caption({"dense": [1.0] * 200}, nn.Linear(4, 4)))).splitlines()
     assert max(map(len, lines)) <= 120
     assert len(lines) > 9
-    assert lines[3].split()[-2:] == ["12,346", "1"]
+    assert lines[3].split()[-1] == "12,346"
     assert all(line.startswith("  ") for line in lines[6:])
 
 
@@ -50,6 +52,38 @@ def test_forms_are_looked_up_by_name(comparison):
     assert comparison.relative("shrunk", "bytes") is None
     with pytest.raises(KeyError, match="smaller"):
         comparison["smaller"]
+
+
+@pytest.mark.parametrize(
+    ("size", "time", "noise", "words"),
+    [
+        (1000, 0.7, False, "4x smaller, 2.9x faster"),
+        (3900, 2.06, False, "1.03x smaller, 1.03x slower"),
+        (4000, 50.0, False, "as large, 25x slower"),
+        (8000, 2.1, True, "2x larger, as fast within the noise"),
+        (None, 1.0, False, "2x faster"),
+        (2000, None, False, "2x smaller"),
+        (None, None, False, ""),
+    ],
+)
+def test_a_form_beside_the_dense_one_in_words(size, time, noise, words):
+    forms = Form("dense", 4000, milliseconds=2.0), Form("shrunk", size, milliseconds=time, is_noise=noise)
+    comparison = Comparison(forms, "")
+    assert comparison.in_words("shrunk") == words
+    assert comparison.in_words("dense") == ""
+
+
+def test_records_have_the_ratios(comparison):
+    dense, masked, shrunk = comparison.records()
+    assert masked == {
+        "form": "masked", "bytes": 1000, "bytes_ratio": 0.25, "parameters": 1000, "parameters_ratio": 1.0,
+        "nonzeros": 100, "nonzeros_ratio": 0.1, "flops": 2000, "flops_ratio": 1.0, "milliseconds": 2.2,
+        "milliseconds_ratio": 1.1, "is_noise": True, "in_words": "4x smaller, as fast within the noise",
+        "note": "as many <FLOPs>",
+    }  # fmt: skip
+    assert list(shrunk) == list(dense) == list(masked)
+    assert {shrunk[name] for name in masked if name.endswith("_ratio") or name in ("bytes", "flops")} == {None}
+    assert [row["form"] for row in comparison.sort("bytes").records()] == ["masked", "dense", "shrunk"]
 
 
 def test_plot(comparison):

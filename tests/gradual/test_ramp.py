@@ -23,7 +23,7 @@ def test_layers_with_different_sparsities_start_with_the_same_sparsity(make_lear
 
         def before_batch(self):
             if self.learn.training:
-                masks = self.learn.sparsify.sparsifier.masks
+                masks = self.learn.sparsify_callback.sparsifier.masks
                 levels.append(tuple(float((~masks[name]).float().mean()) for name in ("1.weight", "3.weight")))
 
     callback = SparsifyCallback(

@@ -161,7 +161,7 @@ def test_a_fit_with_the_callbacks_of_a_recipe(make_learner):
 
         def before_batch(self):
             if self.learn.training and self.iter == 0:
-                levels.append(self.learn.sparsify.sparsifier.sparsity)
+                levels.append(self.learn.sparsify_callback.sparsifier.sparsity)
                 frozen.append(not self.model[1].weight.requires_grad)
 
     with pytest.raises(ValueError, match="line 5: steps.2.distil"):
@@ -224,7 +224,7 @@ def test_the_plan_of_a_recipe_agrees_with_its_callback_and_a_fit(make_learner):
 
         def before_batch(self):
             if self.learn.training:
-                levels[self.epoch + self.iter / 4] = self.learn.sparsify.sparsifier.level
+                levels[self.epoch + self.iter / 4] = self.learn.sparsify_callback.sparsifier.level
 
     recipe, learn = Recipe.loads(text), make_learner(net(), steps=4)
     planned = dict(recipe.plan(learn.model, n_iter=4).timeline)

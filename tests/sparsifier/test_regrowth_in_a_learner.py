@@ -88,8 +88,8 @@ def test_moments_of_regrown_weights_are_fresh(make_learner):
         order = 12  # after the masks have moved, before the step
 
         def before_step(self):
-            for name, mask in self.learn.sparsify.sparsifier.masks.items():
-                parameter = self.learn.sparsify.sparsifier.layers[name].parameter
+            for name, mask in self.learn.sparsify_callback.sparsifier.masks.items():
+                parameter = self.learn.sparsify_callback.sparsifier.layers[name].parameter
                 back = mask & ~earlier.get(name, mask)
                 earlier[name] = mask
                 if back.any():

@@ -1,10 +1,11 @@
 """Tables as text and as HTML, against tables written by hand."""
 
+import sys
 from dataclasses import dataclass
 
 import pytest
 
-from sparsifai.support.table import Cells, Table, percent
+from sparsifai.support.table import Cells, Column, Table, percent
 
 CELLS = Cells(
     ("layer", "weights", "why"),
@@ -22,8 +23,14 @@ class Weights(Table):
 
     counts: tuple[tuple[str, int], ...]
 
-    def _cells(self):
-        return Cells(("layer", "weights"), [(name, str(count)) for name, count in self.counts])
+    def _records(self):
+        return [{"layer": name, "weights": count} for name, count in self.counts]
+
+    def _columns(self):
+        return (Column("layer", left=True), Column("weights"))
+
+    def _totals(self):
+        return [{"layer": "all layers", "weights": sum(count or 0 for _, count in self.counts)}]
 
 
 def test_text():
@@ -64,13 +71,56 @@ def test_html_escapes_names():
 
 
 def test_a_table_is_text_when_printed_and_html_in_a_notebook():
-    table = Weights((("fc", 20),))
-    assert str(table) == repr(table) == "layer  weights\n--------------\nfc          20"
-    assert table._repr_html_() == table._cells().html()
+    table = Weights((("fc", 2000), ("head", None)))
+    assert str(table) == repr(table)
+    assert str(table).splitlines() == [
+        "layer       weights",
+        "-------------------",
+        "fc            2,000",
+        "head",
+        "-------------------",
+        "all layers    2,000",
+    ]
+    assert table._repr_html_() == (
+        Cells(("layer", "weights"), [("fc", "2,000"), ("head", "")], totals=[("all layers", "2,000")]).html()
+    )
 
 
-def test_a_table_without_rows_shows_its_header():
-    assert str(Weights(())) == "layer  weights\n--------------"
+def test_a_table_without_rows_shows_its_header_and_totals():
+    assert str(Weights(())).splitlines()[0] == "layer       weights"
+
+
+def test_records_are_raw_values_and_totals_stand_apart():
+    table = Weights((("fc", 2000), ("head", None)))
+    assert table.records() == [{"layer": "fc", "weights": 2000}, {"layer": "head", "weights": None}]
+    assert table.totals() == [{"layer": "all layers", "weights": 2000}]
+
+
+def test_sorting_makes_a_new_table_and_puts_rows_without_a_value_last():
+    table = Weights((("c", 2), ("b", None), ("a", 3), ("d", 2), ("e", float("nan"))))
+    for descending, expected in (False, "cdabe"), (True, "acdbe"):
+        assert "".join(row["layer"] for row in table.sort("weights", descending).records()) == expected
+    assert "".join(row["layer"] for row in table.sort("layer").sort("weights").records()) == "cdabe"
+    assert "".join(row["layer"] for row in table.sort("layer", descending=True).sort("weights").records()) == "dcaeb"
+    assert "".join(row["layer"] for row in table.records()) == "cbade"
+    assert str(table.sort("layer")).splitlines()[2].startswith("a ")
+
+
+def test_a_data_frame_has_the_records():
+    frame = Weights((("fc", 2000), ("head", 20))).sort("weights").to_pandas()
+    assert frame.to_dict("records") == [{"layer": "head", "weights": 20}, {"layer": "fc", "weights": 2000}]
+    assert list(Weights(()).to_pandas()) == ["layer", "weights"]
+
+
+def test_a_data_frame_without_pandas(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"Weights.to_pandas needs pandas: pip install pandas; without it, use rec"):
+        Weights(()).to_pandas()
+
+
+def test_sorting_by_a_column_that_there_is_not():
+    with pytest.raises(ValueError, match=r"Weights.sort: no column is named 'size'; choose from layer, weights"):
+        Weights((("fc", 20),)).sort("size")
 
 
 def test_the_base_class_has_nothing_to_show():

@@ -204,7 +204,7 @@ def test_with_sparsify_callback_the_sparsity_is_exact_and_zeros_stay(
         order = 99
 
         def after_step(self):
-            masks = self.learn.sparsify.sparsifier.masks
+            masks = self.learn.sparsify_callback.sparsifier.masks
             seen.append(all(not weights[name][~mask.expand_as(weights[name])].any() for name, mask in masks.items()))
             alone.append(are_all_known(self.learn))
 

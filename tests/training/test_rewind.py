@@ -10,6 +10,8 @@ fastai = pytest.importorskip("fastai.vision.all")
 
 from fastai.callback.core import Callback  # noqa: E402
 
+from sparsifai import lottery_ticket  # noqa: E402  # isort: skip
+
 from lottery_runs import Look, run, same  # noqa: E402  # isort: skip
 
 pytestmark = pytest.mark.fastai
@@ -34,6 +36,13 @@ def test_rewinding_restores_weights_buffers_optimizer_and_schedule(make_learner,
             masked = kept.shape == before[kind].shape == masks[name].shape if name in masks else False
             expected = before[kind] * masks[name] if masked else before[kind]
             assert torch.allclose(kept, expected, atol=1e-12, rtol=0)  # squared gradients are close to zero, not zero
+
+
+def test_epochs_are_skipped_under_a_progress_bar(make_learner):
+    learn, look = make_learner(), Look()
+    learn.create_mbar = True
+    lottery_ticket(learn, 0.5, rounds=1, fit=lambda learn: learn.fit(2, cbs=look), rewind_to=1)
+    assert len(look.batches) == 8 + 4
 
 
 def test_a_trained_learner_starts_with_a_fresh_optimizer(make_learner):

@@ -152,7 +152,7 @@ def test_a_converted_recipe_has_the_levels_of_the_original_in_a_fit(make_learner
 
         def before_batch(self):
             if self.learn.training and self.iter == 1:
-                levels.append(self.learn.sparsify.sparsifier.level)
+                levels.append(self.learn.sparsify_callback.sparsifier.level)
 
     learn = make_learner(net())
     learn.fit(recipe.epochs, cbs=[*recipe.callbacks(), Look()])
