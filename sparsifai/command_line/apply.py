@@ -138,8 +138,8 @@ def _check_without_data(criterion: Any) -> None:
     needed = [name for name in quantities_of(criterion) if name not in ("weight", "rng", "flow")]
     if needed:
         raise ValueError(
-            f"criteria {name_of(criterion)} needs {', '.join(needed)}, which a checkpoint does not have; choose another, "
-            "such as large_final, or use Sparsifier(...) in Python with calibrate(batches, loss_func), or train"
+            f"criteria {name_of(criterion)} needs {', '.join(needed)}, which a checkpoint does not have; choose "
+            "another, such as large_final, or use Sparsifier(...) in Python with calibrate(batches, loss_func), or train"
         )
 
 

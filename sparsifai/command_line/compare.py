@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add_model(parser)
     parser.add_argument("--dense", type=Path, metavar="FILE", help="the weights of the dense model")
-    parser.add_argument("--repeats", type=int, help="how often each form is timed, at least 3 (default: about a second)")
+    parser.add_argument(
+        "--repeats", type=int, help="how often each form is timed, at least 3; default: for about a second"
+    )
 
 
 def run(given: argparse.Namespace) -> None:

@@ -39,7 +39,7 @@ _FORMS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     words = [word for words in _WORDS.values() for word in words]
-    parser.add_argument("axis", nargs="?", choices=words, metavar="axis", help=f"one of {', '.join(words)}; default all")
+    parser.add_argument("axis", nargs="?", choices=words, metavar="axis", help=f"one of {', '.join(words)}")
 
 
 def run(given: argparse.Namespace) -> None:

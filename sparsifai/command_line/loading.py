@@ -17,7 +17,7 @@ from .model import ModelName, implied_name
 from .state import State, metadata_of, read_state
 
 
-class _OtherClasses(ValueError):
+class _OtherClassesError(ValueError):
     """Only the last layer differs, in its number of outputs."""
 
     def __init__(self, message: str, number: int):
@@ -52,7 +52,7 @@ def model_of(model: str | None, checkpoint: Path | None) -> nn.Module:
     elif state is not None:
         try:
             load_state(made, state, checkpoint)
-        except _OtherClasses as error:
+        except _OtherClassesError as error:
             if not name.takes_classes:
                 raise
             made = name.with_classes(error.number).make()
@@ -119,9 +119,8 @@ def _check_shapes(own: Mapping[str, Tensor], fitting: State, source: Any) -> Non
     if not other:
         return
     name = other[0]
-    message = (
-        f"{source}: {quoted(name)} has the shape {tuple(fitting[name].shape)}, but {tuple(own[name].shape)} in the model"
-    )
+    message = f"{source}: {quoted(name)} has the shape {tuple(fitting[name].shape)}, but {tuple(own[name].shape)} in the "
+        "model"
     if len(other) > 1:
         message += f", and {len(other) - 1:,} more differ"
     last = [each for each, value in own.items() if value.dim() > 1][-1:]
@@ -129,7 +128,7 @@ def _check_shapes(own: Mapping[str, Tensor], fitting: State, source: Any) -> Non
     only_outputs = all(fitting[each].shape[1:] == own[each].shape[1:] for each in other)
     if set(last) & set(other) and only_outputs and len(numbers) == 1:
         number = fitting[last[0]].shape[0]
-        raise _OtherClasses(f"{message}: it has {number} classes; make the model with num_classes={number}", number)
+        raise _OtherClassesError(f"{message}: it has {number} classes; make the model with num_classes={number}", number)
     raise ValueError(f"{message}; make the model as it was when it was saved")
 
 

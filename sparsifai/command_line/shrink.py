@@ -11,7 +11,7 @@ DESCRIPTION = """Remove filters, attention heads and neurons that are zero from 
 The table has what is removed from each layer, and why the rest stays. Without --to nothing is written. The file is one
 of save_shrunk: load_shrunk(model, file) loads it into a model of the original size.
 
-example: sparsifai shrink --model torchvision:resnet18 --checkpoint pruned.pth --input 1,3,224,224 --to small.safetensors
+example: sparsifai shrink --model timm:resnet18 --checkpoint pruned.pth --input 1,3,224,224 --to small.safetensors
 """
 
 
