@@ -139,7 +139,7 @@ def _check_without_data(criterion: Any) -> None:
     if needed:
         raise ValueError(
             f"criteria {name_of(criterion)} needs {', '.join(needed)}, which a checkpoint does not have; choose "
-            "another, such as large_final, or use Sparsifier(...) in Python with calibrate(batches, loss_func), or train"
+            "another, such as large_final, or call Sparsifier.calibrate(batches, loss_func) in Python, or train"
         )
 
 

@@ -119,8 +119,8 @@ def _check_shapes(own: Mapping[str, Tensor], fitting: State, source: Any) -> Non
     if not other:
         return
     name = other[0]
-    message = f"{source}: {quoted(name)} has the shape {tuple(fitting[name].shape)}, but {tuple(own[name].shape)} in the "
-        "model"
+    shapes = tuple(fitting[name].shape), tuple(own[name].shape)
+    message = f"{source}: {quoted(name)} has the shape {shapes[0]}, but {shapes[1]} in the model"
     if len(other) > 1:
         message += f", and {len(other) - 1:,} more differ"
     last = [each for each, value in own.items() if value.dim() > 1][-1:]
@@ -128,7 +128,8 @@ def _check_shapes(own: Mapping[str, Tensor], fitting: State, source: Any) -> Non
     only_outputs = all(fitting[each].shape[1:] == own[each].shape[1:] for each in other)
     if set(last) & set(other) and only_outputs and len(numbers) == 1:
         number = fitting[last[0]].shape[0]
-        raise _OtherClassesError(f"{message}: it has {number} classes; make the model with num_classes={number}", number)
+        advice = f"it has {number} classes; make the model with num_classes={number}"
+        raise _OtherClassesError(f"{message}: {advice}", number)
     raise ValueError(f"{message}; make the model as it was when it was saved")
 
 
