@@ -79,8 +79,10 @@ def load_state(model: nn.Module, state: State, source: Any) -> None:
     own = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     prefix = _prefix(own, state)
     fitting = {name: state[f"{prefix}{name}"] for name in own if f"{prefix}{name}" in state}
-    _check_names(model, own, state, prefix, source)
+    left_out = _check_names(model, own, state, prefix, source)
     _check_shapes(own, fitting, source)
+    if left_out:
+        warnings.warn(f"{source}: {_some(left_out)} left out; the model is what begins with {prefix!r}", stacklevel=2)
     for name, value in fitting.items():
         if own[name].is_floating_point() and value.is_floating_point():
             own[name].data = own[name].data.to(value.dtype)
@@ -97,7 +99,8 @@ def _prefix(own: Iterable[str], state: State) -> str:
     return max(sorted(found), key=lambda prefix: sum(f"{prefix}{name}" in state for name in own))
 
 
-def _check_names(model: nn.Module, own: Mapping[str, Tensor], state: State, prefix: str, source: Any) -> None:
+def _check_names(model: nn.Module, own: Mapping[str, Tensor], state: State, prefix: str, source: Any) -> list[str]:
+    """Check that a checkpoint has the names of a model. Returns names that do not begin with the prefix of these."""
     present = {id(own[name]) for name in own if f"{prefix}{name}" in state}  # of tied weights one is enough
     missing = [name for name, tensor in own.items() if id(tensor) not in present]
     buffers = {f"{prefix}{name}" for name, _ in model.named_buffers()}  # which a model may compute itself
@@ -110,8 +113,7 @@ def _check_names(model: nn.Module, own: Mapping[str, Tensor], state: State, pref
             f"{source} is of another model than {type(model).__name__}: it {' and '.join(what)}; give the --model that "
             "it was saved from"
         )
-    if others:
-        warnings.warn(f"{source}: {_some(others)} not of the model, whose names begin with {prefix!r}", stacklevel=2)
+    return others
 
 
 def _check_shapes(own: Mapping[str, Tensor], fitting: State, source: Any) -> None:

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 from ..support.printable import printable, printable_lines
 
 if TYPE_CHECKING:
-    from ..support.table import Table
+    from ..support.table import Cells, Table
+
+_NARROWEST = 20  # characters of a column of text
+_APART = 3  # characters between two columns
 
 
 def print_table(table: Table) -> None:
@@ -46,31 +49,58 @@ def _plain(value: Any) -> Any:
 def _drawn(table: Table) -> bool:
     """Draw a table with rich. Returns whether rich, which comes with fastai, is installed."""
     try:
-        from rich import box
         from rich.console import Console
-        from rich.table import Table as RichTable
         from rich.text import Text
     except ImportError:
         return False
     cells, console = table._cells(), Console(highlight=False)
-    left = {column % len(cells.header) for column in cells.left}
-    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for number, title in enumerate(cells.header):
-        is_text = number in left
-        # Numbers are not cut. Names and reasons are folded where the terminal is narrow.
-        drawn.add_column(
-            Text(printable(title)), justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold"
-        )
-    for row in cells.rows:
-        drawn.add_row(*(Text(printable(cell)) for cell in row))
-    if cells.totals:
-        drawn.add_section()
-    for row in cells.totals:
-        drawn.add_row(*(Text(printable(cell)) for cell in row), style="bold")
     if cells.caption:
         console.print(Text(printable_lines(cells.caption)))
-    console.print(drawn)
+    for number, columns in enumerate(_blocks(cells, console.width)):
+        if number:
+            console.print()
+        console.print(_block(cells, columns))
     for row, note in zip(cells.rows, cells.notes, strict=False):
         if note:
             console.print(Text(printable_lines(f"{row[0]}: {note}"), style="dim"))
     return True
+
+
+def _block(cells: Cells, columns: Mapping[int, int]) -> Any:
+    """Some columns of a table. columns: number of a column -> its least width."""
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    left = {column % len(cells.header) for column in cells.left}
+    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for number, width in columns.items():
+        justify: Any = "left" if number in left else "right"
+        drawn.add_column(Text(printable(cells.header[number])), justify=justify, overflow="fold", min_width=width)
+    for rows, style in ((cells.rows, ""), (cells.totals, "bold")):
+        for row in rows:
+            drawn.add_row(*(Text(printable(row[number])) for number in columns), style=style)
+        drawn.add_section()
+    return drawn
+
+
+def _blocks(cells: Cells, width: int) -> list[dict[int, int]]:
+    """The columns of each part of a table that fits into a terminal: the first one names the rows of every part.
+
+    Numbers are never cut. Texts are folded, but not into less than `_NARROWEST` characters. A column without any text
+    is left out.
+    """
+    left = {column % len(cells.header) for column in cells.left}
+    below = (*cells.rows, *cells.totals)
+    widths = [max(len(printable(row[number])) for row in (cells.header, *below)) for number in range(len(cells.header))]
+    first = min(widths[0], width // 2)
+    blocks = [{0: first}]
+    for number, natural in enumerate(widths[1:], 1):
+        if not any(row[number] for row in below):
+            continue
+        block, each = blocks[-1], min(natural, _NARROWEST) if number in left else natural
+        if len(block) > 1 and sum(block.values()) + each + _APART * len(block) > width:
+            block = {0: first}
+            blocks.append(block)
+        block[number] = each
+    return blocks
