@@ -67,7 +67,7 @@ def _drawn(table: Table) -> bool:
 
 
 def _block(cells: Cells, columns: Mapping[int, int]) -> Any:
-    """Some columns of a table. columns: number of a column -> its least width."""
+    """Some columns of a table. columns: number of a column -> its width."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -76,7 +76,7 @@ def _block(cells: Cells, columns: Mapping[int, int]) -> Any:
     drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for number, width in columns.items():
         justify: Any = "left" if number in left else "right"
-        drawn.add_column(Text(printable(cells.header[number])), justify=justify, overflow="fold", min_width=width)
+        drawn.add_column(Text(printable(cells.header[number])), justify=justify, overflow="fold", width=width)
     for rows, style in ((cells.rows, ""), (cells.totals, "bold")):
         for row in rows:
             drawn.add_row(*(Text(printable(row[number])) for number in columns), style=style)
@@ -85,7 +85,9 @@ def _block(cells: Cells, columns: Mapping[int, int]) -> Any:
 
 
 def _blocks(cells: Cells, width: int) -> list[dict[int, int]]:
-    """The columns of each part of a table that fits into a terminal: the first one names the rows of every part.
+    """The columns of each part of a table that fits into a terminal, each with its width.
+
+    The first column names the rows of every part.
 
     Numbers are never cut. Texts are folded, but not into less than `_NARROWEST` characters. A column without any text
     is left out.
@@ -103,4 +105,9 @@ def _blocks(cells: Cells, width: int) -> list[dict[int, int]]:
             block = {0: first}
             blocks.append(block)
         block[number] = each
+    for block in blocks:
+        spare = width - sum(block.values()) - _APART * (len(block) - 1)
+        for number in sorted(block, key=lambda number: widths[number]):
+            more = min(widths[number] - block[number], max(spare, 0))
+            block[number], spare = block[number] + more, spare - more
     return blocks
