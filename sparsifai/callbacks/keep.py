@@ -24,6 +24,7 @@ from ..sparsifier.masking import (
 from ..sparsifier.recovery import recovered_masks
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
+from ..support.arguments import checks_arguments
 from ..support.warning import warn
 from .base import TrainingCallback
 from .learner import check_steps_model
@@ -60,6 +61,7 @@ class KeepSparsity(TrainingCallback):
     order = 10.5
     run_valid = False
 
+    @checks_arguments
     def __init__(
         self,
         sparsifier=None,  # Whose masks to keep; by default, the zeros that the model has when a fit begins

@@ -15,7 +15,7 @@ from ..support.listing import in_short
 from ..support.table import Column, Table
 
 # Where learn.save and other libraries write the weights, beside the state of the optimizer and the like.
-_OF_MODELS = ("model", "state_dict")
+OF_MODELS = ("model", "model_state_dict", "state_dict")
 
 # Containers that are nested deeper than this hold no weights of a model.
 DEPTH = 20
@@ -61,7 +61,7 @@ class Checkpoint:
             state: What torch.load returned.
         """
         found, seen = cls(), set[int]()
-        for key in _OF_MODELS:
+        for key in OF_MODELS:
             if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
                 for name, value in state.items():
                     if name != key:
