@@ -134,6 +134,15 @@ def _parse(value: Any) -> Granularity | None:
 
 
 granularities = Registry("granularity", parse=_parse, capabilities=("joint",))
+"""The granularities by name. `granularities.register` adds a function of the axes of a weight.
+
+Example:
+    >>> @granularities.register(replace=True)
+    ... def pairs_of_filters(axes):
+    ...     return {'out': 2}
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+    >>> sparsifier = Sparsifier(model, granularity='pairs_of_filters', layers='0')
+"""
 
 
 @granularities.register

@@ -24,7 +24,8 @@ class FreezeCallback(TrainingCallback):
         ValueError: Not 0 <= start < end <= 1; or, when a fit begins, a name matches no layer.
 
     Example:
-        learn.fit(10, cbs=FreezeCallback("0.*", end=0.5))
+        >>> learn = make_learner()
+        >>> learn.fit(2, cbs=FreezeCallback('0', end=0.5))
     """
 
     # After SparsifyCallback, which leaves out frozen layers when it makes its Sparsifier, at the first batch: layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from ..sparsifier.masking import parameters_of
 from ..sparsifier.notices import notice_of_unstepped
 from ..sparsifier.sparsifier import Sparsifier
 from ..support.at_end import AtEnd
+from ..support.progress import bars
 from ..support.warning import warn
 
 if TYPE_CHECKING:
@@ -116,6 +117,11 @@ def is_learner(value: Any) -> bool:
     return not isinstance(value, (nn.Module, type)) and all(
         hasattr(value, name) for name in ("model", "dls", "validate", "metrics", "loss_func")
     )
+
+
+def bars_of(learn: Any) -> AbstractContextManager[None]:
+    """Show progress bars in a `with` block only if a Learner shows its own: `learn.no_bar()` switches off both."""
+    return bars(hasattr(learn, "progress"))
 
 
 def metric_names(learn: Any) -> list[str]:

@@ -27,8 +27,10 @@ def sparsity_report(self: Learner) -> Report:
         ValueError: The zeros of no parameter can be counted, as in a quantized model.
 
     Example:
-        learn.sparsify(0.8, 5)
-        print(learn.sparsity_report())
+        >>> learn = make_learner()
+        >>> _ = learn.sparsify(0.75, 2)
+        >>> learn.sparsity_report().selected.sparsity
+        0.75
     """
     pruned = [callback.pruned for callback in self._grab_cbs(SparsifyCallback)]
     sparsifiers = [each.sparsifier for each in pruned if each is not None and each.is_kept_on(self)]

@@ -17,7 +17,7 @@ from ..support.arguments import checks_arguments
 from ..support.table import percent
 from .base import TrainingCallback
 from .keep import KeepSparsity
-from .learner import first_batch
+from .learner import bars_of, first_batch
 from .reporting import sparsity_not_kept
 
 
@@ -48,9 +48,12 @@ def shrink(
             already made. Nothing has changed then.
 
     Example:
-        learn.sparsify(0.5, 5, granularity="filter", coupled=True)
-        print(learn.shrink())
-        learn.fit_one_cycle(2)
+        >>> learn = make_learner()
+        >>> _ = learn.sparsify(0.5, 2, granularity='filter', coupled=True)
+        >>> table = learn.shrink()
+        >>> table.parameters, table.parameters_left
+        (354, 178)
+        >>> learn.fit_one_cycle(1)  # trains the smaller model
     """
     if isinstance(self.opt_func, OptimWrapper):
         raise ValueError(
@@ -59,7 +62,8 @@ def shrink(
             "opt=torch.optim.AdamW)"
         )
     example = _first_two(self) if example_input is None else example_input
-    model, table = shrunk(self.model, example)
+    with bars_of(self):
+        model, table = shrunk(self.model, example)
     frozen = getattr(self.opt, "frozen_idx", 0)
     before = self.model, self.opt
     try:

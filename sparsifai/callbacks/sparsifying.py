@@ -61,7 +61,10 @@ def sparsify(
             changed then.
 
     Example:
-        learn.sparsify(0.8, 5, 1e-3, granularity="filter")
+        >>> learn = make_learner()
+        >>> callback = learn.sparsify(0.75, 2, 1e-3)
+        >>> callback.sparsifier.sparsity
+        0.75
     """
     check_count("learn.sparsify: n_epoch", n_epoch)
     callback = SparsifyCallback(sparsity, **options)

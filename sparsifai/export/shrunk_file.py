@@ -56,6 +56,15 @@ def save_shrunk(model: nn.Module, file: str | os.PathLike) -> SparseFile:
         OSError: The file cannot be written.
         TypeError: `model` is not a torch.nn.Module.
         ValueError: The state_dict has something that a safetensors file cannot store.
+
+    Example:
+        >>> model, batch = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)).eval(), torch.rand(4, 8)
+        >>> Sparsifier(model, 'filter', coupled=True, example_input=batch).sparsify(0.5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save_shrunk(shrink(model, batch), f'{folder}/small.safetensors')
+        ...     small = load_shrunk(model, f'{folder}/small.safetensors')
+        >>> small[0].out_features
+        8
     """
     check_is_module("save_shrunk", "model", model)
     state = check_storable("save_shrunk", model, _tensors_of(unwrapped(model)))
@@ -83,8 +92,6 @@ def load_shrunk(model: nn.Module, file: str | os.PathLike) -> nn.Module:
         ValueError: The file was not written by `save_shrunk`, is damaged, or does not fit the model.
 
     Example:
-        >>> import tempfile
-        >>> from sparsifai import Sparsifier, load_shrunk, save_shrunk, shrink
         >>> def original():
         ...     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)).eval()
         >>> model, batch = original(), torch.rand(4, 8)

@@ -42,7 +42,12 @@ class LightningEvents(Reporting):
             the module has several optimizers.
 
     Example:
-        Trainer(max_epochs=5, callbacks=[SparsifyCallback(0.9, context="erk")]).fit(module, loader)
+        >>> from sparsifai.integrations.lightning import SparsifyCallback
+        >>> callback = SparsifyCallback(0.75)
+        >>> trainer = lightning.Trainer(max_epochs=1, callbacks=[callback], **quiet)
+        >>> trainer.fit(Module(), loader)
+        >>> callback.manager.sparsity
+        0.75
     """
 
     @checks_arguments(of=GradualPruning.of)

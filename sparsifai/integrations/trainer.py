@@ -63,7 +63,13 @@ class SparsifyCallback(Reporting, TrainerCallback):
             they do not fit the model, or the recipe has another number of epochs.
 
     Example:
-        Trainer(model, arguments, train_dataset=data, callbacks=[SparsifyCallback(0.9)]).train()
+        >>> from sparsifai.integrations.trainer import SparsifyCallback
+        >>> callback = SparsifyCallback(0.75)
+        >>> trainer = Trainer(bert, arguments, train_dataset=data, callbacks=[callback])
+        >>> trainer.remove_callback(PrinterCallback)
+        >>> _ = trainer.train()
+        >>> callback.manager.sparsity
+        0.75
     """
 
     @checks_arguments(of=GradualPruning.of)

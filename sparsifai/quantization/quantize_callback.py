@@ -43,7 +43,8 @@ class QuantizeCallback(TrainingCallback):
             with fake quantization, or is quantized already.
 
     Example:
-        learn.fit_one_cycle(8, cbs=[SparsifyCallback(0.9), QuantizeCallback()])
+        >>> learn = make_learner()
+        >>> learn.fit(1, cbs=[SparsifyCallback(0.75), QuantizeCallback()])
     """
 
     # After SparsifyCallback, which may run the model before the first batch to rank its weights.

@@ -58,6 +58,10 @@ class Quantized(Table):
         path: The file.
         rows: One row for each tensor of two or more dimensions.
         bytes: Size of the file.
+
+    Example:
+        >>> [(row.name, row.dtype, row.scales) for row in quantized.rows]
+        [('0.weight', 'int8', 16), ('2.weight', 'int8', 2)]
     """
 
     path: Path
@@ -184,7 +188,10 @@ def load_quantized(path: str | os.PathLike, to: str | os.PathLike) -> Quantized:
         ValueError: The file was not written by `Quantized.save_sparse`, or is damaged.
 
     Example:
-        load_quantized("model.safetensors", "model.onnx")
+        >>> _ = quantized.save_sparse(f'{folder}/model.safetensors')
+        >>> again = load_quantized(f'{folder}/model.safetensors', f'{folder}/again.onnx')
+        >>> again.bytes == quantized.bytes
+        True
     """
     import_onnx()
     path, to = Path(path), Path(to)

@@ -21,6 +21,7 @@ from ..support.arguments import checks_arguments
 from ..support.checks import check_is_module
 from ..support.files import write_whole
 from ..support.printable import message_of, printable
+from ..support.progress import progress
 from ..support.warning import warn
 from .exported import export_float, import_onnx
 from .layers import check_float, check_patterns, quantized_layers
@@ -69,8 +70,9 @@ def quantize(
             pattern matches nothing; or the model cannot be exported.
 
     Example:
-        quantized = quantize(learn.model, learn.dls.train, "model.onnx")
-        session = onnxruntime.InferenceSession("model.onnx")
+        >>> quantized = quantize(model, [inputs], f'{folder}/other.onnx', exclude='2')
+        >>> [row.dtype for row in quantized.rows]
+        ['float32', 'int8']
     """
     check_is_module("quantize", "model", model)
     check_no_batch("quantize: calibration", calibration)
@@ -169,7 +171,7 @@ def _inputs_of(batches: Iterable) -> Iterator[Any]:
         raise ValueError(
             f"quantize: calibration must be an iterable of batches, not {type(batches).__name__}; pass [batch]"
         )
-    for batch in batches:
+    for batch in progress(batches, "calibrating"):
         inputs = batch if isinstance(batch, Mapping) else next(iter(Split([batch], None)))[:-1]
         yield tree_map(_on_cpu, dict(inputs) if isinstance(inputs, Mapping) else inputs)
 

@@ -18,6 +18,7 @@ from ..model.tensors import tensors_in, with_autograd
 from ..support.at_end import AtEnd
 from ..support.listing import in_short
 from ..support.printable import message_of
+from ..support.progress import progress
 from ..support.registry import name_of
 from ..support.warning import warn
 from .collection import CollectedQuantities, Source
@@ -73,7 +74,7 @@ def calibrated(
     # Within inference_mode no graph is recorded. It is left, and so is no_grad.
     modes = torch.inference_mode(False), torch.enable_grad()
     with at_end, at_end, untraced(source.model), not_drawn_from(batches), modes[0], modes[1]:
-        for number, batch in enumerate(batches, 1):
+        for number, batch in enumerate(progress(batches, "calibrating"), 1):
             inputs, targets = parts_of(with_autograd(batch), needs_loss)
             if not has_rows(inputs):
                 continue

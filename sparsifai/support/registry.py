@@ -198,6 +198,10 @@ class Registry(Mapping[str, Callable]):
             self._check(value)
         return value
 
+    def name_of(self, function: Any) -> str:
+        """The registered name of a function; `name_of` of one that is not registered."""
+        return next((name for name, each in self._functions.items() if each is function), None) or name_of(function)
+
     def __getitem__(self, name: str) -> Callable:
         if name not in self._functions:
             raise KeyError(f"unknown {self.kind} {quoted(name)}; {close_matches(name, self)}")

@@ -48,7 +48,8 @@ class RegularizeCallback(TrainingCallback):
             optimizer trains none of the regularized weights.
 
     Example:
-        learn.fit_one_cycle(5, cbs=RegularizeCallback(0.1, granularity="filter", proximal=True))
+        >>> learn = make_learner()
+        >>> learn.fit(1, cbs=RegularizeCallback(0.1, granularity='filter', proximal=True))
     """
 
     # Before GradientAccumulation (6) and MixedPrecision (10), so that they scale the penalty with the loss. Before
