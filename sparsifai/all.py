@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from . import *
 from . import __all__ as _without_fastai
-from .callbacks import methods as _methods_of_a_learner  # noqa: F401 adds them
+from .callbacks import methods as methods  # adds the methods of a Learner
 from .callbacks.freeze import FreezeCallback as FreezeCallback
 from .callbacks.keep import KeepSparsity as KeepSparsity
 from .callbacks.sparsify import SparsifyCallback as SparsifyCallback

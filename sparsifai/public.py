@@ -49,10 +49,12 @@ from .axes.schedule import (
     one_shot as one_shot,
     schedules as schedules,
 )
+from .axes.schedule_picture import plot_schedule as plot_schedule
 from .export.comparison import compare as compare
 from .export.comparison_table import Comparison as Comparison
 from .export.csr import to_sparse_layout as to_sparse_layout
 from .export.experts import remove_experts as remove_experts
+from .export.pretrained_sparse import save_pretrained_sparse as save_pretrained_sparse
 from .export.shrink import shrink as shrink, shrinkage as shrinkage
 from .export.shrinkage_table import Shrinkage as Shrinkage
 from .export.shrunk_file import load_shrunk as load_shrunk, save_shrunk as save_shrunk

@@ -1,4 +1,5 @@
 import math
+import os
 import pickletools
 import random
 import re
@@ -7,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from terminal import Terminal
 from torch import nn
 
 from sparsifai import criteria, granularities
@@ -37,6 +39,21 @@ has_ties = pytest.mark.filterwarnings("ignore:[0-9]+ scores of .* are equal")
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def open_terminal(monkeypatch):
+    """Called in the test itself, because pytest replaces stdout between the fixtures and the test."""
+    opened = []
+
+    def open_terminal():
+        opened.append(Terminal(monkeypatch))
+        return opened[-1]
+
+    yield open_terminal
+    for each in opened:
+        each.stdout.close()
+        os.close(each.master)
 
 
 def process_state():

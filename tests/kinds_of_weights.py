@@ -215,7 +215,7 @@ DENSE = {
         for name in INTEGERS
     },
     "complex32": (lambda: net(typed(torch.complex32)), f"of complex32, {NOT_PRUNED}"),
-    "quantized": (quantized, "quantized (qint8); dequantize() makes it countable"),
+    "quantized": (quantized, "quantized (qint8); dequantize() makes it plain"),
     "COO": (lambda: sparse("to_sparse"), "in the layout sparse_coo; to_dense() makes it countable"),
     "CSR": (lambda: sparse("to_sparse_csr"), "in the layout sparse_csr; to_dense() makes it countable"),
     "MKLDNN": (lambda: net(values().to_mkldnn()), "in the layout _mkldnn; to_dense() makes it countable"),
@@ -255,7 +255,7 @@ if hasattr(torch, "float8_e8m0fnu"):
     )
 
 # Those whose zeros cannot be counted either.
-UNCOUNTED = [each for each in ("quantized", "COO", "CSR", "MKLDNN", "wrapper", "without a zero") if each in DENSE]
+UNCOUNTED = [each for each in ("COO", "CSR", "MKLDNN", "wrapper", "without a zero") if each in DENSE]
 
 pruned = pytest.mark.parametrize("make", PRUNED.values(), ids=PRUNED)
 dense = pytest.mark.parametrize(("make", "why"), DENSE.values(), ids=DENSE)

@@ -1,12 +1,6 @@
-"""What the documentation says runs: README, pages, docstrings, examples and notebooks.
+"""What the documentation says runs: README, pages, docstrings and examples."""
 
-Notebooks are stored as they run with the settings of their first cell, and are tested with smaller ones; after a change
-of a notebook, or of what it shows, `python tests/notebook.py nbs/01_quickstart.ipynb` stores its outputs.
-"""
-
-import ast
 import doctest
-import json
 import re
 from importlib import import_module
 from pathlib import Path
@@ -16,17 +10,27 @@ from forked import run
 from page import python_of
 
 from sparsifai import Recipe
+from sparsifai.recipes.sparseml.other_steps import LEFT_OUT
+from sparsifai.recipes.sparseml.steps import STEPS
 
 from test_package import OF_THE_CORE  # isort: skip
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted(ROOT.glob("nbs/*.ipynb"))
+OF_THE_API = {
+    name
+    for page in ROOT.glob("docs/api/*.md")
+    for name in re.findall(r"^::: .*?(\w+)$", page.read_text(), re.MULTILINE)
+}
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 
 
 @pytest.mark.parametrize("module", OF_THE_CORE)
 def test_docstring_examples(module):
-    assert doctest.testmod(import_module(module)).failed == 0
+    module, runner = import_module(module), doctest.DocTestRunner()
+    for example in doctest.DocTestFinder().find(module):
+        # test_api.py runs those of public names, which begin as their page does.
+        if example.name.removeprefix(f"{module.__name__}.") not in OF_THE_API:
+            assert runner.run(example).failed == 0
 
 
 def links_of(markdown):
@@ -54,31 +58,38 @@ def broken_links(page, markdown):
     return broken
 
 
-def test_there_are_pages():
-    assert [Path(page).name for page in PAGES] == [
-        "README.md",
-        "CONTRIBUTING.md",
-        "accuracy.md",
-        "cost.md",
-        "defaults.md",
-        "depth.md",
-        "distributed.md",
-        "export.md",
-        "fastai.md",
-        "four_questions.md",
-        "from_fasterai.md",
-        "from_sparseml.md",
-        "index.md",
-        "loops.md",
-        "quantization.md",
-        "recipes.md",
-        "settings.md",
-        "torch.md",
-        "training.md",
-        "transformers.md",
-    ]
-    without_code = {"docs/accuracy.md", "docs/cost.md", "docs/defaults.md", "docs/index.md", "docs/settings.md"}
+def places_in(navigation):
+    """The pages in the navigation of the site, in order."""
+    for entry in navigation:
+        if isinstance(entry, str):
+            yield entry
+        elif isinstance(entry, dict):
+            yield from places_in(entry.values())
+        else:
+            yield from places_in(entry)
+
+
+def test_the_site_has_every_page_once():
+    yaml = pytest.importorskip("yaml")
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    pages = [str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")]
+    notebooks = [f"nbs/{path.stem}.md" for path in ROOT.glob("nbs/*.ipynb")]
+    others = ["readme.md", "contributing.md", "changelog.md", "examples/index.md", "examples/recipes/index.md"]
+    assert sorted(places_in(navigation)) == sorted([*pages, *notebooks, *others])
+
+
+def test_most_pages_have_code():
+    without_code = {f"docs/{name}.md" for name in ("accuracy", "cost", "defaults", "papers")}
     assert {page for page in PAGES if not python_of((ROOT / page).read_text()).strip()} == without_code
+
+
+def test_the_page_of_papers_has_all():
+    """All papers that docstrings, comments and pages name by their number."""
+    paper = re.compile(r"(?:arXiv:|arxiv\.org/abs/)(\d+\.\d+)")
+    others = [*ROOT.glob("sparsifai/**/*.py"), *(path for path in ROOT.glob("docs/*.md") if path.name != "papers.md")]
+    named = {number for path in others for number in paper.findall(path.read_text())}
+    assert named
+    assert named == set(paper.findall((ROOT / "docs/papers.md").read_text()))
 
 
 @pytest.mark.fastai
@@ -121,6 +132,20 @@ def test_recipes_of_the_pages_can_be_read():
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     assert broken_links(page, (ROOT / page).read_text()) == []
+
+
+def test_the_page_from_sparseml_has_each_modifier_and_each_argument_that_is_read():
+    page = (ROOT / "docs/from_sparseml.md").read_text()
+    arguments = page.partition("## Modifiers and their arguments")[2].partition("## What is not converted")[0]
+    found = set(re.findall(r"`(\w+)", arguments))
+    known = {name.removeprefix("Legacy") for name in {*STEPS, *LEFT_OUT, "EpochRangeModifier"}}
+    folder = ROOT / "sparsifai/recipes/sparseml"
+    code = "".join((folder / f"{name}.py").read_text() for name in ("steps", "other_steps", "parameters"))
+    read = set(re.findall(r"""modifier\.(?:take|number|note|fraction)\(\s*"([a-z_]+)\"""", code))
+    assert len(known) > 35
+    assert len(read) > 30
+    without_tags = {"start", "end", "update", "targets", "mask_structure", "update_scheduler", "apply_globally"}
+    assert known | read | without_tags <= found
 
 
 def test_a_broken_link_is_found():
@@ -166,73 +191,3 @@ def test_the_pets_example_says_clearly_when_the_data_cannot_be_had(tmp_path):
     assert result.returncode == 1
     assert "The PETS data could not be downloaded" in result.stderr
     assert "Traceback" not in result.stderr
-
-
-# What stands in the place of the settings of a notebook's first cell, so that it does not take long.
-SMALL = {
-    "01_quickstart": {"digits": 520, "epochs": 2, "steps": 20},
-    "02_granularity": {"digits": 520, "epochs": 1, "seeds": 1},
-    "03_criteria_and_schedules": {"digits": 520, "epochs": 1, "seeds": 1},
-    "04_in_a_fastai_project": {"digits": 500},
-    "05_pruning_at_initialization": {"digits": 520, "epochs": 1, "seeds": 1, "many_steps": 3},
-    "06_nm_and_blocks": {"digits": 520, "epochs": 1, "seeds": 1},
-    "07_lottery_ticket": {"digits": 520, "epochs": 1, "seeds": 2},
-    "08_compound": {"examples": 128, "epochs": 3, "epochs_of_few": 2, "seeds": 1},
-    "09_recipes": {"digits": 520},
-    "10_from_zeros_to_speed": {"digits": 520, "epochs": 2, "inner": 1024},
-    "11_transformers": {"digits": 520, "epochs": 4},
-}
-
-
-def test_there_are_notebooks():
-    assert [path.stem for path in NOTEBOOKS] == list(SMALL)
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_stored_with_its_outputs(path):
-    notebook = json.loads(path.read_text())
-    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    outputs = [output for cell in code for output in cell["outputs"]]
-    assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
-    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
-    assert path.stat().st_size < 600_000
-    settings = ast.parse("".join(code[0]["source"])).body
-    assert code[0]["metadata"]["tags"] == ["parameters"]
-    # Whole numbers, none of which is smaller in the notebook than here.
-    stored = {each.targets[0].id: ast.literal_eval(each.value) for each in settings}
-    assert stored.keys() == SMALL[path.stem].keys()
-    assert all(stored[name] > small for name, small in SMALL[path.stem].items())
-
-
-@pytest.mark.fastai
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path, tmp_path):
-    pytest.importorskip("fastai", reason="the notebooks train with fastai")
-    pytest.importorskip("IPython", reason="comes with ipykernel")
-    result = run(ROOT / "tests/notebook.py", path, json.dumps(SMALL[path.stem]), folder=tmp_path)
-    assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.fastai
-@pytest.mark.slow
-def test_a_notebook_runs_in_a_kernel_of_jupyter():
-    pytest.importorskip("fastai", reason="the notebooks train with fastai")
-    nbformat = pytest.importorskip("nbformat", reason="comes with nbclient")
-    from nbclient import NotebookClient
-
-    path = NOTEBOOKS[0]
-    notebook = nbformat.read(path, as_version=4)
-    settings = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    settings.source = "\n".join(f"{name} = {value}" for name, value in SMALL[path.stem].items())
-    NotebookClient(
-        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": path.parent}}
-    ).execute()
-    html = [
-        output.data["text/html"]
-        for cell in notebook.cells
-        for output in cell.get("outputs", ())
-        if "text/html" in output.get("data", {})
-    ]
-    assert any("sparsity" in each for each in html)

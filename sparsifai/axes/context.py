@@ -74,17 +74,42 @@ def _check(context: Context) -> None:
 CAPABILITIES = ("on_device", "highest_sparsity", "fixes_counts", "keeps_masked", "ranks_within")
 
 contexts = Registry("context", check=_check, parse=parse_blocks, capabilities=CAPABILITIES)
+"""The contexts by name. `contexts.register` adds a function of the scored layers and the sparsity.
+
+Example:
+    >>> @contexts.register(replace=True)
+    ... def spare_the_first(layers, sparsity):
+    ...     return [*select_groups(layers[:1], sparsity / 2), *select_groups(layers[1:], sparsity)]
+    >>> model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 8))
+    >>> sparsifier = Sparsifier(model, context='spare_the_first')
+"""
 
 
 @contexts.register(on_device=True, fixes_counts=True, keeps_masked=True, ranks_within="layer")
 def local(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
-    """Rank each layer alone; each layer reaches the target sparsity."""
+    """Rank each layer alone; each layer reaches the target sparsity.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+        >>> sparsifier = Sparsifier(model, context='local')
+        >>> sparsifier.sparsify(0.5)
+        >>> [mask.float().mean().item() for mask in sparsifier.masks.values()]
+        [0.5, 0.5]
+    """
     return select_each(layers, sparsity)
 
 
 @contexts.register(name="global", on_device=True, fixes_counts="together", keeps_masked=True)
 def global_(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
-    """Rank the groups of all layers together; only all layers together reach the target sparsity."""
+    """Rank the groups of all layers together; only all layers together reach the target sparsity.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+        >>> sparsifier = Sparsifier(model, context='global')
+        >>> sparsifier.sparsify(0.5)
+        >>> sum(int(mask.sum()) for mask in sparsifier.masks.values())  # of 80 weights
+        40
+    """
     return select_groups(layers, sparsity)
 
 

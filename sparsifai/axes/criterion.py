@@ -97,6 +97,14 @@ def _check(criterion: Criterion) -> None:
 CAPABILITIES = ("elementwise", "pooling", "proximal", "numpy", "curvature", "compensates", "sweeps")
 
 criteria = Registry("criterion", check=_check, capabilities=CAPABILITIES)
+"""The criteria by name. `criteria.register` adds a function of quantities, which are named by its parameters.
+
+Example:
+    >>> @criteria.register(replace=True)
+    ... def relative_increase(weight, init, epsilon=1e-8):
+    ...     return weight.abs() / (init.abs() + epsilon)
+    >>> sparsifier = Sparsifier(nn.Linear(8, 2), criteria='relative_increase')
+"""
 
 
 def elementwise(criterion: Criterion) -> Criterion:
@@ -141,21 +149,36 @@ def random(weight: Tensor, rng: torch.Generator) -> Tensor:
 
 @criteria.register(elementwise=True, proximal=True, numpy=np.abs)
 def large_final(weight: Tensor) -> Tensor:
-    """|w|: large weights are kept."""
+    """|w|: large weights are kept.
+
+    Example:
+        >>> large_final(torch.tensor([3.0, -1.0]))
+        tensor([3., 1.])
+    """
     return weight.abs()
 
 
 @criteria.register
 @elementwise
 def small_final(weight: Tensor) -> Tensor:
-    """-|w|: small weights are kept."""
+    """-|w|: small weights are kept.
+
+    Example:
+        >>> small_final(torch.tensor([3.0, -1.0]))
+        tensor([-3., -1.])
+    """
     return -weight.abs()
 
 
 @criteria.register
 @elementwise
 def squared_final(weight: Tensor) -> Tensor:
-    """|w|^2: the order of large_final; the scores of groups differ."""
+    """|w|^2: the order of large_final; the scores of groups differ.
+
+    Example:
+        >>> squared_final(torch.tensor([3.0, -1.0]))
+        tensor([9., 1.])
+    """
     return weight.abs().square()
 
 
@@ -167,7 +190,12 @@ def large_gradient(grad: Tensor) -> Tensor:
 
 @criteria.register
 def normalized_final(weight: Tensor) -> Tensor:
-    """|w| / ||W||, ||W|| being the l2 norm of the layer: for ranking layers of different scale together."""
+    """|w| / ||W||, ||W|| being the l2 norm of the layer: for ranking layers of different scale together.
+
+    Example:
+        >>> normalized_final(torch.tensor([3.0, -4.0]))
+        tensor([0.6000, 0.8000], dtype=torch.float64)
+    """
     sizes = weight.abs().double()
     return sizes / sizes.norm().clamp(min=1e-300)
 
@@ -178,6 +206,10 @@ def lamp(weight: Tensor) -> Tensor:
 
     Of equal weights the later ranks higher. For contexts that rank layers together. Lee et al., 2021, "Layer-Adaptive
     Sparsity for the Magnitude-based Pruning" (arXiv:2010.07611).
+
+    Example:
+        >>> lamp(torch.tensor([1.0, -1.0, 2.0]))  # 1/6, 1/5 and 4/4
+        tensor([0.1667, 0.2000, 1.0000], dtype=torch.float64)
     """
     squares = weight.abs().double().square().flatten()
     order = squares.argsort(stable=True)
@@ -189,70 +221,120 @@ def lamp(weight: Tensor) -> Tensor:
 @criteria.register
 @elementwise
 def large_init(init: Tensor) -> Tensor:
-    """|w0|: weights with a large initial value are kept."""
+    """|w0|: weights with a large initial value are kept.
+
+    Example:
+        >>> large_init(init=torch.tensor([3.0, -1.0]))
+        tensor([3., 1.])
+    """
     return init.abs()
 
 
 @criteria.register
 @elementwise
 def small_init(init: Tensor) -> Tensor:
-    """-|w0|: weights with a small initial value are kept."""
+    """-|w0|: weights with a small initial value are kept.
+
+    Example:
+        >>> small_init(init=torch.tensor([3.0, -1.0]))
+        tensor([-3., -1.])
+    """
     return -init.abs()
 
 
 @criteria.register
 @elementwise
 def large_init_large_final(weight: Tensor, init: Tensor, alpha: float = 1.0) -> Tensor:
-    """min(alpha |w|, |w0|): weights that are large at both times are kept."""
+    """min(alpha |w|, |w0|): weights that are large at both times are kept.
+
+    Example:
+        >>> large_init_large_final(torch.tensor([3.0, -1.0]), torch.tensor([1.0, 2.0]))
+        tensor([1., 1.])
+    """
     return torch.minimum(alpha * weight.abs(), init.abs())
 
 
 @criteria.register
 @elementwise
 def small_init_small_final(weight: Tensor, init: Tensor, alpha: float = 1.0) -> Tensor:
-    """-max(alpha |w|, |w0|): weights that are small at both times are kept."""
+    """-max(alpha |w|, |w0|): weights that are small at both times are kept.
+
+    Example:
+        >>> small_init_small_final(torch.tensor([3.0, -1.0]), torch.tensor([1.0, 2.0]))
+        tensor([-3., -2.])
+    """
     return -torch.maximum(alpha * weight.abs(), init.abs())
 
 
 @criteria.register
 @elementwise
 def magnitude_increase(weight: Tensor, init: Tensor, alpha: float = 1.0) -> Tensor:
-    """alpha |w| - |w0|: weights whose magnitude has grown are kept."""
+    """alpha |w| - |w0|: weights whose magnitude has grown are kept.
+
+    Example:
+        >>> magnitude_increase(torch.tensor([3.0, -1.0]), torch.tensor([1.0, 2.0]))
+        tensor([ 2., -1.])
+    """
     return alpha * weight.abs() - init.abs()
 
 
 @criteria.register
 @elementwise
 def movement(weight: Tensor, init: Tensor) -> Tensor:
-    """|w - w0|: weights that have moved far are kept."""
+    """|w - w0|: weights that have moved far are kept.
+
+    Example:
+        >>> movement(torch.tensor([3.0, -1.0]), torch.tensor([1.0, 2.0]))
+        tensor([2., 3.])
+    """
     return (weight - init).abs()
 
 
 @criteria.register
 @elementwise
 def movmag(weight: Tensor, init: Tensor) -> Tensor:
-    """|w (w - w0)|: movement times magnitude."""
+    """|w (w - w0)|: movement times magnitude.
+
+    Example:
+        >>> movmag(torch.tensor([3.0, -1.0]), torch.tensor([1.0, 2.0]))
+        tensor([6., 3.])
+    """
     return (weight * (weight - init)).abs()
 
 
 @criteria.register
 @elementwise
 def updating_magnitude_increase(weight: Tensor, previous: Tensor) -> Tensor:
-    """|w| - |w'|: magnitude_increase since the last mask update."""
+    """|w| - |w'|: magnitude_increase since the last mask update.
+
+    Example:
+        >>> updating_magnitude_increase(torch.tensor([3.0, -1.0]), torch.tensor([1.0, 2.0]))
+        tensor([ 2., -1.])
+    """
     return weight.abs() - previous.abs()
 
 
 @criteria.register
 @elementwise
 def updating_movement(weight: Tensor, previous: Tensor) -> Tensor:
-    """|w - w'|: movement since the last mask update."""
+    """|w - w'|: movement since the last mask update.
+
+    Example:
+        >>> updating_movement(torch.tensor([3.0, -1.0]), torch.tensor([1.0, 2.0]))
+        tensor([2., 3.])
+    """
     return (weight - previous).abs()
 
 
 @criteria.register
 @elementwise
 def updating_movmag(weight: Tensor, previous: Tensor) -> Tensor:
-    """|w (w - w')|: movmag since the last mask update."""
+    """|w (w - w')|: movmag since the last mask update.
+
+    Example:
+        >>> updating_movmag(torch.tensor([3.0, -1.0]), torch.tensor([1.0, 2.0]))
+        tensor([6., 3.])
+    """
     return (weight * (weight - previous)).abs()
 
 
@@ -262,7 +344,16 @@ def updating_movmag(weight: Tensor, previous: Tensor) -> Tensor:
 @criteria.register
 @elementwise
 def snip(weight: Tensor, grad: Tensor) -> Tensor:
-    """|w g|: weights whose removal changes the loss little are pruned. Lee et al., 2019, "SNIP" (arXiv:1810.02340)."""
+    """|w g|: weights whose removal changes the loss little are pruned. Lee et al., 2019, "SNIP" (arXiv:1810.02340).
+
+    Example:
+        >>> batches = [(torch.randn(16, 8), torch.randint(2, (16,)))]
+        >>> sparsifier = Sparsifier(nn.Linear(8, 2), criteria='snip')
+        >>> sparsifier.calibrate(batches, nn.functional.cross_entropy)
+        >>> sparsifier.sparsify(0.5)
+        >>> sparsifier.sparsity
+        0.5
+    """
     return (weight * grad).abs()
 
 
@@ -273,6 +364,14 @@ def grasp(weight: Tensor, hessian_grad: Tensor) -> Tensor:
 
     -w Hg estimates how much the norm of the gradient grows when the weight is pruned. Wang et al., 2020, "Picking
     Winning Tickets Before Training by Preserving Gradient Flow" (arXiv:2002.07376).
+
+    Example:
+        >>> batches = [(torch.randn(16, 8), torch.randint(2, (16,)))]
+        >>> sparsifier = Sparsifier(nn.Linear(8, 2), criteria='grasp')
+        >>> sparsifier.calibrate(batches, nn.functional.cross_entropy)
+        >>> sparsifier.sparsify(0.5)
+        >>> sparsifier.sparsity
+        0.5
     """
     return weight * hessian_grad
 
@@ -284,6 +383,13 @@ def synflow(weight: Tensor, flow: Tensor) -> Tensor:
 
     Published for many steps, as in `sparsify(0.99, steps=100)`. Tanaka et al., 2020, "Pruning Neural Networks without
     Any Data by Iteratively Conserving Synaptic Flow" (arXiv:2006.05467).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> sparsifier = Sparsifier(model, criteria='synflow', example_input=torch.zeros(1, 8))
+        >>> sparsifier.sparsify(0.75, steps=10)
+        >>> sparsifier.sparsity
+        0.75
     """
     return weight.abs() * flow
 
@@ -296,6 +402,14 @@ def taylor(weight: Tensor, grad: Tensor) -> Tensor:
 
     For a whole filter before a batch norm the sum is zero, because the norm undoes the filter's scale. Molchanov et
     al., 2019, "Importance Estimation for Neural Network Pruning" (arXiv:1906.10771).
+
+    Example:
+        >>> batches = [(torch.randn(16, 8), torch.randint(2, (16,)))]
+        >>> sparsifier = Sparsifier(nn.Linear(8, 2), criteria='taylor')
+        >>> sparsifier.calibrate(batches, nn.functional.cross_entropy)
+        >>> sparsifier.sparsify(0.5)
+        >>> sparsifier.sparsity
+        0.5
     """
     return weight * grad
 
@@ -306,6 +420,14 @@ def fisher(weight: Tensor, grad_sq: Tensor) -> Tensor:
     """w^2 F / 2, F being the diagonal of the empirical Fisher matrix.
 
     Theis et al., 2018, "Faster gaze prediction with dense networks and Fisher pruning" (arXiv:1801.05787).
+
+    Example:
+        >>> batches = [(torch.randn(16, 8), torch.randint(2, (16,)))]
+        >>> sparsifier = Sparsifier(nn.Linear(8, 2), criteria='fisher')
+        >>> sparsifier.calibrate(batches, nn.functional.cross_entropy)
+        >>> sparsifier.sparsify(0.5)
+        >>> sparsifier.sparsity
+        0.5
     """
     return weight.square() * grad_sq / 2
 
@@ -316,6 +438,14 @@ def movement_pruning(weight_grad: Tensor) -> Tensor:
     """-w g, averaged over all batches: weights that move away from zero are kept.
 
     Sanh et al., 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning" (arXiv:2005.07683).
+
+    Example:
+        >>> batches = [(torch.randn(16, 8), torch.randint(2, (16,)))]
+        >>> sparsifier = Sparsifier(nn.Linear(8, 2), criteria='movement_pruning')
+        >>> sparsifier.calibrate(batches, nn.functional.cross_entropy)
+        >>> sparsifier.sparsify(0.5)
+        >>> sparsifier.sparsity
+        0.5
     """
     return -weight_grad
 
@@ -325,6 +455,13 @@ def wanda(weight: Tensor, activation: Tensor) -> Tensor:
     """|w| ||x||, x being the input that the weight is multiplied with. Published with context 'per_output'.
 
     Sun et al., 2023, "A Simple and Effective Pruning Approach for Large Language Models" (arXiv:2306.11695).
+
+    Example:
+        >>> sparsifier = Sparsifier(nn.Linear(8, 2), context='per_output', criteria='wanda')
+        >>> sparsifier.calibrate([torch.randn(16, 8)])
+        >>> sparsifier.sparsify(0.5)
+        >>> sparsifier.sparsity
+        0.5
     """
     return weight.abs() * activation
 
@@ -339,6 +476,14 @@ def obs(weight: Tensor, inverse_curvature: Tensor, block_size: int = 50, damping
     A block has `block_size` consecutive weights. The score is the least rise of the loss if the weight is pruned and
     the others of its block adapt, which compensate=, here the default, lets them do. Kurtic et al., 2022, "The Optimal
     BERT Surgeon" (arXiv:2203.07259).
+
+    Example:
+        >>> batches = [(torch.randn(4, 8), torch.randint(2, (4,))) for _ in range(8)]
+        >>> sparsifier = Sparsifier(nn.Linear(8, 2), criteria='obs')
+        >>> sparsifier.calibrate(batches, nn.functional.cross_entropy)
+        >>> sparsifier.sparsify(0.5)
+        >>> sparsifier.sparsity
+        0.5
     """
     return weight.square() / (2 * inverse_curvature)
 
@@ -350,6 +495,13 @@ def sparsegpt(weight: Tensor, inverse_curvature: Tensor, damping: float = 0.01, 
     H^-1 is that of column j and those behind it, and w is the weight as the columns before it have changed it. A mask
     is chosen for `block_size` columns after the other. For contexts that rank within a layer. Frantar and Alistarh,
     2023, "SparseGPT" (arXiv:2301.00774).
+
+    Example:
+        >>> sparsifier = Sparsifier(nn.Linear(8, 2), context='local', criteria='sparsegpt')
+        >>> sparsifier.calibrate([torch.randn(16, 8)])
+        >>> sparsifier.sparsify(0.5)
+        >>> sparsifier.sparsity
+        0.5
     """
     return weight.square() / inverse_curvature
 
@@ -361,6 +513,14 @@ def gate_importance(weight: Tensor, gate_grad: Tensor, group_width: int, normali
     All weights of a head have the score of their head. With `normalize`, the scores of an attention are divided by
     their l2 norm over its heads, as published. Only for granularities such as 'head' and 'neuron'. Michel et al., 2019,
     "Are Sixteen Heads Really Better than One?" (arXiv:1905.10650).
+
+    Example:
+        >>> layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        >>> sparsifier = Sparsifier(layer, 'head', criteria='gate_importance')
+        >>> sparsifier.calibrate([(torch.randn(8, 3, 16), torch.randn(8, 3, 16))], nn.functional.mse_loss)
+        >>> sparsifier.sparsify(0.5)
+        >>> sparsifier.report().joint  # heads that are pruned, and all
+        {'self_attn': (2, 4)}
     """
     # Each head has as many entries as it is wide, so the norm over entries is that over heads times the root of it.
     importance = gate_grad.double()

@@ -42,6 +42,7 @@ from ..model.joint.experts import find_experts
 from ..model.joint.groups import JointGroups
 from ..model.joint.mlp import find_neurons
 from ..model.joint.recurrent import find_units
+from ..support.arguments import checks_arguments
 from ..support.registry import Registry
 
 # Axis name -> size, in the order of the weight's shape.
@@ -86,6 +87,7 @@ class _Along:
         return self.indexed
 
 
+@checks_arguments
 def block(rows: int, columns: int) -> Granularity:
     """Make the granularity of tiles: a group is `rows` outputs by `columns` inputs.
 
@@ -132,6 +134,15 @@ def _parse(value: Any) -> Granularity | None:
 
 
 granularities = Registry("granularity", parse=_parse, capabilities=("joint",))
+"""The granularities by name. `granularities.register` adds a function of the axes of a weight.
+
+Example:
+    >>> @granularities.register(replace=True)
+    ... def pairs_of_filters(axes):
+    ...     return {'out': 2}
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+    >>> sparsifier = Sparsifier(model, granularity='pairs_of_filters', layers='0')
+"""
 
 
 @granularities.register

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..model.zeros import is_nonzero, why_not_counted
+from ..model.zeros import is_nonzero, why_not_plain
+from ..support.arguments import checks_arguments
 from ..support.capability import capability
 from ..support.chunk import CHUNK
 from ..support.printable import printable
@@ -115,6 +116,7 @@ def check_reachable(context: Any, sparsity: float) -> None:
         )
 
 
+@checks_arguments
 def blocks(size: int, axis: str = "in") -> Blocks:
     """Make the context that ranks every `size` consecutive weights along an axis alone.
 
@@ -134,8 +136,6 @@ def blocks(size: int, axis: str = "in") -> Blocks:
         TypeError: `axis` is not a name.
 
     Example:
-        >>> from torch import nn
-        >>> from sparsifai import Sparsifier
         >>> layer = nn.Linear(8, 3)
         >>> Sparsifier(layer, context=blocks(4)).sparsify(0.75)
         >>> is_nm(layer.weight, 1, 4)
@@ -163,6 +163,7 @@ def parse_blocks(value: Any) -> Blocks | None:
     return Blocks(size, "in", size - kept, True, value)
 
 
+@checks_arguments
 def is_nm(weight: Tensor, n: int, m: int, axis: int = 1) -> bool:
     """Whether at most `n` of every `m` consecutive weights along an axis are not zero.
 
@@ -182,7 +183,6 @@ def is_nm(weight: Tensor, n: int, m: int, axis: int = 1) -> bool:
         ValueError: `n` is not from 1 to m - 1, the weight does not have the axis, or its zeros cannot be counted.
 
     Example:
-        >>> import torch
         >>> is_nm(torch.tensor([[1., 0., 0., 2.], [0., 0., 0., 3.]]), 2, 4)
         True
     """
@@ -190,7 +190,7 @@ def is_nm(weight: Tensor, n: int, m: int, axis: int = 1) -> bool:
         raise ValueError(
             f"is_nm: needs 0 < n < m and an axis of the weight, got {n}:{m} along axis {axis} of {weight.dim()} axes"
         )
-    if why := why_not_counted(weight):
+    if why := why_not_plain(weight):
         raise ValueError(f"is_nm: zeros of the weight cannot be counted: it is {why}")
     counts = [piece.sum(axis) for piece in is_nonzero(weight).split(m, axis)]
     return all(bool((count <= n).all()) for count in counts)

@@ -155,6 +155,15 @@ def _check(quantity: Callable) -> None:
 
 
 quantities = Registry("quantity", check=_check)
+"""The quantities by name, which criteria ask for by the names of their parameters.
+
+Example:
+    >>> @quantities.register(replace=True)
+    ... @taken('backward')
+    ... def gradient_sign(source, name):
+    ...     return source.layers[name].parameter.grad.sign()
+    >>> sparsifier = Sparsifier(nn.Linear(8, 2), criteria=lambda weight, gradient_sign: weight * gradient_sign)
+"""
 
 
 @quantities.register

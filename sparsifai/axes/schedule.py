@@ -72,29 +72,57 @@ def _check(schedule: Schedule) -> None:
 
 
 schedules = Registry("schedule", check=_check)
+"""The schedules by name. `schedules.register` adds a function from [0, 1] to [0, 1].
+
+Example:
+    >>> @schedules.register(replace=True)
+    ... def square_root(t):
+    ...     return t ** 0.5
+    >>> part = Sparsify(0.9, schedule='square_root')
+"""
 
 
 @schedules.register
 def one_shot(t: float) -> float:
-    """s(t) = 1: the whole target sparsity at once, before the first batch."""
+    """s(t) = 1: the whole target sparsity at once, before the first batch.
+
+    Example:
+        >>> one_shot(0.0), one_shot(0.5), one_shot(1.0)
+        (1.0, 1.0, 1.0)
+    """
     return 1.0
 
 
 @schedules.register
 def lin(t: float) -> float:
-    """s(t) = t: linear."""
+    """s(t) = t: linear.
+
+    Example:
+        >>> lin(0.0), lin(0.5), lin(1.0)
+        (0.0, 0.5, 1.0)
+    """
     return t
 
 
 @schedules.register
 def cos(t: float) -> float:
-    """s(t) = (1 - cos(pi t)) / 2: half a cosine."""
+    """s(t) = (1 - cos(pi t)) / 2: half a cosine.
+
+    Example:
+        >>> [round(cos(t), 3) for t in (0, 0.25, 0.5, 1)]
+        [0.0, 0.146, 0.5, 1.0]
+    """
     return (1 - math.cos(math.pi * t)) / 2
 
 
 @schedules.register
 def agp(t: float) -> float:
-    """s(t) = 1 - (1 - t)^3: automated gradual pruning (Zhu and Gupta, 2017, arXiv:1710.01878)."""
+    """s(t) = 1 - (1 - t)^3: automated gradual pruning (Zhu and Gupta, 2017, arXiv:1710.01878).
+
+    Example:
+        >>> agp(0.0), agp(0.5), agp(1.0)
+        (0.0, 0.875, 1.0)
+    """
     return 1 - (1 - t) ** 3
 
 
@@ -103,6 +131,10 @@ def one_cycle(t: float, alpha: float = 14, beta: float = 6) -> float:
     """s(t) = (1 + e^(beta - alpha)) / (1 + e^(beta - alpha t)): one-cycle pruning.
 
     Hubens et al., 2021, "One-Cycle Pruning: Pruning ConvNets Under a Tight Training Budget" (arXiv:2107.02086).
+
+    Example:
+        >>> [round(one_cycle(t), 3) for t in (0, 0.25, 0.5, 1)]
+        [0.002, 0.076, 0.731, 1.0]
     """
     return (1 + math.exp(beta - alpha)) / (1 + math.exp(beta - alpha * t))
 
@@ -149,7 +181,12 @@ schedules.register(iterative(3), name="iterative")
 
 @schedules.register
 def dsd(t: float) -> float:
-    """s(t) = (1 - cos(2 pi t)) / 2: dense, sparse at t = 1/2, dense again (Han et al., 2016, arXiv:1607.04381)."""
+    """s(t) = (1 - cos(2 pi t)) / 2: dense, sparse at t = 1/2, dense again (Han et al., 2016, arXiv:1607.04381).
+
+    Example:
+        >>> [round(dsd(t), 3) for t in (0, 0.25, 0.5, 1)]
+        [0.0, 0.5, 1.0, 0.0]
+    """
     return (1 - math.cos(2 * math.pi * t)) / 2
 
 

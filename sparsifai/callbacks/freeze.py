@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..model.frozen import FrozenLayers
+from ..support.arguments import checks_arguments
 from .base import TrainingCallback
 from .sparsify import SparsifyCallback
 
@@ -23,7 +24,8 @@ class FreezeCallback(TrainingCallback):
         ValueError: Not 0 <= start < end <= 1; or, when a fit begins, a name matches no layer.
 
     Example:
-        learn.fit(10, cbs=FreezeCallback("0.*", end=0.5))
+        >>> learn = make_learner()
+        >>> learn.fit(2, cbs=FreezeCallback('0', end=0.5))
     """
 
     # After SparsifyCallback, which leaves out frozen layers when it makes its Sparsifier, at the first batch: layers
@@ -33,6 +35,7 @@ class FreezeCallback(TrainingCallback):
 
     name = "freeze_layers"  # `freeze` is a method of the Learner
 
+    @checks_arguments
     def __init__(
         self,
         layers,  # Names or globs of layers or parameters, or a list of them; a container means all within it

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..gradual.gradual_sparsifier import show_batches
-from ..model.running import Split, not_drawn_from, untraced
+from ..model.running import Split, check_no_batch, not_drawn_from, untraced
 from ..sparsifier.masking import parameters_of
 from ..sparsifier.notices import notice_of_unstepped
 from ..sparsifier.sparsifier import Sparsifier
 from ..support.at_end import AtEnd
+from ..support.progress import bars
 from ..support.warning import warn
 
 if TYPE_CHECKING:
@@ -118,6 +119,11 @@ def is_learner(value: Any) -> bool:
     )
 
 
+def bars_of(learn: Any) -> AbstractContextManager[None]:
+    """Show progress bars in a `with` block only if a Learner shows its own: `learn.no_bar()` switches off both."""
+    return bars(hasattr(learn, "progress"))
+
+
 def metric_names(learn: Any) -> list[str]:
     """The names of the numbers that `learn.validate()` returns."""
     return ["valid_loss", *(metric.name for metric in learn.metrics)]
@@ -191,6 +197,7 @@ def calibrate_with(learn: Any, sparsifier: Sparsifier, batches: Iterable | None)
 
 def _batches_of(learn: Any, batches: Iterable | None) -> tuple[Iterable, Callable]:
     """Batches, by default the first one of the training data, and the loss of a Learner."""
+    check_no_batch("calibration", batches)
     several = [first_batch(learn)] if batches is None else Split(batches, getattr(learn.dls, "n_inp", None))
     return several, loss_of(learn)
 

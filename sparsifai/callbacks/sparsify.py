@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from ..axes.changed_schedule import between
 from ..gradual.gradual_pruning import GradualPruning
+from ..gradual.in_words import in_words
 from ..model.parallel import unwrapped
 from ..model.running import first_example
 from ..sparsifier.sparsifier import Sparsifier
+from ..support.arguments import checks_arguments
 from ..support.checks import check_count, check_number
 from ..support.table import percent
 from .base import TrainingCallback
@@ -22,7 +23,7 @@ from .display import notify
 from .fit import Fit
 from .fit_part import FitPart
 from .keep import KeepSparsity
-from .learner import check_steps_model, check_steps_weights, is_search, show_data, warn_of_unstepped
+from .learner import bars_of, check_steps_model, check_steps_weights, is_search, show_data, warn_of_unstepped
 from .pruned import Pruned
 
 
@@ -89,7 +90,11 @@ class SparsifyCallback(TrainingCallback):
             fit: the arguments do not fit the model.
 
     Example:
-        learn.fit_one_cycle(5, cbs=SparsifyCallback(0.9, context="erk"))
+        >>> learn = make_learner()
+        >>> callback = SparsifyCallback(0.75)
+        >>> learn.fit_one_cycle(2, cbs=callback)
+        >>> callback.sparsifier.sparsity
+        0.75
     """
 
     # After MixedPrecision (10), which unscales gradients, and before KeepSparsity (10.5), which zeroes the gradients of
@@ -102,6 +107,7 @@ class SparsifyCallback(TrainingCallback):
     _fit: Any = None  # a Fit, during a fit, which all SparsifyCallbacks of a Learner share
     _loaded: Any = None  # what `load_state_dict` was given, until the Sparsifier is made
 
+    @checks_arguments
     def __init__(
         self,
         sparsity=None,  # Fraction of the weights to be zero, 0.5 for 50 %; or {pattern: fraction} by layer
@@ -118,7 +124,7 @@ class SparsifyCallback(TrainingCallback):
         may_empty=False,  # Whether a layer may lose its best group, too
         regrow=None,  # The criterion by which pruned weights regrow at an update: 'grad' (RigL), 'random' (SET), ...
         drop=None,  # Initial fraction of the remaining weights that is pruned and regrown per update; by default 0.3
-        drop_schedule=between("cos", 0, 0.75),  # The schedule along which that fraction goes to 0
+        drop_schedule=None,  # The schedule along which that fraction goes to 0; by default cos over 3/4 of the fit
         calibration=None,  # Batches for criteria that look at data; by default the present batch of the training
         example_input=None,  # A batch for models that torch.fx cannot trace; by default from the present batch
         round_to=None,  # Keep a multiple of this many groups in every layer
@@ -145,6 +151,10 @@ class SparsifyCallback(TrainingCallback):
     def name(self):
         "The name of the attribute of the Learner; `sparsify` is a method of it"
         return f"{super().name}_callback"
+
+    def __repr__(self):
+        pruning = vars(self).get("pruning")  # none, if the arguments were refused
+        return type(self).__name__ if pruning is None else f"{type(self).__name__}({in_words(pruning)})"
 
     @property
     def sparsifier(self):
@@ -205,6 +215,7 @@ class SparsifyCallback(TrainingCallback):
         if fit.advances:
             for part in fit.parts.values():
                 part.begin(self._batches(0), self._start)
+            fit.tell_of_trackers()
         else:
             held = percent(fit.measured())
             message = f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit"
@@ -305,7 +316,8 @@ class SparsifyCallback(TrainingCallback):
 
     def _new_pruned(self) -> Pruned:
         """Make the Sparsifier at the first batch, with the state that was loaded."""
-        pruned = Pruned(self._new_sparsifier())
+        with bars_of(self.learn):
+            pruned = Pruned(self._new_sparsifier())
         if self._loaded is not None:
             pruned.sparsifier.load_state_dict(self._loaded["sparsifier"])
             pruned.reached, pruned.is_resumed, self._loaded = self._loaded["reached"], True, None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -83,7 +84,7 @@ class Checkpoint:
         return found
 
     def _add(self, name: str, tensor: Tensor) -> None:
-        if why := why_not_counted(tensor):
+        if why := why_not_counted(tensor, name):
             self.left_out[name] = LeftOut(shape_of(tensor), size_of(tensor), why)
         else:
             self.counted[name] = tensor
@@ -119,23 +120,40 @@ class CountedTensors(Table):
 
     checkpoint: Checkpoint
 
-    def _matrices(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self.checkpoint.counted.items() if value.dim() > 1}
+    @cached_property
+    def _tied(self) -> dict[str, str]:
+        return _ties(self.checkpoint.counted)
+
+    @cached_property
+    def _counts(self) -> dict[str, Count]:
+        """Name -> count; a tensor that is tied to an earlier one has none."""
+        return {name: Count.of(value) for name, value in self.checkpoint.counted.items() if name not in self._tied}
+
+    def _is_matrix(self, name: str) -> bool:
+        return self.checkpoint.counted[name].dim() > 1
 
     def _records(self) -> list[dict[str, Any]]:
         return [
-            {"weight": name, "shape": tuple(value.shape), **figures(Count.of(value))}
-            for name, value in self._matrices().items()
+            {
+                "weight": name,
+                "shape": tuple(value.shape),
+                **figures(self._counts.get(name)),
+                "note": f"tied to {self._tied[name]}" if name in self._tied else "",
+            }
+            for name, value in self.checkpoint.counted.items()
+            if self._is_matrix(name)
         ]
 
     def _columns(self) -> tuple[Column, ...]:
-        return (Column("weight", left=True), Column("shape", left=True), *COUNTED)
+        note = (Column("note", left=True, remark=True),) if any(map(self._is_matrix, self._tied)) else ()
+        return (Column("weight", left=True), Column("shape", left=True), *COUNTED, *note)
 
     def _totals(self) -> list[dict[str, Any]]:
         whole = "all that are counted" if self.checkpoint.left_out else "whole file"
+        matrices = [count for name, count in self._counts.items() if self._is_matrix(name)]
         return [
-            {"weight": "all of these", **figures(Count.of(*_apart(self._matrices().values())))},
-            {"weight": whole, **figures(Count.of(*_apart(self.checkpoint.counted.values())))},
+            {"weight": "all of these", **figures(_sum(matrices))},
+            {"weight": whole, **figures(_sum(self._counts.values()))},
         ]
 
 
@@ -151,19 +169,19 @@ class NotCounted(Table):
 
     def _records(self) -> list[dict[str, Any]]:
         records = [
-            {"entry": name, "shape": each.shape, "weights": each.values, "why": each.why}
+            {"tensor": name, "shape": each.shape, "weights": each.values, "why": each.why}
             for name, each in self.checkpoint.left_out.items()
         ]
         others = self.checkpoint.others
         why = "no tensor" if len(others) == 1 else f"{len(others)} entries, no tensors"
-        return records + [{"entry": in_short(others), "shape": None, "weights": None, "why": why}] * bool(others)
+        return records + [{"tensor": in_short(others), "shape": None, "weights": None, "why": why}] * bool(others)
 
     def _columns(self) -> tuple[Column, ...]:
-        names = (Column("entry", "not counted", left=True), Column("shape", left=True))
-        return (*names, Column("weights"), Column("why", left=True))
+        names = (Column("tensor", "not counted", left=True), Column("shape", left=True))
+        return (*names, Column("weights"), Column("why", left=True, remark=True))
 
     def _totals(self) -> list[dict[str, Any]]:
-        return [{"entry": "all of these", "weights": sum(each.values for each in self.checkpoint.left_out.values())}]
+        return [{"tensor": "all of these", "weights": sum(each.values for each in self.checkpoint.left_out.values())}]
 
 
 def _entries(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -179,11 +197,17 @@ def _is_optimizer_state(value: Any) -> bool:
     return isinstance(value, Mapping) and "state" in value and ("param_groups" in value or "hypers" in value)
 
 
-def _apart(tensors: Any) -> list[Tensor]:
-    """Tensors without those that are the same as an earlier one, as tied weights are."""
-    apart: dict[Any, Tensor] = {}
-    for tensor in tensors:
-        plain = not is_made_of_others(tensor) and tensor.numel()
+def _ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name of a tensor that is the same as an earlier one, as tied weights are -> the name of that one."""
+    first: dict[Any, str] = {}
+    ties = {}
+    for name, tensor in tensors.items():
+        plain = not is_made_of_others(tensor) and not tensor.is_quantized and tensor.numel()
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if plain else id(tensor)
-        apart.setdefault(key, tensor)
-    return list(apart.values())
+        if first.setdefault(key, name) != name:
+            ties[name] = first[key]
+    return ties
+
+
+def _sum(counts: Collection[Count]) -> Count:
+    return Count(sum(count.weights for count in counts), sum(count.zeros for count in counts))

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,9 +19,11 @@ from ..model.flops import count_flops
 from ..model.layers import find_weights
 from ..model.parallel import unwrapped
 from ..model.running import evaluating, run, untraced
-from ..model.zeros import Count, check_counted, has_zero_slices
+from ..model.zeros import Count, check_counted, has_zero_slices, measured
+from ..support.arguments import checks_arguments
 from ..support.checks import check_count, check_is_module
 from ..support.printable import printable
+from ..support.progress import progress
 from ..support.warning import own_filters
 from .comparison_table import Comparison, Form, caption
 from .csr import CSRLinear, to_sparse_layout
@@ -30,6 +33,7 @@ from .timing import is_noise, median_milliseconds, time_in_turn, waiting_for
 from .two_four import semi_structured_layers, to_semi_structured
 
 
+@checks_arguments
 def compare(dense: nn.Module, sparse: nn.Module, example_input: Any, repeats: int | None = None) -> Comparison:
     """Compare each form of a sparse model with the dense model: file size, parameters, FLOPs and time.
 
@@ -60,7 +64,6 @@ def compare(dense: nn.Module, sparse: nn.Module, example_input: Any, repeats: in
 
     Example:
         >>> from copy import deepcopy
-        >>> from sparsifai import Sparsifier, compare
         >>> dense = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> sparse = deepcopy(dense)
         >>> _ = Sparsifier(sparse).sparsify(0.5)
@@ -69,7 +72,7 @@ def compare(dense: nn.Module, sparse: nn.Module, example_input: Any, repeats: in
     """
     for name, model in (("dense", dense), ("sparse", sparse)):
         check_is_module("compare", name, model)
-        check_counted("compare", dict(model.named_parameters()))
+        check_counted("compare", measured(model))
     if repeats is not None and check_count("repeats", repeats) < 3:
         raise ValueError(f"compare: repeats must be at least 3, not {repeats}; fewer runs cannot be told from noise")
     dense, sparse = unwrapped(dense), unwrapped(sparse)
@@ -79,7 +82,8 @@ def compare(dense: nn.Module, sparse: nn.Module, example_input: Any, repeats: in
         masked = _form("masked", sparse, flops["sparse"])
         saved = "as many FLOPs as dense" if masked.flops == forms[0].flops else "they save no FLOPs"
         forms.append(_noted(masked, f"its zeros are multiplied like any other weight: {saved}"))
-        for name, make in {"shrunk": _shrunk, "semi-structured": _semi_structured, "CSR": _csr}.items():
+        makers = {"shrunk": _shrunk, "semi-structured": _semi_structured, "CSR": _csr}
+        for name, make in progress(makers.items(), "making the forms to compare", name=itemgetter(0)):
             made, note = _attempt(partial(make, sparse, masked, flops["sparse"], example_input))
             form = Form(name)
             if made is not None:
@@ -100,7 +104,7 @@ def _flops(name: str, model: nn.Module, example: Any) -> dict[str, int]:
 
 def _form(name: str, model: nn.Module, flops: Mapping[str, int]) -> Form:
     """The numbers of a form whose parameters are dense tensors."""
-    count = Count.of(*model.parameters())
+    count = Count.of(*measured(model).values())
     size, note = _attempt(partial(_file, model))
     stored = None if size is None else size.dense_bytes if name == "dense" else size.bytes
     total = sum(flops.values()) if flops else None

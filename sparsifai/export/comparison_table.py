@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..support.figure import axes_or_new, legend_beside
 from ..support.table import Column, Table
 
 # Title of a column of the table -> attribute of a Form.
@@ -63,6 +64,13 @@ class Comparison(Table):
     Attributes:
         forms: The forms, the dense model first.
         caption: How the times were measured.
+
+    Example:
+        >>> dense, masked = nn.Linear(64, 64), nn.Linear(64, 64)
+        >>> Sparsifier(masked).sparsify(0.9)
+        >>> comparison = compare(dense, masked, torch.randn(1, 64))
+        >>> [form.name for form in comparison.forms][:2]
+        ['dense', 'masked']
     """
 
     forms: tuple[Form, ...]
@@ -131,7 +139,7 @@ class Comparison(Table):
 
     def _columns(self) -> tuple[Column, ...]:
         numbers = [Column(quantity, title, show=_cell) for title, quantity in _COLUMNS.items()]
-        words = (Column("in_words", "to dense", left=True), Column("note", left=True, below=True))
+        words = (Column("in_words", "to dense", left=True, remark=True), Column("note", left=True, below=True))
         return (Column("form", left=True), *numbers, *words)
 
     def _caption(self) -> str:
@@ -144,7 +152,7 @@ class Comparison(Table):
         return "" if ratio is None else about + _cell(ratio)
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw the numbers of each form relative to the dense model as bars.
+        """Draw the numbers of each form relative to the dense model as bars, with what the form gains in words.
 
         Times that differ from the dense model by no more than the noise are marked with `~`.
 
@@ -154,10 +162,7 @@ class Comparison(Table):
         Returns:
             The matplotlib axes.
         """
-        import matplotlib.pyplot as plt
-
-        if ax is None:
-            _, ax = plt.subplots(figsize=(7, 1 + 0.9 * len(self.forms)), layout="constrained")
+        ax = axes_or_new(ax, 8, 1 + 0.9 * len(self.forms))
         height = 0.8 / len(_DRAWN)
         for number, (label, quantity) in enumerate(_DRAWN.items()):
             ratios = [self.relative(form.name, quantity) for form in self.forms]
@@ -168,11 +173,12 @@ class Comparison(Table):
             if form.milliseconds is None:
                 ax.text(0.01, place, "not available: see the note", va="center", fontsize="small", color="0.4")
         ax.axvline(1, color="black", linewidth=0.8)
-        ax.set(xlabel="relative to the dense model")
-        ax.set_yticks(range(len(self.forms)), [form.name for form in self.forms])
+        ax.set(xlabel="ratio to the dense model (shorter is better)")
+        labels = ["\n".join([form.name, *self.in_words(form.name).split(", ")]).strip() for form in self.forms]
+        ax.set_yticks(range(len(self.forms)), labels)
         ax.margins(x=0.1)
         ax.invert_yaxis()
-        ax.legend(fontsize="small")
+        legend_beside(ax)
         return ax
 
 

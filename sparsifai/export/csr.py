@@ -13,7 +13,8 @@ from ..model.layers import NamedWeight, find_weights
 from ..model.linear import why_not_linear
 from ..model.parallel import unwrapped
 from ..model.running import copy_of
-from ..model.zeros import Count, why_not_counted
+from ..model.zeros import Count, why_not_plain
+from ..support.arguments import checks_arguments
 from ..support.checks import check_fraction
 from ..support.table import percent
 from ..support.warning import own_filters
@@ -73,6 +74,7 @@ class CSRLinear(nn.Module):
         return f"{shape}, stored={len(self.values)}"
 
 
+@checks_arguments
 def to_sparse_layout(model: nn.Module, sparsity: float = 0.8) -> nn.Module:
     """Copy a model for inference on a CPU, with its large sparse Linear layers stored and multiplied as CSR.
 
@@ -100,7 +102,6 @@ def to_sparse_layout(model: nn.Module, sparsity: float = 0.8) -> nn.Module:
         RuntimeError: The weights are not on a CPU, torch is built without MKL, or a converted layer has other outputs.
 
     Example:
-        >>> from sparsifai import Sparsifier, to_sparse_layout
         >>> model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)).eval()
         >>> _ = Sparsifier(model, context='local', layers='0').sparsify(0.9)
         >>> to_sparse_layout(model)[0]
@@ -138,7 +139,7 @@ def _why_dense(model: nn.Module, named: NamedWeight, least: float) -> str:
         return f"{dtype_name(weight.dtype)}: float32 is needed"
     if weight.numel() < WEIGHTS:
         return f"fewer than {WEIGHTS:,} weights"
-    if not weight.is_meta and (why := why_not_counted(weight)):
+    if not weight.is_meta and (why := why_not_plain(weight)):
         return why
     found = Count.of(weight)
     # A layer pruned to the sparsity s has s x N zeros rounded to a whole number, perhaps down.

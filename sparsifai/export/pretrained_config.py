@@ -47,7 +47,7 @@ def update_config(model: nn.Module, found: Iterable[JointGroups], original: nn.M
         why = _updated(pretrained, [(groups, _without(groups.name, name), left) for groups, left in inside], larger)
         advice = _WHOLE if _has_lost_modules(pretrained, larger) else _CUT
         for part in pretrained.modules():
-            if _is_pretrained(part):
+            if is_pretrained(part):
                 vars(part).pop("save_pretrained", None)
                 if why:
                     vars(part)["save_pretrained"] = partial(_refuse_to_save, type(part).__name__, why, advice)
@@ -67,13 +67,14 @@ def _is_config(value: Any) -> bool:
     return hasattr(value, "model_type") and hasattr(value, "to_dict")
 
 
-def _is_pretrained(module: nn.Module) -> bool:
+def is_pretrained(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers: it has a config and `save_pretrained`."""
     return callable(getattr(type(module), "save_pretrained", None)) and _is_config(getattr(module, "config", None))
 
 
 def _outermost(model: nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:
     """The models of transformers in a model that are in no other one, by name."""
-    if _is_pretrained(model):
+    if is_pretrained(model):
         yield name, model
     else:
         for child, module in model.named_children():

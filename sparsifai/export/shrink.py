@@ -26,12 +26,14 @@ from ..model.norms import check_fused_norms
 from ..model.parallel import unwrapped
 from ..model.tensors import check_values, with_autograd
 from ..model.zeros import has_zero_slices, weights_of_embeddings
+from ..support.arguments import checks_arguments
 from ..support.checks import check_is_module
 from ..support.warning import warn
 from .pretrained_config import update_config
 from .shrinkage_table import ShrinkableGroups, ShrinkableLayer, Shrinkage, first_reasons
 
 
+@checks_arguments
 def shrink(model: nn.Module, example_input: Any) -> nn.Module:
     """Remove filters, heads and neurons of a model that are zero: returns a smaller dense copy with the same outputs.
 
@@ -71,9 +73,6 @@ def shrink(model: nn.Module, example_input: Any) -> nn.Module:
             cannot follow its computation, and there are no heads and neurons to remove.
 
     Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from sparsifai import Sparsifier, shrink
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
         >>> _ = Sparsifier(model, 'filter', coupled=True, example_input=torch.rand(2, 3, 16, 16)).sparsify(0.5)
         >>> shrink(model, torch.rand(2, 3, 16, 16))[0]
@@ -116,6 +115,7 @@ def warn_of_zeros_left(table: Shrinkage) -> None:
         )
 
 
+@checks_arguments
 def shrinkage(model: nn.Module, example_input: Any) -> Shrinkage:
     """What `shrink` would remove from each layer, and why other zero filters cannot be removed. Nothing is changed.
 
@@ -130,6 +130,13 @@ def shrinkage(model: nn.Module, example_input: Any) -> Shrinkage:
         ImportError: torch-pruning is not installed.
         TypeError: `model` is not a torch.nn.Module.
         ValueError: As for `shrink`.
+
+    Example:
+        >>> model, batch = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)).eval(), torch.rand(4, 8)
+        >>> Sparsifier(model, 'filter', coupled=True, example_input=batch).sparsify(0.5)
+        >>> table = shrinkage(model, batch)
+        >>> table.parameters, table.parameters_left
+        (178, 90)
     """
     return shrunk(model, example_input)[1]
 

@@ -76,6 +76,13 @@ class Shrinkage(Table):
         groups: One row for the heads of each attention and the neurons of each MLP.
         not_followed: Why filters were not looked for; mostly empty.
         what_next: Of `learn.shrink()`, what later fits of the Learner do; else empty.
+
+    Example:
+        >>> model, batch = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)).eval(), torch.rand(4, 8)
+        >>> Sparsifier(model, 'filter', coupled=True, example_input=batch).sparsify(0.5)
+        >>> table = shrinkage(model, batch)
+        >>> table.parameters, table.parameters_left
+        (178, 90)
     """
 
     layers: tuple[ShrinkableLayer, ...]
@@ -126,7 +133,7 @@ class Shrinkage(Table):
 
     def _columns(self) -> tuple[Column, ...]:
         texts = [Column(name, left=True) for name in ("layer", "kind", "what")]
-        return (*texts, *map(Column, _NUMBERS), Column("why", left=True))
+        return (*texts, *map(Column, _NUMBERS), Column("why", left=True, remark=True))
 
     def _totals(self) -> list[dict[str, Any]]:
         records = self._records()

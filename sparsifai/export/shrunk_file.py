@@ -25,6 +25,7 @@ from ..model.joint.removal import replace_tensor
 from ..model.layers import CHANNEL_LAYERS, outputs_of, parameter_name, size_of
 from ..model.parallel import kind_of, unwrapped
 from ..model.running import sharing_copy
+from ..support.arguments import checks_arguments
 from ..support.checks import check_is_module
 from ..support.printable import printable
 from .pretrained_config import update_config
@@ -36,6 +37,7 @@ from .sparse_tensor import DTYPES
 Sizes = Mapping[str, Mapping[str, int]]
 
 
+@checks_arguments
 def save_shrunk(model: nn.Module, file: str | os.PathLike) -> SparseFile:
     """Save a model that `shrink` made: its tensors, and the sizes that its modules keep.
 
@@ -54,6 +56,15 @@ def save_shrunk(model: nn.Module, file: str | os.PathLike) -> SparseFile:
         OSError: The file cannot be written.
         TypeError: `model` is not a torch.nn.Module.
         ValueError: The state_dict has something that a safetensors file cannot store.
+
+    Example:
+        >>> model, batch = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)).eval(), torch.rand(4, 8)
+        >>> Sparsifier(model, 'filter', coupled=True, example_input=batch).sparsify(0.5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save_shrunk(shrink(model, batch), f'{folder}/small.safetensors')
+        ...     small = load_shrunk(model, f'{folder}/small.safetensors')
+        >>> small[0].out_features
+        8
     """
     check_is_module("save_shrunk", "model", model)
     state = check_storable("save_shrunk", model, _tensors_of(unwrapped(model)))
@@ -62,6 +73,7 @@ def save_shrunk(model: nn.Module, file: str | os.PathLike) -> SparseFile:
 
 @torch.no_grad()
 @torch.inference_mode(False)
+@checks_arguments
 def load_shrunk(model: nn.Module, file: str | os.PathLike) -> nn.Module:
     """Load a file of `save_shrunk`: returns a copy of a model of the original size that is cut to the saved one.
 
@@ -80,8 +92,6 @@ def load_shrunk(model: nn.Module, file: str | os.PathLike) -> nn.Module:
         ValueError: The file was not written by `save_shrunk`, is damaged, or does not fit the model.
 
     Example:
-        >>> import tempfile
-        >>> from sparsifai import Sparsifier, load_shrunk, save_shrunk, shrink
         >>> def original():
         ...     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)).eval()
         >>> model, batch = original(), torch.rand(4, 8)

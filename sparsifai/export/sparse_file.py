@@ -17,8 +17,10 @@ from torch.nn.parameter import is_lazy
 from ..model.parallel import is_sharded, unwrapped
 from ..model.tensors import is_fixed
 from ..model.zeros import COUNTED, Count, figures
+from ..support.arguments import checks_arguments
 from ..support.checks import check_is_module
 from ..support.printable import printable
+from ..support.progress import progress
 from ..support.registry import close_matches
 from ..support.table import Column, Table
 from .sparse_format import Tensors, dense_bytes, read_tensors, some_of, write_tensors
@@ -34,7 +36,8 @@ class SparseRow:
         shape: Its shape.
         dtype: Its dtype, as torch names it.
         count: Its elements and zeros.
-        form: How it is stored: 'dense', 'bitmask', 'index', or 'same as NAME' if it shares memory with that tensor.
+        form: How it is stored: 'dense', 'bitmask', 'index', or 'same as NAME' if it shares memory with that tensor; of
+            `save_pretrained_sparse`, 'dense' or 'sparse-bitmask'.
         bytes: Bytes of its data in the file, 0 if it is the same as another.
         dense_bytes: Bytes of all its elements, 0 if it is the same as another.
     """
@@ -57,6 +60,14 @@ class SparseFile(Table):
         rows: One row per tensor.
         bytes: Size of the whole file.
         dense_bytes: Size of a safetensors file with the same tensors, all dense. Tensors that share memory count once.
+
+    Example:
+        >>> model = nn.Linear(100, 100)
+        >>> Sparsifier(model).sparsify(0.9)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     stored = save_sparse(model, f'{folder}/model.safetensors')
+        >>> [(row.name, row.form) for row in stored.rows]
+        [('weight', 'bitmask'), ('bias', 'dense')]
     """
 
     path: Path
@@ -66,10 +77,12 @@ class SparseFile(Table):
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> SparseFile:
-        """Read what a file of `save_sparse` stores. The whole file is checked; no tensor is expanded.
+        """Read what a file of `save_sparse` or a folder of `save_pretrained_sparse` stores.
+
+        All of it is checked; no tensor is expanded.
 
         Args:
-            path: The file.
+            path: The file, or the folder. Files of compressed-tensors in the form sparse-bitmask are read, too.
 
         Returns:
             The table, one row per tensor.
@@ -120,7 +133,7 @@ class SparseFile(Table):
 
     def _columns(self) -> tuple[Column, ...]:
         texts = [Column(name, left=True) for name in ("tensor", "shape", "dtype")]
-        return (*texts, *COUNTED, Column("form", left=True), Column("bytes"), Column("dense_bytes"))
+        return (*texts, *COUNTED, Column("form", left=True, remark=True), Column("bytes"), Column("dense_bytes"))
 
     def _totals(self) -> list[dict[str, Any]]:
         stored, dense = sum(row.bytes for row in self.rows), sum(row.dense_bytes for row in self.rows)
@@ -133,6 +146,7 @@ class SparseFile(Table):
         return f"{self.path.name}: {100 * self.ratio:.2f}% of the bytes of the dense file"
 
 
+@checks_arguments
 def save_sparse(model: nn.Module, path: str | os.PathLike) -> SparseFile:
     """Save the state_dict of a model to a file without its zeros.
 
@@ -152,8 +166,6 @@ def save_sparse(model: nn.Module, path: str | os.PathLike) -> SparseFile:
         ValueError: The state_dict has something that a safetensors file cannot store.
 
     Example:
-        >>> import tempfile
-        >>> from sparsifai import Sparsifier, load_sparse, save_sparse
         >>> model = nn.Linear(100, 100)
         >>> _ = Sparsifier(nn.Sequential(model), layers='0').sparsify(0.9)
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -190,19 +202,20 @@ def write_state(
         )
     ties = ties_of(state)
     tensors: dict[str, StoredTensor] = {}
-    for name, tensor in state.items():
+    for name, tensor in progress(state.items(), "compressing"):
         tensors[name] = tensors[ties[name]] if name in ties else StoredTensor.of(name, tensor)
     return SparseFile._of(path, tensors, write_tensors(path, tensors, more))
 
 
 @torch.no_grad()
+@checks_arguments
 def load_sparse(path: str | os.PathLike, model: nn.Module) -> nn.Module:
-    """Load a file of `save_sparse` into a model, bit for bit.
+    """Load a file of `save_sparse`, or a folder of `save_pretrained_sparse`, into a model, bit for bit.
 
     Parameters stay the same objects on the same devices. After an error the model is unchanged.
 
     Args:
-        path: The file.
+        path: The file, or the folder. Files of compressed-tensors in the form sparse-bitmask are read, too.
         model: A model with the same names, shapes and dtypes as the saved one. Of a wrapper (compiled, data parallel)
             the model inside is loaded into.
 
@@ -213,14 +226,25 @@ def load_sparse(path: str | os.PathLike, model: nn.Module) -> nn.Module:
         OSError: The file cannot be read.
         TypeError: `model` is not a torch.nn.Module.
         ValueError: The file was not written by `save_sparse`, is damaged, or does not fit the model.
+
+    Example:
+        >>> model = nn.Linear(100, 100)
+        >>> Sparsifier(model).sparsify(0.9)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save_sparse(model, f'{folder}/model.safetensors')
+        ...     loaded = load_sparse(f'{folder}/model.safetensors', nn.Linear(100, 100))
+        >>> torch.equal(loaded.weight, model.weight)
+        True
     """
     check_is_module("load_sparse", "model", model)
     path, state = Path(path), state_of("load_sparse", model)
     tensors, _ = read_tensors(path)
+    if path.is_dir():
+        tensors = _with_ties(tensors, ties_of(state))
     _check_names(path, model, state, tensors)
     for name, tensor in state.items():
         _check_fits(path, name, tensor, tensors[name])
-    expanded = {name: stored.expand() for name, stored in tensors.items() if stored.name == name}
+    expanded = {name: stored.expand() for name, stored in progress(tensors.items(), "reading") if stored.name == name}
     values = {name: expanded[tensors[name].name] for name in state}
     for name, first in ties_of(state).items():
         if not np.array_equal(bits_of(values[name]), bits_of(values[first])):
@@ -282,6 +306,19 @@ def ties_of(state: Mapping[str, Tensor]) -> dict[str, str]:
             if first.setdefault(layout, name) != name:
                 ties[name] = first[layout]
     return ties
+
+
+def _with_ties(tensors: Tensors, ties: Mapping[str, str]) -> Tensors:
+    """The tensors of a folder, and for each name that it lacks the one that is tied to it in the model.
+
+    transformers saves tied weights under one of their names.
+    """
+    found = dict(tensors)
+    for name, first in ties.items():
+        for lacking, other in ((first, name), (name, first)):
+            if lacking not in found and other in found:
+                found[lacking] = found[other]
+    return found
 
 
 def _check_names(path: Path, model: nn.Module, state: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ In this format an element is zero if all its bits are zero, so -0.0 is none. To 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -41,6 +42,7 @@ from ..support.files import open_regular, write_whole
 from ..support.printable import LONGEST_MESSAGE, printable, quoted
 from ..support.version import __version__
 from .safetensors_file import SafetensorsFile, check_header, header_bytes, unique_json
+from .sparse_bitmask import INDEX, WEIGHTS, is_sparse_bitmask, read_files, read_folder
 from .sparse_tensor import DTYPES, StoredTensor
 
 # Name in the state_dict -> what is stored. A tensor that is the same as another maps to that one, under its name.
@@ -94,7 +96,27 @@ def write_tensors(path: Path, tensors: Tensors, more: Mapping[str, str] | None =
 
 
 def read_tensors(path: Path) -> tuple[Tensors, int]:
-    """Read the tensors of a file; see `read_with_metadata`. Returns them and the size of the file in bytes."""
+    """Read the tensors of a file, or of a folder that a transformers model was saved to.
+
+    Args:
+        path: The file or the folder.
+
+    Returns:
+        The tensors, and the size of the files in bytes.
+
+    Raises:
+        OSError: A file cannot be read, or the folder has no file of weights.
+        ValueError: A file is damaged, or was not written by `save_sparse` or in the form `sparse-bitmask`.
+    """
+    if path.is_dir():
+        if not _has_weights(path):
+            raise IsADirectoryError(
+                errno.EISDIR, f"it is a folder without {WEIGHTS}; pass a file, or a folder that has one", str(path)
+            )
+        try:
+            return read_folder(path)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({printable(str(error), LONGEST_MESSAGE)}); get a new copy") from None
     tensors, _, size = read_with_metadata(path)
     return tensors, size
 
@@ -123,6 +145,8 @@ def read_with_metadata(path: Path) -> tuple[Tensors, Mapping[str, str], int]:
             version = file.metadata.get("sparsifai_format")
             if version == FORMAT:
                 return _tensors(file), file.metadata, file.bytes
+            if version is None and is_sparse_bitmask(file.pieces):
+                return read_files([file]), file.metadata, file.bytes
         except ValueError as error:
             why = printable(str(error), LONGEST_MESSAGE)
             raise ValueError(
@@ -139,9 +163,18 @@ def read_with_metadata(path: Path) -> tuple[Tensors, Mapping[str, str], int]:
 
 
 def is_safetensors(path: str | os.PathLike) -> bool:
-    """Whether a file begins as safetensors files do, with a length and JSON. Pickle and zip files do not."""
+    """Whether a file begins as safetensors files do, with a length and JSON. Pickle and zip files do not.
+
+    Of a folder, whether a transformers model was saved to it in such files.
+    """
+    if _has_weights(path):
+        return True
     with open_regular(path) as file:
         return _begins_as_safetensors(file)
+
+
+def _has_weights(folder: str | os.PathLike) -> bool:
+    return any(os.path.exists(os.path.join(folder, name)) for name in (WEIGHTS, INDEX))
 
 
 def _begins_as_safetensors(file: BinaryIO) -> bool:

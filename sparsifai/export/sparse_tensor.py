@@ -51,7 +51,7 @@ _BITS_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1
 
 # Bytes of the header that one more tensor of the file takes, about. A sparse form has one more than the dense form, so
 # it must save more than this.
-_PIECE = 100
+PIECE = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ class StoredTensor:
         values = bits_of(tensor.detach().cpu().clone(memory_format=torch.contiguous_format))
         is_set = values != 0
         width = _width(values.size)
-        sparse = np.count_nonzero(is_set) * values.itemsize + _PIECE
+        sparse = np.count_nonzero(is_set) * values.itemsize + PIECE
         sizes = {
             "dense": values.nbytes,
             "bitmask": sparse + math.ceil(values.size / 8),
@@ -114,14 +114,14 @@ class StoredTensor:
             ValueError: The entry and the file are not as `of` makes them.
         """
         shape = entry.get("shape")
-        if not _is_shape(shape):
+        if not is_shape(shape):
             raise ValueError(f"the shape of {name} is {str(shape)[:100]}, which is not a shape")
         form, weights = entry.get("form"), math.prod(shape)
         if form == "dense":
             dtype, found, read = piece(f"dense/{name}")
             if found != shape:
                 raise ValueError(f"{name} has the shape {shape} in the metadata, but {str(found)[:100]} in the data")
-            stored = cls(name, tuple(shape), dtype, form, _values(name, dtype, read))
+            stored = cls(name, tuple(shape), dtype, form, values_of(name, dtype, read))
         elif form in ("bitmask", "index"):
             dtype, found, read = piece(f"values/{name}")
             of_places, *expected = (
@@ -133,7 +133,7 @@ class StoredTensor:
                     f"the {form} of {name} has the dtype {kind} and the shape {str(there)[:100]}, for values of shape "
                     f"{str(found)[:100]}; expected are {of_places} and {expected}"
                 )
-            stored = cls(name, tuple(shape), dtype, form, _values(name, dtype, read), read_places().numpy())
+            stored = cls(name, tuple(shape), dtype, form, values_of(name, dtype, read), read_places().numpy())
             stored._check_places(weights)
         else:
             raise ValueError(f"{name} is stored as {str(form)[:100]!r}, not as dense, bitmask or index")
@@ -216,13 +216,14 @@ def _width(weights: int) -> np.dtype:
     return next(width for width in _PLACES if weights <= np.iinfo(width).max + 1)
 
 
-def _is_shape(shape: Any) -> bool:
+def is_shape(shape: Any) -> bool:
     """Whether this is a shape that torch can have. Axes of length 0 count as 1, as their strides can overflow too."""
     whole = isinstance(shape, list) and len(shape) <= 64 and all(type(size) is int and size >= 0 for size in shape)
     return whole and math.prod(max(size, 1) for size in shape) < 2**63
 
 
-def _values(name: str, dtype: str, read: Callable[[], Tensor]) -> np.ndarray:
+def values_of(name: str, dtype: str, read: Callable[[], Tensor]) -> np.ndarray:
+    """The elements that a function reads, as integers in one dimension; ValueError if torch lacks their dtype."""
     if dtype not in DTYPES:
         raise ValueError(f"{name} has the dtype {dtype}, which torch {torch.__version__} does not have")
     return bits_of(read())

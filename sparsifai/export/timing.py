@@ -9,6 +9,8 @@ from statistics import median, quantiles
 import torch
 from torch import nn
 
+from ..support.progress import progress
+
 # Seconds that all timed runs together take by default, about.
 SECONDS = 1.0
 
@@ -50,7 +52,7 @@ def time_in_turn(
         fewest, most = ROUNDS
         repeats = min(max(int(SECONDS / round_takes), fewest), most)
     taken: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(repeats):
+    for number in progress(range(repeats), "timing"):
         for name in runs if number % 2 else reversed(list(runs)):
             taken[name].append(seconds_of(name))
     return taken

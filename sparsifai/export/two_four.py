@@ -16,7 +16,8 @@ from ..model.linear import why_not_two_four
 from ..model.parallel import is_sharded, kind_of, unwrapped
 from ..model.running import copy_of
 from ..model.tensors import check_values, shape_of
-from ..model.zeros import is_nonzero, why_not_counted
+from ..model.zeros import is_nonzero, why_not_plain
+from ..support.arguments import checks_arguments
 from ..support.checks import check_is_module
 from ..support.printable import printable
 from ..support.table import Column, Table, percent
@@ -58,6 +59,12 @@ class SemiStructured(Table):
 
     Attributes:
         layers: One row per matrix of the model.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(32, 64)).half()
+        >>> Sparsifier(model, context='2:4').sparsify(0.5)
+        >>> semi_structured_layers(model).convertible
+        ('0.weight',)
     """
 
     layers: tuple[SemiStructuredLayer, ...]
@@ -83,12 +90,13 @@ class SemiStructured(Table):
 
     def _columns(self) -> tuple[Column, ...]:
         texts = [Column(name, left=True) for name in ("layer", "kind", "shape", "dtype")]
-        return (*texts, Column("convertible", "2:4 form", left=True), Column("why_not", left=True))
+        return (*texts, Column("convertible", "2:4 form", left=True), Column("why_not", left=True, remark=True))
 
     def _totals(self) -> list[dict[str, Any]]:
         return [{"layer": f"convertible of {len(self.layers):,}", "convertible": len(self.convertible)}]
 
 
+@checks_arguments
 def semi_structured_layers(model: nn.Module) -> SemiStructured:
     """List which weights of a model `to_semi_structured` converts, and why it does not convert the others.
 
@@ -104,7 +112,6 @@ def semi_structured_layers(model: nn.Module) -> SemiStructured:
         TypeError: `model` is not a torch.nn.Module.
 
     Example:
-        >>> from sparsifai import Sparsifier, semi_structured_layers
         >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> _ = Sparsifier(model, context='2:4').sparsify(0.5)
         >>> semi_structured_layers(model.half()).convertible
@@ -128,6 +135,7 @@ def semi_structured_layers(model: nn.Module) -> SemiStructured:
     return SemiStructured(tuple(layers))
 
 
+@checks_arguments
 def to_semi_structured(model: nn.Module) -> nn.Module:
     """Copy a model for inference on a GPU, with its 2:4 Linear weights in torch's semi-structured form.
 
@@ -146,6 +154,12 @@ def to_semi_structured(model: nn.Module) -> nn.Module:
         TypeError: `model` is not a torch.nn.Module.
         ValueError: The model is in training mode, or no layer can be converted.
         RuntimeError: The model is not on such a GPU, or a converted layer has other outputs.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64)).half()
+        >>> Sparsifier(model, context='2:4').sparsify(0.5)
+        >>> if torch.cuda.is_available():
+        ...     fast = to_semi_structured(model.cuda())
     """
     check_for_inference("to_semi_structured", model)
     inner, found = unwrapped(model), semi_structured_layers(model)
@@ -164,7 +178,7 @@ def _layer(model: nn.Module, name: str, named: NamedWeight) -> SemiStructuredLay
     weight = named.parameter.detach()
     if isinstance(weight, torch.sparse.SparseSemiStructuredTensor):
         return SemiStructuredLayer(name, named.kind, tuple(weight.shape), weight.dtype, True, "already converted")
-    if why := why_not_counted(weight):
+    if why := why_not_plain(weight):
         return SemiStructuredLayer(name, named.kind, tuple(weight.shape), weight.dtype, False, why)
     # With fewer than four inputs every weight would count as 2:4.
     has_blocks = not is_sharded(weight) and named.axes.get("in", 0) >= 4

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..model.zeros import Count
-from ..sparsifier.report import Report, Row
+from ..sparsifier.report import label_of_sparsity
+from ..support.figure import DENSE, Bar, axes_or_new, draw_bars, in_percent, in_whole_numbers
 from ..support.listing import in_short
-from ..support.table import Column, Table, percent
+from ..support.table import Column, Table, percent, ratio
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,12 @@ class Plan(Table):
         timeline: (epochs that are done, level that is asked for) from before the first batch to the end of the fit: at
             the ends of all epochs and at points between.
         notes: Remarks on these numbers.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+        >>> plan = SparsifyCallback(0.75, layers='0').plan(model, 2, 10)  # epochs, batches of an epoch
+        >>> plan.selected.sparsity
+        0.75
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -152,12 +159,12 @@ class Plan(Table):
             Column("shape", left=True),
             Column("weights"),
             Column("weights_left", "left"),
-            Column("sparsity", show=percent),
+            Column("sparsity", show=percent, bar=True, total=ratio("weights_left", "weights", complement=True)),
             Column("bytes"),
             Column("bytes_left"),
             *(flops if self.model.flops is not None else ()),
-            Column("why_not_two_four", "2:4 in fp16", show=lambda why: f"no: {why}" if why else "yes", left=True),
-            Column("note", left=True),
+            Column("why_not_two_four", "2:4 in fp16", show=_two_four, left=True, remark=True),
+            Column("note", left=True, remark=True),
         )
 
     def _totals(self) -> list[dict[str, Any]]:
@@ -172,20 +179,29 @@ class Plan(Table):
     def plot(self, ax: Any = None) -> Any:
         """Draw the sparsity of each layer as a bar: layers that stay dense in grey, layers near collapse in red.
 
+        A plan that is printed with one line per block is drawn with one bar per block; `unfold()` draws all layers.
+
         Args:
             ax: Matplotlib axes to draw on. Default: new ones.
 
         Returns:
             The matplotlib axes.
         """
-        rows = tuple(
-            Row(layer.name, layer.kind, layer.shape, _count(layer.size), layer.why_dense) for layer in self.layers
-        )
-        ax = Report(rows, _count(self.selected), _count(self.model)).plot(ax)
-        for bar, layer in zip(ax.patches[-len(rows) :], self.layers, strict=True):
-            if layer.near_collapse:
-                bar.set_color("tab:red")
-        return ax
+        bars = []
+        for line in self._lines():
+            weights, left = (sum(record[name] for record in line.records) for name in ("weights", "weights_left"))
+            collapsing = [record for record in line.records if record["near_collapse"]]
+            is_dense = not any(record["selected"] for record in line.records)
+            remark = f"{left:,} of {weights:,} left"
+            if is_dense:
+                remark = self._column("note").of_several(line.records)
+            elif collapsing and len(line.records) > 1:
+                remark += f", {len(collapsing):,} of {len(line.records):,} near collapse"
+            colour = DENSE if is_dense else "tab:red" if collapsing else "tab:blue"
+            bars.append(Bar(line.label, Count(weights, weights - left).sparsity, remark, colour))
+        label = label_of_sparsity(_count(self.selected), _count(self.model))
+        red = "\nred: a layer is near collapse" if any(bar.colour == "tab:red" for bar in bars) else ""
+        return draw_bars(bars, ax, self.selected.sparsity, label + red)
 
     def plot_schedule(self, ax: Any = None) -> Any:
         """Draw the level that is asked for over the epochs.
@@ -196,13 +212,12 @@ class Plan(Table):
         Returns:
             The matplotlib axes.
         """
-        import matplotlib.pyplot as plt
-
-        if ax is None:
-            _, ax = plt.subplots(layout="constrained")
+        ax = axes_or_new(ax, 6.4, 3.6)
         epochs, levels = zip(*self.timeline, strict=True)
         ax.plot(epochs, levels, drawstyle="steps-post")
-        ax.set(xlabel="epoch", ylabel="sparsity asked for", xlim=(0, epochs[-1] or 1), ylim=(0, 1))
+        ax.set(xlabel="epochs", ylabel="sparsity asked for", xlim=(0, epochs[-1] or 1), ylim=(0, 1.02))
+        in_percent(ax.yaxis)
+        in_whole_numbers(ax.xaxis)
         return ax
 
 
@@ -258,6 +273,10 @@ def note_of_levels(timeline: Sequence[tuple[float, float]]) -> str:
 
 def _note(layer: PlannedLayer) -> str:
     return layer.why_dense or "; ".join(filter(None, (layer.note, "near collapse" * layer.near_collapse)))
+
+
+def _two_four(why_not: str) -> str:
+    return f"no: {why_not}" if why_not else "yes"
 
 
 def _count(size: Size) -> Count:

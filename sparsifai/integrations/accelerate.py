@@ -81,6 +81,17 @@ def manager_of(
     Raises:
         TypeError: An argument has the wrong type, or the optimizer was not prepared.
         ValueError: As TrainingManager, or the recipe has another number of epochs.
+
+    Example:
+        >>> from sparsifai.integrations.accelerate import manager_of
+        >>> model, optimizer, batches = accelerator.prepare(net, torch.optim.SGD(net.parameters(), 0.1), loader)
+        >>> manager = manager_of(accelerator, model, optimizer, 0.75, epochs=1, steps_per_epoch=len(batches))
+        >>> for inputs, targets in batches:
+        ...     accelerator.backward(nn.functional.cross_entropy(model(inputs), targets))
+        ...     manager.step()
+        ...     optimizer.zero_grad()
+        >>> manager.sparsity
+        0.75
     """
     if not isinstance(optimizer, AcceleratedOptimizer):
         raise TypeError(

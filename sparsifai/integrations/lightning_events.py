@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..gradual.gradual_pruning import GradualPruning
 from ..loops.manager import TrainingManager
+from ..support.arguments import checks_arguments
 from ..support.warning import warn
 from .given import Given, Reporting
 from .replaced_step import ReplacedStep
@@ -40,9 +42,15 @@ class LightningEvents(Reporting):
             the module has several optimizers.
 
     Example:
-        Trainer(max_epochs=5, callbacks=[SparsifyCallback(0.9, context="erk")]).fit(module, loader)
+        >>> from sparsifai.integrations.lightning import SparsifyCallback
+        >>> callback = SparsifyCallback(0.75)
+        >>> trainer = lightning.Trainer(max_epochs=1, callbacks=[callback], **quiet)
+        >>> trainer.fit(Module(), loader)
+        >>> callback.manager.sparsity
+        0.75
     """
 
+    @checks_arguments(of=GradualPruning.of)
     def __init__(
         self,
         sparsity: Any,

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.utils import ModelOutput
 
+from ..gradual.gradual_pruning import GradualPruning
 from ..loops.quantize_part import Quantize
 from ..model.parallel import unwrapped
 from ..sparsifier.masking import is_masked_zero, masked_parameters
+from ..support.arguments import checks_arguments
 from ..support.files import write_whole
 from ..support.warning import warn
 from .given import Given, Reporting
@@ -61,9 +63,16 @@ class SparsifyCallback(Reporting, TrainerCallback):
             they do not fit the model, or the recipe has another number of epochs.
 
     Example:
-        Trainer(model, arguments, train_dataset=data, callbacks=[SparsifyCallback(0.9)]).train()
+        >>> from sparsifai.integrations.trainer import SparsifyCallback
+        >>> callback = SparsifyCallback(0.75)
+        >>> trainer = Trainer(bert, arguments, train_dataset=data, callbacks=[callback])
+        >>> trainer.remove_callback(PrinterCallback)
+        >>> _ = trainer.train()
+        >>> callback.manager.sparsity
+        0.75
     """
 
+    @checks_arguments(of=GradualPruning.of)
     def __init__(
         self,
         sparsity: Any,

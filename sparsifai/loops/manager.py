@@ -14,14 +14,17 @@ from typing import Any
 
 from torch import Tensor
 
+from ..gradual.in_words import in_words
+from ..model.parallel import kind_of
 from ..sparsifier.masking import REFRESH
 from ..support.at_end import AtEnd
+from ..support.foreign_names import ForeignAttributes
 from ..support.table import percent
 from ..support.warning import warn
 from .managed import ManagedTraining
 
 
-class TrainingManager(ManagedTraining):
+class TrainingManager(ManagedTraining, ForeignAttributes):
     """Trains a model to be sparse in a loop of one's own. `Recipe.manager` makes one of a recipe.
 
     When it is made, the model is pruned to where the schedule begins. In every step, gradients of pruned weights are
@@ -59,9 +62,6 @@ class TrainingManager(ManagedTraining):
             data that are not given, or the optimizer holds no parameter of the model. Nothing has changed then.
 
     Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from sparsifai import Sparsify
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> manager = TrainingManager(model, optimizer, Sparsify(0.5), epochs=2, steps_per_epoch=4)
@@ -214,6 +214,8 @@ class TrainingManager(ManagedTraining):
             self._has_begun = True
             self._zeros.warn_of_fixed()
             for each in self._gradual:
+                if message := each.pruning.notice_of_every(self.steps):
+                    warn(f"TrainingManager: {message}")
                 if message := each.higher_sparsity(each.sparsifier.masks):
                     warn(
                         f"{message}, because the zeros that the model has stay; to let them go, load weights from "
@@ -229,4 +231,5 @@ class TrainingManager(ManagedTraining):
             )
 
     def __repr__(self) -> str:
-        return f"TrainingManager(step {self.steps_done} of {self.steps}, {len(self._gradual)} Sparsifiers)"
+        sparsify = "".join(f"; Sparsify({in_words(each.pruning)})" for each in self._gradual)
+        return f"TrainingManager of {kind_of(self.model)}: step {self.steps_done} of {self.steps}{sparsify}"

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..gradual.gradual_pruning import GradualPruning
+from ..gradual.in_words import in_words
 from ..model.frozen import FrozenLayers
+from ..support.arguments import checks_arguments
 from ..training.distillation import Distillation
 from ..training.regularization import Regularization
 
@@ -96,12 +98,27 @@ class Sparsify(Part):
         0.9
     """
 
+    @checks_arguments(of=GradualPruning.of)
     def __init__(self, *arguments: Any, **options: Any):
         self.pruning = GradualPruning.of(*arguments, **options)
 
+    def __repr__(self) -> str:
+        return f"Sparsify({in_words(self.pruning)})"
+
 
 class Keep(Part):
-    """Keep the zeros that the model has, as KeepSparsity does in a Learner."""
+    """Keep the zeros that the model has, as KeepSparsity does in a Learner.
+
+    Example:
+        >>> model = nn.Linear(8, 4)
+        >>> Sparsifier(model).sparsify(0.75)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> manager = TrainingManager(model, optimizer, Keep(), epochs=1, steps_per_epoch=1)
+        >>> model(torch.randn(2, 8)).sum().backward()
+        >>> manager.step()
+        >>> manager.sparsity
+        0.75
+    """
 
 
 class Freeze(Part):
@@ -115,8 +132,17 @@ class Freeze(Part):
     Raises:
         TypeError: `layers` is neither a name nor a list of names.
         ValueError: Not 0 <= start < end <= 1; or, when a training begins, a name matches no layer.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> manager = TrainingManager(model, optimizer, Freeze('0', end=0.5), epochs=2, steps_per_epoch=1)
+        >>> [parameter.requires_grad for parameter in model[0].parameters()]
+        [False, False]
+        >>> manager.release()
     """
 
+    @checks_arguments
     def __init__(self, layers: str | Iterable[str], start: float = 0.0, end: float = 1.0):
         self.layers, self.start, self.end = layers, start, end
         FrozenLayers("Freeze", layers, start, end)
@@ -163,8 +189,18 @@ class Regularize(Part):
         TypeError: An argument has the wrong type.
         ValueError: An argument is unknown or out of range, or the criterion cannot be a penalty. When a training
             begins: a pattern matches no layer, or proximal=True and the optimizer trains none of the weights.
+
+    Example:
+        >>> model = nn.Linear(8, 4)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> manager = TrainingManager(model, optimizer, Regularize(0.1), epochs=1, steps_per_epoch=1)
+        >>> inputs = torch.randn(2, 8)
+        >>> output = model(inputs)
+        >>> manager.loss(output.square().mean(), output, inputs).backward()
+        >>> manager.step()
     """
 
+    @checks_arguments
     def __init__(
         self,
         weight: float,
@@ -225,8 +261,18 @@ class Distil(Part):
         TypeError: An argument has the wrong type.
         ValueError: An argument is unknown or out of range. When a training begins: the model has no such layer, or it
             shares parameters with the teacher.
+
+    Example:
+        >>> model, teacher = nn.Linear(8, 4), nn.Linear(8, 4)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> manager = TrainingManager(model, optimizer, Distil(teacher), epochs=1, steps_per_epoch=1)
+        >>> inputs, targets = torch.randn(2, 8), torch.tensor([0, 3])
+        >>> output = model(inputs)
+        >>> manager.loss(nn.functional.cross_entropy(output, targets), output, inputs).backward()
+        >>> manager.step()
     """
 
+    @checks_arguments(of=Distillation)
     def __init__(self, *arguments: Any, **options: Any):
         self.distillation = Distillation(*arguments, **options)
 

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from .parallel import is_sharded
 from .tensors import is_made_of_others
-from .zeros import why_not_counted
+from .zeros import why_not_plain
 
 # Integers are the codes of quantized weights, mostly, and of these zero need not stand for zero.
 _FLOATS = {
@@ -30,7 +30,7 @@ def why_not_prunable(tensor: Tensor) -> str:
     Args:
         tensor: A parameter. What it shares with others is found by `shared_memory`.
     """
-    if why := why_not_counted(tensor):
+    if why := why_not_plain(tensor):
         return why
     if tensor.dtype not in _FLOATS:
         kind = str(tensor.dtype).removeprefix("torch.")

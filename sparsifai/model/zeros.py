@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..support.printable import printable
-from ..support.table import Column, percent
+from ..support.table import Column, percent, ratio
 from .parallel import whole
 from .tensors import check_values, computable, is_made_of_others
+
+# Types in which a byte holds several numbers; and the names of such weights of GPTQ, AWQ and compressed-tensors.
+_PACKED_TYPES = (torch.quint4x2, torch.quint2x4)
+_PACKED_NAMES = ("qweight", "weight_packed")
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def check_counted(caller: str, tensors: Mapping[str, Tensor]) -> None:
     """
     check_values(caller, tensors)
     for name, tensor in tensors.items():
-        if why := why_not_counted(tensor):
+        if why := why_not_counted(tensor, name):
             raise ValueError(f"{caller}: the zeros of {printable(name)} cannot be counted, because it is {why}")
 
 
@@ -82,17 +86,41 @@ def is_nonzero(tensor: Tensor) -> Tensor:
 
 
 def _values(tensor: Tensor) -> Tensor:
-    return computable(whole(tensor.detach()))
+    tensor = tensor.detach()
+    return computable(whole(tensor.dequantize() if _is_coded(tensor) else tensor))
 
 
-def why_not_counted(tensor: Tensor) -> str:
-    """Why the zeros of a tensor cannot be counted, and what to do, as the end of 'it is ...'; empty if they can."""
+def _is_coded(tensor: Tensor) -> bool:
+    """Whether a tensor holds integers or the like that stand for its values: quantized by torch or torchao.
+
+    A value is zero if its integer is the zero point.
+    """
+    own = type(tensor).dequantize is not Tensor.dequantize if is_made_of_others(tensor) else tensor.is_quantized
+    return own and tensor.dtype not in _PACKED_TYPES
+
+
+def why_not_counted(tensor: Tensor, name: str = "") -> str:
+    """Why the zeros of a tensor cannot be counted, and what to do, as the end of 'it is ...'; empty if they can.
+
+    Args:
+        tensor: A tensor of any kind.
+        name: Its name in the model, by which packed weights are known.
+    """
+    if name.rpartition(".")[2] in _PACKED_NAMES and not tensor.dtype.is_floating_point:
+        return "packed (GPTQ and the like): each number holds several weights; count them before they are packed"
+    if hasattr(tensor, "quant_state"):
+        return f"a {type(tensor).__name__} of bitsandbytes, which packs several weights; count them before that"
+    return "" if not is_lazy(tensor) and not tensor.is_meta and _is_coded(tensor) else why_not_plain(tensor)
+
+
+def why_not_plain(tensor: Tensor) -> str:
+    """Why a tensor is not one of plain numbers, and what to do, as the end of 'it is ...'; empty if it is."""
     if is_lazy(tensor):
         return "lazy and has no shape yet; run one batch through the model first"
     if tensor.is_nested:
         return "a nested tensor; count its parts, which unbind() gives"
     if tensor.is_quantized:
-        return f"quantized ({_short(tensor.dtype)}); dequantize() makes it countable"
+        return f"quantized ({_short(tensor.dtype)}); dequantize() makes it plain"
     if tensor.layout != torch.strided:
         return f"in the layout {_short(tensor.layout)}; to_dense() makes it countable"
     if tensor.is_meta:
@@ -121,6 +149,32 @@ def _short(value: torch.dtype | torch.layout) -> str:
     return str(value).removeprefix("torch.")
 
 
+def measured(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model whose zeros are counted, by name: parameters, and what quantized layers have instead.
+
+    Layers of torch.ao give their weight and bias by methods; layers of GPTQ and AWQ have packed weights in buffers.
+    """
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.ao.nn."):
+            for kind in ("weight", "bias"):
+                method = getattr(module, kind, None)
+                value = method() if callable(method) and not isinstance(method, (Tensor, nn.Module)) else None
+                found |= {f"{name}.{kind}".lstrip("."): value} if isinstance(value, Tensor) else {}
+    packed = (name for name, _ in model.named_buffers() if name.rpartition(".")[2] in _PACKED_NAMES)
+    return found | {name: model.get_buffer(name) for name in packed}
+
+
+def ties(model: nn.Module) -> dict[str, str]:
+    """Name of a parameter that is the same as an earlier one -> the name of that one.
+
+    They are tied weights, and those of a module that stands at several places.
+    """
+    first: dict[Tensor, str] = {}
+    names = {name: first.setdefault(each, name) for name, each in model.named_parameters(remove_duplicate=False)}
+    return {name: earlier for name, earlier in names.items() if name != earlier}
+
+
 def has_zero_slices(model: nn.Module) -> bool:
     """Whether any output or input of a weight, or entry of a norm layer, is zero.
 
@@ -142,7 +196,11 @@ def weights_of_embeddings(model: nn.Module) -> set[Tensor]:
 
 
 # The columns of a table for the values of `figures`.
-COUNTED = (Column("weights"), Column("zeros"), Column("sparsity", show=percent))
+COUNTED = (
+    Column("weights"),
+    Column("zeros"),
+    Column("sparsity", show=percent, bar=True, total=ratio("zeros", "weights")),
+)
 
 
 def figures(count: Count | None) -> dict[str, Any]:

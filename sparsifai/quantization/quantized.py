@@ -15,6 +15,7 @@ from torch import Tensor
 from ..export.sparse_file import SparseFile, write_state
 from ..export.sparse_format import read_with_metadata
 from ..model.zeros import COUNTED, Count, figures
+from ..support.arguments import checks_arguments
 from ..support.files import open_regular, write_whole
 from ..support.printable import message_of, printable
 from ..support.table import Column, Table, percent
@@ -57,6 +58,10 @@ class Quantized(Table):
         path: The file.
         rows: One row for each tensor of two or more dimensions.
         bytes: Size of the file.
+
+    Example:
+        >>> [(row.name, row.dtype, row.scales) for row in quantized.rows]
+        [('0.weight', 'int8', 16), ('2.weight', 'int8', 2)]
     """
 
     path: Path
@@ -166,6 +171,7 @@ class Quantized(Table):
 _STORED = ("float32", "float16", "float64", "int8", "uint8", "int16", "int32", "int64", "bool")
 
 
+@checks_arguments
 def load_quantized(path: str | os.PathLike, to: str | os.PathLike) -> Quantized:
     """Make an ONNX file of a file of `Quantized.save_sparse`, bit for bit the one that was saved.
 
@@ -182,7 +188,10 @@ def load_quantized(path: str | os.PathLike, to: str | os.PathLike) -> Quantized:
         ValueError: The file was not written by `Quantized.save_sparse`, or is damaged.
 
     Example:
-        load_quantized("model.safetensors", "model.onnx")
+        >>> _ = quantized.save_sparse(f'{folder}/model.safetensors')
+        >>> again = load_quantized(f'{folder}/model.safetensors', f'{folder}/again.onnx')
+        >>> again.bytes == quantized.bytes
+        True
     """
     import_onnx()
     path, to = Path(path), Path(to)

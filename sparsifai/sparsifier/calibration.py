@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ..axes.quantity import UnsuitableLayerError
 from ..model.hooks import hooked, input_of
 from ..model.parallel import is_sharded
-from ..model.running import check_autograd, not_drawn_from, run, untraced
+from ..model.running import check_autograd, check_no_batch, not_drawn_from, run, untraced
 from ..model.tensors import tensors_in, with_autograd
 from ..support.at_end import AtEnd
 from ..support.listing import in_short
 from ..support.printable import message_of
+from ..support.progress import progress
 from ..support.registry import name_of
 from ..support.warning import warn
 from .collection import CollectedQuantities, Source
@@ -51,6 +52,7 @@ def calibrated(
     """
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise TypeError(f"calibrate: batches is a list or a data loader of batches, not {_shown(batches)}")
+    check_no_batch("calibrate: batches", batches)
     of_loss, source = [*collected.at(*_OF_LOSS), *(["gradients"] if of_passes else [])], collected.source
     needs_loss = bool(of_loss)
     if needs_loss and loss_func is None:
@@ -72,7 +74,7 @@ def calibrated(
     # Within inference_mode no graph is recorded. It is left, and so is no_grad.
     modes = torch.inference_mode(False), torch.enable_grad()
     with at_end, at_end, untraced(source.model), not_drawn_from(batches), modes[0], modes[1]:
-        for number, batch in enumerate(batches, 1):
+        for number, batch in enumerate(progress(batches, "calibrating"), 1):
             inputs, targets = parts_of(with_autograd(batch), needs_loss)
             if not has_rows(inputs):
                 continue

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..model.tensors import computable
-from ..model.zeros import why_not_counted
+from ..model.zeros import why_not_plain
+from ..support.arguments import checks_arguments
 from ..support.printable import printable
 from ..support.registry import close_matches
 from .layer import Layer, Layers
@@ -70,7 +71,7 @@ def _without_prefixes(name: str, layers: Layers) -> str:
 
 def _kept_groups(name: str, mask: Any, layer: Layer) -> Tensor:
     """Bool per group of a layer, by a mask."""
-    if why := why_not_counted(mask) if isinstance(mask, Tensor) else f"of type {type(mask).__name__}":
+    if why := why_not_plain(mask) if isinstance(mask, Tensor) else f"of type {type(mask).__name__}":
         raise TypeError(f"set_masks: the mask of {printable(name)} must be a dense tensor with values, but it is {why}")
     shape = layer.parameter.shape
     if mask.dim() != len(shape) or any(size not in (1, full) for size, full in zip(mask.shape, shape, strict=True)):
@@ -93,6 +94,7 @@ def _kept_groups(name: str, mask: Any, layer: Layer) -> Tensor:
     return kept
 
 
+@checks_arguments
 def from_torch_prune(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Split a checkpoint of a model that torch.nn.utils.prune has pruned into weights and masks.
 
@@ -143,7 +145,7 @@ def _mask_of_prune(name: str, state: Mapping[str, Any]) -> Tensor:
     """The bool mask of a weight that torch.nn.utils.prune has pruned, checked."""
     weight, mask = state[f"{name}_orig"], state[f"{name}_mask"]
     for what, value in ((f"{name}_orig", weight), (f"{name}_mask", mask)):
-        if why := why_not_counted(value) if isinstance(value, Tensor) else f"of type {type(value).__name__}":
+        if why := why_not_plain(value) if isinstance(value, Tensor) else f"of type {type(value).__name__}":
             raise ValueError(f"from_torch_prune: {printable(what)} cannot be masked, because it is {why}")
     if weight.shape != mask.shape:
         raise ValueError(

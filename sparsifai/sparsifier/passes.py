@@ -22,6 +22,7 @@ from ..model.running import in_modes, not_drawn_from, random_restored, run, shel
 from ..model.tensors import all_finite, with_autograd
 from ..support.listing import in_short
 from ..support.printable import message_of, printable
+from ..support.progress import progress
 from .calibration import has_rows, parts_of
 
 
@@ -115,7 +116,7 @@ class Passes:
         calls = self._calls()
         for name, each in calls.items():
             together.setdefault(each.key, []).append(name)
-        for names in together.values():
+        for names in progress(list(together.values()), "layer by layer", name=_first):
             curvature = self._from_inputs(names[0], calls[names[0]])
             for name in names:
                 yield name, replace(curvature, form=self._kind.form_of(self._layers[name]))
@@ -181,7 +182,7 @@ class Passes:
         return self._finished(name, total, seen[0], "inputs")
 
     def _fisher(self) -> Iterator[tuple[str, Curvature]]:
-        for names in self._packed():
+        for names in progress(self._packed(), "layer by layer", name=_first):
             totals, count = self._squares({name: zeros_for(self._kind, self._layers[name]) for name in names})
             for name in names:
                 yield name, self._finished(name, totals.pop(name), count, "gradients")
@@ -246,7 +247,7 @@ class Passes:
             random_restored(self._original), not_drawn_from(self._batches), without_fast_path(),
             torch.inference_mode(False), torch.enable_grad() if needs_loss else torch.no_grad(),
         ):  # fmt: skip
-            for number, batch in enumerate(self._batches, 1):
+            for number, batch in enumerate(progress(self._batches, "running the calibration batches"), 1):
                 inputs, targets = parts_of(with_autograd(batch), needs_loss)
                 if not has_rows(inputs):
                     continue
@@ -258,6 +259,10 @@ class Passes:
                         f"({message_of(error)}); give calibrate batches that run in this mode, too"
                     ) from error
         return counted
+
+
+def _first(names: list[str]) -> str:
+    return names[0]
 
 
 def _unfolding_of(module: Any) -> str:

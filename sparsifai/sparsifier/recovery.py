@@ -11,7 +11,7 @@ from ..axes.granularity import granularities
 from ..model.layers import find_weights, parameter_of
 from ..model.prunable import unprunable
 from ..model.tensors import check_values
-from ..model.zeros import is_nonzero, why_not_counted
+from ..model.zeros import is_nonzero, why_not_plain
 from ..support.warning import warn
 from .followers import masks_of_followers
 from .layer_selection import find_layers
@@ -78,7 +78,7 @@ def _masks_behind_filters(model: nn.Module, example_input: Any) -> dict[str, Ten
 
 def _is_partly_zero(parameter: Tensor) -> bool:
     """Whether some entries are zero and others are not."""
-    if why_not_counted(parameter):
+    if why_not_plain(parameter):
         return False
     kept = is_nonzero(parameter)
     return bool(kept.any() & ~kept.all())

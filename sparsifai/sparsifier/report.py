@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..model.layers import NamedWeight, find_weights
 from ..model.parallel import kind_of
 from ..model.tensors import shape_of, size_of
-from ..model.zeros import COUNTED, Count, figures, why_not_counted
+from ..model.zeros import COUNTED, Count, figures, measured, ties, why_not_counted, why_not_plain
+from ..support.figure import DENSE, Bar, draw_bars
 from ..support.listing import in_short
 from ..support.printable import printable
 from ..support.table import Column, Table, percent
@@ -31,7 +32,8 @@ class Row:
         name: Name of the parameter, such as 'layer1.0.conv1.weight'.
         kind: Class of the layer.
         shape: Shape of the weight.
-        count: Its weights and its zeros; Count(0, 0) if its zeros cannot be counted, as `Report.not_counted` says.
+        count: Its weights and its zeros. Count(0, 0) if its zeros cannot be counted, as `Report.not_counted` says, or
+            if it is tied to another weight, which has them.
         why_dense: Why the layer stays dense. Empty if it is pruned.
         note: What the context or regrowth notes about a pruned layer. Often empty.
     """
@@ -64,7 +66,6 @@ class Report(Table):
         what: The name of that granularity; else empty.
 
     Example:
-        >>> import torch
         >>> model = nn.Linear(4, 2, bias=False)
         >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0, 0, 2], [3, 0, 4, 5]]))
         >>> Report.of(model).selected.zeros
@@ -98,7 +99,7 @@ class Report(Table):
         def why_dense(name: str, weight: NamedWeight) -> str:
             if masks is not None:
                 return "" if name in masks else "not kept sparse"
-            return "not counted" if why_not_counted(weight.parameter) else ""
+            return "not counted" if why_not_counted(weight.parameter, name) else ""
 
         layers = {
             name: Layer.dense(weight, None, why_dense(name, weight)) for name, weight in find_weights(model).items()
@@ -131,16 +132,21 @@ class Report(Table):
         Raises:
             ValueError: The zeros of no parameter, or of a selected layer, cannot be counted.
         """
-        parameters = dict(model.named_parameters())
-        not_counted = {name: why for name, each in parameters.items() if (why := why_not_counted(each))}
+        parameters = measured(model)
+        not_counted = {name: why for name, each in parameters.items() if (why := why_not_counted(each, name))}
         if not_counted and len(not_counted) == len(parameters):
             name, why = next(iter(not_counted.items()))
             raise ValueError(
                 f"zeros cannot be counted in any parameter of {type(model).__name__}: {printable(name)} is {why}"
             )
 
-        def count_of(parameter: Tensor) -> Count:
-            return Count(0, 0) if why_not_counted(parameter) else Count.of(parameter)
+        def count_of(name: str, parameter: Tensor) -> Count:
+            return Count(0, 0) if name in not_counted else Count.of(parameter)
+
+        def why_dense(name: str, parameter: Tensor) -> str:
+            if name in not_counted:
+                return "not counted"
+            return "no elements" if not size_of(parameter) else _short_reason(parameter) or UNNAMED
 
         joint = {} if coupling is None else coupling.pruned_groups(layers, by_masks)
         notes = {} if coupling is None else coupling.notes(joint)
@@ -148,15 +154,20 @@ class Report(Table):
         def row_of(name: str, layer: Layer) -> Row:
             shape = tuple(layer.parameter.shape)
             note = "; ".join(filter(None, (notes.get(name), note_of(layer, context, regrowth))))
-            return Row(name, layer.weight.kind, shape, count_of(layer.parameter), layer.why_dense, note)
+            return Row(name, layer.weight.kind, shape, count_of(name, layer.parameter), layer.why_dense, note)
 
         rows = tuple(row_of(name, layer) for name, layer in layers.items())
         # Parameters whose axes have no names cannot be pruned. They are listed, so that users see them.
         known = {name for layer in layers.values() for name in layer.weight.names}
         rows += tuple(
-            Row(name, _holder(model, name), shape_of(each), count_of(each), UNNAMED if size_of(each) else "no elements")
+            Row(name, _holder(model, name), shape_of(each), count_of(name, each), why_dense(name, each))
             for name, each in parameters.items()
             if name not in known and each.dim() > 1
+        )
+        rows += tuple(
+            Row(name, _holder(model, name), shape_of(parameters[first]), Count(0, 0), f"tied to {first}")
+            for name, first in ties(model).items()
+            if parameters[first].dim() > 1
         )
         pruned = selected(layers)
         explored = None if regrowth is None else regrowth.explored(pruned)
@@ -172,7 +183,7 @@ class Report(Table):
                 "layer": row.name,
                 "kind": row.kind,
                 "shape": row.shape,
-                **figures(None if row.name in self.not_counted else row.count),
+                **figures(row.count if row.count.weights or 0 in row.shape else None),
                 "selected": not row.why_dense,
                 "note": row.why_dense or row.note,
             }
@@ -182,7 +193,7 @@ class Report(Table):
     def _columns(self) -> tuple[Column, ...]:
         last = "note" if any(row.note for row in self.rows) else "why dense"
         names = (Column("layer", left=True), Column("kind", left=True), Column("shape", left=True))
-        return (*names, *COUNTED, Column("note", last, left=True))
+        return (*names, *COUNTED, Column("note", last, left=True, remark=True))
 
     def _totals(self) -> list[dict[str, Any]]:
         return [{"layer": "selected layers", **figures(self.selected)}, {"layer": "whole model", **figures(self.model)}]
@@ -200,36 +211,45 @@ class Report(Table):
     def plot(self, ax: Any = None) -> Any:
         """Draw the sparsity of each layer as a bar. Layers that stay dense are grey.
 
+        A report that is printed with one line per block is drawn with one bar per block; `unfold()` draws all layers.
+
         Args:
             ax: The matplotlib axes to draw on. Default: those of a new figure.
 
         Returns:
             The matplotlib axes.
         """
-        import matplotlib.pyplot as plt
+        bars = [
+            Bar(label, sparsity, remark, DENSE if is_dense else "tab:blue")
+            for label, sparsity, remark, is_dense in self._bars()
+        ]
+        return draw_bars(bars, ax, self.selected.sparsity, label_of_sparsity(self.selected, self.model))
 
-        if ax is None:
-            _, ax = plt.subplots(figsize=(7, 1 + 0.25 * len(self.rows)), layout="constrained")
-        colours = ["0.75" if row.why_dense else "tab:blue" for row in self.rows]
-        places = range(len(self.rows))
-        ax.barh(places, [row.count.sparsity for row in self.rows], color=colours)
-        for place, row in enumerate(self.rows):
-            label = (
-                self.not_counted.get(row.name)
-                or row.why_dense
-                or f"{row.count.weights - row.count.zeros:,} of {row.count.weights:,} left"
-            )
-            inside = row.count.sparsity > 0.5
-            offset, side, colour = (-0.01, "right", "white") if inside else (0.01, "left", "black")
-            ax.text(row.count.sparsity + offset, place, label, va="center", ha=side, color=colour, fontsize="small")
-        ax.axvline(self.selected.sparsity, color="tab:red", linewidth=1)
-        selected, model = percent(self.selected.sparsity), percent(self.model.sparsity)
-        ax.set(
-            xlim=(0, 1), xlabel=f"sparsity (red line: {selected} of the selected layers, {model} of the whole model)"
-        )
-        ax.set_yticks(places, [row.name for row in self.rows])
-        ax.invert_yaxis()
-        return ax
+    def _bars(self) -> Iterator[tuple[str, float, str, bool]]:
+        """Of each line the name, the sparsity, what is written beside it, and whether it stays dense as a whole."""
+        for line in self._lines():
+            known = [record for record in line.records if record["weights"] is not None]
+            count = Count(sum(each["weights"] for each in known), sum(each["zeros"] for each in known))
+            is_dense = not any(record["selected"] for record in line.records)
+            remark = f"{count.weights - count.zeros:,} of {count.weights:,} left"
+            if is_dense:
+                remark = self._column("note").of_several(line.records)
+            if len(line.records) == 1:
+                remark = self.not_counted.get(line.label, remark)
+            yield line.label, count.sparsity, remark, is_dense
+
+
+def label_of_sparsity(selected: Count, model: Count) -> str:
+    """The label of an axis of sparsities, which also says what its line means."""
+    return (
+        f"sparsity\ndashed line: {percent(selected.sparsity)} of the selected layers; "
+        f"whole model: {percent(model.sparsity)}"
+    )
+
+
+def _short_reason(parameter: Tensor) -> str:
+    """Why a weight is none of plain numbers, without what to do; empty if it is one of them."""
+    return why_not_plain(parameter).partition(";")[0].partition(",")[0]
 
 
 def _holder(model: nn.Module, name: str) -> str:

@@ -1,4 +1,7 @@
-"""Tables: the base class of everything that the library prints as one, and percentages for their cells."""
+"""Tables: the base class of everything that the library prints as one, and percentages for their cells.
+
+Raw values are made to cells, and cells to text or HTML.
+"""
 
 from __future__ import annotations
 
@@ -6,106 +9,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from html import escape
-from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from .printable import LONGEST_MESSAGE, printable, printable_lines, quoted
+from .cells import Cells, terminal_width
+from .folding import LONGEST, Line, fold
+from .printable import quoted
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_WIDTH_OF_NOTES = 120
-
-
-@dataclass(frozen=True)
-class Cells:
-    """The cells of a table, all of them text.
-
-    Args:
-        header: The titles of the columns.
-        rows: One sequence of cells per row, as many as the header has.
-        totals: Rows that are shown below a rule (in HTML, as the foot of the table).
-        left: Numbers of the columns that are aligned to the left; the others are aligned to the right. Negative
-            numbers count from the last column.
-        caption: Lines above the table; none if empty.
-        notes: One note per row, empty if there is none to give. In text each is a line below the table that begins
-            with the first cell of its row; in HTML they are a last column.
-
-    Example:
-        >>> print(Cells(('layer', 'weights'), [('fc', '20')], totals=[('all', '20')]).text())
-        layer  weights
-        --------------
-        fc          20
-        --------------
-        all         20
-    """
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    totals: Sequence[Sequence[str]] = ()
-    left: Sequence[int] = (0,)
-    caption: str = ""
-    notes: Sequence[str] = ()
-
-    def text(self) -> str:
-        """The table as plain text."""
-        header, rows, totals = self._printable()
-        lines = (header, *rows, *totals)
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        left = self._columns_to_the_left()
-
-        def line(row: Sequence[str]) -> str:
-            padded = (
-                cell.ljust(width) if column in left else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            return "  ".join(padded).rstrip()
-
-        rule = "-" * max(len(line(row)) for row in lines)
-        parts = [printable_lines(self.caption)] if self.caption else []
-        parts += [line(header), rule, *map(line, rows)]
-        parts += [rule, *map(line, totals)] if totals else []
-        parts += [
-            fill(f"{row[0]}: {printable(note, LONGEST_MESSAGE)}", _WIDTH_OF_NOTES, subsequent_indent="  ")
-            for row, note in zip(rows, self.notes, strict=False)
-            if note
-        ]
-        return "\n".join(parts)
-
-    def html(self) -> str:
-        """The table as HTML, with all text escaped."""
-        header, rows, totals = self._printable()
-        left = self._columns_to_the_left()
-        if self.notes:
-            left = left | {len(header)}
-            header = [*header, "note"]
-            rows = [[*row, printable(note, LONGEST_MESSAGE)] for row, note in zip(rows, self.notes, strict=True)]
-
-        def line(row: Sequence[str], tag: str) -> str:
-            aligned = (
-                f'<{tag} style="text-align: {"left" if column in left else "right"}">{escape(cell)}</{tag}>'
-                for column, cell in enumerate(row)
-            )
-            return f"<tr>{''.join(aligned)}</tr>"
-
-        caption = escape(" ".join(printable_lines(self.caption).split("\n")))
-        parts = [f"<caption>{caption}</caption>"] if caption else []
-        parts.append(f"<thead>{line(header, 'th')}</thead><tbody>{''.join(line(row, 'td') for row in rows)}</tbody>")
-        if totals:
-            parts.append(f"<tfoot>{''.join(line(row, 'th') for row in totals)}</tfoot>")
-        return f"<table>{''.join(parts)}</table>"
-
-    def _printable(self) -> tuple[list[str], list[list[str]], list[list[str]]]:
-        """Header, rows and totals without what a terminal would obey: names may have any characters."""
-        rows = [[[printable(cell) for cell in row] for row in part] for part in ([self.header], self.rows, self.totals)]
-        return rows[0][0], rows[1], rows[2]
-
-    def _columns_to_the_left(self) -> set[int]:
-        return {column % len(self.header) for column in self.left}
-
-
 Record = Mapping[str, Any]
+
+# Remarks on the rows of a block are listed in its line if they have at most so many characters together.
+_LONGEST_REMARKS = 50
 
 
 def shown(value: Any) -> str:
@@ -135,14 +51,21 @@ class Column:
         title: The header. Default: the name, with spaces.
         show: The text of a value. Values that are None are shown as an empty cell without asking it.
         left: Whether it is aligned to the left, as text is, and not to the right, as numbers are.
+        remark: Whether it is text of any length, which may be wrapped.
         below: Whether its texts are lines below the table, as notes that are long; in HTML they are a column.
+        bar: Whether its values are fractions that HTML draws as bars.
+        total: The value of several rows that are one line of a folded table. By default the sum of numbers; the text
+            that all rows share; or how many remarks there are.
     """
 
     name: str
     title: str = ""
     show: Callable[[Any], str] = shown
     left: bool = False
+    remark: bool = False
     below: bool = False
+    bar: bool = False
+    total: Callable[[Sequence[Record]], Any] | None = None
 
     @property
     def header(self) -> str:
@@ -154,6 +77,23 @@ class Column:
         value = record.get(self.name)
         return "" if value is None else self.show(value)
 
+    def of_several(self, records: Sequence[Record]) -> str:
+        """The text of this column for rows that are one line of a folded table."""
+        if self.total is not None:
+            value = self.total(records)
+            return "" if value is None else self.show(value)
+        texts = [self.cell(record) for record in records]
+        if self.remark:
+            return _in_one(texts)
+        if len(set(texts)) == 1 and self.left:
+            return texts[0]
+        values = [value for record in records if (value := record.get(self.name)) is not None]
+        return "" if self.left or not values else self.show(sum(values))
+
+    def fraction(self, records: Sequence[Record]) -> float | None:
+        """The fraction that a bar fills for one or several rows."""
+        return records[0].get(self.name) if len(records) == 1 or self.total is None else self.total(records)
+
 
 class Table(ABC):
     """Base class of results that are shown as a table: text when printed, HTML in a notebook.
@@ -164,6 +104,7 @@ class Table(ABC):
     """
 
     _order: tuple[int, ...] | None = None  # numbers of the records in the order in which `sort` put them
+    _is_folded: bool | None = None  # by default tables are folded if they are long
 
     @abstractmethod
     def _records(self) -> list[dict[str, Any]]:
@@ -254,32 +195,131 @@ class Table(ABC):
         places = self._order or range(len(records))
         present = [place for place in places if not _is_missing(records[place][by])]
         ordered = sorted(present, key=lambda place: records[place][by], reverse=descending)
+        return self._with(_order=(*ordered, *(place for place in places if place not in set(present))))
+
+    def fold(self) -> Self:
+        """The same table with one line for each block of the model, with subtotals.
+
+        A table of more than 60 rows is folded by itself when it is printed; in a notebook the rows can be opened below.
+        Blocks are what the names say: 'layer3.11' of 'layer3.11.conv1.weight'. Neighbours that are equal are one line.
+        Of a sorted table, and of one with more than 60 blocks, the lines in the middle are one.
+
+        Returns:
+            A new table. `records` and `to_pandas` have all rows.
+        """
+        return self._with(_is_folded=True)
+
+    def unfold(self) -> Self:
+        """The same table with all of its rows, however many there are.
+
+        Returns:
+            A new table.
+
+        Example:
+            >>> import torch
+            >>> from sparsifai import Report
+            >>> model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(61)))
+            >>> report = Report.of(model)
+            >>> len(str(report).splitlines()), len(str(report.unfold()).splitlines())
+            (7, 66)
+        """
+        return self._with(_is_folded=False)
+
+    def _with(self, **state: Any) -> Self:
         result = copy(self)
-        object.__setattr__(result, "_order", (*ordered, *(place for place in places if place not in set(present))))
+        for name, value in state.items():
+            object.__setattr__(result, name, value)  # subclasses are frozen
         return result
 
-    def _cells(self) -> Cells:
-        records, columns = self.records(), self._columns()
-        beside = [column for column in columns if not column.below]
-        below = [column for column in columns if column.below]
+    def _folded(self) -> list[Line] | None:
+        """The lines of the folded table; None if it is shown with all of its rows."""
+        records = self.records()
+        if self._is_folded is False or (self._is_folded is None and len(records) <= LONGEST):
+            return None
+        lines = fold(records, self._columns()[0].name, by_block=self._order is None)
+        return lines if len(lines) < len(records) else None
+
+    def _lines(self) -> list[Line]:
+        """What pictures show: the lines of the folded table, or all rows."""
+        key = self._columns()[0].name
+        return self._folded() or [Line(str(record[key]), [record]) for record in self.records()]
+
+    def _column(self, name: str) -> Column:
+        return next(column for column in self._columns() if column.name == name)
+
+    def _cells(self, lines: Sequence[Line] | None = None) -> Cells:
+        """The cells of all rows, or of the lines of the folded table."""
+        columns, totals = self._columns(), self._totals()
+        shown_lines = [Line("", [record]) for record in self.records()] if lines is None else lines
+        beside, below = ([each for each in columns if each.below is is_below] for is_below in (False, True))
+
+        def row(line: Line, its: Sequence[Column]) -> list[str]:
+            if len(line.records) == 1:
+                return [column.cell(line.records[0]) for column in its]
+            return [line.label if column is columns[0] else column.of_several(line.records) for column in its]
+
+        cells = [row(line, beside) for line in shown_lines]
+        notes = ["; ".join(filter(None, row(line, below))) for line in shown_lines] if below else []
+        bars = {
+            number: [column.fraction(line.records) for line in shown_lines]
+            + [total.get(column.name) for total in totals]
+            for number, column in enumerate(beside)
+            if column.bar
+        }
         return Cells(
             [column.header for column in beside],
-            [[column.cell(record) for column in beside] for record in records],
-            totals=[[column.cell(total) for column in beside] for total in self._totals()],
+            cells,
+            totals=[[column.cell(total) for column in beside] for total in totals],
             left=[number for number, column in enumerate(beside) if column.left],
+            remarks=[number for number, column in enumerate(beside) if column.remark],
+            bars=bars,
             caption=self._caption(),
-            notes=["; ".join(filter(None, (column.cell(record) for column in below))) for record in records]
-            if below
-            else (),
+            notes=notes,
+            foot=""
+            if lines is None
+            else f"{len(self.records()):,} rows in {len(lines)} line{'s' * (len(lines) != 1)}; .unfold() shows all.",
         )
 
     def __str__(self) -> str:
-        return self._cells().text()
+        return self._cells(self._folded()).text(terminal_width())
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return self._cells().html()
+        lines = self._folded()
+        if lines is None:
+            return self._cells().html()
+        summary = f"<summary>All {len(self.records()):,} rows</summary>"
+        return f"{self._cells(lines).html()}<details>{summary}{self._cells().html()}</details>"
+
+
+def ratio(name: str, whole: str, complement: bool = False) -> Callable[[Sequence[Record]], float | None]:
+    """A total of a column: the sum of one column divided by that of another, or 1 minus that.
+
+    Args:
+        name: The first column.
+        whole: The second column.
+        complement: Whether it is 1 minus the fraction. Default False.
+    """
+
+    def of(records: Sequence[Record]) -> float | None:
+        known = [record for record in records if record[name] is not None and record[whole] is not None]
+        all_of_it = sum(record[whole] for record in known)
+        fraction = sum(record[name] for record in known) / all_of_it if all_of_it else 0.0
+        return None if not known else 1 - fraction if complement else fraction
+
+    return of
+
+
+def _in_one(texts: Sequence[str]) -> str:
+    """Remarks on several rows in one: the remark if there is only one, and how many rows have one."""
+    given = [text for text in texts if text]
+    if not given:
+        return ""
+    different = list(dict.fromkeys(given))
+    what = "; ".join(different)
+    what = what if len(different) == 1 or len(what) <= _LONGEST_REMARKS else f"{len(different):,} different ones"
+    return what if len(given) == len(texts) else f"{what} ({len(given):,} of {len(texts):,})"
 
 
 def _is_missing(value: Any) -> bool:

@@ -6,6 +6,7 @@ from fastai.callback.rnn import ModelResetter
 from fastai.learner import Learner
 
 from ..callbacks.base import TrainingCallback
+from ..support.arguments import checks_arguments
 from .distillation import Distillation
 
 
@@ -47,13 +48,16 @@ class DistillCallback(TrainingCallback):
             was pickled, which removes the teacher, or `soft_targets` is used with a loss that does not compare classes.
 
     Example:
-        learn.fit_one_cycle(5, cbs=[SparsifyCallback(0.9), DistillCallback(teacher, weight=0.5)])
+        >>> learn = make_learner()
+        >>> teacher = net()  # a trained one, or its Learner
+        >>> learn.fit(1, cbs=[SparsifyCallback(0.75), DistillCallback(teacher, weight=0.5)])
     """
 
     # Before RegularizeCallback (5), so that its penalty is not multiplied by (1 - a). Before the callbacks that scale
     # the loss: GradientAccumulation (6) and MixedPrecision (10), after which autocast has ended.
     order, run_valid = 4, False
 
+    @checks_arguments
     def __init__(
         self,
         teacher,  # A trained model, or its Learner

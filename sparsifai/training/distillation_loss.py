@@ -44,6 +44,14 @@ def _check(loss: Callable) -> None:
 # of_classes  It compares the probabilities of classes, of outputs of one shape. It is called with `temperature`, `axis`
 #             and `mask`, too, and is refused where the loss of the labels is not one of classes.
 distillation_losses = Registry("distillation loss", check=_check, capabilities=("of_classes",))
+"""The losses of a teacher by name. `distillation_losses.register` adds a function of the outputs of both nets.
+
+Example:
+    >>> @distillation_losses.register(replace=True)
+    ... def mean_absolute_error(student, teacher):
+    ...     return (student - teacher).abs().mean()
+    >>> distillation = Distillation(nn.Linear(8, 2), loss='mean_absolute_error')
+"""
 distillation_losses.register(F.mse_loss, name="mean_squared_error")
 
 
@@ -73,7 +81,6 @@ def soft_targets(
         ValueError: The outputs have no such axis, or fewer than two classes along it.
 
     Example:
-        >>> import torch
         >>> logits = torch.tensor([[2.0, 0.0, -1.0]])
         >>> soft_targets(logits, logits, temperature=4.0, axis=1).item()
         0.0

@@ -10,13 +10,18 @@ from typing import Any
 from fastai.learner import Learner
 from torch import nn
 
+from ..callbacks.learner import bars_of
 from ..sparsifier.options import check_sparsity
+from ..sparsifier.sparsifier import Sparsifier
+from ..support.arguments import checks_arguments
 from ..support.checks import check_count, check_seed
+from ..support.progress import progress
 from .lottery_run import LotteryRun
 from .saved_run import load_run
 from .ticket import LotteryTickets
 
 
+@checks_arguments(of=Sparsifier)
 def lottery_ticket(
     learn: Learner,  # Trained in every round; ends with the last ticket, trained, and keeps its zeros
     sparsity: Any,  # Target sparsity of the last ticket: a fraction, or {pattern: fraction} by layer
@@ -79,7 +84,10 @@ def lottery_ticket(
             another run.
 
     Example:
-        tickets = lottery_ticket(learn, 0.9, rounds=5, fit=lambda learn: learn.fit_one_cycle(5), rewind_to=0.5)
+        >>> learn = make_learner()
+        >>> tickets = lottery_ticket(learn, 0.75, rounds=2, fit=1)
+        >>> [ticket.sparsity for ticket in tickets]
+        [0.0, 0.5, 0.75]
     """
     for changing in ("regrow", "straight_through"):
         if options.get(changing):
@@ -98,12 +106,11 @@ def lottery_ticket(
     if path is not None:
         with suppress(FileNotFoundError):
             saved = load_run(path)
-    tickets = [run.train_dense()] if saved is None else run.resume(saved, path)
-    while True:
-        if path is not None:
-            run.save(path, tickets)
-        if len(tickets) > run.rounds:
-            break
-        tickets.append(run.train_ticket(len(tickets)))
+    tickets = [] if saved is None else run.resume(saved, path)
+    with bars_of(learn):
+        for number in progress(range(len(tickets), run.rounds + 1), "lottery tickets", prints=True):
+            tickets.append(run.train_ticket(number) if number else run.train_dense())
+            if path is not None:
+                run.save(path, tickets)
     run.keep_zeros()
     return LotteryTickets(tickets)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..callbacks.base import TrainingCallback
+from ..support.arguments import checks_arguments
 from .regularization import Regularization
 
 
@@ -47,7 +48,8 @@ class RegularizeCallback(TrainingCallback):
             optimizer trains none of the regularized weights.
 
     Example:
-        learn.fit_one_cycle(5, cbs=RegularizeCallback(0.1, granularity="filter", proximal=True))
+        >>> learn = make_learner()
+        >>> learn.fit(1, cbs=RegularizeCallback(0.1, granularity='filter', proximal=True))
     """
 
     # Before GradientAccumulation (6) and MixedPrecision (10), so that they scale the penalty with the loss. Before
@@ -58,6 +60,7 @@ class RegularizeCallback(TrainingCallback):
     _penalty: Tensor | None = None  # the last value
     _cancelled = False  # whether the present step of the optimizer was cancelled
 
+    @checks_arguments
     def __init__(
         self,
         weight,  # Factor of the penalty

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
+from operator import itemgetter
 from typing import Any
 
 from ..callbacks.learner import calibrate_with, first_batch
@@ -14,7 +15,10 @@ from ..sparsifier.layer import selected
 from ..sparsifier.mask_building import compares_with_itself
 from ..sparsifier.options import Sparsity
 from ..sparsifier.sparsifier import Sparsifier
+from ..support.arguments import checks_arguments
 from ..support.checks import check_fraction, check_number
+from ..support.progress import bars
+from ..support.progress import progress as with_bar
 from ..support.registry import name_of
 from ..support.warning import own_filters
 from .metric import Metric
@@ -23,6 +27,7 @@ from .sensitivity_table import Sensitivity
 LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 
 
+@checks_arguments(of=Sparsifier)
 def sensitivity(
     learn_or_model: Any,
     metric: str | Callable | None = None,
@@ -54,7 +59,7 @@ def sensitivity(
         calibration: Batches for criteria that look at data, as for Sparsifier.calibrate. Default the first batch of
             the Learner's training data.
         loss_func: Loss for criteria that need gradients, as for Sparsifier.calibrate. Default the Learner's.
-        progress: Show a progress bar, if fastprogress is installed and the Learner shows one. Default True.
+        progress: Show a progress bar, if the Learner shows one and it takes more than a second. Default True.
         **options: Arguments of Sparsifier, such as granularity, criteria, layers and exclude. `coupled=True` is
             an error.
 
@@ -67,7 +72,6 @@ def sensitivity(
             compares with an earlier value, or what Sparsifier raises.
 
     Example:
-        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> def smallest_layer(model): return min(int(layer.weight.count_nonzero()) for layer in (model[0], model[2]))
         >>> measured = sensitivity(model, smallest_layer, levels=(0.5, 0.75), progress=False)
@@ -85,14 +89,15 @@ def sensitivity(
         )
     measure = Metric.of(learn_or_model, metric, lower_is_better)
     shows = progress and (measure.learn is None or hasattr(learn_or_model, "progress"))
-    with measure.learner_unchanged():
+    with bars(shows), measure.learner_unchanged():
         one_shot = OneShot(measure, calibration, loss_func, options)
         names = list(one_shot.units)
         for name in names:
             one_shot.sparsifier.check(one_shot.of_unit(name, levels[-1]))
         baseline = measure.baseline()
         values: dict[str, list[float]] = {name: [] for name in names}
-        for name, level in _with_progress_bar([(name, level) for name in names for level in levels], shows):
+        steps = [(name, level) for name in names for level in levels]
+        for name, level in with_bar(steps, "sensitivity", name=itemgetter(0)):
             values[name].append(one_shot.metric_at(one_shot.of_unit(name, level)))
     table = tuple(map(tuple, values.values()))
     members = tuple(map(tuple, one_shot.units.values()))
@@ -101,6 +106,7 @@ def sensitivity(
     return Sensitivity(tuple(names), sizes, levels, table, baseline, measure.name, measure.lower_is_better, members)
 
 
+@checks_arguments(of=Sparsifier)
 def highest_sparsity(
     learn_or_model: Any,
     tolerance: float,
@@ -138,7 +144,6 @@ def highest_sparsity(
             compares with an earlier value, or what Sparsifier raises.
 
     Example:
-        >>> from torch import nn
         >>> model = nn.Linear(10, 10)
         >>> def remaining_weights(model): return int(model.weight.count_nonzero())
         >>> highest_sparsity(model, 30, remaining_weights)
@@ -150,11 +155,13 @@ def highest_sparsity(
             "precision must be above 0, not 0; it is the distance between the sparsities that are tried, such as 0.005"
         )
     measure = Metric.of(learn_or_model, metric, lower_is_better)
-    with measure.learner_unchanged():
+    with bars(measure.learn is None or hasattr(measure.learn, "progress")), measure.learner_unchanged():
         one_shot, baseline = OneShot(measure, calibration, loss_func, options), measure.baseline()
         sign, good, bad = (1 if measure.lower_is_better else -1), 0, math.floor(1 / precision + 1e-9) + 1
         highest = one_shot.sparsifier.sparsity
-        while bad - good > 1:
+        for _ in with_bar(range((bad - 1).bit_length()), "highest sparsity"):  # as many steps as a bisection can take
+            if bad - good == 1:
+                break
             middle = (good + bad) // 2
             level = min(middle * precision, 1.0)
             value = one_shot.metric_at(level) if one_shot.can_reach(level) else math.nan
@@ -260,20 +267,3 @@ def _check_levels(levels: Any) -> tuple[float, ...]:
     if not checked or checked[0] == 0 or checked[-1] == 1:
         raise ValueError(f"levels must be fractions above 0 and below 1, such as {LEVELS}, not {tuple(checked)}")
     return tuple(checked)
-
-
-def _with_progress_bar(steps: list[tuple[str, float]], shows: bool) -> Iterable[tuple[str, float]]:
-    """The steps, with a progress bar that names the layer, if it is wanted and fastprogress is installed."""
-    try:
-        if not shows:
-            return steps
-        from fastprogress.fastprogress import progress_bar
-    except ImportError:
-        return steps
-    return _naming_layers(progress_bar(steps, leave=False))
-
-
-def _naming_layers(bar: Any) -> Iterable[tuple[str, float]]:
-    for step in bar:
-        bar.comment = step[0]
-        yield step

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..support.checks import check_fraction
+from ..support.figure import axes_or_new, in_percent, label_rows, legend_beside
+from ..support.printable import printable
 from ..support.table import Column, Table
+
+MOST_CURVES = 10  # curves in one picture whose colours can be told apart
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,6 +33,14 @@ class Sensitivity(Table):
         lower_is_better: Whether a better model has a lower metric.
         members: With granularity 'head' or 'neuron', for each of the attentions or MLPs in `layers` the parameter names
             of its weights; else empty.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+        >>> def size(model):
+        ...     return sum(weight.norm() for weight in model.parameters())
+        >>> measured = sensitivity(model, size, levels=(0.5,), progress=False)
+        >>> measured.layers
+        ('0.weight', '1.weight')
     """
 
     layers: tuple[str, ...]
@@ -117,17 +131,39 @@ class Sensitivity(Table):
         return f"{self.metric}_at_{level:g}"
 
     def _columns(self) -> tuple[Column, ...]:
-        levels = [Column(self._key(level), f"{100 * level:g}%") for level in self.levels]
+        levels = [
+            Column(self._key(level), f"{100 * level:g}%", total=partial(self._worst, self._key(level)))
+            for level in self.levels
+        ]
         return (Column("layer", left=True), Column("weights"), *levels)
+
+    def _worst(self, key: str, records: Sequence[Mapping[str, Any]]) -> float:
+        """The worst value of several layers; NaN is worse than any."""
+        values = [record[key] for record in records]
+        if any(np.isnan(values)):
+            return float("nan")
+        return max(values) if self.lower_is_better else min(values)
 
     def _caption(self) -> str:
         better = "lower" if self.lower_is_better else "higher"
+        worst = "" if self._folded() is None else ", and of several layers in one line the worst is"
         return (
             f"{self.metric} is {self.baseline:.4g} before pruning ({better} is better); with one layer pruned at a "
-            "time it is:"
+            f"time it is{worst}:"
         )
 
     def plot(self, ax: Any = None) -> Any:
+        """Draw how the metric changes as each layer is pruned: as curves of up to ten layers, as a heat map of more.
+
+        Args:
+            ax: The matplotlib axes to draw on; by default new ones.
+
+        Returns:
+            The matplotlib axes.
+        """
+        return self.plot_curves(ax) if len(self.layers) <= MOST_CURVES else self.plot_heat_map(ax)
+
+    def plot_curves(self, ax: Any = None) -> Any:
         """Draw the metric of each layer against its sparsity, with the baseline as a dashed line.
 
         Args:
@@ -136,15 +172,43 @@ class Sensitivity(Table):
         Returns:
             The matplotlib axes.
         """
-        import matplotlib.pyplot as plt
-
-        if ax is None:
-            _, ax = plt.subplots(layout="constrained")
+        ax = axes_or_new(ax, 7.5, 4)
         for name, row in zip(self.layers, self.values, strict=True):
-            ax.plot(self.levels, row, "o-", label=name)
+            ax.plot(self.levels, row, "o-", label=printable(name, 40))
         ax.axhline(self.baseline, color="0.5", linestyle="--", label="before pruning")
         ax.set(xlabel="sparsity of the one pruned layer", ylabel=self.metric)
-        ax.legend(fontsize="small")
+        in_percent(ax.xaxis)
+        legend_beside(ax)
+        return ax
+
+    def plot_heat_map(self, ax: Any = None) -> Any:
+        """Draw a row per layer and a column per sparsity; the colour is how much worse the metric is than before.
+
+        Of more than 60 layers, blocks are labelled at their first layer. A metric that is NaN or infinite is grey.
+
+        Args:
+            ax: The matplotlib axes to draw on; by default new ones.
+
+        Returns:
+            The matplotlib axes.
+        """
+        records = self.records()
+        values = np.array([[record[self._key(level)] for level in self.levels] for record in records], dtype=float)
+        loss = values - self.baseline if self.lower_is_better else self.baseline - values
+        finite = np.isfinite(loss)
+        ax = axes_or_new(ax, 3.5 + 0.6 * len(self.levels), max(1.5 + min(0.25 * len(records), 9), 3.2))
+        ax.set_facecolor("0.6")
+        highest = loss[finite].max(initial=0.0)
+        image = ax.imshow(
+            np.ma.masked_array(loss, ~finite), aspect="auto", interpolation="nearest", cmap="magma_r", vmin=0,
+            vmax=highest if highest > 0 else 1,
+        )  # fmt: skip
+        grey = "\ngrey: not finite" if not finite.all() else ""
+        ax.set_xlabel(f"sparsity of the one pruned layer{grey}")
+        ax.set_xticks(range(len(self.levels)), [f"{100 * level:g}%" for level in self.levels])
+        label_rows(ax, [record["layer"] for record in records])
+        change = "more" if self.lower_is_better else "less"
+        ax.figure.colorbar(image, ax=ax, label=f"{self.metric}: {change} than {self.baseline:.4g}")
         return ax
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..model.parallel import unwrapped
 from ..sparsifier.masking import masked_parameters, zero_weights
 from ..support.checks import check_is_module
+from ..support.figure import axes_or_new
 from ..support.registry import close_matches
 from ..support.table import Column, Table, percent
 from .run_check import check_fits, check_tickets
@@ -45,6 +46,13 @@ class Ticket:
         metrics: Name -> value, for the trained net.
         controls: Name of the control -> its metrics.
         start: The state_dict to which the net is rewound, with all weights.
+
+    Example:
+        >>> learn = make_learner()
+        >>> ticket = lottery_ticket(learn, 0.75, rounds=1, fit=1)[-1]
+        >>> model = ticket.apply(net())  # sparse, with the weights that the ticket starts with
+        >>> Sparsifier(model).sparsity
+        0.75
     """
 
     masks: Mapping[str, Tensor]
@@ -92,6 +100,12 @@ class LotteryTickets(Table, Sequence[Ticket]):
 
     Raises:
         ValueError: The tickets have no metric of that name.
+
+    Example:
+        >>> learn = make_learner()
+        >>> tickets = lottery_ticket(learn, 0.75, rounds=2, fit=1)
+        >>> [ticket.sparsity for ticket in tickets]
+        [0.0, 0.5, 0.75]
     """
 
     def __init__(self, tickets: Sequence[Ticket], metric: str | None = None):
@@ -144,7 +158,7 @@ class LotteryTickets(Table, Sequence[Ticket]):
 
     def _columns(self) -> tuple[Column, ...]:
         metrics = [Column(self._key(kind), self._key(kind), show=lambda value: f"{value:.4f}") for kind in self.kinds]
-        return (Column("round"), Column("sparsity", show=percent), *metrics)
+        return (Column("round"), Column("sparsity", show=percent, bar=True), *metrics)
 
     def plot(self, *others: LotteryTickets, ax: Any = None) -> Any:
         """Draw the metric of tickets and controls against the fraction of remaining weights.
@@ -160,12 +174,9 @@ class LotteryTickets(Table, Sequence[Ticket]):
         Raises:
             ValueError: The runs have different numbers of rounds.
         """
-        import matplotlib.pyplot as plt
-
         if any(len(run) != len(self) for run in others):
             raise ValueError("LotteryTickets.plot: all runs must have the same number of rounds; slice the longer ones")
-        if ax is None:
-            _, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+        ax = axes_or_new(ax, 7, 4)
         runs = (self, *others)
         remaining = 1 - np.mean([[ticket.sparsity for ticket in run] for run in runs], axis=0)
         for kind in self.kinds:
@@ -174,7 +185,7 @@ class LotteryTickets(Table, Sequence[Ticket]):
             error = values.std(0)[trained] if others else None
             ax.errorbar(100 * remaining[trained], values.mean(0)[trained], error, fmt="o-", capsize=3, label=kind)
         ax.axhline(np.mean([run.values()[0] for run in runs]), color="0.6", linestyle="--", linewidth=1, label="dense")
-        ax.set(xscale="log", xlabel="remaining weights in percent", ylabel=self.metric)
+        ax.set(xscale="log", xlabel="remaining weights (%)", ylabel=self.metric)
         ax.set_xticks(100 * remaining, [f"{100 * fraction:.3g}" for fraction in remaining], minor=False)
         ax.minorticks_off()
         ax.invert_xaxis()

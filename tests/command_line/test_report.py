@@ -29,12 +29,6 @@ def test_report_counts_the_zeros_of_a_checkpoint(checkpoint, capsys):
         assert "not counted" not in out
 
 
-def quantized(*shape):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.quantize_per_tensor(torch.ones(shape), 0.1, 0, torch.qint8)
-
-
 def sparse_csr(*shape):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -43,8 +37,7 @@ def sparse_csr(*shape):
 
 # Kind -> a tensor of 3 x 4 whose zeros cannot be counted, its name in the report, and the reason.
 SKIPPED = {
-    "quantized": (lambda: quantized(3, 4), "other", r"quantized \(qint8\); dequantize\(\) makes it countable"),
-    "packed": (lambda: (quantized(3, 4), None), r"other\[0\]", r"quantized \(qint8\); dequantize\(\)"),
+    "packed": (lambda: {"qweight": torch.ones(3, 4, dtype=torch.int32)}, "other.qweight", r"packed \(GPTQ"),
     "csr": (lambda: sparse_csr(3, 4), "other", r"in the layout sparse_csr; to_dense\(\) makes it countable"),
     "coo": (lambda: torch.eye(3, 4).to_sparse(), "other", r"in the layout sparse_coo; to_dense\(\) makes it countable"),
     "meta": (lambda: torch.empty(3, 4, device="meta"), "other", "on the meta device, without values; load the model"),
@@ -71,16 +64,17 @@ def test_report_says_which_tensors_it_skips_and_why_and_counts_the_others(kind, 
     assert re.search(r"\nall of these +12\n", skipped)
 
 
-def test_report_of_a_quantized_model_lists_its_packed_weights(checkpoint, capsys):
+def test_report_counts_the_weights_of_a_quantized_model(checkpoint, capsys):
     quantization = pytest.importorskip("torch.ao.quantization", reason="torch's own quantization")
+    model = nn.Sequential(nn.Linear(4, 5))
+    Sparsifier(model).sparsify(0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 5)), {nn.Linear})
-        torch.save(model.state_dict(), checkpoint)
+        torch.save(quantization.quantize_dynamic(model, {nn.Linear}).state_dict(), checkpoint)
     assert main(["report", str(checkpoint)]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"_packed_params\[0\] +5x4 +20 +quantized \(qint8\)", out)
-    assert re.search(r"all that are counted +7 ", out)  # the bias, a scale and a zero point
+    assert re.search(r"_packed_params\[0\] +5x4 +20 +10 +50.00%", out)
+    assert re.search(r"whole file|all that are counted +27 ", out)  # the bias, a scale and a zero point
 
 
 def test_report_refuses_a_checkpoint_of_which_nothing_can_be_counted(checkpoint, capsys):

@@ -59,13 +59,13 @@ def test_a_training_checkpoint_is_looked_through():
     assert found.others == ["epoch"]
     counted, left_out = found.tables()
     assert counted.totals()[-1] == {
-        "weight": "all that are counted", "shape": None, "weights": 9, "zeros": 3, "sparsity": 3 / 9,
+        "weight": "all that are counted", "shape": None, "weights": 9, "zeros": 3, "sparsity": 3 / 9, "note": None,
     }  # fmt: skip
     assert left_out.records() == [
-        {"entry": "optimizer", "shape": (), "weights": MOMENTS, "why": "the state of an optimizer"},
-        {"entry": "epoch", "shape": None, "weights": None, "why": "no tensor"},
+        {"tensor": "optimizer", "shape": (), "weights": MOMENTS, "why": "the state of an optimizer"},
+        {"tensor": "epoch", "shape": None, "weights": None, "why": "no tensor"},
     ]
-    assert left_out.totals() == [{"entry": "all of these", "shape": None, "weights": MOMENTS, "why": None}]
+    assert left_out.totals() == [{"tensor": "all of these", "shape": None, "weights": MOMENTS, "why": None}]
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict"])
@@ -91,7 +91,9 @@ def test_tied_tensors_count_once_in_the_totals():
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     model[1].weight = model[0].weight
     counted = Checkpoint.of(model.state_dict()).tables()[0]
-    assert [row["weight"] for row in counted.records()] == ["0.weight", "1.weight"]
+    assert [(row["weight"], row["weights"], row["note"]) for row in counted.records()] == [
+        ("0.weight", 9, ""), ("1.weight", None, "tied to 0.weight"),
+    ]  # fmt: skip
     assert [total["weights"] for total in counted.totals()] == [9, 9]
 
 

@@ -93,7 +93,11 @@ def test_plot(comparison):
     assert [bar.get_width() for bar in ax.patches] == pytest.approx(
         [1, 0.25, 0, 1, 1, 0, 1, 0.1, 0, 1, 1, 0, 1, 1.1, 0]
     )
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["dense", "masked", "shrunk"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "dense",
+        "masked\n4x smaller\nas fast within the noise",
+        "shrunk",
+    ]
     assert [text.get_text() for text in ax.texts[:3]] == ["1", "0.25", ""]
     assert (ax.texts[-1].get_text(), ax.texts[-1].get_position()[1]) == ("not available: see the note", 2)
     assert [text.get_text() for text in ax.texts[-4:-1]] == ["1", "~1.1", ""]

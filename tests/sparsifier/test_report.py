@@ -90,7 +90,7 @@ def uncounted():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch: both are prototypes, or deprecated
         nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
-        model[0].weight = nn.Parameter(torch.quantize_per_tensor(torch.eye(4), 0.1, 0, torch.qint8), False)
+        model[0].weight = nn.Parameter(torch.eye(4).to_sparse())
     model.parts, model[2].bias = nn.Parameter(nested), nn.Parameter(torch.ones(2, device="meta"))
     model.none = nn.Parameter(torch.zeros(0, 3))
     with torch.no_grad():
@@ -100,13 +100,13 @@ def uncounted():
 
 def test_what_cannot_be_counted_is_left_out_and_said(uncounted):
     why = {name: reason.split()[0] for name, reason in uncounted.not_counted.items()}
-    assert why == {"parts": "a", "0.weight": "quantized", "2.bias": "on"}
+    assert why == {"parts": "a", "0.weight": "in", "2.bias": "on"}
     assert uncounted.left_out == 5 + 16 + 2
     assert (uncounted.selected.weights, uncounted.selected.zeros) == (8, 4)
     assert (uncounted.model.weights, uncounted.model.zeros) == (4 + 8 + 2 + 2, 4)
     assert {row.name: (row.shape, row.count.weights, row.why_dense) for row in uncounted.rows} == {
         "0.weight": ((4, 4), 0, "not counted"), "1.weight": ((2, 4), 8, ""),
-        "parts": ((), 0, "no named axes: register_layer"), "none": ((0, 3), 0, "no elements"),
+        "parts": ((), 0, "not counted"), "none": ((0, 3), 0, "no elements"),
     }  # fmt: skip
     first, *lines = str(uncounted).splitlines()
     assert first.startswith("Not counted: 23 values of parts (a nested tensor; count its parts, which unbind() ")
@@ -119,7 +119,7 @@ def test_the_plot_says_what_is_not_counted(uncounted):
     matplotlib = pytest.importorskip("matplotlib", reason="the plot is drawn with it")
     matplotlib.use("Agg")
     texts = [text.get_text() for text in uncounted.plot().texts]
-    assert texts[0] == "quantized (qint8); dequantize() makes it countable"
+    assert texts[0] == "in the layout sparse_coo; to_dense() makes it countable"
     matplotlib.pyplot.close("all")
 
 
@@ -129,3 +129,22 @@ def test_a_selected_layer_that_cannot_be_counted_is_an_error():
     with pytest.raises(ValueError, match="zeros cannot be counted: a tensor is in the layout sparse_coo"):
         Report.of(model, ["0.weight", "1.weight"])
     assert Report.of(model, ["0.weight"]).selected.weights == 16
+
+
+def test_the_plot_of_a_long_report_has_a_bar_for_each_block():
+    matplotlib = pytest.importorskip("matplotlib", reason="the plot is drawn with it")
+    matplotlib.use("Agg")
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)) for _ in range(31)))
+    with torch.no_grad():
+        for number, block in enumerate(model):
+            block[0].weight.view(-1)[: number % 5] = 0
+    report = Report.of(model)
+    ax = report.plot()
+    assert [bar.get_width() for bar in ax.patches] == [number % 5 / 24 for number in range(31)]
+    assert ax.get_yticklabels()[1].get_text() == "1 (2 layers)"
+    assert ax.texts[1].get_text() == "23 of 24 left"
+    assert ax.lines[0].get_xdata()[0] == report.selected.sparsity
+    assert len(report.unfold().plot().patches) == 62
+    by_zeros = report.sort("zeros", descending=True).unfold().plot()
+    assert [bar.get_width() for bar in by_zeros.patches[:2]] == [4 / 16, 4 / 16]
+    matplotlib.pyplot.close("all")

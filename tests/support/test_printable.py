@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 
+from sparsifai.support.cells import Cells
 from sparsifai.support.listing import in_short
 from sparsifai.support.printable import printable, printable_lines, quoted
 from sparsifai.support.registry import close_matches
-from sparsifai.support.table import Cells
 from sparsifai.support.warning import warn
 
 HOSTILE = {

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import pytest
 
-from sparsifai.support.table import Cells, Column, Table, percent
+from sparsifai.support.cells import Cells
+from sparsifai.support.table import Column, Table, percent
 
 CELLS = Cells(
     ("layer", "weights", "why"),
     [("fc", "20", "dense"), ("embedding", "1,000", "")],
     totals=[("all layers", "1,020", "")],
-    left=(0, -1),
+    left=(0, 2),
     caption="Two layers\nof a model",
     notes=["a remark", ""],
 )

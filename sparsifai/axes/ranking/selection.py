@@ -52,15 +52,13 @@ def select_groups(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.nda
         ValueError: The score of a group that is ranked is NaN. The message names the layer.
 
     Example:
-        >>> score = np.array([3., 1., 2., 4.])
-        >>> layer = ScoredLayer(None, score.__getitem__, alive=np.ones(4, bool))
-        >>> select_groups([layer], 0.5)
-        [array([ True, False, False,  True])]
-
-        A context that prunes the first layer half as much as the others:
-
         >>> def spare_the_first(layers, sparsity):
         ...     return [*select_groups(layers[:1], sparsity / 2), *select_groups(layers[1:], sparsity)]
+        >>> model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 8))
+        >>> sparsifier = Sparsifier(model, context=spare_the_first)
+        >>> sparsifier.sparsify(0.5)
+        >>> [int((~mask).sum()) for mask in sparsifier.masks.values()]  # of 20 and 40 weights
+        [5, 20]
     """
     # Layers on a GPU are `DeviceLayer`s and their arrays tensors. The host does not read them.
     if not layers:

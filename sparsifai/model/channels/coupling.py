@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ...support.printable import printable
+from ...support.progress import progress
 from ..layers import CHANNEL_LAYERS
 from ..parallel import unwrapped
 from .dependency_graph import UNKNOWN, UNKNOWN_PATH, Group, Member, coupled_groups
@@ -113,7 +114,7 @@ def _channels(
         for member in together:
             parent[root(member)] = root(together[0])
 
-    for number, group in enumerate(groups):
+    for number, group in enumerate(progress(groups, "joining filters that go together")):
         for member, channel in group:
             members.add(member)
             parent[root(member)] = root((number, channel))

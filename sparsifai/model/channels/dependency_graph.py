@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ...support.printable import printable
+from ...support.progress import progress
 from ...support.warning import own_filters
 from ..layers import CHANNEL_LAYERS, is_depthwise, outputs_of, size_of
 from ..parallel import kind_of, unwrapped
@@ -173,9 +174,8 @@ def _groups(graph: Any, why_kept: dict[str, str], marked: MarkedModel) -> Iterat
         )
         yield [((name, "outputs", index), index) for index in range(outputs_of(marked.model.get_submodule(name)))]
     most = 4 * max(max(size_of(module, side) or 0 for side in ("inputs", "outputs")) for module in marked.modules())
-    for root in list(graph.module2node):
-        if not isinstance(root, CHANNEL_LAYERS) or root not in names:
-            continue
+    roots = [root for root in graph.module2node if isinstance(root, CHANNEL_LAYERS) and root in names]
+    for root in progress(roots, "finding filters that go together", name=names.__getitem__):
         every = range(graph.get_pruner_of_module(root).get_out_channels(root))
         group: Group = []
         try:

@@ -18,6 +18,8 @@ _SCHEDULES = {"linear": "lin", "cubic": "agp", "cosine": "cos", "inverse_cubic":
 _OTHER_SCHEDULES = ("polynomial_decay", "polynomial", "multi_step")
 # score_type -> criterion
 _CRITERIA = {"magnitude": "large_final", "movement": "movement_pruning"}
+# Criterion -> its options and their defaults here, which are not always those of SparseML.
+_DEFAULTS = {"obs": {"damping": 1e-7, "block_size": 50}, "sparsegpt": {"damping": 0.01, "block_size": 128}}
 # sparsity_strategy -> context
 _CONTEXTS = {"erdos_renyi_kernel": "erk", "erdos_renyi": "er", "uniform": "local"}
 
@@ -95,22 +97,25 @@ def _with_initial(modifier: Modifier, step: StepDict) -> StepDict:
 
 
 def _second_order(modifier: Modifier, epochs: float | None, context: str) -> list[StepDict]:
-    """OBSPruningModifier and M-FAC: gradual pruning by the inverse of the empirical Fisher, which moves the rest."""
+    """OBSPruningModifier and M-FAC: gradual pruning by the inverse of the empirical Fisher, which moves the rest.
+
+    SparseML documents blocks of 50 weights for OBSPruningModifier; its code takes 1 where the recipe does not say.
+    """
     for key in _OF_SECOND_ORDER:
         modifier.note(key, "gradients are collected as 'obs' does it; left out")
-    known = {"damp": ("damping", 1e-7)}
     if modifier.name == "OBSPruningModifier":
-        known["fisher_block_size"] = ("block_size", 50)
+        known: dict[str, tuple[str, float]] = {"damp": ("damping", 1e-7), "fisher_block_size": ("block_size", 50)}
     else:
+        known = {"damp": ("damping", 1e-5)}
         modifier.note("fisher_block_size", "'obs' stores the blocks, which M-FAC does not; they have its 50 weights")
     criterion = _with_options(modifier, "obs", known)
     return _gradual(modifier, epochs, context=context, options={"criteria": criterion, "compensate": True})
 
 
 def _with_options(modifier: Modifier, criterion: str, known: dict[str, tuple[str, float]]) -> Any:
-    """A criterion with the options that differ from its defaults: {parameter: (option, default)}."""
+    """A criterion with the options that differ from its defaults: {parameter: (option, default in SparseML)}."""
     given = {option: modifier.number(key, default) for key, (option, default) in known.items()}
-    changed = {option: given[option] for option, default in known.values() if given[option] != default}
+    changed = {option: value for option, value in given.items() if value != _DEFAULTS[criterion][option]}
     return {criterion: changed} if changed else criterion
 
 

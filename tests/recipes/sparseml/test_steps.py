@@ -179,6 +179,7 @@ def test_options_of_second_order_criteria():
     assert criterion(obs % 50) == ({"obs": {"damping": 1e-6}}, set())
     assert criterion(obs % 4) == ({"obs": {"damping": 1e-6, "block_size": 4}}, set())
     assert criterion((obs % 2000).replace("OBS", "MFAC")) == ({"obs": {"damping": 1e-6}}, {"fisher_block_size"})
+    assert criterion(f"!MFACPruningModifier {{{COMMON}, final_sparsity: 0.9}}") == ({"obs": {"damping": 1e-5}}, set())
     gpt = "!SparseGPTModifier {sparsity: 0.5, targets: ['a'], block_size: 128, %s: 0.02}"
     assert criterion(gpt % "percdamp") == criterion(gpt % "dampening_frac") == ({"sparsegpt": {"damping": 0.02}}, set())
     assert criterion((gpt % "percdamp").replace("0.02", "0.01")) == ("sparsegpt", set())
