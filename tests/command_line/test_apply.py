@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from sparsifai import SparseFile, load_shrunk, load_sparse
 from sparsifai.command_line.main import main
@@ -50,7 +49,7 @@ def test_apply_takes_values_of_all_axes(folder, capsys):
         ["--sparsity", "0.5", "--granularity", "filter", "--coupled", "--input", INPUT],
         ["--sparsity", "0.5", "--granularity", "out,h", "--layers", "0"],
         ["--sparsity", "0.5", "--granularity", "4x4", "--criteria", "random"],
-        ["--sparsity", "0.5", "--context", "{bounded: [local, {fixed: {'0': 0.1}}]}"],
+        ["--sparsity", "0.5", "--context", "{bounded: [local, {'0': 0.1}]}"],
         ["--sparsity", "0=0.25", "--sparsity", "4=0.5", "--context", "local"],
         ["--sparsity", "0.5", "--criteria", "synflow", "--input", INPUT],
     ]
@@ -84,7 +83,7 @@ def test_apply_writes_tied_weights_under_each_name(folder):
         (["--sparsity", "50"], "sparsity 50 is a percentage"),
         (["--sparsity", "half"], "--sparsity is one fraction such as 0.8, or several PATTERN=FRACTION, not half"),
         (["--sparsity", "0.5", "--sparsity", "fc=0.5"], "--sparsity is one fraction"),
-        (["--sparsity", "0.5", "--criteria", "large_finl"], "did you mean 'large_final'?"),
+        (["--sparsity", "0.5", "--criteria", "large_finl"], "did you mean 'large_final'"),
         (["--sparsity", "0.5", "--recipe", "net.pth"], "leave out --sparsity"),
         ([], "give --sparsity, such as --sparsity 0.8, or --recipe"),
         (["--sparsity", "0.5", "--to", "net.pth"], "net.pth exists already; choose another name, or give --force"),
@@ -146,6 +145,4 @@ def test_heads_of_a_folder_of_save_pretrained_are_pruned(folder, capsys):
     assert json.loads(capsys.readouterr().out)["sparsity"] == 0.5
     value = torch.load("bert.pth", weights_only=True)["bert.encoder.layer.0.attention.self.value.weight"]
     assert int((value == 0).all(1).sum()) == 8
-    assert isinstance(
-        small_bert().load_state_dict(torch.load("bert.pth", weights_only=True)), nn.modules.module._IncompatibleKeys
-    )
+    small_bert().load_state_dict(torch.load("bert.pth", weights_only=True))
