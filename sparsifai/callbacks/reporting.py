@@ -6,6 +6,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 
 from ..model.parallel import unwrapped
+from ..sparsifier.recovery import CHANCE
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifiers import Sparsifiers
 from .keep import KeepSparsity
@@ -38,3 +39,15 @@ def sparsity_report(self: Learner) -> Report:
     model = unwrapped(self.model)
     kept = {name for each in self._grab_cbs(KeepSparsity) if each.held_model is model for name in each.masks}
     return Report.of(model, kept or None)
+
+
+def sparsity_not_kept(learn: Learner) -> float:
+    """The fraction of the weights that are zero, if nothing on a Learner keeps them so; else 0.
+
+    A layer of zeros only was initialized so, and a few of very many random weights are zero by chance.
+    """
+    if learn._grab_cbs(SparsifyCallback) or learn._grab_cbs(KeepSparsity):
+        return 0.0
+    counts = [row.count for row in learn.sparsity_report().rows]
+    weights, zeros = sum(each.weights for each in counts), sum(each.zeros % (each.weights or 1) for each in counts)
+    return zeros / weights if zeros > CHANCE * weights else 0.0

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..model.parallel import unwrapped
-from ..model.running import Split, check_runs, copy_of
+from ..model.running import Split, check_no_batch, check_runs, copy_of
+from ..support.arguments import checks_arguments
 from ..support.checks import check_is_module
 from ..support.files import write_whole
 from ..support.printable import message_of, printable
@@ -30,6 +31,7 @@ from .quantized import Quantized, quantized_of
 _OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
+@checks_arguments
 def quantize(
     model: nn.Module,
     calibration: Iterable,
@@ -63,7 +65,7 @@ def quantize(
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
         OSError: The file cannot be written.
-        TypeError: `model` is no module, or a pattern no name.
+        TypeError: `model` is no module, a pattern no name, or `calibration` is a single batch.
         ValueError: There is no calibration batch, or the model does not run on it; the model is quantized already; a
             pattern matches nothing; or the model cannot be exported.
 
@@ -73,6 +75,7 @@ def quantize(
         ['float32', 'int8']
     """
     check_is_module("quantize", "model", model)
+    check_no_batch("quantize: calibration", calibration)
     layers, exclude = check_patterns("quantize", "layers", layers), check_patterns("quantize", "exclude", exclude)
     inner = unwrapped(model)
     check_float("quantize", inner)

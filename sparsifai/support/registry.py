@@ -10,6 +10,7 @@ from os.path import commonprefix
 from typing import Any
 
 from .capability import declare
+from .foreign_names import name_of_value
 from .printable import quoted
 
 
@@ -189,12 +190,17 @@ class Registry(Mapping[str, Callable]):
         if parsed is not None:
             return parsed
         if isinstance(value, str):
-            raise ValueError(f"unknown {self.kind} {quoted(value)}; {close_matches(value, self)}")
+            right = name_of_value(self.kind, value) or close_matches(value, self)
+            raise ValueError(f"unknown {self.kind} {quoted(value)}; {right}")
         if not callable(value):
             raise TypeError(f"a {self.kind} must be a registered name or a function, not {value!r}")
         if self._check:
             self._check(value)
         return value
+
+    def name_of(self, function: Any) -> str:
+        """The registered name of a function; `name_of` of one that is not registered."""
+        return next((name for name, each in self._functions.items() if each is function), None) or name_of(function)
 
     def __getitem__(self, name: str) -> Callable:
         if name not in self._functions:
