@@ -45,8 +45,8 @@ def test_links_of_the_repository_lead_to_pages_of_the_site(site):
     """mkdocs itself checks that links lead somewhere; here, that they are there."""
     of_the_start = set(re.findall(r'href="?([^\s">]+)', (site / "index.html").read_text()))
     assert of_the_start >= {"readme.html", "contributing.html", "nbs/01_quickstart.html", "api/index.html"}
-    assert "examples/index.html#torch_looppy" in (site / "torch.html").read_text()
-    assert "examples/recipes/index.html#compoundyaml" in (site / "recipes.html").read_text()
+    assert "examples/scripts.html#torch_looppy" in (site / "torch.html").read_text()
+    assert "examples/recipes.html#compoundyaml" in (site / "recipes.html").read_text()
     assert re.search(r'<img[^>]* src="?examples/digits.png', (site / "readme.html").read_text())
 
 
