@@ -74,7 +74,7 @@ def test_the_site_has_every_page_once():
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     pages = [str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")]
     notebooks = [f"nbs/{path.stem}.md" for path in ROOT.glob("nbs/*.ipynb")]
-    others = ["readme.md", "contributing.md", "changelog.md", "examples/index.md", "examples/recipes/index.md"]
+    others = ["readme.md", "contributing.md", "changelog.md", "examples/scripts.md", "examples/recipes.md"]
     assert sorted(places_in(navigation)) == sorted([*pages, *notebooks, *others])
 
 
