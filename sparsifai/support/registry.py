@@ -103,6 +103,7 @@ class Registry(Mapping[str, Callable]):
             function is registered, and when one is resolved that is not registered.
         parse: A function that turns other values, such as a tuple or '2:4', into a function. It returns None for values
             that it does not know.
+        forms: What these values look like, such as "tiles such as '4x4'". They are listed with the names.
         capabilities: Names of what a function can declare of itself, as keywords of `register`.
 
     Example:
@@ -121,9 +122,11 @@ class Registry(Mapping[str, Callable]):
         *,
         check: Callable[[Callable], None] | None = None,
         parse: Callable[[Any], Callable | None] | None = None,
+        forms: tuple[str, ...] = (),
         capabilities: tuple[str, ...] = (),
     ):
         self.kind, self._check, self._parse, self.capabilities = kind, check, parse, capabilities
+        self.forms = forms
         self._functions: dict[str, Callable] = {}
 
     def register(
@@ -189,7 +192,9 @@ class Registry(Mapping[str, Callable]):
         if parsed is not None:
             return parsed
         if isinstance(value, str):
-            raise ValueError(f"unknown {self.kind} {quoted(value)}; {close_matches(value, self)}")
+            near = close_matches(value, self)
+            forms = "" if near.endswith("?") else "".join(f", or {form}" for form in self.forms)
+            raise ValueError(f"unknown {self.kind} {quoted(value)}; {near}{forms}")
         if not callable(value):
             raise TypeError(f"a {self.kind} must be a registered name or a function, not {value!r}")
         if self._check:
@@ -208,4 +213,4 @@ class Registry(Mapping[str, Callable]):
         return len(self._functions)
 
     def __repr__(self) -> str:
-        return f"<{self.kind}: {', '.join(self)}>"
+        return f"<{self.kind}: {', '.join([*self, *self.forms])}>"
