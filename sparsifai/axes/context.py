@@ -73,7 +73,13 @@ def _check(context: Context) -> None:
 #                   some columns after the other.
 CAPABILITIES = ("on_device", "highest_sparsity", "fixes_counts", "keeps_masked", "ranks_within")
 
-contexts = Registry("context", check=_check, parse=parse_blocks, capabilities=CAPABILITIES)
+contexts = Registry(
+    "context",
+    check=_check,
+    parse=parse_blocks,
+    forms=("any N:M such as '2:4'",),
+    capabilities=CAPABILITIES,
+)
 """The contexts by name. `contexts.register` adds a function of the scored layers and the sparsity.
 
 Example:
