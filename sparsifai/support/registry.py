@@ -193,7 +193,8 @@ class Registry(Mapping[str, Callable]):
         if parsed is not None:
             return parsed
         if isinstance(value, str):
-            raise ValueError(f"unknown {self.kind} {quoted(value)}; {name_of_value(self.kind, value) or self._near(value)}")
+            right = name_of_value(self.kind, value) or self._near(value)
+            raise ValueError(f"unknown {self.kind} {quoted(value)}; {right}")
         if not callable(value):
             raise TypeError(f"a {self.kind} must be a registered name or a function, not {value!r}")
         if self._check:
