@@ -64,12 +64,11 @@ def save_pretrained_sparse(
         >>> import tempfile
         >>> from transformers import BertConfig, BertModel
         >>> from sparsifai import Sparsifier, load_sparse, save_pretrained_sparse
-        >>> config = BertConfig(vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
-        >>> model = BertModel(config)
+        >>> model = BertModel(BertConfig(vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=2))
         >>> _ = Sparsifier(model).sparsify(0.9)
         >>> with tempfile.TemporaryDirectory() as parent:
         ...     saved = save_pretrained_sparse(model, f'{parent}/bert')
-        ...     loaded = load_sparse(f'{parent}/bert', BertModel(config))
+        ...     loaded = load_sparse(f'{parent}/bert', BertModel(model.config))
         >>> saved.ratio < 0.4
         True
     """
