@@ -15,6 +15,7 @@ from uuid import uuid4
 from torch import nn
 
 from ..model.parallel import unwrapped
+from ..support.arguments import checks_arguments
 from ..support.checks import check_is_module
 from ..support.files import open_regular, write_text, write_whole
 from .pretrained_config import is_pretrained
@@ -32,6 +33,7 @@ from .sparse_bitmask import (
 from .sparse_file import SparseFile, ties_of
 
 
+@checks_arguments
 def save_pretrained_sparse(
     model: nn.Module, folder: str | os.PathLike, max_shard_size: int | str | None = None
 ) -> SparseFile:
