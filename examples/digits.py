@@ -1,11 +1,12 @@
 """Train a small convolutional net on handwritten digits, dense and sparse in five ways.
 
-    python examples/digits.py [--epochs 8] [--picture examples/digits.png]
+    python examples/digits.py [--epochs 8] [--picture digits.png]
 
 The data are the 1,797 digits of 8 x 8 pixels that come with scikit-learn, so nothing is downloaded.
 """
 
 import argparse
+import tempfile
 import time
 from pathlib import Path
 
@@ -109,6 +110,6 @@ def main(epochs, picture):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--picture", type=Path, default=Path(__file__).with_name("digits.png"))
+    parser.add_argument("--picture", type=Path, default=Path(tempfile.gettempdir(), "digits.png"))
     arguments = parser.parse_args()
     main(arguments.epochs, arguments.picture)

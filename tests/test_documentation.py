@@ -74,7 +74,7 @@ def test_the_site_has_every_page_once():
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     pages = [str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")]
     notebooks = [f"nbs/{path.stem}.md" for path in ROOT.glob("nbs/*.ipynb")]
-    others = ["readme.md", "contributing.md", "changelog.md", "examples/index.md", "examples/recipes/index.md"]
+    others = ["readme.md", "contributing.md", "changelog.md", "examples/scripts.md", "examples/recipes.md"]
     assert sorted(places_in(navigation)) == sorted([*pages, *notebooks, *others])
 
 
@@ -159,13 +159,23 @@ def test_the_readme_and_the_index_lead_to_all_pages():
     assert pages - {"index.md"} <= set(links_of((ROOT / "docs/index.md").read_text()))
 
 
+def files_of_the_checkout():
+    """What `git status --ignored` would tell of, but caches: folders, and files with the time of their last change."""
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] not in "._"}
+    files = [path for folder in (ROOT, ROOT / "examples") for path in folder.iterdir() if path.is_file()]
+    times = {path.relative_to(ROOT): path.stat().st_mtime_ns for path in files if path.name[0] != "."}
+    return {name for name in folders if not name.endswith("egg-info")}, times
+
+
 @pytest.mark.fastai
 @pytest.mark.slow
 def test_the_main_job(tmp_path):
     pytest.importorskip("fastai", reason="the main job trains with fastai")
-    picture = tmp_path / "digits.png"
+    picture, before = tmp_path / "digits.png", files_of_the_checkout()
     result = run(ROOT / "examples/digits.py", "--epochs", "2", "--picture", str(picture), folder=tmp_path)
     assert result.returncode == 0, result.stderr
+    assert files_of_the_checkout() == before
+    assert result.stdout.endswith(f"picture: {picture}\n")
     table = result.stdout[result.stdout.rindex("accuracy") :].splitlines()[1:7]
     sparsities = [float(re.findall(r"([\d.]+)%", line)[1]) for line in table]
     targets = [0, 90, 50, 70, 60, 82.0]

@@ -73,11 +73,17 @@ def _check(context: Context) -> None:
 #                   some columns after the other.
 CAPABILITIES = ("on_device", "highest_sparsity", "fixes_counts", "keeps_masked", "ranks_within")
 
-contexts = Registry("context", check=_check, parse=parse_blocks, capabilities=CAPABILITIES)
+contexts = Registry(
+    "context",
+    check=_check,
+    parse=parse_blocks,
+    forms=("any N:M such as '2:4'",),
+    capabilities=CAPABILITIES,
+)
 """The contexts by name. `contexts.register` adds a function of the scored layers and the sparsity.
 
 Example:
-    >>> @contexts.register(replace=True)
+    >>> @contexts.register
     ... def spare_the_first(layers, sparsity):
     ...     return [*select_groups(layers[:1], sparsity / 2), *select_groups(layers[1:], sparsity)]
     >>> model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 8))

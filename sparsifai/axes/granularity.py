@@ -133,11 +133,16 @@ def _parse(value: Any) -> Granularity | None:
     return along(*value) if isinstance(value, (tuple, list)) else None
 
 
-granularities = Registry("granularity", parse=_parse, capabilities=("joint",))
+granularities = Registry(
+    "granularity",
+    parse=_parse,
+    forms=("tiles such as '4x4'", "a tuple of axes such as ('out', 'in')"),
+    capabilities=("joint",),
+)
 """The granularities by name. `granularities.register` adds a function of the axes of a weight.
 
 Example:
-    >>> @granularities.register(replace=True)
+    >>> @granularities.register
     ... def pairs_of_filters(axes):
     ...     return {'out': 2}
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))

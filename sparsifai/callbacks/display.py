@@ -165,7 +165,7 @@ def plot_sparsity(
     epochs, levels, measured = zip(*self.sparsity_by_epoch, strict=True)
     ax = axes_or_new(ax, 6.4, 3.6)
     ax.plot(epochs, levels, "--", label="level asked for")
-    ax.plot(epochs, measured, "o-", label="measured")
+    ax.plot(epochs, measured, "o", label="measured")
     ax.set(xlabel="epoch", ylabel="sparsity")
     in_percent(ax.yaxis)
     in_whole_numbers(ax.xaxis)

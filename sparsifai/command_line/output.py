@@ -20,7 +20,7 @@ _APART = 3  # characters between two columns
 def print_table(table: Table) -> None:
     """Print a table: drawn to the width of the terminal if standard output is one, and plain text otherwise."""
     if not (sys.stdout.isatty() and _drawn(table)):
-        print(table)
+        print(table.unfold())
 
 
 def print_json(content: Mapping[str, Any]) -> None:

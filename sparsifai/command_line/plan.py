@@ -85,7 +85,7 @@ def _draw(plans: Sequence[Plan], picture: Path) -> None:
 
     from ..support.files import write_whole
 
-    height = sum(4 + 0.25 * len(plan.layers) for plan in plans)
+    height = sum(4 + 0.25 * len(plan._lines()) for plan in plans)
     drawn: Any = plt.subplots(2 * len(plans), 1, figsize=(9, height), layout="constrained")
     figure, axes = drawn
     for plan, above, below in zip(plans, axes[::2], axes[1::2], strict=True):

@@ -6,7 +6,8 @@ This is the backend for conversion. It takes the float model after any training;
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -88,7 +89,7 @@ def quantize(
     copied = copy_of(inner).cpu().float().eval()
     with torch.no_grad():
         check_runs(copied, first)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, closing(batches):
         exported = export_float(copied, _of_two(first), Path(folder) / "float.onnx")
         prepared, written = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
         names = _all_names(inner, [name for layer in chosen for name in layer.weights])
@@ -165,7 +166,7 @@ class _Batches:
         return dict(zip(self._names, [each.numpy() for each in values if isinstance(each, Tensor)], strict=True))
 
 
-def _inputs_of(batches: Iterable) -> Iterator[Any]:
+def _inputs_of(batches: Iterable) -> Generator[Any, None, None]:
     """The inputs of batches on the CPU: a tuple of positional ones, or a dictionary of named ones."""
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise ValueError(

@@ -208,10 +208,7 @@ class Recipe(RunsInLoops, ForeignAttributes):
         Raises:
             ValueError: The recipe has a distil step and no teacher is given, or a callback refuses its arguments.
         """
-        made = self._made("callbacks", _callback_classes(), teacher, calibration)
-        for callback in made:
-            callback.recipe_epochs = self.epochs
-        return made
+        return _for_epochs(self.epochs, self._made("callbacks", _callback_classes(), teacher, calibration))
 
     @checks_arguments
     def apply(
@@ -333,6 +330,13 @@ def _notes_on_int8(recipe: Recipe, model: nn.Module) -> Iterator[str]:
             arguments = recipe._reading.arguments(step)
             with recipe._at(step):
                 yield planned(unwrapped(model), **arguments)
+
+
+def _for_epochs(epochs: int | None, callbacks: list) -> list:
+    """Callbacks that warn in a fit of another number of epochs."""
+    for callback in callbacks:
+        callback.recipe_epochs = epochs
+    return callbacks
 
 
 def _callback_classes() -> dict[str, Callable]:

@@ -113,7 +113,7 @@ VALUES: dict[str, dict[str, str]] = {
     "granularity": {
         **dict.fromkeys(("shared_kernel", "input_channel"), "'channel'"),
         **dict.fromkeys(("unstructured", "fine", "element", "elementwise", "parameter"), "'weight'"),
-        **dict.fromkeys(("structured", "output_channel", "filters"), "'filter'"),
+        **dict.fromkeys(("structured", "output_channel"), "'filter'"),
         **dict.fromkeys(("block4", "block_4"), "'1x4'"),
         **dict.fromkeys(("nm", "n:m", "2:4"), "context='2:4'"),
     },
@@ -128,7 +128,7 @@ VALUES: dict[str, dict[str, str]] = {
             ("magnitude", "l1", "L1", "abs", "l1_unstructured", "global_magnitude", "weight_magnitude"), "'large_final'"
         ),
         **dict.fromkeys(("l2", "L2", "squared_magnitude"), "'squared_final'"),
-        **dict.fromkeys(("grad_crit", "gradient", "first_order"), "'taylor'"),
+        **dict.fromkeys(("grad_crit", "first_order"), "'taylor'"),
         **dict.fromkeys(("mfac", "MFAC", "M-FAC", "OBS", "optimal_brain_surgeon"), "'obs'"),
         **dict.fromkeys(("saliency", "SNIP"), "'snip'"),
         **dict.fromkeys(("rigl", "RigL"), "criteria='large_final' with regrow='grad'"),
@@ -137,11 +137,11 @@ VALUES: dict[str, dict[str, str]] = {
     },
     "schedule": {
         **dict.fromkeys(("sched_agp", "cubic", "inverse_cubic", "polynomial"), "'agp'"),
-        **dict.fromkeys(("sched_lin", "linear"), "'lin'"),
-        **dict.fromkeys(("sched_cos", "cosine"), "'cos'"),
-        **dict.fromkeys(("sched_oneshot", "oneshot"), "'one_shot'"),
-        **dict.fromkeys(("sched_iterative", "step"), "iterative(3)"),
-        **dict.fromkeys(("sched_onecycle", "onecycle"), "'one_cycle'"),
+        "sched_lin": "'lin'",
+        "sched_cos": "'cos'",
+        "sched_oneshot": "'one_shot'",
+        "sched_iterative": "iterative(3)",
+        "sched_onecycle": "'one_cycle'",
         "sched_dsd": "'dsd'",
     },
 }

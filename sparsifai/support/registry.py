@@ -104,6 +104,7 @@ class Registry(Mapping[str, Callable]):
             function is registered, and when one is resolved that is not registered.
         parse: A function that turns other values, such as a tuple or '2:4', into a function. It returns None for values
             that it does not know.
+        forms: What these values look like, such as "tiles such as '4x4'". They are listed with the names.
         capabilities: Names of what a function can declare of itself, as keywords of `register`.
 
     Example:
@@ -122,9 +123,11 @@ class Registry(Mapping[str, Callable]):
         *,
         check: Callable[[Callable], None] | None = None,
         parse: Callable[[Any], Callable | None] | None = None,
+        forms: tuple[str, ...] = (),
         capabilities: tuple[str, ...] = (),
     ):
         self.kind, self._check, self._parse, self.capabilities = kind, check, parse, capabilities
+        self.forms = forms
         self._functions: dict[str, Callable] = {}
 
     def register(
@@ -190,13 +193,18 @@ class Registry(Mapping[str, Callable]):
         if parsed is not None:
             return parsed
         if isinstance(value, str):
-            right = name_of_value(self.kind, value) or close_matches(value, self)
+            right = name_of_value(self.kind, value) or self._near(value)
             raise ValueError(f"unknown {self.kind} {quoted(value)}; {right}")
         if not callable(value):
             raise TypeError(f"a {self.kind} must be a registered name or a function, not {value!r}")
         if self._check:
             self._check(value)
         return value
+
+    def _near(self, name: str) -> str:
+        """The names near an unknown one; if none is near, all names and forms."""
+        near = close_matches(name, self)
+        return near if near.endswith("?") else "".join([near, *(f", or {form}" for form in self.forms)])
 
     def name_of(self, function: Any) -> str:
         """The registered name of a function; `name_of` of one that is not registered."""
@@ -214,4 +222,4 @@ class Registry(Mapping[str, Callable]):
         return len(self._functions)
 
     def __repr__(self) -> str:
-        return f"<{self.kind}: {', '.join(self)}>"
+        return f"<{self.kind}: {', '.join([*self, *self.forms])}>"

@@ -153,6 +153,10 @@ GRANULARITY = [
 ]  # fmt: skip
 
 CONTEXT = [
+    ("unknown tiles", lambda: granularities.resolve("2x2x"), ValueError,
+     "unknown granularity '2x2x'; choose from ..., or tiles such as '4x4', or a tuple of axes such as ('out', 'in')"),
+    ("unknown blocks", lambda: Sparsifier(matrices(), context="2/4"), ValueError,
+     "unknown context '2/4'; choose from ..., or any N:M such as '2:4'"),
     ("unknown context", lambda: Sparsifier(matrices(), context="globl"), ValueError,
      "unknown context 'globl'; did you mean 'global'...?"),
     ("blocks that is not called", lambda: Sparsifier(matrices(), context=blocks), TypeError,

@@ -125,7 +125,6 @@ def test_the_masks_that_a_learner_keeps(make_learner):
     learn.add_cb(KeepSparsity())
     learn.fit(1)
     (ax,) = learn.keep_sparsity.plot_masks("0")
-    assert pixels_of(ax)[:, 0].tolist() == pixels_of(ax)[:, 2].tolist()
     kept = (learn.model[0].weight != 0).float().numpy()  # 2 channels of 3x3
     assert np.array_equal(pixels_of(ax)[0], [*kept[0, 0, 0], np.nan, *kept[0, 1, 0]], equal_nan=True)
 

@@ -26,6 +26,7 @@ def colours():
 def test_lists_itself_and_resolves_names_and_functions(colours):
     assert list(colours) == ["red", "sky blue"]
     assert repr(colours) == "<colour: red, sky blue>"
+    assert repr(Registry("colour", forms=("any of six digits",))) == "<colour: any of six digits>"
     assert len(colours) == 2
     assert colours.resolve("red")() == colours["red"]() == "ff0000"
     own = partial(int, "7")
