@@ -91,6 +91,7 @@ def test_warnings_are_lines_of_the_command(monkeypatch, capsys):
     assert capsys.readouterr().err == "sparsifai list: warning: much is lost here\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
 def test_a_real_process_ends_well():
     environment = {"cwd": ROOT, "text": True, "stderr": subprocess.PIPE}
