@@ -58,33 +58,38 @@ def broken_links(page, markdown):
     return broken
 
 
-def test_there_are_pages():
-    assert [Path(page).name for page in PAGES] == [
-        "README.md",
-        "CONTRIBUTING.md",
-        "accuracy.md",
-        "cost.md",
-        "defaults.md",
-        "depth.md",
-        "distributed.md",
-        "export.md",
-        "fastai.md",
-        "four_questions.md",
-        "from_fasterai.md",
-        "from_jaxpruner.md",
-        "from_sparseml.md",
-        "from_torch_prune.md",
-        "index.md",
-        "loops.md",
-        "quantization.md",
-        "recipes.md",
-        "settings.md",
-        "torch.md",
-        "training.md",
-        "transformers.md",
-    ]
-    without_code = {"docs/accuracy.md", "docs/cost.md", "docs/defaults.md", "docs/index.md", "docs/settings.md"}
+def places_in(navigation):
+    """The pages in the navigation of the site, in order."""
+    for entry in navigation:
+        if isinstance(entry, str):
+            yield entry
+        elif isinstance(entry, dict):
+            yield from places_in(entry.values())
+        else:
+            yield from places_in(entry)
+
+
+def test_the_site_has_every_page_once():
+    yaml = pytest.importorskip("yaml")
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    pages = [str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")]
+    notebooks = [f"nbs/{path.stem}.md" for path in ROOT.glob("nbs/*.ipynb")]
+    others = ["readme.md", "contributing.md", "changelog.md", "examples/scripts.md", "examples/recipes.md"]
+    assert sorted(places_in(navigation)) == sorted([*pages, *notebooks, *others])
+
+
+def test_most_pages_have_code():
+    without_code = {f"docs/{name}.md" for name in ("accuracy", "cost", "defaults", "papers")}
     assert {page for page in PAGES if not python_of((ROOT / page).read_text()).strip()} == without_code
+
+
+def test_the_page_of_papers_has_all():
+    """All papers that docstrings, comments and pages name by their number."""
+    paper = re.compile(r"(?:arXiv:|arxiv\.org/abs/)(\d+\.\d+)")
+    others = [*ROOT.glob("sparsifai/**/*.py"), *(path for path in ROOT.glob("docs/*.md") if path.name != "papers.md")]
+    named = {number for path in others for number in paper.findall(path.read_text())}
+    assert named
+    assert named == set(paper.findall((ROOT / "docs/papers.md").read_text()))
 
 
 @pytest.mark.fastai

@@ -28,6 +28,7 @@ MAY_IMPORT = {
         "loops",
     },
     "integrations": {"support", "model", "axes", "sparsifier", "gradual", "loops", "recipes"},
+    "command_line": {"support", "model", "axes", "sparsifier", "export", "gradual", "quantization", "recipes"},
 }
 FACE = {"__init__", "__main__", "all", "public"}
 # (folder, another that it may not import from); what is meant is what lies in them directly.

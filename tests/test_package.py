@@ -177,6 +177,12 @@ def returns_something(function):
     return False
 
 
+def as_written(value):
+    """The signature of a function or class, with the `*` and `**` that it passes on."""
+    own = inspect.unwrap(value.__init__ if inspect.isclass(value) and "__init__" in vars(value) else value)
+    return inspect.signature(own)
+
+
 def faults_of(value):
     """What the docstring of a function or class lacks."""
     sections = sections_of(inspect.getdoc(value) or "")
@@ -184,7 +190,7 @@ def faults_of(value):
     title = "Attributes" if is_dataclass(value) else "Args"
     parameters = [
         {each.VAR_POSITIONAL: "*", each.VAR_KEYWORD: "**"}.get(each.kind, "") + name
-        for name, each in inspect.signature(value).parameters.items()
+        for name, each in as_written(value).parameters.items()
         if name not in ("self", "cls")
     ]
     given = entries_of(sections.get(title, ""))

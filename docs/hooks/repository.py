@@ -17,7 +17,9 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[2]
 # A page README.md would be the start page of the site.
 PAGES = {"README.md": "readme.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-FOLDERS = {"examples": "Scripts", "examples/recipes": "Files of recipes"}
+# The pages of folders; a page index.md would be that of its section in the navigation.
+FOLDERS = {"examples": "examples/scripts.md", "examples/recipes": "examples/recipes.md"}
+TITLES = {"examples": "Scripts", "examples/recipes": "Files of recipes"}
 LANGUAGES = {".py": "python", ".yaml": "yaml"}
 
 
@@ -29,8 +31,8 @@ def on_files(files, config):
 
     for page, uri in PAGES.items():
         add(uri, abs_src_path=str(ROOT / page))
-    for folder, title in FOLDERS.items():
-        add(f"{folder}/index.md", content=page_of_folder(folder, title))
+    for folder, uri in FOLDERS.items():
+        add(uri, content=page_of_folder(folder, TITLES[folder]))
         for picture in (ROOT / folder).glob("*.png"):
             add(f"{folder}/{picture.name}", abs_src_path=str(picture))
     for path in sorted(ROOT.glob("nbs/*.ipynb")):
@@ -131,10 +133,10 @@ def target_of(path):
     if path.startswith("examples/") and path.endswith(".png"):
         return path
     if path in FOLDERS:
-        return f"{path}/index.md"
+        return FOLDERS[path]
     if path.startswith("nbs/"):
         return str(Path(path).with_suffix(".md")) if path.endswith(".ipynb") else path
     folder, name = posixpath.split(path)
     if folder in FOLDERS and Path(name).suffix in LANGUAGES:
-        return f"{folder}/index.md#{re.sub(r'[^a-z0-9_-]', '', name.lower())}"
+        return f"{FOLDERS[folder]}#{re.sub(r'[^a-z0-9_-]', '', name.lower())}"
     return None

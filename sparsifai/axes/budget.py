@@ -12,6 +12,7 @@ import numpy as np
 
 from ..model.parallel import whole
 from ..model.patterns import matching_each
+from ..support.arguments import checks_arguments
 from ..support.capability import capability
 from ..support.registry import name_of
 from .context import Context, contexts, local
@@ -79,6 +80,7 @@ def lamp(layers: Sequence[ScoredLayer], sparsity: float) -> list[np.ndarray]:
     return _each(layers, [1 - (size - count) / size for size, count in zip(sizes, counts, strict=True)])
 
 
+@checks_arguments
 def bounded(context: str | Context, bounds: Mapping[str, float | tuple[float, float]]) -> Context:
     """Make a context in which some layers have a fixed sparsity, or limits; the other layers make up for it.
 

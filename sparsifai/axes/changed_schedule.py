@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from ..support.arguments import checks_arguments
 from ..support.registry import name_of
 from .schedule import Schedule, progress, schedules
 
@@ -36,6 +37,7 @@ class _Moved:
         return f"between({name_of(self.schedule)}, {self.start:g}, {self.end:g})"
 
 
+@checks_arguments
 def between(schedule: str | Schedule, start: float, end: float) -> Schedule:
     """Move a schedule into a part of training: 0 before the part, and after it the schedule's last value.
 
@@ -88,6 +90,7 @@ class _During:
         return f"during({name_of(self.schedule)}, {self.start:g}, {self.end:g})"
 
 
+@checks_arguments
 def during(schedule: str | Schedule, start: float, end: float) -> Schedule:
     """Move a schedule into a part of training, like `between`, but return 0 after the part, too.
 
@@ -125,6 +128,7 @@ class _Raised:
         return f"raised({name_of(self.schedule)}, {self.share:g})"
 
 
+@checks_arguments
 def raised(schedule: str | Schedule, share: float) -> Schedule:
     """Let a schedule begin with a share of the target sparsity instead of 0.
 
@@ -168,6 +172,7 @@ class _Stepped:
         return f"stepped({name_of(self.schedule)}, {self.n:g})"
 
 
+@checks_arguments
 def stepped(schedule: str | Schedule, n: float) -> Schedule:
     """Turn a schedule into a staircase that changes n times only.
 

@@ -42,6 +42,7 @@ from ..model.joint.experts import find_experts
 from ..model.joint.groups import JointGroups
 from ..model.joint.mlp import find_neurons
 from ..model.joint.recurrent import find_units
+from ..support.arguments import checks_arguments
 from ..support.registry import Registry
 
 # Axis name -> size, in the order of the weight's shape.
@@ -86,6 +87,7 @@ class _Along:
         return self.indexed
 
 
+@checks_arguments
 def block(rows: int, columns: int) -> Granularity:
     """Make the granularity of tiles: a group is `rows` outputs by `columns` inputs.
 

@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from ..model.zeros import is_nonzero, why_not_plain
+from ..support.arguments import checks_arguments
 from ..support.capability import capability
 from ..support.chunk import CHUNK
 from ..support.printable import printable
@@ -115,6 +116,7 @@ def check_reachable(context: Any, sparsity: float) -> None:
         )
 
 
+@checks_arguments
 def blocks(size: int, axis: str = "in") -> Blocks:
     """Make the context that ranks every `size` consecutive weights along an axis alone.
 
@@ -161,6 +163,7 @@ def parse_blocks(value: Any) -> Blocks | None:
     return Blocks(size, "in", size - kept, True, value)
 
 
+@checks_arguments
 def is_nm(weight: Tensor, n: int, m: int, axis: int = 1) -> bool:
     """Whether at most `n` of every `m` consecutive weights along an axis are not zero.
 

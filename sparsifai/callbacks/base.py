@@ -7,6 +7,7 @@ from typing import Any
 from fastai.callback.core import Callback
 
 from ..support.at_end import AtEnd
+from ..support.warning import warn
 
 
 class TrainingCallback(Callback):
@@ -14,6 +15,9 @@ class TrainingCallback(Callback):
 
     An exported Learner has a plain `Callback` in its place, so it loads where sparsifai is not installed.
     """
+
+    # Without a value here, fastai would look the name up in the Learner.
+    recipe_epochs: Any = None  # epochs of the recipe that has made it; None if no recipe has, or one without epochs
 
     @property
     def name(self):
@@ -27,10 +31,24 @@ class TrainingCallback(Callback):
         if learn is None:  # another callback has just removed this one, in the same event
             return None
         if not learn.lock.locked():
+            if event_name == "before_fit":
+                self._warn_of_other_epochs()
             return super().__call__(event_name)
         if event_name == "before_fit":
             self._before_question()
         return None
+
+    def _warn_of_other_epochs(self) -> None:
+        """Warn once if the recipe says another number of epochs than the fit has. A frozen fit comes before it."""
+        learn, epochs = self.learn, self.recipe_epochs
+        first = next((each for each in learn.cbs if getattr(each, "recipe_epochs", None)), None)
+        is_frozen = getattr(learn.opt, "frozen_idx", 0) > 0
+        if first is not self or epochs == learn.n_epoch or is_frozen or hasattr(learn, "lr_finder"):
+            return
+        warn(
+            f"the recipe is for {epochs} epochs and this fit has {learn.n_epoch}, so that all times of the recipe are "
+            f"multiplied by {learn.n_epoch / epochs:.3g}; fit recipe.epochs, or change epochs: in the recipe"
+        )
 
     def _before_question(self) -> None:
         """Called when `validate`, `get_preds` or the like begins, within a fit or outside of one."""

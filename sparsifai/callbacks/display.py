@@ -27,7 +27,10 @@ def notify(learn: Learner, message: str, matters: bool = False) -> None:
     if rank_distrib() != 0:
         return
     if learn.logger is not noop:
-        print(message)
+        bar = getattr(getattr(learn, "progress", None), "pbar", None)
+        # In a terminal, fastai's bar of the present epoch is in this line, and is written again at the next batch.
+        width = getattr(bar, "max_len", 0) if getattr(bar, "last_v", None) is not None else 0
+        print("\r" + " " * width + "\r" + message if width else message)
     elif matters:
         warn(message)
 
@@ -94,6 +97,10 @@ class Trackers:
     def __init__(self) -> None:
         self.paused: list[TrackerCallback] = []
 
+    def names(self, learn: Learner) -> list[str]:
+        """Class names of the trackers that are paused in epochs before the target sparsity."""
+        return list(dict.fromkeys(type(each).__name__ for each in self._of(learn) if each.run))
+
     def forget(self, learn: Learner) -> None:
         """Make all trackers forget their best value, which belongs to other masks."""
         for tracker in learn._grab_cbs(TrackerCallback):
@@ -101,9 +108,8 @@ class Trackers:
 
     def pause(self, learn: Learner) -> None:
         """Switch off all trackers for this epoch."""
-        for tracker in learn._grab_cbs(TrackerCallback):
-            if not getattr(tracker, "every_epoch", False):  # saves every epoch and compares none
-                self._stop(tracker)
+        for tracker in self._of(learn):
+            self._stop(tracker)
 
     def pause_loading(self, learn: Learner, short: bool) -> None:
         """Keep SaveModelCallback from loading a best epoch if there is none.
@@ -115,6 +121,11 @@ class Trackers:
         for saver in learn._grab_cbs(SaveModelCallback):
             if not saver.every_epoch and not saver.at_end and (short or np.isinf(saver.best)):
                 self._stop(saver)
+
+    @staticmethod
+    def _of(learn: Learner) -> list[TrackerCallback]:
+        """The trackers that compare epochs; one of SaveModelCallback that saves every epoch compares none."""
+        return [each for each in learn._grab_cbs(TrackerCallback) if not getattr(each, "every_epoch", False)]
 
     def _stop(self, tracker: TrackerCallback) -> None:
         if tracker.run:  # or the user has switched it off
@@ -143,13 +154,18 @@ def plot_sparsity(
 
     Raises:
         ValueError: No fit with a SparsifyCallback was recorded.
+
+    Example:
+        >>> learn = make_learner()
+        >>> _ = learn.sparsify(0.75, 2)
+        >>> axes = learn.recorder.plot_sparsity()
     """
     if not getattr(self, "sparsity_by_epoch", None):
         raise ValueError("plot_sparsity: no fit with a SparsifyCallback is recorded; fit with one first")
     epochs, levels, measured = zip(*self.sparsity_by_epoch, strict=True)
     ax = axes_or_new(ax, 6.4, 3.6)
     ax.plot(epochs, levels, "--", label="level asked for")
-    ax.plot(epochs, measured, "o-", label="measured")
+    ax.plot(epochs, measured, "o", label="measured")
     ax.set(xlabel="epoch", ylabel="sparsity")
     in_percent(ax.yaxis)
     in_whole_numbers(ax.xaxis)

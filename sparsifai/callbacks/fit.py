@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
+from operator import mul
 from typing import Any
 
 from fastai.learner import Learner
 
 from ..model.parallel import unwrapped
 from ..sparsifier.model_masks import prune_any
-from ..sparsifier.options import highest
+from ..sparsifier.options import highest, mapped
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifiers import check_apart, mean_level_of, sparsity_of
 from ..support.table import percent
@@ -109,6 +111,8 @@ class Fit:
             part.warn_of_higher_sparsity(start)
         keepers.give(kept)
         for part in keepers.parts:
+            if self.advances:
+                part.tell_of_earlier_zeros(start)
             if part.straight_through is not None:
                 part.straight_through.begin()
 
@@ -128,6 +132,27 @@ class Fit:
                 f"the {percent(share)} of zeros that the model has" if share else "the zeros of layers that stay dense"
             )
             notify(self.learn, f"SparsifyCallback keeps {what}")
+
+    def tell_of_trackers(self) -> None:
+        """Tell the user which epochs trackers will ignore."""
+        learn = self.learn
+        names, total = self.trackers.names(learn), learn.n_epoch * learn.n_iter
+        short = [
+            epoch
+            for epoch in range(learn.epoch, learn.n_epoch)
+            if any(part.is_short_after((epoch + 1) * learn.n_iter, total) for part in self.parts.values())
+        ]
+        if not names or not short:
+            return
+        epochs = f"epoch {short[0]}" if len(short) == 1 else f"epochs {short[0]} to {short[-1]}"
+        targets = dict.fromkeys(
+            percent(highest(mapped(part.pruning.ramp.sparsity, partial(mul, part.level_at(1.0)))))
+            for part in self.parts.values()
+        )
+        settles = any(part.straight_through is not None for part in self.parts.values())
+        ignore = f"{' and '.join(names)} {'ignore' if len(names) > 1 else 'ignores'} {epochs}"
+        until = f"before the schedule is at its target of {' and '.join(targets)}"
+        notify(learn, f"{ignore}, {until}{' and masks have settled' if settles else ''}")
 
     # --- What is shown ------------------------------------------------------------------------------------------
 

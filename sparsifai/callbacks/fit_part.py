@@ -8,9 +8,13 @@ from typing import Any
 from fastai.learner import Learner
 
 from ..gradual.gradual_pruning import GradualPruning
-from ..gradual.gradual_sparsifier import GradualSparsifier
+from ..gradual.gradual_sparsifier import EXCESS, GradualSparsifier
+from ..gradual.plan import every_of
+from ..sparsifier.layer import count_of
+from ..sparsifier.layer_selection import scopes
 from ..sparsifier.options import highest
 from ..support.progress import bars
+from ..support.table import percent
 from ..support.warning import warn
 from .display import notify
 from .keepers import Keepers
@@ -65,10 +69,22 @@ class FitPart(GradualSparsifier):
             batches: Batches of the fit that are skipped.
             start: The fraction of the fit that is skipped.
         """
+        if message := self.pruning.notice_of_every(self.learn.n_epoch * self.learn.n_iter):
+            self._tell(message)
         self.updated = batches
         if not self.pruned.is_resumed:
             self.go_to(start)
         self.pruned.is_resumed = False
+
+    def is_short_after(self, batches: int, total: int) -> bool:
+        """Whether the level will not yet be that of the end of the fit after so many batches, or masks not settled."""
+        settles_later = self.straight_through is not None and batches / total < (self.pruning.settle or 0)
+        return settles_later or self._level_after(batches, total) != self.level_at(1.0)
+
+    def _level_after(self, batches: int, total: int) -> float:
+        """The level of the last mask update within so many batches, as a fraction of the target sparsity."""
+        every = every_of(self.pruning.every, self.pruning.options, total)
+        return self.level_at((batches if batches == total else batches // every * every) / total)
 
     def end(self) -> None:
         """Leave the fit: give the optimizer its own step. The masks stay as they are."""
@@ -88,6 +104,34 @@ class FitPart(GradualSparsifier):
                 f"SparsifyCallback: {message}, because zeros of earlier fits stay; to let them go, "
                 f"{'' if outputs else instead}load weights from before they were pruned"
             )
+
+    def tell_of_earlier_zeros(self, start: float) -> None:
+        """Tell the user if the schedule begins so far below earlier zeros that it prunes nothing in this epoch.
+
+        Args:
+            start: The fraction of the fit that is done.
+        """
+        learn, ramp = self.learn, self.pruning.ramp
+        can_change = self.pruning.regrows or self.straight_through is not None or ramp.falls_after(start, self.floor)
+        if self.reached or self.pruned.is_resumed or can_change:
+            return
+        masks, layers = self.pruned.masks, self.sparsifier.layers
+        share = count_of(layers[name].with_mask(masks[name], 0.0) for name in self.sparsifier.masks).sparsity
+        begins, total = self._asked(self.level_at(start)), learn.n_epoch * learn.n_iter
+        levels = [self._level_after((epoch + 1) * learn.n_iter, total) for epoch in range(learn.n_epoch)]
+        more = next((epoch for epoch, level in enumerate(levels) if self._asked(level) > share), 0)
+        if more > learn.epoch and begins < share - EXCESS:
+            self._tell(
+                f"the schedule begins at {percent(begins)}, below the {percent(share)} of zeros that are kept, and "
+                f"prunes more in epoch {more}"
+            )
+
+    def _asked(self, reached: float) -> float:
+        """The sparsity over all layers that a level asks for."""
+        layers = self.sparsifier.layers
+        asked = scopes(self.pruning.ramp.sparsity_at(reached), layers, self.sparsifier.model)
+        sizes = [(share, layers[name].parameter.numel()) for share, names in asked for name in names]
+        return sum(share * size for share, size in sizes) / sum(size for _, size in sizes)
 
     # --- What is done in a way of its own in a Learner --------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..model.frozen import FrozenLayers
+from ..support.arguments import checks_arguments
 from .base import TrainingCallback
 from .sparsify import SparsifyCallback
 
@@ -34,6 +35,7 @@ class FreezeCallback(TrainingCallback):
 
     name = "freeze_layers"  # `freeze` is a method of the Learner
 
+    @checks_arguments
     def __init__(
         self,
         layers,  # Names or globs of layers or parameters, or a list of them; a container means all within it

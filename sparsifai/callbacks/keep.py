@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..model.norms import check_fused_norms
 from ..model.parallel import unwrapped
+from ..sparsifier.mask_picture import plot_masks
 from ..sparsifier.masking import (
     NEXT_TO_ZERO,
     REFRESH,
@@ -23,6 +24,7 @@ from ..sparsifier.masking import (
 from ..sparsifier.recovery import recovered_masks
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
+from ..support.arguments import checks_arguments
 from ..support.warning import warn
 from .base import TrainingCallback
 from .learner import check_steps_model
@@ -59,6 +61,7 @@ class KeepSparsity(TrainingCallback):
     order = 10.5
     run_valid = False
 
+    @checks_arguments
     def __init__(
         self,
         sparsifier=None,  # Whose masks to keep; by default, the zeros that the model has when a fit begins
@@ -148,6 +151,24 @@ class KeepSparsity(TrainingCallback):
             A `Report`. The layers that have masks are the selected ones.
         """
         return Report.of(unwrapped(self.learn.model), self.masks)
+
+    def plot_masks(
+        self,
+        layers=None,  # Patterns of the layers to draw; by default the first 16
+        pixels=128,  # The most pixels of an image along each side
+        ax=None,  # One matplotlib axes, or as many as there are layers
+    ):
+        """Draw the masks of layers as images, as `Sparsifier.plot_masks` does.
+
+        Args:
+            layers: Patterns of the layers to draw. Default: the first 16.
+            pixels: The most pixels of an image along each side. Default 128.
+            ax: One matplotlib axes, or as many as there are layers. Default: those of a new figure.
+
+        Returns:
+            The matplotlib axes, one for each layer.
+        """
+        return plot_masks(unwrapped(self.learn.model), self.masks, layers, pixels, ax)
 
     def enforce(self) -> None:
         "Zero the masked weights and their moments in the optimizer"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gradual.gradual_sparsifier import show_batches
-from ..model.running import Split, not_drawn_from, untraced
+from ..model.running import Split, check_no_batch, not_drawn_from, untraced
 from ..sparsifier.masking import parameters_of
 from ..sparsifier.notices import notice_of_unstepped
 from ..sparsifier.sparsifier import Sparsifier
@@ -197,6 +197,7 @@ def calibrate_with(learn: Any, sparsifier: Sparsifier, batches: Iterable | None)
 
 def _batches_of(learn: Any, batches: Iterable | None) -> tuple[Iterable, Callable]:
     """Batches, by default the first one of the training data, and the loss of a Learner."""
+    check_no_batch("calibration", batches)
     several = [first_batch(learn)] if batches is None else Split(batches, getattr(learn.dls, "n_inp", None))
     return several, loss_of(learn)
 

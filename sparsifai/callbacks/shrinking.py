@@ -7,20 +7,22 @@ from typing import Any
 
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastcore.basics import patch
+from fastcore.basics import patch_to
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..export.shrink import shrunk, warn_of_zeros_left
 from ..export.shrinkage_table import Shrinkage
+from ..support.arguments import checks_arguments
 from ..support.table import percent
-from . import reporting as reporting  # adds `learn.sparsity_report`
 from .base import TrainingCallback
 from .keep import KeepSparsity
 from .learner import bars_of, first_batch
+from .reporting import sparsity_not_kept
 
 
-@patch
+@patch_to(Learner)
+@checks_arguments(name="learn.shrink")
 def shrink(
     self: Learner,
     example_input: Any = None,  # A batch that the model accepts, a tuple of inputs, or a dictionary of named ones
@@ -46,9 +48,12 @@ def shrink(
             already made. Nothing has changed then.
 
     Example:
-        learn.sparsify(0.5, 5, granularity="filter", coupled=True)
-        print(learn.shrink())
-        learn.fit_one_cycle(2)
+        >>> learn = make_learner()
+        >>> _ = learn.sparsify(0.5, 2, granularity='filter', coupled=True)
+        >>> table = learn.shrink()
+        >>> table.parameters, table.parameters_left
+        (354, 178)
+        >>> learn.fit_one_cycle(1)  # trains the smaller model
     """
     if isinstance(self.opt_func, OptimWrapper):
         raise ValueError(
@@ -81,12 +86,12 @@ def _what_next(learn: Learner) -> str:
     frozen, groups = getattr(learn.opt, "frozen_idx", 0), len(learn.opt.param_lists)
     held = f"; {frozen} of {groups} parameter groups are frozen, as before" if frozen else ""
     text = f"later fits train the smaller model, with a new optimizer{held}"
-    sparsity = learn.sparsity_report().selected.sparsity
-    if not sparsity:
-        return text
     if any(each.masks for each in learn._grab_cbs(KeepSparsity)):
-        return f"{text}; KeepSparsity keeps the {percent(sparsity)} of zeros that it has"
-    return f"{text}; nothing keeps the {percent(sparsity)} of zeros that it has: learn.add_cb(KeepSparsity()) does"
+        kept = learn.sparsity_report().selected.sparsity
+        return f"{text}; KeepSparsity keeps the {percent(kept)} of zeros that it has"
+    if sparsity := sparsity_not_kept(learn):
+        return f"{text}; nothing keeps the {percent(sparsity)} of zeros that it has: learn.add_cb(KeepSparsity()) does"
+    return text
 
 
 def _first_two(learn: Learner) -> Any:

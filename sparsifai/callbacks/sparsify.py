@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from ..axes.changed_schedule import between
 from ..gradual.gradual_pruning import GradualPruning
+from ..gradual.in_words import in_words
 from ..model.parallel import unwrapped
 from ..model.running import first_example
 from ..sparsifier.sparsifier import Sparsifier
+from ..support.arguments import checks_arguments
 from ..support.checks import check_count, check_number
 from ..support.table import percent
 from .base import TrainingCallback
@@ -106,6 +107,7 @@ class SparsifyCallback(TrainingCallback):
     _fit: Any = None  # a Fit, during a fit, which all SparsifyCallbacks of a Learner share
     _loaded: Any = None  # what `load_state_dict` was given, until the Sparsifier is made
 
+    @checks_arguments
     def __init__(
         self,
         sparsity=None,  # Fraction of the weights to be zero, 0.5 for 50 %; or {pattern: fraction} by layer
@@ -122,7 +124,7 @@ class SparsifyCallback(TrainingCallback):
         may_empty=False,  # Whether a layer may lose its best group, too
         regrow=None,  # The criterion by which pruned weights regrow at an update: 'grad' (RigL), 'random' (SET), ...
         drop=None,  # Initial fraction of the remaining weights that is pruned and regrown per update; by default 0.3
-        drop_schedule=between("cos", 0, 0.75),  # The schedule along which that fraction goes to 0
+        drop_schedule=None,  # The schedule along which that fraction goes to 0; by default cos over 3/4 of the fit
         calibration=None,  # Batches for criteria that look at data; by default the present batch of the training
         example_input=None,  # A batch for models that torch.fx cannot trace; by default from the present batch
         round_to=None,  # Keep a multiple of this many groups in every layer
@@ -149,6 +151,10 @@ class SparsifyCallback(TrainingCallback):
     def name(self):
         "The name of the attribute of the Learner; `sparsify` is a method of it"
         return f"{super().name}_callback"
+
+    def __repr__(self):
+        pruning = vars(self).get("pruning")  # none, if the arguments were refused
+        return type(self).__name__ if pruning is None else f"{type(self).__name__}({in_words(pruning)})"
 
     @property
     def sparsifier(self):
@@ -209,6 +215,7 @@ class SparsifyCallback(TrainingCallback):
         if fit.advances:
             for part in fit.parts.values():
                 part.begin(self._batches(0), self._start)
+            fit.tell_of_trackers()
         else:
             held = percent(fit.measured())
             message = f"SparsifyCallback: some layers are frozen, so sparsity is held at {held} in this fit"

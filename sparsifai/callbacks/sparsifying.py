@@ -6,15 +6,15 @@ from typing import Any
 
 from fastai.callback.schedule import fit_one_cycle as fit_one_cycle  # adds `learn.fit_one_cycle`
 from fastai.learner import Learner
-from fastcore.basics import patch
-from fastcore.meta import delegates
+from fastcore.basics import patch_to
 
+from ..support.arguments import checks_arguments
 from ..support.checks import check_count
 from .sparsify import SparsifyCallback
 
 
-@patch
-@delegates(SparsifyCallback, but=["sparsity", "compression_ratio"])
+@patch_to(Learner)
+@checks_arguments(of=SparsifyCallback, name="learn.sparsify")
 def sparsify(
     self: Learner,
     sparsity: Any,  # Fraction of the weights to be zero, 0.5 for 50 %; or {pattern: fraction} by layer
@@ -29,7 +29,7 @@ def sparsify(
     cbs: Any = None,  # More callbacks for this fit
     reset_opt: bool = False,  # Whether to make a new optimizer
     start_epoch: int = 0,  # The epoch at which a fit is resumed
-    **kwargs: Any,
+    **options: Any,
 ) -> SparsifyCallback:
     """Train by `fit_one_cycle` with a SparsifyCallback: `sparsity` of the weights are zero at the end.
 
@@ -49,7 +49,7 @@ def sparsify(
         cbs: More callbacks for this fit. Default none.
         reset_opt: Whether to make a new optimizer. Default False.
         start_epoch: The epoch at which a fit is resumed. Default 0.
-        **kwargs: How, where, what and when weights are pruned: `granularity`, `context`, `criteria`, `schedule`,
+        **options: How, where, what and when weights are pruned: `granularity`, `context`, `criteria`, `schedule`,
             `layers` and the other arguments of SparsifyCallback.
 
     Returns:
@@ -61,10 +61,13 @@ def sparsify(
             changed then.
 
     Example:
-        learn.sparsify(0.8, 5, 1e-3, granularity="filter")
+        >>> learn = make_learner()
+        >>> callback = learn.sparsify(0.75, 2, 1e-3)
+        >>> callback.sparsifier.sparsity
+        0.75
     """
     check_count("learn.sparsify: n_epoch", n_epoch)
-    callback = SparsifyCallback(sparsity, **kwargs)
+    callback = SparsifyCallback(sparsity, **options)
     if getattr(self.opt, "frozen_idx", 0) > 0:
         raise ValueError(
             "learn.sparsify: some layers are frozen, and a fit with frozen layers prunes nothing. Call "

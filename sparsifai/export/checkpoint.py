@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from ..support.listing import in_short
 from ..support.table import Column, Table
 
 # Where learn.save and other libraries write the weights, beside the state of the optimizer and the like.
-_OF_MODELS = ("model", "state_dict")
+OF_MODELS = ("model", "model_state_dict", "state_dict")
 
 # Containers that are nested deeper than this hold no weights of a model.
 DEPTH = 20
@@ -60,7 +61,7 @@ class Checkpoint:
             state: What torch.load returned.
         """
         found, seen = cls(), set[int]()
-        for key in _OF_MODELS:
+        for key in OF_MODELS:
             if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
                 for name, value in state.items():
                     if name != key:
@@ -119,31 +120,40 @@ class CountedTensors(Table):
 
     checkpoint: Checkpoint
 
-    def _matrices(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self.checkpoint.counted.items() if value.dim() > 1}
+    @cached_property
+    def _tied(self) -> dict[str, str]:
+        return _ties(self.checkpoint.counted)
+
+    @cached_property
+    def _counts(self) -> dict[str, Count]:
+        """Name -> count; a tensor that is tied to an earlier one has none."""
+        return {name: Count.of(value) for name, value in self.checkpoint.counted.items() if name not in self._tied}
+
+    def _is_matrix(self, name: str) -> bool:
+        return self.checkpoint.counted[name].dim() > 1
 
     def _records(self) -> list[dict[str, Any]]:
-        matrices = self._matrices()
-        tied = _ties(matrices)
         return [
             {
                 "weight": name,
                 "shape": tuple(value.shape),
-                **figures(None if name in tied else Count.of(value)),
-                "note": f"tied to {tied[name]}" if name in tied else "",
+                **figures(self._counts.get(name)),
+                "note": f"tied to {self._tied[name]}" if name in self._tied else "",
             }
-            for name, value in matrices.items()
+            for name, value in self.checkpoint.counted.items()
+            if self._is_matrix(name)
         ]
 
     def _columns(self) -> tuple[Column, ...]:
-        note = (Column("note", left=True),) if _ties(self._matrices()) else ()
+        note = (Column("note", left=True, remark=True),) if any(map(self._is_matrix, self._tied)) else ()
         return (Column("weight", left=True), Column("shape", left=True), *COUNTED, *note)
 
     def _totals(self) -> list[dict[str, Any]]:
         whole = "all that are counted" if self.checkpoint.left_out else "whole file"
+        matrices = [count for name, count in self._counts.items() if self._is_matrix(name)]
         return [
-            {"weight": "all of these", **figures(Count.of(*_apart(self._matrices())))},
-            {"weight": whole, **figures(Count.of(*_apart(self.checkpoint.counted)))},
+            {"weight": "all of these", **figures(_sum(matrices))},
+            {"weight": whole, **figures(_sum(self._counts.values()))},
         ]
 
 
@@ -199,7 +209,5 @@ def _ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return ties
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """Tensors without those that are the same as an earlier one."""
-    tied = _ties(tensors)
-    return [tensor for name, tensor in tensors.items() if name not in tied]
+def _sum(counts: Collection[Count]) -> Count:
+    return Count(sum(count.weights for count in counts), sum(count.zeros for count in counts))

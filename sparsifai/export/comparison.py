@@ -20,6 +20,7 @@ from ..model.layers import find_weights
 from ..model.parallel import unwrapped
 from ..model.running import evaluating, run, untraced
 from ..model.zeros import Count, check_counted, has_zero_slices, measured
+from ..support.arguments import checks_arguments
 from ..support.checks import check_count, check_is_module
 from ..support.printable import printable
 from ..support.progress import progress
@@ -32,6 +33,7 @@ from .timing import is_noise, median_milliseconds, time_in_turn, waiting_for
 from .two_four import semi_structured_layers, to_semi_structured
 
 
+@checks_arguments
 def compare(dense: nn.Module, sparse: nn.Module, example_input: Any, repeats: int | None = None) -> Comparison:
     """Compare each form of a sparse model with the dense model: file size, parameters, FLOPs and time.
 

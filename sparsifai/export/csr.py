@@ -14,6 +14,7 @@ from ..model.linear import why_not_linear
 from ..model.parallel import unwrapped
 from ..model.running import copy_of
 from ..model.zeros import Count, why_not_plain
+from ..support.arguments import checks_arguments
 from ..support.checks import check_fraction
 from ..support.table import percent
 from ..support.warning import own_filters
@@ -73,6 +74,7 @@ class CSRLinear(nn.Module):
         return f"{shape}, stored={len(self.values)}"
 
 
+@checks_arguments
 def to_sparse_layout(model: nn.Module, sparsity: float = 0.8) -> nn.Module:
     """Copy a model for inference on a CPU, with its large sparse Linear layers stored and multiplied as CSR.
 

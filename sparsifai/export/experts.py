@@ -11,11 +11,13 @@ from ..model.joint.removal import removable_groups
 from ..model.parallel import unwrapped
 from ..model.running import copy_of
 from ..model.tensors import check_values
+from ..support.arguments import checks_arguments
 from ..support.checks import check_is_module
 from ..support.printable import printable
 
 
 @torch.inference_mode(False)
+@checks_arguments
 def remove_experts(model: nn.Module) -> nn.Module:
     """Remove the experts that are zero, with their rows of the router: returns a smaller copy.
 

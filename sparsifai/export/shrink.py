@@ -26,12 +26,14 @@ from ..model.norms import check_fused_norms
 from ..model.parallel import unwrapped
 from ..model.tensors import check_values, with_autograd
 from ..model.zeros import has_zero_slices, weights_of_embeddings
+from ..support.arguments import checks_arguments
 from ..support.checks import check_is_module
 from ..support.warning import warn
 from .pretrained_config import update_config
 from .shrinkage_table import ShrinkableGroups, ShrinkableLayer, Shrinkage, first_reasons
 
 
+@checks_arguments
 def shrink(model: nn.Module, example_input: Any) -> nn.Module:
     """Remove filters, heads and neurons of a model that are zero: returns a smaller dense copy with the same outputs.
 
@@ -113,6 +115,7 @@ def warn_of_zeros_left(table: Shrinkage) -> None:
         )
 
 
+@checks_arguments
 def shrinkage(model: nn.Module, example_input: Any) -> Shrinkage:
     """What `shrink` would remove from each layer, and why other zero filters cannot be removed. Nothing is changed.
 

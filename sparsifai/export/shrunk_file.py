@@ -25,6 +25,7 @@ from ..model.joint.removal import replace_tensor
 from ..model.layers import CHANNEL_LAYERS, outputs_of, parameter_name, size_of
 from ..model.parallel import kind_of, unwrapped
 from ..model.running import sharing_copy
+from ..support.arguments import checks_arguments
 from ..support.checks import check_is_module
 from ..support.printable import printable
 from .pretrained_config import update_config
@@ -36,6 +37,7 @@ from .sparse_tensor import DTYPES
 Sizes = Mapping[str, Mapping[str, int]]
 
 
+@checks_arguments
 def save_shrunk(model: nn.Module, file: str | os.PathLike) -> SparseFile:
     """Save a model that `shrink` made: its tensors, and the sizes that its modules keep.
 
@@ -71,6 +73,7 @@ def save_shrunk(model: nn.Module, file: str | os.PathLike) -> SparseFile:
 
 @torch.no_grad()
 @torch.inference_mode(False)
+@checks_arguments
 def load_shrunk(model: nn.Module, file: str | os.PathLike) -> nn.Module:
     """Load a file of `save_shrunk`: returns a copy of a model of the original size that is cut to the saved one.
 

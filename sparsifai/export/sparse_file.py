@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from ..model.parallel import is_sharded, unwrapped
 from ..model.tensors import is_fixed
 from ..model.zeros import COUNTED, Count, figures
+from ..support.arguments import checks_arguments
 from ..support.checks import check_is_module
 from ..support.printable import printable
 from ..support.progress import progress
@@ -145,6 +146,7 @@ class SparseFile(Table):
         return f"{self.path.name}: {100 * self.ratio:.2f}% of the bytes of the dense file"
 
 
+@checks_arguments
 def save_sparse(model: nn.Module, path: str | os.PathLike) -> SparseFile:
     """Save the state_dict of a model to a file without its zeros.
 
@@ -206,6 +208,7 @@ def write_state(
 
 
 @torch.no_grad()
+@checks_arguments
 def load_sparse(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     """Load a file of `save_sparse`, or a folder of `save_pretrained_sparse`, into a model, bit for bit.
 

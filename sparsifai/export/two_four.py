@@ -17,6 +17,7 @@ from ..model.parallel import is_sharded, kind_of, unwrapped
 from ..model.running import copy_of
 from ..model.tensors import check_values, shape_of
 from ..model.zeros import is_nonzero, why_not_plain
+from ..support.arguments import checks_arguments
 from ..support.checks import check_is_module
 from ..support.printable import printable
 from ..support.table import Column, Table, percent
@@ -95,6 +96,7 @@ class SemiStructured(Table):
         return [{"layer": f"convertible of {len(self.layers):,}", "convertible": len(self.convertible)}]
 
 
+@checks_arguments
 def semi_structured_layers(model: nn.Module) -> SemiStructured:
     """List which weights of a model `to_semi_structured` converts, and why it does not convert the others.
 
@@ -133,6 +135,7 @@ def semi_structured_layers(model: nn.Module) -> SemiStructured:
     return SemiStructured(tuple(layers))
 
 
+@checks_arguments
 def to_semi_structured(model: nn.Module) -> nn.Module:
     """Copy a model for inference on a GPU, with its 2:4 Linear weights in torch's semi-structured form.
 

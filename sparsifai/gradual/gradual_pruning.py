@@ -13,13 +13,18 @@ from ..axes.changed_schedule import between
 from ..axes.n_of_m import check_reachable
 from ..axes.schedule import Schedule, progress, schedules
 from ..model.parallel import unwrapped
+from ..model.running import check_no_batch
 from ..sparsifier.options import Options, Sparsity, check_sparsity, highest, mapped
 from ..sparsifier.regrowth import check_drop, sparsity_of_drop
 from ..sparsifier.sparsifier import Sparsifier
+from ..support.arguments import checks_arguments
 from ..support.checks import check_count, check_fraction
+from ..support.printable import quoted
+from ..support.warning import warn_each
 from .plan import every_of, plan_of
 from .plan_table import Plan
 from .ramp import Ramp, default_schedule, settle_of
+from .unused import notices_of_unused
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class GradualPruning:
     example_input: Any
 
     @classmethod
+    @checks_arguments(of=Options.of)
     def of(
         cls,
         sparsity: Any = None,
@@ -82,13 +88,18 @@ class GradualPruning:
         _ = ramp.end  # raises now if the schedule or the initial sparsity cannot work
         every = None if every is None else check_count("every", every)
         fraction = check_drop(0.3 if drop is None else drop)
-        drop_schedule = schedules.resolve(between("cos", 0, 0.75) if drop_schedule is None else drop_schedule)
-        if drop is not None and checked.regrow is None:
-            raise ValueError(f"drop={drop!r} needs regrow=: pass regrow='grad', 'random' or another criterion")
+        shape = schedules.resolve(between("cos", 0, 0.75) if drop_schedule is None else drop_schedule)
+        for name, value in {"drop": drop, "drop_schedule": drop_schedule}.items():
+            if value is not None and checked.regrow is None:
+                raise ValueError(
+                    f"{name}={quoted(value)} needs regrow=: pass regrow='grad', 'random' or another criterion"
+                )
         if settle is not None and not checked.straight_through:
             raise ValueError(f"settle={settle!r} needs straight_through=True: other masks do not change their mind")
+        check_no_batch("calibration", calibration)
         settle = settle_of(ramp, settle) if checked.straight_through else None
-        return cls(ramp, checked, every, fraction, drop_schedule, settle, calibration, example_input)
+        warn_each(notices_of_unused(ramp, checked, fraction, calibration))
+        return cls(ramp, checked, every, fraction, shape, settle, calibration, example_input)
 
     @property
     def regrows(self) -> bool:
@@ -126,6 +137,19 @@ class GradualPruning:
         """
         every = every_of(self.every, self.options, total)
         return batches // every > updated // every
+
+    def notice_of_every(self, total: int) -> str:
+        """What the user should be told if mask updates are further apart than the training is long; else nothing.
+
+        Args:
+            total: Steps of the whole training.
+        """
+        if self.every is None or self.every <= total:
+            return ""
+        return (
+            f"every={self.every} is more than the {total} batches of the training, so that masks are updated at its "
+            "first and its last batch only; give a smaller number"
+        )
 
     def drop_at(self, t: float) -> float:
         """The fraction of the remaining weights that is pruned and regrown after a fraction t of training."""

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..gradual.gradual_pruning import GradualPruning
 from ..loops.manager import TrainingManager
+from ..support.arguments import checks_arguments
 from ..support.warning import warn
 from .given import Given, Reporting
 from .replaced_step import ReplacedStep
@@ -48,6 +50,7 @@ class LightningEvents(Reporting):
         0.75
     """
 
+    @checks_arguments(of=GradualPruning.of)
     def __init__(
         self,
         sparsity: Any,

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.utils import ModelOutput
 
+from ..gradual.gradual_pruning import GradualPruning
 from ..loops.quantize_part import Quantize
 from ..model.parallel import unwrapped
 from ..sparsifier.masking import is_masked_zero, masked_parameters
+from ..support.arguments import checks_arguments
 from ..support.files import write_whole
 from ..support.warning import warn
 from .given import Given, Reporting
@@ -70,6 +72,7 @@ class SparsifyCallback(Reporting, TrainerCallback):
         0.75
     """
 
+    @checks_arguments(of=GradualPruning.of)
     def __init__(
         self,
         sparsity: Any,

@@ -15,6 +15,7 @@ from ..sparsifier.options import highest
 from ..sparsifier.report import Report
 from ..sparsifier.sparsifier import Sparsifier
 from ..sparsifier.sparsifiers import Sparsifiers, check_apart, sparsity_of
+from ..support.arguments import checks_arguments
 from ..support.checks import check_count
 from ..support.table import percent
 from ..support.warning import warn
@@ -27,6 +28,7 @@ from .quantize_part import Quantizing
 class ManagedTraining:
     """A model, its optimizer, the parts of its training, and how far it has come. TrainingManager says more."""
 
+    @checks_arguments
     def __init__(
         self,
         model: nn.Module,

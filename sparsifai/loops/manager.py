@@ -14,14 +14,17 @@ from typing import Any
 
 from torch import Tensor
 
+from ..gradual.in_words import in_words
+from ..model.parallel import kind_of
 from ..sparsifier.masking import REFRESH
 from ..support.at_end import AtEnd
+from ..support.foreign_names import ForeignAttributes
 from ..support.table import percent
 from ..support.warning import warn
 from .managed import ManagedTraining
 
 
-class TrainingManager(ManagedTraining):
+class TrainingManager(ManagedTraining, ForeignAttributes):
     """Trains a model to be sparse in a loop of one's own. `Recipe.manager` makes one of a recipe.
 
     When it is made, the model is pruned to where the schedule begins. In every step, gradients of pruned weights are
@@ -211,6 +214,8 @@ class TrainingManager(ManagedTraining):
             self._has_begun = True
             self._zeros.warn_of_fixed()
             for each in self._gradual:
+                if message := each.pruning.notice_of_every(self.steps):
+                    warn(f"TrainingManager: {message}")
                 if message := each.higher_sparsity(each.sparsifier.masks):
                     warn(
                         f"{message}, because the zeros that the model has stay; to let them go, load weights from "
@@ -226,4 +231,5 @@ class TrainingManager(ManagedTraining):
             )
 
     def __repr__(self) -> str:
-        return f"TrainingManager(step {self.steps_done} of {self.steps}, {len(self._gradual)} Sparsifiers)"
+        sparsify = "".join(f"; Sparsify({in_words(each.pruning)})" for each in self._gradual)
+        return f"TrainingManager of {kind_of(self.model)}: step {self.steps_done} of {self.steps}{sparsify}"

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..gradual.gradual_pruning import GradualPruning
+from ..gradual.in_words import in_words
 from ..model.frozen import FrozenLayers
+from ..support.arguments import checks_arguments
 from ..training.distillation import Distillation
 from ..training.regularization import Regularization
 
@@ -96,8 +98,12 @@ class Sparsify(Part):
         0.9
     """
 
+    @checks_arguments(of=GradualPruning.of)
     def __init__(self, *arguments: Any, **options: Any):
         self.pruning = GradualPruning.of(*arguments, **options)
+
+    def __repr__(self) -> str:
+        return f"Sparsify({in_words(self.pruning)})"
 
 
 class Keep(Part):
@@ -136,6 +142,7 @@ class Freeze(Part):
         >>> manager.release()
     """
 
+    @checks_arguments
     def __init__(self, layers: str | Iterable[str], start: float = 0.0, end: float = 1.0):
         self.layers, self.start, self.end = layers, start, end
         FrozenLayers("Freeze", layers, start, end)
@@ -193,6 +200,7 @@ class Regularize(Part):
         >>> manager.step()
     """
 
+    @checks_arguments
     def __init__(
         self,
         weight: float,
@@ -264,6 +272,7 @@ class Distil(Part):
         >>> manager.step()
     """
 
+    @checks_arguments(of=Distillation)
     def __init__(self, *arguments: Any, **options: Any):
         self.distillation = Distillation(*arguments, **options)
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..quantization.fake_quantization import FakeQuantization
 from ..quantization.layers import START, check_patterns
 from ..quantization.preparing import check_start, fake_quantization_of
+from ..support.arguments import checks_arguments
 from ..support.at_end import AtEnd
 from ..support.warning import warn
 from .parts import Acting, Part
@@ -39,6 +40,7 @@ class Quantize(Part):
         ['head']
     """
 
+    @checks_arguments
     def __init__(self, start: float = START, layers: Any = None, exclude: Any = None):
         self.start = check_start("Quantize", start)
         self.layers = check_patterns("Quantize", "layers", layers)

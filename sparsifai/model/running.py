@@ -345,6 +345,26 @@ def not_drawn_from(batches: Any) -> Iterator[None]:
         yield
 
 
+def check_no_batch(name: str, batches: Any) -> None:
+    """Check that what should be several batches is not a single one, whose tensors would be taken for batches.
+
+    Args:
+        name: What the batches are called, for the message.
+        batches: What the user passed.
+
+    Raises:
+        TypeError: It is a tuple of tensors, or a list of tensors of several kinds, as inputs and targets are.
+    """
+    several = isinstance(batches, (tuple, list)) and len(batches) > 1
+    if not several or not all(isinstance(each, Tensor) for each in batches):
+        return
+    if isinstance(batches, tuple) or len({(each.dim(), each.dtype) for each in batches}) > 1:
+        raise TypeError(
+            f"{name} is a list of batches, and this is one batch of {len(batches)} tensors; put it in a list, "
+            "[(inputs, targets)]. Batches of inputs alone are a list of tensors like each other, [first, second]"
+        )
+
+
 class Split:
     """Batches as (*inputs, targets), where targets is a tuple.
 

@@ -9,8 +9,11 @@ from typing import Any
 from ..callbacks.base import TrainingCallback
 from ..callbacks.display import Trackers, notify
 from ..callbacks.learner import is_search
+from ..callbacks.reporting import sparsity_not_kept
 from ..callbacks.sparsify import SparsifyCallback
+from ..support.arguments import checks_arguments
 from ..support.at_end import AtEnd
+from ..support.table import percent
 from .fake_quantization import FakeQuantization
 from .layers import START, check_patterns
 from .preparing import check_start, fake_quantization_of
@@ -53,6 +56,7 @@ class QuantizeCallback(TrainingCallback):
     _begun = False  # whether rounding has begun in this fit
     _held = False  # whether `fake_quantized` keeps the hooks on the model
 
+    @checks_arguments
     def __init__(
         self,
         start=START,  # Fraction of the fit that is done when rounding begins
@@ -118,6 +122,12 @@ class QuantizeCallback(TrainingCallback):
             return
         made = fake_quantization_of("QuantizeCallback", learn.model, self.layers, self.exclude)
         self._fake, self._left = made
+        if sparsity := sparsity_not_kept(learn):
+            message = (
+                f"QuantizeCallback: nothing keeps the {percent(sparsity)} of zeros that the model has, so this fit "
+                "changes them; add KeepSparsity() to its callbacks"
+            )
+            notify(learn, message, matters=True)
 
     def before_epoch(self):
         "Switch the trackers on again"

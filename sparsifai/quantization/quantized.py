@@ -15,6 +15,7 @@ from torch import Tensor
 from ..export.sparse_file import SparseFile, write_state
 from ..export.sparse_format import read_with_metadata
 from ..model.zeros import COUNTED, Count, figures
+from ..support.arguments import checks_arguments
 from ..support.files import open_regular, write_whole
 from ..support.printable import message_of, printable
 from ..support.table import Column, Table, percent
@@ -170,6 +171,7 @@ class Quantized(Table):
 _STORED = ("float32", "float16", "float64", "int8", "uint8", "int16", "int32", "int64", "bool")
 
 
+@checks_arguments
 def load_quantized(path: str | os.PathLike, to: str | os.PathLike) -> Quantized:
     """Make an ONNX file of a file of `Quantized.save_sparse`, bit for bit the one that was saved.
 

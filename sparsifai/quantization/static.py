@@ -6,7 +6,8 @@ This is the backend for conversion. It takes the float model after any training;
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..model.parallel import unwrapped
-from ..model.running import Split, check_runs, copy_of
+from ..model.running import Split, check_no_batch, check_runs, copy_of
+from ..support.arguments import checks_arguments
 from ..support.checks import check_is_module
 from ..support.files import write_whole
 from ..support.printable import message_of, printable
@@ -30,6 +32,7 @@ from .quantized import Quantized, quantized_of
 _OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
+@checks_arguments
 def quantize(
     model: nn.Module,
     calibration: Iterable,
@@ -63,7 +66,7 @@ def quantize(
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
         OSError: The file cannot be written.
-        TypeError: `model` is no module, or a pattern no name.
+        TypeError: `model` is no module, a pattern no name, or `calibration` is a single batch.
         ValueError: There is no calibration batch, or the model does not run on it; the model is quantized already; a
             pattern matches nothing; or the model cannot be exported.
 
@@ -73,6 +76,7 @@ def quantize(
         ['float32', 'int8']
     """
     check_is_module("quantize", "model", model)
+    check_no_batch("quantize: calibration", calibration)
     layers, exclude = check_patterns("quantize", "layers", layers), check_patterns("quantize", "exclude", exclude)
     inner = unwrapped(model)
     check_float("quantize", inner)
@@ -85,7 +89,7 @@ def quantize(
     copied = copy_of(inner).cpu().float().eval()
     with torch.no_grad():
         check_runs(copied, first)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, closing(batches):
         exported = export_float(copied, _of_two(first), Path(folder) / "float.onnx")
         prepared, written = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
         names = _all_names(inner, [name for layer in chosen for name in layer.weights])
@@ -162,7 +166,7 @@ class _Batches:
         return dict(zip(self._names, [each.numpy() for each in values if isinstance(each, Tensor)], strict=True))
 
 
-def _inputs_of(batches: Iterable) -> Iterator[Any]:
+def _inputs_of(batches: Iterable) -> Generator[Any, None, None]:
     """The inputs of batches on the CPU: a tuple of positional ones, or a dictionary of named ones."""
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise ValueError(

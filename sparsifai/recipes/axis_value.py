@@ -2,7 +2,7 @@
 
 A value that is added to a registry works in recipes by its name at once, and so do options that are keyword arguments
 of the registered function, such as `{one_cycle: {alpha: 14}}`. A function that *makes* values of an axis, such as
-`iterative(n)`, is in no registry: add it to `_MAKERS` below, and to `_MAKERS_FROM_ANOTHER` if its first argument is
+`iterative(n)`, is in no registry: add it to `MAKERS` below, and to `_MAKERS_FROM_ANOTHER` if its first argument is
 itself a value of the axis.
 """
 
@@ -35,12 +35,12 @@ REGISTRIES: dict[str, Registry] = {
 }
 
 # Option of a step -> functions that return a value of its axis.
-_MAKERS: dict[str, dict[str, Callable]] = {
+MAKERS: dict[str, dict[str, Callable]] = {
     "granularity": {"block": block},
     "context": {"blocks": blocks, "bounded": bounded},
     "schedule": {"iterative": iterative, "between": between, "during": during, "raised": raised, "stepped": stepped},
 }
-_MAKERS["drop_schedule"] = _MAKERS["schedule"]
+MAKERS["drop_schedule"] = MAKERS["schedule"]
 
 # Those of them whose first argument is another value of the axis -> its name.
 _MAKERS_FROM_ANOTHER = {
@@ -69,7 +69,7 @@ def axis_value(axis: str, value: Any) -> Callable:
         >>> axis_value('schedule', {'iterative': 5}).__name__
         'iterative(5)'
     """
-    registry, makers = REGISTRIES[axis], _MAKERS.get(axis, {})
+    registry, makers = REGISTRIES[axis], MAKERS.get(axis, {})
     if isinstance(value, (list, tuple)) and axis == "granularity":
         return registry.resolve(tuple(value))
     if not isinstance(value, Mapping):

@@ -11,6 +11,7 @@ from torch import nn
 from ..loops.manager import TrainingManager
 from ..loops.parts import Distil, Freeze, Keep, Part, Regularize, Sparsify
 from ..loops.quantize_part import Quantize
+from ..support.arguments import checks_arguments
 from .reading import Reading
 from .step import Step
 from .uses import check_fit
@@ -30,6 +31,7 @@ class RunsInLoops:
     _reading: Reading
     _at: Callable[[Step], AbstractContextManager[None]]
 
+    @checks_arguments
     def parts(self, teacher: Any = None, calibration: Any = None) -> list[Part]:
         """Make the parts of a TrainingManager, one per step.
 
@@ -62,6 +64,7 @@ class RunsInLoops:
                 made.append(makers[step.kind](**arguments))
         return made
 
+    @checks_arguments
     def manager(
         self,
         model: nn.Module,

@@ -36,7 +36,9 @@ from ..model.parallel import unwrapped
 from ..quantization.layers import planned
 from ..sparsifier.sparsifier import Sparsifier
 from ..sparsifier.sparsifiers import Sparsifiers
+from ..support.arguments import checks_arguments
 from ..support.files import write_text
+from ..support.foreign_names import ForeignAttributes
 from ..support.warning import warn
 from .in_loops import RunsInLoops
 from .reading import Reading
@@ -54,7 +56,7 @@ _INSTEAD_OF_APPLY = {
 }
 
 
-class Recipe(RunsInLoops):
+class Recipe(RunsInLoops, ForeignAttributes):
     """A sparse training run, described by a file. Printed, it is the text of the file.
 
     Attributes:
@@ -206,8 +208,9 @@ class Recipe(RunsInLoops):
         Raises:
             ValueError: The recipe has a distil step and no teacher is given, or a callback refuses its arguments.
         """
-        return self._made("callbacks", _callback_classes(), teacher, calibration)
+        return _for_epochs(self.epochs, self._made("callbacks", _callback_classes(), teacher, calibration))
 
+    @checks_arguments
     def apply(
         self,
         model: nn.Module,
@@ -327,6 +330,13 @@ def _notes_on_int8(recipe: Recipe, model: nn.Module) -> Iterator[str]:
             arguments = recipe._reading.arguments(step)
             with recipe._at(step):
                 yield planned(unwrapped(model), **arguments)
+
+
+def _for_epochs(epochs: int | None, callbacks: list) -> list:
+    """Callbacks that warn in a fit of another number of epochs."""
+    for callback in callbacks:
+        callback.recipe_epochs = epochs
+    return callbacks
 
 
 def _callback_classes() -> dict[str, Callable]:

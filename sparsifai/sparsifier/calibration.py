@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..axes.quantity import UnsuitableLayerError
 from ..model.hooks import hooked, input_of
 from ..model.parallel import is_sharded
-from ..model.running import check_autograd, not_drawn_from, run, untraced
+from ..model.running import check_autograd, check_no_batch, not_drawn_from, run, untraced
 from ..model.tensors import tensors_in, with_autograd
 from ..support.at_end import AtEnd
 from ..support.listing import in_short
@@ -52,6 +52,7 @@ def calibrated(
     """
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise TypeError(f"calibrate: batches is a list or a data loader of batches, not {_shown(batches)}")
+    check_no_batch("calibrate: batches", batches)
     of_loss, source = [*collected.at(*_OF_LOSS), *(["gradients"] if of_passes else [])], collected.source
     needs_loss = bool(of_loss)
     if needs_loss and loss_func is None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..model.tensors import computable
 from ..model.zeros import why_not_plain
+from ..support.arguments import checks_arguments
 from ..support.printable import printable
 from ..support.registry import close_matches
 from .layer import Layer, Layers
@@ -93,6 +94,7 @@ def _kept_groups(name: str, mask: Any, layer: Layer) -> Tensor:
     return kept
 
 
+@checks_arguments
 def from_torch_prune(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Split a checkpoint of a model that torch.nn.utils.prune has pruned into weights and masks.
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..model.joint.attention import find_heads
+from ..model.layers import NamedWeight, find_weights
 from ..model.parallel import whole
 from ..model.patterns import Pattern, as_patterns, matching_each
+from ..model.zeros import Count
 from ..support.checks import check_count
 from ..support.printable import printable
 from ..support.table import percent
-from .layer import Layer
 
 # Layers that are drawn if none are chosen, and columns of them.
 _MOST, _COLUMNS = 16, 4
@@ -25,13 +26,13 @@ _MOST_HEADS = 64  # more lines would hide the mask
 
 
 def plot_masks(
-    model: nn.Module, layers: Mapping[str, Layer], chosen: Pattern | Iterable[Pattern] | None, pixels: int, ax: Any
+    model: nn.Module, masks: Mapping[str, Tensor], chosen: Pattern | Iterable[Pattern] | None, pixels: int, ax: Any
 ) -> list[Any]:
     """Draw masks, as `Sparsifier.plot_masks` says.
 
     Args:
         model: The model, without wrappers.
-        layers: The pruned layers.
+        masks: Parameter name -> mask, which broadcasts to the weight.
         chosen: Patterns of the layers to draw; None for the first 16.
         pixels: The most pixels of an image along each side.
         ax: One or several matplotlib axes, or None for new ones.
@@ -41,12 +42,15 @@ def plot_masks(
 
     Raises:
         TypeError: A pattern is none, or `pixels` is not a whole number.
-        ValueError: A pattern matches no pruned layer, `pixels` is less than 1, or there are not as many axes as layers.
+        ValueError: There is no mask, a pattern matches no pruned layer, `pixels` is less than 1, or there are not as
+            many axes as layers.
     """
     check_count("pixels", pixels)
-    names = list(layers)
+    weights = {name: weight for name, weight in find_weights(model).items() if name in masks}
+    if not weights:
+        raise ValueError("plot_masks: there is no mask to draw, because nothing is pruned")
+    names = list(weights)
     if chosen is not None:
-        weights = {name: layer.weight for name, layer in layers.items()}
         matched = set().union(*matching_each(as_patterns(chosen), weights, model))
         names = [name for name in names if name in matched]
     drawn = names if chosen is not None else names[:_MOST]
@@ -54,7 +58,7 @@ def plot_masks(
     heads = _heads(model)
     image = None
     for name, each in zip(drawn, axes, strict=True):
-        image = _draw(layers[name], heads.get(name, {}), pixels, each)
+        image = _draw(weights[name], masks[name], heads.get(name, {}), pixels, each)
     figure = axes[0].figure
     if ax is None:
         figure.colorbar(image, ax=axes, label="share of the weights that are kept", shrink=0.8)
@@ -137,9 +141,9 @@ def _heads(model: nn.Module) -> dict[str, dict[int, np.ndarray]]:
     return found
 
 
-def _draw(layer: Layer, heads: Mapping[int, np.ndarray], pixels: int, ax: Any) -> Any:
-    mask = whole(layer.mask).expand(layer.parameter.shape).cpu()
-    names = list(layer.weight.axes)
+def _draw(weight: NamedWeight, mask: Tensor, heads: Mapping[int, np.ndarray], pixels: int, ax: Any) -> Any:
+    mask = whole(mask).expand(weight.parameter.shape).cpu()
+    names = list(weight.axes)
     image = mask_image(mask, names, pixels)
     aspect = "equal" if max(image.shape) < pixels else "auto"
     shown = ax.imshow(image, cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect=aspect)
@@ -150,9 +154,8 @@ def _draw(layer: Layer, heads: Mapping[int, np.ndarray], pixels: int, ax: Any) -
         for begin in begins:
             draw_line = ax.axhline if is_row else ax.axvline
             draw_line(begin * extent / size - 0.5, color="tab:orange", linewidth=0.8)
-    count = layer.count()
     shape = "x".join(map(str, mask.shape))
-    ax.set_title(f"{printable(layer.name, 40)}\n{shape}, {percent(count.sparsity)} pruned", fontsize="small")
+    ax.set_title(f"{printable(weight.name, 40)}\n{shape}, {percent(Count.of(mask).sparsity)} pruned", fontsize="small")
     ax.set_xlabel("inputs", fontsize="small")
     ax.set_ylabel("outputs", fontsize="small")
     ax.set_xticks([])

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..axes.context import contexts
 from ..axes.criterion import quantities_of
-from ..axes.grouping import squared_sum
+from ..axes.granularity import granularities
+from ..axes.grouping import poolings, squared_sum
 from ..model.parallel import kind_of
 from ..model.tensors import shape_of
 from ..support.capability import capability
@@ -20,7 +21,7 @@ from ..support.table import percent
 from .followers import Follower, rescaled_layers
 from .layer import FROZEN, Layers, selected
 from .layer_selection import FROZEN_UNCOUPLED
-from .options import Options
+from .options import Options, resolve_axes
 
 REGROWN_OUTPUTS = (
     "regrow: whole outputs regrow from zero, and their bias and norm entries too. Behind a ReLU or a norm layer no "
@@ -168,6 +169,27 @@ def notices_of_host(options: Options, layers: Layers) -> list[str]:
             f"{' and '.join(reasons)}: the model is on a GPU, but its {count} weights are scored there, sent to the "
             "host and ranked by it, and training waits for it at every update; update less often, or use what stays on "
             f"the GPU: contexts {stay}, blocks(n) and N:M such as 2:4, on one device, without round_to= and coupled="
+        )
+    return notices
+
+
+def notices_of_unused(options: Options) -> list[str]:
+    """What the user should be warned of when options were given that do nothing beside the others.
+
+    Args:
+        options: The options of the Sparsifier.
+    """
+    notices = []
+    usual = resolve_axes(options.granularity, options.context, options.criteria)[3]
+    if options.granularity is granularities["weight"] and options.pool is not usual:
+        notices.append(
+            f"pool={poolings.name_of(options.pool)} does nothing: with granularity 'weight' each weight has its own "
+            "score; leave it out, or choose larger groups, such as 'filter'"
+        )
+    if options.may_empty and (highest := capability(options.context, "highest_sparsity", 1.0)) < 1:
+        notices.append(
+            f"may_empty=True does nothing: context {name_of(options.context)} prunes {percent(highest)} of a layer at "
+            "most; leave it out"
         )
     return notices
 

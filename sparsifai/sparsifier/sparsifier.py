@@ -17,11 +17,15 @@ from ..axes.context import Context
 from ..axes.criterion import Criterion, is_elementwise
 from ..axes.granularity import Granularity
 from ..axes.quantity import CALIBRATED
-from ..model.parallel import is_sharded, process_group_of, unwrapped
+from ..model.parallel import is_sharded, kind_of, process_group_of, unwrapped
 from ..model.patterns import Pattern
 from ..model.running import first_example
+from ..model.zeros import Count
+from ..support.arguments import checks_arguments
 from ..support.checks import check_count
+from ..support.foreign_names import ForeignAttributes
 from ..support.registry import name_of
+from ..support.table import percent
 from ..support.warning import warn_each
 from .calibration import calibrated
 from .change import Change
@@ -46,7 +50,14 @@ from .layer_selection import Asked, cannot_be_pruned, find_layers, scopes
 from .mask_building import NewMasks, Ranking, build_masks, notice_of_revived
 from .mask_picture import plot_masks
 from .masking import NEXT_TO_ZERO, masked_parameters, moments_to_zero, newly_changed, newly_masked
-from .notices import notices_of_frozen, notices_of_host, notices_of_outputs, notices_of_unnamed, notices_of_unprunable
+from .notices import (
+    notices_of_frozen,
+    notices_of_host,
+    notices_of_outputs,
+    notices_of_unnamed,
+    notices_of_unprunable,
+    notices_of_unused,
+)
 from .options import Options, Sparsity, check_sparsity, is_swept
 from .reading import check_read
 from .regrowth import Regrowth, check_drop
@@ -57,7 +68,7 @@ from .straight_through import StraightThroughModel
 
 
 # Large, because it is the face of the core: a third of it are docstrings for its users.
-class Sparsifier(CopiedWithModel, StraightThroughModel):
+class Sparsifier(CopiedWithModel, StraightThroughModel, ForeignAttributes):
     """Makes any torch model sparse. The options say which weights are pruned and how they are chosen.
 
     A layer that is frozen joins the selected layers when it is trained.
@@ -117,6 +128,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
         0.5
     """
 
+    @checks_arguments
     def __init__(
         self,
         model: nn.Module,
@@ -171,6 +183,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
             each.take("start")
         self._calibration: Calibration | None = None
         self._has_ranked = False
+        warn_each(notices_of_unused(options))
         warn_each(notices_of_outputs(options, inner, self.layers, self.all_masks.followers))
         warn_each(notices_of_unprunable("Sparsifier", cannot_be_pruned(found), len(found)))
         warn_each(notices_of_frozen(self.layers))
@@ -179,6 +192,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
 
     # --- Building masks -----------------------------------------------------------------------------------------
 
+    @checks_arguments
     def sparsify(
         self,
         sparsity: Sparsity | None = None,
@@ -480,6 +494,7 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
 
     # --- Data ---------------------------------------------------------------------------------------------------
 
+    @checks_arguments
     def calibrate(self, batches: Iterable, loss_func: Callable | None = None) -> None:
         """Run batches through the model, to collect what the criterion needs of data.
 
@@ -626,21 +641,26 @@ class Sparsifier(CopiedWithModel, StraightThroughModel):
                 layers.
         """
         self._check_held("plot_masks")
-        return plot_masks(unwrapped(self.model), self._selected, layers, pixels, ax)
+        return plot_masks(unwrapped(self.model), self.masks, layers, pixels, ax)
 
     def __repr__(self) -> str:
         options = self.ranking.options
         axes = ", ".join(map(name_of, (options.granularity, options.context, options.criteria)))
         if self.model is None:
-            return f"Sparsifier({axes}: released)"
-        layers = f"Sparsifier({axes}: {len(self._selected)} layers"
+            return f"Sparsifier without a model, which was released; {axes}"
+        return f"Sparsifier of {kind_of(self.model)}: {len(self._selected)} layers, {self._in_words()}; {axes}"
+
+    def _in_words(self) -> str:
         if self._change is not None:  # to measure would end the call, but a debugger that shows this changes nothing
-            return f"{layers}, in an unfinished call)"
+            return "in an unfinished call"
         if self._dense.is_in_place:
-            return f"{layers}, with dense weights)"
+            return "with dense weights"
+        parameters = [layer.parameter for layer in self._selected.values()]
+        weights = f"{sum(each.numel() for each in parameters):,} weights"
         # Sharded weights are measured by all processes together, but a repr is often asked for in one of them.
-        sharded = any(is_sharded(layer.parameter) for layer in self._selected.values())
-        return f"{layers})" if sharded else f"{layers}, sparsity {self.sparsity:.4f})"
+        if any(is_sharded(each) or each.is_meta for each in parameters):
+            return weights
+        return f"{percent(Count.of(*parameters).sparsity)} of {weights} are zero"
 
     # --- State --------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..model.zeros import Count
+from ..support.arguments import checks_arguments
 from ..support.listing import in_short
 from .layer import FROZEN, Layers, level_of, selected
 from .model_masks import merged
@@ -34,6 +35,7 @@ class Sparsifiers(Sequence[Sparsifier]):
         (0.5833333333333334, ['0.weight', '2.weight'])
     """
 
+    @checks_arguments
     def __init__(self, sparsifiers: Iterable[Sparsifier]):
         self._all = tuple(sparsifiers)
         if not self._all:

@@ -10,7 +10,7 @@ from .folding import LONGEST, block_of
 from .printable import printable
 
 # Longer names, and longer remarks beside bars, are shortened in their middle.
-_LONGEST_NAME, _LONGEST_REMARK = 40, 48
+_LONGEST_NAME, _LONGEST_REMARK = 40, 60
 
 
 def axes_or_new(ax: Any, width: float = 6.4, height: float = 4.8) -> Any:

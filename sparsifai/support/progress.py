@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import threading
 import time
@@ -92,8 +93,8 @@ def _may_show(things: Any) -> bool:
 
 def _in_notebook() -> bool:
     """Whether the code runs in the kernel of a notebook. IPython in a terminal has none."""
-    ipython = sys.modules.get("IPython")
-    return hasattr(ipython.get_ipython(), "kernel") if ipython is not None else False
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
 
 
 def _in_terminal() -> bool:
@@ -185,7 +186,7 @@ class _Bar:
             self._bar.comment = printable(text)
             return
         # A line that is broken, or shorter than the last one, would leave parts of it on the screen.
-        text = printable(text, max(self._bar.cols - _NUMBERS, 10))
+        text = printable(text, max(shutil.get_terminal_size((100, 40)).columns - _NUMBERS, 10))
         self._width = max(self._width, len(text))
         self._bar.prefix = text.ljust(self._width)
 

@@ -10,6 +10,7 @@ from os.path import commonprefix
 from typing import Any
 
 from .capability import declare
+from .foreign_names import name_of_value
 from .printable import quoted
 
 
@@ -192,14 +193,22 @@ class Registry(Mapping[str, Callable]):
         if parsed is not None:
             return parsed
         if isinstance(value, str):
-            near = close_matches(value, self)
-            forms = "" if near.endswith("?") else "".join(f", or {form}" for form in self.forms)
-            raise ValueError(f"unknown {self.kind} {quoted(value)}; {near}{forms}")
+            right = name_of_value(self.kind, value) or self._near(value)
+            raise ValueError(f"unknown {self.kind} {quoted(value)}; {right}")
         if not callable(value):
             raise TypeError(f"a {self.kind} must be a registered name or a function, not {value!r}")
         if self._check:
             self._check(value)
         return value
+
+    def _near(self, name: str) -> str:
+        """The names near an unknown one; if none is near, all names and forms."""
+        near = close_matches(name, self)
+        return near if near.endswith("?") else "".join([near, *(f", or {form}" for form in self.forms)])
+
+    def name_of(self, function: Any) -> str:
+        """The registered name of a function; `name_of` of one that is not registered."""
+        return next((name for name, each in self._functions.items() if each is function), None) or name_of(function)
 
     def __getitem__(self, name: str) -> Callable:
         if name not in self._functions:

@@ -216,7 +216,12 @@ class Table(ABC):
             A new table.
 
         Example:
-            print(report.unfold())
+            >>> import torch
+            >>> from sparsifai import Report
+            >>> model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(61)))
+            >>> report = Report.of(model)
+            >>> len(str(report).splitlines()), len(str(report.unfold()).splitlines())
+            (7, 66)
         """
         return self._with(_is_folded=False)
 
@@ -270,7 +275,9 @@ class Table(ABC):
             bars=bars,
             caption=self._caption(),
             notes=notes,
-            foot="" if lines is None else f"{len(self.records()):,} rows in {len(lines)} lines; .unfold() shows all.",
+            foot=""
+            if lines is None
+            else f"{len(self.records()):,} rows in {len(lines)} line{'s' * (len(lines) != 1)}; .unfold() shows all.",
         )
 
     def __str__(self) -> str:

@@ -6,6 +6,7 @@ from fastai.callback.rnn import ModelResetter
 from fastai.learner import Learner
 
 from ..callbacks.base import TrainingCallback
+from ..support.arguments import checks_arguments
 from .distillation import Distillation
 
 
@@ -56,6 +57,7 @@ class DistillCallback(TrainingCallback):
     # the loss: GradientAccumulation (6) and MixedPrecision (10), after which autocast has ended.
     order, run_valid = 4, False
 
+    @checks_arguments
     def __init__(
         self,
         teacher,  # A trained model, or its Learner

@@ -25,6 +25,7 @@ from ..model.hooks import RecordedOutputs
 from ..model.parallel import unwrapped
 from ..model.running import evaluating, in_modes, run
 from ..model.tensors import UNNAMED, logits_in
+from ..support.arguments import checks_arguments
 from ..support.at_end import AtEnd
 from ..support.checks import check_number
 from ..support.registry import close_matches
@@ -85,6 +86,7 @@ class Distillation:
 
     teacher: nn.Module | None = None  # what a pickled one has
 
+    @checks_arguments
     def __init__(
         self,
         teacher: nn.Module,

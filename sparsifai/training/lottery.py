@@ -12,6 +12,8 @@ from torch import nn
 
 from ..callbacks.learner import bars_of
 from ..sparsifier.options import check_sparsity
+from ..sparsifier.sparsifier import Sparsifier
+from ..support.arguments import checks_arguments
 from ..support.checks import check_count, check_seed
 from ..support.progress import progress
 from .lottery_run import LotteryRun
@@ -19,6 +21,7 @@ from .saved_run import load_run
 from .ticket import LotteryTickets
 
 
+@checks_arguments(of=Sparsifier)
 def lottery_ticket(
     learn: Learner,  # Trained in every round; ends with the last ticket, trained, and keeps its zeros
     sparsity: Any,  # Target sparsity of the last ticket: a fraction, or {pattern: fraction} by layer

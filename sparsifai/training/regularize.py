@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..callbacks.base import TrainingCallback
+from ..support.arguments import checks_arguments
 from .regularization import Regularization
 
 
@@ -59,6 +60,7 @@ class RegularizeCallback(TrainingCallback):
     _penalty: Tensor | None = None  # the last value
     _cancelled = False  # whether the present step of the optimizer was cancelled
 
+    @checks_arguments
     def __init__(
         self,
         weight,  # Factor of the penalty

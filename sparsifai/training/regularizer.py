@@ -27,6 +27,7 @@ from ..sparsifier.layer import Layer, selected
 from ..sparsifier.mask_building import checked_scores
 from ..sparsifier.notices import notices_of_unprunable
 from ..sparsifier.sparsifier import Sparsifier
+from ..support.arguments import checks_arguments
 from ..support.capability import capability
 from ..support.registry import close_matches, name_of
 from ..support.warning import warn_each
@@ -60,6 +61,7 @@ class Regularizer:
         12.0
     """
 
+    @checks_arguments
     def __init__(
         self,
         model: nn.Module,

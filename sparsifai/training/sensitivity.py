@@ -15,6 +15,7 @@ from ..sparsifier.layer import selected
 from ..sparsifier.mask_building import compares_with_itself
 from ..sparsifier.options import Sparsity
 from ..sparsifier.sparsifier import Sparsifier
+from ..support.arguments import checks_arguments
 from ..support.checks import check_fraction, check_number
 from ..support.progress import bars
 from ..support.progress import progress as with_bar
@@ -26,6 +27,7 @@ from .sensitivity_table import Sensitivity
 LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 
 
+@checks_arguments(of=Sparsifier)
 def sensitivity(
     learn_or_model: Any,
     metric: str | Callable | None = None,
@@ -104,6 +106,7 @@ def sensitivity(
     return Sensitivity(tuple(names), sizes, levels, table, baseline, measure.name, measure.lower_is_better, members)
 
 
+@checks_arguments(of=Sparsifier)
 def highest_sparsity(
     learn_or_model: Any,
     tolerance: float,

@@ -21,6 +21,7 @@ from sparsifai import (
     granularities,
     is_nm,
     iterative,
+    plot_schedule,
     quantities,
     raised,
     schedules,
@@ -326,6 +327,8 @@ SCHEDULE = [
     *((f"stepped {n} times", lambda n=n: stepped("lin", n), ValueError,
        f"stepped: n is how often the schedule changes, a finite number above 0, not {n!r}")
       for n in (0, -1, float("inf"), True, "3")),
+    ("a picture of no schedule", plot_schedule, ValueError,
+     "plot_schedule: give at least one schedule; choose from ...agp..."),
 ]  # fmt: skip
 
 ROWS = [*GRANULARITY, *CONTEXT, *CRITERION, *SCHEDULE]

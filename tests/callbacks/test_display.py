@@ -191,3 +191,76 @@ def test_loggers_see_the_column(make_learner, tmp_path):
     assert [float(row[column]) for row in rows[1:]] == pytest.approx(shares)
     written = EventAccumulator(str(tmp_path / "board")).Reload()
     assert [event.value for event in written.Scalars("sparsity")] == pytest.approx(shares)
+
+
+# --- Notices ------------------------------------------------------------------------------------------------------
+
+
+def notices(capsys):
+    return [
+        line
+        for line in capsys.readouterr().out.replace("\r", "\n").splitlines()
+        if "SparsifyCallback:" in line or "ignore" in line
+    ]
+
+
+@pytest.mark.parametrize(
+    ("trackers", "line"),
+    [
+        ([SaveModelCallback(monitor="invented")],
+         "SaveModelCallback ignores epochs 0 to 2, before the schedule is at its target of 80.00%"),
+        ([SaveModelCallback(monitor="invented"), EarlyStoppingCallback(monitor="invented", patience=9)],
+         "SaveModelCallback and EarlyStoppingCallback ignore epochs 0 to 2, before the schedule is at its target of "
+         "80.00%"),
+        ([SaveModelCallback(every_epoch=True)], None),
+        ([], None),
+    ],
+)  # fmt: skip
+def test_epochs_that_trackers_ignore_are_told_at_the_beginning(make_learner, tmp_path, trackers, line, capsys):
+    tracked(make_learner, tmp_path, best=[4], trackers=trackers)
+    assert notices(capsys) == ([line] if line else [])
+
+
+def test_epochs_that_trackers_ignore_where_updates_are_rare_or_masks_settle_late(make_learner, tmp_path, capsys):
+    learn = make_learner(path=tmp_path)
+    n_iter = len(learn.dls.train)
+    saver = SaveModelCallback(monitor="valid_loss", fname="best")
+    learn.fit(3, cbs=[SparsifyCallback(0.5, schedule=between("lin", 0, 0.3), every=2 * n_iter), saver])
+    assert notices(capsys) == ["SaveModelCallback ignores epoch 0, before the schedule is at its target of 50.00%"]
+    learn = make_learner(path=tmp_path)
+    learn.fit(4, cbs=[SparsifyCallback(0.5, straight_through=True, settle=0.6), saver])
+    (line,) = notices(capsys)
+    assert line.endswith("ignores epochs 0 to 1, before the schedule is at its target of 50.00% and masks have settled")
+    learn.fit(2, cbs=[SparsifyCallback(0.5, schedule="one_shot"), saver])
+    assert notices(capsys) == []
+
+
+def test_a_fit_that_begins_below_the_zeros_of_earlier_fits_says_so(make_learner, capsys):
+    learn = make_learner()
+    learn.fit(1, cbs=SparsifyCallback(0.5))
+    assert notices(capsys) == []
+    learn.fit(4, cbs=SparsifyCallback(0.6, schedule="lin"))
+    (line,) = notices(capsys)
+    assert line == (
+        "SparsifyCallback: the schedule begins at 0.00%, below the 50.00% of zeros that are kept, and prunes more in "
+        "epoch 3"
+    )
+    learn.fit(4, cbs=SparsifyCallback(0.9, schedule="lin", initial_sparsity=0.6))
+    assert notices(capsys) == []
+
+
+def test_updates_that_are_further_apart_than_a_fit_is_long_are_told(make_learner, capsys):
+    learn = make_learner()
+    total = len(learn.dls.train)
+    learn.fit(1, cbs=SparsifyCallback(0.5, every=total + 1))
+    (line,) = notices(capsys)
+    assert line.startswith(f"SparsifyCallback: every={total + 1} is more than the {total} batches of the training")
+    learn.fit(1, cbs=SparsifyCallback(0.6, every=total))
+    assert notices(capsys) == []
+
+
+def test_a_notice_has_a_line_of_its_own_in_a_terminal(open_terminal, make_learner):
+    pytest.importorskip("fastprogress")
+    terminal, learn = open_terminal(), make_learner()
+    learn.fit(1, cbs=SparsifyCallback(0.5, every=1000))
+    assert [line for line in terminal.lines() if "every=1000" in line][0].startswith("SparsifyCallback: every=1000 is")

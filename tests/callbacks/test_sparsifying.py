@@ -51,7 +51,7 @@ def test_its_help_lists_the_arguments_of_both():
     fit = [*inspect.signature(Learner.fit_one_cycle).parameters][1:]
     pruning = [*inspect.signature(SparsifyCallback).parameters]
     assert names[:4] == ["self", "sparsity", "n_epoch", "lr_max"]
-    assert {*names} == {"self", *fit, *pruning} - {"compression_ratio"}
+    assert {*names} == {"self", *fit, *pruning}
     assert inspect.getdoc(Learner.sparsify).startswith("Train by `fit_one_cycle`")
 
 

@@ -350,3 +350,18 @@ def test_frozen_layers_are_rounded_too_and_do_not_move(opt_func):
     learn.fit(1, 0.1, cbs=quantize)
     assert torch.equal(before, learn.model[0].weight)
     assert "0" in quantize.ranges
+
+
+def test_a_sparse_model_whose_zeros_nothing_keeps_is_told(capsys):
+    model = small_net()
+    Sparsifier(model).sparsify(0.5)
+    told = "QuantizeCallback: nothing keeps the 50.0"
+    learn = small_learner(model)
+    with learn.no_logging(), pytest.warns(UserWarning, match=f"^{told}.*; add KeepSparsity"):
+        learn.fit(1, cbs=QuantizeCallback(start=0))
+    for callbacks in ([KeepSparsity()], [SparsifyCallback(0.5)]):
+        model = small_net()
+        Sparsifier(model).sparsify(0.5)
+        small_learner(model).fit(1, cbs=[QuantizeCallback(start=0), *callbacks])
+    small_learner().fit(1, cbs=QuantizeCallback(start=0))  # norm layers begin with biases of zeros
+    assert told not in capsys.readouterr().out

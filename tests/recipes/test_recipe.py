@@ -1,6 +1,7 @@
 """Recipes: files, and what they are used for."""
 
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -355,3 +356,22 @@ def test_several_sparsify_steps_of_the_same_layer_are_refused():
         with pytest.raises(ValueError, match="both prune 3.weight"):
             use(model)
     assert torch.equal(model[3].weight, before)
+
+
+@pytest.mark.fastai
+def test_a_fit_of_other_epochs_than_those_of_the_recipe_warns_once(make_learner):
+    from fastai.vision.all import L, params
+
+    recipe = Recipe.loads("epochs: 4\nsteps:\n- sparsify: {sparsity: 0.8, start: 1, end: 3}\n- freeze: {layers: '1'}\n")
+    learn = make_learner(net(), splitter=lambda model: L(model[:1], model[1:]).map(params))
+    with pytest.warns(
+        UserWarning, match="^the recipe is for 4 epochs and this fit has 2, .* multiplied by 0.5; "
+    ) as told:
+        learn.fit(2, cbs=recipe.callbacks())
+    assert len([each for each in told if "epochs" in str(each.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learn.fit(4, cbs=recipe.callbacks())
+        learn.freeze()
+        learn.fit(1, cbs=recipe.callbacks())  # as the first part of fine_tune
+        make_learner(net()).fit(2, cbs=Recipe({"steps": [{"keep": {}}]}).callbacks())

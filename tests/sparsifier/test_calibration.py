@@ -11,7 +11,7 @@ from conftest import small_net
 from torch import nn
 from updates import BAD_CALIBRATIONS, batches
 
-from sparsifai import Sparsifier
+from sparsifai import Sparsifier, Sparsify, quantize, sensitivity
 
 
 @pytest.fixture
@@ -224,3 +224,24 @@ def test_a_model_made_under_inference_mode_is_refused():
         sparsifier.calibrate([(inputs, targets)], F.cross_entropy)
     sparsifier = Sparsifier(copy.deepcopy(model), criteria="snip", layers="*")
     sparsifier.calibrate([(inputs, targets)], F.cross_entropy)
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_single_batch_is_not_taken_for_several(net, kind):
+    batch, told = kind(batches()[0]), r"put it in a list, \[\(inputs, targets\)\]"
+    sparsifier = Sparsifier(net, criteria="snip")
+    with pytest.raises(TypeError, match=f"^calibrate: batches is a list of batches, and this is one .*{told}"):
+        sparsifier.calibrate(batch, F.cross_entropy)
+    with pytest.raises(TypeError, match=f"^calibration is a list of batches.*{told}"):
+        Sparsify(0.5, criteria="snip", calibration=batch)
+    with pytest.raises(TypeError, match=f"^quantize: calibration is a list of batches.*{told}"):
+        quantize(net, batch, "model.onnx")
+    with pytest.raises(TypeError, match=told):
+        sensitivity(net, lambda model: 0.0, criteria="snip", calibration=batch, loss_func=F.cross_entropy)
+
+
+def test_a_list_of_inputs_is_several_batches(net):
+    sparsifier = Sparsifier(net, criteria="wanda")
+    sparsifier.calibrate([inputs for inputs, _ in batches()])
+    sparsifier.sparsify(0.5)
+    assert sparsifier.sparsity == pytest.approx(0.5, abs=0.01)

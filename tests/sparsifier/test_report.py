@@ -129,3 +129,22 @@ def test_a_selected_layer_that_cannot_be_counted_is_an_error():
     with pytest.raises(ValueError, match="zeros cannot be counted: a tensor is in the layout sparse_coo"):
         Report.of(model, ["0.weight", "1.weight"])
     assert Report.of(model, ["0.weight"]).selected.weights == 16
+
+
+def test_the_plot_of_a_long_report_has_a_bar_for_each_block():
+    matplotlib = pytest.importorskip("matplotlib", reason="the plot is drawn with it")
+    matplotlib.use("Agg")
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)) for _ in range(31)))
+    with torch.no_grad():
+        for number, block in enumerate(model):
+            block[0].weight.view(-1)[: number % 5] = 0
+    report = Report.of(model)
+    ax = report.plot()
+    assert [bar.get_width() for bar in ax.patches] == [number % 5 / 24 for number in range(31)]
+    assert ax.get_yticklabels()[1].get_text() == "1 (2 layers)"
+    assert ax.texts[1].get_text() == "23 of 24 left"
+    assert ax.lines[0].get_xdata()[0] == report.selected.sparsity
+    assert len(report.unfold().plot().patches) == 62
+    by_zeros = report.sort("zeros", descending=True).unfold().plot()
+    assert [bar.get_width() for bar in by_zeros.patches[:2]] == [4 / 16, 4 / 16]
+    matplotlib.pyplot.close("all")

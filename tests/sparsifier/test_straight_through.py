@@ -566,7 +566,7 @@ def test_a_call_inside_the_block_is_refused():
     with sparsifier.dense_weights(), pytest.raises(RuntimeError, match="outside of this block"):
         sparsifier.sparsify(0.7)
     with sparsifier.dense_weights():
-        assert repr(sparsifier).endswith("2 layers, with dense weights)")
+        assert repr(sparsifier).startswith("Sparsifier of Sequential: 2 layers, with dense weights; weight, ")
     sparsifier.sparsify(0.7)
 
 

@@ -49,6 +49,7 @@ def test_a_shorter_name_leaves_nothing_of_a_longer_one(open_terminal):
         (line,) = terminal.lines()
         assert line.count("|") == 2
         assert line.endswith("]")
+        assert line.count("]") == 1
         assert ("long" in line) == (name != "b")
 
 
@@ -158,7 +159,14 @@ def test_steps_that_print_have_a_line_of_the_bar_before_them(open_terminal):
     assert "50.00% [1/2 " in lines[2]
 
 
-def test_a_notebook_shows_a_bar_that_is_gone_at_the_end(monkeypatch):
+def test_each_of_many_short_steps_that_print_has_its_line(open_terminal):
+    terminal = open_terminal()
+    for _ in progress(range(40), "rounds", prints=True):
+        pass
+    assert all(f" [{number}/40 " in line for number, line in enumerate(terminal.lines()[:-1]))
+
+
+def test_a_notebook_shows_a_bar_that_is_gone_at_the_end(monkeypatch, capsys):
     """What a kernel does with it is what IPython's `display` and its handle get."""
     display = pytest.importorskip("IPython.display", reason="comes with notebooks")
     shown = []
@@ -180,6 +188,7 @@ def test_a_notebook_shows_a_bar_that_is_gone_at_the_end(monkeypatch):
     assert sum("rounds: 1" in each for each in texts) == 1
     assert any("50.00%" in each and "rounds: 2" in each for each in texts)
     assert shown[-1].data == ""
+    assert capsys.readouterr().out == ""
 
 
 # --- Where they are shown -----------------------------------------------------------------------------------------

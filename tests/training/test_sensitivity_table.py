@@ -160,3 +160,34 @@ def test_plot():
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["0.weight", "1.weight", "before pruning"]
     assert answer.plot(ax) is ax
     matplotlib.pyplot.close("all")
+
+
+def test_the_heat_map_of_many_layers():
+    matplotlib = pytest.importorskip("matplotlib", reason="the plot is drawn with it")
+    matplotlib.use("Agg")
+    values = [[0.1 * layer, 0.2 * layer] for layer in range(12)]
+    values[3] = [float("nan"), float("inf")]
+    ax = table(values, [1] * 12, baseline=0.0).plot()
+    shown = ax.images[0].get_array()
+    expected = [[value if abs(value) < 10 else None for value in row] for row in values]
+    assert [row for number, row in enumerate(shown.tolist()) if number != 3] == expected[:3] + expected[4:]
+    assert shown.mask.tolist() == [[number == 3] * 2 for number in range(12)]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["50%", "90%"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [f"{number}.weight" for number in range(12)]
+    assert "grey: not finite" in ax.get_xlabel()
+    assert ax.figure.axes[-1].get_ylabel() == "loss: more than 0"
+    score = table([[9, 5], [9, 7]], [1, 2], baseline=10, lower_is_better=False).plot_heat_map()
+    assert score.images[0].get_array().tolist() == [[1, 5], [1, 3]]
+    matplotlib.pyplot.close("all")
+
+
+def test_the_heat_map_of_150_layers_labels_blocks():
+    matplotlib = pytest.importorskip("matplotlib", reason="the plot is drawn with it")
+    matplotlib.use("Agg")
+    names = tuple(f"layers.{number // 5}.{number % 5}.weight" for number in range(150))
+    answer = Sensitivity(names, (1,) * 150, (0.5,), ((0.2,),) * 150, 0.1, "loss", True)
+    ax = answer.plot()
+    assert ax.images[0].get_array().shape == (150, 1)
+    assert [label.get_text() for label in ax.get_yticklabels()] == [f"layers.{number}" for number in range(30)]
+    assert list(ax.get_yticks()) == list(range(0, 150, 5))
+    matplotlib.pyplot.close("all")

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ...support.arguments import checks_arguments
 from .kinds import Declared, Kind, checked_paths
 from .small_attention import SmallShiftedWindowAttention, SmallWindowAttentionV2
 
@@ -46,6 +47,7 @@ class Attention:
 ATTENTIONS: Declared[Attention] = Declared("register_attention", "attentions")
 
 
+@checks_arguments
 def register_attention(
     kind: Kind,
     *,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from ...support.arguments import checks_arguments
 from ...support.warning import warn_each
 from .groups import JointGroups, Place, merged, sizes_in
 from .kinds import Declared, Kind, checked_paths
@@ -42,6 +43,7 @@ class Mlp:
 _MLPS: Declared[Mlp] = Declared("register_mlp", "MLPs")
 
 
+@checks_arguments
 def register_mlp(kind: Kind, *, up: str, down: str, gate: str | None = None) -> None:
     """Declare the layers of a kind of MLP, for granularity 'neuron' and for `shrink`.
 
