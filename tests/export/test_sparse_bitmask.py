@@ -119,9 +119,9 @@ def test_a_model_is_read_bit_for_bit(tmp_path, dtype):
 
 
 def test_the_command_line_reports_a_folder(tmp_path, capsys):
-    saved = save_pretrained_sparse(llama(), tmp_path / "new")
+    save_pretrained_sparse(llama(), tmp_path / "new")
     assert main(["report", str(tmp_path / "new")]) == 0
-    assert capsys.readouterr().out == f"{saved}\n"
+    assert "sparse-bitmask" in capsys.readouterr().out
 
 
 def test_a_model_in_several_files(tmp_path):
