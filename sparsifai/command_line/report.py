@@ -67,12 +67,13 @@ def _tables(path: Path) -> Sequence[Table]:
     """The tables that a checkpoint has of itself, without a model."""
     from ..export.checkpoint import Checkpoint
     from ..export.sparse_file import SparseFile
+    from ..export.sparse_format import has_sparse_bitmask
     from ..quantization.quantized import Quantized
     from .state import metadata_of, read_state, stored
 
     if path.suffix == ".onnx":
         return [Quantized.read(path)]
-    if "sparsifai_format" in metadata_of(path):
+    if "sparsifai_format" in metadata_of(path) or has_sparse_bitmask(path):
         return [SparseFile.read(path)]
     is_one_file = not path.is_dir() and not path.name.endswith(".index.json")
     state: Any = stored(path) if is_one_file else read_state(path)

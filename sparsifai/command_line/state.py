@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..export.checkpoint import OF_MODELS
 from ..export.safetensors_file import SafetensorsFile, unique_json
-from ..export.sparse_format import is_safetensors, read_tensors
+from ..export.sparse_format import has_sparse_bitmask, is_safetensors, read_tensors
 from ..support.checkpoints import load_checkpoint
 from ..support.files import open_regular, read_bytes
 from ..support.printable import quoted
@@ -38,6 +38,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         OSError: The checkpoint cannot be read.
         ValueError: It is damaged, holds code, or holds no tensors by name.
     """
+    if has_sparse_bitmask(path):
+        return {name: tensor.expand() for name, tensor in read_tensors(path)[0].items()}
     if path.is_dir():
         return _of_folder(path)
     if path.name.endswith(".index.json"):
