@@ -78,7 +78,7 @@ def prose_of(path):
     return re.sub(other, "", text, flags=re.DOTALL | re.MULTILINE)
 
 
-NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
+NUMBER = re.compile(r"(?<![\w.])(?<!\w-)\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
 
 
 def numbers_in(text):
