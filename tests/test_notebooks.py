@@ -35,10 +35,9 @@ SMALL = {
 }
 # Those that tell no story yet.
 UNTOLD = {
-    "06_nm_and_blocks",
-    "03_criteria_and_schedules",
-    "04_in_a_fastai_project",
     "05_pruning_at_initialization",
+    "06_nm_and_blocks",
+    "04_in_a_fastai_project",
     "07_lottery_ticket",
     "08_compound",
     "09_recipes",
