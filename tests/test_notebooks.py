@@ -35,7 +35,6 @@ SMALL = {
 }
 # Those that tell no story yet.
 UNTOLD = {
-    "06_nm_and_blocks",
     "04_in_a_fastai_project",
     "07_lottery_ticket",
     "08_compound",
