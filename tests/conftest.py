@@ -11,7 +11,7 @@ import torch
 from terminal import Terminal
 from torch import nn
 
-from sparsifai import criteria, granularities
+from sparsifai import contexts, criteria, distillation_losses, granularities, quantities, schedules
 from sparsifai.axes.criterion import quantities_of
 from sparsifai.sparsifier.mask_building import Ranking
 
@@ -24,6 +24,17 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def registering():
+    """What a test registers is forgotten after it."""
+    registries = (granularities, contexts, criteria, schedules, quantities, distillation_losses)
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, functions in zip(registries, before, strict=True):
+        registry._functions.clear()
+        registry._functions.update(functions)
 
 
 # Those that work on every net. Joint groups, such as attention heads, are only in nets that have such modules; and what

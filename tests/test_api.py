@@ -76,7 +76,7 @@ def test_every_public_name_has_one_entry():
 
 
 @pytest.mark.parametrize(("page", "entry"), list(entries()))
-def test_the_example_of_a_public_name_runs(page, entry):
+def test_the_example_of_a_public_name_runs(page, entry, registering):
     for library in NEEDED.get(page.stem, ()):
         pytest.importorskip(library, reason=f"the examples of {page.name} use it")
     thing, module, text = documented(entry)

@@ -83,7 +83,7 @@ contexts = Registry(
 """The contexts by name. `contexts.register` adds a function of the scored layers and the sparsity.
 
 Example:
-    >>> @contexts.register(replace=True)
+    >>> @contexts.register
     ... def spare_the_first(layers, sparsity):
     ...     return [*select_groups(layers[:1], sparsity / 2), *select_groups(layers[1:], sparsity)]
     >>> model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 8))

@@ -100,7 +100,7 @@ criteria = Registry("criterion", check=_check, capabilities=CAPABILITIES)
 """The criteria by name. `criteria.register` adds a function of quantities, which are named by its parameters.
 
 Example:
-    >>> @criteria.register(replace=True)
+    >>> @criteria.register
     ... def relative_increase(weight, init, epsilon=1e-8):
     ...     return weight.abs() / (init.abs() + epsilon)
     >>> sparsifier = Sparsifier(nn.Linear(8, 2), criteria='relative_increase')

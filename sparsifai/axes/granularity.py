@@ -142,7 +142,7 @@ granularities = Registry(
 """The granularities by name. `granularities.register` adds a function of the axes of a weight.
 
 Example:
-    >>> @granularities.register(replace=True)
+    >>> @granularities.register
     ... def pairs_of_filters(axes):
     ...     return {'out': 2}
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))

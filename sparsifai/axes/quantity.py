@@ -158,7 +158,7 @@ quantities = Registry("quantity", check=_check)
 """The quantities by name, which criteria ask for by the names of their parameters.
 
 Example:
-    >>> @quantities.register(replace=True)
+    >>> @quantities.register
     ... @taken('backward')
     ... def gradient_sign(source, name):
     ...     return source.layers[name].parameter.grad.sign()

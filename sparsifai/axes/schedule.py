@@ -75,7 +75,7 @@ schedules = Registry("schedule", check=_check)
 """The schedules by name. `schedules.register` adds a function from [0, 1] to [0, 1].
 
 Example:
-    >>> @schedules.register(replace=True)
+    >>> @schedules.register
     ... def square_root(t):
     ...     return t ** 0.5
     >>> part = Sparsify(0.9, schedule='square_root')

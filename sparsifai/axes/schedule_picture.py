@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..support.arguments import checks_arguments
 from ..support.checks import check_fraction
 from ..support.figure import axes_or_new, in_percent, legend_beside
 from ..support.registry import name_of
@@ -14,6 +15,7 @@ from .schedule import Schedule, progress, schedules
 _POINTS = 1001
 
 
+@checks_arguments
 def plot_schedule(*several: str | Schedule, sparsity: float = 1.0, ax: Any = None) -> Any:
     """Draw how the sparsity grows during training by one or several schedules.
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _NARROWEST = 20  # characters of a column of text
 _APART = 3  # characters between two columns
+_BESIDE = 28  # characters that names leave to the column beside them
 
 
 def print_table(table: Table) -> None:
@@ -95,7 +96,7 @@ def _blocks(cells: Cells, width: int) -> list[dict[int, int]]:
     left = {column % len(cells.header) for column in cells.left}
     below = (*cells.rows, *cells.totals)
     widths = [max(len(printable(row[number])) for row in (cells.header, *below)) for number in range(len(cells.header))]
-    first = min(widths[0], width // 2)
+    first = min(widths[0], max(width // 2, width - _BESIDE))
     blocks = [{0: first}]
     for number, natural in enumerate(widths[1:], 1):
         if not any(row[number] for row in below):

@@ -18,9 +18,9 @@ The table has the weights and zeros of every matrix and of the whole file; tenso
 the totals. What is not counted is listed with the reason: tensors that are quantized, nested, in a sparse layout or
 without values on the meta device, the state of optimizers, and what stands beside the weights in a training checkpoint.
 
-For a file of save_sparse, the table has the form in which each tensor is stored, its bytes, and the bytes that it would
-take dense. For an int8 model in an ONNX file of quantize, it has the zeros of each weight. With --model, it is the
-report of the model with these weights: layer by layer, and which have no named axes.
+For what save_sparse or save_pretrained_sparse wrote, the table has the form in which each tensor is stored, its bytes,
+and the bytes that it would take dense. For an int8 model in an ONNX file of quantize, it has the zeros of each weight.
+With --model, it is the report of the model with these weights: layer by layer, and which have no named axes.
 
 example: sparsifai report checkpoint.pth
 example: sparsifai report sparse.safetensors
@@ -68,11 +68,11 @@ def _tables(path: Path) -> Sequence[Table]:
     from ..export.checkpoint import Checkpoint
     from ..export.sparse_file import SparseFile
     from ..quantization.quantized import Quantized
-    from .state import metadata_of, read_state, stored
+    from .state import is_sparse, read_state, stored
 
     if path.suffix == ".onnx":
         return [Quantized.read(path)]
-    if "sparsifai_format" in metadata_of(path):
+    if is_sparse(path):
         return [SparseFile.read(path)]
     is_one_file = not path.is_dir() and not path.name.endswith(".index.json")
     state: Any = stored(path) if is_one_file else read_state(path)

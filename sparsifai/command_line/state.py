@@ -10,16 +10,14 @@ from torch import Tensor
 
 from ..export.checkpoint import OF_MODELS
 from ..export.safetensors_file import SafetensorsFile, unique_json
+from ..export.sparse_bitmask import INDEX, WEIGHTS, is_sparse_bitmask
 from ..export.sparse_format import is_safetensors, read_tensors
 from ..support.checkpoints import load_checkpoint
 from ..support.files import open_regular, read_bytes
 from ..support.printable import quoted
 
 # Files of a folder of save_pretrained, in the order in which transformers looks for them.
-IN_FOLDERS = (
-    *("model.safetensors", "model.safetensors.index.json"),
-    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
+IN_FOLDERS = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _LARGEST_INDEX = 2**26
 
 State = Mapping[str, Tensor]
@@ -38,33 +36,23 @@ def read_state(path: Path) -> dict[str, Tensor]:
         OSError: The checkpoint cannot be read.
         ValueError: It is damaged, holds code, or holds no tensors by name.
     """
-    if path.is_dir():
+    if path.name == INDEX:
+        path = path.parent
+    if path.is_dir() and not is_safetensors_folder(path):
         return _of_folder(path)
     if path.name.endswith(".index.json"):
         return _of_index(path)
     return _of_file(path)
 
 
-def _of_file(path: Path) -> dict[str, Tensor]:
-    state = stored(path)
-    for key in OF_MODELS:
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-            break
-    tensors = {name: value for name, value in _items(state) if isinstance(name, str) and isinstance(value, Tensor)}
-    if not tensors:
-        raise ValueError(f"{path} has no tensors by name; give a file of torch.save(model.state_dict(), path)")
-    return tensors
-
-
 def stored(path: Path) -> Any:
-    """What one file holds: the content of a file of torch.save, or the tensors of a safetensors file.
+    """What a file holds: the content of a file of torch.save, or the tensors of safetensors files.
 
     Raises:
         OSError: The file cannot be read.
         ValueError: It is damaged, or holds code.
     """
-    if is_safetensors(path):
+    if path.is_dir() or is_safetensors(path):
         return _of_safetensors(path)
     try:
         return load_checkpoint(path, others=True)
@@ -75,24 +63,59 @@ def stored(path: Path) -> Any:
         ) from None
 
 
+def is_safetensors_folder(path: Path) -> bool:
+    """Whether a path is a folder of save_pretrained with safetensors files."""
+    return any((path / name).exists() for name in (WEIGHTS, INDEX))
+
+
 def metadata_of(path: Path) -> Mapping[str, str]:
-    """The metadata of a safetensors file; none of other files.
+    """The metadata of a safetensors file; none of a folder and of other files.
 
     Raises:
         OSError: The file cannot be read.
         ValueError: It is a safetensors file that is damaged.
     """
-    if path.is_dir() or not is_safetensors(path):
-        return {}
+    return {} if path.is_dir() or not is_safetensors(path) else _header(path).metadata
+
+
+def is_sparse(path: Path) -> bool:
+    """Whether a checkpoint is stored without its zeros, by save_sparse or save_pretrained_sparse.
+
+    Raises:
+        OSError: The checkpoint cannot be read.
+        ValueError: It is damaged.
+    """
+    if path.is_dir():
+        return is_safetensors_folder(path) and any(each.form != "dense" for each in read_tensors(path)[0].values())
+    if not is_safetensors(path):
+        return False
+    header = _header(path)
+    return "sparsifai_format" in header.metadata or is_sparse_bitmask(header.pieces)
+
+
+def _header(path: Path) -> SafetensorsFile:
     with open_regular(path) as file:
         try:
-            return SafetensorsFile.read(file).metadata
+            return SafetensorsFile.read(file)
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); get a new copy of the file") from None
 
 
+def _of_file(path: Path) -> dict[str, Tensor]:
+    state = stored(path)
+    for key in OF_MODELS:
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+            break
+    items = state.items() if isinstance(state, Mapping) else ()
+    tensors = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path} has no tensors by name; give a file of torch.save(model.state_dict(), path)")
+    return tensors
+
+
 def _of_safetensors(path: Path) -> dict[str, Tensor]:
-    if "sparsifai_format" in metadata_of(path):
+    if path.is_dir() or is_sparse(path):
         return {name: tensor.expand() for name, tensor in read_tensors(path)[0].items()}
     with open_regular(path) as opened:
         try:
@@ -128,7 +151,3 @@ def _of_index(index: Path) -> dict[str, Tensor]:
         if tensor not in read[name]:
             raise ValueError(f"{index.parent / name} lacks {quoted(tensor)}, which the index says it has")
     return {tensor: read[name][tensor] for tensor, name in files.items()}
-
-
-def _items(state: Any) -> Any:
-    return state.items() if isinstance(state, Mapping) else ()

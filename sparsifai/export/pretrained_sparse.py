@@ -15,6 +15,7 @@ from uuid import uuid4
 from torch import nn
 
 from ..model.parallel import unwrapped
+from ..support.arguments import checks_arguments
 from ..support.checks import check_is_module
 from ..support.files import open_regular, write_text, write_whole
 from .pretrained_config import is_pretrained
@@ -32,6 +33,7 @@ from .sparse_bitmask import (
 from .sparse_file import SparseFile, ties_of
 
 
+@checks_arguments
 def save_pretrained_sparse(
     model: nn.Module, folder: str | os.PathLike, max_shard_size: int | str | None = None
 ) -> SparseFile:
@@ -61,12 +63,10 @@ def save_pretrained_sparse(
         UserWarning: No weight has enough zeros for a smaller form, so all are stored dense.
 
     Example:
-        >>> import tempfile
         >>> from transformers import BertConfig, BertModel
-        >>> from sparsifai import Sparsifier, load_sparse, save_pretrained_sparse
         >>> config = BertConfig(vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
         >>> model = BertModel(config)
-        >>> _ = Sparsifier(model).sparsify(0.9)
+        >>> Sparsifier(model).sparsify(0.9)
         >>> with tempfile.TemporaryDirectory() as parent:
         ...     saved = save_pretrained_sparse(model, f'{parent}/bert')
         ...     loaded = load_sparse(f'{parent}/bert', BertModel(config))

@@ -16,12 +16,10 @@ _WIDTH = 120
 _GAP = "  "
 # Narrower than this, names and remarks cannot be read any more.
 _LEAST_NAME, _LEAST_REMARK = 20, 24
-# A bar of a translucent colour, so that it is seen on a light and on a dark page; printers leave out backgrounds unless
-# they are told not to.
-_BAR = (
-    "background: linear-gradient(90deg, rgba(70, 130, 180, 0.4) {share:.1f}%, transparent {share:.1f}%); "
-    "-webkit-print-color-adjust: exact; print-color-adjust: exact; "
-)
+# A bar of a translucent colour, so that it is seen on a light and on a dark page.
+_BAR = "background: linear-gradient(90deg, #4682b466 {percent:.1f}%, transparent 0); "
+# Printers leave out backgrounds unless they are told not to.
+_PRINTED = ' style="-webkit-print-color-adjust: exact; print-color-adjust: exact"'
 
 
 def terminal_width() -> int | None:
@@ -101,7 +99,7 @@ class Cells:
             cells = []
             for column, cell in enumerate(row):
                 share = self.bars[column][number] if number is not None and column in self.bars else None
-                bar = "" if share is None else _BAR.format(share=100 * share)
+                bar = _BAR.format(percent=100 * share) if share else ""
                 align = "left" if column in left else "right"
                 cells.append(f'<{tag} style="{bar}text-align: {align}">{escape(cell)}</{tag}>')
             return f"<tr>{''.join(cells)}</tr>"
@@ -113,7 +111,7 @@ class Cells:
         if table.totals:
             foot = "".join(line(row, "th", len(rows) + number) for number, row in enumerate(table.totals))
             parts.append(f"<tfoot>{foot}</tfoot>")
-        return f"<table>{''.join(parts)}</table>"
+        return f"<table{_PRINTED if self.bars else ''}>{''.join(parts)}</table>"
 
     def _printable(self) -> Cells:
         """The same without what a terminal would obey: names may have any characters."""

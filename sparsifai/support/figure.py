@@ -94,7 +94,7 @@ DENSE = "0.75"  # the colour of layers that stay dense
 
 
 def label_rows(ax: Any, names: Sequence[str]) -> None:
-    """Label the rows of an image: each with its name, or if there are more than 60, each block at its first row.
+    """Label the rows of an image: each with its name, or if there are more than 40, each block at its first row.
 
     Args:
         ax: The matplotlib axes; the middle of row i is at i.

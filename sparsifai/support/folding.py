@@ -10,7 +10,7 @@ from typing import Any
 Record = Mapping[str, Any]
 
 # A table of more rows is folded.
-LONGEST = 60
+LONGEST = 40
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Line:
 def fold(records: Sequence[Record], key: str, by_block: bool = True) -> list[Line]:
     """Fold the rows of a table to one line per block.
 
-    Neighbouring blocks that are equal in all but their number are one line. If there are more than 60 lines even so,
+    Neighbouring blocks that are equal in all but their number are one line. If there are more than 40 lines even so,
     those in the middle become one.
 
     Args:
@@ -59,22 +59,28 @@ def fold(records: Sequence[Record], key: str, by_block: bool = True) -> list[Lin
 def block_of(name: str) -> str:
     """The block of a model that a parameter belongs to; the name itself if it is in none.
 
-    It ends with the first part of the name that is a number. Without one, it ends with the first part that has a digit,
-    or is the module that holds the layer.
+    It ends with the first part of the name that is a number, or ends with an underscore and one. Without one, it ends
+    with the first part that has a digit, or is the module that holds the layer.
 
     Example:
         >>> block_of('encoder.layer.3.attention.self.query.weight'), block_of('layer3.11.conv2.weight')
         ('encoder.layer.3', 'layer3.11')
         >>> block_of('features.denseblock1.denselayer2.conv1.weight'), block_of('fc.weight')
         ('features.denseblock1', 'fc.weight')
+        >>> block_of('encoder.layers.encoder_layer_3.mlp.0.weight')
+        'encoder.layers.encoder_layer_3'
     """
     parts = name.split(".")
     modules = parts[:-2]  # without the layer and its parameter
-    for of_name, is_last in (parts, str.isdecimal), (modules, _has_digit):
+    for of_name, is_last in (parts, _is_numbered), (modules, _has_digit):
         for place, part in enumerate(of_name, 1):
             if is_last(part):
                 return ".".join(parts[:place])
     return ".".join(modules) or name
+
+
+def _is_numbered(part: str) -> bool:
+    return part.rpartition("_")[2].isdecimal()
 
 
 def _has_digit(part: str) -> bool:
@@ -92,7 +98,7 @@ def _content(block: str, records: Sequence[Record], key: str) -> Any:
 
 
 def _without_middle(lines: list[Line], things: str) -> list[Line]:
-    """At most 60 lines: those in the middle are one."""
+    """At most 40 lines: those in the middle are one."""
     if len(lines) <= LONGEST:
         return lines
     end = LONGEST // 2

@@ -200,9 +200,9 @@ class Table(ABC):
     def fold(self) -> Self:
         """The same table with one line for each block of the model, with subtotals.
 
-        A table of more than 60 rows is folded by itself when it is printed; in a notebook the rows can be opened below.
+        A table of more than 40 rows is folded by itself when it is printed; in a notebook the rows can be opened below.
         Blocks are what the names say: 'layer3.11' of 'layer3.11.conv1.weight'. Neighbours that are equal are one line.
-        Of a sorted table, and of one with more than 60 blocks, the lines in the middle are one.
+        Of a sorted table, and of one with more than 40 blocks, the lines in the middle are one.
 
         Returns:
             A new table. `records` and `to_pandas` have all rows.
@@ -218,10 +218,10 @@ class Table(ABC):
         Example:
             >>> import torch
             >>> from sparsifai import Report
-            >>> model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(61)))
+            >>> model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(41)))
             >>> report = Report.of(model)
             >>> len(str(report).splitlines()), len(str(report.unfold()).splitlines())
-            (7, 66)
+            (7, 46)
         """
         return self._with(_is_folded=False)
 

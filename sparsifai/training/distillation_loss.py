@@ -47,7 +47,7 @@ distillation_losses = Registry("distillation loss", check=_check, capabilities=(
 """The losses of a teacher by name. `distillation_losses.register` adds a function of the outputs of both nets.
 
 Example:
-    >>> @distillation_losses.register(replace=True)
+    >>> @distillation_losses.register
     ... def mean_absolute_error(student, teacher):
     ...     return (student - teacher).abs().mean()
     >>> distillation = Distillation(nn.Linear(8, 2), loss='mean_absolute_error')

@@ -184,7 +184,7 @@ class Sensitivity(Table):
     def plot_heat_map(self, ax: Any = None) -> Any:
         """Draw a row per layer and a column per sparsity; the colour is how much worse the metric is than before.
 
-        Of more than 60 layers, blocks are labelled at their first layer. A metric that is NaN or infinite is grey.
+        Of more than 40 layers, blocks are labelled at their first layer. A metric that is NaN or infinite is grey.
 
         Args:
             ax: The matplotlib axes to draw on; by default new ones.

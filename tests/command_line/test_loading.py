@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sparsifai import Sparsifier, save_shrunk, save_sparse, shrink
+from sparsifai import Sparsifier, save_pretrained_sparse, save_shrunk, save_sparse, shrink
 from sparsifai.command_line.loading import filled, model_of
 from sparsifai.command_line.main import main
 from sparsifai.command_line.state import read_state
@@ -87,6 +87,19 @@ def test_a_folder_of_save_pretrained_implies_its_model(options, folder):
     assert model_of("transformers:bert(num_hidden_layers=2)", None).config.num_hidden_layers == 2
 
 
+def test_a_folder_of_save_pretrained_sparse_is_read(folder, capsys):
+    bert = small_bert()
+    Sparsifier(bert).sparsify(0.9)
+    save_pretrained_sparse(bert, folder / "sparse")
+    loaded = model_of(None, folder / "sparse")
+    assert all(torch.equal(value, bert.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert main(["report", "sparse"]) == 0
+    assert "sparse-bitmask" in capsys.readouterr().out
+    bert.save_pretrained(folder / "dense")
+    assert main(["report", "dense"]) == 0
+    assert "sparse-bitmask" not in capsys.readouterr().out
+
+
 def test_a_folder_with_pickled_weights_is_read_without_running_code(folder):
     small_bert().save_pretrained(folder / "bert")
     (folder / "bert" / "model.safetensors").unlink()
@@ -113,7 +126,7 @@ def test_code_beside_a_configuration_is_not_run(folder, capsys):
 
 INDICES = {
     "outside of the folder": {"weight_map": {"w": "../net.pth"}},
-    "itself": {"weight_map": {"w": "model.safetensors.index.json"}},
+    "itself": {"weight_map": {"w": "pytorch_model.bin.index.json"}},
     "no map": {"weight_map": ["w"]},
     "no names": {"weight_map": {"w": 3}},
     "nothing": [],
@@ -121,18 +134,22 @@ INDICES = {
 
 
 @pytest.mark.parametrize("kind", INDICES)
-def test_an_index_names_files_beside_it_only(kind, folder):
-    index = folder / "model.safetensors.index.json"
+@pytest.mark.parametrize("name", ["pytorch_model.bin.index.json", "model.safetensors.index.json"])
+def test_an_index_names_files_beside_it_only(name, kind, folder):
+    index = folder / name
     index.write_text(json.dumps(INDICES[kind]))
-    with pytest.raises(ValueError, match="is damaged|is not a state_dict"):
-        read_state(index)
+    for path in (index, folder):
+        with pytest.raises(ValueError, match="is damaged|is not a state_dict"):
+            read_state(path)
 
 
 def test_an_index_and_its_files_agree(folder):
-    save_file({"w": torch.ones(2)}, folder / "one.safetensors")
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"w": "one.safetensors", "v": "one.safetensors"}}))
-    with pytest.raises(ValueError, match=r"one.safetensors lacks 'v', which the index says it has"):
+    torch.save({"w": torch.ones(2)}, folder / "one.bin")
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "one.bin"}}))
+    assert read_state(folder).keys() == {"w"}
+    index.write_text(json.dumps({"weight_map": {"w": "one.bin", "v": "one.bin"}}))
+    with pytest.raises(ValueError, match=r"one.bin lacks 'v', which the index says it has"):
         read_state(index)
 
 

@@ -1,5 +1,7 @@
 """sparsifai plan: tables and a picture of what a recipe would do to a model."""
 
+import sys
+
 import pytest
 
 from sparsifai.command_line.main import main
@@ -12,6 +14,7 @@ def plan(tmp_path, monkeypatch):
     recipe.write_text("epochs: 4\nsteps:\n- sparsify: {sparsity: 0.9, context: erk, end: 75%}\n")
     (tmp_path / "sparsifai_models.py").write_text("from conftest import small_net as small\nnumber = 3\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "sparsifai_models", raising=False)
     return lambda model, *options, recipe=recipe: main(["plan", str(recipe), "--model", model, *options])
 
 

@@ -119,9 +119,9 @@ def test_a_model_is_read_bit_for_bit(tmp_path, dtype):
 
 
 def test_the_command_line_reports_a_folder(tmp_path, capsys):
-    saved = save_pretrained_sparse(llama(), tmp_path / "new")
+    save_pretrained_sparse(llama(), tmp_path / "new")
     assert main(["report", str(tmp_path / "new")]) == 0
-    assert capsys.readouterr().out == f"{saved}\n"
+    assert "sparse-bitmask" in capsys.readouterr().out
 
 
 def test_a_model_in_several_files(tmp_path):
@@ -136,6 +136,7 @@ def test_a_model_in_several_files(tmp_path):
 
 def test_tied_weights_are_stored_once_and_dense(tmp_path):
     model = llama(tie_word_embeddings=True)
+    model.lm_head.weight.data[:, 8:] = 0
     saved = save_pretrained_sparse(model, tmp_path / "new")
     assert [row.form for row in saved.rows if row.shape == (40, 64)] == ["dense"]
     loaded = load_sparse(tmp_path / "new", other(model))

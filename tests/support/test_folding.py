@@ -76,9 +76,9 @@ def test_blocks_are_one_line_only_if_all_of_them_is_equal():
 def test_many_lines_have_one_for_those_in_the_middle_which_adds_up():
     rows = tuple((f"layer{number}.weight", "Linear", 10, number % 7, "") for number in range(100))
     lines = str(Zeros(rows)).splitlines()
-    assert len(lines) == 2 + 60 + 1
+    assert len(lines) == 2 + 40 + 1
     assert [line.split() for line in lines if "between" in line] == [
-        ["...", "41", "layers", "between", "...", "Linear", "410", "125", "30.49%"]  # of the layers 30 to 70
+        ["...", "61", "layers", "between", "...", "Linear", "610", "182", "29.84%"]  # of the layers 20 to 80
     ]
     by_zeros = Zeros(rows).sort("zeros", descending=True)
     assert [line.split()[3] for line in str(by_zeros).splitlines()[2:4]] == ["6", "6"]

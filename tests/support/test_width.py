@@ -93,9 +93,10 @@ def test_printing_fits_the_terminal_and_a_file_gets_it_all(monkeypatch):
 
 
 def test_bars_in_html():
-    html = Cells(("layer", "sparsity"), [("a", "25.00%"), ("b", "")], totals=[("all", "100.00%")],
-                 bars={1: [0.25, None, 1.0]}).html()  # fmt: skip
+    rows = [("a", "25.00%"), ("b", ""), ("c", "0.00%")]
+    bars = {1: [0.25, None, 0.0, 1.0]}
+    html = Cells(("layer", "sparsity"), rows, totals=[("all", "100.00%")], bars=bars).html()
     assert html.count("linear-gradient") == 2
-    assert "25.0%, transparent 25.0%" in html
-    assert "100.0%, transparent 100.0%" in html
-    assert html.count("print-color-adjust: exact") == 4  # two names of it each
+    assert '#4682b466 25.0%, transparent 0); text-align: right">25.00%</td>' in html
+    assert '#4682b466 100.0%, transparent 0); text-align: right">100.00%</th>' in html
+    assert html.startswith('<table style="-webkit-print-color-adjust: exact; print-color-adjust: exact">')
