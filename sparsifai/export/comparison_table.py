@@ -154,7 +154,8 @@ class Comparison(Table):
     def plot(self, ax: Any = None) -> Any:
         """Draw the numbers of each form relative to the dense model as bars, with what the form gains in words.
 
-        Times that differ from the dense model by no more than the noise are marked with `~`.
+        Times that differ from the dense model by no more than the noise are marked with `~`. Forms that are not
+        available are named below the bars; the notes of the table say why.
 
         Args:
             ax: The matplotlib axes to draw into; new ones by default.
@@ -162,20 +163,20 @@ class Comparison(Table):
         Returns:
             The matplotlib axes.
         """
-        ax = axes_or_new(ax, 8, 1 + 0.9 * len(self.forms))
+        forms = [form for form in self.forms if form.milliseconds is not None]
+        missing = [form.name for form in self.forms if form.milliseconds is None]
+        ax = axes_or_new(ax, 8, 1.2 + 0.9 * len(forms))
         height = 0.8 / len(_DRAWN)
         for number, (label, quantity) in enumerate(_DRAWN.items()):
-            ratios = [self.relative(form.name, quantity) for form in self.forms]
+            ratios = [self.relative(form.name, quantity) for form in forms]
             places = [place + (number - (len(_DRAWN) - 1) / 2) * height for place in range(len(ratios))]
             bars = ax.barh(places, [ratio or 0 for ratio in ratios], height, label=label)
-            ax.bar_label(bars, [self._ratio(form, quantity) for form in self.forms], padding=2, fontsize="x-small")
-        for place, form in enumerate(self.forms):
-            if form.milliseconds is None:
-                ax.text(0.01, place, "not available: see the note", va="center", fontsize="small", color="0.4")
+            ax.bar_label(bars, [self._ratio(form, quantity) for form in forms], padding=2, fontsize="x-small")
         ax.axvline(1, color="black", linewidth=0.8)
-        ax.set(xlabel="ratio to the dense model (shorter is better)")
-        labels = ["\n".join([form.name, *self.in_words(form.name).split(", ")]).strip() for form in self.forms]
-        ax.set_yticks(range(len(self.forms)), labels)
+        not_available = f"\nnot available (see the notes): {', '.join(missing)}" if missing else ""
+        ax.set(xlabel=f"ratio to the dense model (shorter is better){not_available}")
+        labels = ["\n".join([form.name, *self.in_words(form.name).split(", ")]).strip() for form in forms]
+        ax.set_yticks(range(len(forms)), labels)
         ax.margins(x=0.1)
         ax.invert_yaxis()
         legend_beside(ax)

@@ -18,6 +18,8 @@ _GAP = "  "
 _LEAST_NAME, _LEAST_REMARK = 20, 24
 # A bar of a translucent colour, so that it is seen on a light and on a dark page.
 _BAR = "background: linear-gradient(90deg, #4682b466 {percent:.1f}%, transparent 0); "
+# Remarks are wrapped in HTML, too, also where a page keeps cells in one line.
+_WRAPPED = "; white-space: normal; min-width: 14em"
 # Printers leave out backgrounds unless they are told not to.
 _PRINTED = ' style="-webkit-print-color-adjust: exact; print-color-adjust: exact"'
 
@@ -40,8 +42,8 @@ class Cells:
         bars: Number of a column -> for each row and each total the fraction from 0 to 1 that a bar fills in HTML, or
             None for no bar.
         caption: Lines above the table; none if empty.
-        notes: One note per row, empty if there is none to give. In text each is a line below the table that begins
-            with the first cell of its row; in HTML they are a last column.
+        notes: One note per row, empty if there is none to give. Each is a line below the table that begins with the
+            first cell of its row.
         foot: Lines below the text; not in HTML.
 
     Example:
@@ -81,37 +83,37 @@ class Cells:
         else:
             parts = [_filled(line, width) for line in parts]
             parts.append("\n\n".join(part._lines(widths) for part, widths in table._fitted(width)))
-        below = [f"{row[0]}: {note}" for row, note in zip(table.rows, table.notes, strict=False) if note]
-        below += table.foot.split("\n") if table.foot else []
+        below = [*table._noted(), *(table.foot.split("\n") if table.foot else [])]
         return "\n".join([*parts, *(_filled(line, width or _WIDTH) for line in below)])
 
     def html(self) -> str:
         """The table as HTML, with all text escaped."""
         table = self._printable()
-        left = set(self.left)
-        header, rows = table.header, table.rows
-        if self.notes:
-            left = left | {len(header)}
-            header = [*header, "note"]
-            rows = [[*row, note] for row, note in zip(rows, table.notes, strict=True)]
+        rows = table.rows
 
         def line(row: Sequence[str], tag: str, number: int | None = None) -> str:
             cells = []
             for column, cell in enumerate(row):
                 share = self.bars[column][number] if number is not None and column in self.bars else None
                 bar = _BAR.format(percent=100 * share) if share else ""
-                align = "left" if column in left else "right"
-                cells.append(f'<{tag} style="{bar}text-align: {align}">{escape(cell)}</{tag}>')
+                align = "left" if column in self.left else "right"
+                wrapped = _WRAPPED if column in self.remarks and len(cell) > _LEAST_REMARK else ""
+                cells.append(f'<{tag} style="{bar}text-align: {align}{wrapped}">{escape(cell)}</{tag}>')
             return f"<tr>{''.join(cells)}</tr>"
 
-        caption = escape(" ".join(table.caption.split("\n")))
+        caption = _lines_of_html(table.caption.split("\n"))
         parts = [f"<caption>{caption}</caption>"] if caption else []
         body = "".join(line(row, "td", number) for number, row in enumerate(rows))
-        parts.append(f"<thead>{line(header, 'th')}</thead><tbody>{body}</tbody>")
+        parts.append(f"<thead>{line(table.header, 'th')}</thead><tbody>{body}</tbody>")
         if table.totals:
             foot = "".join(line(row, "th", len(rows) + number) for number, row in enumerate(table.totals))
             parts.append(f"<tfoot>{foot}</tfoot>")
-        return f"<table{_PRINTED if self.bars else ''}>{''.join(parts)}</table>"
+        below = f"<p>{_lines_of_html(noted)}</p>" if (noted := table._noted()) else ""
+        return f"<table{_PRINTED if self.bars else ''}>{''.join(parts)}</table>{below}"
+
+    def _noted(self) -> list[str]:
+        """The notes, each behind the first cell of its row."""
+        return [f"{row[0]}: {note}" for row, note in zip(self.rows, self.notes, strict=False) if note]
 
     def _printable(self) -> Cells:
         """The same without what a terminal would obey: names may have any characters."""
@@ -205,6 +207,10 @@ class Cells:
 
 def _sum(widths: Sequence[int]) -> int:
     return sum(widths) + len(_GAP) * (len(widths) - 1)
+
+
+def _lines_of_html(lines: Sequence[str]) -> str:
+    return "<br>".join(map(escape, lines))
 
 
 def _filled(line: str, width: int) -> str:

@@ -52,7 +52,7 @@ class Column:
         show: The text of a value. Values that are None are shown as an empty cell without asking it.
         left: Whether it is aligned to the left, as text is, and not to the right, as numbers are.
         remark: Whether it is text of any length, which may be wrapped.
-        below: Whether its texts are lines below the table, as notes that are long; in HTML they are a column.
+        below: Whether its texts are lines below the table, as notes that are long.
         bar: Whether its values are fractions that HTML draws as bars.
         total: The value of several rows that are one line of a folded table. By default the sum of numbers; the text
             that all rows share; or how many remarks there are.

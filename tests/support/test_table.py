@@ -58,12 +58,20 @@ def test_a_long_note_is_wrapped():
 def test_html():
     left, right = 'style="text-align: left"', 'style="text-align: right"'
     assert CELLS.html() == (
-        "<table><caption>Two layers of a model</caption>"
-        f"<thead><tr><th {left}>layer</th><th {right}>weights</th><th {left}>why</th><th {left}>note</th></tr></thead>"
-        f"<tbody><tr><td {left}>fc</td><td {right}>20</td><td {left}>dense</td><td {left}>a remark</td></tr>"
-        f"<tr><td {left}>embedding</td><td {right}>1,000</td><td {left}></td><td {left}></td></tr></tbody>"
+        "<table><caption>Two layers<br>of a model</caption>"
+        f"<thead><tr><th {left}>layer</th><th {right}>weights</th><th {left}>why</th></tr></thead>"
+        f"<tbody><tr><td {left}>fc</td><td {right}>20</td><td {left}>dense</td></tr>"
+        f"<tr><td {left}>embedding</td><td {right}>1,000</td><td {left}></td></tr></tbody>"
         f"<tfoot><tr><th {left}>all layers</th><th {right}>1,020</th><th {left}></th></tr></tfoot></table>"
+        "<p>fc: a remark</p>"
     )
+
+
+def test_long_remarks_are_wrapped_in_html():
+    remark = "not constant where conv2 reads it"
+    html = Cells(("layer", "why"), [(remark, remark), ("fc", "dense")], left=(0, 1), remarks=(1,)).html()
+    assert html.count("white-space: normal") == 1
+    assert f'white-space: normal; min-width: 14em">{remark}</td></tr>' in html
 
 
 def test_html_escapes_names():
