@@ -9,6 +9,7 @@ trains.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .support.foreign_names import unknown_name as _unknown_name
 from .support.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ _ALONE = {**_NEED_FASTAI, "Recipe": ".recipes.recipe"}
 
 def __getattr__(name: str) -> Any:
     if name not in _ALONE and name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise _unknown_name(__name__, name)
     if name in _NEED_FASTAI:
         import_module(".callbacks.methods", __name__)  # adds the methods of a Learner
     found = getattr(import_module(_ALONE.get(name, ".public"), __name__), name)
