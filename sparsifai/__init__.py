@@ -10,6 +10,7 @@ from importlib import import_module
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
+from .support.foreign_names import unknown_name as _unknown_name
 from .support.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ _IMPORTING = RLock()  # torch cannot be imported by several threads at once
 
 def __getattr__(name: str) -> Any:
     if name not in _ALONE and name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise _unknown_name(__name__, name)
     with _IMPORTING:
         if name in _NEED_FASTAI:
             import_module(".callbacks.methods", __name__)  # adds the methods of a Learner
