@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..support.cells import terminal_width
+from ..support.terminal import terminal_width
 
 if TYPE_CHECKING:
     from ..support.table import Table

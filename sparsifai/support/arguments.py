@@ -66,6 +66,11 @@ def _checking(function: Callable, of: Callable | None, caller: str) -> Callable:
         if not options.keys() <= known:
             unknown = next(name for name in options if name not in known)
             raise TypeError(unknown_argument(caller or _name_of_call(function, arguments), unknown, known))
+        if of is not None:  # which would be named by Python
+            try:
+                shown.bind(*arguments, **options)
+            except TypeError as error:
+                raise TypeError(f"{caller or _name_of_call(function, arguments)}(): {error}") from None
         try:
             return function(*arguments, **options)
         except TypeError as error:

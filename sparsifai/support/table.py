@@ -6,19 +6,18 @@ Raw values are made to cells, and cells to text or HTML.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .cells import Cells, terminal_width
-from .folding import LONGEST, Line, fold
+from .cells import Cells
+from .folding import LONGEST, Line, Record, fold
 from .printable import quoted
+from .terminal import terminal_width
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-Record = Mapping[str, Any]
 
 # Remarks on the rows of a block are listed in its line if they have at most so many characters together.
 _LONGEST_REMARKS = 50

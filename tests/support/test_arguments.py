@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sparsifai
-from sparsifai import Recipe, Sparsifier, Sparsify, TrainingManager, compare, lamp, sensitivity, shrink
+from sparsifai import Distil, Recipe, Sparsifier, Sparsify, TrainingManager, compare, lamp, sensitivity, shrink
 from sparsifai.support.arguments import checks_arguments
 from sparsifai.support.foreign_names import ARGUMENTS, ATTRIBUTES, PUBLIC, VALUES
 from sparsifai.support.table import Table
@@ -74,6 +74,9 @@ def test_functions_are_found():
         (lambda: Sparsifier(*[model()] * 6), "Sparsifier() takes from 2 to 5 positional arguments but 7 were given; "
          "pass the others by name: layers=, exclude=, "),
         (lambda: Sparsify(0.5, method="local"), "Sparsify has no argument 'method'; its name here is context: "),
+        (lambda: Sparsify(*[0.5] * 9), "Sparsify(): too many positional arguments"),
+        (lambda: Sparsify(0.5, sparsity=0.5), "Sparsify(): multiple values for argument 'sparsity'"),
+        (lambda: Distil(), "Distil(): missing a required argument: 'teacher'"),
     ],
 )  # fmt: skip
 def test_the_right_argument_is_told(call, message):
