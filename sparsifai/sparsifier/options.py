@@ -243,7 +243,7 @@ def check_sparsity(sparsity: Any = None, compression_ratio: Any = None) -> Spars
         (1.0, {'layer1.*': 0.5})
     """
     if sparsity is None and compression_ratio is None:
-        raise TypeError("no sparsity is given; pass the fraction of the weights that is zero in the end, as sparsity=0.9")
+        raise TypeError("no sparsity is given; pass the fraction of the weights that are zero at the end: sparsity=0.9")
     if sparsity is not None and compression_ratio is not None:
         raise TypeError("sparsity= and compression_ratio= are two names of one number, and both are given; pass one")
     sparsity = compression_ratio if sparsity is None else sparsity

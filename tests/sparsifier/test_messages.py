@@ -64,7 +64,7 @@ OPTIONS = [
     ("a percentage in a dictionary", lambda: sparsify({"0": 50}), ValueError,
      "sparsity 50 is a percentage, not a fraction; pass 0.5 for 50 %"),
     ("no sparsity", lambda: sparsify(), TypeError,
-     "no sparsity is given; pass the fraction of the weights that is zero in the end, as sparsity=0.9"),
+     "no sparsity is given; pass the fraction of the weights that are zero at the end: sparsity=0.9"),
     ("both names of a sparsity", lambda: sparsify(0.5, ratio=0.5), TypeError,
      "sparsity= and compression_ratio= are two names of one number, and both are given; pass one"),
     ("a sparsity for a granularity", lambda: Sparsifier(mlp(), 0.9), TypeError,
