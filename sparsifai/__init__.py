@@ -7,8 +7,10 @@ trains.
 """
 
 from importlib import import_module
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
+from .support.foreign_names import unknown_name as _unknown_name
 from .support.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -137,14 +139,16 @@ _NEED_FASTAI = {
 }
 # Recipe by itself, as it needs PyYAML, whose import takes a while.
 _ALONE = {**_NEED_FASTAI, "Recipe": ".recipes.recipe"}
+_IMPORTING = RLock()  # torch cannot be imported by several threads at once
 
 
 def __getattr__(name: str) -> Any:
     if name not in _ALONE and name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in _NEED_FASTAI:
-        import_module(".callbacks.methods", __name__)  # adds the methods of a Learner
-    found = getattr(import_module(_ALONE.get(name, ".public"), __name__), name)
+        raise _unknown_name(__name__, name)
+    with _IMPORTING:
+        if name in _NEED_FASTAI:
+            import_module(".callbacks.methods", __name__)  # adds the methods of a Learner
+        found = getattr(import_module(_ALONE.get(name, ".public"), __name__), name)
     return globals().setdefault(name, found)  # the next use finds it without this function
 
 

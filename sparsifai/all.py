@@ -14,6 +14,9 @@ from .training.lottery import lottery_ticket as lottery_ticket
 from .training.regularize import RegularizeCallback as RegularizeCallback
 
 if not TYPE_CHECKING:  # type checkers read no list that is computed, and take every name without one
-    from . import _NEED_FASTAI
+    from . import _NEED_FASTAI, _unknown_name
 
     __all__ = sorted([*_without_fastai, *_NEED_FASTAI])
+
+    def __getattr__(name):
+        raise _unknown_name(__name__, name)

@@ -33,19 +33,7 @@ SMALL = {
     "10_from_zeros_to_speed": {"folder": "", "per_class": 20, "epochs": 2, "inner": 1024},
     "11_transformers": {"digits": 520, "epochs": 4},
 }
-# Those that tell no story yet.
-UNTOLD = {
-    "02_granularity",
-    "03_criteria_and_schedules",
-    "05_pruning_at_initialization",
-    "06_nm_and_blocks",
-    "07_lottery_ticket",
-    "09_recipes",
-}
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-each_story = pytest.mark.parametrize(
-    "path", [path for path in NOTEBOOKS if path.stem not in UNTOLD], ids=lambda path: path.stem
-)
 
 
 @pytest.fixture(scope="session")
@@ -118,7 +106,7 @@ def test_a_notebook_is_stored_with_its_outputs(path):
         assert stored[name] == value if isinstance(value, str) else stored[name] > value
 
 
-@each_story
+@each_notebook
 def test_a_story_begins_with_its_goal_and_ends_with_what_to_try(path):
     first, *_, last = cells_of(path, "markdown")
     assert re.match(r"# .+\n\n", source_of(first))
@@ -130,7 +118,7 @@ def test_a_story_begins_with_its_goal_and_ends_with_what_to_try(path):
     assert "https://arxiv.org/abs/" in "".join(source_of(cell) for cell in cells_of(path, "markdown"))
 
 
-@each_story
+@each_notebook
 def test_the_code_of_a_story_is_for_reading(path):
     for cell in cells_of(path, "markdown") + cells_of(path, "code"):
         long = [line for line in source_of(cell).splitlines() if len(line) >= 100 and not line.startswith("|")]
@@ -142,14 +130,14 @@ def test_the_code_of_a_story_is_for_reading(path):
         assert not filters, "a filter hides warnings of this library, too"
 
 
-@each_story
+@each_notebook
 def test_a_story_shows_tables_and_pictures_rather_than_raw_values(path):
     for output in outputs_of(path):
         if not output.get("data", {}).keys() & {"text/html", "text/markdown", "image/png"}:
             assert not re.search(r"^\s*(tensor\(|array\(|\[|\{|\(#\d+\) \[)", text_of([output]), re.MULTILINE)
 
 
-@each_story
+@each_notebook
 def test_the_numbers_of_a_story_are_shown(path):
     shown = numbers_shown(path)
 
@@ -160,7 +148,7 @@ def test_the_numbers_of_a_story_are_shown(path):
     assert [number for number in numbers_in(prose_of(path)) if not is_shown(number)] == []
 
 
-@each_story
+@each_notebook
 def test_links_of_a_story_lead_somewhere(path):
     text = "\n".join(source_of(cell) for cell in cells_of(path, "markdown"))
     assert broken_links(f"nbs/{path.name}", text) == []

@@ -46,6 +46,14 @@ def test_the_face_imports_nothing_heavy_until_a_name_is_used():
     assert "torch" in loaded_after("import sparsifai; sparsifai.Sparsifier")
 
 
+def test_several_threads_may_use_names_first():
+    loaded_after(
+        "import sparsifai\n"
+        "from concurrent.futures import ThreadPoolExecutor as Pool\n"
+        "list(Pool(16).map(lambda name: getattr(sparsifai, name), ['Recipe', *sparsifai.__all__]))"
+    )
+
+
 def test_the_core_works_without_importing_fastai_or_anything_slow():
     loaded = loaded_after(
         "import torch, sparsifai\n"

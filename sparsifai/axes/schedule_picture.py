@@ -20,7 +20,8 @@ def plot_schedule(*several: str | Schedule, sparsity: float = 1.0, ax: Any = Non
     """Draw how the sparsity grows during training by one or several schedules.
 
     Args:
-        *several: Names of schedules, or functions of t, the progress of training from 0 to 1.
+        *several: Names of schedules, or functions of t, the progress of training from 0 to 1. Functions without a name
+            of their own are called 'schedule 2' in the legend, by their place.
         sparsity: The target sparsity. Default 1: the share of the target is drawn.
         ax: The matplotlib axes to draw on; by default new ones.
 
@@ -44,8 +45,9 @@ def plot_schedule(*several: str | Schedule, sparsity: float = 1.0, ax: Any = Non
     times = np.linspace(0, 1, _POINTS)
     curves = [[target * progress(schedule, float(t)) for t in times] for schedule in resolved]
     ax = axes_or_new(ax, 6.4, 3.6)
-    for schedule, curve in zip(resolved, curves, strict=True):
-        ax.plot(times, curve, label=name_of(schedule))
+    for number, (schedule, curve) in enumerate(zip(resolved, curves, strict=True), 1):
+        name = name_of(schedule)  # of fastai's annealers and of lambdas it says nothing
+        ax.plot(times, curve, label=name if name[:1].isalpha() else f"schedule {number}")
     ax.set(xlabel="progress of training", ylabel="share of the target sparsity" if target == 1 else "sparsity")
     ax.set(xlim=(0, 1), ylim=(0, 1.02 * (target or 1)))
     in_percent(ax.xaxis)

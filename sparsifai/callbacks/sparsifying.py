@@ -7,6 +7,7 @@ from typing import Any
 from fastai.callback.schedule import fit_one_cycle as fit_one_cycle  # adds `learn.fit_one_cycle`
 from fastai.learner import Learner
 from fastcore.basics import patch_to
+from fastcore.foundation import L
 
 from ..support.arguments import checks_arguments
 from ..support.checks import check_count
@@ -74,9 +75,8 @@ def sparsify(
             "learn.unfreeze() first; or learn.fine_tune(epochs, cbs=SparsifyCallback(...)), which prunes in its second "
             "part"
         )
-    others = [] if cbs is None else list(cbs) if isinstance(cbs, (list, tuple)) else [cbs]
     self.fit_one_cycle(
-        n_epoch, lr_max, div=div, div_final=div_final, pct_start=pct_start, wd=wd, moms=moms, cbs=[callback, *others],
+        n_epoch, lr_max, div=div, div_final=div_final, pct_start=pct_start, wd=wd, moms=moms, cbs=[callback, *L(cbs)],
         reset_opt=reset_opt, start_epoch=start_epoch,
     )  # fmt: skip
     return callback

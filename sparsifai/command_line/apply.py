@@ -74,7 +74,7 @@ def run(given: argparse.Namespace) -> None:
     if given.json:
         print_json({"sparsity": report.selected.sparsity, "file": given.to, **content_of(report)})
     else:
-        print_table(report)
+        print_table(report, given.all)
         if given.to is not None:
             print(f"\n{given.to}: {given.to.stat().st_size:,} bytes")
 

@@ -37,13 +37,21 @@ def add_to(parser: argparse.ArgumentParser, what: str, required: bool = False) -
 
 
 def check_to(to: Path | None, force: bool) -> None:
-    """Refuse to replace a file, before any work is done.
+    """Refuse what cannot or must not be written, before any work is done.
 
     Raises:
-        ValueError: There is a file, or a link, and `force` is false.
+        ValueError: There is a file, or a link, and `force` is false. Or there is no folder to write it to.
     """
     if to is not None and not force and os.path.lexists(to):
         raise ValueError(f"{to} exists already; choose another name, or give --force to replace it")
+    if to is not None and (to.is_dir() or not os.access(to.parent, os.W_OK | os.X_OK)):
+        is_there = to.parent.is_dir()
+        why = (
+            "this is a folder"
+            if to.is_dir()
+            else f"the folder {'cannot be written to' if is_there else 'does not exist'}"
+        )
+        raise ValueError(f"--to {to}: {why}; give the path of a file in a folder of yours")
 
 
 def shape(text: str) -> tuple[bool, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from .arguments import add_model
@@ -14,6 +15,11 @@ why. The dense model has the weights of --dense; without it, it is a copy whose 
 
 example: sparsifai compare --model torchvision:resnet18 --checkpoint pruned.pth --input 8,3,224,224
 """
+
+FILLED = (
+    "the weights of --checkpoint, with random numbers in place of zeros, since there is no --dense; time and size of a "
+    "dense model do not depend on the values of its weights"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +42,10 @@ def run(given: argparse.Namespace) -> None:
     sparse = model_of(given.model, given.checkpoint)
     dense = filled(sparse) if given.dense is None else model_of(given.model, given.dense)
     table = compare(dense, sparse, batch_of(given.input, dense), given.repeats)
+    if given.dense is None:
+        of_dense = replace(table.forms[0], note=FILLED)
+        table = replace(table, forms=(of_dense, *table.forms[1:]))
     if given.json:
         print_json({"measured": table.caption, **content_of(table)})
     else:
-        print_table(table)
+        print_table(table, given.all)

@@ -58,8 +58,8 @@ def run(given: argparse.Namespace) -> None:
             return [*_records(self.axis, REGISTRIES[self.axis])]
 
         def _columns(self) -> list[Column]:
-            columns = [Column("name", self.axis, left=True), Column("what", "what it is", left=True)]
-            needs = Column("needs", show=", ".join, left=True)
+            columns = [Column("name", self.axis, left=True), Column("what", "what it is", left=True, remark=True)]
+            needs = Column("needs", show=", ".join, left=True, remark=True)
             return [columns[0], needs, columns[1]] if self.axis == "criteria" else columns
 
     tables = {axis: Values(axis) for axis, words in _WORDS.items() if given.axis in (None, *words)}
@@ -69,7 +69,7 @@ def run(given: argparse.Namespace) -> None:
     for number, table in enumerate(tables.values()):
         if number:
             print()
-        print_table(table)
+        print_table(table, given.all)
 
 
 def _records(axis: str, registry: Registry) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from ..support.printable import LONGEST_MESSAGE, printable
@@ -47,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe without a part that would change the model, 130 after Ctrl-C, and 141 if the reader of the output has
         gone.
     """
-    given = _parser().parse_args(arguments)
+    given, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        near = get_close_matches(unknown[0].partition("=")[0], [f"--{name}" for name in vars(given)], n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        given.parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
     prefix = f"sparsifai {given.command}: "
 
     def show(message: Warning | str, *place: Any, **more: Any) -> None:
@@ -69,7 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _tell(f"{prefix}interrupted")
         return INTERRUPTED
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError) as error:
+    except OSError as error:
+        place = "" if error.filename is None else f"{error.filename}: "
+        _tell(f"{prefix}{place}{error.strerror or str(error) or type(error).__name__}")
+        return 2
+    except (ValueError, TypeError, RuntimeError, ImportError, MemoryError) as error:
         _tell(f"{prefix}{error if str(error) else type(error).__name__}")
         return 2
 
@@ -95,5 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         module.add_arguments(added)
         added.add_argument("--json", action="store_true", help="print JSON with raw numbers instead of a table")
-        added.set_defaults(run=module.run)
+        if module is not convert:  # which prints no table
+            added.add_argument("--all", action="store_true", help="print all rows of a table, also in a terminal")
+        added.set_defaults(run=module.run, parser=added)
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -78,9 +79,11 @@ class ModelName:
             ValueError: It cannot be made, or is no module.
         """
         try:
-            made = self._made()
-        except Exception as error:  # the code that makes a model may raise anything
-            raise ValueError(f"--model {self.text}: {error or type(error).__name__}") from error
+            with redirect_stdout(sys.stderr):  # standard output is that of the command
+                made = self._made()
+        except (Exception, SystemExit) as error:  # the code that makes a model may raise anything
+            says_all = isinstance(error, (ValueError, TypeError, ImportError, AttributeError)) and str(error)
+            raise ValueError(f"--model {self.text}: {says_all or repr(error)}") from error
         if not isinstance(made, nn.Module):
             raise ValueError(
                 f"--model {self.text}: {self.function} is not a torch.nn.Module, nor a function that returns one"

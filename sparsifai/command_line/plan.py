@@ -57,13 +57,13 @@ def run(given: argparse.Namespace) -> None:
             }
         )
     elif len(stages) == 1:
-        print_table(plans[0])
+        print_table(plans[0], given.all)
     else:
         print("Each stage is planned for the model as it is before all of them.")
         for number, (stage, plan) in enumerate(zip(stages, planned, strict=True), 1):
             print(f"\n{_title(stage, number)}")
             if plan is not None:
-                print_table(plan)
+                print_table(plan, given.all)
     if given.picture is not None:
         _draw(plans, given.picture)
 

@@ -53,7 +53,7 @@ def run(given: argparse.Namespace) -> None:
     for number, table in enumerate(tables):
         if number:
             print()
-        print_table(table)
+        print_table(table, given.all)
 
 
 def _of_model(model: str, path: Path) -> Sequence[Table]:

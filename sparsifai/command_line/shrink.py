@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 
 from .arguments import add_model, add_to, check_to
 
@@ -40,9 +41,12 @@ def run(given: argparse.Namespace) -> None:
         file = None if saved is None else {"path": saved.path, "bytes": saved.bytes}
         print_json({**sizes, "file": file, **content_of(table)})
     else:
-        print_table(table)
+        print_table(table, given.all)
         if saved is not None:
             print(f"\n{saved.path}: {saved.bytes:,} bytes")
     if not removes:
         why = f": {table.reasons}" if table.reasons else "; prune whole filters, heads or neurons first"
-        raise ValueError(f"nothing can be removed{why}")
+        why = f"nothing can be removed{why}"
+        if given.to is not None:
+            raise ValueError(f"{why}; {given.to} is not written")
+        warnings.warn(why, stacklevel=2)

@@ -42,7 +42,7 @@ from ..support.files import open_regular, write_whole
 from ..support.printable import LONGEST_MESSAGE, printable, quoted
 from ..support.version import __version__
 from .safetensors_file import SafetensorsFile, check_header, header_bytes, unique_json
-from .sparse_bitmask import INDEX, WEIGHTS, is_sparse_bitmask, read_files, read_folder, weight_files
+from .sparse_bitmask import INDEX, WEIGHTS, is_sparse_bitmask, read_files, read_folder
 from .sparse_tensor import DTYPES, StoredTensor
 
 # Name in the state_dict -> what is stored. A tensor that is the same as another maps to that one, under its name.
@@ -171,21 +171,6 @@ def is_safetensors(path: str | os.PathLike) -> bool:
         return True
     with open_regular(path) as file:
         return _begins_as_safetensors(file)
-
-
-def has_sparse_bitmask(path: Path) -> bool:
-    """Whether a file, or a folder that a transformers model was saved to, has weights in the form sparse-bitmask.
-
-    Of what is damaged it says no: whoever reads it tells of that.
-    """
-    try:
-        for name in weight_files(path) if path.is_dir() else [path]:
-            with open_regular(name) as opened:
-                if _begins_as_safetensors(opened) and is_sparse_bitmask(SafetensorsFile.read(opened).pieces):
-                    return True
-    except (OSError, ValueError):
-        pass
-    return False
 
 
 def _has_weights(folder: str | os.PathLike) -> bool:

@@ -34,14 +34,10 @@ def in_words(pruning: GradualPruning) -> str:
         pruning: What is pruned, how, and when.
     """
     options, ramp = pruning.options, pruning.ramp
-    plain, schedule = Options.of(), default_schedule(options.straight_through)
-    # What the defaults of the others are, beside these.
-    together = Options.of(
-        options.granularity, options.context, options.criteria, regrow=options.regrow,
-        straight_through=options.straight_through,
-    )  # fmt: skip
-    usual = {**vars(together), **{name: getattr(plain, name) for name in ("granularity", "context", "criteria")}}
-    usual |= {"regrow": None, "straight_through": False}
+    schedule = default_schedule(options.straight_through)
+    usual = {**vars(Options.of(straight_through=options.straight_through)), "straight_through": False}
+    of_criterion = Options.of(options.granularity, options.context, options.criteria)
+    usual |= {name: getattr(of_criterion, name) for name in ("pool", "compensate")}
     given = {name: value for name, value in vars(options).items() if value != usual[name]}
     if ramp.schedule != schedule:
         given["schedule"] = ramp.schedule

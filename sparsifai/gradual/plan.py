@@ -174,12 +174,14 @@ def _planned_layers(
     elements = {name: parameter.element_size() for name, parameter in model.named_parameters()}
     planned = []
     for row in measured.rows:
-        layer, weights = layers.get(row.name), math.prod(row.shape)
+        layer = layers.get(row.name)
+        # A weight that is tied to another one is counted there.
+        weights = math.prod(row.shape) if layer is not None or row.name in elements else 0
         pruned = layer is not None and layer.is_selected
         left = weights - layer.count().zeros if layer is not None and pruned else weights
         is_meant = coupling is not None and left == 0 and coupling.is_pruned_whole(row.name)
         collapses = layer is not None and pruned and not is_meant and _is_near_collapse(layer, left)
-        element = elements[row.name] if layer is None else layer.parameter.element_size()
+        element = elements.get(row.name, 0) if layer is None else layer.parameter.element_size()
         size = Size.of(weights, left, element, flops.get(row.name))
         refused = why_not_two_four(model, None if layer is None else layer.weight)
         planned.append(PlannedLayer(row.name, row.kind, row.shape, size, row.why_dense, row.note, refused, collapses))

@@ -36,7 +36,7 @@ def notices_of_unused(ramp: Ramp, options: Options, drop: float, calibration: An
             f"regrow={criteria.name_of(options.regrow)} does nothing with drop=0: no weight is pruned for another one "
             "to regrow; give a fraction above 0, such as 0.3"
         )
-    if calibration is not None and options.regrow is None and not _looks_at_data(options):
+    if calibration is not None and not looks_at_data(options):
         notices.append(
             f"calibration= does nothing: criterion {name_of(options.criteria)} looks at no data; leave it out, or "
             "choose a criterion such as wanda or snip"
@@ -44,6 +44,11 @@ def notices_of_unused(ramp: Ramp, options: Options, drop: float, calibration: An
     return notices
 
 
-def _looks_at_data(options: Options) -> bool:
+def looks_at_data(options: Options) -> bool:
+    """Whether masks, or the weights that stay, depend on batches of `calibration=`.
+
+    Args:
+        options: The options of the Sparsifier.
+    """
     moments = {moment for name in quantities_of(options.criteria) for moment in quantities[name].moments}  # type: ignore[attr-defined]
     return bool(moments & {*AVERAGED}) or makes_passes(options)

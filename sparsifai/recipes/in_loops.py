@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
 
+from ..gradual.unused import looks_at_data
 from ..loops.manager import TrainingManager
 from ..loops.parts import Distil, Freeze, Keep, Part, Regularize, Sparsify
 from ..loops.quantize_part import Quantize
+from ..sparsifier.options import Options
 from ..support.arguments import checks_arguments
 from .reading import Reading
 from .step import Step
@@ -51,18 +54,29 @@ class RunsInLoops:
     def _made(self, method: str, makers: Mapping[str, Callable], teacher: Any, calibration: Any) -> list:
         """What each step becomes by the maker of its kind."""
         check_fit(self._reading, method)
-        given = {
-            "distil": {"teacher": teacher},
-            "sparsify": {} if calibration is None else {"calibration": calibration},
-        }
+        looking = [] if calibration is None else [step for step in self.steps if self._looks_at_data(step)]
         made = []
         for step in self.steps:
-            arguments = self._reading.arguments(step) | given.get(step.kind, {})
+            arguments = self._reading.arguments(step)
             with self._at(step):
-                if step.kind == "distil" and teacher is None:
-                    raise ValueError("distil needs a teacher; pass teacher=, a trained model")
+                if step.kind == "distil":
+                    if teacher is None:
+                        raise ValueError("distil needs a teacher; pass teacher=, a trained model")
+                    arguments["teacher"] = teacher
+                # If no step looks at the batches, each one warns of them.
+                if step.kind == "sparsify" and calibration is not None and (step in looking or not looking):
+                    arguments["calibration"] = calibration
                 made.append(makers[step.kind](**arguments))
         return made
+
+    def _looks_at_data(self, step: Step) -> bool:
+        """Whether a step makes use of calibration batches."""
+        if step.kind != "sparsify":
+            return False
+        names = {each.name for each in fields(Options)}
+        options = {name: value for name, value in self._reading.arguments(step).items() if name in names}
+        with self._at(step):
+            return looks_at_data(Options.of(**options))
 
     @checks_arguments
     def manager(

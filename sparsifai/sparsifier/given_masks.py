@@ -118,7 +118,9 @@ def from_torch_prune(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
         ({'0.weight': tensor([[0., 2.]])}, {'0.weight': tensor([[False,  True]])})
     """
     if not isinstance(state, Mapping):
-        raise TypeError(f"from_torch_prune: state must be a state_dict, not {type(state).__name__}")
+        raise TypeError(
+            f"from_torch_prune: state must be a state_dict, not {type(state).__name__}; pass model.state_dict()"
+        )
     if other := [name for name in state if not isinstance(name, str)]:
         raise ValueError(f"from_torch_prune: keys must be names of parameters, not {other[0]!r:.80}; pass a state_dict")
     pruned = {name.removesuffix("_orig") for name in state if name.endswith("_orig")}

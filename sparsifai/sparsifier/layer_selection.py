@@ -210,11 +210,15 @@ def why_zeros_do_not_last(weight: NamedWeight, grouping: Grouping | str) -> str:
     if weight.unfit or isinstance(grouping, str):
         return weight.unfit
     if weight.sources:
+        how = "the parametrization first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, ...)"
+        if hasattr(weight.owners[0][1], f"{weight.attribute}_mask"):
+            how = (
+                f"it first: torch.nn.utils.prune.remove(module, {weight.attribute!r}) leaves the zeros; or load "
+                "from_torch_prune(model.state_dict()) into a new model"
+            )
         return (
             f"{weight.attribute} of {printable(place)} is computed from {printable(weight.name)} in each forward, so "
-            "zeros in it do not last; remove the parametrization first "
-            "(torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, ...), or exclude the layer with "
-            "exclude="
+            f"zeros in it do not last; remove {how}, or exclude the layer with exclude="
         )
     if computes_its_weight(weight, lambda kept: grouping.spread(grouping.any_of(kept))):
         return (

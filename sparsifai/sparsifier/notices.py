@@ -181,15 +181,18 @@ def notices_of_unused(options: Options) -> list[str]:
     """
     notices = []
     usual = resolve_axes(options.granularity, options.context, options.criteria)[3]
-    if options.granularity is granularities["weight"] and options.pool is not usual:
+    is_squared = squared_sum in (options.pool, usual)  # single weights are squared, too, which can change their order
+    if options.granularity is granularities["weight"] and options.pool is not usual and not is_squared:
         notices.append(
             f"pool={poolings.name_of(options.pool)} does nothing: with granularity 'weight' each weight has its own "
             "score; leave it out, or choose larger groups, such as 'filter'"
         )
-    if options.may_empty and (highest := capability(options.context, "highest_sparsity", 1.0)) < 1:
+    highest = capability(options.context, "highest_sparsity")
+    is_of_each_layer = capability(options.context, "fixes_counts") is True
+    if options.may_empty and is_of_each_layer and highest is not None and highest < 1:
         notices.append(
-            f"may_empty=True does nothing: context {name_of(options.context)} prunes {percent(highest)} of a layer at "
-            "most; leave it out"
+            f"may_empty=True empties no layer: context {name_of(options.context)} prunes {percent(highest)} of a layer "
+            "at most; leave it out"
         )
     return notices
 

@@ -66,12 +66,20 @@ def _checking(function: Callable, of: Callable | None, caller: str) -> Callable:
         if not options.keys() <= known:
             unknown = next(name for name in options if name not in known)
             raise TypeError(unknown_argument(caller or _name_of_call(function, arguments), unknown, known))
+        if of is not None:  # which would be named by Python
+            try:
+                shown.bind(*arguments, **options)
+            except TypeError as error:
+                raise TypeError(f"{caller or _name_of_call(function, arguments)}(): {error}") from None
         try:
             return function(*arguments, **options)
         except TypeError as error:
             # Where the call itself has failed, no line of the function has run.
             if error.__traceback__ is not None and error.__traceback__.tb_next is None:
                 _, _, what = str(error).partition("() ")
+                by_name = [f"{each.name}=" for each in shown.parameters.values() if each.kind == Parameter.KEYWORD_ONLY]
+                if by_name and what.endswith("were given"):
+                    what += f"; pass the others by name: {', '.join(by_name[:3])}{', ...' if by_name[3:] else ''}"
                 raise TypeError(f"{caller or _name_of_call(function, arguments)}() {what or error}") from None
             raise
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -22,11 +20,6 @@ _BAR = "background: linear-gradient(90deg, #4682b466 {percent:.1f}%, transparent
 _WRAPPED = "; white-space: normal; min-width: 14em"
 # Printers leave out backgrounds unless they are told not to.
 _PRINTED = ' style="-webkit-print-color-adjust: exact; print-color-adjust: exact"'
-
-
-def terminal_width() -> int | None:
-    """The number of characters in a line of the terminal; None if standard output is none."""
-    return shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ FasterAI 0.3 and 0.4, torch.nn.utils.prune, SparseML and llm-compressor, JaxPrun
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
+from opcode import opname
 from typing import TYPE_CHECKING
 
 from .printable import quoted
@@ -31,6 +33,7 @@ ARGUMENTS: dict[str, tuple[tuple[str, str], ...]] = {
     "save_tickets": (("path", "path='tickets.pt'"), (_NO_NAME, "lottery_ticket(learn, 0.9, path='tickets.pt')")),
     "model": (("learn_or_model", "a Learner or a module"), ("learn", "a Learner"), ("layers", "layers=learn.model[0]")),
     "nm": (("context", "context='2:4'"),),
+    "method": (("context", "context='global'"),),
     "sched_func": (("schedule", "schedule='agp'"),),
     "start_pct": _TIMES,
     "end_pct": _TIMES,
@@ -124,9 +127,8 @@ VALUES: dict[str, dict[str, str]] = {
         "global_unstructured": "'global'",
     },
     "criterion": {
-        **dict.fromkeys(
-            ("magnitude", "l1", "L1", "abs", "l1_unstructured", "global_magnitude", "weight_magnitude"), "'large_final'"
-        ),
+        **dict.fromkeys(("magnitude", "l1", "L1", "abs", "l1_unstructured", "weight_magnitude"), "'large_final'"),
+        "global_magnitude": "criteria='normalized_final' with context='global'",
         **dict.fromkeys(("l2", "L2", "squared_magnitude"), "'squared_final'"),
         **dict.fromkeys(("grad_crit", "first_order"), "'taylor'"),
         **dict.fromkeys(("mfac", "MFAC", "M-FAC", "OBS", "optimal_brain_surgeon"), "'obs'"),
@@ -136,8 +138,9 @@ VALUES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("random_unstructured", "rand"), "'random'"),
     },
     "schedule": {
-        **dict.fromkeys(("sched_agp", "cubic", "inverse_cubic", "polynomial"), "'agp'"),
+        **dict.fromkeys(("sched_agp", "cubic", "polynomial"), "'agp'"),
         "sched_lin": "'lin'",
+        "inverse_cubic": "'lin', which has the same ends",
         "sched_cos": "'cos'",
         "sched_oneshot": "'one_shot'",
         "sched_iterative": "iterative(3)",
@@ -165,14 +168,53 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     },
     "TrainingManager": {
         "modify": "TrainingManager(model, optimizer, Sparsify(0.9), epochs=5, steps_per_epoch=100), which begins",
-        "finalize": "nothing: the last step reaches the sparsity, and nothing is left on the model",
+        "finalize": "finish: manager.finish(), after the last step",
         "update_masks": "step: manager.step() steps the optimizer and updates the masks",
     },
     "Recipe": {
         "modify": "manager: recipe.manager(model, optimizer, steps_per_epoch)",
         "max_epochs": "epochs",
-        "finalize": "nothing: the last step reaches the sparsity, and nothing is left on the model",
+        "finalize": "finish of its manager: manager.finish(), after the last step",
     },
+}
+
+_LOTTERY = "lottery_ticket(learn, 0.9, rounds=5)"
+_SHRUNK = "granularity='filter' with coupled=True, then shrink(model, batch)"
+_DISTIL = "DistillCallback(teacher)"
+_RECIPE = "Recipe.from_sparseml(path)"
+_OPERATOR = "Sparsifier(model).sparsify(0.5)"
+
+# Class or function of another library -> how to write it here. Those of schedules and criteria are in VALUES.
+PUBLIC: dict[str, str] = {
+    # FasterAI
+    "PruneCallback": f"SparsifyCallback: {_SHRUNK}",
+    "Pruner": f"Sparsifier: {_SHRUNK}",
+    "Schedule": "a function of t, or between(agp, 0.2, 0.8)",
+    "Criteria": "a function of the weight, with @criteria.register",
+    "Granularities": "granularities",
+    "Reducer": "pool='sum', an argument of Sparsifier and SparsifyCallback",
+    "Normalizer": "a function of the weight, with @criteria.register; normalized_final divides by the l2 norm",
+    "available_criterias": "list(criteria)",
+    "available_schedules": "list(schedules)",
+    "KnowledgeDistillationCallback": _DISTIL,
+    **dict.fromkeys(("SoftTarget", "Mutual"), f"{_DISTIL}, whose loss is 'soft_targets'"),
+    "Logits": f"{_DISTIL[:-1]}, loss='mean_squared_error')",
+    "Attention": f"{_DISTIL[:-1]}, feature_loss='attention_transfer')",
+    "Similarity": f"{_DISTIL[:-1]}, feature_loss='similarity')",
+    "FitNet": f"{_DISTIL[:-1]}, feature_loss='mean_squared_error')",
+    "Quantizer": "quantize(model, batches, path)",
+    **dict.fromkeys(("FakeQuantizer", "FakeQuantizeCallback"), "QuantizeCallback"),
+    "analyze_sensitivity": "sensitivity(learn)",
+    # torch.nn.utils.prune
+    **dict.fromkeys(("l1_unstructured", "random_unstructured", "global_unstructured"), _OPERATOR),
+    **dict.fromkeys(("ln_structured", "random_structured"), "Sparsifier(model, 'filter').sparsify(0.5)"),
+    "custom_from_mask": "Sparsifier(model).set_masks({'conv1.weight': mask})",
+    # SparseML and llm-compressor
+    "ScheduledModifierManager": f"{_RECIPE}, then recipe.manager(model, optimizer, steps_per_epoch)",
+    "oneshot": f"{_RECIPE}, then recipe.apply(model, batches)",
+    # JaxPruner
+    "create_updater_from_config": "TrainingManager(model, optimizer, Sparsify(0.9), epochs=5, steps_per_epoch=100)",
+    "summarize_sparsity": "Report.of(model)",
 }
 
 
@@ -214,6 +256,26 @@ def name_of_value(kind: str, name: str) -> str:
     """
     ours = VALUES.get(kind, {}).get(name)
     return f"its name here is {ours}" if ours else ""
+
+
+def unknown_name(module: str, name: str) -> AttributeError | ImportError:
+    """The error of a name that a module does not have, with what another library's name is called here.
+
+    Args:
+        module: Name of the module, whose `__getattr__` calls this.
+        name: The name.
+
+    Returns:
+        An AttributeError; or, as Python hides its text from `from module import name`, an ImportError there.
+    """
+    ours = PUBLIC.get(name) or VALUES["schedule"].get(name) or VALUES["criterion"].get(name)
+    if not ours and name.endswith("Modifier"):
+        ours = f"{_RECIPE}, which converts a recipe with it"
+    if not ours:
+        return AttributeError(f"module {module!r} has no attribute {name!r}", name=name)
+    asked = sys._getframe(2)
+    is_import = opname[asked.f_code.co_code[asked.f_lasti]] == "IMPORT_FROM"
+    return (ImportError if is_import else AttributeError)(f"{module} has no {name}; what to use here is {ours}")
 
 
 class ForeignAttributes:

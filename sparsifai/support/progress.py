@@ -15,6 +15,7 @@ import torch.distributed
 
 from .at_end import AtEnd
 from .printable import printable
+from .terminal import in_terminal
 
 Thing = TypeVar("Thing")
 
@@ -83,7 +84,7 @@ def bars(shown: bool) -> Iterator[None]:
 
 
 def _may_show(things: Any) -> bool:
-    if _PRESENT.is_full or not (_in_notebook() or _in_terminal()) or _rank() or not isinstance(things, Sized):
+    if _PRESENT.is_full or not (_in_notebook() or in_terminal()) or _rank() or not isinstance(things, Sized):
         return False
     try:
         return len(things) > 1
@@ -97,16 +98,12 @@ def _in_notebook() -> bool:
     return hasattr(shell, "kernel")
 
 
-def _in_terminal() -> bool:
-    stdout = sys.stdout
-    return stdout is not None and not getattr(stdout, "closed", False) and stdout.isatty()
-
-
 def _rank() -> int:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank()
-    return int(os.environ.get("RANK") or 0)
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def _with_bar(things: Any, what: str, name: Callable[[Any], str] | None, prints: bool) -> Iterator[Any]:

@@ -193,16 +193,19 @@ class Registry(Mapping[str, Callable]):
         if parsed is not None:
             return parsed
         if isinstance(value, str):
-            right = name_of_value(self.kind, value) or self._near(value)
-            raise ValueError(f"unknown {self.kind} {quoted(value)}; {right}")
+            raise ValueError(self._unknown(value))
         if not callable(value):
             raise TypeError(f"a {self.kind} must be a registered name or a function, not {value!r}")
         if self._check:
             self._check(value)
         return value
 
+    def _unknown(self, name: str) -> str:
+        """The message of an unknown name: what it is called here, or near names, or else all names and forms."""
+        right = name_of_value(self.kind, name) or self._near(name)
+        return f"unknown {self.kind} {quoted(name)}; {right}"
+
     def _near(self, name: str) -> str:
-        """The names near an unknown one; if none is near, all names and forms."""
         near = close_matches(name, self)
         return near if near.endswith("?") else "".join([near, *(f", or {form}" for form in self.forms)])
 
@@ -212,7 +215,7 @@ class Registry(Mapping[str, Callable]):
 
     def __getitem__(self, name: str) -> Callable:
         if name not in self._functions:
-            raise KeyError(f"unknown {self.kind} {quoted(name)}; {close_matches(name, self)}")
+            raise KeyError(self._unknown(name))
         return self._functions[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -6,19 +6,18 @@ Raw values are made to cells, and cells to text or HTML.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .cells import Cells, terminal_width
-from .folding import LONGEST, Line, fold
+from .cells import Cells
+from .folding import LONGEST, Line, Record, fold
 from .printable import quoted
+from .terminal import terminal_width
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-Record = Mapping[str, Any]
 
 # Remarks on the rows of a block are listed in its line if they have at most so many characters together.
 _LONGEST_REMARKS = 50
@@ -247,8 +246,8 @@ class Table(ABC):
     def _column(self, name: str) -> Column:
         return next(column for column in self._columns() if column.name == name)
 
-    def _cells(self, lines: Sequence[Line] | None = None) -> Cells:
-        """The cells of all rows, or of the lines of the folded table."""
+    def _cells(self, lines: Sequence[Line] | None = None, unfolded_by: str = ".unfold()") -> Cells:
+        """The cells of all rows, or of the lines of the folded table, whose foot says what unfolds it."""
         columns, totals = self._columns(), self._totals()
         shown_lines = [Line("", [record]) for record in self.records()] if lines is None else lines
         beside, below = ([each for each in columns if each.below is is_below] for is_below in (False, True))
@@ -266,6 +265,10 @@ class Table(ABC):
             for number, column in enumerate(beside)
             if column.bar
         }
+        foot = ""
+        if lines is not None:
+            number = f"{len(lines)} line{'s' * (len(lines) != 1)}"
+            foot = f"{len(self.records()):,} rows in {number}; {unfolded_by} shows all."
         return Cells(
             [column.header for column in beside],
             cells,
@@ -275,13 +278,15 @@ class Table(ABC):
             bars=bars,
             caption=self._caption(),
             notes=notes,
-            foot=""
-            if lines is None
-            else f"{len(self.records()):,} rows in {len(lines)} line{'s' * (len(lines) != 1)}; .unfold() shows all.",
+            foot=foot,
         )
 
+    def _text(self, unfolded_by: str = ".unfold()") -> str:
+        """The table as it is printed: folded if it is long, and in the width of the terminal if there is one."""
+        return self._cells(self._folded(), unfolded_by).text(terminal_width())
+
     def __str__(self) -> str:
-        return self._cells(self._folded()).text(terminal_width())
+        return self._text()
 
     __repr__ = __str__
 

@@ -12,6 +12,8 @@ from ..model.parallel import unwrapped
 from ..model.patterns import as_patterns
 from ..sparsifier.options import resolve_axes
 from ..support.checks import check_number
+from ..support.printable import quoted
+from ..support.registry import name_of
 from .regularizer import Regularizer, check_differentiable, check_proximal
 
 
@@ -38,6 +40,12 @@ class Regularization:
         proximal: bool,
     ):  # fmt: skip
         self.caller = caller
+        if isinstance(weight, str) or callable(weight):
+            given = weight if isinstance(weight, str) else name_of(weight)
+            raise ValueError(
+                f"{caller}: weight, the factor of the penalty, comes first, not {quoted(given)}; write "
+                f"{caller}(1e-3, 'filter', 'large_final')"
+            )
         self.weight = check_number(f"{caller}: weight, the factor of the penalty,", weight)
         self.proximal = bool(proximal)
         self.granularity, _, self.criteria, _ = resolve_axes(granularity, "local", criteria)

@@ -23,8 +23,16 @@ def test_curves_are_those_of_the_schedules():
         assert (times[0], times[-1], len(times)) == (0, 1, 1001)
         assert list(levels) == pytest.approx([0.8 * schedule(t) for t in times])
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert labels == ["agp", "between(agp, 0, 0.5)", "cos", "<lambda>"]
+    assert labels == ["agp", "between(agp, 0, 0.5)", "cos", "schedule 4"]
     assert ax.get_ylabel() == "sparsity"
+
+
+def test_a_schedule_whose_name_matplotlib_would_hide_is_in_the_legend():
+    def _inner(t):
+        return t
+
+    ax = plot_schedule(_inner, "lin")
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["schedule 1", "lin"]
 
 
 def test_by_default_the_share_of_the_target_is_drawn_in_percent():

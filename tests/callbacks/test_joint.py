@@ -58,10 +58,11 @@ def test_the_callback_prunes_what_the_sparsifier_prunes(criterion):
     learn = learner()
     batch = learn.dls.one_batch()
     direct = Sparsifier(Net(lambda: Separate(6)), "head", "local", criterion)
-    if criterion == "gate_importance":
-        direct.calibrate([batch], learn.loss_func)
+    batches = [batch] if criterion == "gate_importance" else None
+    if batches:
+        direct.calibrate(batches, learn.loss_func)
     direct.sparsify(0.5)
-    callback = SparsifyCallback(0.5, "head", "local", criterion, schedule="one_shot", calibration=[batch])
+    callback = SparsifyCallback(0.5, "head", "local", criterion, schedule="one_shot", calibration=batches)
     learn.fit(1, 0.0, cbs=callback)
     assert callback.sparsifier.report().joint == direct.report().joint
     assert all(torch.equal(mask, direct.masks[name]) for name, mask in callback.sparsifier.masks.items())

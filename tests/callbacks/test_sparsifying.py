@@ -40,8 +40,11 @@ def test_other_callbacks_of_the_fit_are_passed_on_and_the_callback_has_a_name_of
     note = Callback(after_batch=lambda self: seen.append(self.learn.sparsify_callback))
     callback = quiet(learn, 0.5, 1, cbs=note)
     assert {*seen} == {callback}
+    before = len(seen)
     assert not hasattr(learn, "sparsify_callback")
     assert callable(learn.sparsify)  # again: no callback has hidden it
+    quiet(learn, 0.5, 1, cbs=L(note))
+    assert len(seen) == 2 * before > 0
     assert quiet(learn, {"0": 0.75}, 1, cbs=[note]).sparsifier.sparsity > 0.5
     assert learn.keep_sparsity.masks
 

@@ -14,6 +14,16 @@ number = 3
 def net(outputs=3):
     return nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, outputs))
 
+def loud():
+    print("made")
+    return net()
+
+def broken():
+    raise KeyError("kind")
+
+def leaving():
+    raise SystemExit(5)
+
 def tied():
     model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False))
     model[1].weight = model[0].weight

@@ -88,7 +88,12 @@ def test_apply_writes_tied_weights_under_each_name(folder):
         ([], "give --sparsity, such as --sparsity 0.8, or --recipe"),
         (["--sparsity", "0.5", "--to", "net.pth"], "net.pth exists already; choose another name, or give --force"),
         (["--sparsity", "0.5", "--to", "a.onnx"], "the format of a.onnx is not known by its suffix; give --format"),
-        (["--sparsity", "0.5", "--to", "no/a.pth"], "the folder does not exist"),
+        (
+            ["--sparsity", "0.5", "--to", "no/a.pth"],
+            "--to no/a.pth: the folder does not exist; give the path of a file",
+        ),
+        (["--sparsity", "0.5", "--to", "net.pth/a.pth"], "the folder does not exist"),
+        (["--sparsity", "0.5", "--to", ".", "--force"], "--to .: this is a folder"),
     ],
 )
 def test_apply_refuses_and_writes_nothing(options, message, folder, capsys):
@@ -125,14 +130,22 @@ def test_a_pruned_model_is_shrunk_and_compared(folder, capsys):
     assert dense["nonzeros"] > masked["nonzeros"] > small["nonzeros"] * 0.9
     assert dense["parameters"] == masked["parameters"] > small["parameters"]
     assert main(["compare", *given, "--repeats", "3", "--dense", "net.pth"]) == 0
-    assert "Median latency of 3 runs" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Median latency of 3 runs" in out
+    assert "random numbers" not in out
+    assert main(["compare", *given, "--repeats", "3"]) == 0
+    assert "dense: the weights of --checkpoint, with random numbers in place of zeros" in capsys.readouterr().out
 
 
 def test_shrink_writes_nothing_if_nothing_can_be_removed(folder, capsys):
     pytest.importorskip("torch_pruning", reason="shrink needs it")
     assert main(["shrink", *NET, "--input", INPUT, "--to", "small.safetensors"]) == 2
-    assert "nothing can be removed; prune whole filters, heads or neurons first" in capsys.readouterr().err
+    assert "nothing can be removed; prune whole filters, heads or neurons first; small.saf" in capsys.readouterr().err
     assert not (folder / "small.safetensors").exists()
+    assert main(["shrink", *NET, "--input", INPUT, "--json"]) == 0
+    out, error = capsys.readouterr()
+    assert error == "sparsifai shrink: warning: nothing can be removed; prune whole filters, heads or neurons first\n"
+    assert json.loads(out)["parameters_left"] == json.loads(out)["parameters"]
     for command in ("shrink", "compare"):
         assert main([command, *NET]) == 2
         assert "give --checkpoint and --input, such as " in capsys.readouterr().err

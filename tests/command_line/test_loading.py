@@ -247,3 +247,16 @@ def test_zeros_are_filled():
     nn.init.zeros_(model.weight)
     assert filled(model).weight.count_nonzero() == 16
     assert model.weight.count_nonzero() == 0
+
+
+def test_what_a_model_prints_is_not_in_the_output(folder, capsys):
+    assert main(["report", "net.pth", "--model", "sparsifai_models:loud", "--json"]) == 0
+    out, error = capsys.readouterr()
+    assert json.loads(out)["file"] == "net.pth"
+    assert error == "made\n"
+
+
+@pytest.mark.parametrize(("name", "what"), [("broken", "KeyError('kind')"), ("leaving", "SystemExit(5)")])
+def test_whatever_a_model_raises_is_one_line(name, what, folder, capsys):
+    assert main(["report", "net.pth", "--model", f"sparsifai_models:{name}"]) == 2
+    assert capsys.readouterr() == ("", f"sparsifai report: --model sparsifai_models:{name}: {what}\n")

@@ -52,6 +52,8 @@ def test_help_imports_nothing_heavy():
         (["plan", "--input", "1"], "sparsifai plan: ", "the following arguments are required: recipe"),
         (["shrink", "--input", "1,x"], "sparsifai shrink: ", "'1,x' is not a shape such as 1,3,224,224"),
         (["shrink", "--input", "1,0"], "sparsifai shrink: ", "'1,0' is not a shape"),
+        (["apply", "--sparsty", "0.5"], "sparsifai apply: ", "--sparsty 0.5; did you mean --sparsity?; see sparsifai"),
+        (["list", "criteria", "more"], "sparsifai list: ", "unrecognized arguments: more; see sparsifai list --help"),
     ],
 )
 def test_a_wrong_word_is_told_in_one_line(arguments, start, message, capsys):
@@ -68,6 +70,9 @@ def test_a_wrong_word_is_told_in_one_line(arguments, start, message, capsys):
     [
         (ValueError("one\nof \x1b[2J two"), 2, "sparsifai list: one of \\x1b[2J two\n"),
         (MemoryError(), 2, "sparsifai list: MemoryError\n"),
+        (OSError(2, "No such file", "net.pth"), 2, "sparsifai list: net.pth: No such file\n"),
+        (OSError("no folder"), 2, "sparsifai list: no folder\n"),
+        (OSError(), 2, "sparsifai list: OSError\n"),
         (KeyboardInterrupt(), 130, "sparsifai list: interrupted\n"),
         (BrokenPipeError(), 141, ""),
     ],
@@ -97,7 +102,7 @@ def test_a_real_process_ends_well():
     environment = {"cwd": ROOT, "text": True, "stderr": subprocess.PIPE}
     with open("/dev/full", "w") as full:
         done = subprocess.run([*COMMAND, "list", "--json"], stdout=full, **environment)
-    assert (done.returncode, done.stderr) == (2, "sparsifai list: [Errno 28] No space left on device\n")
+    assert (done.returncode, done.stderr) == (2, "sparsifai list: No space left on device\n")
     with subprocess.Popen([*COMMAND, "list"], stdout=subprocess.PIPE, **environment) as reading:
         reading.stdout.close()  # as of `sparsifai list | head` when head has gone
         assert (reading.stderr.read(), reading.wait()) == ("", 141)

@@ -6,6 +6,7 @@ import re
 import sys
 
 import pytest
+import torch
 
 from sparsifai import contexts, criteria, granularities, schedules
 from sparsifai.command_line.main import main
@@ -16,20 +17,21 @@ from sparsifai.support.table import Column, Table
 class Sizes(Table):
     """A table with long names, long numbers and reasons."""
 
+    def __init__(self, count=3):
+        self.count = count
+
     def _records(self):
         numbers = {f"number {each}": 10**each for each in range(6, 12)}
-        return [{"layer": f"encoder.layer.{each}.weight", **numbers, "why": "reason " * 20} for each in range(3)]
+        return [
+            {"layer": f"encoder.layer.{each}.weight", **numbers, "why": "reason " * 20} for each in range(self.count)
+        ]
 
     def _columns(self):
         return [
             Column("layer", left=True),
             *(Column(f"number {each}") for each in range(6, 12)),
-            Column("why", left=True),
-            Column("note", left=True),
+            Column("why", left=True, remark=True),
         ]
-
-    def _totals(self):
-        return [{"layer": "all", "number 6": 3}]
 
 
 class Terminal(io.StringIO):
@@ -39,32 +41,40 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("width", [40, 80, 140, 300])
-def test_a_terminal_of_any_width_shows_every_number(width, monkeypatch):
-    pytest.importorskip("rich", reason="it draws the tables")
+def in_terminal(width, monkeypatch, *arguments):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("COLUMNS", str(width))
-    monkeypatch.setenv("NO_COLOR", "1")
-    print_table(Sizes())
-    shown = re.sub(r"\x1b\[\d*m", "", terminal.getvalue())
+    print_table(*arguments)
+    return terminal.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 140, 300])
+def test_a_terminal_of_any_width_shows_every_number(width, monkeypatch):
+    shown = in_terminal(width, monkeypatch, Sizes())
     assert max(map(len, shown.splitlines())) <= width
     assert all(f"{10**each:,}" in shown for each in range(6, 12))
     assert shown.count("reason") == 60
-    assert "note" not in shown  # no row has one
     if width == 300:
         assert shown.count("encoder.layer.0.weight") == 1
 
 
-def test_a_pipe_gets_plain_text_and_a_terminal_without_rich_too(monkeypatch, capsys):
-    print_table(Sizes())
-    assert capsys.readouterr().out == f"{Sizes()}\n"
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setitem(sys.modules, "rich", None)
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    print_table(Sizes())
-    assert terminal.getvalue() == f"{Sizes()}\n"
+def test_a_long_table_is_folded_in_a_terminal_alone(monkeypatch, capsys):
+    print_table(Sizes(50))
+    everything = capsys.readouterr().out
+    assert everything == f"{Sizes(50).unfold()}\n"
+    folded = in_terminal(300, monkeypatch, Sizes(50))
+    assert folded.endswith("\n50 rows in 1 line; --all shows all.\n")
+    assert in_terminal(300, monkeypatch, Sizes(50), True) == everything
+
+
+def test_a_command_shows_all_rows_if_it_is_told(folder, monkeypatch, capsys):
+    torch.save({f"layer.{each}.weight": torch.ones(2, 2) for each in range(50)}, "many.pth")
+    for more in ([], ["--all"]):
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert main(["report", "many.pth", *more]) == 0
+        assert (len(terminal.getvalue().splitlines()) > 50) == bool(more)
 
 
 def test_json_has_no_number_that_others_cannot_read(capsys):

@@ -124,6 +124,10 @@ def recurrent():
     return Sparsifier(model)
 
 
+PRUNED = (
+    "in each forward, so zeros in it do not last; remove it first: torch.nn.utils.prune.remove(module, '{}') leaves "
+    "the zeros; or load from_torch_prune(model.state_dict()) into a new model, or exclude the layer with exclude="
+)
 REMOVE_IT = (
     "in each forward, so zeros in it do not last; remove the parametrization first (...), or exclude the layer with "
     "exclude="
@@ -176,9 +180,9 @@ LAYERS = [
     ("a parametrization", lambda: computed(parametrizations.weight_norm, 5), ValueError,
      f"Sparsifier: weight of 5 is computed from 5.parametrizations.weight.original0 {REMOVE_IT}"),
     ("weights pruned by torch", lambda: computed(lambda layer: prune.l1_unstructured(layer, "weight", 0.5), 5),
-     ValueError, f"Sparsifier: weight of 5 is computed from 5.weight_orig {REMOVE_IT}"),
+     ValueError, "Sparsifier: weight of 5 is computed from 5.weight_orig " + PRUNED.format("weight")),
     ("recurrent weights pruned by torch", recurrent, ValueError,
-     f"Sparsifier: weight_hh_l0 of 0 is computed from 0.weight_hh_l0_orig {REMOVE_IT}"),
+     "Sparsifier: weight_hh_l0 of 0 is computed from 0.weight_hh_l0_orig " + PRUNED.format("weight_hh_l0")),
 ]  # fmt: skip
 
 # --- Masks ------------------------------------------------------------------------------------------------------------
@@ -356,7 +360,7 @@ MASKS = [
      lambda: from_torch_prune({"w_orig": torch.ones(2).to_sparse(), "w_mask": torch.ones(2)}), ValueError,
      "from_torch_prune: w_orig cannot be masked, because it is in the layout sparse_coo; to_dense() makes it ..."),
     ("a checkpoint that is a number", lambda: from_torch_prune(3), TypeError,
-     "from_torch_prune: state must be a state_dict, not int"),
+     "from_torch_prune: state must be a state_dict, not int; pass model.state_dict()"),
     *((name, lambda change=change: from_torch_prune({"0.weight_orig": torch.ones(2), **change}), ValueError,
        "from_torch_prune: " + message)
       for name, change, message in [

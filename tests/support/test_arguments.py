@@ -1,5 +1,6 @@
 """Wrong arguments of public functions: the error names what was called, and the right argument."""
 
+import importlib
 import inspect
 import pickle
 import pydoc
@@ -9,9 +10,9 @@ import torch
 from torch import nn
 
 import sparsifai
-from sparsifai import Recipe, Sparsifier, Sparsify, TrainingManager, compare, lamp, sensitivity, shrink
+from sparsifai import Distil, Recipe, Sparsifier, Sparsify, TrainingManager, compare, lamp, sensitivity, shrink
 from sparsifai.support.arguments import checks_arguments
-from sparsifai.support.foreign_names import ARGUMENTS, ATTRIBUTES, VALUES
+from sparsifai.support.foreign_names import ARGUMENTS, ATTRIBUTES, PUBLIC, VALUES
 from sparsifai.support.table import Table
 
 RECIPE = Recipe({"epochs": 1, "steps": [{"keep": {}}]})
@@ -70,7 +71,12 @@ def test_functions_are_found():
          "argument: 'steps_per_epoch'"),
         (lambda: RECIPE.manager(model()), "Recipe.manager() missing 2 required positional arguments: 'optimizer' and"),
         (lambda: shrink(model()), "shrink() missing 1 required positional argument: 'example_input'"),
-        (lambda: Sparsifier(*[model()] * 6), "Sparsifier() takes from 2 to 5 positional arguments but 7 were given"),
+        (lambda: Sparsifier(*[model()] * 6), "Sparsifier() takes from 2 to 5 positional arguments but 7 were given; "
+         "pass the others by name: layers=, exclude=, "),
+        (lambda: Sparsify(0.5, method="local"), "Sparsify has no argument 'method'; its name here is context: "),
+        (lambda: Sparsify(*[0.5] * 9), "Sparsify(): too many positional arguments"),
+        (lambda: Sparsify(0.5, sparsity=0.5), "Sparsify(): multiple values for argument 'sparsity'"),
+        (lambda: Distil(), "Distil(): missing a required argument: 'teacher'"),
     ],
 )  # fmt: skip
 def test_the_right_argument_is_told(call, message):
@@ -126,7 +132,7 @@ def test_other_attributes_are_missing_as_ever():
     optimizer = torch.optim.SGD(model().parameters(), lr=0.1)
     manager = TrainingManager(sparsifier.model, torch.optim.SGD(sparsifier.model.parameters(), lr=0.1), Sparsify(0.5),
                               epochs=1, steps_per_epoch=1)  # fmt: skip
-    with pytest.raises(AttributeError, match="^TrainingManager has no attribute 'finalize'; what to use here is noth"):
+    with pytest.raises(AttributeError, match="^TrainingManager has no attribute 'finalize'; what to use here is fini"):
         manager.finalize(optimizer)
 
 
@@ -148,9 +154,34 @@ def test_values_of_other_libraries_are_told(kind, name):
     }[kind]  # fmt: skip
     with pytest.raises(ValueError, match=f"^unknown {kind} '{name}'; its name here is ") as raised:
         registry.resolve(name)
+    with pytest.raises(KeyError, match=f"unknown {kind} '{name}'; its name here is "):
+        registry[name]
     right = str(raised.value).partition("its name here is ")[2]
     if right.startswith("'"):
-        registry.resolve(right.strip("'"))
+        registry.resolve(right.split("'")[1])
+
+
+@pytest.mark.parametrize("name", [*PUBLIC, *VALUES["schedule"], "grad_crit", "GMPruningModifier"])
+def test_public_names_of_other_libraries_are_told(name):
+    with pytest.raises(AttributeError, match=f"^sparsifai has no {name}; what to use here is "):
+        getattr(sparsifai, name)
+    assert not hasattr(sparsifai, name)
+    with pytest.raises(ImportError, match=f"^sparsifai has no {name}; what to use here is "):
+        exec(f"from sparsifai import {name}")
+
+
+@pytest.mark.fastai
+def test_the_star_module_tells_them_too():
+    pytest.importorskip("fastai", reason="sparsifai.all needs fastai")
+    module = importlib.import_module("sparsifai.all")
+    with pytest.raises(
+        ImportError, match="^sparsifai.all has no PruneCallback; what to use here is SparsifyCallback: "
+    ):
+        from sparsifai.all import PruneCallback  # noqa: F401
+    with pytest.raises(ImportError, match="^cannot import name 'nothing' from 'sparsifai.all'"):
+        from sparsifai.all import nothing  # noqa: F401
+    for name in ("PruneCallback", "nothing"):
+        assert not hasattr(module, name)
 
 
 def test_every_argument_that_is_told_exists():

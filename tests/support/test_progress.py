@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsifai import Sparsifier, compare, highest_sparsity, load_sparse, save_sparse, sensitivity, shrink
+from sparsifai import Report, Sparsifier, compare, highest_sparsity, load_sparse, save_sparse, sensitivity, shrink
 from sparsifai.support import progress as module
 from sparsifai.support.progress import bars, progress
 
@@ -23,13 +23,14 @@ def test_things_pass_as_they_are_without_a_terminal(capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("stdout", [None, io.StringIO(), "closed"])
+@pytest.mark.parametrize("stdout", [None, io.StringIO(), "closed", SimpleNamespace(write=len)])
 def test_any_stdout_will_do(stdout, monkeypatch):
     if stdout == "closed":
         stdout = io.StringIO()
         stdout.close()
     monkeypatch.setattr(sys, "stdout", stdout)
     assert list(progress([1, 2], "counting")) == [1, 2]
+    assert str(Report.of(nn.Linear(2, 2))).startswith("layer")
 
 
 def test_a_terminal_shows_a_bar_that_is_gone_at_the_end(open_terminal):

@@ -634,6 +634,10 @@ REGULARIZE = [
     ),
     ("weight inf", regularize(INF), ValueError, ["weight", "not inf"]),
     ("weight as text", regularize("filter"), ValueError, ["weight", "not 'filter'"]),
+    (
+        "weight last", regularize(sparsifai.large_final), ValueError,
+        ["weight, the factor of the penalty, comes first, not 'large_final'; write RegularizeCallback(1e-3, 'filter'"],
+    ),
     ("weight as bool", regularize(True), ValueError, ["weight", "not True"]),
     ("unknown granularity", regularize(granularity="filtr"), ValueError, ["'filtr'", "did you mean 'filter'"]),
     ("random in a Learner", regularize(criteria="random"), ValueError, ["criterion random uses rng" + NO_GRADIENT]),

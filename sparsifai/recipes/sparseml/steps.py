@@ -104,6 +104,10 @@ def _second_order(modifier: Modifier, epochs: float | None, context: str) -> lis
     for key in _OF_SECOND_ORDER:
         modifier.note(key, "gradients are collected as 'obs' does it; left out")
     if modifier.name == "OBSPruningModifier":
+        if "fisher_block_size" not in modifier.values:
+            modifier.note(
+                modifier.name, "blocks have 50 weights, as documented; without fisher_block_size its code takes 1"
+            )
         known: dict[str, tuple[str, float]] = {"damp": ("damping", 1e-7), "fisher_block_size": ("block_size", 50)}
     else:
         known = {"damp": ("damping", 1e-5)}

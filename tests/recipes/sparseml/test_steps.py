@@ -167,7 +167,8 @@ def test_second_order_modifiers(name, context):
     assert (step["sparsify"]["criteria"], step["sparsify"]["compensate"]) == ("obs", True)
     assert (step["sparsify"]["context"], step["sparsify"]["schedule"]) == (context, "agp")
     assert (step["sparsify"]["initial_sparsity"], step["sparsify"]["sparsity"]) == (0.1, 0.9)
-    assert notices.keys() == {"num_grads"}
+    without_size = {"OBSPruningModifier"} & {name}  # its documentation and its code differ
+    assert notices.keys() == {"num_grads"} | without_size
 
 
 def test_options_of_second_order_criteria():
