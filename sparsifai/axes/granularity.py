@@ -127,7 +127,16 @@ class _Block:
 
 
 def _parse(value: Any) -> Granularity | None:
-    """The granularity that '4x4' or a tuple of axes means; None for everything else."""
+    """The granularity that '4x4' or a tuple of axes means; None for what is a name or a function.
+
+    Raises:
+        TypeError: It is a number.
+    """
+    if isinstance(value, (int, float)):
+        raise TypeError(
+            f"granularity {value} is a number; if it is the sparsity, pass it to sparsify: "
+            f"Sparsifier(model).sparsify({value})"
+        )
     if isinstance(value, str) and (tile := re.fullmatch(r"(\d+)x(\d+)", value)):
         return block(int(tile[1]), int(tile[2]))
     return along(*value) if isinstance(value, (tuple, list)) else None

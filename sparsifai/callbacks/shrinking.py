@@ -78,14 +78,14 @@ def shrink(
         self.model, self.opt = before
         raise
     warn_of_zeros_left(table)
-    return replace(table, what_next=_what_next(self))
+    return replace(table, what_next=_what_next(self, table.parameters_left < table.parameters))
 
 
-def _what_next(learn: Learner) -> str:
-    """What later fits of a Learner do with its smaller model."""
+def _what_next(learn: Learner, is_smaller: bool) -> str:
+    """What later fits of a Learner do with its model, which is smaller if anything was removed."""
     frozen, groups = getattr(learn.opt, "frozen_idx", 0), len(learn.opt.param_lists)
     held = f"; {frozen} of {groups} parameter groups are frozen, as before" if frozen else ""
-    text = f"later fits train the smaller model, with a new optimizer{held}"
+    text = f"later fits {'train the smaller model, with' if is_smaller else 'have'} a new optimizer{held}"
     if any(each.masks for each in learn._grab_cbs(KeepSparsity)):
         kept = learn.sparsity_report().selected.sparsity
         return f"{text}; KeepSparsity keeps the {percent(kept)} of zeros that it has"

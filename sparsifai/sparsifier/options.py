@@ -242,9 +242,10 @@ def check_sparsity(sparsity: Any = None, compression_ratio: Any = None) -> Spars
         >>> check_sparsity(1), check_sparsity({"layer1.*": 0.5})
         (1.0, {'layer1.*': 0.5})
     """
-    if (sparsity is None) == (compression_ratio is None):
-        given = "neither is given" if sparsity is None else "both are given"
-        raise TypeError(f"sparsity= and compression_ratio= are two names of one number; pass one of them: {given}")
+    if sparsity is None and compression_ratio is None:
+        raise TypeError("no sparsity is given; pass the fraction of the weights that are zero at the end: sparsity=0.9")
+    if sparsity is not None and compression_ratio is not None:
+        raise TypeError("sparsity= and compression_ratio= are two names of one number, and both are given; pass one")
     sparsity = compression_ratio if sparsity is None else sparsity
     if isinstance(sparsity, Mapping):
         if not sparsity:

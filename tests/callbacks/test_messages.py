@@ -214,7 +214,7 @@ SPARSIFY = [
     ("percent", sparsify(50), ValueError, ["pass 0.5 for 50 %"]),
     ("sparsity NaN", sparsify(float("nan")), ValueError, ["sparsity nan is not a fraction"]),
     ("sparsity as bool", sparsify(True), TypeError, ["not True"]),
-    ("no sparsity", sparsify(None), TypeError, ["neither is given"]),
+    ("no sparsity", sparsify(None), TypeError, ["no sparsity is given"]),
     ("sparsity twice", sparsify(compression_ratio=0.5), TypeError, ["both are given"]),
     ("unknown granularity", sparsify(granularity="wieght"), ValueError, ["did you mean 'weight'"]),
     ("unknown context", sparsify(context="locale"), ValueError, ["did you mean 'local'"]),

@@ -131,6 +131,8 @@ def test_the_table_tells_what_comes_next():
     with torch.no_grad():
         model[0][0].weight[:4] = model[0][0].bias[:4] = model[1].weight[:, :, 0] = 0
     learn = small_learner(model)
+    with pytest.warns(UserWarning, match="nothing is removed"):
+        assert "0.00% removed\nlater fits have a new optimizer\n" in str(small_learner(net()).shrink())
     told = "nothing keeps the {} of zeros that it has: learn.add_cb(KeepSparsity()) does"
     assert told.format(percent(72 / 306)) in str(learn.shrink())
 
