@@ -5,4 +5,4 @@ How: granularities. Where: contexts. What: criteria, computed from quantities. W
 The modules that hold values of a registry are imported here, before any other module of this folder.
 """
 
-from . import budget, context, criterion, gates, granularity, grouping, quantity, schedule  # noqa: F401
+from . import budget, context, criterion, data_criteria, gates, granularity, grouping, quantity, schedule  # noqa: F401
