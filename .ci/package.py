@@ -55,6 +55,11 @@ def check_sdist(sdist, folder):
         tracked = run("git", "ls-files", folder=ROOT).splitlines()
         missing = [name for name in tracked if name != ".gitignore" and not (unpacked / name).exists()]
         assert not [name for name in missing if (ROOT / name).exists()], f"the sdist lacks {missing}"
+        new = run("git", "ls-files", "--others", "--exclude-standard", folder=ROOT).splitlines()
+        found = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
+        ours = {*tracked, *new, "PKG-INFO", "setup.cfg"}
+        ignored = [name for name in found - ours if not name.startswith("sparsifai.egg-info/")]
+        assert not ignored, f"the sdist has files that git ignores: {ignored}"
     return unpacked
 
 

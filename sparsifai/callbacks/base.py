@@ -8,6 +8,7 @@ from fastai.callback.core import Callback
 
 from ..support.at_end import AtEnd
 from ..support.warning import warn
+from .learner import is_search
 
 
 class TrainingCallback(Callback):
@@ -43,7 +44,7 @@ class TrainingCallback(Callback):
         learn, epochs = self.learn, self.recipe_epochs
         first = next((each for each in learn.cbs if getattr(each, "recipe_epochs", None)), None)
         is_frozen = getattr(learn.opt, "frozen_idx", 0) > 0
-        if first is not self or epochs == learn.n_epoch or is_frozen or hasattr(learn, "lr_finder"):
+        if first is not self or epochs == learn.n_epoch or is_frozen or is_search(learn):
             return
         warn(
             f"the recipe is for {epochs} epochs and this fit has {learn.n_epoch}, so that all times of the recipe are "

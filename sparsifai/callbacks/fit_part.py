@@ -9,7 +9,7 @@ from fastai.learner import Learner
 
 from ..gradual.gradual_pruning import GradualPruning
 from ..gradual.gradual_sparsifier import EXCESS, GradualSparsifier
-from ..gradual.plan import every_of
+from ..gradual.plan import every_of, last_update
 from ..sparsifier.layer import count_of
 from ..sparsifier.layer_selection import scopes
 from ..sparsifier.options import highest
@@ -84,7 +84,7 @@ class FitPart(GradualSparsifier):
     def _level_after(self, batches: int, total: int) -> float:
         """The level of the last mask update within so many batches, as a fraction of the target sparsity."""
         every = every_of(self.pruning.every, self.pruning.options, total)
-        return self.level_at((batches if batches == total else batches // every * every) / total)
+        return self.level_at(last_update(batches, every, total) / total)
 
     def end(self) -> None:
         """Leave the fit: give the optimizer its own step. The masks stay as they are."""

@@ -120,8 +120,12 @@ def is_learner(value: Any) -> bool:
 
 
 def bars_of(learn: Any) -> AbstractContextManager[None]:
-    """Show progress bars in a `with` block only if a Learner shows its own: `learn.no_bar()` switches off both."""
-    return bars(hasattr(learn, "progress"))
+    """Show progress bars in a `with` block only if a Learner shows its own: `learn.no_bar()` switches off both.
+
+    Args:
+        learn: The Learner, or None for a model that is in none.
+    """
+    return bars(learn is None or hasattr(learn, "progress"))
 
 
 def metric_names(learn: Any) -> list[str]:

@@ -71,12 +71,12 @@ def shrink(
         self.create_opt()
         if frozen:
             self.opt.freeze_to(frozen)
+        for callback in self.cbs:
+            if isinstance(callback, TrainingCallback):
+                callback._model_replaced(example)
     except BaseException:  # a splitter, or a function that makes an optimizer, can raise anything
         self.model, self.opt = before
         raise
-    for callback in self.cbs:
-        if isinstance(callback, TrainingCallback):
-            callback._model_replaced(example)
     warn_of_zeros_left(table)
     return replace(table, what_next=_what_next(self, table.parameters_left < table.parameters))
 

@@ -51,7 +51,7 @@ def check_to(to: Path | None, force: bool) -> None:
             if to.is_dir()
             else f"the folder {'cannot be written to' if is_there else 'does not exist'}"
         )
-        raise ValueError(f"--to {to}: {why}; give the path of a file in a folder of yours")
+        raise ValueError(f"{to}: {why}; give the path of a file in a folder of yours")
 
 
 def shape(text: str) -> tuple[bool, tuple[int, ...]]:

@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from difflib import get_close_matches
+from shutil import get_terminal_size
+from textwrap import fill
 from typing import Any, NoReturn
 
 from ..support.printable import LONGEST_MESSAGE, printable
@@ -79,13 +81,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _tell(f"{prefix}{place}{error.strerror or str(error) or type(error).__name__}")
         return 2
     except (ValueError, TypeError, RuntimeError, ImportError, MemoryError) as error:
-        _tell(f"{prefix}{error if str(error) else type(error).__name__}")
+        what = str(error).removeprefix(f"{given.command}: ")  # functions of this name begin so, too
+        _tell(f"{prefix}{what or type(error).__name__}")
         return 2
 
 
 def _tell(message: str) -> None:
     """One line on standard error."""
     print(printable(" ".join(message.split()), LONGEST_MESSAGE), file=sys.stderr)
+
+
+def _filled(description: str) -> str:
+    """A text with paragraphs as wide as the terminal, and examples as they are, so that they can be copied."""
+    width = min(get_terminal_size().columns, 120)
+    paragraphs = description.split("\n\n")
+    return "\n\n".join(each if each.startswith("example:") else fill(each, width) for each in paragraphs)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
             help=module.DESCRIPTION.partition("\n")[0],
-            description=module.DESCRIPTION,
+            description=_filled(module.DESCRIPTION),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_model
+from .arguments import add_model, check_to
 
 if TYPE_CHECKING:
     from ..gradual.plan_table import Plan
@@ -36,6 +36,7 @@ def run(given: argparse.Namespace) -> None:
     from .loading import batch_of, model_of
     from .output import content_of, print_json, print_table
 
+    check_to(given.picture, force=True)
     stages = Recipe.load(given.recipe).stages
     model = model_of(given.model, given.checkpoint)
     example = batch_of(given.input, model)

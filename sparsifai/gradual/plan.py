@@ -162,9 +162,19 @@ def timeline_of(
     """
     total = n_epoch * n_iter
     points = {*range(0, total + 1, math.ceil(total / POINTS)), *range(0, total + 1, n_iter)}
-    # The last batch of a fit always has a mask update.
-    updates = {batch: batch if batch == total else batch // every * every for batch in sorted(points)}
+    updates = {batch: last_update(batch, every, total) for batch in sorted(points)}
     return tuple((batch / n_iter, target * progress(schedule, at / total)) for batch, at in updates.items())
+
+
+def last_update(batches: int, every: int, total: int) -> int:
+    """After how many of the first batches the last mask update was. The last batch of a fit always has one.
+
+    Args:
+        batches: Batches that are done.
+        every: Batches from one mask update to the next.
+        total: Batches of the fit.
+    """
+    return batches if batches == total else batches // every * every
 
 
 def _planned_layers(

@@ -9,7 +9,7 @@ from numbers import Real
 from operator import itemgetter
 from typing import Any
 
-from ..callbacks.learner import calibrate_with, first_batch
+from ..callbacks.learner import bars_of, calibrate_with, first_batch
 from ..model.running import as_it_was
 from ..sparsifier.layer import selected
 from ..sparsifier.mask_building import compares_with_itself
@@ -88,8 +88,7 @@ def sensitivity(
             "sensitivity prunes one layer at a time, but coupled filters are pruned together; leave out coupled=True"
         )
     measure = Metric.of(learn_or_model, metric, lower_is_better)
-    shows = progress and (measure.learn is None or hasattr(learn_or_model, "progress"))
-    with bars(shows), measure.learner_unchanged():
+    with bars(progress), bars_of(measure.learn), measure.learner_unchanged():
         one_shot = OneShot(measure, calibration, loss_func, options)
         names = list(one_shot.units)
         for name in names:
@@ -155,7 +154,7 @@ def highest_sparsity(
             "precision must be above 0, not 0; it is the distance between the sparsities that are tried, such as 0.005"
         )
     measure = Metric.of(learn_or_model, metric, lower_is_better)
-    with bars(measure.learn is None or hasattr(measure.learn, "progress")), measure.learner_unchanged():
+    with bars_of(measure.learn), measure.learner_unchanged():
         one_shot, baseline = OneShot(measure, calibration, loss_func, options), measure.baseline()
         sign, good, bad = (1 if measure.lower_is_better else -1), 0, math.floor(1 / precision + 1e-9) + 1
         highest = one_shot.sparsifier.sparsity

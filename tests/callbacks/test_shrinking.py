@@ -192,6 +192,22 @@ def test_errors_change_nothing():
     assert learn.opt is optimizer
 
 
+def test_an_interrupt_while_its_callbacks_are_told_leaves_the_larger_model(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    learn = sparse_learner()
+    model, optimizer = learn.model, learn.opt
+    with monkeypatch.context() as patched:
+        patched.setattr("sparsifai.callbacks.keep.recovered_masks", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            learn.shrink()
+    assert learn.model is model
+    assert learn.opt is optimizer
+    fit(learn)  # KeepSparsity knows the model
+    learn.shrink()
+
+
 def test_zero_filters_that_stay_are_told_at_the_line_of_the_caller():
     model = net()
     with torch.no_grad():

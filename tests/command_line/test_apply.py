@@ -90,10 +90,10 @@ def test_apply_writes_tied_weights_under_each_name(folder):
         (["--sparsity", "0.5", "--to", "a.onnx"], "the format of a.onnx is not known by its suffix; give --format"),
         (
             ["--sparsity", "0.5", "--to", "no/a.pth"],
-            "--to no/a.pth: the folder does not exist; give the path of a file",
+            "no/a.pth: the folder does not exist; give the path of a file",
         ),
         (["--sparsity", "0.5", "--to", "net.pth/a.pth"], "the folder does not exist"),
-        (["--sparsity", "0.5", "--to", ".", "--force"], "--to .: this is a folder"),
+        (["--sparsity", "0.5", "--to", ".", "--force"], ".: this is a folder"),
     ],
 )
 def test_apply_refuses_and_writes_nothing(options, message, folder, capsys):

@@ -33,6 +33,13 @@ def test_help_says_what_a_command_does_and_has_an_example(capsys):
     assert shown(capsys, "--version") == f"sparsifai {__version__}\n"
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_the_terminal(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = shown(capsys, command, "--help").splitlines()
+    assert all(len(line) <= 80 for line in lines if not line.startswith("example: "))
+
+
 def test_help_imports_nothing_heavy():
     script = (
         "import sys\nfrom sparsifai.command_line.main import main\n"
@@ -70,6 +77,7 @@ def test_a_wrong_word_is_told_in_one_line(arguments, start, message, capsys):
     [
         (ValueError("one\nof \x1b[2J two"), 2, "sparsifai list: one of \\x1b[2J two\n"),
         (MemoryError(), 2, "sparsifai list: MemoryError\n"),
+        (ValueError("list: what is wrong"), 2, "sparsifai list: what is wrong\n"),
         (OSError(2, "No such file", "net.pth"), 2, "sparsifai list: net.pth: No such file\n"),
         (OSError("no folder"), 2, "sparsifai list: no folder\n"),
         (OSError(), 2, "sparsifai list: OSError\n"),

@@ -109,16 +109,16 @@ def test_the_batches_of_a_recipe_are_for_the_steps_that_look_at_them():
         Recipe({"epochs": 1, "steps": steps[1:]}).parts(calibration=[1])
 
 
+@pytest.mark.usefixtures("registering")
 def test_a_quantity_of_ones_own_can_look_at_data():
     @quantities.register(name="mean_of_gradients")
     @taken("backward")
     def mean_of_gradients(source, name):
         return source.layers[name].parameter.grad
 
-    try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         Sparsify(0.5, criteria=lambda weight, mean_of_gradients: mean_of_gradients, calibration=[1])
-    finally:
-        quantities._functions.pop("mean_of_gradients")
 
 
 def test_updates_that_are_further_apart_than_the_training_is_long_are_told_once():
