@@ -11,6 +11,7 @@ from fastcore.foundation import L
 
 from ..support.arguments import checks_arguments
 from ..support.checks import check_count
+from ..support.printable import quoted
 from .sparsify import SparsifyCallback
 
 
@@ -68,6 +69,11 @@ def sparsify(
         0.75
     """
     check_count("learn.sparsify: n_epoch", n_epoch)
+    if isinstance(lr_max, str):  # an answer to a question, such as 'filter', that was not passed by name
+        raise TypeError(
+            f"learn.sparsify: lr_max is the highest learning rate, a number or a slice, not {quoted(lr_max)}; pass "
+            "how, where and what to prune by name: granularity='filter'"
+        )
     callback = SparsifyCallback(sparsity, **options)
     if getattr(self.opt, "frozen_idx", 0) > 0:
         raise ValueError(

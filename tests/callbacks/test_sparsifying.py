@@ -79,6 +79,7 @@ def test_frozen_layers_are_refused_and_nothing_changes():
     [
         ((0.5, 0), {}, ValueError, "^learn.sparsify: n_epoch must be a whole number of at least 1, not 0"),
         ((5, 0.5), {}, ValueError, "^learn.sparsify: n_epoch must be a whole number of at least 1, not 0.5"),
+        ((0.5, 1, "filter"), {}, TypeError, "^learn.sparsify: lr_max is .* not 'filter'; .* by name: granularity="),
         ((50, 5), {}, ValueError, "pass 0.5 for 50 %"),
         ((0.5, 5), {"context": "globl"}, ValueError, "did you mean 'global'"),
     ],

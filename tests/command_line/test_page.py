@@ -22,7 +22,7 @@ def test_every_block_of_the_page_runs(tmp_path, monkeypatch, capsys):
         if kind == "python":
             exec(text, {})
             continue
-        for line in text.splitlines():
+        for line in text.replace("\\\n", "").splitlines():
             program, *arguments = shlex.split(line)
             assert program == "sparsifai"
             assert main(arguments) == 0, (line, capsys.readouterr().err)
