@@ -72,7 +72,9 @@ def test_the_report_of_a_device_or_a_pipe_is_refused(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
     for path in ("/dev/zero", str(tmp_path / "pipe"), str(tmp_path)):
         assert main(["report", path]) == 2
-        assert f"pass the name of a regular file: '{path}'" in capsys.readouterr().err or path == str(tmp_path)
+        error = capsys.readouterr().err
+        assert path in error
+        assert "pass the name of a regular file" in error or path == str(tmp_path)
 
 
 def test_files_are_read_whole_while_they_are_replaced(tmp_path):

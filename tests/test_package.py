@@ -118,9 +118,10 @@ def test_the_star_import_of_all_shadows_nothing():
 
 
 def test_every_public_name_is_exported():
-    from sparsifai.axes import criterion, schedule
+    from sparsifai.axes import criterion, data_criteria, schedule
 
-    for module, registry in ((criterion, criterion.criteria), (schedule, schedule.schedules)):
+    modules = ((criterion, sparsifai.criteria), (data_criteria, sparsifai.criteria), (schedule, sparsifai.schedules))
+    for module, registry in modules:
         functions = {name for name, value in vars(module).items() if registry.get(name) is value}
         assert functions - {"random"} <= set(sparsifai.__all__)
     assert all(hasattr(sparsifai, name) for name in sparsifai.__all__)

@@ -130,11 +130,12 @@ FINE_TUNE = {
 }
 
 
-@granularities.register(joint=True)
 def head_and_neuron(model):
     "Attention heads and neurons of MLPs, in one Sparsifier"
     return granularities["head"](model) + granularities["neuron"](model)
 
+
+head_and_neuron.joint = True
 
 _MOVEMENT_PRUNING = {**_STRAIGHT_THROUGH, "criteria": "movement_pruning", "gradient_sparsity": 1.0}
 _WEIGHTS = (0.9, 0.8, 0.5)
@@ -142,7 +143,7 @@ _GROUPS = (0.5, 0.25)
 _HEADS = {"granularity": "head", "layers": ("bert.encoder.*.attention.*",)}
 _NEURONS = {"granularity": "neuron", "layers": ("*.layer.?.intermediate.dense", "*.layer.?.output.dense")}
 # The same fraction in each attention and each MLP.
-_BOTH = {"granularity": "head_and_neuron", "context": "local"}
+_BOTH = {"granularity": head_and_neuron, "context": "local"}
 
 _GATES = {"criteria": "gate_importance"}
 _TAYLOR = {"criteria": "taylor"}

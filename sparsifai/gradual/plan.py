@@ -185,15 +185,15 @@ def _planned_layers(
     planned = []
     for row in measured.rows:
         layer = layers.get(row.name)
-        # A weight that is tied to another one is counted there.
-        weights = math.prod(row.shape) if layer is not None or row.name in elements else 0
+        is_tied = layer is None and row.name not in elements  # to a weight of another row, where it is counted
+        weights = 0 if is_tied else math.prod(row.shape)
         pruned = layer is not None and layer.is_selected
         left = weights - layer.count().zeros if layer is not None and pruned else weights
         is_meant = coupling is not None and left == 0 and coupling.is_pruned_whole(row.name)
         collapses = layer is not None and pruned and not is_meant and _is_near_collapse(layer, left)
         element = elements.get(row.name, 0) if layer is None else layer.parameter.element_size()
         size = Size.of(weights, left, element, flops.get(row.name))
-        refused = why_not_two_four(model, None if layer is None else layer.weight)
+        refused = "tied" if is_tied else why_not_two_four(model, None if layer is None else layer.weight)
         planned.append(PlannedLayer(row.name, row.kind, row.shape, size, row.why_dense, row.note, refused, collapses))
     return tuple(planned)
 

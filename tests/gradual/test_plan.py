@@ -127,6 +127,10 @@ def test_tied_weights_are_counted_once():
     model[1].weight = model[0].weight
     plan = planned(model, 0.5, example_input=torch.zeros(1, 4))
     assert figures(plan.model) == (16, 8, 64, 34, 2 * 2 * 16, 2 * 16)
+    assert [(layer.name, layer.size.weights, layer.why_dense) for layer in plan.layers] == [
+        ("0.weight", 16, ""),
+        ("1.weight", 0, "tied to 0.weight"),
+    ]
 
 
 # --- Near collapse ---------------------------------------------------------------------------------------------------
