@@ -183,5 +183,6 @@ Walk.TestCase.settings = settings(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:(?s).*(sparsity is held at|of the weights are pruned, more than)")
 @pytest.mark.filterwarnings("ignore:(?s).*(masks have settled in an earlier fit|were zero before this fit and stay so)")
+@pytest.mark.filterwarnings("ignore:(?s).*of zeros that are kept, and prunes more in epoch")
 class TestWalk(Walk.TestCase):
     pass
