@@ -26,7 +26,12 @@ PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in
 
 @pytest.mark.parametrize("module", OF_THE_CORE)
 def test_docstring_examples(module):
-    module, runner = import_module(module), doctest.DocTestRunner()
+    try:
+        module, runner = import_module(module), doctest.DocTestRunner()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "fastai":
+            raise
+        pytest.skip("this module needs fastai")
     for example in doctest.DocTestFinder().find(module):
         # test_api.py runs those of public names, which begin as their page does.
         if example.name.removeprefix(f"{module.__name__}.") not in OF_THE_API:

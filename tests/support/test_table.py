@@ -116,6 +116,7 @@ def test_sorting_makes_a_new_table_and_puts_rows_without_a_value_last():
 
 
 def test_a_data_frame_has_the_records():
+    pytest.importorskip("pandas", reason="it comes with fastai")
     frame = Weights((("fc", 2000), ("head", 20))).sort("weights").to_pandas()
     assert frame.to_dict("records") == [{"layer": "head", "weights": 20}, {"layer": "fc", "weights": 2000}]
     assert list(Weights(()).to_pandas()) == ["layer", "weights"]
