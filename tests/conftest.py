@@ -27,6 +27,15 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
+def closing_figures():
+    """The figures that a test draws are closed after it."""
+    yield
+    from matplotlib import pyplot
+
+    pyplot.close("all")
+
+
+@pytest.fixture
 def registering():
     """What a test registers is forgotten after it."""
     registries = (granularities, contexts, criteria, schedules, quantities, distillation_losses)

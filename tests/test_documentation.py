@@ -2,7 +2,6 @@
 
 import doctest
 import re
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from sparsifai import Recipe
 from sparsifai.recipes.sparseml.other_steps import LEFT_OUT
 from sparsifai.recipes.sparseml.steps import STEPS
 
-from test_package import OF_THE_CORE  # isort: skip
+from test_package import OF_THE_CORE, imported  # isort: skip
 
 ROOT = Path(__file__).parents[1]
 OF_THE_API = {
@@ -26,12 +25,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in
 
 @pytest.mark.parametrize("module", OF_THE_CORE)
 def test_docstring_examples(module):
-    try:
-        module, runner = import_module(module), doctest.DocTestRunner()
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "fastai":
-            raise
-        pytest.skip("this module needs fastai")
+    module, runner = imported(module), doctest.DocTestRunner()
     for example in doctest.DocTestFinder().find(module):
         # test_api.py runs those of public names, which begin as their page does.
         if example.name.removeprefix(f"{module.__name__}.") not in OF_THE_API:

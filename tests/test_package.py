@@ -33,6 +33,16 @@ OF_THE_CORE = [name for name in MODULES if name.rpartition(".")[2] not in (*NEED
 assert len(MODULES) > 60
 
 
+def imported(module):
+    """A module by its name; the test is skipped if the module needs fastai and that is missing."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "fastai":
+            raise
+        return pytest.skip("this module needs fastai")
+
+
 def loaded_after(code):
     """Modules that a fresh interpreter has loaded after running `code`."""
     script = f"import sys\n{code}\nprint(*sys.modules)"
@@ -129,12 +139,7 @@ def test_every_public_name_is_exported():
 
 @pytest.mark.parametrize("module", OF_THE_CORE)
 def test_everything_public_has_a_docstring(module):
-    try:
-        module = import_module(module)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "fastai":
-            raise
-        pytest.skip("this module needs fastai")
+    module = imported(module)
     assert module.__doc__
     for name, value in vars(module).items():
         own = getattr(value, "__module__", None) == module.__name__

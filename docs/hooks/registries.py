@@ -25,10 +25,6 @@ def table_of(registry):
 
 def description_of(function):
     """What the docstring of a registered function says before its sections."""
-    if not inspect.isfunction(function) and function.__module__ == "sparsifai.axes.granularity":
-        # Made by `along`, whose docstring says nothing of these axes.
-        axes = function({"out": 1, "in": 1, "h": 1, "w": 1})
-        return f"The mask is indexed by ({', '.join(axes)})." if axes else "The whole layer is one group."
     return re.split(r"\n\n(?:\w+|Source): *\n|\n\n[A-Z][a-z]+:\n", inspect.getdoc(function))[0]
 
 

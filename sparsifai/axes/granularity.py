@@ -77,11 +77,16 @@ def along(*axes: str) -> Granularity:
 
 @dataclass(frozen=True)
 class _Along:
-    """The granularity whose mask is indexed by some axes; a group spans all others."""
-
-    # A class, because a function that is defined within another cannot be pickled.
+    # The granularity whose mask is indexed by some axes; a group spans all others. It is a class, because a function
+    # that is defined within another cannot be pickled.
     indexed: tuple[str, ...]
     __name__: str
+
+    @property
+    def __doc__(self) -> str:  # type: ignore[override]
+        if not self.indexed:
+            return "The whole layer is one group."
+        return f"The mask is indexed by ({', '.join(self.indexed)})."
 
     def __call__(self, axes: Axes) -> tuple[str, ...]:
         return self.indexed

@@ -78,17 +78,13 @@ def _records(axis: str, registry: Registry) -> Iterator[dict[str, Any]]:
 
     for name, function in registry.items():
         needs = {"needs": tuple(quantities_of(function))} if axis == "criteria" else {}
-        yield {"name": name, **needs, "what": _what(axis, function)}
+        yield {"name": name, **needs, "what": _what(function)}
     for form, what in _FORMS.get(axis, {}).items():
         yield {"name": form, "what": what}
     for name, maker in MAKERS.get(axis, {}).items():
-        yield {"name": f"{{{name}: ...}}", "what": _what(axis, maker)}
+        yield {"name": f"{{{name}: ...}}", "what": _what(maker)}
 
 
-def _what(axis: str, function: Callable) -> str:
+def _what(function: Callable) -> str:
     """The first line of a docstring."""
-    if axis == "granularity" and not inspect.isfunction(function):
-        # Made by `along`, whose docstring says nothing of these axes.
-        axes = function({"out": 1, "in": 1, "h": 1, "w": 1})
-        return f"The mask is indexed by ({', '.join(axes)})." if axes else "The whole layer is one group."
     return (inspect.getdoc(function) or "").partition("\n")[0]

@@ -6,12 +6,7 @@ from sparsifai import between, cos, plot_schedule, schedules
 
 matplotlib = pytest.importorskip("matplotlib", reason="the picture is drawn with it")
 matplotlib.use("Agg")
-
-
-@pytest.fixture(autouse=True)
-def _closed():
-    yield
-    matplotlib.pyplot.close("all")
+pytestmark = pytest.mark.usefixtures("closing_figures")
 
 
 def test_curves_are_those_of_the_schedules():

@@ -10,12 +10,7 @@ from sparsifai.sparsifier.mask_picture import mask_image, plot_masks
 
 matplotlib = pytest.importorskip("matplotlib", reason="the pictures are drawn with it")
 matplotlib.use("Agg")
-
-
-@pytest.fixture(autouse=True)
-def _closed():
-    yield
-    matplotlib.pyplot.close("all")
+pytestmark = pytest.mark.usefixtures("closing_figures")
 
 
 def pixels_of(ax):
